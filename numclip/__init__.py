@@ -1,0 +1,18 @@
+"""Gradient clipping for NumPy training code."""
+
+__version__ = "0.1.0.dev0"
+
+from numclip.diagnostics import get_num_threads as get_num_threads
+from numclip.diagnostics import set_num_threads as set_num_threads
+from numclip.diagnostics import show_versions as show_versions
+from numclip.diagnostics import warmup as warmup
+from numclip.functional import adaptive_clip as adaptive_clip
+from numclip.functional import clip_by_average_norm as clip_by_average_norm
+from numclip.functional import clip_by_block_rms as clip_by_block_rms
+from numclip.functional import clip_by_global_norm as clip_by_global_norm
+from numclip.functional import clip_by_norm as clip_by_norm
+from numclip.functional import clip_by_value as clip_by_value
+from numclip.functional import clip_per_example as clip_per_example
+from numclip.functional import global_norm as global_norm
+from numclip.nonfinite import NonFiniteGradientError as NonFiniteGradientError
+from numclip.slices import IndexedSlices as IndexedSlices

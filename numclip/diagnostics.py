@@ -1,0 +1,82 @@
+"""Threads, warming up, and what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from numclip import functional, inputs
+from numclip.kernels import threads
+from numclip.slices import IndexedSlices
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set how many threads a call may use; results do not depend on it.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; 1 starts no thread at all. None restores the default: the environment's
+        ``NUMCLIP_NUM_THREADS``, else the cores that affinity and control group allow.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where `n` is no such number.
+    """
+    threads.set_limit(None if n is None else inputs.thread_count(n))
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use, see `set_num_threads`.
+
+    Returns
+    -------
+    int
+        At least 1. Small calls use one in any case.
+    """
+    return threads.get_limit()
+
+
+def warmup(dtypes: Iterable[Any] = ("float32", "float64")) -> None:
+    """Compile, or load from the cache on disk, what clipping these dtypes needs.
+
+    Without it the first call does so: about a second with an empty cache.
+
+    Parameters
+    ----------
+    dtypes : iterable of dtype
+        The dtypes of the gradients to come.
+
+    Raises
+    ------
+    TypeError
+        Where one is no gradient's dtype.
+    """
+    for number, wanted in enumerate(dtypes):
+        grad = np.ones((2, 2), np.dtype(wanted))
+        inputs.entry(f"dtypes[{number}]", number, grad)
+        for bound in (0.5, 100.0):
+            functional.clip_by_global_norm([grad.copy()], bound)
+            functional.clip_by_global_norm([IndexedSlices(grad.copy(), [0, 0], (1, 2))], bound)
+            functional.clip_by_norm(grad, bound, axes=0)
+
+
+def show_versions() -> None:
+    """Print the versions and settings that a report of a fault should tell."""
+    from numclip import __version__
+
+    print(f"numclip   {__version__}")
+    for package in ("numpy", "numba", "llvmlite", "ml_dtypes", "scipy", "numba-cuda"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"{package:<9} {version}")
+    print(f"python    {platform.python_version()} ({platform.python_implementation()})")
+    print(f"platform  {platform.platform()}")
+    print(f"threads   {get_num_threads()}")

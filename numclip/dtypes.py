@@ -1,0 +1,98 @@
+"""The table of element types: how each is stored, computed and rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DType:
+    """A gradient's element type, as kernels need to know it.
+
+    `roundoff` bounds the relative error of one stored product, `digits` is the precision the
+    factor may have, `precision` the dtype's own digits and the exponent of its smallest
+    positive number. `grain` is that number where products round to nearest below the normal
+    numbers, 0 where they are cut (the 16-bit types).
+    """
+
+    name: str
+    storage: np.dtype[Any]
+    compute: np.dtype[Any]
+    components: int
+    roundoff: float
+    digits: int
+    precision: tuple[int, int]
+    grain: float
+
+    @property
+    def tiny(self) -> float:
+        """The smallest normal number of the type that factors are stored in."""
+        return float(np.finfo(self.compute).tiny)
+
+
+def _row(
+    name: str, storage: type, compute: type, components: int, precision: tuple[int, int]
+) -> DType:
+    halves = np.dtype(storage).kind in "ui"
+    # A 16-bit product is rounded to float32 before it is stored.
+    roundoff = 2.0 ** -precision[0] + (2.0**-23 if halves else 0.0)
+    return DType(
+        name=name,
+        storage=np.dtype(storage),
+        compute=np.dtype(compute),
+        components=components,
+        roundoff=roundoff,
+        digits=24 if compute is np.float32 else 53,
+        precision=precision,
+        grain=0.0 if halves else 2.0 ** precision[1],
+    )
+
+
+_ROWS = {
+    row.name: row
+    for row in (
+        _row("float16", np.uint16, np.float32, 1, (11, -24)),
+        _row("bfloat16", np.int16, np.float32, 1, (8, -133)),
+        _row("float32", np.float32, np.float32, 1, (24, -149)),
+        _row("float64", np.float64, np.float64, 1, (53, -1074)),
+        _row("complex64", np.float32, np.float32, 2, (24, -149)),
+        _row("complex128", np.float64, np.float64, 2, (53, -1074)),
+    )
+}
+NAMES = ", ".join(_ROWS)
+FLOAT64 = _ROWS["float64"]
+
+# bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
+_BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}
+
+
+def lookup(dtype: np.dtype[Any]) -> DType | None:
+    """Return the row of a native dtype, None where it is no gradient's."""
+    row = _BY_DTYPE.get(dtype)
+    if row is None and dtype.name == "bfloat16" and dtype.itemsize == 2:
+        row = _BY_DTYPE[dtype] = _ROWS["bfloat16"]
+    return row
+
+
+def refusal(dtype: np.dtype[Any]) -> str:
+    """Say why a dtype is no gradient's and how to mend it."""
+    if (dtype.kind == "f" and dtype.itemsize > 8) or (dtype.kind == "c" and dtype.itemsize > 16):
+        return f"{dtype} (extended precision); convert it with .astype(numpy.float64)"
+    if dtype.names is not None:
+        return f"structured dtype {dtype}; pass its fields one by one"
+    if dtype.kind in "iub":
+        return f"{dtype}; convert it with .astype(numpy.float32)"
+    return f"{dtype}"
+
+
+def as_stored(array: Array) -> Array:
+    """Return a contiguous array of gradients as the numbers that kernels see, two if complex."""
+    row = lookup(array.dtype)
+    assert row is not None
+    return array if array.dtype == row.storage else array.view(row.storage)

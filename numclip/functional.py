@@ -1,0 +1,509 @@
+"""The functions: names, defaults and documentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+
+from numclip import clipping, inputs
+from numclip.inputs import DUPLICATES, POLICIES, Entry
+from numclip.outputs import Place, place_one, places
+from numclip.slices import IndexedSlices
+from numclip.units import Units, clip_examples
+
+
+def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float:
+    """Return the norm of all gradients together, as of one long vector.
+
+    Parameters
+    ----------
+    grads : list, tuple, dict or iterator of gradients
+        Arrays of float16, bfloat16, float32, float64, complex64 or complex128, of any shape
+        and strides, `IndexedSlices`, or None, which counts as nothing. Only read.
+    ord : float, default 2
+        The order of the norm, a real number >= 1 or ``inf``. An order other than 2 takes two
+        reads and copies complex gradients; for them it is the norm of the magnitudes.
+    duplicates : {"sum", "raw"}, default "sum"
+        Whether rows that repeat in `IndexedSlices` are added up before their norm is taken,
+        or taken as they lie, as TensorFlow does.
+
+    Returns
+    -------
+    float
+        The norm, 0.0 for no elements. Infinite where it exceeds the range of float64.
+
+    Raises
+    ------
+    TypeError
+        Where an entry is not a gradient; the message names it.
+    ValueError
+        Where `ord` or `duplicates` is none of the above.
+
+    Notes
+    -----
+    **Guarantees.** For ``ord=2`` within 1 ulp of float32 of the exact norm for gradients of 16
+    or 32 bits, within 4 ulp for float64, at any size and magnitude: nothing overflows or
+    underflows on the way. NaN and Inf pass on. The same bits at any number of threads and at
+    any alignment. Contiguous arrays (C or Fortran order) are read where they lie; others are
+    copied.
+
+    **Source.** ``tf.linalg.global_norm``, in float64 and with repeated rows summed;
+    ``norm_type`` of ``torch.nn.utils.clip_grad_norm_``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> norm = nc.global_norm([np.array([3e20, 0.0], np.float32), None, np.array([4e20])])
+    >>> f"{norm:.7g}"
+    '5e+20'
+    """
+    described = inputs.gradients(grads)
+    order = inputs.order(ord)
+    inputs.choice("duplicates", duplicates, DUPLICATES)
+    if not described.entries:
+        return 0.0
+    return float(clipping.measure(described.entries, order, duplicates).values()[0])
+
+
+def clip_by_global_norm(
+    grads: Any,
+    clip_norm: float,
+    use_norm: float | None = None,
+    *,
+    ord: float = 2,
+    nonfinite: str = "propagate",
+    duplicates: str = "sum",
+    out: Any = None,
+) -> tuple[Any, float]:
+    """Scale all gradients by ``min(1, clip_norm / norm)``, the norm being that of all together.
+
+    Parameters
+    ----------
+    grads : list, tuple, dict or iterator of gradients
+        As in `global_norm`. Written only where `out` says so.
+    clip_norm : float
+        The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros.
+    use_norm : float, optional
+        A norm to use instead of computing it, for instance from `global_norm`.
+    ord : float, default 2
+        The order of the norm, a real number >= 1 or ``inf``.
+    nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
+        What to do where a gradient holds NaN or Inf. "propagate": every output is NaN (nothing
+        is changed if `clip_norm` is ``inf``). "raise": `NonFiniteGradientError`, nothing is
+        modified. "skip": the gradients are returned as they are. "zero": such elements become
+        0 and the rest is clipped by the norm of the rest.
+    duplicates : {"sum", "raw"}, default "sum"
+        Whether repeated rows of `IndexedSlices` count as their sum, or as they lie.
+    out : list, tuple, dict, optional
+        Where to write: `grads` itself to work in place, or arrays of the same shapes and
+        dtypes. New arrays by default.
+
+    Returns
+    -------
+    clipped : list, tuple or dict
+        The results in the structure of `grads`, None where None was; the objects of `out`.
+    norm : float
+        The norm before clipping, or `use_norm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it. Nothing is written then.
+    NonFiniteGradientError
+        With ``nonfinite="raise"``, naming the first bad gradient, its index and its value.
+
+    Notes
+    -----
+    **Guarantees.** Where clipped, the exact norm of the result, in real arithmetic, does not
+    exceed `clip_norm`, and falls short of it by at most 4 units of roundoff of the coarsest
+    dtype among the gradients (64 units for float64 alone), unless results are subnormal. Where
+    repeated rows cancel, the units count from the norm of their magnitudes. Where the norm does
+    not exceed `clip_norm`, results are bit-identical, and in place not a byte is written. One
+    factor for all elements. Results do not depend on threads or alignment.
+
+    **Edge cases.** Zero gradients stay zero. Finite gradients whose norm exceeds float64 are
+    clipped; the norm is told as ``inf``. Strided, misaligned and byte-swapped arrays are
+    worked on in a copy; in place they are written back, but byte-swapped ones are refused.
+
+    **Source.** ``tf.clip_by_global_norm`` and Pascanu, Mikolov and Bengio 2013 (arXiv
+    1211.5063, algorithm 1). Differs where TensorFlow overflows, underflows, exceeds the bound
+    by rounding, or takes repeated rows as they lie.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> grads = {"w": np.array([3.0, 0.0]), "b": np.array([4.0])}
+    >>> clipped, norm = nc.clip_by_global_norm(grads, 1.0)
+    >>> norm, nc.global_norm(clipped) <= 1.0
+    (5.0, True)
+    """
+    order = inputs.order(ord)
+    bound = inputs.bound("clip_norm", clip_norm)
+    given = None if use_norm is None else inputs.given_norm(use_norm)
+    inputs.choice("nonfinite", nonfinite, POLICIES)
+    inputs.choice("duplicates", duplicates, DUPLICATES)
+    described = inputs.gradients(grads)
+    where = places(described, grads, out)
+    norm = clipping.clip(
+        described.entries,
+        where,
+        bound,
+        ord=order,
+        nonfinite=nonfinite,
+        duplicates=duplicates,
+        use_norm=given,
+    )
+    return described.with_results([place.result for place in where]), norm
+
+
+def clip_by_norm(
+    grad: Any, clip_norm: float, axes: Any = None, *, ord: float = 2, out: Any = None
+) -> Any:
+    """Scale a gradient by ``min(1, clip_norm / norm)``.
+
+    Parameters
+    ----------
+    grad : array or IndexedSlices
+        A gradient of any dtype and shape, see `global_norm`.
+    clip_norm : float
+        The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros.
+    axes : int or sequence of int, optional
+        The axes the norm is taken over, each unit along the others being clipped by its own
+        norm; all by default. Of the dense array, for `IndexedSlices`.
+    ord : float, default 2
+        The order of the norm, a real number >= 1 or ``inf``.
+    out : array or IndexedSlices, optional
+        Where to write: `grad` itself, or one of the same shape and dtype.
+
+    Returns
+    -------
+    array or IndexedSlices
+        The clipped gradient. With `axes`, repeated rows are summed first: new slices are
+        coalesced, and `out` holds each sum in the first of its rows and 0 in the others.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it. Nothing is written then.
+
+    Notes
+    -----
+    **Guarantees.** As `clip_by_global_norm`, for each unit. NaN or Inf makes its unit NaN.
+    Axes in front or in the middle are summed where they stand; other arrangements, and orders
+    other than 2, work on a transposed copy.
+
+    **Source.** ``tf.clip_by_norm``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> nc.clip_by_norm(np.array([[3.0, 4.0], [0.3, 0.4]]), 1.0, axes=1).round(12)
+    array([[0.6, 0.8],
+           [0.3, 0.4]])
+    """
+    order = inputs.order(ord)
+    bound = inputs.bound("clip_norm", clip_norm)
+    entry = inputs.entry("grad", 0, grad)
+    reduced = inputs.axes_of(axes, len(entry.dense_shape))
+    if reduced is None:
+        return _clip_whole(entry, bound, out, order)
+
+    def clip_units(entry: Entry, place: Place) -> bool:
+        units = Units(entry, reduced)
+        return units.clip(place, units.norms(order), np.full(units.count, bound), order)
+
+    return _with_rows_summed(entry, out, clip_units)
+
+
+def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any:
+    """Scale a gradient by ``min(1, clip_norm / (norm / size))``.
+
+    Parameters
+    ----------
+    grad : array or IndexedSlices
+        A gradient of any dtype and shape, see `global_norm`.
+    clip_norm : float
+        The bound on the L2 norm divided by the number of elements (of the dense array, for
+        `IndexedSlices`), >= 0.
+    out : array or IndexedSlices, optional
+        Where to write: `grad` itself, or one of the same shape and dtype.
+
+    Returns
+    -------
+    array or IndexedSlices
+        The clipped gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it. Nothing is written then.
+
+    Notes
+    -----
+    **Guarantees.** As `clip_by_global_norm`. **Source.** ``tf.compat.v1.clip_by_average_norm``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> nc.clip_by_average_norm(np.array([3.0, 4.0]), 1.0).round(12)
+    array([1.2, 1.6])
+    """
+    bound = inputs.bound("clip_norm", clip_norm)
+    entry = inputs.entry("grad", 0, grad)
+    return _clip_whole(entry, bound, out, divisor=max(entry.dense_size, 1))
+
+
+def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
+    """Scale a gradient by ``1 / max(1, rms / threshold)``.
+
+    Parameters
+    ----------
+    grad : array or IndexedSlices
+        A gradient of any dtype and shape, see `global_norm`.
+    threshold : float
+        The bound on the root mean square of the elements (of the dense array, for
+        `IndexedSlices`), >= 0.
+    out : array or IndexedSlices, optional
+        Where to write: `grad` itself, or one of the same shape and dtype.
+
+    Returns
+    -------
+    array or IndexedSlices
+        The clipped gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it. Nothing is written then.
+
+    Notes
+    -----
+    **Guarantees.** As `clip_by_global_norm`. **Source.** Shazeer and Stern 2018 (arXiv
+    1804.04235, section 6); ``optax.clip_by_block_rms``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> nc.clip_by_block_rms(np.array([2.0, -2.0]), 0.5).round(12)
+    array([ 0.5, -0.5])
+    """
+    bound = inputs.bound("threshold", threshold)
+    entry = inputs.entry("grad", 0, grad)
+    return _clip_whole(entry, bound, out, divisor=math.sqrt(max(entry.dense_size, 1)))
+
+
+def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: Any = None) -> Any:
+    """Hold each element between two bounds.
+
+    Parameters
+    ----------
+    grad : array or IndexedSlices
+        A gradient of a real dtype and any shape, see `global_norm`.
+    clip_value_min, clip_value_max : float or array
+        The bounds, rounded to the dtype of `grad`; arrays broadcast to its (dense) shape, and
+        take a slower path. Neither may be NaN, none of the first exceed the second's.
+    out : array or IndexedSlices, optional
+        Where to write: `grad` itself, or one of the same shape and dtype.
+
+    Returns
+    -------
+    array or IndexedSlices
+        The clipped gradient. Repeated rows are summed first: new slices are coalesced, and
+        `out` holds each sum in the first of its rows and 0 in the others.
+
+    Raises
+    ------
+    TypeError
+        Where `grad` is complex or no gradient.
+    ValueError
+        Where the bounds do not fit, or exclude 0 for `IndexedSlices`, whose missing rows
+        would change.
+
+    Notes
+    -----
+    **Edge cases.** NaN stays NaN, Inf becomes the bound. **Source.** ``tf.clip_by_value``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
+    array([-1. ,  0.5,  1. ])
+    """
+    entry = inputs.entry("grad", 0, grad)
+    if entry.dtype.components == 2:
+        raise TypeError(
+            f"grad: expected real numbers to hold between bounds, got {entry.dtype.name}"
+        )
+    low, high = inputs.value_bounds(clip_value_min, clip_value_max, entry.dense_shape)
+    if entry.slices is not None:
+        inputs.refuse_excluding_zero(low, high)
+
+    def clamp(entry: Entry, place: Place) -> bool:
+        clipping.clamp(entry, place, low, high)
+        return True
+
+    return _with_rows_summed(entry, out, clamp)
+
+
+def adaptive_clip(
+    grad: Any,
+    param: Any,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    axes: Any = None,
+    *,
+    out: Any = None,
+) -> Any:
+    """Hold the norm of each unit of a gradient to a fraction of its parameters' norm.
+
+    A unit whose norm exceeds ``clip_factor * max(norm(param_unit), eps)`` is scaled down to it.
+
+    Parameters
+    ----------
+    grad : array or IndexedSlices
+        A gradient of any dtype and shape, see `global_norm`.
+    param : array
+        The parameter, of the same (dense) shape. Only read.
+    clip_factor : float, default 0.01
+        The greatest ratio of the norms, >= 0.
+    eps : float, default 1e-3
+        The least parameter norm that counts, >= 0: parameters at 0 can still move.
+    axes : int or sequence of int, optional
+        The axes the norms are taken over. By default all but the last, so that a unit is what
+        feeds one output (weights of inputs x outputs, HWIO filters); all for one dimension.
+    out : array or IndexedSlices, optional
+        Where to write: `grad` itself, or one of the same shape and dtype.
+
+    Returns
+    -------
+    array or IndexedSlices
+        The clipped gradient. Repeated rows are summed as in `clip_by_norm` with axes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it. Nothing is written then.
+
+    Notes
+    -----
+    **Guarantees.** As `clip_by_global_norm`, for each unit. **Source.** Brock et al. 2021
+    (arXiv 2102.06171, equation 3); ``optax.adaptive_grad_clip``, which adds 1e-6 to norms of 0.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> grad, param = np.array([[3.0, 0.01], [4.0, 0.0]]), np.array([[6.0, 6.0], [8.0, 8.0]])
+    >>> nc.adaptive_clip(grad, param, clip_factor=0.1).round(12)
+    array([[0.6 , 0.01],
+           [0.8 , 0.  ]])
+    """
+    factor = inputs.bound("clip_factor", clip_factor)
+    least = inputs.bound("eps", eps)
+    entry = inputs.entry("grad", 0, grad)
+    owner = inputs.entry("param", 0, param)
+    if owner.slices is not None or owner.values.shape != entry.dense_shape:
+        raise ValueError(
+            f"param: expected an array of the gradient's shape {entry.dense_shape}, "
+            f"got {'IndexedSlices' if owner.slices is not None else owner.values.shape}"
+        )
+    ndim = len(entry.dense_shape)
+    reduced = inputs.axes_of(axes, ndim)
+    if reduced is None:
+        reduced = tuple(range(max(ndim - 1, min(ndim, 1))))
+
+    def clip_units(entry: Entry, place: Place) -> bool:
+        rows = owner
+        if entry.slices is not None and 0 not in reduced:
+            rows = inputs.entry("param", 0, owner.values[entry.slices.indices])
+        bounds = factor * np.maximum(Units(rows, reduced).norms().values(), least)
+        units = Units(entry, reduced)
+        return units.clip(place, units.norms(), bounds)
+
+    return _with_rows_summed(entry, out, clip_units)
+
+
+def clip_per_example(
+    grads: Any, clip_norm: float, *, layerwise: str | None = None
+) -> tuple[Any, Any]:
+    """Clip the gradients of each example by their norm, and add the examples up.
+
+    Parameters
+    ----------
+    grads : list, tuple, dict or iterator of gradients
+        Axis 0 of each is the example, of the same length in all. See `global_norm`.
+    clip_norm : float
+        The bound on the norm of all gradients of one example, >= 0.
+    layerwise : {None, "uniform", "proportional"}, default None
+        Share the bound among the K gradients, each clipped by its own norm: to
+        ``clip_norm / sqrt(K)`` each, or by the square root of its share of the elements.
+
+    Returns
+    -------
+    summed : list, tuple or dict
+        The sums over examples of the clipped gradients, in the structure and dtypes of `grads`.
+    num_clipped : int, or list, tuple or dict of int
+        How many examples were clipped; with `layerwise` for each gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it.
+
+    Notes
+    -----
+    **Guarantees.** What one example adds has a norm of at most `clip_norm`. Sums are added in
+    float64 in the order of the examples, and rounded once. NaN or Inf in an example makes the
+    sums NaN. **Source.** Abadi et al. 2016 (arXiv 1607.00133, algorithm 1), before the noise;
+    ``optax.per_example_global_norm_clip`` and ``optax.per_example_layer_norm_clip``.
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> summed, clipped = nc.clip_per_example([np.array([[3.0, 4.0], [0.3, 0.4]])], 1.0)
+    >>> summed[0].round(12), clipped
+    (array([0.9, 1.2]), 1)
+    """
+    bound = inputs.bound("clip_norm", clip_norm)
+    inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    described = inputs.gradients(grads)
+    inputs.check_examples(described.entries)
+    if not described.entries:
+        return described.with_results([]), described.with_results([]) if layerwise else 0
+    entries = [inputs.coalesced(entry) for entry in described.entries]
+    sums, counts = clip_examples(entries, bound, layerwise)
+    counted = described.with_results(counts) if layerwise else counts[0]
+    return described.with_results(sums), counted
+
+
+def _clip_whole(
+    entry: Entry, bound: float, out: Any, ord: float = 2.0, divisor: float = 1.0
+) -> Any:
+    """Clip one gradient by its norm over `divisor`."""
+    place = place_one(entry, out)
+    clipping.clip([entry], [place], bound, ord=ord, divisor=divisor)
+    return place.result
+
+
+def _with_rows_summed(entry: Entry, out: Any, operate: Callable[[Entry, Place], bool]) -> Any:
+    """Run an operation that is not linear, on slices after their repeated rows are summed.
+
+    `operate` tells whether it changed anything.
+    """
+    place = place_one(entry, out)
+    if not entry.repeated:
+        operate(entry, place)
+        return place.result
+    merged = inputs.coalesced(entry)
+    changed = operate(merged, place_one(merged, merged.slices))
+    if out is None:
+        return merged.slices
+    if changed or not place.in_place:
+        slices = cast(IndexedSlices, entry.slices)
+        order, starts = slices.grouping
+        firsts = order[starts[:-1]]
+        place.array[...] = 0
+        place.array[firsts[np.argsort(slices.indices[firsts])]] = merged.values
+    return place.result

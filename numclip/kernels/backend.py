@@ -1,0 +1,215 @@
+"""Operations of the CPU: kernels over batches of tensors, with their scratch and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType
+from numclip.kernels import cpu, threads
+from numclip.kernels.tuning import CHUNK, COLUMNS
+
+# Outside this range a float64 sum of squares may have lost what under- or overflowed.
+_SAFE = 2.0**-960, 2.0**1000
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Batch(NamedTuple):
+    """Tensors of one element type, cut into chunks; `places` are the tensors' among all.
+
+    The table of chunks holds addresses: `arrays` keeps the memory alive.
+    """
+
+    dtype: DType
+    places: Array
+    chunks: Array
+    nbytes: int
+    arrays: Sequence[Array]
+
+    def share(self, chosen: Array) -> Batch:
+        """Return the batch with the chunks of the chosen tensors alone (a mask)."""
+        return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
+
+
+def _addresses(arrays: Sequence[Array]) -> Array:
+    return np.array([array.ctypes.data for array in arrays], np.int64)
+
+
+def batch(dtype: DType, places: Array, sources: Sequence[Array], targets: Sequence[Array]) -> Batch:
+    """Return a batch of contiguous 1-d tensors and where each is written."""
+    lengths = np.array([source.size for source in sources], np.int64)
+    chunks = _split(dtype, _addresses(sources), _addresses(targets), lengths)
+    nbytes = int(lengths.sum()) * dtype.storage.itemsize
+    return Batch(dtype, places, chunks, nbytes, (*sources, *targets))
+
+
+def rows_of(dtype: DType, source: Array, target: Array, rows: int) -> Batch:
+    """Return a batch whose tensors are the rows of contiguous 1-d storage."""
+    length = source.size // max(rows, 1)
+    offsets = np.arange(rows, dtype=np.int64) * (length * source.itemsize)
+    reads, writes = (array.ctypes.data + offsets for array in (source, target))
+    chunks = _split(dtype, reads, writes, np.full(rows, length, np.int64))
+    return Batch(dtype, np.arange(rows), chunks, source.nbytes, (source, target))
+
+
+def _split(dtype: DType, sources: Array, targets: Array, lengths: Array) -> Array:
+    chunks = np.empty((int((-(-lengths // CHUNK)).sum()), 4), np.int64)
+    cpu.split(sources, targets, lengths, dtype.storage.itemsize, CHUNK, chunks)
+    return chunks
+
+
+def _like(dtype: DType) -> Array:
+    return np.empty(0, dtype.storage)
+
+
+def is_safe(total: Any) -> Any:
+    """Tell whether a sum of squares is in the range where nothing was lost."""
+    return (total > _SAFE[0]) & (total < _SAFE[1])
+
+
+def _merged(batch: Batch, partial: Array) -> Array:
+    totals = np.zeros(batch.places.size)
+    cpu.merge(batch.chunks, partial, totals)
+    return totals
+
+
+def largest(batch: Batch) -> Array:
+    """Return the largest magnitude of each tensor's stored elements; NaN where there is one."""
+    itemsize = batch.dtype.storage.itemsize
+    mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
+    partial = np.empty(len(batch.chunks), mask.dtype)
+    threads.run(cpu.max_magnitude, partial.size, batch.nbytes, batch.chunks, mask, partial)
+    bits = np.zeros(batch.places.size, mask.dtype)
+    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
+    if batch.dtype.name == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(f"f{itemsize}").astype(np.float64)
+
+
+def powers(batch: Batch, scales: Array, ord: float) -> Array:
+    """Return each tensor's sum of ``(|x| / scale) ** ord``, the maximum for ``ord=inf``."""
+    partial = np.empty(len(batch.chunks))
+    arguments = batch.chunks, scales, ord, _like(batch.dtype), partial
+    threads.run(cpu.sum_powers, partial.size, batch.nbytes, *arguments)
+    if ord != np.inf:
+        return _merged(batch, partial)
+    totals = np.zeros(batch.places.size)
+    np.maximum.at(totals, batch.chunks[:, cpu.OWNER], partial)
+    return totals
+
+
+def squares(batch: Batch) -> tuple[Array, Array]:
+    """Return each tensor's sum of squares as ``total * 4**exponent``.
+
+    One pass. Only float64 can leave the safe range; such tensors are summed again, divided by
+    a power of two near their largest element.
+    """
+    partial = np.empty(len(batch.chunks))
+    arguments = batch.chunks, _like(batch.dtype), partial
+    threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments)
+    totals = _merged(batch, partial)
+    exponents = np.zeros(totals.size, np.int64)
+    unsafe = ~is_safe(totals)
+    if batch.dtype.digits == 53 and unsafe.any():
+        suspects = batch.share(unsafe)
+        peaks = largest(suspects)
+        unsafe &= np.isfinite(peaks) & (peaks > 0.0)
+        exponents[unsafe] = np.frexp(peaks[unsafe])[1] - 1
+        scales = np.ldexp(1.0, exponents)
+        totals[unsafe] = powers(batch.share(unsafe), scales, 2.0)[unsafe]
+    return totals, exponents
+
+
+def join(
+    totals: Array, exponents: Array, groups: Array, count: int, ord: float
+) -> tuple[Array, Array]:
+    """Return the norms of groups of tensors as ``root * 2**exponent``, added in their order."""
+    roots = np.zeros(count)
+    powers = np.zeros(count, np.int64)
+    cpu.join(totals, exponents, groups, ord, roots, powers)
+    return roots, powers
+
+
+def factors(
+    norms: tuple[Array, Array], bounds: Array, roundoffs: Array, digits: int
+) -> tuple[Array, Array]:
+    """Return the factor of each norm as ``mantissa * 2**power``, see `formulas.clip_factor`."""
+    roots, exponents = norms
+    mantissas = np.empty(roots.size)
+    powers = np.empty(roots.size, np.int64)
+    cpu.factors(roots, exponents, bounds, roundoffs, digits, mantissas, powers)
+    return mantissas, powers
+
+
+def scale(batch: Batch, mantissas: Array, powers: Array) -> None:
+    """Write each tensor times its factor, in one pass."""
+    factor = np.ldexp(mantissas, powers).astype(batch.dtype.compute)  # exact
+    arguments = batch.chunks, factor, _like(batch.dtype)
+    threads.run(cpu.scale, len(batch.chunks), batch.nbytes, *arguments)
+
+
+def scale_truncating(batch: Batch, mantissas: Array, powers: Array) -> None:
+    """Write each tensor times its factor, subnormal results rounded toward zero; slow."""
+    precision = np.array(batch.dtype.precision, np.int64)
+    arguments = batch.chunks, mantissas, powers, precision, _like(batch.dtype)
+    threads.run(cpu.scale_truncating, len(batch.chunks), batch.nbytes, *arguments)
+
+
+def clamp(batch: Batch, low: float, high: float) -> None:
+    """Write each element held between two bounds."""
+    as_computed = batch.dtype.compute.type
+    arguments = batch.chunks, as_computed(low), as_computed(high), _like(batch.dtype)
+    threads.run(cpu.clamp, len(batch.chunks), batch.nbytes, *arguments)
+
+
+def column_squares(x: Array) -> Array:
+    """Return the sums of squares over the middle axis of a 3-d array of storage."""
+    outer, _, inner = x.shape
+    out = np.zeros((outer, inner))
+    count = outer * -(-inner // COLUMNS)
+    threads.run(cpu.column_squares, count, x.nbytes, x, COLUMNS, out)
+    return out
+
+
+def scale_columns(x: Array, factors: Array, out: Array) -> None:
+    """Write `x` times factors of the shape (outer, inner), in their type's precision."""
+    threads.run(cpu.scale_columns, x.shape[0] * x.shape[1], x.nbytes, x, factors, out)
+
+
+def sum_examples(x: Array, factors: Array, out: Array) -> None:
+    """Write the sum over the first axis of `x`, each example times its factor."""
+    count = -(-x.shape[1] // COLUMNS)
+    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, COLUMNS, out)
+
+
+def group(indices: Array) -> tuple[Array, Array]:
+    """Return the order that brings equal indices together, and where each group starts."""
+    numbers = np.ascontiguousarray(indices, np.int64)
+    table = np.full(1 << (2 * numbers.size).bit_length(), -1, np.int64)
+    groups = np.empty(numbers.size, np.int64)
+    starts = np.zeros(numbers.size + 1, np.int64)
+    count = cpu.group_rows(numbers, table, groups, starts)
+    starts = starts[: count + 1]
+    order = np.empty(numbers.size, np.int64)
+    cpu.order_rows(groups, starts, order)
+    return order, starts
+
+
+def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
+    """Return the squared norms of the summed rows and of the rows' summed magnitudes."""
+    count = starts.size - 1
+    partial = np.empty((count, 2))
+    threads.run(cpu.grouped_squares, count, values.nbytes, order, starts, values, partial)
+    chunks = np.zeros((2 * count, 4), np.int64)
+    chunks[1::2, cpu.OWNER] = 1
+    totals = np.zeros(2)
+    cpu.merge(chunks, partial.reshape(-1), totals)
+    return float(totals[0]), float(totals[1])
+
+
+def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
+    """Write the sum of each group of rows to a row of `out`; both are 2-d storage."""
+    arguments = order, starts, values, out
+    threads.run(cpu.merge_rows, starts.size - 1, values.nbytes, *arguments)

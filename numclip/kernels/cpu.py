@@ -1,0 +1,399 @@
+"""Loops over memory on the CPU.
+
+Kernels work on a table of chunks, a row each: where the chunk is read (address), where it is
+written, its number of elements, the tensor that owns it. Like every long loop they take the
+range ``[begin, end)`` of their share first, and release the GIL. `like` is an empty array that
+says how elements are stored. Sums are in float64: a plain sum over each block, the blocks
+added with their rounding errors kept, so a result depends on the chunk alone.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.kernels import formulas
+from numclip.kernels.elements import array_at, narrow, widen
+from numclip.kernels.jit import block_sum, inline, kernel
+from numclip.kernels.tuning import BLOCK
+
+SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
+
+two_sum = inline(formulas.two_sum)
+power_term = inline(formulas.power_term)
+scale_by_power = inline(formulas.scale_by_power)
+larger = inline(formulas.larger)
+root = inline(formulas.root)
+clip_factor = inline(formulas.clip_factor)
+truncated_product = inline(formulas.truncated_product)
+clamped = inline(formulas.clamped)
+
+
+@kernel
+def split(sources, targets, lengths, itemsize, limit, out):
+    """Cut tensors into chunks of `limit` elements; write the table of chunks to `out`."""
+    c = 0
+    for t in range(lengths.size):
+        for start in range(0, lengths[t], limit):
+            out[c, SOURCE] = sources[t] + start * itemsize
+            out[c, TARGET] = targets[t] + start * itemsize
+            out[c, LENGTH] = min(limit, lengths[t] - start)
+            out[c, OWNER] = t
+            c += 1
+
+
+@block_sum
+def block_of_squares(x):
+    """Return the sum of squares of a short array."""
+    total = 0.0
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        total += value * value
+    return total
+
+
+@inline
+def array_of_squares(x):
+    """Return the sum of squares of an array, right to a few units of roundoff."""
+    total = 0.0
+    error = 0.0
+    for start in range(0, x.size, BLOCK):
+        total, rest = two_sum(total, block_of_squares(x[start : start + BLOCK]))
+        error += rest
+    # An infinite total has no error; its two_sum is NaN.
+    return total + error if math.isfinite(total) else total
+
+
+@kernel
+def sum_squares(begin, end, chunks, like, out):
+    """Write each chunk's sum of squares. Reads every element once."""
+    for c in range(begin, end):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        out[c] = array_of_squares(x)
+
+
+@kernel
+def sum_powers(begin, end, chunks, scales, ord, like, out):
+    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, the maximum for ``inf``."""
+    for c in range(begin, end):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        scale = scales[chunks[c, OWNER]]
+        total = 0.0
+        error = 0.0
+        for i in range(x.size):
+            term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+            if ord == math.inf:
+                total = larger(total, term)
+            else:
+                total, rest = two_sum(total, term)
+                error += rest
+        out[c] = total + error
+
+
+@kernel
+def max_magnitude(begin, end, chunks, mask, out):
+    """Write each chunk's largest magnitude as the integer of its bits; NaN exceeds Inf.
+
+    `mask` is an array of one unsigned integer of the element's size that leaves out the sign:
+    the bits of positive floats order as the floats do.
+    """
+    for c in range(begin, end):
+        bits = array_at(chunks[c, SOURCE], chunks[c, LENGTH], mask)
+        largest = bits[0] & mask[0]
+        for i in range(bits.size):
+            largest = max(largest, bits[i] & mask[0])
+        out[c] = largest
+
+
+@inline
+def settle(total, error):
+    """Add the collected errors to their sums; an infinite sum has none."""
+    for i in range(total.size):
+        if math.isfinite(total[i]):
+            total[i] += error[i]
+
+
+@kernel
+def merge(chunks, partial, out):
+    """Add the partial sums of each tensor in the order of its chunks."""
+    errors = np.zeros_like(out)
+    for c in range(chunks.shape[0]):
+        t = chunks[c, OWNER]
+        total, rest = two_sum(out[t], partial[c])
+        out[t] = total
+        errors[t] += rest
+    settle(out, errors)
+
+
+@kernel
+def join(totals, exponents, groups, ord, roots, powers):
+    """Write the norm of each group of tensors, ``root * 2**power``, from sums of powers.
+
+    A sum stands for ``total * 2**(ord * exponent)``; those of a group are brought to its
+    largest exponent (which differ for ``ord=2`` alone) and added in order.
+    """
+    empty = np.ones(roots.size, np.bool_)
+    for t in range(totals.size):
+        g = groups[t]
+        if totals[t] != 0.0 and (empty[g] or exponents[t] > powers[g]):
+            powers[g] = exponents[t]
+            empty[g] = False
+    errors = np.zeros(roots.size)
+    for t in range(totals.size):
+        g = groups[t]
+        value = scale_by_power(totals[t], 2 * (exponents[t] - powers[g]))
+        if ord == math.inf:
+            roots[g] = larger(roots[g], value)
+            continue
+        roots[g], rest = two_sum(roots[g], value)
+        errors[g] += rest
+    settle(roots, errors)
+    for g in range(roots.size):
+        roots[g] = root(roots[g], ord)
+
+
+@kernel
+def factors(norms, exponents, bounds, roundoffs, digits, mantissas, powers):
+    """Write the factor of each norm, 1 where it does not exceed its bound."""
+    mantissas[:] = 1.0
+    powers[:] = 0
+    for t in range(norms.size):
+        if scale_by_power(norms[t], exponents[t]) <= bounds[t]:
+            continue
+        mantissas[t], powers[t] = clip_factor(
+            bounds[t], norms[t], exponents[t], roundoffs[t], digits
+        )
+
+
+@inline
+def scaled(value, factor):
+    """Return an element times the factor, rounded once."""
+    return narrow(widen(value) * factor, value)
+
+
+@inline
+def multiply(x, factor):
+    """Multiply an array in place."""
+    for i in range(x.size):
+        x[i] = scaled(x[i], factor)
+
+
+@inline
+def multiply_into(x, factor, out):
+    """Multiply an array into another: a loop of its own, as one that may alias is scalar."""
+    for i in range(x.size):
+        out[i] = scaled(x[i], factor)
+
+
+@kernel
+def scale(begin, end, chunks, factors, like):
+    """Multiply each chunk by the factor of its owner. Reads and writes every element once.
+
+    A factor of 1 copies bits; in place, it touches nothing.
+    """
+    for c in range(begin, end):
+        factor = factors[chunks[c, OWNER]]
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        out = array_at(chunks[c, TARGET], chunks[c, LENGTH], like)
+        if chunks[c, SOURCE] == chunks[c, TARGET]:
+            if factor != 1.0:
+                multiply(x, factor)
+        elif factor != 1.0:
+            multiply_into(x, factor, out)
+        else:
+            copy(x, out)
+
+
+@inline
+def copy(x, out):
+    """Copy an array."""
+    for i in range(x.size):
+        out[i] = x[i]
+
+
+@inline
+def written(chunk, like):
+    """Return the array a chunk is written to, after copying there what the chunk reads."""
+    out = array_at(chunk[TARGET], chunk[LENGTH], like)
+    if chunk[SOURCE] != chunk[TARGET]:
+        copy(array_at(chunk[SOURCE], chunk[LENGTH], like), out)
+    return out
+
+
+@kernel
+def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
+    """Multiply as `scale` does, by ``mantissa * 2**power``, subnormal results toward zero.
+
+    `precision` holds the digits of the dtype and the exponent of its smallest number.
+    """
+    for c in range(begin, end):
+        mantissa = mantissas[chunks[c, OWNER]]
+        power = powers[chunks[c, OWNER]]
+        x = written(chunks[c], like)
+        if mantissa == 1.0 and power == 0:
+            continue
+        for i in range(x.size):
+            value = np.float64(widen(x[i]))
+            product = truncated_product(value, mantissa, power, precision[0], precision[1])
+            x[i] = narrow(product, x[i])
+
+
+@inline
+def hold(x, low, high):
+    """Hold each element of an array between `low` and `high`, in place."""
+    for i in range(x.size):
+        x[i] = narrow(clamped(widen(x[i]), low, high), x[i])
+
+
+@kernel
+def clamp(begin, end, chunks, low, high, like):
+    """Hold each element between `low` and `high`. Reads and writes every element once."""
+    for c in range(begin, end):
+        hold(written(chunks[c], like), low, high)
+
+
+@inline
+def add_squares(x, out):
+    """Add the squares of an array to a float64 array."""
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        out[i] += value * value
+
+
+@inline
+def add_exactly(x, total, error):
+    """Add an array to another, collecting the rounding errors."""
+    for i in range(x.size):
+        total[i], rest = two_sum(total[i], np.float64(widen(x[i])))
+        error[i] += rest
+
+
+@kernel
+def column_squares(begin, end, x, width, out):
+    """Write the sums of squares over the middle axis of `x` to `out`, blocks of `width` columns.
+
+    `x` has the shape (outer, reduced, inner), `out` (outer, inner); the share is of blocks.
+    """
+    blocks = -(-x.shape[2] // width)
+    for item in range(begin, end):
+        a = item // blocks
+        first = item % blocks * width
+        total = out[a, first : first + width]
+        error = np.zeros(total.size)
+        for start in range(0, x.shape[1], BLOCK):
+            part = np.zeros(total.size)
+            for r in range(start, min(start + BLOCK, x.shape[1])):
+                add_squares(x[a, r, first : first + width], part)
+            add_exactly(part, total, error)
+        settle(total, error)
+
+
+@kernel
+def scale_columns(begin, end, x, factors, out):
+    """Multiply by a factor for each (outer, inner) pair; shapes as in `column_squares`.
+
+    The share is of rows, ``outer * reduced`` of them. In place where `x` and `out` are one.
+    """
+    for item in range(begin, end):
+        a = item // x.shape[1]
+        r = item % x.shape[1]
+        row = out[a, r]
+        if x.ctypes.data != out.ctypes.data:
+            copy(x[a, r], row)
+        for i in range(row.size):
+            row[i] = scaled(row[i], factors[a, i])
+
+
+@kernel
+def sum_examples(begin, end, x, factors, width, out):
+    """Write the sum over examples of ``x[example] * factors[example]``, in float64.
+
+    `x` has the shape (examples, elements); the share is of blocks of `width` elements.
+    """
+    for block in range(begin, end):
+        first = block * width
+        result = out[first : first + width]
+        total = np.zeros(result.size)
+        for e in range(x.shape[0]):
+            row = x[e, first : first + width]
+            for i in range(row.size):
+                total[i] += np.float64(widen(row[i])) * factors[e]
+        for i in range(result.size):
+            result[i] = narrow(total[i], result[i])
+
+
+@kernel
+def group_rows(indices, table, group, starts):
+    """Assign numbers to distinct indices in the order they appear; return how many there are.
+
+    `table` is a hash table, a power of two of slots that hold -1; `group` receives the number
+    of each index, `starts` the sizes of the groups, shifted by one.
+    """
+    first = np.empty(indices.size, np.int64)
+    count = 0
+    for k in range(indices.size):
+        index = indices[k]
+        slot = (((index ^ (index >> 31)) & 0x7FFF_FFFF) * 0x9E37_79B1 >> 16) & (table.size - 1)
+        while table[slot] >= 0 and indices[first[table[slot]]] != index:
+            slot = (slot + 1) & (table.size - 1)
+        if table[slot] < 0:
+            table[slot] = count
+            first[count] = k
+            count += 1
+        group[k] = table[slot]
+        starts[table[slot] + 1] += 1
+    return count
+
+
+@kernel
+def order_rows(group, starts, order):
+    """List the rows group by group, in the order they stand; turn sizes into starts."""
+    for g in range(1, starts.size):
+        starts[g] += starts[g - 1]
+    place = starts[:-1].copy()
+    for k in range(group.size):
+        order[place[group[k]]] = k
+        place[group[k]] += 1
+
+
+@inline
+def sum_rows(rows, values, total, error):
+    """Write the exact sums of some rows of `values`, as far as two float64 hold them."""
+    total[:] = 0.0
+    error[:] = 0.0
+    for k in rows:
+        add_exactly(values[k], total, error)
+    settle(total, error)
+
+
+@kernel
+def grouped_squares(begin, end, order, starts, values, out):
+    """Write, for each group of rows, the squared norms of their sum and of their magnitudes' sum.
+
+    `values` has the shape (rows, elements) and is read once, `out` (groups, 2).
+    """
+    total = np.empty(values.shape[1])
+    error = np.empty(values.shape[1])
+    for g in range(begin, end):
+        rows = order[starts[g] : starts[g + 1]]
+        sum_rows(rows, values, total, error)
+        out[g, 0] = array_of_squares(total)
+        if rows.size == 1:
+            out[g, 1] = out[g, 0]
+            continue
+        total[:] = 0.0
+        for k in rows:
+            row = values[k]
+            for i in range(row.size):
+                total[i] += abs(np.float64(widen(row[i])))
+        out[g, 1] = array_of_squares(total)
+
+
+@kernel
+def merge_rows(begin, end, order, starts, values, out):
+    """Write the sum of each group of rows to a row of `out`, rounded once."""
+    total = np.empty(values.shape[1])
+    error = np.empty(values.shape[1])
+    for g in range(begin, end):
+        sum_rows(order[starts[g] : starts[g + 1]], values, total, error)
+        for i in range(total.size):
+            out[g, i] = narrow(total[i], out[g, i])

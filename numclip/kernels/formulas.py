@@ -1,0 +1,130 @@
+"""Scalar mathematics of clipping, in plain Python; each target compiles this text.
+
+Notation: ``u`` is the unit roundoff of a dtype (2**-24 for float32), ``N`` the exact norm of
+the gradients, ``C`` the bound, ``s`` the factor, ``y = fl(s x)`` a stored result.
+
+**Why the bound holds.** Every product is rounded once, so where ``y`` is not subnormal
+``|y| <= s |x| (1 + u)``; where it is, rounding adds at most half the spacing ``h`` of the
+subnormal numbers. Norms are monotone and obey the triangle inequality, hence for any p-norm
+
+    norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
+
+The measured norm ``n`` has a relative error of at most 8 * 2**-53. `clip_factor` returns
+
+    s = down(C / n / (1 + u) * (1 - 2**-48)),
+
+rounded down to the significand that the multiplication can hold. The slack ``2**-48`` is
+32 * 2**-53; it pays for the error of ``n`` here and when the result is measured again (16),
+for the four operations of the law itself (4) and for a grain of up to ``2**-50 C`` (8). So
+``norm(y) <= C`` in real arithmetic, and clipping the result again changes nothing. Where the
+grain is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
+results are rounded toward zero, so that the grain is 0.
+
+**Why it is not lost by much.** The result falls short of C by the margin (u), by rounding
+``s`` down to 24 bits (under 2 u) and by rounding the products (u), in all under 4 u for
+float32: (1 - u)(1 - 2 u)(1 - u) exceeds 1 - 4 u by 5 u**2 = 5 * 2**-48, more than the slack.
+float16 and bfloat16 multiply in float32, so that only 2 u are lost; float64 has s at full
+precision and loses at most 32 + 8 + 4 units of 2**-53.
+
+**Rows that repeat.** For summed rows of a sparse gradient the rounding errors of the terms
+add up: with ``M`` the norm of the sums of magnitudes, ``u N`` above becomes ``u M``; the caller
+passes ``roundoff = u M / N``.
+"""
+
+import math
+
+SLACK = 2.0**-48
+GRAIN_LIMIT = 2.0**-50
+
+
+def two_sum(a: float, b: float) -> tuple[float, float]:
+    """Return ``fl(a + b)`` and its exact rounding error (Knuth, TAOCP 2, 4.2.2, theorem B)."""
+    total = a + b
+    rest = total - a
+    return total, (a - (total - rest)) + (b - rest)
+
+
+def scale_by_power(value: float, exponent: int) -> float:
+    """Return ``value * 2**exponent``, infinite on overflow where `math.ldexp` may raise."""
+    if value == 0.0 or not math.isfinite(value):
+        return value
+    fraction, power = math.frexp(value)
+    if power + exponent > 1024:
+        return math.copysign(math.inf, value)
+    return math.ldexp(fraction, power + exponent)
+
+
+def larger(a: float, b: float) -> float:
+    """Return the larger of two numbers, NaN where one is NaN."""
+    return a if a > b or a != a else b
+
+
+def root(total: float, ord: float) -> float:
+    """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
+    if ord == 2.0:
+        return math.sqrt(total)
+    if ord == 1.0 or ord == math.inf:
+        return total
+    return math.pow(total, 1.0 / ord)
+
+
+def power_term(ratio: float, ord: float) -> float:
+    """Return what an element of magnitude `ratio` adds to a sum of powers."""
+    if ord == 2.0:
+        return ratio * ratio
+    if ord == 1.0 or ord == math.inf:
+        return ratio
+    return math.pow(ratio, ord)
+
+
+def clip_factor(
+    bound: float, norm: float, exponent: int, roundoff: float, digits: int
+) -> tuple[float, int]:
+    """Return the factor ``mantissa * 2**power`` that brings ``norm * 2**exponent`` to `bound`.
+
+    For a norm that exceeds its bound or is not finite, which gives NaN unless the bound is
+    infinite. The module's text says why the bound then holds for the rounded results.
+    """
+    if bound == math.inf:
+        return 1.0, 0
+    if not math.isfinite(norm) or bound != bound:
+        return math.nan, 0
+    if bound == 0.0:
+        return 0.0, 0
+    fraction, power = math.frexp(bound)
+    norm_fraction, norm_power = math.frexp(norm)
+    quotient = fraction / norm_fraction / (1.0 + roundoff) * (1.0 - SLACK)
+    mantissa, shift = math.frexp(quotient)
+    grid = math.ldexp(1.0, digits)
+    return math.floor(mantissa * grid) / grid, power - norm_power - exponent + shift
+
+
+def truncated_product(
+    value: float, mantissa: float, exponent: int, digits: int, lowest: int
+) -> float:
+    """Return ``value * mantissa * 2**exponent``, subnormal results rounded toward zero.
+
+    `digits` is the precision of the dtype the result is stored in, ``2**lowest`` its smallest
+    positive number. A product of `digits` bits above the smallest number is left to the
+    rounding of the store; the rest is cut to the grid that is stored exactly. The product
+    itself is rounded in float64, which the margin of `clip_factor` covers.
+    """
+    if value == 0.0 or not (math.isfinite(value) and math.isfinite(mantissa)):
+        return value * mantissa
+    fraction, power = math.frexp(value)
+    product = fraction * mantissa
+    bits = power + exponent - lowest
+    if bits > digits + 1:
+        return math.ldexp(product, power + exponent)
+    if bits < 0:
+        return math.copysign(0.0, value)
+    return math.ldexp(float(math.trunc(math.ldexp(product, bits))), lowest)
+
+
+def clamped(value: float, low: float, high: float) -> float:
+    """Return `value` held between `low` and `high`; NaN stays NaN."""
+    if value > high:
+        return high
+    if value < low:
+        return low
+    return value

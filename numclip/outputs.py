@@ -1,0 +1,144 @@
+"""Where results go: new arrays, the gradients themselves, or arrays the user gives.
+
+Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import Array
+from numclip.inputs import Entry, Gradients, flat_view, gradients
+from numclip.slices import IndexedSlices
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where one result goes: contiguous storage, and the array to copy it to if that is a copy."""
+
+    result: Any
+    flat: Array
+    array: Array
+    in_place: bool
+    staged: bool
+
+    def finish(self) -> None:
+        """Bring what was written to a copy into the user's array."""
+        if self.staged:
+            written = self.flat.view(self.array.dtype).reshape(self.array.shape)
+            self.array[...] = written
+
+
+def _new(entry: Entry) -> Place:
+    """Return a place in a new array; a private copy of the gradient serves as one."""
+    if entry.private:
+        dtype = entry.values.dtype.newbyteorder("=")
+        array = entry.flat.view(dtype).reshape(entry.values.shape)
+        flat = entry.flat
+    else:
+        flat = np.empty_like(entry.flat)
+        shape, native = entry.values.shape, flat.view(entry.values.dtype)
+        fortran = not entry.values.flags.c_contiguous
+        array = native.reshape(shape[::-1]).T if fortran else native.reshape(shape)
+    result = array if entry.slices is None else entry.slices.with_values(array)
+    return Place(result, flat, array, in_place=False, staged=False)
+
+
+def _written_array(entry: Entry, out: Any, name: str) -> Array:
+    """Return the array to write where the user gives `out`, after checking that it fits."""
+    if entry.slices is not None:
+        if not isinstance(out, IndexedSlices):
+            raise TypeError(f"{name}: expected IndexedSlices, got {type(out).__name__}")
+        same = out.dense_shape == entry.slices.dense_shape
+        if not (same and np.array_equal(out.indices, entry.slices.indices)):
+            raise ValueError(f"{name}: expected the indices and dense_shape of {entry.name}")
+        out = out.values
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(out).__name__}")
+    if out.shape != entry.values.shape:
+        raise ValueError(f"{name}: expected shape {entry.values.shape}, got {out.shape}")
+    if out.dtype != entry.values.dtype:
+        raise TypeError(f"{name}: expected dtype {entry.values.dtype}, got {out.dtype}")
+    if not out.dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got {out.dtype.str}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    return out
+
+
+def _given(entry: Entry, out: Any, name: str) -> Place:
+    """Return a place in the array the user gives."""
+    array = _written_array(entry, out, name)
+    same = array.ctypes.data == entry.values.ctypes.data and array.strides == entry.values.strides
+    if same:
+        return Place(out, entry.flat, array, in_place=True, staged=entry.private)
+    like_order = entry.private or entry.values.flags.c_contiguous
+    ordered = array.flags.c_contiguous if like_order else array.flags.f_contiguous
+    flat = flat_view(array) if ordered else None
+    if flat is None:
+        return Place(out, np.empty_like(entry.flat), array, in_place=False, staged=True)
+    return Place(out, flat, array, in_place=False, staged=False)
+
+
+def _refuse_overlaps(entries: Sequence[Entry], places: Sequence[Place], names: list[str]) -> None:
+    """Refuse results that would be written over one another or over a gradient still to read."""
+    spans = []
+    for source, place in zip(entries, places, strict=True):
+        arrays = [place.array] if place.in_place else [place.array, source.values]
+        spans += [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
+    spans.sort()
+    if all(begin >= end for (_, end), (begin, _) in itertools.pairwise(spans)):
+        return
+    for k, place in enumerate(places):
+        for j in range(len(places)):
+            if j < k and np.shares_memory(place.array, places[j].array):
+                raise ValueError(f"{names[k]}: shares memory with {names[j]}")
+            reads_itself = j == k and place.in_place
+            if not reads_itself and np.shares_memory(place.array, entries[j].values):
+                raise ValueError(
+                    f"{names[k]}: shares memory with {entries[j].name}; "
+                    "pass out= the gradients themselves to work in place"
+                )
+
+
+def place_one(entry: Entry, out: Any) -> Place:
+    """Return where the result of a single gradient goes."""
+    if out is None:
+        return _new(entry)
+    place = _given(entry, out, "out")
+    _refuse_overlaps([entry], [place], ["out"])
+    return place
+
+
+def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
+    """Return where the results of several gradients go; `given` is what the user passed."""
+    if out is None:
+        return [_new(entry) for entry in grads.entries]
+    items, keys = grads.items, grads.keys
+    if out is not given:
+        other = gradients(out, "out")
+        items, keys = other.items, other.keys
+    missing = [item is None for item in items] != [item is None for item in grads.items]
+    if keys != grads.keys or missing:
+        raise ValueError(
+            f"out: expected entries like those of grads, {_shape(grads.items, grads.keys)}, "
+            f"got {_shape(items, keys)}"
+        )
+    names = [f"out[{key!r}]" for key, item in zip(keys, items, strict=True) if item is not None]
+    targets = [item for item in items if item is not None]
+    found = [
+        _given(entry, target, name)
+        for entry, target, name in zip(grads.entries, targets, names, strict=True)
+    ]
+    _refuse_overlaps(grads.entries, found, names)
+    return found
+
+
+def _shape(items: list[Any], keys: list[Any]) -> str:
+    absent = sum(item is None for item in items)
+    return f"{len(keys)} with keys {keys[:8]} and {absent} None"
