@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -55,9 +54,9 @@ class Norms(NamedTuple):
         pairs = zip(self.roots.tolist(), self.exponents.tolist(), strict=True)
         return np.array([formulas.scale_by_power(*pair) for pair in pairs])
 
-    def divided(self, divisor: float) -> Norms:
-        """Return means instead of sums: the norms divided by a number."""
-        return self._replace(roots=self.roots / divisor)
+    def divided(self, divisor: Any, exponents: Any = 0) -> Norms:
+        """Return the norms over ``divisor * 2**exponents``: means, or ratios of norms."""
+        return self._replace(roots=self.roots / divisor, exponents=self.exponents - exponents)
 
 
 class Factors(NamedTuple):
@@ -87,14 +86,22 @@ class Factors(NamedTuple):
 def batches(tensors: Sequence[Tensor], targets: Sequence[Array] | None = None) -> list[Batch]:
     """Return tensors, with where they are written, as one batch for each dtype."""
     members: dict[DType, list[int]] = {}
+    spans: list[tuple[int, int, int]] = []
     for k, tensor in enumerate(tensors):
+        flat = tensor.flat
+        target = flat if targets is None else targets[k]
         members.setdefault(tensor.dtype, []).append(k)
-    made = []
-    for dtype, index in members.items():
-        reads = [tensors[k].flat for k in index]
-        writes = reads if targets is None else [targets[k] for k in index]
-        made.append(backend.batch(dtype, np.array(index, np.int64), reads, writes))
-    return made
+        address = flat.ctypes.data
+        spans.append((address, address if target is flat else target.ctypes.data, flat.size))
+    table = np.array(spans, np.int64).reshape(-1, 3)
+    arrays = [tensor.flat for tensor in tensors], targets
+    if len(members) == 1:
+        (dtype,) = members
+        return [backend.batch(dtype, np.arange(len(spans)), table, arrays)]
+    return [
+        backend.batch(dtype, np.array(places), table[places], arrays)
+        for dtype, places in members.items()
+    ]
 
 
 def squares_of(tensors: Sequence[Batch], count: int) -> tuple[Array, Array]:
@@ -106,6 +113,7 @@ def squares_of(tensors: Sequence[Batch], count: int) -> tuple[Array, Array]:
     return totals, exponents
 
 
+@np.errstate(invalid="ignore")  # NaN passes on
 def norms_of(tensors: Sequence[Batch], groups: Array, count: int, ord: float) -> Norms:
     """Return the norms of groups of tensors: one read, two where `ord` is not 2."""
     if ord == 2.0:
@@ -134,7 +142,9 @@ def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum")
     groups = np.zeros(len(entries), np.int64)
     summed = [duplicates == "sum" and entry.repeated for entry in entries]
     if ord == 2.0:
-        return _measure_squares(entries, summed, groups)
+        if any(summed):
+            return _measure_squares(entries, summed, groups)
+        return norms_of(batches(entries), groups, 1, ord)
     norms = norms_of(batches(_magnitudes(entries, summed)), groups, 1, ord)
     if any(summed):
         terms = batches(_magnitudes(entries, summed, of_terms=True))
@@ -143,7 +153,7 @@ def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum")
 
 
 def _measure_squares(entries: Sequence[Entry], summed: Sequence[bool], groups: Array) -> Norms:
-    """Return the joint L2 norm."""
+    """Return the joint L2 norm where rows of some gradients are summed."""
     plain = [k for k, sums in enumerate(summed) if not sums]
     totals = np.zeros(groups.size)
     exponents = np.zeros(groups.size, np.int64)
@@ -154,10 +164,8 @@ def _measure_squares(entries: Sequence[Entry], summed: Sequence[bool], groups: A
         if sums:
             totals[k], terms[k], exponents[k] = _grouped_squares(entries[k])
     norms = Norms(*backend.join(totals, exponents, groups, 1, 2.0), np.ones(1))
-    if any(summed):
-        upper = backend.join(terms, exponents, groups, 1, 2.0)
-        norms = norms._replace(spread=_ratio(norms._replace(roots=upper[0]), norms))
-    return norms
+    upper = norms._replace(roots=backend.join(terms, exponents, groups, 1, 2.0)[0])
+    return norms._replace(spread=_ratio(upper, norms))
 
 
 def _grouped_squares(entry: Entry) -> tuple[float, float, int]:
@@ -194,6 +202,7 @@ def _magnitudes(
     return tensors
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def _ratio(upper: Norms, lower: Norms) -> Array:
     """Return quotients of norms, 1 where the lower one is 0."""
     quotients = upper.roots / np.where(lower.roots == 0.0, 1.0, lower.roots)
@@ -201,20 +210,18 @@ def _ratio(upper: Norms, lower: Norms) -> Array:
     return np.where(lower.roots == 0.0, 1.0, np.maximum(ratio, 1.0))
 
 
-def decide(norms: Norms, bounds: Array, dtypes: Iterable[DType], ones: float) -> Factors:
+def decide(norms: Norms, bounds: Array, dtypes: Iterable[DType], ones: Any) -> Factors:
     """Return the factors that bring norms to their bounds, see `kernels.formulas`.
 
-    `ones` is the norm, measured the same way, of as many ones as a group has elements.
+    `ones` is the norm, measured the same way, of as many ones as a group has elements: a
+    number, or one for each group.
     """
     rows = list(dtypes)
-    roundoff = max(row.roundoff for row in rows)
-    digits = min(row.digits for row in rows)
-    mantissas, powers = backend.factors(norms[:2], bounds, roundoff * norms.spread, digits)
-    clipped = (mantissas > 0.0) & (mantissas < 1.0)
-    subnormal = np.ldexp(mantissas, powers) < max(row.tiny for row in rows)
-    grain = 0.5 * ones * max(row.grain for row in rows)
-    coarse = bounds * formulas.GRAIN_LIMIT < grain
-    return Factors(mantissas, powers, bool((clipped & (subnormal | coarse)).any()))
+    roundoffs = norms.spread * max(row.roundoff for row in rows)
+    limits = np.array([min(row.digits for row in rows), max(row.tiny for row in rows)])
+    finest = max(row.grain for row in rows) / (2.0 * formulas.GRAIN_LIMIT)
+    coarse = np.full(bounds.size, ones * finest)
+    return Factors(*backend.factors(norms[:2], bounds, coarse, roundoffs, limits))
 
 
 def apply(tensors: Sequence[Batch], factors: Factors) -> None:
@@ -226,21 +233,23 @@ def apply(tensors: Sequence[Batch], factors: Factors) -> None:
 
 def write(entries: Sequence[Entry], places: Sequence[Place], factors: Factors) -> None:
     """Write each gradient times the one factor, or as it is if that changes nothing."""
-    if factors.active:
-        all_alike = np.zeros(len(entries), np.int64)
-        apply(batches(entries, [place.flat for place in places]), factors.take(all_alike))
-    else:
+    if not factors.active:
         copy(entries, places)
+        return
+    all_alike = np.zeros(len(entries), np.int64)
+    apply(batches(entries, [place.flat for place in places]), factors.take(all_alike))
     for place in places:
-        if factors.active or not place.in_place:
-            place.finish()
+        place.finish()
 
 
 def copy(entries: Sequence[Entry], places: Sequence[Place]) -> None:
-    """Copy each gradient to where its result goes, if that is another place."""
+    """Copy each gradient to where its result goes, unless that is where it is."""
     for entry, place in zip(entries, places, strict=True):
+        if place.in_place:
+            continue
         if place.flat is not entry.flat:
             np.copyto(place.flat, entry.flat)
+        place.finish()
 
 
 def clip(
@@ -287,11 +296,15 @@ def _without_bad(
     entries: Sequence[Entry], places: Sequence[Place]
 ) -> tuple[list[Entry], list[Place]]:
     """Write the gradients with 0 for what is not finite; return those as the ones to clip."""
-    copy(entries, places)
-    cleaned = [replace(e, flat=p.flat) for e, p in zip(entries, places, strict=True)]
-    for entry in cleaned:
+    cleaned, rewritten = [], []
+    for entry, place in zip(entries, places, strict=True):
+        if place.flat is not entry.flat:
+            np.copyto(place.flat, entry.flat)
+        entry = entry._replace(flat=place.flat)
         entry.native[~np.isfinite(entry.native)] = 0
-    return cleaned, [replace(place, in_place=False) for place in places]
+        cleaned.append(entry)
+        rewritten.append(place._replace(in_place=False))
+    return cleaned, rewritten
 
 
 def clamp(entry: Entry, place: Place, low: Any, high: Any) -> None:

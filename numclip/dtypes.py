@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ Array = npt.NDArray[Any]
 class DType:
     """A gradient's element type, as kernels need to know it.
 
+    `like` is an empty array of what is stored, from which they take the type.
     `roundoff` bounds the relative error of one stored product, `digits` is the precision the
     factor may have, `precision` the dtype's own digits and the exponent of its smallest
     positive number. `grain` is that number where products round to nearest below the normal
@@ -22,7 +24,7 @@ class DType:
     """
 
     name: str
-    storage: np.dtype[Any]
+    like: Array
     compute: np.dtype[Any]
     components: int
     roundoff: float
@@ -31,6 +33,11 @@ class DType:
     grain: float
 
     @property
+    def storage(self) -> np.dtype[Any]:
+        """The dtype that memory is read as."""
+        return self.like.dtype
+
+    @cached_property
     def tiny(self) -> float:
         """The smallest normal number of the type that factors are stored in."""
         return float(np.finfo(self.compute).tiny)
@@ -44,7 +51,7 @@ def _row(
     roundoff = 2.0 ** -precision[0] + (2.0**-23 if halves else 0.0)
     return DType(
         name=name,
-        storage=np.dtype(storage),
+        like=np.empty(0, storage),
         compute=np.dtype(compute),
         components=components,
         roundoff=roundoff,
@@ -70,6 +77,7 @@ FLOAT64 = _ROWS["float64"]
 
 # bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
 _BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}
+_STORAGE: dict[np.dtype[Any], np.dtype[Any]] = {}
 
 
 def lookup(dtype: np.dtype[Any]) -> DType | None:
@@ -93,6 +101,9 @@ def refusal(dtype: np.dtype[Any]) -> str:
 
 def as_stored(array: Array) -> Array:
     """Return a contiguous array of gradients as the numbers that kernels see, two if complex."""
-    row = lookup(array.dtype)
-    assert row is not None
-    return array if array.dtype == row.storage else array.view(row.storage)
+    storage = _STORAGE.get(array.dtype)
+    if storage is None:
+        row = lookup(array.dtype)
+        assert row is not None
+        storage = _STORAGE[array.dtype] = row.storage
+    return array if array.dtype is storage else array.view(storage)

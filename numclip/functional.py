@@ -212,8 +212,7 @@ def clip_by_norm(
         return _clip_whole(entry, bound, out, order)
 
     def clip_units(entry: Entry, place: Place) -> bool:
-        units = Units(entry, reduced)
-        return units.clip(place, units.norms(order), np.full(units.count, bound), order)
+        return Units(entry, reduced).clip(place, bound, order)
 
     return _with_rows_summed(entry, out, clip_units)
 
@@ -418,9 +417,7 @@ def adaptive_clip(
         rows = owner
         if entry.slices is not None and 0 not in reduced:
             rows = inputs.entry("param", 0, owner.values[entry.slices.indices])
-        bounds = factor * np.maximum(Units(rows, reduced).norms().values(), least)
-        units = Units(entry, reduced)
-        return units.clip(place, units.norms(), bounds)
+        return Units(entry, reduced).clip_relative(place, Units(rows, reduced), factor, least)
 
     return _with_rows_summed(entry, out, clip_units)
 
@@ -498,12 +495,14 @@ def _with_rows_summed(entry: Entry, out: Any, operate: Callable[[Entry, Place], 
         return place.result
     merged = inputs.coalesced(entry)
     changed = operate(merged, place_one(merged, merged.slices))
+    if not changed:
+        clipping.copy([entry], [place])
+        return place.result
     if out is None:
         return merged.slices
-    if changed or not place.in_place:
-        slices = cast(IndexedSlices, entry.slices)
-        order, starts = slices.grouping
-        firsts = order[starts[:-1]]
-        place.array[...] = 0
-        place.array[firsts[np.argsort(slices.indices[firsts])]] = merged.values
+    slices = cast(IndexedSlices, entry.slices)
+    order, starts = slices.grouping
+    firsts = order[starts[:-1]]
+    place.array[...] = 0
+    place.array[firsts[np.argsort(slices.indices[firsts])]] = merged.values
     return place.result

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,22 +130,21 @@ def axes_of(axes: Any, ndim: int) -> tuple[int, ...] | None:
 def _index(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
-    return int(value.__index__())
+    return operator.index(value)
 
 
 def thread_count(n: Any) -> int:
     """Return a number of threads."""
     try:
         count = _index(n)
-    except (AttributeError, TypeError):
+    except TypeError:
         raise TypeError(_expect("n", "an integer >= 1 or None", repr(n))) from None
     if count < 1:
         raise ValueError(_expect("n", "an integer >= 1 or None", n))
     return count
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
+class Entry(NamedTuple):
     """One gradient: its values as the user has them and as contiguous storage.
 
     `private` says that `flat` is a copy: the values were strided, misaligned or byte-swapped.
@@ -181,11 +181,12 @@ class Entry:
 
 def flat_view(array: Array) -> Array | None:
     """Return contiguous storage as a 1-d view in the order of memory, None where there is none."""
-    if not (array.flags.aligned and array.dtype.isnative):
+    flags = array.flags
+    if not (flags.aligned and array.dtype.isnative):
         return None
-    if array.flags.c_contiguous:
-        return as_stored(array.reshape(-1))
-    if array.flags.f_contiguous:
+    if flags.c_contiguous:
+        return as_stored(array if array.ndim == 1 else array.reshape(-1))
+    if flags.f_contiguous:
         return as_stored(array.T.reshape(-1))
     return None
 
@@ -194,14 +195,9 @@ def entry(name: str, key: Key, gradient: Any) -> Entry:
     """Return the description of one gradient."""
     slices = gradient if isinstance(gradient, IndexedSlices) else None
     values = gradient.values if slices is not None else gradient
-    if isinstance(values, np.ma.MaskedArray):
-        advice = "a masked array; fill it first with .filled(0)"
-        raise TypeError(_expect(name, "an array", advice))
-    if not isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
-        kind = f"{type(values).__name__}; convert it with numpy.asarray"
-        raise TypeError(_expect(name, "an array, IndexedSlices or None", kind))
-    values = np.asarray(values)
-    dtype = lookup(values.dtype.newbyteorder("="))
+    if type(values) is not np.ndarray:
+        values = _as_array(name, values)
+    dtype = lookup(values.dtype) or lookup(values.dtype.newbyteorder("="))
     if dtype is None:
         raise TypeError(_expect(name, f"an array of {NAMES}", refusal(values.dtype)))
     flat = flat_view(values)
@@ -212,6 +208,17 @@ def entry(name: str, key: Key, gradient: Any) -> Entry:
         native = np.array(values, values.dtype.newbyteorder("="), order="C")
         flat = as_stored(native.reshape(-1))
     return Entry(name, key, dtype, values, slices, flat, private)
+
+
+def _as_array(name: str, values: Any) -> Array:
+    """Return what is no plain array as one: subclasses but masked ones, NumPy's scalars."""
+    if isinstance(values, np.ma.MaskedArray):
+        advice = "a masked array; fill it first with .filled(0)"
+        raise TypeError(_expect(name, "an array", advice))
+    if not isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
+        kind = f"{type(values).__name__}; convert it with numpy.asarray"
+        raise TypeError(_expect(name, "an array, IndexedSlices or None", kind))
+    return np.asarray(values)
 
 
 @dataclass(frozen=True, eq=False)

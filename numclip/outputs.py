@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from numclip.inputs import Entry, Gradients, flat_view, gradients
 from numclip.slices import IndexedSlices
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
+class Place(NamedTuple):
     """Where one result goes: contiguous storage, and the array to copy it to if that is a copy."""
 
     result: Any
@@ -60,22 +58,36 @@ def _written_array(entry: Entry, out: Any, name: str) -> Array:
         out = out.values
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array, got {type(out).__name__}")
-    if out.shape != entry.values.shape:
-        raise ValueError(f"{name}: expected shape {entry.values.shape}, got {out.shape}")
-    if out.dtype != entry.values.dtype:
-        raise TypeError(f"{name}: expected dtype {entry.values.dtype}, got {out.dtype}")
+    if out is not entry.values:
+        _check_fit(entry, out, name)
     if not out.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got {out.dtype.str}")
     if not out.flags.writeable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    if (
+        out.size
+        and 0 in out.strides
+        and any(n > 1 and not step for n, step in zip(out.shape, out.strides, strict=True))
+    ):
+        raise ValueError(f"{name}: expected distinct elements, got strides {out.strides}")
     return out
+
+
+def _check_fit(entry: Entry, out: Array, name: str) -> None:
+    if out.shape != entry.values.shape:
+        raise ValueError(f"{name}: expected shape {entry.values.shape}, got {out.shape}")
+    if out.dtype != entry.values.dtype:
+        raise TypeError(f"{name}: expected dtype {entry.values.dtype}, got {out.dtype}")
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    return bool(a.ctypes.data == b.ctypes.data and a.strides == b.strides)
 
 
 def _given(entry: Entry, out: Any, name: str) -> Place:
     """Return a place in the array the user gives."""
     array = _written_array(entry, out, name)
-    same = array.ctypes.data == entry.values.ctypes.data and array.strides == entry.values.strides
-    if same:
+    if array is entry.values or _same_memory(array, entry.values):
         return Place(out, entry.flat, array, in_place=True, staged=entry.private)
     like_order = entry.private or entry.values.flags.c_contiguous
     ordered = array.flags.c_contiguous if like_order else array.flags.f_contiguous
@@ -85,12 +97,23 @@ def _given(entry: Entry, out: Any, name: str) -> Place:
     return Place(out, flat, array, in_place=False, staged=False)
 
 
+def _span(array: Array) -> tuple[int, int]:
+    """Return the addresses between which an array lies."""
+    if array.size == 0:
+        return 0, 0
+    if array.flags.forc:
+        begin: int = array.ctypes.data
+        return begin, begin + array.nbytes
+    return np.lib.array_utils.byte_bounds(array)
+
+
 def _refuse_overlaps(entries: Sequence[Entry], places: Sequence[Place], names: list[str]) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
     spans = []
     for source, place in zip(entries, places, strict=True):
-        arrays = [place.array] if place.in_place else [place.array, source.values]
-        spans += [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
+        spans.append(_span(place.array))
+        if not place.in_place:
+            spans.append(_span(source.values))
     spans.sort()
     if all(begin >= end for (_, end), (begin, _) in itertools.pairwise(spans)):
         return
@@ -123,12 +146,16 @@ def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
     if out is not given:
         other = gradients(out, "out")
         items, keys = other.items, other.keys
-    missing = [item is None for item in items] != [item is None for item in grads.items]
-    if keys != grads.keys or missing:
+    if keys != grads.keys:
+        differing = [key for key in (*grads.keys, *keys) if (key in keys) != (key in grads.keys)]
         raise ValueError(
-            f"out: expected entries like those of grads, {_shape(grads.items, grads.keys)}, "
-            f"got {_shape(items, keys)}"
+            f"out: expected the {len(grads.keys)} keys of grads in their order, "
+            f"got {len(keys)}; only one has {differing[:5]}"
         )
+    for key, target, source in zip(keys, items, grads.items, strict=True):
+        if (target is None) != (source is None):
+            wanted = "None" if source is None else f"an array, as in grads[{key!r}]"
+            raise ValueError(f"out[{key!r}]: expected {wanted}, got {type(target).__name__}")
     names = [f"out[{key!r}]" for key, item in zip(keys, items, strict=True) if item is not None]
     targets = [item for item in items if item is not None]
     found = [
@@ -137,8 +164,3 @@ def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
     ]
     _refuse_overlaps(grads.entries, found, names)
     return found
-
-
-def _shape(items: list[Any], keys: list[Any]) -> str:
-    absent = sum(item is None for item in items)
-    return f"{len(keys)} with keys {keys[:8]} and {absent} None"

@@ -81,10 +81,31 @@ class Units:
         batch = backend.rows_of(dtype, stored, stored, self.count)
         return norms_of([batch], np.arange(self.count), self.count, ord)
 
-    def clip(self, place: Place, norms: Norms, bounds: Array, ord: float = 2.0) -> bool:
-        """Write each unit, held to its bound; tell whether one exceeded it."""
+    def clip(self, place: Place, bound: float, ord: float) -> bool:
+        """Write each unit, its norm held to a bound; tell whether one exceeded it."""
         ones = formulas.root(float(self.size), ord)
-        factors = decide(norms, bounds, [self.entry.dtype], ones)
+        bounds = np.full(self.count, bound)
+        return self._write(place, decide(self.norms(ord), bounds, [self.entry.dtype], ones))
+
+    def clip_relative(self, place: Place, params: Units, factor: float, eps: float) -> bool:
+        """Write each unit, its norm held to `factor` times the parameters' or `eps`.
+
+        Ratios of norms are compared, as a product of both could be subnormal, and coarse.
+        """
+        measured = params.norms()
+        scales, exponents, _ = measured
+        small = measured.values() < eps
+        floor, floor_exponent = math.frexp(eps)
+        scales = np.where(small, floor, scales)
+        exponents = np.where(small, floor_exponent, exponents)
+        bounds = np.where(scales == 0.0, 0.0, factor)
+        scales = np.where(scales == 0.0, 1.0, scales)
+        ones = np.ldexp(math.sqrt(self.size) / scales, -exponents)
+        ratios = self.norms().divided(scales, exponents)
+        return self._write(place, decide(ratios, bounds, [self.entry.dtype], ones))
+
+    def _write(self, place: Place, factors: Factors) -> bool:
+        """Write each unit times its factor; tell whether one changed anything."""
         if not factors.active:
             if not place.in_place:
                 place.array[...] = self.entry.values
@@ -147,13 +168,13 @@ def clip_examples(
     bounds = np.repeat(clip_norm * shares, examples)
     norms = norms_of(tensors, np.concatenate(groups), bounds.size, 2.0)
     factors = decide(norms, bounds, [FLOAT64], 1.0)
-    weights = np.ldexp(factors.mantissas, factors.powers).reshape(-1, examples)
+    weights = np.ldexp(factors.mantissas, factors.powers).reshape(shares.size, examples)
     sums = []
     for (rows, positions), entry, layer in zip(stored, entries, layers, strict=True):
         out = np.empty(entry.dense_shape[1:], entry.native.dtype)
         backend.sum_examples(rows, weights[layer, positions], as_stored(out.reshape(-1)))
         sums.append(out)
-    clipped = (norms.values() > bounds).reshape(-1, examples).sum(axis=1)
+    clipped = (norms.values() > bounds).reshape(weights.shape).sum(axis=1)
     return sums, [int(number) for number in clipped]
 
 

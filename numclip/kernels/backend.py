@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,42 +25,29 @@ class Batch(NamedTuple):
     places: Array
     chunks: Array
     nbytes: int
-    arrays: Sequence[Array]
+    arrays: Any
 
     def share(self, chosen: Array) -> Batch:
         """Return the batch with the chunks of the chosen tensors alone (a mask)."""
         return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
 
 
-def _addresses(arrays: Sequence[Array]) -> Array:
-    return np.array([array.ctypes.data for array in arrays], np.int64)
-
-
-def batch(dtype: DType, places: Array, sources: Sequence[Array], targets: Sequence[Array]) -> Batch:
-    """Return a batch of contiguous 1-d tensors and where each is written."""
-    lengths = np.array([source.size for source in sources], np.int64)
-    chunks = _split(dtype, _addresses(sources), _addresses(targets), lengths)
-    nbytes = int(lengths.sum()) * dtype.storage.itemsize
-    return Batch(dtype, places, chunks, nbytes, (*sources, *targets))
+def batch(dtype: DType, places: Array, spans: Array, arrays: Any) -> Batch:
+    """Return a batch of contiguous tensors: `spans` has their (source, target, length)."""
+    itemsize = dtype.storage.itemsize
+    chunks, elements = cpu.split(spans, itemsize, CHUNK)
+    return Batch(dtype, places, chunks, elements * itemsize, arrays)
 
 
 def rows_of(dtype: DType, source: Array, target: Array, rows: int) -> Batch:
     """Return a batch whose tensors are the rows of contiguous 1-d storage."""
     length = source.size // max(rows, 1)
-    offsets = np.arange(rows, dtype=np.int64) * (length * source.itemsize)
-    reads, writes = (array.ctypes.data + offsets for array in (source, target))
-    chunks = _split(dtype, reads, writes, np.full(rows, length, np.int64))
-    return Batch(dtype, np.arange(rows), chunks, source.nbytes, (source, target))
-
-
-def _split(dtype: DType, sources: Array, targets: Array, lengths: Array) -> Array:
-    chunks = np.empty((int((-(-lengths // CHUNK)).sum()), 4), np.int64)
-    cpu.split(sources, targets, lengths, dtype.storage.itemsize, CHUNK, chunks)
-    return chunks
-
-
-def _like(dtype: DType) -> Array:
-    return np.empty(0, dtype.storage)
+    spans = np.empty((rows, 3), np.int64)
+    spans[:, 0] = spans[:, 1] = np.arange(rows) * (length * source.itemsize)
+    spans[:, 0] += source.ctypes.data
+    spans[:, 1] += target.ctypes.data
+    spans[:, 2] = length
+    return batch(dtype, np.arange(rows), spans, (source, target))
 
 
 def is_safe(total: Any) -> Any:
@@ -91,7 +77,7 @@ def largest(batch: Batch) -> Array:
 def powers(batch: Batch, scales: Array, ord: float) -> Array:
     """Return each tensor's sum of ``(|x| / scale) ** ord``, the maximum for ``ord=inf``."""
     partial = np.empty(len(batch.chunks))
-    arguments = batch.chunks, scales, ord, _like(batch.dtype), partial
+    arguments = batch.chunks, scales, ord, batch.dtype.like, partial
     threads.run(cpu.sum_powers, partial.size, batch.nbytes, *arguments)
     if ord != np.inf:
         return _merged(batch, partial)
@@ -107,12 +93,14 @@ def squares(batch: Batch) -> tuple[Array, Array]:
     a power of two near their largest element.
     """
     partial = np.empty(len(batch.chunks))
-    arguments = batch.chunks, _like(batch.dtype), partial
+    arguments = batch.chunks, batch.dtype.like, partial
     threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments)
     totals = _merged(batch, partial)
     exponents = np.zeros(totals.size, np.int64)
+    if batch.dtype.digits < 53:
+        return totals, exponents
     unsafe = ~is_safe(totals)
-    if batch.dtype.digits == 53 and unsafe.any():
+    if unsafe.any():
         suspects = batch.share(unsafe)
         peaks = largest(suspects)
         unsafe &= np.isfinite(peaks) & (peaks > 0.0)
@@ -133,34 +121,33 @@ def join(
 
 
 def factors(
-    norms: tuple[Array, Array], bounds: Array, roundoffs: Array, digits: int
-) -> tuple[Array, Array]:
-    """Return the factor of each norm as ``mantissa * 2**power``, see `formulas.clip_factor`."""
-    roots, exponents = norms
-    mantissas = np.empty(roots.size)
-    powers = np.empty(roots.size, np.int64)
-    cpu.factors(roots, exponents, bounds, roundoffs, digits, mantissas, powers)
-    return mantissas, powers
+    norms: tuple[Array, Array], bounds: Array, coarse: Array, roundoffs: Array, limits: Array
+) -> tuple[Array, Array, bool]:
+    """Return the factor of each norm as ``mantissa * 2**power``, and whether to truncate."""
+    mantissas = np.ones(bounds.size)
+    powers = np.zeros(bounds.size, np.int64)
+    truncate = cpu.factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers)
+    return mantissas, powers, truncate
 
 
 def scale(batch: Batch, mantissas: Array, powers: Array) -> None:
     """Write each tensor times its factor, in one pass."""
     factor = np.ldexp(mantissas, powers).astype(batch.dtype.compute)  # exact
-    arguments = batch.chunks, factor, _like(batch.dtype)
+    arguments = batch.chunks, factor, batch.dtype.like
     threads.run(cpu.scale, len(batch.chunks), batch.nbytes, *arguments)
 
 
 def scale_truncating(batch: Batch, mantissas: Array, powers: Array) -> None:
     """Write each tensor times its factor, subnormal results rounded toward zero; slow."""
     precision = np.array(batch.dtype.precision, np.int64)
-    arguments = batch.chunks, mantissas, powers, precision, _like(batch.dtype)
+    arguments = batch.chunks, mantissas, powers, precision, batch.dtype.like
     threads.run(cpu.scale_truncating, len(batch.chunks), batch.nbytes, *arguments)
 
 
 def clamp(batch: Batch, low: float, high: float) -> None:
     """Write each element held between two bounds."""
     as_computed = batch.dtype.compute.type
-    arguments = batch.chunks, as_computed(low), as_computed(high), _like(batch.dtype)
+    arguments = batch.chunks, as_computed(low), as_computed(high), batch.dtype.like
     threads.run(cpu.clamp, len(batch.chunks), batch.nbytes, *arguments)
 
 

@@ -29,16 +29,26 @@ clamped = inline(formulas.clamped)
 
 
 @kernel
-def split(sources, targets, lengths, itemsize, limit, out):
-    """Cut tensors into chunks of `limit` elements; write the table of chunks to `out`."""
+def split(spans, itemsize, limit):
+    """Return tensors, rows of (source, target, length), cut into chunks of `limit` elements.
+
+    The number of elements in all comes second.
+    """
+    count = 0
+    elements = 0
+    for t in range(spans.shape[0]):
+        count += -(-spans[t, LENGTH] // limit)
+        elements += spans[t, LENGTH]
+    chunks = np.empty((count, 4), np.int64)
     c = 0
-    for t in range(lengths.size):
-        for start in range(0, lengths[t], limit):
-            out[c, SOURCE] = sources[t] + start * itemsize
-            out[c, TARGET] = targets[t] + start * itemsize
-            out[c, LENGTH] = min(limit, lengths[t] - start)
-            out[c, OWNER] = t
+    for t in range(spans.shape[0]):
+        for start in range(0, spans[t, LENGTH], limit):
+            chunks[c, SOURCE] = spans[t, SOURCE] + start * itemsize
+            chunks[c, TARGET] = spans[t, TARGET] + start * itemsize
+            chunks[c, LENGTH] = min(limit, spans[t, LENGTH] - start)
+            chunks[c, OWNER] = t
             c += 1
+    return chunks, elements
 
 
 @block_sum
@@ -152,16 +162,24 @@ def join(totals, exponents, groups, ord, roots, powers):
 
 
 @kernel
-def factors(norms, exponents, bounds, roundoffs, digits, mantissas, powers):
-    """Write the factor of each norm, 1 where it does not exceed its bound."""
-    mantissas[:] = 1.0
-    powers[:] = 0
-    for t in range(norms.size):
-        if scale_by_power(norms[t], exponents[t]) <= bounds[t]:
+def factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers):
+    """Write the factor of each norm that exceeds its bound; tell whether to truncate results.
+
+    `norms` are roots and exponents. Where a bound is under `coarse`, which the grain demands
+    (see `formulas`), or a factor so small that it is not exact, subnormal results are to be
+    rounded toward zero. `limits` are a factor's digits, and the smallest exact in so many.
+    """
+    truncate = False
+    digits = int(limits[0])
+    for t in range(bounds.size):
+        root, exponent = norms[0][t], norms[1][t]
+        if scale_by_power(root, exponent) <= bounds[t]:
             continue
-        mantissas[t], powers[t] = clip_factor(
-            bounds[t], norms[t], exponents[t], roundoffs[t], digits
-        )
+        mantissas[t], powers[t] = clip_factor(bounds[t], root, exponent, roundoffs[t], digits)
+        if 0.0 < mantissas[t] < 1.0:
+            small = scale_by_power(mantissas[t], powers[t]) < limits[1]
+            truncate |= small or bounds[t] < coarse[t]
+    return truncate
 
 
 @inline

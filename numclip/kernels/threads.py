@@ -52,6 +52,8 @@ class _Worker:
         return error
 
 
+CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
+
 _limit: int | None = None
 _workers: list[_Worker] = []
 _free = threading.Lock()
@@ -71,7 +73,7 @@ if hasattr(os, "register_at_fork"):
 def _cgroup_cores() -> int | None:
     """Return the processor quota of this process's control group, if there is one."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
+        with open(CGROUP_QUOTA) as file:
             quota, period = file.read().split()
         return max(1, int(quota) // int(period))
     except (OSError, ValueError):
@@ -105,7 +107,7 @@ def set_limit(count: int | None) -> None:
 def run(kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any) -> None:
     """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``."""
     threads = min(get_limit(), count) if nbytes >= PARALLEL_BYTES else 1
-    if threads == 1 or not _free.acquire(blocking=False):
+    if threads <= 1 or not _free.acquire(blocking=False):
         kernel(0, count, *arguments)
         return
     free = _free

@@ -1,0 +1,47 @@
+"""What benches share: gradients that do not fit in caches twice over, and their rates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import numclip as nc
+
+# The smoke run (--benchmark-disable) calls everything once, on little data.
+SMALL = 1 << 14
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    nc.set_num_threads(1)
+    yield
+    nc.set_num_threads(None)
+
+
+@pytest.fixture
+def normal(benchmark: BenchmarkFixture) -> Callable[[int, str], np.ndarray]:
+    """Return normal numbers that fill so many bytes, few in the smoke run."""
+
+    def make(nbytes: int, dtype: str) -> np.ndarray:
+        size = SMALL if benchmark.disabled else nbytes // np.dtype(dtype).itemsize
+        return np.random.default_rng(os.getpid()).standard_normal(size).astype(dtype)
+
+    return make
+
+
+@pytest.fixture
+def timed(benchmark: BenchmarkFixture) -> Callable[..., None]:
+    """Time a call of no arguments after a warm-up, and note its rate."""
+
+    def run(call: Callable[[], object], nbytes: int, **info: object) -> None:
+        call()
+        benchmark.extra_info.update(info, nbytes=nbytes)
+        benchmark(call)
+        if not benchmark.disabled:
+            benchmark.extra_info["GB/s"] = round(nbytes / benchmark.stats.stats.median / 1e9, 2)
+
+    return run

@@ -1,0 +1,55 @@
+"""The measurements behind numclip/kernels/tuning.py."""
+
+import numpy as np
+import pytest
+
+from numclip.kernels import backend, cpu, jit, threads
+
+
+def chunks_of(x, length):
+    address = x.ctypes.data
+    return cpu.split(np.array([[address, address, x.size]]), x.itemsize, length)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", [64, 128, 256, 512, 1024])
+def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
+    benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(cpu, "array_of_squares", jit.inline(cpu.array_of_squares.py_func))
+    kernel = jit.inline(cpu.sum_squares.py_func)
+    x = normal(256 << 10, dtype)
+    chunks = chunks_of(x, backend.CHUNK)
+    out = np.empty(len(chunks))
+    timed(lambda: kernel(0, out.size, chunks, x[:0], out), x.nbytes)
+
+
+@pytest.mark.parametrize("nbytes", [256 << 10, 64 << 20])
+@pytest.mark.parametrize("length", [4096, 16_384, 65_536])
+def test_chunk(benchmark, normal, timed, nbytes, length):
+    benchmark.group = f"CHUNK: sum of squares, {nbytes >> 10} KB of float32"
+    x = normal(nbytes, "float32")
+    chunks = chunks_of(x, length)
+    out = np.empty(len(chunks))
+    timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
+
+
+@pytest.mark.parametrize("columns", [128, 1024, 8192])
+def test_columns(benchmark, normal, timed, columns):
+    benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32"
+    x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
+    out = np.empty((1, x.shape[2]))
+    count = -(-x.shape[2] // columns)
+    timed(lambda: threads.run(cpu.column_squares, count, x.nbytes, x, columns, out), x.nbytes)
+
+
+@pytest.mark.parametrize("nbytes", [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20])
+@pytest.mark.parametrize("count", [1, 2])
+def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
+    benchmark.group = f"PARALLEL_BYTES: sum of squares, {nbytes >> 10} KB of float32"
+    monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(threads, "_limit", count)
+    x = normal(nbytes, "float32")
+    chunks = chunks_of(x, backend.CHUNK)
+    out = np.empty(len(chunks))
+    timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)

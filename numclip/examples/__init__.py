@@ -1,0 +1,1 @@
+"""Runnable training programs: ``python -m numclip.examples.NAME``."""

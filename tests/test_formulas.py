@@ -1,0 +1,126 @@
+"""The scalar mathematics against exact rational arithmetic."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from numclip.kernels import formulas
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=0.0, exclude_min=True, allow_infinity=False)
+DTYPES = {
+    "float16": (11, -24),
+    "bfloat16": (8, -133),
+    "float32": (24, -149),
+    "float64": (53, -1074),
+}
+
+
+def exact(mantissa, power):
+    return Fraction(mantissa) * Fraction(2) ** power
+
+
+@given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300))
+def test_two_sum_loses_nothing(a, b):
+    total, error = formulas.two_sum(a, b)
+    assert total == a + b
+    assert Fraction(total) + Fraction(error) == Fraction(a) + Fraction(b)
+
+
+@given(finite, st.integers(-3000, 3000))
+@example(1.0, 1024)
+@example(0.75, 1024)
+@example(-1.5, 1023)
+@example(5e-324, 2097)
+def test_scale_by_power_rounds_once(value, exponent):
+    result = formulas.scale_by_power(value, exponent)
+    wanted = exact(value, exponent)
+    if math.isinf(result):
+        assert abs(wanted) >= 2**1024
+    elif abs(wanted) >= Fraction(2) ** -1022:
+        assert Fraction(result) == wanted
+    else:
+        assert abs(Fraction(result) - wanted) <= Fraction(2) ** -1075
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.0, -0.0])
+def test_scale_by_power_keeps_what_has_no_exponent(value):
+    result = formulas.scale_by_power(value, 7)
+    assert result == value
+    assert math.copysign(1.0, result) == math.copysign(1.0, value)
+    assert math.isnan(formulas.scale_by_power(math.nan, 7))
+
+
+@pytest.mark.parametrize("precision", [precision for precision, _ in DTYPES.values()], ids=DTYPES)
+@given(bound=positive, norm=positive, exponent=st.integers(-1000, 1000))
+def test_factor_leaves_room_for_rounding(precision, bound, norm, exponent):
+    digits = min(53, max(24, precision))
+    roundoff = 2.0**-precision
+    measured = exact(norm, exponent)
+    if measured <= Fraction(bound):
+        return
+    mantissa, power = formulas.clip_factor(bound, norm, exponent, roundoff, digits)
+    factor = exact(mantissa, power)
+    assert 0.5 <= mantissa < 1.0
+    assert (mantissa * 2**digits).is_integer()
+    reached = factor * measured * (1 + Fraction(roundoff)) / Fraction(bound)
+    assert reached <= 1 - Fraction(28, 2**53)
+    lost = Fraction(36, 2**53) + (Fraction(2, 2**24) if digits == 24 else 0)
+    assert reached >= 1 - lost
+
+
+def test_factor_of_special_norms():
+    assert formulas.clip_factor(math.inf, math.nan, 0, 0.0, 53) == (1.0, 0)
+    assert formulas.clip_factor(0.0, 3.0, 0, 0.0, 53) == (0.0, 0)
+    for bound, norm in ((1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (0.0, math.nan)):
+        assert math.isnan(formulas.clip_factor(bound, norm, 0, 0.0, 53)[0])
+
+
+@pytest.mark.parametrize(("digits", "lowest"), DTYPES.values(), ids=DTYPES)
+@given(
+    value=finite,
+    mantissa=st.integers(2**23, 2**24 - 1).map(lambda n: n / 2**24),
+    power=st.integers(-1100, 0),
+)
+@example(value=3.0 * 2.0**-149, mantissa=0.5, power=0)
+@example(value=2.0**-126, mantissa=0.75, power=0)
+@example(value=-5e-324, mantissa=0.5, power=0)
+def test_truncated_product_does_not_grow(digits, lowest, value, mantissa, power):
+    result = Fraction(formulas.truncated_product(value, mantissa, power, digits, lowest))
+    wanted = Fraction(value) * exact(mantissa, power)
+    assert abs(result) <= abs(wanted) * (1 + Fraction(1, 2**53))
+    assert result * wanted >= 0
+    spacing = max(exact(1.0, lowest), abs(wanted) / 2**53)
+    assert abs(result - wanted) <= spacing * (1 + Fraction(1, 2**50))
+    if abs(wanted) < exact(1.0, lowest + digits - 1):
+        assert (result / exact(1.0, lowest)).denominator == 1
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
+def test_truncated_product_of_special_values(value):
+    np.testing.assert_equal(formulas.truncated_product(value, 0.75, -3, 24, -149), value)
+    assert math.isnan(formulas.truncated_product(2.0, math.nan, 0, 24, -149))
+
+
+def test_larger_prefers_nan():
+    assert formulas.larger(1.0, 2.0) == formulas.larger(2.0, 1.0) == 2.0
+    assert math.isnan(formulas.larger(math.nan, 1.0))
+    assert math.isnan(formulas.larger(1.0, math.nan))
+
+
+@pytest.mark.parametrize(
+    ("ord", "term", "norm"),
+    [(1.0, 3.0, 8.0), (2.0, 9.0, 8.0**0.5), (3.0, 27.0, 2.0), (math.inf, 3.0, 8.0)],
+)
+def test_power_terms_and_roots(ord, term, norm):
+    assert formulas.power_term(3.0, ord) == term
+    assert formulas.root(8.0, ord) == pytest.approx(norm, rel=1e-15)
+
+
+def test_clamped():
+    assert [formulas.clamped(x, -1.0, 2.0) for x in (-5.0, 0.5, 7.0)] == [-1.0, 0.5, 2.0]
+    assert math.isnan(formulas.clamped(math.nan, -1.0, 2.0))
