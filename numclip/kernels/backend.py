@@ -75,15 +75,11 @@ def largest(batch: Batch) -> Array:
 
 
 def powers(batch: Batch, scales: Array, ord: float) -> Array:
-    """Return each tensor's sum of ``(|x| / scale) ** ord``, the maximum for ``ord=inf``."""
+    """Return each tensor's sum of ``(|x| / scale) ** ord``, a finite order."""
     partial = np.empty(len(batch.chunks))
     arguments = batch.chunks, scales, ord, batch.dtype.like, partial
     threads.run(cpu.sum_powers, partial.size, batch.nbytes, *arguments)
-    if ord != np.inf:
-        return _merged(batch, partial)
-    totals = np.zeros(batch.places.size)
-    np.maximum.at(totals, batch.chunks[:, cpu.OWNER], partial)
-    return totals
+    return _merged(batch, partial)
 
 
 def squares(batch: Batch) -> tuple[Array, Array]:

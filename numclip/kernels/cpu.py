@@ -83,7 +83,7 @@ def sum_squares(begin, end, chunks, like, out):
 
 @kernel
 def sum_powers(begin, end, chunks, scales, ord, like, out):
-    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, the maximum for ``inf``."""
+    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""
     for c in range(begin, end):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         scale = scales[chunks[c, OWNER]]
@@ -91,11 +91,8 @@ def sum_powers(begin, end, chunks, scales, ord, like, out):
         error = 0.0
         for i in range(x.size):
             term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
-            if ord == math.inf:
-                total = larger(total, term)
-            else:
-                total, rest = two_sum(total, term)
-                error += rest
+            total, rest = two_sum(total, term)
+            error += rest
         out[c] = total + error
 
 
@@ -150,7 +147,7 @@ def join(totals, exponents, groups, ord, roots, powers):
     errors = np.zeros(roots.size)
     for t in range(totals.size):
         g = groups[t]
-        value = scale_by_power(totals[t], 2 * (exponents[t] - powers[g]))
+        value = scale_by_power(totals[t], 2 * int(exponents[t] - powers[g]))
         if ord == math.inf:
             roots[g] = larger(roots[g], value)
             continue
@@ -172,12 +169,12 @@ def factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers):
     truncate = False
     digits = int(limits[0])
     for t in range(bounds.size):
-        root, exponent = norms[0][t], norms[1][t]
-        if scale_by_power(root, exponent) <= bounds[t]:
+        norm, exponent = norms[0][t], int(norms[1][t])
+        if scale_by_power(norm, exponent) <= bounds[t]:
             continue
-        mantissas[t], powers[t] = clip_factor(bounds[t], root, exponent, roundoffs[t], digits)
+        mantissas[t], powers[t] = clip_factor(bounds[t], norm, exponent, roundoffs[t], digits)
         if 0.0 < mantissas[t] < 1.0:
-            small = scale_by_power(mantissas[t], powers[t]) < limits[1]
+            small = scale_by_power(mantissas[t], int(powers[t])) < limits[1]
             truncate |= small or bounds[t] < coarse[t]
     return truncate
 
@@ -243,15 +240,16 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
 
     `precision` holds the digits of the dtype and the exponent of its smallest number.
     """
+    digits, lowest = int(precision[0]), int(precision[1])
     for c in range(begin, end):
         mantissa = mantissas[chunks[c, OWNER]]
-        power = powers[chunks[c, OWNER]]
+        power = int(powers[chunks[c, OWNER]])
         x = written(chunks[c], like)
         if mantissa == 1.0 and power == 0:
             continue
         for i in range(x.size):
             value = np.float64(widen(x[i]))
-            product = truncated_product(value, mantissa, power, precision[0], precision[1])
+            product = truncated_product(value, mantissa, power, digits, lowest)
             x[i] = narrow(product, x[i])
 
 

@@ -72,7 +72,7 @@ def power_term(ratio: float, ord: float) -> float:
     """Return what an element of magnitude `ratio` adds to a sum of powers."""
     if ord == 2.0:
         return ratio * ratio
-    if ord == 1.0 or ord == math.inf:
+    if ord == 1.0:
         return ratio
     return math.pow(ratio, ord)
 

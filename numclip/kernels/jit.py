@@ -2,14 +2,16 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-Function = TypeVar("Function")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 INTERPRETED = bool(vars(config)["DISABLE_JIT"])
 
@@ -55,10 +57,11 @@ class _Cache(FunctionCache):
 
 def kernel(function: Function) -> Function:
     """Compile `function` at its first call and keep the code on disk where that is possible."""
+    if INTERPRETED:
+        return np.errstate(all="ignore")(function)  # compiled code does not warn
     compiled: Any = njit(**_OPTIONS)(function)
-    if not INTERPRETED:
-        with contextlib.suppress(AttributeError, RuntimeError):  # no writable directory
-            compiled._cache = _Cache(compiled.py_func)
+    with contextlib.suppress(AttributeError, RuntimeError):  # no writable directory
+        compiled._cache = _Cache(compiled.py_func)
     return compiled  # type: ignore[no-any-return]
 
 
