@@ -62,21 +62,18 @@ class Norms(NamedTuple):
 class Factors(NamedTuple):
     """Factors ``mantissas * 2**powers`` of groups of tensors.
 
-    `truncate` says that results may be subnormal where rounding them up would break the bound.
+    `active` says that some change something, `truncate` that results may be subnormal where
+    rounding them up would break the bound.
     """
 
     mantissas: Array
     powers: Array
+    active: bool
     truncate: bool
-
-    @property
-    def active(self) -> bool:
-        """Whether any factor changes anything."""
-        return bool((self.mantissas != 1.0).any() or self.powers.any())
 
     def take(self, groups: Array) -> Factors:
         """Return the factor of each tensor from those of the groups."""
-        return Factors(self.mantissas[groups], self.powers[groups], self.truncate)
+        return self._replace(mantissas=self.mantissas[groups], powers=self.powers[groups])
 
     def values(self, dtype: DType) -> Array:
         """Return the factors in the type a dtype is computed in, which holds them exactly."""
@@ -113,12 +110,17 @@ def squares_of(tensors: Sequence[Batch], count: int) -> tuple[Array, Array]:
     return totals, exponents
 
 
-@np.errstate(invalid="ignore")  # NaN passes on
 def norms_of(tensors: Sequence[Batch], groups: Array, count: int, ord: float) -> Norms:
     """Return the norms of groups of tensors: one read, two where `ord` is not 2."""
     if ord == 2.0:
         totals, exponents = squares_of(tensors, groups.size)
         return Norms(*backend.join(totals, exponents, groups, count, ord), np.ones(count))
+    return _norms_of_order(tensors, groups, count, ord)
+
+
+@np.errstate(invalid="ignore")  # NaN passes on
+def _norms_of_order(tensors: Sequence[Batch], groups: Array, count: int, ord: float) -> Norms:
+    """Return norms of an order other than 2, of magnitudes over the largest of each group."""
     totals = np.zeros(groups.size)
     for batch in tensors:
         totals[batch.places] = backend.largest(batch)
@@ -269,16 +271,18 @@ def clip(
     if use_norm is not None and nonfinite == "propagate":
         norms = _given(use_norm)
     else:
-        norms = measure(entries, ord, duplicates).divided(divisor)
+        norms = measure(entries, ord, duplicates)
         finite = math.isfinite(norms.roots[0]) and math.isfinite(use_norm or 0.0)
         if not finite and nonfinite == "raise":
             raise first_error(entries, norms.roots[0] if use_norm is None else use_norm)
         if not finite and nonfinite == "skip":
-            write(entries, places, Factors(np.ones(1), np.zeros(1, np.int64), False))
-            return float(norms.values()[0] if use_norm is None else use_norm)
+            copy(entries, places)
+            return norms.values()[0] if use_norm is None else use_norm
         if not finite and nonfinite == "zero":
             entries, places = _without_bad(entries, places)
-            norms = measure(entries, ord, duplicates).divided(divisor)
+            norms = measure(entries, ord, duplicates)
+        if divisor != 1.0:
+            norms = norms.divided(divisor)
         if use_norm is not None and math.isfinite(use_norm):
             norms = _given(use_norm)
     elements = sum(entry.flat.size for entry in entries)

@@ -118,12 +118,12 @@ def join(
 
 def factors(
     norms: tuple[Array, Array], bounds: Array, coarse: Array, roundoffs: Array, limits: Array
-) -> tuple[Array, Array, bool]:
-    """Return the factor of each norm as ``mantissa * 2**power``, and whether to truncate."""
+) -> tuple[Array, Array, bool, bool]:
+    """Return factors ``mantissa * 2**power``, whether one changes something, and truncates."""
     mantissas = np.ones(bounds.size)
     powers = np.zeros(bounds.size, np.int64)
-    truncate = cpu.factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers)
-    return mantissas, powers, truncate
+    flags = cpu.factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers)
+    return mantissas, powers, *flags
 
 
 def scale(batch: Batch, mantissas: Array, powers: Array) -> None:

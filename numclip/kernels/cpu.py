@@ -160,23 +160,26 @@ def join(totals, exponents, groups, ord, roots, powers):
 
 @kernel
 def factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers):
-    """Write the factor of each norm that exceeds its bound; tell whether to truncate results.
+    """Write the factor of each norm that exceeds its bound.
+
+    Tell whether there is one, and whether to truncate results.
 
     `norms` are roots and exponents. Where a bound is under `coarse`, which the grain demands
     (see `formulas`), or a factor so small that it is not exact, subnormal results are to be
     rounded toward zero. `limits` are a factor's digits, and the smallest exact in so many.
     """
-    truncate = False
+    active = truncate = False
     digits = int(limits[0])
     for t in range(bounds.size):
         norm, exponent = norms[0][t], int(norms[1][t])
         if scale_by_power(norm, exponent) <= bounds[t]:
             continue
         mantissas[t], powers[t] = clip_factor(bounds[t], norm, exponent, roundoffs[t], digits)
+        active |= mantissas[t] != 1.0
         if 0.0 < mantissas[t] < 1.0:
             small = scale_by_power(mantissas[t], int(powers[t])) < limits[1]
             truncate |= small or bounds[t] < coarse[t]
-    return truncate
+    return active, truncate
 
 
 @inline
