@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from numclip import clipping, inputs
+from numclip import clipping, inputs, measuring
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.outputs import Place, place_one, places
 from numclip.slices import IndexedSlices
@@ -65,7 +65,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     inputs.choice("duplicates", duplicates, DUPLICATES)
     if not described.entries:
         return 0.0
-    return float(clipping.measure(described.entries, order, duplicates).values()[0])
+    return float(measuring.measure(described.entries, order, duplicates).values()[0])
 
 
 def clip_by_global_norm(

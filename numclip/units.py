@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from numclip.clipping import Factors, Norms, apply, decide, norms_of
+from numclip.clipping import Factors, apply, decide
 from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.inputs import Entry
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
+from numclip.measuring import Norms, norms_of
 from numclip.outputs import Place
 
 

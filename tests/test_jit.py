@@ -150,7 +150,7 @@ LAYERS = [
     {"kernels.backend"},
     {"slices"},
     {"inputs"},
-    {"nonfinite", "outputs"},
+    {"nonfinite", "outputs", "measuring"},
     {"clipping"},
     {"units"},
     {"functional"},
