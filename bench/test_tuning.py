@@ -12,7 +12,7 @@ def chunks_of(x, length):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("block", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
 def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
     benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
     monkeypatch.setattr(cpu, "BLOCK", block)
@@ -53,3 +53,14 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
     chunks = chunks_of(x, backend.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16, 64])
+def test_rows(benchmark, monkeypatch, normal, timed, rows):
+    benchmark.group = "ROWS: sums over the first axis of 64 MB of float32"
+    monkeypatch.setattr(cpu, "ROWS", rows)
+    kernel = jit.inline(cpu.column_squares.py_func)
+    x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
+    out = np.empty((1, x.shape[2]))
+    count = -(-x.shape[2] // backend.COLUMNS)
+    timed(lambda: kernel(0, count, x, backend.COLUMNS, out), x.nbytes)

@@ -35,28 +35,79 @@ class Factors(NamedTuple):
 
     def values(self, dtype: DType) -> Array:
         """Return the factors in the type a dtype is computed in, which holds them exactly."""
-        return np.ldexp(self.mantissas, self.powers).astype(dtype.compute)
+        return np.ldexp(self.mantissas, self.powers.astype(np.intc)).astype(dtype.compute)
+
+    def over(self, scale: float, dtypes: Iterable[DType]) -> Factors:
+        """Return the factors over a loss scale, rounded down to what the dtypes can hold."""
+        if scale == 1.0:
+            return self
+        rows = list(dtypes)
+        grid = 2.0 ** min(row.digits for row in rows)
+        fraction, power = math.frexp(scale)
+        mantissas, shifts = np.frexp(self.mantissas / fraction)
+        mantissas = np.floor(mantissas * grid) / grid
+        powers = self.powers + shifts - power
+        tiny = max(row.tiny for row in rows)
+        small = bool(
+            ((mantissas > 0.0) & (np.ldexp(mantissas, powers.astype(np.intc)) < tiny)).any()
+        )
+        return Factors(mantissas, powers, True, self.truncate or small)
 
 
-def decide(norms: Norms, bounds: Array, dtypes: Iterable[DType], ones: Any) -> Factors:
+def decide(
+    norms: Norms, bounds: Array, dtypes: Iterable[DType], ones: Any, loss: float = 0.0
+) -> Factors:
     """Return the factors that bring norms to their bounds, see `kernels.formulas`.
 
     `ones` is the norm, measured the same way, of as many ones as a group has elements: a
-    number, or one for each group.
+    number, or one for each group. `loss` is what subnormal terms of repeated rows can add.
     """
     rows = list(dtypes)
     roundoffs = norms.spread * max(row.roundoff for row in rows)
     limits = np.array([min(row.digits for row in rows), max(row.tiny for row in rows)])
     finest = max(row.grain for row in rows) / (2.0 * formulas.GRAIN_LIMIT)
     coarse = np.full(bounds.size, ones * finest)
-    return Factors(*backend.factors(norms[:2], bounds, coarse, roundoffs, limits))
+    targets = np.maximum(bounds - loss, 0.0) if loss else bounds
+    return Factors(*backend.factors(norms[:2], (bounds, targets, coarse), roundoffs, limits))
+
+
+def repeated_loss(entries: Sequence[Entry], ord: float) -> float:
+    """Return the norm of what rounding subnormal terms can add to the sums of repeated rows."""
+    parts = [
+        2.0 ** entry.dtype.precision[1] * formulas.root(_counts(entry, ord), ord)
+        for entry in entries
+        if entry.repeated
+    ]
+    return sum(parts)
+
+
+def _counts(entry: Entry, ord: float) -> float:
+    """Return the sum of powers (the maximum) of how many terms each dense element has."""
+    assert entry.slices is not None
+    counts = np.diff(entry.slices.grouping.starts).astype(np.float64)
+    if ord == math.inf:
+        return float(counts.max())
+    return float((counts**ord).sum()) * (entry.flat.size / max(entry.slices.indices.size, 1))
+
+
+def together(parts: Sequence[Factors]) -> Factors:
+    """Return the factors of several decisions as those of one."""
+    return Factors(
+        np.concatenate([part.mantissas for part in parts]),
+        np.concatenate([part.powers for part in parts]),
+        any(part.active for part in parts),
+        any(part.truncate for part in parts),
+    )
 
 
 def apply(tensors: Sequence[Batch], factors: Factors) -> None:
     """Write each tensor times its factor, in one pass."""
-    operation = backend.scale_truncating if factors.truncate else backend.scale
     for batch in tensors:
-        operation(batch, factors.mantissas[batch.places], factors.powers[batch.places])
+        own = factors.take(batch.places)
+        if factors.truncate:
+            backend.scale_truncating(batch, own.mantissas, own.powers)
+        else:
+            backend.scale(batch, own.values(batch.dtype))
 
 
 def write(entries: Sequence[Entry], places: Sequence[Place], factors: Factors) -> None:
@@ -94,13 +145,14 @@ def clip(
     """Clip gradients by their joint norm over `divisor`; return that before clipping."""
     if not entries:
         return 0.0 if use_norm is None else use_norm
-    if use_norm is not None and nonfinite == "propagate":
+    summed = duplicates == "sum" and any(entry.repeated for entry in entries)
+    if use_norm is not None and nonfinite == "propagate" and not summed:
         norms = _given(use_norm)
     else:
         norms = measure(entries, ord, duplicates)
         finite = math.isfinite(norms.roots[0]) and math.isfinite(use_norm or 0.0)
         if not finite and nonfinite == "raise":
-            raise first_error(entries, norms.roots[0] if use_norm is None else use_norm)
+            raise first_error(entries, use_norm)
         if not finite and nonfinite == "skip":
             copy(entries, places)
             return norms.values()[0] if use_norm is None else use_norm
@@ -109,17 +161,23 @@ def clip(
             norms = measure(entries, ord, duplicates)
         if divisor != 1.0:
             norms = norms.divided(divisor)
-        if use_norm is not None and math.isfinite(use_norm):
-            norms = _given(use_norm)
+        if use_norm is not None and (nonfinite == "propagate" or math.isfinite(use_norm)):
+            norms = _given(use_norm, norms)
     elements = sum(entry.flat.size for entry in entries)
     ones = formulas.root(float(elements), ord) / divisor
-    factors = decide(norms, np.array([bound]), {entry.dtype for entry in entries}, ones)
+    loss = repeated_loss(entries, ord) / divisor if summed else 0.0
+    factors = decide(norms, np.array([bound]), {entry.dtype for entry in entries}, ones, loss)
     write(entries, places, factors)
     return float(norms.values()[0])
 
 
-def _given(norm: float) -> Norms:
-    return Norms(np.array([norm]), np.zeros(1, np.int64), np.ones(1))
+@np.errstate(all="ignore")
+def _given(norm: float, measured: Norms | None = None) -> Norms:
+    """Return a norm the user gave, with the spread that was measured."""
+    spread = 1.0
+    if measured is not None and norm > 0.0:
+        spread = max(1.0, float(measured.spread[0] * measured.values()[0] / norm))
+    return Norms(np.array([norm]), np.zeros(1, np.int64), np.array([spread]))
 
 
 def _without_bad(

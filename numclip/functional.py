@@ -212,7 +212,8 @@ def clip_by_norm(
         return _clip_whole(entry, bound, out, order)
 
     def clip_units(entry: Entry, place: Place) -> bool:
-        return Units(entry, reduced).clip(place, bound, order)
+        units = Units(entry, reduced)
+        return units.write(place, units.decide(units.norms(order), bound, order))
 
     return _with_rows_summed(entry, out, clip_units)
 
@@ -408,16 +409,15 @@ def adaptive_clip(
             f"param: expected an array of the gradient's shape {entry.dense_shape}, "
             f"got {'IndexedSlices' if owner.slices is not None else owner.values.shape}"
         )
-    ndim = len(entry.dense_shape)
-    reduced = inputs.axes_of(axes, ndim)
-    if reduced is None:
-        reduced = tuple(range(max(ndim - 1, min(ndim, 1))))
+    reduced = inputs.adaptive_axes(axes, len(entry.dense_shape))
 
     def clip_units(entry: Entry, place: Place) -> bool:
         rows = owner
         if entry.slices is not None and 0 not in reduced:
             rows = inputs.entry("param", 0, owner.values[entry.slices.indices])
-        return Units(entry, reduced).clip_relative(place, Units(rows, reduced), factor, least)
+        units = Units(entry, reduced)
+        params = Units(rows, reduced)
+        return units.write(place, units.decide_relative(units.norms(), params, factor, least))
 
     return _with_rows_summed(entry, out, clip_units)
 

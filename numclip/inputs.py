@@ -26,15 +26,18 @@ def _expect(name: str, wanted: str, got: Any) -> str:
 
 def real(name: str, value: Any) -> float:
     """Return a real number, or a 0-d array of one, as a float."""
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf":
-        value = value[()]
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
+        narrow = value.dtype.kind == "V" and lookup(value.dtype) is not None  # bfloat16
+        if value.dtype.kind in "iuf" or narrow:
+            value = float(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         kind = f"{type(value).__name__} {value!r}"
         raise TypeError(_expect(name, "a real number", kind))
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(_expect(name, "a number in the range of float64", value)) from None
+        wanted = "a number in the range of float64"
+        raise ValueError(_expect(name, wanted, f"one of {len(str(value))} characters")) from None
 
 
 def bound(name: str, value: Any) -> float:
@@ -43,6 +46,32 @@ def bound(name: str, value: Any) -> float:
     if not number >= 0.0:
         raise ValueError(_expect(name, "a number >= 0 (inf never clips)", value))
     return number
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a finite real number > 0."""
+    number = real(name, value)
+    if not 0.0 < number < math.inf:
+        raise ValueError(_expect(name, "a finite number > 0", value))
+    return number
+
+
+def finite_bound(name: str, value: Any) -> float:
+    """Return a finite real number >= 0."""
+    number = real(name, value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(_expect(name, "a finite number >= 0", value))
+    return number
+
+
+def fractions(name: str, values: Any, count: int) -> tuple[float, ...]:
+    """Return some numbers in [0, 1)."""
+    if not isinstance(values, Sequence) or len(values) != count:
+        raise TypeError(_expect(name, f"{count} numbers in [0, 1)", repr(values)))
+    numbers = tuple(real(f"{name}[{k}]", value) for k, value in enumerate(values))
+    if not all(0.0 <= number < 1.0 for number in numbers):
+        raise ValueError(_expect(name, "numbers in [0, 1)", repr(values)))
+    return numbers
 
 
 def order(value: Any) -> float:
@@ -63,7 +92,7 @@ def given_norm(value: Any) -> float:
 
 def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
     """Return one of some words."""
-    if value not in allowed:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(_expect(name, f"one of {words}", repr(value)))
     return value
@@ -75,7 +104,7 @@ def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]
         low, high = real("clip_value_min", low), real("clip_value_max", high)
     bounds = {"clip_value_min": np.asarray(low), "clip_value_max": np.asarray(high)}
     for name, value in bounds.items():
-        if value.dtype.kind not in "iuf":
+        if value.dtype.kind not in "iuf" and lookup(value.dtype) is None:
             raise TypeError(_expect(name, "real numbers", value.dtype))
         if np.isnan(value).any():
             raise ValueError(_expect(name, "numbers", "NaN"))
@@ -112,11 +141,17 @@ def check_examples(entries: Sequence[Entry]) -> None:
             raise ValueError(_expect(entry.name, text, entry.dense_shape[0]))
 
 
+def adaptive_axes(axes: Any, ndim: int) -> tuple[int, ...]:
+    """Return the reduced axes of `adaptive_clip`: by default all but the last, or the only one."""
+    found = axes_of(axes, ndim)
+    return tuple(range(max(ndim - 1, min(ndim, 1)))) if found is None else found
+
+
 def axes_of(axes: Any, ndim: int) -> tuple[int, ...] | None:
     """Return reduced axes in ascending order, None for all of them."""
     if axes is None:
         return None
-    wanted = axes if isinstance(axes, Iterable) else (axes,)
+    wanted = axes if isinstance(axes, Iterable) and getattr(axes, "ndim", True) else (axes,)
     try:
         found = [axis + ndim if -ndim <= axis < 0 else axis for axis in map(_index, wanted)]
     except TypeError:
@@ -197,7 +232,9 @@ def entry(name: str, key: Key, gradient: Any) -> Entry:
     values = gradient.values if slices is not None else gradient
     if type(values) is not np.ndarray:
         values = _as_array(name, values)
-    dtype = lookup(values.dtype) or lookup(values.dtype.newbyteorder("="))
+    dtype = lookup(values.dtype)
+    if dtype is None and values.dtype.kind in "fc":
+        dtype = lookup(values.dtype.newbyteorder("="))
     if dtype is None:
         raise TypeError(_expect(name, f"an array of {NAMES}", refusal(values.dtype)))
     flat = flat_view(values)
@@ -216,9 +253,18 @@ def _as_array(name: str, values: Any) -> Array:
         advice = "a masked array; fill it first with .filled(0)"
         raise TypeError(_expect(name, "an array", advice))
     if not isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
-        kind = f"{type(values).__name__}; convert it with numpy.asarray"
-        raise TypeError(_expect(name, "an array, IndexedSlices or None", kind))
+        kind = f"{type(values).__name__}; {_advice(values)}"
+        raise TypeError(_expect(name, "an array or IndexedSlices", kind))
     return np.asarray(values)
+
+
+def _advice(values: Any) -> str:
+    """Say how to mend what is no gradient."""
+    if isinstance(values, Mapping):
+        return "nested structures are not taken: pass one flat list or dict"
+    if hasattr(values, "tocsr"):
+        return "convert it with numclip.IndexedSlices.from_scipy"
+    return "convert it with numpy.asarray"
 
 
 @dataclass(frozen=True, eq=False)

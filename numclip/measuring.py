@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from numclip.dtypes import FLOAT64, Array, DType
+from numclip.dtypes import FLOAT64, Array, DType, as_stored
 from numclip.inputs import Entry
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
+
+HEADROOM = 64  # bits: no sum of that many terms, and no hypotenuse, exceeds float64
 
 
 class Tensor(Protocol):
@@ -106,11 +108,16 @@ def squares_of(tensors: Sequence[Batch], count: int) -> Sums:
     return Sums(totals, totals, exponents)
 
 
-def sum_squares(entries: Sequence[Entry], duplicates: str = "sum") -> Sums:
-    """Return the sum of squares of each gradient, rows that repeat summed or as they lie."""
+def sum_squares(
+    entries: Sequence[Entry], duplicates: str = "sum", made: Sequence[Batch] | None = None
+) -> Sums:
+    """Return the sum of squares of each gradient, rows that repeat summed or as they lie.
+
+    `made` are batches of the entries, if there are any already.
+    """
     repeated = [k for k, entry in enumerate(entries) if duplicates == "sum" and entry.repeated]
     if not repeated:
-        return squares_of(batches(entries), len(entries))
+        return squares_of(batches(entries) if made is None else made, len(entries))
     plain = [k for k in range(len(entries)) if k not in repeated]
     totals = np.zeros(len(entries))
     exponents = np.zeros(len(entries), np.int64)
@@ -156,11 +163,20 @@ def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum")
     if ord == 2.0:
         return sum_squares(entries, duplicates).norms(groups, 1)
     summed = [duplicates == "sum" and entry.repeated for entry in entries]
-    norms = norms_of(batches(_magnitudes(entries, summed)), groups, 1, ord)
+    shift = HEADROOM if any(map(_may_overflow, entries, summed)) else 0
+    made = batches(_magnitudes(entries, summed, shift))
+    norms = norms_of(made, groups, 1, ord)
     if any(summed):
-        terms = batches(_magnitudes(entries, summed, of_terms=True))
+        terms = batches(_magnitudes(entries, summed, shift, of_terms=True))
         norms = norms._replace(spread=_ratio(norms_of(terms, groups, 1, ord), norms))
-    return norms
+    return norms._replace(exponents=norms.exponents + shift)
+
+
+def _may_overflow(entry: Entry, summed: bool) -> bool:
+    """Tell whether a magnitude, or a sum of rows, could exceed float64."""
+    if entry.dtype.digits < 53 or not (summed or entry.dtype.components == 2):
+        return False
+    return bool((np.abs(entry.flat) > 2.0 ** (1023 - HEADROOM)).any())
 
 
 def _grouped_squares(entry: Entry) -> tuple[float, float, int]:
@@ -169,8 +185,13 @@ def _grouped_squares(entry: Entry) -> tuple[float, float, int]:
     grouping = entry.slices.grouping
     rows = entry.flat.reshape(grouping.order.size, -1)
     total, terms = backend.grouped_squares(*grouping, rows)
-    if entry.dtype.digits < 53 or backend.is_safe(terms):
+    if entry.dtype.digits < 53 or (backend.is_safe(terms) and backend.is_safe(total)):
         return total, terms, 0
+    if backend.is_safe(terms):  # rows cancel and leave what is too small to be squared
+        merged = as_stored(entry.slices.summed(entry.native)).reshape(-1)
+        totals, exponents = backend.squares(batches([Numbers(FLOAT64, merged)])[0])
+        exponent = int(exponents[0])
+        return float(totals[0]), formulas.scale_by_power(terms, -2 * exponent), exponent
     peak = np.abs(rows).max()
     if peak == 0.0 or not np.isfinite(peak):
         return total, terms, 0
@@ -179,18 +200,21 @@ def _grouped_squares(entry: Entry) -> tuple[float, float, int]:
 
 
 def _magnitudes(
-    entries: Sequence[Entry], summed: Sequence[bool], *, of_terms: bool = False
+    entries: Sequence[Entry], summed: Sequence[bool], shift: int, *, of_terms: bool = False
 ) -> list[Tensor]:
-    """Return real tensors with the gradients' magnitudes; repeated rows are summed.
+    """Return real tensors with the gradients' magnitudes over ``2**shift``, rows summed.
 
     The sums `of_terms`, magnitudes before they are added, bound what rounding can add.
     """
     tensors: list[Tensor] = []
     for entry, sums in zip(entries, summed, strict=True):
-        if not sums and entry.dtype.components == 1:
+        if not sums and entry.dtype.components == 1 and shift == 0:
             tensors.append(entry)
             continue
         wide = entry.native.astype(np.result_type(entry.native.dtype, np.float64))
+        if shift:
+            parts = as_stored(wide)  # a complex product would make NaN of Inf
+            parts *= 2.0**-shift
         if sums and entry.slices is not None:
             wide = entry.slices.summed(np.abs(wide) if of_terms else wide)
         tensors.append(Numbers(FLOAT64, np.abs(wide).reshape(-1)))

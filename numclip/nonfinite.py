@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,8 +36,8 @@ class NonFiniteGradientError(ArithmeticError):
         return type(self), arguments
 
 
-def first_error(entries: Sequence[Entry], norm: float) -> NonFiniteGradientError:
-    """Return the error that names the first bad element; `norm` is told if there is none."""
+def first_error(entries: Sequence[Entry], use_norm: float | None) -> NonFiniteGradientError:
+    """Return the error that names the first bad element, or what else is not finite."""
     for entry in entries:
         bad = ~np.isfinite(entry.values.reshape(-1))
         if bad.any():
@@ -49,5 +50,7 @@ def first_error(entries: Sequence[Entry], norm: float) -> NonFiniteGradientError
                 f"{count} of {bad.size} elements; nothing was modified"
             )
             return NonFiniteGradientError(message, entry.key, index, number, count)
-    message = f"use_norm is not finite: {norm}; nothing was modified"
+    norm = math.nan if use_norm is None else use_norm
+    what = "the sum of repeated rows" if use_norm is None else "use_norm"
+    message = f"{what} is not finite: {norm}; nothing was modified"
     return NonFiniteGradientError(message, None, 0, norm, 0)

@@ -17,19 +17,30 @@ from numclip.slices import IndexedSlices
 
 
 class Place(NamedTuple):
-    """Where one result goes: contiguous storage, and the array to copy it to if that is a copy."""
+    """Where one result goes: contiguous storage, and the array it is copied to if `staged`.
+
+    `fortran` says that a staged copy is in Fortran order, as the gradient it is made from.
+    """
 
     result: Any
     flat: Array
     array: Array
     in_place: bool
     staged: bool
+    fortran: bool = False
 
     def finish(self) -> None:
         """Bring what was written to a copy into the user's array."""
         if self.staged:
-            written = self.flat.view(self.array.dtype).reshape(self.array.shape)
-            self.array[...] = written
+            written = self.flat.view(self.array.dtype)
+            shape = self.array.shape
+            ordered = written.reshape(shape[::-1]).T if self.fortran else written.reshape(shape)
+            self.array[...] = ordered
+
+
+def in_place(entry: Entry) -> Place:
+    """Return the place of a gradient that is contiguous storage itself."""
+    return Place(entry.values, entry.flat, entry.values, in_place=True, staged=False)
 
 
 def _new(entry: Entry) -> Place:
@@ -56,10 +67,16 @@ def _written_array(entry: Entry, out: Any, name: str) -> Array:
         if not (same and np.array_equal(out.indices, entry.slices.indices)):
             raise ValueError(f"{name}: expected the indices and dense_shape of {entry.name}")
         out = out.values
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a NumPy array, got {type(out).__name__}")
     if out is not entry.values:
         _check_fit(entry, out, name)
+    check_writeable(out, name)
+    return out
+
+
+def check_writeable(out: Array, name: str) -> None:
+    """Refuse an array that cannot be written element by element."""
     if not out.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got {out.dtype.str}")
     if not out.flags.writeable:
@@ -70,14 +87,13 @@ def _written_array(entry: Entry, out: Any, name: str) -> Array:
         and any(n > 1 and not step for n, step in zip(out.shape, out.strides, strict=True))
     ):
         raise ValueError(f"{name}: expected distinct elements, got strides {out.strides}")
-    return out
 
 
 def _check_fit(entry: Entry, out: Array, name: str) -> None:
     if out.shape != entry.values.shape:
         raise ValueError(f"{name}: expected shape {entry.values.shape}, got {out.shape}")
-    if out.dtype != entry.values.dtype:
-        raise TypeError(f"{name}: expected dtype {entry.values.dtype}, got {out.dtype}")
+    if out.dtype != entry.native.dtype:
+        raise TypeError(f"{name}: expected dtype {entry.native.dtype}, got {out.dtype}")
 
 
 def _same_memory(a: Array, b: Array) -> bool:
@@ -93,7 +109,8 @@ def _given(entry: Entry, out: Any, name: str) -> Place:
     ordered = array.flags.c_contiguous if like_order else array.flags.f_contiguous
     flat = flat_view(array) if ordered else None
     if flat is None:
-        return Place(out, np.empty_like(entry.flat), array, in_place=False, staged=True)
+        staging = np.empty_like(entry.flat)
+        return Place(out, staging, array, in_place=False, staged=True, fortran=not like_order)
     return Place(out, flat, array, in_place=False, staged=False)
 
 

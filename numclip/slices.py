@@ -39,7 +39,7 @@ class IndexedSlices:
         copied; written by in-place calls.
     indices : array of int, shape (n,)
         The row of the dense array that each row of `values` belongs to, in
-        ``[0, dense_shape[0])``, in any order, repeated or not. Kept, not copied.
+        ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only.
     dense_shape : sequence of int
         The shape of the dense array; ``dense_shape[1:]`` is that of a row.
 
@@ -63,22 +63,39 @@ class IndexedSlices:
     7.0
     """
 
-    __slots__ = ("__dict__", "dense_shape", "indices", "values")
-
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
-        self.values: Array = np.asarray(values)
-        self.indices: Array = np.asarray(indices)
+        if isinstance(values, np.ma.MaskedArray):
+            raise TypeError("values: expected an array, got a masked array; use .filled(0)")
+        self._values: Array = np.asarray(values)
         try:
-            self.dense_shape = tuple(operator.index(size) for size in dense_shape)
+            self._dense_shape = tuple(operator.index(size) for size in dense_shape)
         except TypeError:
             raise TypeError(
                 f"dense_shape: expected a sequence of integers, got {dense_shape!r}"
             ) from None
-        self._check()
+        given = np.asarray(indices)
+        self._check(given)
+        self._indices = given.astype(np.int64)
+        self._indices.setflags(write=False)
 
-    def _check(self) -> None:
-        values, indices, shape = self.values, self.indices, self.dense_shape
-        if lookup(values.dtype.newbyteorder("=")) is None:
+    @property
+    def values(self) -> Array:
+        """The rows."""
+        return self._values
+
+    @property
+    def indices(self) -> Array:
+        """The dense array's row that each row belongs to; int64, read-only."""
+        return self._indices
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self._dense_shape
+
+    def _check(self, indices: Array) -> None:
+        values, shape = self.values, self.dense_shape
+        if values.dtype.kind not in "fcV" or lookup(values.dtype.newbyteorder("=")) is None:
             raise TypeError(f"values: expected one of {NAMES}, got {refusal(values.dtype)}")
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices: expected integers, got {indices.dtype}")
@@ -125,7 +142,8 @@ class IndexedSlices:
     def with_values(self, values: Array) -> IndexedSlices:
         """Return slices with the same indices and other values of the same shape."""
         other = object.__new__(IndexedSlices)
-        other.values, other.indices, other.dense_shape = values, self.indices, self.dense_shape
+        other._values = values
+        other._indices, other._dense_shape = self._indices, self._dense_shape
         if "grouping" in self.__dict__:
             other.__dict__["grouping"] = self.grouping
         return other

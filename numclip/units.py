@@ -82,14 +82,13 @@ class Units:
         batch = backend.rows_of(dtype, stored, stored, self.count)
         return norms_of([batch], np.arange(self.count), self.count, ord)
 
-    def clip(self, place: Place, bound: float, ord: float) -> bool:
-        """Write each unit, its norm held to a bound; tell whether one exceeded it."""
+    def decide(self, norms: Norms, bound: float, ord: float) -> Factors:
+        """Return the factors that hold the norms of the units to a bound."""
         ones = formulas.root(float(self.size), ord)
-        bounds = np.full(self.count, bound)
-        return self._write(place, decide(self.norms(ord), bounds, [self.entry.dtype], ones))
+        return decide(norms, np.full(self.count, bound), [self.entry.dtype], ones)
 
-    def clip_relative(self, place: Place, params: Units, factor: float, eps: float) -> bool:
-        """Write each unit, its norm held to `factor` times the parameters' or `eps`.
+    def decide_relative(self, norms: Norms, params: Units, factor: float, eps: float) -> Factors:
+        """Return those that hold the norm of each to `factor` times the parameters' or `eps`.
 
         Ratios of norms are compared, as a product of both could be subnormal, and coarse.
         """
@@ -99,13 +98,14 @@ class Units:
         floor, floor_exponent = math.frexp(eps)
         scales = np.where(small, floor, scales)
         exponents = np.where(small, floor_exponent, exponents)
-        bounds = np.where(scales == 0.0, 0.0, factor)
+        bounds = np.where((scales == 0.0) & (factor < math.inf), 0.0, factor)
         scales = np.where(scales == 0.0, 1.0, scales)
-        ones = np.ldexp(math.sqrt(self.size) / scales, -exponents)
-        ratios = self.norms().divided(scales, exponents)
-        return self._write(place, decide(ratios, bounds, [self.entry.dtype], ones))
+        with np.errstate(over="ignore", under="ignore"):  # then the grain is too coarse, or 0
+            ones = np.ldexp(math.sqrt(self.size) / scales, -exponents.astype(np.intc))
+        ratios = norms.divided(scales, exponents)
+        return decide(ratios, bounds, [self.entry.dtype], ones)
 
-    def _write(self, place: Place, factors: Factors) -> bool:
+    def write(self, place: Place, factors: Factors) -> bool:
         """Write each unit times its factor; tell whether one changed anything."""
         if not factors.active:
             if not place.in_place:
@@ -135,7 +135,7 @@ class Units:
     def _scale_columns(self, place: Place, columns: Array, factors: Factors) -> None:
         direct = place.array.flags.c_contiguous and not place.staged
         target = place.flat.reshape(columns.shape) if direct else np.empty_like(columns)
-        values = np.ldexp(factors.mantissas, factors.powers).astype(self.entry.dtype.compute)
+        values = factors.values(self.entry.dtype)
         values = np.repeat(values, self.entry.dtype.components)  # both parts of a complex number
         backend.scale_columns(columns, values.reshape(columns.shape[0], -1), target)
         if not direct:
@@ -166,10 +166,11 @@ def clip_examples(
         batch = backend.rows_of(entry.dtype, flat, flat, positions.size)
         tensors.append(batch._replace(places=batch.places + sum(part.size for part in groups)))
         groups.append(layer * examples + positions)
-    bounds = np.repeat(clip_norm * shares, examples)
+    with np.errstate(invalid="ignore"):  # an infinite bound on no elements
+        bounds = np.repeat(np.where(np.isinf(clip_norm), np.inf, clip_norm * shares), examples)
     norms = norms_of(tensors, np.concatenate(groups), bounds.size, 2.0)
     factors = decide(norms, bounds, [FLOAT64], 1.0)
-    weights = np.ldexp(factors.mantissas, factors.powers).reshape(shares.size, examples)
+    weights = factors.values(FLOAT64).reshape(shares.size, examples)
     sums = []
     for (rows, positions), entry, layer in zip(stored, entries, layers, strict=True):
         out = np.empty(entry.dense_shape[1:], entry.native.dtype)

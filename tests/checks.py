@@ -28,8 +28,8 @@ def norm_slack(grads: Any, duplicates: str = "sum") -> Fraction:
     """
     names = [reference.stored(g).dtype.name for g in reference.leaves(grads)]
     summed = duplicates == "sum" and any(map(reference.is_sparse, reference.leaves(grads)))
-    square_sum = reference.uncancelled_square_sum if summed else reference.square_sum
-    size = reference.root(square_sum(grads))
+    square = reference.square_sum(grads, duplicates)
+    size = reference.root(reference.uncancelled_square_sum(grads) if summed else square)
     if all(reference.PRECISION[name] == 53 for name in names):
         return 4 * reference.ulp(size, 53)
     return reference.ulp(size, 24)

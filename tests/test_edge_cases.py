@@ -272,35 +272,6 @@ def test_adaptive_parameter_of_another_dtype(name):
     checks.assert_close(nc.adaptive_clip(MATRIX, param), reference.adaptive_clip(MATRIX, param))
 
 
-# ---- clip_per_example
-
-
-def test_per_example_structure_and_counts():
-    batch = {"w": cases.normal(RNG, (5, 4, 3)), "none": None, "b": cases.normal(RNG, (5, 3))}
-    summed, count = nc.clip_per_example(batch, 1e-2)
-    assert type(count) is int
-    assert count == 5
-    assert summed["none"] is None
-    assert [summed[key].shape for key in ("w", "b")] == [(4, 3), (3,)]
-    assert list(summed) == list(batch)
-    for layerwise in ("uniform", "proportional"):
-        _, counts = nc.clip_per_example(batch, 1e-2, layerwise=layerwise)
-        assert counts == {"w": 5, "none": None, "b": 5}
-
-
-def test_per_example_without_examples():
-    summed, count = nc.clip_per_example([np.empty((0, 4), np.float32)], 1.0)
-    assert count == 0
-    np.testing.assert_array_equal(summed[0], np.zeros(4))
-
-
-def test_per_example_keeps_every_example_within_the_bound():
-    batch = [cases.normal(RNG, (1, 30)), cases.normal(RNG, (1, 2, 2))]
-    summed, count = nc.clip_per_example(batch, 0.5)
-    assert count == 1
-    assert reference.norm(summed) == pytest.approx(0.5, rel=1e-6)
-
-
 # ---- writing
 
 
@@ -322,6 +293,27 @@ def test_outputs_may_be_parts_of_one_buffer():
         checks.assert_same_bits(new, expected)
     assert not buffer[24:30].any()
     assert buffer[39] == 0
+
+
+def test_outputs_may_be_woven_into_one_another():
+    buffer = np.zeros(20)
+    given = [cases.normal(RNG, (10,), "float64") for _ in range(2)]
+    buffer[::2], buffer[1::2] = given
+    woven = [buffer[::2], buffer[1::2]]
+    nc.clip_by_global_norm(woven, 0.5, out=woven)
+    for new, expected in zip(woven, nc.clip_by_global_norm(given, 0.5)[0], strict=True):
+        checks.assert_same_bits(new, expected)
+
+
+@pytest.mark.parametrize("layout", sorted(set(cases.LAYOUTS) - cases.UNWRITABLE))
+@pytest.mark.parametrize("rule", [*SINGLE, "value"])
+def test_outputs_may_have_any_layout(rule, layout):
+    clip = SINGLE.get(rule, lambda g, c, **out: nc.clip_by_value(g, -c, c, **out))
+    for bound in (0.01, 1e6):
+        for given in (MATRIX, np.asfortranarray(MATRIX), cases.strided(MATRIX)):
+            out = cases.LAYOUTS[layout](np.full_like(MATRIX, 7))
+            assert clip(given, bound, out=out) is out
+            checks.assert_same_bits(out, clip(given, bound))
 
 
 def anonymous_kilobytes(address: int) -> int:

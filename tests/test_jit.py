@@ -145,16 +145,17 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 LAYERS = [
     {"kernels.tuning", "kernels.formulas", "kernels.jit", "dtypes"},
-    {"kernels.elements", "kernels.threads"},
-    {"kernels.cpu"},
-    {"kernels.backend"},
+    {"kernels.elements", "kernels.threads", "layout", "state", "plotting"},
+    {"kernels.cpu", "kernels.updates", "report"},
+    {"kernels.backend", "history"},
     {"slices"},
     {"inputs"},
-    {"nonfinite", "outputs", "measuring"},
-    {"clipping"},
+    {"nonfinite", "outputs", "measuring", "rules"},
+    {"clipping", "group"},
     {"units"},
-    {"functional"},
-    {"diagnostics"},
+    {"functional", "steps"},
+    {"diagnostics", "groups"},
+    {"optim"},
 ]
 
 

@@ -193,6 +193,16 @@ def test_norm_of_a_million_elements_is_right(name):
     checks.assert_norm(nc.global_norm([grad]), [grad])
 
 
+@pytest.mark.parametrize("name", ["float64", "complex128"])
+@pytest.mark.parametrize("size", [3000, pytest.param(300_000, marks=pytest.mark.jit_only)])
+def test_norm_keeps_what_a_running_sum_would_lose(size, name):
+    for exponent in (-33, -31, -29, -27):
+        grad = np.full(size, 2.0**exponent).astype(name)
+        grad[0] = 1
+        checks.assert_norm(nc.global_norm([grad]), [grad])
+        checks.assert_norm(nc.global_norm([grad[:1], *np.split(grad[1:], [7, 100])]), [grad])
+
+
 # ---- sparse gradients are the dense arrays they stand for
 
 
@@ -212,8 +222,10 @@ def test_sparse_is_dense(axes, data, slices):
         factor = 1.0 if square <= squared_bound else reference.root(squared_bound / square)
         if not reference.norm_within(bound, square, checks.norm_slack([slices])):
             assert np.sum(after[unit]) <= squared_bound
-        size = np.sqrt(terms[unit].astype(np.float64)) * factor
-        assert np.all(np.abs(actual[unit] - dense[unit] * factor) <= units * size)
+        size = np.sqrt(terms[unit].astype(np.float64))
+        loss = reference.root(np.sum(terms[unit]) / square) if square else 1.0
+        slack = units * factor * (size + loss * np.abs(dense[unit]))
+        assert np.all(np.abs(actual[unit] - dense[unit] * factor) <= slack)
 
 
 # ---- the same bits

@@ -177,6 +177,44 @@ def test_rows_that_cancel(name):
             checks.assert_clipped([slices], [clipped], Fraction(clip_norm) ** 2, norm)
 
 
+@pytest.mark.parametrize("name", reference.DTYPES)
+def test_rows_that_cancel_into_subnormal_results(name):
+    """Truncating a negative term makes the sum larger, so no way of rounding keeps the bound."""
+    dtype = reference.DTYPES[name]
+    smallest = float(reference.float_info(dtype).smallest_subnormal)
+    rng = np.random.default_rng(12)
+    for _ in range(20):
+        values = np.array([1, *-rng.uniform(0.1, 0.45, 2)]).reshape(3, 1).astype(dtype)
+        slices = nc.IndexedSlices(values, np.array([1, 1, 1]), (3, 1))
+        for clip_norm in smallest * rng.uniform(1, 5000, 5):
+            clipped = {
+                "global_norm": nc.clip_by_global_norm([slices], clip_norm)[0][0],
+                "norm": nc.clip_by_norm(slices, clip_norm),
+                "rows": nc.clip_by_norm(slices, clip_norm, axes=1),
+                "average_norm": nc.clip_by_average_norm(slices, clip_norm / 3),
+                "block_rms": nc.clip_by_block_rms(slices, clip_norm / 2),
+            }
+            for rule, result in clipped.items():
+                assert reference.square_sum([result]) <= Fraction(clip_norm) ** 2, rule
+
+
+@pytest.mark.parametrize(
+    ("name", "big", "small", "count", "clip_norm"),
+    [
+        ("float16", 100.0, -0.5, 150, 1e-3),
+        ("float16", 10.0, -0.33, 20, 1e-4),
+        pytest.param("float16", 1000.0, -0.0907, 10_000, 1e-2, marks=pytest.mark.jit_only),
+        pytest.param("float32", 1e6, -0.907, 20_000, 1e-37, marks=pytest.mark.jit_only),
+    ],
+)
+def test_many_small_rows_against_a_large_one(name, big, small, count, clip_norm):
+    values = np.array([[big], *[[small]] * count]).astype(name)
+    slices = nc.IndexedSlices(values, np.zeros(count + 1, int), (1, 1))
+    (clipped,), norm = nc.clip_by_global_norm([slices], clip_norm)
+    checks.assert_norm(norm, [slices])
+    assert reference.square_sum([clipped]) <= Fraction(clip_norm) ** 2
+
+
 def test_rows_that_cancel_entirely():
     slices = nc.IndexedSlices(np.array([[1e30], [-1e30]]), np.array([0, 0]), (3, 1))
     (clipped,), norm = nc.clip_by_global_norm([slices], 1e-3)
@@ -246,6 +284,21 @@ def test_in_place():
     assert nc.clip_by_norm(slices, 0.5, out=slices) is slices
     assert slices.values is values
     checks.assert_same_bits(values, expected.values)
+
+
+def test_values_of_any_layout():
+    expected = nc.clip_by_norm(example(), 0.5)
+    for layout in ("fortran", "strided", "negative", "misaligned"):
+        values = cases.LAYOUTS[layout](ROWS)
+        slices = nc.IndexedSlices(values, INDICES, (5, 2))
+        checks.assert_same_bits(nc.clip_by_norm(slices, 0.5), expected)
+        nc.clip_by_norm(slices, 0.5, out=slices)
+        checks.assert_same_bits(slices, expected)
+        assert slices.values is values
+    slices = nc.IndexedSlices(cases.read_only(ROWS), INDICES, (5, 2))
+    checks.assert_same_bits(nc.clip_by_norm(slices, 0.5), expected)
+    with pytest.raises(ValueError, match=r"out.*read-only"):
+        nc.clip_by_norm(slices, 0.5, out=slices)
 
 
 def test_clip_by_value_merges():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -108,7 +109,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-def test_an_interrupt_waits_for_the_shares():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_an_interrupt_waits_for_the_shares(error):
     nc.set_num_threads(2)
     done = []
 
@@ -118,12 +120,12 @@ def test_an_interrupt_waits_for_the_shares():
             done.append(begin)
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise error
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             threads.run(kernel, 2, LARGE)
     finally:
         signal.signal(signal.SIGALRM, previous)
@@ -153,3 +155,44 @@ def test_control_group_bounds_the_default(monkeypatch, tmp_path, text, cores):
     file.write_text(text)
     monkeypatch.setattr(threads, "CGROUP_QUOTA", str(file))
     assert threads._cgroup_cores() == cores
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "TimeoutError"])
+def test_interrupts_at_any_time_lose_no_thread(error):
+    code = f"""
+import random, signal
+import numpy as np, numclip as nc
+nc.set_num_threads(2)
+x = np.ones(1 << 18)
+norm = nc.global_norm([x])
+def interrupt(*_):
+    raise {error}
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(3)
+for _ in range(1000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-5, 5e-4))
+        while True:
+            assert nc.global_norm([x]) == norm
+    except ({error}, SystemError):  # numba, if it is interrupted as it returns an array
+        pass
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+assert nc.global_norm([x]) == norm
+"""
+    # What CPython says on stderr of a thread interrupted as it is started does not matter.
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_threads_let_go_of_the_arrays():
+    nc.set_num_threads(2)
+    array = np.ones(threads.PARALLEL_BYTES)
+    nc.global_norm([array])
+    gone = weakref.ref(array)
+    del array
+    deadline = time.monotonic() + 5
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone() is None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels import cpu, threads
+from numclip.kernels import cpu, threads, updates
 from numclip.kernels.tuning import CHUNK, COLUMNS
 
 # Outside this range a float64 sum of squares may have lost what under- or overflowed.
@@ -66,7 +67,15 @@ def largest(batch: Batch) -> Array:
     itemsize = batch.dtype.storage.itemsize
     mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
     partial = np.empty(len(batch.chunks), mask.dtype)
-    threads.run(cpu.max_magnitude, partial.size, batch.nbytes, batch.chunks, mask, partial)
+    threads.run(
+        cpu.max_magnitude,
+        partial.size,
+        batch.nbytes,
+        batch.chunks,
+        mask,
+        partial,
+        keep=batch.arrays,
+    )
     bits = np.zeros(batch.places.size, mask.dtype)
     np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
     if batch.dtype.name == "bfloat16":
@@ -78,7 +87,7 @@ def powers(batch: Batch, scales: Array, ord: float) -> Array:
     """Return each tensor's sum of ``(|x| / scale) ** ord``, a finite order."""
     partial = np.empty(len(batch.chunks))
     arguments = batch.chunks, scales, ord, batch.dtype.like, partial
-    threads.run(cpu.sum_powers, partial.size, batch.nbytes, *arguments)
+    threads.run(cpu.sum_powers, partial.size, batch.nbytes, *arguments, keep=batch.arrays)
     return _merged(batch, partial)
 
 
@@ -90,7 +99,7 @@ def squares(batch: Batch) -> tuple[Array, Array]:
     """
     partial = np.empty(len(batch.chunks))
     arguments = batch.chunks, batch.dtype.like, partial
-    threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments)
+    threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments, keep=batch.arrays)
     totals = _merged(batch, partial)
     exponents = np.zeros(totals.size, np.int64)
     if batch.dtype.digits < 53:
@@ -117,34 +126,35 @@ def join(
 
 
 def factors(
-    norms: tuple[Array, Array], bounds: Array, coarse: Array, roundoffs: Array, limits: Array
+    norms: tuple[Array, Array], bounds: tuple[Array, Array, Array], roundoffs: Array, limits: Array
 ) -> tuple[Array, Array, bool, bool]:
     """Return factors ``mantissa * 2**power``, whether one changes something, and truncates."""
-    mantissas = np.ones(bounds.size)
-    powers = np.zeros(bounds.size, np.int64)
-    flags = cpu.factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers)
+    mantissas = np.ones(roundoffs.size)
+    powers = np.zeros(roundoffs.size, np.int64)
+    flags = cpu.factors(norms, bounds, roundoffs, limits, mantissas, powers)
     return mantissas, powers, *flags
 
 
-def scale(batch: Batch, mantissas: Array, powers: Array) -> None:
+def scale(batch: Batch, factors: Array) -> None:
     """Write each tensor times its factor, in one pass."""
-    factor = np.ldexp(mantissas, powers).astype(batch.dtype.compute)  # exact
-    arguments = batch.chunks, factor, batch.dtype.like
-    threads.run(cpu.scale, len(batch.chunks), batch.nbytes, *arguments)
+    arguments = batch.chunks, factors, batch.dtype.like
+    threads.run(cpu.scale, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays)
 
 
 def scale_truncating(batch: Batch, mantissas: Array, powers: Array) -> None:
     """Write each tensor times its factor, subnormal results rounded toward zero; slow."""
     precision = np.array(batch.dtype.precision, np.int64)
     arguments = batch.chunks, mantissas, powers, precision, batch.dtype.like
-    threads.run(cpu.scale_truncating, len(batch.chunks), batch.nbytes, *arguments)
+    threads.run(
+        cpu.scale_truncating, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays
+    )
 
 
 def clamp(batch: Batch, low: float, high: float) -> None:
     """Write each element held between two bounds."""
     as_computed = batch.dtype.compute.type
     arguments = batch.chunks, as_computed(low), as_computed(high), batch.dtype.like
-    threads.run(cpu.clamp, len(batch.chunks), batch.nbytes, *arguments)
+    threads.run(cpu.clamp, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays)
 
 
 def column_squares(x: Array) -> Array:
@@ -169,13 +179,12 @@ def sum_examples(x: Array, factors: Array, out: Array) -> None:
 
 def group(indices: Array) -> tuple[Array, Array]:
     """Return the order that brings equal indices together, and where each group starts."""
-    numbers = np.ascontiguousarray(indices, np.int64)
-    table = np.full(1 << (2 * numbers.size).bit_length(), -1, np.int64)
-    groups = np.empty(numbers.size, np.int64)
-    starts = np.zeros(numbers.size + 1, np.int64)
-    count = cpu.group_rows(numbers, table, groups, starts)
+    table = np.full(1 << (2 * indices.size).bit_length(), -1, np.int64)
+    groups = np.empty(indices.size, np.int64)
+    starts = np.zeros(indices.size + 1, np.int64)
+    count = cpu.group_rows(indices, table, groups, starts)
     starts = starts[: count + 1]
-    order = np.empty(numbers.size, np.int64)
+    order = np.empty(indices.size, np.int64)
     cpu.order_rows(groups, starts, order)
     return order, starts
 
@@ -196,3 +205,51 @@ def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
     """Write the sum of each group of rows to a row of `out`; both are 2-d storage."""
     arguments = order, starts, values, out
     threads.run(cpu.merge_rows, starts.size - 1, values.nbytes, *arguments)
+
+
+class Update(NamedTuple):
+    """Tensors of one element type with their gradients and optimizer states, in chunks."""
+
+    dtype: DType
+    chunks: Array
+    nbytes: int
+    arrays: Any
+
+
+def update(dtype: DType, columns: Sequence[Array], lengths: Array, arrays: Any) -> Update:
+    """Return tensors cut into chunks, from their addresses: gradient, parameter, two states."""
+    counts = -(-lengths // CHUNK)
+    owners = np.repeat(np.arange(lengths.size), counts)
+    starts = CHUNK * (np.arange(owners.size) - np.repeat(np.cumsum(counts) - counts, counts))
+    chunks = np.zeros((owners.size, 6), np.int64)
+    sizes = [dtype.storage.itemsize] * 2 + [dtype.compute.itemsize] * 2
+    for k, (column, itemsize) in enumerate(zip(columns, sizes, strict=False)):
+        chunks[:, k] = column[owners] + starts * itemsize
+    chunks[:, updates.LENGTH] = np.minimum(CHUNK, lengths[owners] - starts)
+    chunks[:, updates.OWNER] = owners
+    nbytes = int(lengths.sum()) * (2 * sizes[0] + 2 * sizes[2])
+    return Update(dtype, chunks, nbytes, arrays)
+
+
+def descend(update: Update, factors: Array, settings: Array, *, momentum: bool) -> None:
+    """Take a step of gradient descent, see `updates`."""
+    operation = updates.descend_with_momentum if momentum else updates.descend
+    _take(operation, update, factors, settings)
+
+
+def adam(update: Update, factors: Array, settings: Array) -> None:
+    """Take a step of Adam, see `updates`."""
+    _take(updates.adam, update, factors, settings)
+
+
+def _take(operation: Any, update: Update, factors: Array, settings: Array) -> None:
+    compute = update.dtype.compute
+    arguments = update.chunks, factors.astype(compute), settings.astype(compute)
+    threads.run(
+        operation,
+        len(update.chunks),
+        update.nbytes,
+        *arguments,
+        update.dtype.like,
+        keep=update.arrays,
+    )

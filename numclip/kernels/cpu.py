@@ -14,9 +14,10 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, inline, kernel
-from numclip.kernels.tuning import BLOCK
+from numclip.kernels.tuning import BLOCK, ROWS
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
+GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio: spreads indices
 
 two_sum = inline(formulas.two_sum)
 power_term = inline(formulas.power_term)
@@ -66,8 +67,12 @@ def array_of_squares(x):
     """Return the sum of squares of an array, right to a few units of roundoff."""
     total = 0.0
     error = 0.0
-    for start in range(0, x.size, BLOCK):
-        total, rest = two_sum(total, block_of_squares(x[start : start + BLOCK]))
+    for start in range(0, x.size, 4 * BLOCK):
+        low = block_of_squares(x[start : start + BLOCK])
+        low += block_of_squares(x[start + BLOCK : start + 2 * BLOCK])
+        high = block_of_squares(x[start + 2 * BLOCK : start + 3 * BLOCK])
+        high += block_of_squares(x[start + 3 * BLOCK : start + 4 * BLOCK])
+        total, rest = two_sum(total, low + high)
         error += rest
     # An infinite total has no error; its two_sum is NaN.
     return total + error if math.isfinite(total) else total
@@ -159,26 +164,28 @@ def join(totals, exponents, groups, ord, roots, powers):
 
 
 @kernel
-def factors(norms, bounds, coarse, roundoffs, limits, mantissas, powers):
+def factors(norms, bounds, roundoffs, limits, mantissas, powers):
     """Write the factor of each norm that exceeds its bound.
 
     Tell whether there is one, and whether to truncate results.
 
-    `norms` are roots and exponents. Where a bound is under `coarse`, which the grain demands
-    (see `formulas`), or a factor so small that it is not exact, subnormal results are to be
-    rounded toward zero. `limits` are a factor's digits, and the smallest exact in so many.
+    `norms` are roots and exponents. `bounds` are those that trigger, those to reach, and those
+    under which the grain (see `formulas`) demands that subnormal results are rounded toward
+    zero, as does a factor so small that it is not exact. `limits` are a factor's digits, and
+    the smallest exact in so many.
     """
     active = truncate = False
     digits = int(limits[0])
-    for t in range(bounds.size):
+    for t in range(roundoffs.size):
         norm, exponent = norms[0][t], int(norms[1][t])
-        if scale_by_power(norm, exponent) <= bounds[t]:
+        if scale_by_power(norm, exponent) <= bounds[0][t]:
             continue
-        mantissas[t], powers[t] = clip_factor(bounds[t], norm, exponent, roundoffs[t], digits)
+        target = bounds[1][t]
+        mantissas[t], powers[t] = clip_factor(target, norm, exponent, roundoffs[t], digits)
         active |= mantissas[t] != 1.0
         if 0.0 < mantissas[t] < 1.0:
             small = scale_by_power(mantissas[t], int(powers[t])) < limits[1]
-            truncate |= small or bounds[t] < coarse[t]
+            truncate |= small or target < bounds[2][t]
     return active, truncate
 
 
@@ -298,9 +305,9 @@ def column_squares(begin, end, x, width, out):
         first = item % blocks * width
         total = out[a, first : first + width]
         error = np.zeros(total.size)
-        for start in range(0, x.shape[1], BLOCK):
+        for start in range(0, x.shape[1], ROWS):
             part = np.zeros(total.size)
-            for r in range(start, min(start + BLOCK, x.shape[1])):
+            for r in range(start, min(start + ROWS, x.shape[1])):
                 add_squares(x[a, r, first : first + width], part)
             add_exactly(part, total, error)
         settle(total, error)
@@ -351,7 +358,7 @@ def group_rows(indices, table, group, starts):
     count = 0
     for k in range(indices.size):
         index = indices[k]
-        slot = (((index ^ (index >> 31)) & 0x7FFF_FFFF) * 0x9E37_79B1 >> 16) & (table.size - 1)
+        slot = (index * GOLDEN >> 32) & (table.size - 1)
         while table[slot] >= 0 and indices[first[table[slot]]] != index:
             slot = (slot + 1) & (table.size - 1)
         if table[slot] < 0:

@@ -9,7 +9,8 @@ subnormal numbers. Norms are monotone and obey the triangle inequality, hence fo
 
     norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
 
-The measured norm ``n`` has a relative error of at most 8 * 2**-53. `clip_factor` returns
+The measured norm ``n`` has a relative error of at most 8 * 2**-53 (see ``tuning.BLOCK``; orders
+other than 2 are as right as the power function). `clip_factor` returns
 
     s = down(C / n / (1 + u) * (1 - 2**-48)),
 
@@ -28,7 +29,9 @@ precision and loses at most 32 + 8 + 4 units of 2**-53.
 
 **Rows that repeat.** For summed rows of a sparse gradient the rounding errors of the terms
 add up: with ``M`` the norm of the sums of magnitudes, ``u N`` above becomes ``u M``; the caller
-passes ``roundoff = u M / N``.
+passes ``roundoff = u M / N``. Subnormal terms can each be off by the spacing ``h``, in either
+direction of the sum, and rounding toward zero does not help: the caller aims at ``C`` less
+``h norm(counts)``, counts being how many terms each element of the dense array has.
 """
 
 import math
@@ -128,3 +131,32 @@ def clamped(value: float, low: float, high: float) -> float:
     if value < low:
         return low
     return value
+
+
+def sgd_velocity(slope: float, velocity: float, momentum: float) -> float:
+    """Return the new velocity of gradient descent with momentum."""
+    return momentum * velocity + slope
+
+
+def sgd_direction(slope: float, velocity: float, own: float, lookahead: float) -> float:
+    """Return where to go: the velocity (0, 1), or Nesterov's (1, momentum)."""
+    return own * slope + lookahead * velocity
+
+
+def moment(grad: float, average: float, weight: float) -> float:
+    """Return an exponential average that has taken up `grad` with a weight."""
+    return average + weight * (grad - average)
+
+
+def second_moment(grad: float, average: float, beta: float, weight: float) -> float:
+    """Return an exponential average of squares; `weight` is ``1 - beta``."""
+    return beta * average + weight * (grad * grad)
+
+
+def adam_step(mean: float, root_square: float, rate: float, root_bias: float, eps: float) -> float:
+    """Return Adam's step, from the root of the second moment; biases are corrected.
+
+    `rate` is the learning rate over the first moment's bias ``1 - beta1**t``, `root_bias` the
+    root of the second's.
+    """
+    return rate * mean / (root_square / root_bias + eps)

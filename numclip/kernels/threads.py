@@ -5,6 +5,7 @@ the threads at work for another caller does its work alone. numba's threading la
 used: they are global to the process, and each fails after a fork or in concurrent calls.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -15,39 +16,48 @@ from numclip.kernels.tuning import PARALLEL_BYTES
 
 
 class _Worker:
-    """A thread that waits for a share, runs it, and says so."""
+    """A thread that waits for a share, runs it, and says so.
+
+    `_finished` says so for certain; the lock only wakes the one who waits, so that a signal's
+    exception at any point of the waiting loses nothing.
+    """
 
     def __init__(self) -> None:
         self._go = threading.Lock()
-        self._done = threading.Lock()
+        self._wake = threading.Lock()
         self._go.acquire()
-        self._done.acquire()
-        self._work: Callable[[], Any] = lambda: None
+        self._wake.acquire()
+        self._work: Callable[[], Any] | None = None
         self._error: BaseException | None = None
+        self._finished = True
         threading.Thread(target=self._loop, name="numclip", daemon=True).start()
 
     def _loop(self) -> None:
         while True:
             self._go.acquire()
             try:
-                self._work()
+                if self._work is not None:
+                    self._work()
             except BaseException as error:  # handed to the caller by `join`
                 self._error = error
-            self._done.release()
+            self._work = None  # holds the caller's arrays
+            self._finished = True
+            with contextlib.suppress(RuntimeError):  # still released from an interrupted wait
+                self._wake.release()
 
     def start(self, work: Callable[[], Any]) -> None:
+        self._finished = False
         self._work = work
         self._go.release()
 
     def join(self) -> BaseException | None:
-        """Wait for the share to end; an interrupt meanwhile counts as its error."""
+        """Wait for the share to end; an exception meanwhile counts as its error."""
         interrupt: BaseException | None = None
-        while True:
+        while not self._finished:
             try:
-                self._done.acquire()
-                break
-            except KeyboardInterrupt as signal:  # memory is still being written: wait on
-                interrupt = signal
+                self._wake.acquire()
+            except BaseException as signal:  # memory is still being written: wait on
+                interrupt = interrupt or signal
         error, self._error = self._error or interrupt, None
         return error
 
@@ -104,26 +114,40 @@ def set_limit(count: int | None) -> None:
     _limit = count
 
 
-def run(kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any) -> None:
-    """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``."""
+def run(
+    kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any, keep: Any = None
+) -> None:
+    """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``.
+
+    `keep` is the memory that the arguments hold addresses of.
+    """
     threads = min(get_limit(), count) if nbytes >= PARALLEL_BYTES else 1
     if threads <= 1 or not _free.acquire(blocking=False):
         kernel(0, count, *arguments)
         return
     free = _free
+    started: list[_Worker] = []
+    errors: list[BaseException] = []
+    clean = False
     try:
         while len(_workers) < threads - 1:
             _workers.append(_Worker())
         bounds = [count * k // threads for k in range(threads + 1)]
-        busy = _workers[: threads - 1]
-        for worker, begin, end in zip(busy, bounds[1:], bounds[2:], strict=False):
-            worker.start(partial(kernel, begin, end, *arguments))
-        errors: list[BaseException] = []
+        for worker, begin, end in zip(_workers, bounds[1:], bounds[2:], strict=False):
+            worker.start(partial(_share, keep, kernel, begin, end, *arguments))
+            started.append(worker)
         try:
             kernel(0, bounds[1], *arguments)
         finally:
-            errors = [error for worker in busy if (error := worker.join())]
-        if errors:
-            raise errors[0]
+            errors = [error for worker in started if (error := worker.join())]
+            clean = True
     finally:
+        if not clean:  # interrupted while threads were being started: they are not used again
+            _workers.clear()
         free.release()
+    if errors:
+        raise errors[0]
+
+
+def _share(_keep: Any, kernel: Callable[..., Any], *arguments: Any) -> None:
+    kernel(*arguments)

@@ -1,0 +1,163 @@
+"""One parameter group: what the user asks for, and its buffers at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numclip import inputs
+from numclip.dtypes import Array
+from numclip.inputs import POLICIES, Entry
+from numclip.kernels.backend import Batch
+from numclip.layout import flat_buffers
+from numclip.measuring import batches
+from numclip.report import WHOLE
+from numclip.rules import Rule
+from numclip.slices import IndexedSlices
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Some parameters that are clipped by one rule.
+
+    Parameters
+    ----------
+    name : str
+        The group's name, of which no other group has the same.
+    params : mapping of str to array
+        The initial parameters by name, of float16, bfloat16, float32, float64, complex64 or
+        complex128. Copied into the group's buffers when `ParamGroups` is made.
+    clip : rule, optional
+        How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
+    nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
+        What to do where a gradient holds NaN or Inf, see `clip_by_global_norm`. "skip" leaves
+        this group's gradients as they are and says so in the report.
+    sparse : bool, default False
+        Whether the gradients are `IndexedSlices` in place of arrays.
+    lr : float, optional
+        The group's own learning rate, in place of the optimizer's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where an argument does not fit; the message names it.
+    """
+
+    name: str
+    params: Mapping[str, Array]
+    clip: Rule | None = None
+    nonfinite: str = "propagate"
+    sparse: bool = False
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"name: expected a non-empty str, got {self.name!r}")
+        if self.name == WHOLE:
+            raise ValueError(f"name: {WHOLE!r} stands for all groups in reports; take another")
+        if not isinstance(self.params, Mapping) or not self.params:
+            raise TypeError(
+                f"params: expected a mapping of names to arrays, got {type(self.params).__name__}"
+            )
+        for key, value in self.params.items():
+            if not isinstance(key, str):
+                raise TypeError(f"params: expected str names, got {key!r}")
+            if inputs.entry(f"params[{key!r}]", key, value).slices is not None:
+                raise TypeError(f"params[{key!r}]: expected an array, got IndexedSlices")
+        if self.clip is not None and not isinstance(self.clip, Rule):
+            raise TypeError(f"clip: expected a rule or None, got {self.clip!r}")
+        inputs.choice("nonfinite", self.nonfinite, POLICIES)
+        if self.lr is not None:
+            inputs.bound("lr", self.lr)
+        if self.sparse and self.clip is not None and self.clip.scope in ("element", "unit"):
+            raise ValueError(
+                f"clip: expected a rule that scales for a sparse group, got {self.clip!r}"
+            )
+
+
+class GroupState:
+    """One group at run time: its buffers, its gradients, its rule and the rule's state.
+
+    Attributes
+    ----------
+    name, clip, nonfinite, sparse, lr
+        As in `Group`.
+    params, grads : dict of str to array
+        Views into the flat buffers; for a sparse group `grads` is empty.
+    flat_params, flat_grads : dict of str to array
+        The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
+    slices : dict of str to list of IndexedSlices
+        A sparse group's gradients, in the order they were accumulated.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.name, self.clip = group.name, group.clip
+        self.nonfinite, self.sparse, self.lr = group.nonfinite, group.sparse, group.lr
+        arrays = {name: np.asarray(value) for name, value in group.params.items()}
+        native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
+        self.flat_params, self.params = flat_buffers(native)
+        for name, array in native.items():
+            self.params[name][...] = array
+        self.flat_grads, self.grads = flat_buffers({} if self.sparse else native)
+        self.slices: dict[str, list[IndexedSlices]] = {name: [] for name in native}
+        self.rule_state = group.clip.initial_state(len(native)) if group.clip else {}
+        self._dense = [self._entry(name, grad) for name, grad in self.grads.items()]
+        self._batches = batches(self._dense)
+
+    def _entry(self, name: str, grad: Any) -> Entry:
+        return inputs.entry(f"{self.name}.{name}", name, grad)
+
+    def gradients(self) -> tuple[list[Entry], list[Batch]]:
+        """Return the gradient of each parameter, and the batches they make."""
+        if not self.sparse:
+            return self._dense, self._batches
+        entries = [self._entry(name, self._slices(name)) for name in self.params]
+        return entries, batches(entries)
+
+    def merged(self, name: str) -> IndexedSlices | None:
+        """Return a sparse parameter's gradient as one object, None where there is none."""
+        return self._slices(name) if self.slices[name] else None
+
+    def _slices(self, name: str) -> IndexedSlices:
+        parts = self.slices[name]
+        if len(parts) == 1:
+            return parts[0]
+        param = self.params[name]
+        values = [np.empty((0, *param.shape[1:]), param.dtype), *(part.values for part in parts)]
+        indices = [np.empty(0, np.int64), *(part.indices for part in parts)]
+        joined = IndexedSlices(np.concatenate(values), np.concatenate(indices), param.shape)
+        self.slices[name] = [joined] if parts else []
+        return joined
+
+    def zero(self) -> None:
+        """Set the gradients to zero; a sparse group forgets its rows."""
+        for flat in self.flat_grads.values():
+            flat.fill(0)
+        for parts in self.slices.values():
+            parts.clear()
+
+    def fitting(self, name: str, grad: Any) -> Any:
+        """Return a gradient of the parameter as it is copied in, after checking that it fits."""
+        param = self.params[name]
+        if grad is None:
+            return None
+        described = inputs.entry(f"grads[{name!r}]", name, grad)
+        if self.sparse != (described.slices is not None):
+            wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
+            raise TypeError(f"grads[{name!r}]: expected {wanted}, got {type(grad).__name__}")
+        if described.dense_shape != param.shape:
+            raise ValueError(
+                f"grads[{name!r}]: expected shape {param.shape}, got {described.dense_shape}"
+            )
+        if not np.can_cast(described.values.dtype, param.dtype, "same_kind"):
+            raise TypeError(
+                f"grads[{name!r}]: expected dtype {param.dtype}, got {described.values.dtype}"
+            )
+        if described.slices is None:
+            return described.values
+        values = described.values.astype(param.dtype)  # a copy, to be clipped in place
+        return IndexedSlices(values, np.array(described.slices.indices), param.shape)

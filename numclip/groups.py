@@ -1,0 +1,337 @@
+"""Parameter groups: parameters and gradients in flat buffers, clipped group by group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from numclip import inputs, state, steps
+from numclip.dtypes import Array
+from numclip.group import Group, GroupState
+from numclip.history import History
+from numclip.report import WHOLE, ClipReport
+from numclip.rules import ByGlobalNorm
+
+
+class _Grads(MutableMapping[str, Any]):
+    """The gradients of all groups by name; assignment copies in."""
+
+    def __init__(self, groups: ParamGroups) -> None:
+        self._groups = groups
+
+    def __getitem__(self, name: str) -> Any:
+        group = self._groups._owner(name)
+        return group.merged(name) if group.sparse else group.grads[name]
+
+    def __setitem__(self, name: str, grad: Any) -> None:
+        self._groups.set_grads({name: grad})
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"grads[{name!r}]: cannot be deleted; zero_grads() sets all to zero")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups.params)
+
+    def __len__(self) -> int:
+        return len(self._groups.params)
+
+
+class ParamGroups:
+    """Parameters and their gradients in flat buffers, clipped group by group.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        The groups. Names of groups, and of parameters over all groups, are unique.
+    history : int, default 10_000
+        How many steps `history` remembers.
+
+    Attributes
+    ----------
+    params : mapping of str to array
+        Each parameter, a view into its group's buffer; write to it in place.
+    grads : mapping of str to array or IndexedSlices
+        Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, or None.
+        Assigning copies in.
+    history : History
+        What the clips did, see `History`.
+    step : int
+        How many times the gradients were clipped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where a name appears twice or a group does not fit; the message names it.
+
+    Notes
+    -----
+    **Guarantees.** The same gradients give the same bits as the functions. Every group is read
+    before any is written: an error leaves all as they were. A dense group allocates no memory
+    of its gradients' size after it is made (unless its rule reduces axes in the middle).
+
+    Examples
+    --------
+    >>> import numpy as np, numclip as nc
+    >>> weights, bias, table = np.ones((2, 2)), np.zeros(2), np.ones((9, 2))
+    >>> groups = nc.ParamGroups([
+    ...     nc.Group("encoder", {"W": weights, "b": bias}, clip=nc.ByGlobalNorm(1.0)),
+    ...     nc.Group("embedding", {"E": table}, clip=nc.ByNorm(1.0), sparse=True),
+    ... ])
+    >>> groups.set_grads({"W": np.full((2, 2), 1.5), "b": np.array([4.0, 0.0])})
+    >>> groups.grads["E"] = nc.IndexedSlices(np.array([[0.3, 0.4]]), [7], (9, 2))
+    >>> report = groups.clip()
+    >>> report.groups["encoder"].norm, report.groups["embedding"].clipped
+    (5.0, False)
+    >>> groups.grads["W"].round(12)
+    array([[0.3, 0.3],
+           [0.3, 0.3]])
+    """
+
+    def __init__(self, groups: Sequence[Group], *, history: int = 10_000) -> None:
+        members = list(groups)
+        for member in members:
+            if not isinstance(member, Group):
+                raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
+        if not members:
+            raise ValueError("groups: expected at least one group")
+        self._groups: dict[str, GroupState] = {}
+        self._owners: dict[str, str] = {}
+        for member in members:
+            if member.name in self._groups:
+                raise ValueError(f"groups: the name {member.name!r} appears twice")
+            for name in member.params:
+                if name in self._owners:
+                    owner = self._owners[name]
+                    raise ValueError(
+                        f"groups: the parameter {name!r} is in {owner!r} and {member.name!r}"
+                    )
+                self._owners[name] = member.name
+            self._groups[member.name] = GroupState(member)
+        _check_shared(members)
+        self.params: Mapping[str, Array] = MappingProxyType(
+            {name: self._owner(name).params[name] for name in self._owners}
+        )
+        self.grads = _Grads(self)
+        self.history = History(history)
+        self.step = 0
+
+    def _owner(self, name: str) -> GroupState:
+        if name not in self._owners:
+            raise KeyError(f"{name!r} is no parameter; there are {', '.join(self._owners)}")
+        return self._groups[self._owners[name]]
+
+    def __getitem__(self, name: str) -> GroupState:
+        if name not in self._groups:
+            raise KeyError(f"{name!r} is no group; there are {', '.join(self._groups)}")
+        return self._groups[name]
+
+    def __iter__(self) -> Iterator[GroupState]:
+        return iter(self._groups.values())
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __repr__(self) -> str:
+        lines = [f"ParamGroups({len(self._groups)} groups, step {self.step})"]
+        for group in self:
+            size = sum(param.size for param in group.params.values())
+            kind = "sparse" if group.sparse else "dense"
+            lines.append(
+                f"  {group.name}: {len(group.params)} {kind} tensors, {size} elements, "
+                f"clip={group.clip!r}, nonfinite={group.nonfinite!r}"
+            )
+        return "\n".join(lines)
+
+    def set_grads(self, grads: Mapping[str, Any]) -> None:
+        """Copy gradients in.
+
+        Parameters
+        ----------
+        grads : mapping of str to array, IndexedSlices or None
+            Gradients by parameter, of its shape and a dtype that casts to its kind. None means
+            zero. Parameters that are not named keep the gradients they have.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            Where one does not fit; the message names it. Nothing is copied then.
+        """
+        for group, name, grad in self._fitting(grads):
+            if group.sparse:
+                group.slices[name] = [] if grad is None else [grad]
+            else:
+                group.grads[name][...] = 0 if grad is None else grad
+
+    def accumulate(self, grads: Mapping[str, Any]) -> None:
+        """Add gradients to those there are; sparse ones are appended.
+
+        Parameters
+        ----------
+        grads : mapping of str to array, IndexedSlices or None
+            As in `set_grads`; None adds nothing.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            Where one does not fit; the message names it. Nothing is added then.
+        """
+        for group, name, grad in self._fitting(grads):
+            if grad is None:
+                continue
+            if group.sparse:
+                group.slices[name].append(grad)
+            else:
+                np.add(group.grads[name], grad, out=group.grads[name], casting="same_kind")
+
+    def _fitting(self, grads: Mapping[str, Any]) -> list[tuple[GroupState, str, Any]]:
+        if not isinstance(grads, Mapping):
+            raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
+        owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
+        return [(group, name, group.fitting(name, grad)) for group, name, grad in owners]
+
+    def zero_grads(self) -> None:
+        """Set every gradient to zero; sparse ones lose their rows."""
+        for group in self:
+            group.zero()
+
+    def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
+        """Clip the gradients of every group by its rule, in place.
+
+        Parameters
+        ----------
+        unscale : float, default 1.0
+            The loss scale that the gradients carry, > 0: they are divided by it, checked and
+            clipped in the same pass. Norms are those without it.
+        apply : bool, default True
+            False measures and decides, but writes no gradient and counts no step.
+
+        Returns
+        -------
+        ClipReport
+            What was found and done.
+
+        Raises
+        ------
+        NonFiniteGradientError
+            Where a group's policy is "raise"; the message names group, parameter and index.
+            Nothing is modified in any group.
+        TypeError, ValueError
+            Where `unscale` does not fit, or a bound that is a function gives no bound.
+        """
+        scale = inputs.positive("unscale", unscale)
+        found = [steps.Step(group, scale) for group in self]
+        steps.judge(found, self.step, write=apply)
+        if apply:
+            for step in found:
+                steps.apply(step)
+        report = steps.report(found, self.step, written=apply)
+        if apply:
+            self.commit(found, report)
+        return report
+
+    def commit(self, found: Sequence[steps.Step], report: ClipReport) -> None:
+        """Let the rules and the history know, and count the step."""
+        for step in found:
+            step.group.rule_state = steps.observe(step, self.step)
+        self.history.record(report)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the parameters, the rules' state, the history and the step."""
+        return {
+            "step": self.step,
+            "params": {name: array.copy() for name, array in self.params.items()},
+            "rules": {
+                group.name: {"rule": repr(group.clip), **_copied(group.rule_state)}
+                for group in self
+            },
+            "history": self.history.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a state; gradients are set to zero.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            From `state_dict` of groups with the same parameters and rules.
+
+        Raises
+        ------
+        StateError
+            Where it does not fit; the message says where. Nothing is changed then.
+        """
+        expected = {key: value for key, value in self.state_dict().items() if key != "history"}
+        loaded = {key: value for key, value in state_dict.items() if key != "history"}
+        state.matches(expected, loaded)
+        history = History(self.history.capacity)
+        try:
+            history.load_state_dict(state_dict["history"])
+            foreign = set(state_dict["history"]) - {WHOLE, *self._groups}
+            if foreign:
+                raise ValueError(f"history: unknown groups {sorted(foreign)}")
+            for group in self:
+                if group.clip is not None:
+                    rule_state = _arrays(state_dict["rules"][group.name])
+                    group.clip.check_state(rule_state, len(group.params))
+            if state_dict["step"] < 0:
+                raise ValueError(f"step: expected >= 0, got {state_dict['step']}")
+        except (KeyError, ValueError) as error:
+            raise state.StateError(f"the state does not fit: {error}") from error
+        for name, param in self.params.items():
+            param[...] = state_dict["params"][name]
+        for group in self:
+            group.rule_state = _copied(_arrays(state_dict["rules"][group.name]))
+        self.history = history
+        self.step = state_dict["step"]
+        self.zero_grads()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, all of it or nothing.
+
+        Parameters
+        ----------
+        path : path-like
+            The file, an ``.npz`` without pickle whatever its name.
+        """
+        state.save(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take up the state in a file, as `load_state_dict`.
+
+        Parameters
+        ----------
+        path : path-like
+            A file that `save` wrote.
+
+        Raises
+        ------
+        StateError
+            Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
+        """
+        self.load_state_dict(state.load(path))
+
+
+def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: value for name, value in saved.items() if name != "rule"}
+
+
+def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def _check_shared(groups: Sequence[Group]) -> None:
+    """Refuse groups that share a norm but not the bound or the policy."""
+    first: dict[Any, Group] = {}
+    for group in groups:
+        if isinstance(group.clip, ByGlobalNorm) and group.clip.shared is not None:
+            other = first.setdefault(group.clip.shared, group)
+            if (other.clip, other.nonfinite) != (group.clip, group.nonfinite):
+                raise ValueError(
+                    f"groups: {other.name!r} and {group.name!r} share the norm "
+                    f"{group.clip.shared!r}, but not clip= and nonfinite="
+                )

@@ -1,0 +1,190 @@
+"""What a step of parameter groups found and did."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    pass
+
+STATES = ("untouched", "clipped", "skipped", "not finite")
+WHOLE = "all"
+
+
+def cell(value: float | None) -> str:
+    """Return a number as tables show it."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def table(align: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned lines, indented; `align` has ``<`` or ``>`` for each column."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    formats = [f"{{:{side}{width}}}" for side, width in zip(align, widths, strict=True)]
+    return "\n".join("  " + "  ".join(formats).format(*line).rstrip() for line in lines)
+
+
+class TensorReport(NamedTuple):
+    """What a step found and did to one gradient.
+
+    Attributes
+    ----------
+    norm : float
+        The norm before clipping.
+    clipped_norm : float
+        The norm after clipping.
+    scale : float
+        The smallest factor applied: 1.0 where untouched, NaN where the results are NaN.
+    threshold : float
+        The bound on the norm, ``inf`` where there was none.
+    """
+
+    norm: float
+    clipped_norm: float
+    scale: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(ABC):
+    """What a group and the whole have in common."""
+
+    norm: float
+    clipped_norm: float
+    scale: float
+    clipped: bool
+    skipped: bool
+    threshold: float | None
+    nonfinite: bool
+
+    @property
+    @abstractmethod
+    def state(self) -> str:
+        """What happened, in a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport(Outcome):
+    """What a step found and did to one group.
+
+    Attributes
+    ----------
+    norm : float
+        The norm before clipping.
+    clipped_norm : float
+        The norm after clipping.
+    scale : float
+        The smallest factor applied: 1.0 where untouched, NaN where the results are NaN.
+    clipped : bool
+        Whether anything was scaled or clamped.
+    skipped : bool
+        Whether the group was left as it was because it held NaN or Inf.
+    threshold : float or None
+        The bound on the norm, ``inf`` for a rule that did not clip at this step; None where
+        there is no single bound.
+    nonfinite : bool
+        Whether a gradient held NaN or Inf.
+    """
+
+    @property
+    def state(self) -> str:
+        """One of "untouched", "clipped", "skipped", "not finite" (NaN or Inf, not skipped)."""
+        if self.skipped:
+            return "skipped"
+        if self.nonfinite:
+            return "not finite"
+        return "clipped" if self.clipped else "untouched"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ClipReport(Outcome):
+    """What a step of parameter groups found and did.
+
+    Attributes
+    ----------
+    norm, clipped_norm, scale, threshold : float
+        As in `GroupReport`, for all gradients together.
+    clipped, skipped, nonfinite : bool
+        Whether any group was clipped, was skipped, held NaN or Inf.
+    step : int
+        The number of the step, from 0.
+    groups : dict of str to GroupReport
+        The same fields for each group.
+    tensors : dict of str to TensorReport
+        Norms, factor and threshold of each gradient, by the name of its parameter.
+
+    Examples
+    --------
+    >>> group = GroupReport(
+    ...     norm=10.0, clipped_norm=5.0, scale=0.5, clipped=True, skipped=False, threshold=5.0,
+    ...     nonfinite=False,
+    ... )
+    >>> tensors = {"W": TensorReport(8.0, 4.0, 0.5, 5.0), "b": TensorReport(6.0, 3.0, 0.5, 5.0)}
+    >>> report = ClipReport(**group.to_dict(), step=7, groups={"encoder": group}, tensors=tensors)
+    >>> report
+    step 7: clipped
+      group    norm before  norm after  threshold  scale  state
+      encoder           10           5          5    0.5  clipped
+      all               10           5          5    0.5  clipped
+    >>> print(report.describe_tensors())
+      tensor  norm before  norm after  threshold  scale
+      W                 8           4          5    0.5
+      b                 6           3          5    0.5
+    """
+
+    step: int
+    groups: dict[str, GroupReport]
+    tensors: dict[str, TensorReport]
+
+    @property
+    def state(self) -> str:
+        """The gravest state of a group: "not finite", "skipped", "clipped" or "untouched"."""
+        return max(
+            (group.state for group in self.groups.values()), key=STATES.index, default="untouched"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python, ready for JSON.
+
+        Returns
+        -------
+        dict
+            The fields by name; "groups" and "tensors" hold a dict for each group and gradient.
+            NaN and Inf stay floats.
+        """
+        nested = {
+            "groups": {name: group.to_dict() for name, group in self.groups.items()},
+            "tensors": {name: tensor._asdict() for name, tensor in self.tensors.items()},
+        }
+        return {field.name: getattr(self, field.name) for field in fields(self)} | nested
+
+    def describe_tensors(self) -> str:
+        """Return a table of the gradients, one a row.
+
+        Returns
+        -------
+        str
+            Lines to print.
+        """
+        header = ("tensor", "norm before", "norm after", "threshold", "scale")
+        rows = [(name, *_numbers(tensor)) for name, tensor in self.tensors.items()]
+        return table("<>>>>", header, rows)
+
+    def __repr__(self) -> str:
+        header = ("group", "norm before", "norm after", "threshold", "scale", "state")
+        outcomes: dict[str, Outcome] = {**self.groups, WHOLE: self}
+        rows = [(name, *_numbers(outcome), outcome.state) for name, outcome in outcomes.items()]
+        return f"step {self.step}: {self.state}\n{table('<>>>><', header, rows)}"
+
+
+def _numbers(report: TensorReport | Outcome) -> list[str]:
+    return [
+        cell(value) for value in (report.norm, report.clipped_norm, report.threshold, report.scale)
+    ]

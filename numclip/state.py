@@ -1,0 +1,258 @@
+"""Saving and loading: a tree of arrays and plain values as one ``.npz`` file without pickle.
+
+Member ``index.npy`` holds the tree as JSON, in bytes; each array is a member ``0.npy``,
+``1.npy``, ... Members are not compressed, so none is larger than the file. An array's header
+follows from the index, so it is compared and never parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+import struct
+import zipfile
+from typing import IO, Any
+
+import numpy as np
+
+from numclip.dtypes import Array
+
+FORMAT = "numclip state"
+VERSION = 1
+MAX_DEPTH = 64  # of dicts within dicts; one that holds itself ends here too
+
+_INDEX = "index.npy"
+_INDEX_HEADER = 128  # bytes, whatever the length of an array of one dimension
+_CODES = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16"
+# By name, what an array is in the file.
+_STORED = {np.dtype(code).name: np.dtype(f"<{code}") for code in _CODES.split()}
+_STORED["bfloat16"] = np.dtype("<i2")
+_LEAVES = f"a float, int, str, bool, None or native array of {', '.join(_STORED)}"
+_ABSENT = object()
+_Path = tuple[str, ...]
+_Members = dict[str, zipfile.ZipInfo]
+
+
+class StateError(ValueError):
+    """A file holds no state that can be loaded, or a state is not the expected one."""
+
+
+def save(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
+    """Save a tree of state, all of it or nothing.
+
+    Parameters
+    ----------
+    path : str or path
+        The file, replaced where it exists. Used as given: no suffix is appended.
+    tree : dict
+        By names, which may be any str: arrays, Python's float, int, str, bool and None, and
+        dicts of the same. Arrays are of bool, integers or any dtype that gradients may have.
+
+    Raises
+    ------
+    TypeError
+        For any other leaf or name; the message says where it is.
+    ValueError
+        For dicts nested deeper than 64.
+    OSError
+        Where the file cannot be written. One that was there is as it was.
+
+    Notes
+    -----
+    Every bit is kept, those of NaNs too; the order of an array in memory is not. The same tree
+    makes the same bytes.
+    """
+    arrays: dict[str, Array] = {}
+    index = {"format": FORMAT, "version": VERSION, "tree": _describe((), tree, arrays)}
+    # Not as ASCII: JSON's escapes would join two halves of a surrogate pair.
+    text = json.dumps(index, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    target = os.path.realpath(os.fsdecode(path))
+    temporary = os.path.join(os.path.dirname(target), f".numclip-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if os.path.exists(target):
+                shutil.copymode(target, temporary)
+            with zipfile.ZipFile(file, "w") as archive:
+                _write(archive, _INDEX, np.frombuffer(text, np.uint8))
+                for name, array in arrays.items():
+                    _write(archive, name, array)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the tree of state that `save` has written to a file.
+
+    The whole file is checked before anything is returned. Nothing in it is executed, and the
+    memory used is in proportion to its size.
+
+    Raises
+    ------
+    StateError
+        Where the file is truncated, damaged, no state, or of a newer version, or holds bfloat16
+        and ml_dtypes is not installed; the message names the file and what is wrong.
+    OSError
+        Where the file cannot be opened.
+    """
+    name = os.fsdecode(path)
+    with open(name, "rb") as file:
+        try:
+            return _read(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # what zipfile raises for damage is not documented
+            reason = str(error) or type(error).__name__
+            raise StateError(f"{name}: cannot be loaded: {reason}") from error
+
+
+def matches(expected: Any, loaded: Any) -> None:
+    """Refuse a tree of state that differs from the expected one in more than its values.
+
+    Raises
+    ------
+    StateError
+        Where names, types of leaves, or dtypes or shapes of arrays differ; the message names the
+        first place. Names may come in any order.
+    """
+    _compare((), expected, loaded)
+
+
+def _where(path: _Path) -> str:
+    """Return a place in the tree in words."""
+    return "state" + "".join(f"[{key!r}]" for key in path)
+
+
+def _kind(node: Any) -> str:
+    if node is _ABSENT:
+        return "nothing"
+    if type(node) is np.ndarray:
+        return f"array of {node.dtype} and shape {node.shape}"
+    return f"{type(node).__module__}.{type(node).__qualname__}".removeprefix("builtins.")
+
+
+def _compare(path: _Path, expected: Any, loaded: Any) -> None:
+    if _kind(expected) != _kind(loaded):
+        raise StateError(f"{_where(path)}: expected {_kind(expected)}, got {_kind(loaded)}")
+    if type(expected) is dict:
+        for key in expected | loaded:
+            _compare((*path, key), expected.get(key, _ABSENT), loaded.get(key, _ABSENT))
+
+
+def _check_depth(path: _Path) -> None:
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"{_where(path)}: nested deeper than {MAX_DEPTH} dicts")
+
+
+def _describe(path: _Path, node: Any, arrays: dict[str, Array]) -> Any:
+    """Return what the index says of a part of the tree, and append its arrays."""
+    _check_depth(path)
+    if type(node) is dict:
+        for key in node:
+            if not isinstance(key, str):
+                raise TypeError(f"{_where(path)}: expected names that are str, got {key!r}")
+        return {key: _describe((*path, key), value, arrays) for key, value in node.items()}
+    if not path:
+        raise TypeError(f"{_where(path)}: expected a dict, got {_kind(node)}")
+    if node is None or type(node) in (bool, str):
+        return node
+    if type(node) is int:
+        return ["int", hex(node)]  # decimal digits are limited in number
+    if type(node) is float:
+        return ["float", struct.pack(">d", node).hex()]  # JSON has one NaN
+    if type(node) is np.ndarray and node.dtype.isnative and node.dtype.name in _STORED:
+        member = f"{len(arrays)}.npy"
+        arrays[member] = node
+        return ["array", member, node.dtype.name, list(node.shape)]
+    raise TypeError(f"{_where(path)}: expected a dict, {_LEAVES}, got {_kind(node)}")
+
+
+def _header(stored: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return the first bytes of an ``.npy`` file of version 1.0, C order, a multiple of 64."""
+    text = f"{{'descr': '{stored.str}', 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
+    stored = _STORED[array.dtype.name]
+    header = _header(stored, array.shape)
+    flat = np.ascontiguousarray(array).reshape(-1).view(stored.newbyteorder("="))
+    info = zipfile.ZipInfo(name)
+    info.file_size = len(header) + flat.nbytes  # decides on ZIP64
+    with archive.open(info, "w") as member:
+        member.write(header)
+        member.write(flat.astype(stored, copy=False).view(np.uint8).data)
+
+
+def _read(file: IO[bytes]) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        total = sum(info.compress_size for info in archive.infolist())
+        if len(members) < len(archive.infolist()) or total > os.fstat(file.fileno()).st_size:
+            raise ValueError("its members overlap")
+        content = _content(archive, members, _INDEX)
+        text = _array(content, "uint8", (len(content) - _INDEX_HEADER,)).tobytes()
+        match json.loads(text.decode("utf-8", "surrogatepass")):
+            case {"format": str(name), "version": int(version), "tree": dict(tree)}:
+                if name != FORMAT or version != VERSION:
+                    got = f"{name} version {version}"
+                    raise ValueError(f"{got}; this numclip reads {FORMAT} version {VERSION}")
+            case _:
+                raise ValueError(f"not a {FORMAT}")
+        loaded = {key: _build((key,), node, archive, members) for key, node in tree.items()}
+    if members:
+        raise ValueError(f"unexpected members {', '.join(members)}")
+    return loaded
+
+
+def _content(archive: zipfile.ZipFile, members: _Members, name: str) -> bytes:
+    """Take a member out and return its bytes, their number and CRC checked."""
+    info = members.pop(name, None)
+    if info is None:
+        raise ValueError(f"no member {name}, which a {FORMAT} has once")
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise ValueError(f"{name}: compressed, which a {FORMAT} never is")
+    return archive.read(info)
+
+
+def _build(path: _Path, node: Any, archive: zipfile.ZipFile, members: _Members) -> Any:
+    """Return the part of the tree that the index describes; no member serves twice."""
+    _check_depth(path)
+    match node:
+        case dict():
+            parts = node.items()
+            return {key: _build((*path, key), part, archive, members) for key, part in parts}
+        case None | bool() | str():
+            return node
+        case ["int", str(digits)]:
+            return int(digits, 16)
+        case ["float", str(digits)]:
+            return struct.unpack(">d", bytes.fromhex(digits))[0]
+        case ["array", str(member), str(name), list(shape)] if name in _STORED:
+            if all(type(length) is int for length in shape):
+                return _array(_content(archive, members, member), name, tuple(shape))
+    raise ValueError(f"{_where(path)}: not a leaf")
+
+
+def _array(content: bytes, name: str, shape: tuple[int, ...]) -> Array:
+    """Return the array in a member's bytes, whose size is checked before anything is made."""
+    stored = _STORED[name]
+    header = _header(stored, shape)
+    size = len(content) - len(header)
+    if not content.startswith(header) or math.prod(shape) * stored.itemsize != size:
+        raise ValueError(f"not an array of {name} and shape {shape}")
+    array = np.ndarray(shape, stored, content, len(header)).astype(stored.newbyteorder("="))
+    if name != "bfloat16":
+        return array
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ValueError("it holds bfloat16; install ml_dtypes to load it") from None
+    return array.view(ml_dtypes.bfloat16)
