@@ -48,7 +48,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     or 32 bits, within 4 ulp for float64, at any size and magnitude: nothing overflows or
     underflows on the way. NaN and Inf pass on. The same bits at any number of threads and at
     any alignment. Contiguous arrays (C or Fortran order) are read where they lie; others are
-    copied.
+    copied. Sums of repeated rows are held in two float64: what cancels to less than 2**-100 of
+    its terms is lost.
 
     **Source.** ``tf.linalg.global_norm``, in float64 and with repeated rows summed;
     ``norm_type`` of ``torch.nn.utils.clip_grad_norm_``.
@@ -85,9 +86,11 @@ def clip_by_global_norm(
     grads : list, tuple, dict or iterator of gradients
         As in `global_norm`. Written only where `out` says so.
     clip_norm : float
-        The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros.
+        The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros (NaN where a gradient
+        is not finite, as any bound does).
     use_norm : float, optional
-        A norm to use instead of computing it, for instance from `global_norm`.
+        A norm to use instead of computing it, for instance from `global_norm`. Where rows
+        repeat, the gradients are read all the same, for what rounding can add to their sums.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -117,12 +120,13 @@ def clip_by_global_norm(
 
     Notes
     -----
-    **Guarantees.** Where clipped, the exact norm of the result, in real arithmetic, does not
-    exceed `clip_norm`, and falls short of it by at most 4 units of roundoff of the coarsest
-    dtype among the gradients (64 units for float64 alone), unless results are subnormal. Where
-    repeated rows cancel, the units count from the norm of their magnitudes. Where the norm does
-    not exceed `clip_norm`, results are bit-identical, and in place not a byte is written. One
-    factor for all elements. Results do not depend on threads or alignment.
+    **Guarantees.** Where clipped, the exact L2 norm of the result, in real arithmetic, does not
+    exceed `clip_norm` (other orders: but for the rounding of the power function), and falls
+    short of it by at most 4 units of roundoff of the coarsest dtype among the gradients (64
+    units for float64 alone), unless results are subnormal. Where repeated rows cancel, the
+    units count from the norm of their magnitudes. Where the norm does not exceed `clip_norm`,
+    results are bit-identical, and in place not a byte is written. One factor for all elements.
+    Results do not depend on threads or alignment.
 
     **Edge cases.** Zero gradients stay zero. Finite gradients whose norm exceeds float64 are
     clipped; the norm is told as ``inf``. Strided, misaligned and byte-swapped arrays are
@@ -451,8 +455,8 @@ def clip_per_example(
 
     Notes
     -----
-    **Guarantees.** What one example adds has a norm of at most `clip_norm`. Sums are added in
-    float64 in the order of the examples, and rounded once. NaN or Inf in an example makes the
+    **Guarantees.** What one example adds has a norm of at most `clip_norm`. Sums are taken in
+    float64 and rounded to the dtype at the end. NaN or Inf in an example makes the
     sums NaN. **Source.** Abadi et al. 2016 (arXiv 1607.00133, algorithm 1), before the noise;
     ``optax.per_example_global_norm_clip`` and ``optax.per_example_layer_norm_clip``.
 

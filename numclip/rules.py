@@ -86,11 +86,9 @@ class Rule(ABC):
             raise ValueError(f"{owner} state: expected {list(expected)}, got {list(state)}")
         for name, wanted in expected.items():
             found = state[name]
-            kind = f"{getattr(found, 'dtype', type(found).__name__)}{np.shape(found)}"
-            if not isinstance(found, np.ndarray) or kind != f"{wanted.dtype}{wanted.shape}":
-                raise ValueError(
-                    f"{owner} state, {name}: expected {wanted.dtype}{wanted.shape}, got {kind}"
-                )
+            kind = _kind(found)
+            if kind != _kind(wanted):
+                raise ValueError(f"{owner} state, {name}: expected {_kind(wanted)}, got {kind}")
             good, meaning = self._sane(name, found)
             if not np.all(good):
                 worst = found[~good].flat[0]
@@ -582,6 +580,13 @@ def _blend(old: Any, new: Any, keep: float) -> Any:
 
 def _counted(found: Array, most: int) -> tuple[Array, str]:
     return (found >= 0) & (found <= most), f"a count from 0 to {most}"
+
+
+def _kind(found: Any) -> str:
+    """Return dtype and shape in words; what is no array has none."""
+    if isinstance(found, np.ndarray):
+        return f"{found.dtype}{found.shape}"
+    return type(found).__name__
 
 
 def _name(function: Any) -> str:

@@ -452,7 +452,7 @@ def test_initial_states(rule, expected):
     ("rule", "name", "value", "message"),
     [
         (AutoClip(window=4), "norms", np.zeros(5), "float64(4,), got float64(5,)"),
-        (AutoClip(window=4), "norms", [0.0] * 4, "float64(4,), got list(4,)"),
+        (AutoClip(window=4), "norms", [0.0] * 4, "float64(4,), got list"),
         (AutoClip(window=4), "norms", np.zeros(4, ">f8"), "float64(4,), got >f8(4,)"),
         (AutoClip(window=4), "norms", np.float32([0] * 4), "float64(4,), got float32(4,)"),
         (AutoClip(window=4), "norms", np.array([1, NAN, 2, 3]), "finite numbers >= 0, got nan"),
@@ -461,7 +461,8 @@ def test_initial_states(rule, expected):
         (AutoClip(), "count", np.array(-1), f"a count from 0 to {2**62}, got -1"),
         (AutoClip(), "count", np.array(2**63 - 1), f"a count from 0 to {2**62}, got {2**63 - 1}"),
         (AutoClip(), "count", np.array(0.0), "int64(), got float64()"),
-        (ZClip(), "count", 0, "int64(), got int()"),
+        (ZClip(), "count", 0, "int64(), got int"),
+        (ZClip(), "count", np.int64(0), "int64(), got int64"),
         (ZClip(), "count", np.array(26), "a count from 0 to 25, got 26"),
         (ZClip(warmup=0), "count", np.array(2), "a count from 0 to 1, got 2"),
         (ZClip(), "mean", np.array(NAN), "finite numbers >= 0, got nan"),
