@@ -37,20 +37,19 @@ class Factors(NamedTuple):
         """Return the factors in the type a dtype is computed in, which holds them exactly."""
         return np.ldexp(self.mantissas, self.powers.astype(np.intc)).astype(dtype.compute)
 
-    def over(self, scale: float, dtypes: Iterable[DType]) -> Factors:
-        """Return the factors over a loss scale, rounded down to what the dtypes can hold."""
+    def over(self, scale: float, dtypes: Sequence[DType]) -> Factors:
+        """Return each factor over a loss scale, rounded down to what its dtype can hold."""
         if scale == 1.0:
             return self
-        rows = list(dtypes)
-        grid = 2.0 ** min(row.digits for row in rows)
+        grids = 2.0 ** np.array([row.digits for row in dtypes], np.float64)
         fraction, power = math.frexp(scale)
         mantissas, shifts = np.frexp(self.mantissas / fraction)
-        mantissas = np.floor(mantissas * grid) / grid
+        if fraction != 0.5:  # else the quotient is exact
+            mantissas = np.floor(mantissas * grids) / grids
         powers = self.powers + shifts - power
-        tiny = max(row.tiny for row in rows)
-        small = bool(
-            ((mantissas > 0.0) & (np.ldexp(mantissas, powers.astype(np.intc)) < tiny)).any()
-        )
+        tiny = max((row.tiny for row in dtypes), default=0.0)
+        values = np.ldexp(mantissas, powers.astype(np.intc))
+        small = bool(((mantissas > 0.0) & (values < tiny)).any())
         return Factors(mantissas, powers, True, self.truncate or small)
 
 

@@ -14,6 +14,8 @@ from numclip.outputs import Place, place_one, places
 from numclip.slices import IndexedSlices
 from numclip.units import Units, clip_examples
 
+Operation = Callable[[Entry, Place, Entry | None], bool]
+
 
 def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float:
     """Return the norm of all gradients together, as of one long vector.
@@ -215,8 +217,8 @@ def clip_by_norm(
     if reduced is None:
         return _clip_whole(entry, bound, out, order)
 
-    def clip_units(entry: Entry, place: Place) -> bool:
-        units = Units(entry, reduced)
+    def clip_units(entry: Entry, place: Place, sums: Entry | None) -> bool:
+        units = Units(entry, reduced, sums)
         return units.write(place, units.decide(units.norms(order), bound, order))
 
     return _with_rows_summed(entry, out, clip_units)
@@ -345,7 +347,7 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
 
-    def clamp(entry: Entry, place: Place) -> bool:
+    def clamp(entry: Entry, place: Place, _: Entry | None) -> bool:
         clipping.clamp(entry, place, low, high)
         return True
 
@@ -415,11 +417,11 @@ def adaptive_clip(
         )
     reduced = inputs.adaptive_axes(axes, len(entry.dense_shape))
 
-    def clip_units(entry: Entry, place: Place) -> bool:
+    def clip_units(entry: Entry, place: Place, sums: Entry | None) -> bool:
         rows = owner
         if entry.slices is not None and 0 not in reduced:
             rows = inputs.entry("param", 0, owner.values[entry.slices.indices])
-        units = Units(entry, reduced)
+        units = Units(entry, reduced, sums)
         params = Units(rows, reduced)
         return units.write(place, units.decide_relative(units.norms(), params, factor, least))
 
@@ -488,17 +490,18 @@ def _clip_whole(
     return place.result
 
 
-def _with_rows_summed(entry: Entry, out: Any, operate: Callable[[Entry, Place], bool]) -> Any:
+def _with_rows_summed(entry: Entry, out: Any, operate: Operation) -> Any:
     """Run an operation that is not linear, on slices after their repeated rows are summed.
 
-    `operate` tells whether it changed anything.
+    `operate` is given the sums before they were rounded, and tells whether it changed anything.
     """
     place = place_one(entry, out)
     if not entry.repeated:
-        operate(entry, place)
+        operate(entry, place, None)
         return place.result
     merged = inputs.coalesced(entry)
-    changed = operate(merged, place_one(merged, merged.slices))
+    unrounded = inputs.coalesced(entry, wide=True)
+    changed = operate(merged, place_one(merged, merged.slices), unrounded)
     if not changed:
         clipping.copy([entry], [place])
         return place.result

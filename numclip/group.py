@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.dtypes import Array
+from numclip.dtypes import Array, lookup
 from numclip.inputs import POLICIES, Entry
 from numclip.kernels.backend import Batch
 from numclip.layout import flat_buffers
 from numclip.measuring import batches
 from numclip.report import WHOLE
-from numclip.rules import Rule
+from numclip.rules import Adaptive, ByNorm, Rule
 from numclip.slices import IndexedSlices
 
 
@@ -66,13 +66,19 @@ class Group:
         for key, value in self.params.items():
             if not isinstance(key, str):
                 raise TypeError(f"params: expected str names, got {key!r}")
-            if inputs.entry(f"params[{key!r}]", key, value).slices is not None:
-                raise TypeError(f"params[{key!r}]: expected an array, got IndexedSlices")
+            name = f"params[{key!r}]"
+            if inputs.entry(name, key, value).slices is not None:
+                raise TypeError(f"{name}: expected an array, got IndexedSlices")
+            if self.sparse and np.ndim(value) == 0:
+                raise ValueError(f"{name}: expected rows for a sparse group, got a 0-d array")
         if self.clip is not None and not isinstance(self.clip, Rule):
             raise TypeError(f"clip: expected a rule or None, got {self.clip!r}")
+        if isinstance(self.clip, (ByNorm, Adaptive)):
+            for value in self.params.values():
+                inputs.axes_of(self.clip.axes, np.ndim(value))
         inputs.choice("nonfinite", self.nonfinite, POLICIES)
         if self.lr is not None:
-            inputs.bound("lr", self.lr)
+            inputs.finite_bound("lr", self.lr)
         if self.sparse and self.clip is not None and self.clip.scope in ("element", "unit"):
             raise ValueError(
                 f"clip: expected a rule that scales for a sparse group, got {self.clip!r}"
@@ -153,11 +159,12 @@ class GroupState:
             raise ValueError(
                 f"grads[{name!r}]: expected shape {param.shape}, got {described.dense_shape}"
             )
-        if not np.can_cast(described.values.dtype, param.dtype, "same_kind"):
+        source, target = lookup(described.native.dtype), lookup(param.dtype)
+        if source is None or target is None or source.components > target.components:
             raise TypeError(
                 f"grads[{name!r}]: expected dtype {param.dtype}, got {described.values.dtype}"
             )
         if described.slices is None:
             return described.values
-        values = described.values.astype(param.dtype)  # a copy, to be clipped in place
+        values = np.array(described.values, param.dtype, order="C")  # to be clipped in place
         return IndexedSlices(values, np.array(described.slices.indices), param.shape)

@@ -146,6 +146,9 @@ class ParamGroups:
             )
         return "\n".join(lines)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
+        raise TypeError("ParamGroups cannot be copied; make new groups and load_state_dict")
+
     def set_grads(self, grads: Mapping[str, Any]) -> None:
         """Copy gradients in.
 
@@ -275,6 +278,11 @@ class ParamGroups:
             if foreign:
                 raise ValueError(f"history: unknown groups {sorted(foreign)}")
             for group in self:
+                saved = state_dict["rules"][group.name]["rule"]
+                if saved != repr(group.clip):
+                    raise ValueError(
+                        f"rule of {group.name!r}: expected {group.clip!r}, got {saved}"
+                    )
                 if group.clip is not None:
                     rule_state = _arrays(state_dict["rules"][group.name])
                     group.clip.check_state(rule_state, len(group.params))

@@ -306,8 +306,10 @@ def gradients(grads: Any, name: str = "grads") -> Gradients:
     return Gradients(entries, items, keys, rebuild)
 
 
-def coalesced(described: Entry) -> Entry:
-    """Return the entry with repeated rows summed, where there are any."""
+def coalesced(described: Entry, *, wide: bool = False) -> Entry:
+    """Return the entry with repeated rows summed, if there are any, in double precision or not."""
     if described.slices is None or not described.repeated:
         return described
-    return entry(described.name, described.key, described.slices.coalesce())
+    dtype = described.native.dtype
+    sums = described.slices.coalesced(np.result_type(dtype, np.float64) if wide else dtype)
+    return entry(described.name, described.key, sums)

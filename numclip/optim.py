@@ -150,9 +150,9 @@ class Optimizer(ABC):
             values = np.ldexp(factors.mantissas, factors.powers)
         slots.steps += 1
         if group.sparse:
-            for k, entry in enumerate(step.entries):
-                rows = slots.rows(k, entry)
-                self._take(rows, np.full(len(rows.chunks), values[k]), lr, slots.steps)
+            for k, entry in enumerate(steps.scaled_copies(step)):
+                rows = slots.rows(k, entry)  # scaled first: sums of raw rows could overflow
+                self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
             return
         for places, update in self._dense[group.name]:
             self._take(update, values[places], lr, slots.steps)
@@ -398,13 +398,12 @@ class Adam(Optimizer):
 
     def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
         first, second = self.betas
+        root_bias = math.sqrt(1.0 - second**count)
         settings = [
-            1.0 - lr * self.weight_decay,
+            lr * self.weight_decay,
             1.0 - first,
-            second,
             1.0 - second,
-            lr / (1.0 - first**count),
-            math.sqrt(1.0 - second**count),
-            self.eps,
+            lr * root_bias / (1.0 - first**count),
+            self.eps * root_bias,
         ]
         backend.adam(update, factors, np.array(settings))

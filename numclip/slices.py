@@ -164,11 +164,15 @@ class IndexedSlices:
             New arrays. Sums are exact but for one rounding to the dtype of the values (and
             for what two float64 cannot hold).
         """
+        return self.coalesced(self.values.dtype.newbyteorder("="))
+
+    def coalesced(self, dtype: Any) -> IndexedSlices:
+        """Return the coalesced slices in a dtype that holds the values."""
         first = self.indices[self.grouping.order[self.grouping.starts[:-1]]]
         ascending = np.argsort(first, kind="stable")
-        native = np.ascontiguousarray(self.values, self.values.dtype.newbyteorder("="))
-        values = self.summed(native)[ascending].reshape(first.size, *self.dense_shape[1:])
-        return IndexedSlices(values, first[ascending], self.dense_shape)
+        values = self.summed(np.ascontiguousarray(self.values, dtype))[ascending]
+        rows = values.reshape(first.size, *self.dense_shape[1:])
+        return IndexedSlices(rows, first[ascending], self.dense_shape)
 
     def to_dense(self) -> Array:
         """Return the dense array of shape `dense_shape` that the slices stand for."""

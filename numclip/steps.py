@@ -14,6 +14,7 @@ from numclip import clipping, inputs
 from numclip.clipping import Factors
 from numclip.dtypes import FLOAT64, Array
 from numclip.group import GroupState
+from numclip.inputs import Entry
 from numclip.kernels import formulas
 from numclip.measuring import Norms, Sums, batches, measure, sum_squares
 from numclip.nonfinite import first_error
@@ -41,6 +42,7 @@ class Step:
         self.threshold: float | None = None
         count = len(self.entries)
         self.thresholds = np.full(count, np.inf)
+        self.clamped = np.zeros(count, np.bool_)
         self.decide(Factors(np.ones(count), np.zeros(count, np.int64), False, False))
         self.within: list[tuple[Units, Norms, Factors]] = []
 
@@ -53,6 +55,7 @@ class Step:
 
     def decide(self, factors: Factors) -> None:
         """Take a factor for each tensor, and the loss scale out with it."""
+        self.plain = factors
         self.scales = factors.values(FLOAT64)
         self.factors = factors.over(self.unscale, [entry.dtype for entry in self.entries])
 
@@ -61,11 +64,15 @@ def judge(steps: Sequence[Step], number: int, *, write: bool) -> None:
     """Apply the policies for NaN and Inf, and find the factor of every tensor."""
     for step in steps:
         if step.nonfinite and step.group.nonfinite == "raise":
-            raise first_error(step.entries, float(step.total.roots[0]))
+            raise first_error(step.entries, None)
+    for step in steps:
+        if step.group.clip is not None:
+            step.group.clip.bound(number)  # refuses a bad one before anything is written
     for step in steps:
         if step.nonfinite and step.group.nonfinite == "zero":
             _zero(step, write=write)
-        step.skipped = step.nonfinite and step.group.nonfinite == "skip"
+        skips = step.group.nonfinite == "skip"
+        step.skipped = skips and any(other.nonfinite for other in _sharing(step, steps))
     for step in steps:
         rule = step.group.clip
         if rule is None or step.skipped or not step.entries:
@@ -118,9 +125,10 @@ def _judge_jointly(step: Step, sharing: Sequence[Step], rule: Rule, number: int)
     step.threshold = float(bounds[0])
     step.thresholds[:] = bounds[0]
     elements = sum(entry.flat.size for entry in entries)
-    ones = formulas.root(float(elements), rule.ord) / step.unscale
+    ones = formulas.root(float(elements), rule.ord)
     dtypes = {entry.dtype for entry in entries}
-    factors = clipping.decide(joint, bounds, dtypes, ones)
+    loss = clipping.repeated_loss(entries, rule.ord)
+    factors = clipping.decide(joint, bounds, dtypes, ones, loss)
     step.decide(factors.take(np.zeros(len(step.entries), np.int64)))
 
 
@@ -137,7 +145,8 @@ def _judge_tensors(step: Step, rule: Rule, number: int) -> None:
     for k, entry in enumerate(step.entries):
         norm = Norms(*(column[k : k + 1] for column in norms))
         ones = formulas.root(float(entry.flat.size), rule.ord) / divisors[k]
-        parts.append(clipping.decide(norm, bounds[k : k + 1], [entry.dtype], ones))
+        loss = clipping.repeated_loss([entry], rule.ord) / divisors[k]
+        parts.append(clipping.decide(norm, bounds[k : k + 1], [entry.dtype], ones, loss))
     step.decide(clipping.together(parts))
 
 
@@ -168,12 +177,37 @@ def apply(step: Step) -> None:
     if step.skipped:
         return
     for units, _, factors in step.within:
-        units.write(in_place(units.entry), factors.over(step.unscale, [units.entry.dtype]))
+        units.write(
+            in_place(units.entry), factors.over(step.unscale, [units.entry.dtype] * units.count)
+        )
     if not step.within and step.factors.active:
         clipping.apply(step.batches, step.factors)
     if isinstance(step.group.clip, ByValue):
-        for entry in step.entries:
-            clipping.clamp(entry, in_place(entry), step.group.clip.min, step.group.clip.max)
+        for k, entry in enumerate(step.entries):
+            step.clamped[k] = _clamp(entry, step.group.clip)
+
+
+def _clamp(entry: Entry, rule: ByValue) -> bool:
+    """Hold a gradient's elements between the bounds; tell whether one was beyond them."""
+    values = entry.native
+    beyond = values.size > 0 and bool(
+        np.fmin.reduce(values) < rule.min or np.fmax.reduce(values) > rule.max
+    )
+    place = Place(None, entry.flat, values, in_place=True, staged=False)
+    clipping.clamp(entry, place, rule.min, rule.max)
+    return beyond
+
+
+def scaled_copies(step: Step) -> list[Entry]:
+    """Return copies of the gradients, times their factors."""
+    copies = [np.empty_like(entry.flat) for entry in step.entries]
+    clipping.apply(batches(step.entries, copies), step.factors)
+    made = []
+    for entry, flat in zip(step.entries, copies, strict=True):
+        values = flat.view(entry.native.dtype).reshape(entry.values.shape)
+        slices = None if entry.slices is None else entry.slices.with_values(values)
+        made.append(entry._replace(flat=flat, values=values, slices=slices))
+    return made
 
 
 def report(steps: Sequence[Step], number: int, *, written: bool) -> ClipReport:
@@ -211,14 +245,15 @@ def _shared_key(step: Step) -> tuple[str, object]:
 
 def _group_report(step: Step, own: Sequence[TensorReport]) -> GroupReport:
     scale = _smallest([tensor.scale for tensor in own])
-    norm = float(step.total.values()[0])
     rule = step.group.clip
-    jointly = rule is not None and rule.scope == "group"
+    clipped = math.hypot(*(tensor.clipped_norm for tensor in own))
+    if rule is not None and rule.scope == "group" and not step.skipped:
+        clipped = float(_scaled_norms(step.total, step.plain.take(np.zeros(1, np.int64)))[0])
     return GroupReport(
-        norm=norm,
-        clipped_norm=norm * scale if jointly else math.hypot(*(t.clipped_norm for t in own)),
+        norm=float(step.total.values()[0]),
+        clipped_norm=clipped,
         scale=scale,
-        clipped=scale < 1.0,
+        clipped=scale < 1.0 or bool(step.clamped.any()),
         skipped=step.skipped,
         threshold=step.threshold,
         nonfinite=step.nonfinite,
@@ -232,32 +267,37 @@ def _smallest(scales: Sequence[float]) -> float:
 def _tensor_reports(step: Step, *, written: bool) -> list[TensorReport]:
     """Return what became of each tensor."""
     norms, scales = step.norms.values(), step.scales
-    clipped = norms * scales
+    clipped = _scaled_norms(step.norms, step.plain)
     rule = step.group.clip
     if step.skipped:
         scales, clipped = np.ones_like(norms), norms
     elif step.within:
         values = [factors.values(FLOAT64) for _, _, factors in step.within]
         scales = np.array([_smallest(own.tolist()) for own in values])
-        units = [unit_norms.values() for _, unit_norms, _ in step.within]
-        clipped = np.array([math.hypot(*pair) for pair in map(np.multiply, units, values)])
+        own_norms = [_scaled_norms(norms, factors) for _, norms, factors in step.within]
+        clipped = np.array([math.hypot(*own) for own in own_norms])
     elif isinstance(rule, ByValue):
         clipped = _clamped_norms(step, rule, written=written)
-        shrunk = (norms != clipped) & np.isfinite(norms)
-        scales = np.where(shrunk, clipped / np.where(norms == 0.0, 1.0, norms), 1.0)
+        with np.errstate(invalid="ignore"):
+            ratios = clipped / np.where(norms == 0.0, 1.0, norms)
+        scales = np.where(step.clamped, ratios, 1.0)
     columns = zip(norms, clipped, scales, step.thresholds, strict=True)
     return [TensorReport(*map(float, row)) for row in columns]
+
+
+def _scaled_norms(norms: Norms, factors: Factors) -> Array:
+    """Return the norms times the factors, which need not exist without them."""
+    return norms._replace(
+        roots=norms.roots * factors.mantissas, exponents=norms.exponents + factors.powers
+    ).values()
 
 
 def _clamped_norms(step: Step, rule: ByValue, *, written: bool) -> Array:
     """Return the norms after `ByValue`, which has no factor: measured, on copies if need be."""
     entries = step.entries
     if not written:
-        entries = [entry._replace(flat=entry.flat.copy()) for entry in entries]
-        for entry in entries:
-            place = Place(None, entry.flat, entry.native, in_place=True, staged=False)
-            clipping.apply(batches([entry]), step.factors.take(np.zeros(1, np.int64)))
-            clipping.clamp(entry, place, rule.min, rule.max)
+        entries = scaled_copies(step)
+        step.clamped[:] = [_clamp(entry, rule) for entry in entries]
     count = len(entries)
     return sum_squares(entries).norms(np.arange(count), count).values()
 

@@ -27,6 +27,7 @@ class Units:
 
     entry: Entry
     axes: tuple[int, ...]
+    unrounded: Entry | None = None  # what is measured, where the entry holds rounded sums
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -69,6 +70,9 @@ class Units:
 
     def norms(self, ord: float = 2.0) -> Norms:
         """Return the norm of each unit."""
+        if self.unrounded is not None:
+            norms = Units(self.unrounded, self.axes).norms(ord)
+            return norms._replace(spread=2.0 * norms.spread)  # the sums are rounded once more
         if ord == 2.0 and (columns := self.columns()) is not None:
             totals = backend.column_squares(columns)
             totals = totals.reshape(self.count, self.entry.dtype.components).sum(axis=1)

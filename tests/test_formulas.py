@@ -125,3 +125,11 @@ def test_power_terms_and_roots(ord, term, norm):
 def test_clamped():
     assert [formulas.clamped(x, -1.0, 2.0) for x in (-5.0, 0.5, 7.0)] == [-1.0, 0.5, 2.0]
     assert math.isnan(formulas.clamped(math.nan, -1.0, 2.0))
+
+
+def test_optimizer_steps():
+    assert formulas.sgd_velocity(3.0, 2.0, 0.5) == 4.0
+    assert formulas.sgd_direction(3.0, 4.0, 0.0, 1.0) == 4.0
+    assert formulas.sgd_direction(3.0, 4.0, 1.0, 0.5) == 5.0
+    assert formulas.moment(8.0, 4.0, 0.25) == 5.0
+    assert formulas.adam_step(6.0, 2.0, 0.5, 1.0) == 1.0

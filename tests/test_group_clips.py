@@ -52,9 +52,8 @@ def test_clips_have_the_bits_of_the_functions(rule, dtypes):
 @pytest.mark.parametrize("rule", NORM_RULES, ids=repr)
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_sparse_clips_have_the_bits_of_the_functions(rule, order):
-    groups = nc.ParamGroups(
-        [nc.Group("rows", {"e": np.ones(ROWS), "f": np.ones(ROWS, "f")}, clip=rule, sparse=True)]
-    )
+    params = {code: np.ones(ROWS, code) for code in ("f8", "f4", "f2")}
+    groups = nc.ParamGroups([nc.Group("rows", params, clip=rule, sparse=True)])
     for step in range(4):
         before = grads_of(groups, step)
         for name, grad in before.items():
@@ -159,7 +158,7 @@ def test_extreme_loss_scales(scale):
     groups = nc.ParamGroups(
         [nc.Group("g", {"w": wanted}, clip=nc.ByGlobalNorm(1e200), nonfinite="raise")]
     )
-    for size in (1e60, 1e-60, 1.0):
+    for size in (1e30, 1e-30, 1.0):
         groups.set_grads({"w": wanted * scale * size})
         assert groups.clip(unscale=scale).norm == pytest.approx(5 * size, rel=1e-14)
         np.testing.assert_allclose(groups.grads["w"], wanted * size, rtol=1e-14)

@@ -215,6 +215,18 @@ def test_many_small_rows_against_a_large_one(name, big, small, count, clip_norm)
     assert reference.square_sum([clipped]) <= Fraction(clip_norm) ** 2
 
 
+@pytest.mark.parametrize("axes", [None, 0, 1, (0, 1)])
+@pytest.mark.parametrize("name", reference.DTYPES)
+def test_sums_are_not_rounded_before_they_are_measured(name, axes):
+    """The sum exceeds the bound by less than the spacing of the dtype, yet it does."""
+    excess = 0.9 * float(reference.unit_roundoff(name))
+    values = np.array([[1.0], [excess]]).astype(reference.DTYPES[name])
+    slices = nc.IndexedSlices(values, np.array([0, 0]), (2, 1))
+    bound = 1.0 if reference.PRECISION[name] < 53 else 1 - 2.0**-40
+    clipped = nc.clip_by_norm(slices, bound, axes)
+    assert reference.square_sum([clipped]) <= Fraction(bound) ** 2
+
+
 def test_rows_that_cancel_entirely():
     slices = nc.IndexedSlices(np.array([[1e30], [-1e30]]), np.array([0, 0]), (3, 1))
     (clipped,), norm = nc.clip_by_global_norm([slices], 1e-3)

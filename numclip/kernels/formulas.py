@@ -148,15 +148,9 @@ def moment(grad: float, average: float, weight: float) -> float:
     return average + weight * (grad - average)
 
 
-def second_moment(grad: float, average: float, beta: float, weight: float) -> float:
-    """Return an exponential average of squares; `weight` is ``1 - beta``."""
-    return beta * average + weight * (grad * grad)
+def adam_step(mean: float, root_square: float, rate: float, eps: float) -> float:
+    """Return Adam's step, from the root of the second moment.
 
-
-def adam_step(mean: float, root_square: float, rate: float, root_bias: float, eps: float) -> float:
-    """Return Adam's step, from the root of the second moment; biases are corrected.
-
-    `rate` is the learning rate over the first moment's bias ``1 - beta1**t``, `root_bias` the
-    root of the second's.
+    `rate` and `eps` carry the corrections of the moments' biases.
     """
-    return rate * mean / (root_square / root_bias + eps)
+    return rate * mean / (root_square + eps)

@@ -17,7 +17,6 @@ GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = 0, 1, 2, 3, 4, 5
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
 moment = inline(formulas.moment)
-second_moment = inline(formulas.second_moment)
 adam_step = inline(formulas.adam_step)
 
 
@@ -61,12 +60,11 @@ def descend_with_momentum(begin, end, updates, factors, settings, like):
 def adam(begin, end, updates, factors, settings, like):
     """Take a step of Adam with decoupled weight decay. Seven passes.
 
-    `settings` are what is left of the parameter after decay, the weight of the gradient in the
-    mean, beta2, the weight of its square, the rate over the first bias, the root of the second
-    bias, eps.
+    `settings` are the share of the parameter that decays, the weights of the gradient and of
+    its square in their averages, the rate and eps, see `formulas.adam_step`.
     """
-    kept, weight, beta, square_weight = settings[0], settings[1], settings[2], settings[3]
-    rate, root_bias, eps = settings[4], settings[5], settings[6]
+    decay, weight, square_weight = settings[0], settings[1], settings[2]
+    rate, eps = settings[3], settings[4]
     for c in range(begin, end):
         factor = factors[updates[c, OWNER]]
         grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
@@ -76,6 +74,7 @@ def adam(begin, end, updates, factors, settings, like):
         for i in range(param.size):
             slope = widen(grad[i]) * factor
             mean[i] = moment(slope, mean[i], weight)
-            square[i] = second_moment(slope, square[i], beta, square_weight)
-            step = adam_step(mean[i], np.sqrt(square[i]), rate, root_bias, eps)
-            param[i] = narrow(kept * widen(param[i]) - step, param[i])
+            square[i] = moment(slope * slope, square[i], square_weight)
+            step = adam_step(mean[i], np.sqrt(square[i]), rate, eps)
+            value = widen(param[i])
+            param[i] = narrow(value - (step + decay * value), param[i])
