@@ -23,14 +23,14 @@ from numclip.optim import Adam as Adam
 from numclip.report import ClipReport as ClipReport
 from numclip.report import GroupReport as GroupReport
 from numclip.report import TensorReport as TensorReport
-from numclip.rules import AdaGC as AdaGC
 from numclip.rules import Adaptive as Adaptive
-from numclip.rules import AutoClip as AutoClip
 from numclip.rules import ByAverageNorm as ByAverageNorm
 from numclip.rules import ByBlockRMS as ByBlockRMS
 from numclip.rules import ByGlobalNorm as ByGlobalNorm
 from numclip.rules import ByNorm as ByNorm
 from numclip.rules import ByValue as ByValue
-from numclip.rules import ZClip as ZClip
+from numclip.running_rules import AdaGC as AdaGC
+from numclip.running_rules import AutoClip as AutoClip
+from numclip.running_rules import ZClip as ZClip
 from numclip.slices import IndexedSlices as IndexedSlices
 from numclip.state import StateError as StateError

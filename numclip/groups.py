@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -40,7 +39,7 @@ class _Grads(MutableMapping[str, Any]):
         return len(self._groups.params)
 
 
-class ParamGroups:
+class ParamGroups(state.Saved):
     """Parameters and their gradients in flat buffers, clipped group by group.
 
     Parameters
@@ -297,31 +296,6 @@ class ParamGroups:
         self.history = history
         self.step = state_dict["step"]
         self.zero_grads()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, all of it or nothing.
-
-        Parameters
-        ----------
-        path : path-like
-            The file, an ``.npz`` without pickle whatever its name.
-        """
-        state.save(path, self.state_dict())
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Take up the state in a file, as `load_state_dict`.
-
-        Parameters
-        ----------
-        path : path-like
-            A file that `save` wrote.
-
-        Raises
-        ------
-        StateError
-            Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
-        """
-        self.load_state_dict(state.load(path))
 
 
 def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +66,7 @@ class _Slots:
         return backend.update(entry.dtype, columns, np.full(count, length), arrays)
 
 
-class Optimizer(ABC):
+class Optimizer(state.Saved):
     """What the optimizers share: groups, learning rates, states and steps."""
 
     state_names: tuple[str, ...]
@@ -230,31 +229,6 @@ class Optimizer(ABC):
             for param, own in zip(self._managed()[name].params, slots.views, strict=True):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the states to a file, all of it or nothing.
-
-        Parameters
-        ----------
-        path : path-like
-            The file, an ``.npz`` without pickle whatever its name.
-        """
-        state.save(path, self.state_dict())
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Take up the states in a file, as `load_state_dict`.
-
-        Parameters
-        ----------
-        path : path-like
-            A file that `save` wrote.
-
-        Raises
-        ------
-        StateError
-            Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
-        """
-        self.load_state_dict(state.load(path))
 
 
 def _pair(number: int, grad: Any, variable: Any) -> tuple[Entry, Array]:

@@ -14,6 +14,8 @@ import secrets
 import shutil
 import struct
 import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -256,3 +258,40 @@ def _array(content: bytes, name: str, shape: tuple[int, ...]) -> Array:
     except ImportError:
         raise ValueError("it holds bfloat16; install ml_dtypes to load it") from None
     return array.view(ml_dtypes.bfloat16)
+
+
+class Saved(ABC):
+    """What has a state that can be written to a file and taken up again."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of what makes up the state."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a state, or raise `StateError` and change nothing."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, all of it or nothing.
+
+        Parameters
+        ----------
+        path : path-like
+            The file, an ``.npz`` without pickle whatever its name.
+        """
+        save(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take up the state in a file, as `load_state_dict`.
+
+        Parameters
+        ----------
+        path : path-like
+            A file that `save` wrote.
+
+        Raises
+        ------
+        StateError
+            Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
+        """
+        self.load_state_dict(load(path))

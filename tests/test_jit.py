@@ -151,7 +151,7 @@ LAYERS = [
     {"slices"},
     {"inputs"},
     {"nonfinite", "outputs", "measuring", "rules"},
-    {"clipping", "group"},
+    {"clipping", "group", "running_rules"},
     {"units"},
     {"functional", "steps"},
     {"diagnostics", "groups"},

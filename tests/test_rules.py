@@ -19,17 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numclip.rules import (
-    AdaGC,
     Adaptive,
-    AutoClip,
     ByAverageNorm,
     ByBlockRMS,
     ByGlobalNorm,
     ByNorm,
     ByValue,
     Rule,
-    ZClip,
 )
+from numclip.running_rules import AdaGC, AutoClip, ZClip
 
 INF, NAN = math.inf, math.nan
 LARGEST = np.finfo(np.float64).max

@@ -1,0 +1,315 @@
+"""Rules whose bound follows the norms there have been: AutoClip, ZClip, AdaGC."""
+
+# ruff: noqa: ARG002 - every rule is told what any rule may ask for
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import numpy as np
+
+from numclip import inputs
+from numclip.dtypes import Array
+from numclip.rules import Bound, Rule, State, bound_or_schedule, put
+
+MOST = 2**62  # steps that are counted; one more must fit into int64
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class AutoClip(Rule):
+    """Clip a group's norm to a percentile of its norms so far, the present one included.
+
+    Parameters
+    ----------
+    percentile : float, default 10
+        From 0 to 100, interpolated linearly as by `numpy.percentile`.
+    window : int, default 10_000
+        How many norms count, the last ones; each takes 8 bytes of state.
+    warmup : int, default 0
+        How many norms are awaited before the first is clipped.
+
+    Notes
+    -----
+    **Guarantees.** The percentile is exact, of the norms before clipping. **Edge cases.** The
+    first norm is never clipped. Where more than `percentile` per cent of the norms are 0, so is
+    the bound. **Source.** Seetharaman et al. 2020 (arXiv 2007.14469), who keep all norms.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numclip.running_rules import AutoClip
+    >>> rule = AutoClip(percentile=50)
+    >>> state = rule.initial_state(tensors=1)
+    >>> for step, norm in enumerate([3.0, 1.0, 8.0]):
+    ...     bound = rule.thresholds(np.array([norm]), norm, step, state)
+    ...     clipped = np.minimum(bound, norm)
+    ...     state = rule.observe(np.array([norm]), clipped, norm, step, state)
+    ...     print(norm, clipped.item())
+    3.0 3.0
+    1.0 1.0
+    8.0 3.0
+    """
+
+    scope: ClassVar[str] = "group"
+    percentile: float = 10
+    window: int = 10_000
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        percentile = inputs.real("percentile", self.percentile)
+        if not 0.0 <= percentile <= 100.0:
+            raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+        window, warmup = _count("window", self.window, 1), _count("warmup", self.warmup, 0)
+        put(self, percentile=percentile, window=window, warmup=warmup)
+
+    def initial_state(self, tensors: int) -> dict[str, Array]:
+        """Return a ring without norms."""
+        return {"norms": np.zeros(self.window), "count": np.array(0, np.int64)}
+
+    def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
+        """Return the percentile."""
+        if state["count"] < self.warmup:
+            return np.full(norms.shape, np.inf)
+        after = self.observe(norms, norms, total, step, state)
+        known = after["norms"][: min(int(after["count"]), self.window)]
+        # The bits of numpy.percentile, which took 330 us for 10,000 norms and 255 for 100 where
+        # this took 76 and 2.
+        position = (known.size - 1) * (self.percentile / 100.0)
+        below = math.floor(position)
+        above = min(below + 1, known.size - 1)
+        low, high = np.partition(known, (below, above))[[below, above]]
+        share = position - below
+        nearer, weight = (low, share) if share < 0.5 else (high, share - 1.0)
+        return np.full(norms.shape, nearer + (high - low) * weight)
+
+    def observe(
+        self, norms: Array, clipped: Array, total: float, step: int, state: State
+    ) -> dict[str, Array]:
+        """Put the norm in the place of the oldest."""
+        count = int(state["count"])
+        ring = state["norms"].copy()
+        ring[count % self.window] = norms[0]
+        return {"norms": ring, "count": np.array(count + 1, np.int64)}
+
+    def _sane(self, name: str, found: Array) -> tuple[Array, str]:
+        return _counted(found, MOST) if name == "count" else Rule._sane(self, name, found)
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class ZClip(Rule):
+    """Clip a group's norm where it stands out from a moving mean by more than `z` deviations.
+
+    With ``s = (norm - mean) / (deviation + 1e-6)``, norms of ``s > z`` are clipped to
+    ``mean + z * deviation / (s / z)``: the further out, the closer to the mean.
+
+    Parameters
+    ----------
+    alpha : float, default 0.97
+        The share of the past in the moving mean and variance, in [0, 1).
+    z : float, default 2.5
+        How many deviations are let through, >= 0.
+    warmup : int, default 25
+        How many norms are collected, unclipped, before; mean and variance start as theirs.
+    max_norm : float or function of the step, optional
+        A bound at all times, during warm-up too.
+
+    Notes
+    -----
+    **Guarantees.** The deviation is kept in place of the variance: nothing overflows. **Edge
+    cases.** A mean of 0, where nothing is known, clips nothing: the bound would be 0 for ever.
+    After a warm-up of equal norms greater ones are clipped to them. **Source.** Kumar et al.
+    2025 (arXiv 2504.02507). The mean is fed with the norm after clipping; here that is at most
+    `max_norm`, which the authors' code leaves out of account.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numclip.running_rules import ZClip
+    >>> rule = ZClip(warmup=2)
+    >>> state = rule.initial_state(tensors=1)
+    >>> for step, norm in enumerate([2.0, 4.0]):  # a mean of 3, a deviation of 1
+    ...     state = rule.observe(np.array([norm]), np.array([norm]), norm, step, state)
+    >>> rule.thresholds(np.array([8.0]), 8.0, 2, state).round(3)  # s = 5
+    array([4.25])
+    """
+
+    scope: ClassVar[str] = "group"
+    bound_name: ClassVar[str | None] = "max_norm"
+    alpha: float = 0.97
+    z: float = 2.5
+    warmup: int = 25
+    max_norm: Bound | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        put(self, alpha=_share("alpha", self.alpha), z=inputs.bound("z", self.z))
+        put(self, warmup=_count("warmup", self.warmup, 0))
+        if self.max_norm is not None:
+            put(self, max_norm=bound_or_schedule("max_norm", self.max_norm))
+
+    def initial_state(self, tensors: int) -> dict[str, Array]:
+        """Return the statistics of no norms."""
+        return {"count": np.array(0, np.int64), "mean": np.array(0.0), "deviation": np.array(0.0)}
+
+    def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
+        """Return the bound where the norm stands out, infinity or `max_norm` where not."""
+        norm, mean, deviation = float(norms[0]), float(state["mean"]), float(state["deviation"])
+        bound = self.bound(step)
+        if state["count"] >= self.warmup and mean > 0.0:
+            score = (norm - mean) / (deviation + 1e-6)
+            if score > self.z:
+                bound = min(bound, mean + deviation / score * self.z * self.z)
+        return np.full(norms.shape, bound)
+
+    def observe(
+        self, norms: Array, clipped: Array, total: float, step: int, state: State
+    ) -> dict[str, Array]:
+        """Take up the norm before clipping during warm-up, the norm after clipping then."""
+        count, mean, deviation = int(state["count"]), float(state["mean"]), state["deviation"]
+        if count < max(self.warmup, 1):
+            # One by one as by all at once (Welford): only what is known so far is kept.
+            keep = share = count / (count + 1)
+            apart = (float(norms[0]) - mean) / math.sqrt(count + 1)
+            mean = _blend(mean, float(norms[0]), keep)
+            count += 1
+        else:
+            keep, share = self.alpha, 1.0 - self.alpha
+            mean = _blend(mean, float(clipped[0]), keep)
+            apart = float(clipped[0]) - mean
+        spread = math.hypot(math.sqrt(keep) * float(deviation), math.sqrt(share) * apart)
+        return {
+            "count": np.array(count, np.int64),
+            "mean": np.array(mean),
+            "deviation": np.array(spread),
+        }
+
+    def _sane(self, name: str, found: Array) -> tuple[Array, str]:
+        if name == "count":
+            return _counted(found, max(self.warmup, 1))
+        return Rule._sane(self, name, found)
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class AdaGC(Rule):
+    """Clip each tensor's norm to a multiple of the moving average of its own clipped norms.
+
+    During warm-up each tensor is scaled by ``min(absolute / total, 1)``, `total` being the
+    group's norm, and ``gamma`` is the least of its norms after that. Then the bound is
+    ``relative * gamma``, and ``gamma = beta * gamma + (1 - beta) * clipped_norm``.
+
+    Parameters
+    ----------
+    relative : float, default 1.05
+        How far a norm may exceed the average, >= 0.
+    absolute : float, default 1.0
+        The bound on the group's norm during warm-up, >= 0.
+    beta : float, default 0.98
+        The share of the past in the average, in [0, 1).
+    warmup : int, default 100
+        How many steps the warm-up takes; steps that are skipped do not count.
+
+    Notes
+    -----
+    **Edge cases.** Where ``gamma`` would become 0, and with it all later gradients, it stays
+    what it is. A tensor whose norm was never above 0 is in warm-up until it is. **Source.**
+    Wang et al. 2025 (arXiv 2502.11034).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from numclip.running_rules import AdaGC
+    >>> rule = AdaGC(warmup=1)
+    >>> norms, state = np.array([3.0, 4.0]), rule.initial_state(tensors=2)
+    >>> clipped = rule.thresholds(norms, 5.0, 0, state)
+    >>> clipped.round(3)
+    array([0.6, 0.8])
+    >>> state = rule.observe(norms, clipped, 5.0, 0, state)
+    >>> rule.thresholds(norms, 5.0, 1, state).round(3)
+    array([0.63, 0.84])
+    """
+
+    scope: ClassVar[str] = "tensor"
+    relative: float = 1.05
+    absolute: float = 1.0
+    beta: float = 0.98
+    warmup: int = 100
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        for name in ("relative", "absolute"):
+            put(self, **{name: inputs.bound(name, getattr(self, name))})
+        put(self, beta=_share("beta", self.beta), warmup=_count("warmup", self.warmup, 0))
+
+    def initial_state(self, tensors: int) -> dict[str, Array]:
+        """Return averages of which nothing is known."""
+        return {"count": np.array(0, np.int64), "gamma": np.full(tensors, np.inf)}
+
+    def _warming(self, state: State) -> Array:
+        """Tell which tensors are in warm-up."""
+        return np.isinf(state["gamma"]) | (state["count"] < self.warmup)
+
+    def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
+        """Return the bound of each tensor."""
+        warming = self._warming(state)
+        bounds = np.full(norms.shape, np.inf)
+        if total > self.absolute:
+            bounds[warming] = norms[warming] * (self.absolute / total)
+        with np.errstate(over="ignore"):
+            bounds[~warming] = self.relative * state["gamma"][~warming]
+        return bounds
+
+    def observe(
+        self, norms: Array, clipped: Array, total: float, step: int, state: State
+    ) -> dict[str, Array]:
+        """Take up the norms after clipping."""
+        gamma, warming = state["gamma"], self._warming(state)
+        found = np.minimum(gamma, clipped)
+        found[~warming] = _blend(gamma[~warming], clipped[~warming], self.beta)
+        count = min(int(state["count"]) + 1, self.warmup)
+        return {
+            "count": np.array(count, np.int64),
+            "gamma": np.where(found > 0.0, found, gamma),
+        }
+
+    def _sane(self, name: str, found: Array) -> tuple[Array, str]:
+        if name == "count":
+            return _counted(found, self.warmup)
+        return found > 0.0, "numbers > 0"
+
+
+def _blend(old: Any, new: Any, keep: float) -> Any:
+    """Return a moving average after one more value: within both, and so never too large."""
+    return new + keep * (old - new)
+
+
+def _counted(found: Array, most: int) -> tuple[Array, str]:
+    return (found >= 0) & (found <= most), f"a count from 0 to {most}"
+
+
+def _share(name: str, value: Any) -> float:
+    """Return a number in [0, 1)."""
+    number = inputs.real(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {number}")
+    return number
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """Return an integer."""
+    wanted = f"{name}: expected an integer >= {least}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{wanted}, got {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{wanted}, got {value!r}")
+    if count < least:
+        raise ValueError(f"{wanted}, got {count}")
+    return count
