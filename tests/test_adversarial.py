@@ -34,6 +34,20 @@ def test_sums_that_lose_every_term(large, period):
     assert nc.global_norm([clipped]) <= 0.5
 
 
+@pytest.mark.jit_only
+@pytest.mark.parametrize("large", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("period", [256, 512, 1024])
+def test_narrow_sums_that_lose_every_term(large, period):
+    block = np.full(period, 2.0**-27 * (1 + 2**-20), np.float32)
+    block[:large] = 1.0
+    grad = np.tile(block, 100)
+    (clipped,), norm = nc.clip_by_global_norm([grad], 0.5)
+    exact = reference.square_sum([grad])
+    assert reference.norm_within(norm, exact, Fraction(norm) * 20 / 2**53)
+    assert_at_most([clipped], 0.5)
+    assert nc.global_norm([clipped]) <= 0.5
+
+
 @pytest.mark.parametrize("rows", [8, 64, 256, 1000])
 @pytest.mark.parametrize("clip", ["norm", "adaptive"])
 def test_columns_that_lose_every_term(rows, clip):

@@ -69,7 +69,7 @@ def test_factor_leaves_room_for_rounding(precision, bound, norm, exponent):
     assert (mantissa * 2**digits).is_integer()
     reached = factor * measured * (1 + Fraction(roundoff)) / Fraction(bound)
     assert reached <= 1 - Fraction(28, 2**53)
-    lost = Fraction(36, 2**53) + (Fraction(2, 2**24) if digits == 24 else 0)
+    lost = Fraction(36, 2**53) if digits == 53 else Fraction(68, 2**53) + Fraction(2, 2**24)
     assert reached >= 1 - lost
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, inline, kernel
-from numclip.kernels.tuning import BLOCK, ROWS
+from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio: spreads indices
@@ -67,11 +67,12 @@ def array_of_squares(x):
     """Return the sum of squares of an array, right to a few units of roundoff."""
     total = 0.0
     error = 0.0
-    for start in range(0, x.size, 4 * BLOCK):
-        low = block_of_squares(x[start : start + BLOCK])
-        low += block_of_squares(x[start + BLOCK : start + 2 * BLOCK])
-        high = block_of_squares(x[start + 2 * BLOCK : start + 3 * BLOCK])
-        high += block_of_squares(x[start + 3 * BLOCK : start + 4 * BLOCK])
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    for start in range(0, x.size, 4 * size):
+        low = block_of_squares(x[start : start + size])
+        low += block_of_squares(x[start + size : start + 2 * size])
+        high = block_of_squares(x[start + 2 * size : start + 3 * size])
+        high += block_of_squares(x[start + 3 * size : start + 4 * size])
         total, rest = two_sum(total, low + high)
         error += rest
     # An infinite total has no error; its two_sum is NaN.

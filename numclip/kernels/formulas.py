@@ -9,21 +9,24 @@ subnormal numbers. Norms are monotone and obey the triangle inequality, hence fo
 
     norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
 
-The measured norm ``n`` has a relative error of at most 8 * 2**-53 (see ``tuning.BLOCK``; orders
-other than 2 are as right as the power function). `clip_factor` returns
+The measured norm ``n`` has a relative error of at most 8 * 2**-53, for elements under 64 bits
+20 * 2**-53 (see ``tuning``; orders other than 2 are as right as the power function).
+`clip_factor` returns
 
-    s = down(C / n / (1 + u) * (1 - 2**-48)),
+    s = down(C / n / (1 + u) * (1 - slack)),
 
-rounded down to the significand that the multiplication can hold. The slack ``2**-48`` is
-32 * 2**-53; it pays for the error of ``n`` here and when the result is measured again (16),
-for the four operations of the law itself (4) and for a grain of up to ``2**-50 C`` (8). So
+rounded down to the significand that the multiplication can hold. The slack is 32 * 2**-53, or
+64 * 2**-53 where s has 24 bits; it pays for the error of ``n`` here and when the result is
+measured again (16 or 40), for the four operations of the law itself (4) and for a grain of up
+to ``2**-50 C`` (8). So
 ``norm(y) <= C`` in real arithmetic, and clipping the result again changes nothing. Where the
 grain is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
 results are rounded toward zero, so that the grain is 0.
 
 **Why it is not lost by much.** The result falls short of C by the margin (u), by rounding
 ``s`` down to 24 bits (under 2 u) and by rounding the products (u), in all under 4 u for
-float32: (1 - u)(1 - 2 u)(1 - u) exceeds 1 - 4 u by 5 u**2 = 5 * 2**-48, more than the slack.
+float32: (1 - u)(1 - 2 u)(1 - u) exceeds 1 - 4 u by 5 u**2 = 160 * 2**-53, more than the slack,
+the law's operations and the norm's error together.
 float16 and bfloat16 multiply in float32, so that only 2 u are lost; float64 has s at full
 precision and loses at most 32 + 8 + 4 units of 2**-53.
 
@@ -96,7 +99,8 @@ def clip_factor(
         return 0.0, 0
     fraction, power = math.frexp(bound)
     norm_fraction, norm_power = math.frexp(norm)
-    quotient = fraction / norm_fraction / (1.0 + roundoff) * (1.0 - SLACK)
+    slack = SLACK if digits > 24 else 2.0 * SLACK
+    quotient = fraction / norm_fraction / (1.0 + roundoff) * (1.0 - slack)
     mantissa, shift = math.frexp(quotient)
     grid = math.ldexp(1.0, digits)
     return math.floor(mantissa * grid) / grid, power - norm_power - exponent + shift

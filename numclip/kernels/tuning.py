@@ -7,6 +7,9 @@ BLOCK = 64
 """Elements summed plainly; four such sums go into one compensated addition. In eight lanes or
 more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at any length."""
 
+NARROW_BLOCK = 256
+"""The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
+
 ROWS = 8
 """Rows of a column summed plainly before a compensated addition, for the same precision."""
 
