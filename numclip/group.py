@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class GroupState:
     ----------
     name, clip, nonfinite, sparse, lr
         As in `Group`.
-    params, grads : dict of str to array
+    params, grads : mapping of str to array
         Views into the flat buffers; for a sparse group `grads` is empty.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
@@ -105,10 +106,12 @@ class GroupState:
         self.nonfinite, self.sparse, self.lr = group.nonfinite, group.sparse, group.lr
         arrays = {name: np.asarray(value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
-        self.flat_params, self.params = flat_buffers(native)
+        self.flat_params, params = flat_buffers(native)
+        self.params = MappingProxyType(params)
         for name, array in native.items():
             self.params[name][...] = array
-        self.flat_grads, self.grads = flat_buffers({} if self.sparse else native)
+        self.flat_grads, grads = flat_buffers({} if self.sparse else native)
+        self.grads = MappingProxyType(grads)
         self.slices: dict[str, list[IndexedSlices]] = {name: [] for name in native}
         self.rule_state = group.clip.initial_state(len(native)) if group.clip else {}
         self._dense = [self._entry(name, grad) for name, grad in self.grads.items()]
@@ -122,6 +125,10 @@ class GroupState:
         if not self.sparse:
             return self._dense, self._batches
         entries = [self._entry(name, self._slices(name)) for name in self.params]
+        for entry, param in zip(entries, self.params.values(), strict=True):
+            if entry.dense_shape != param.shape or entry.values.dtype != param.dtype:
+                wanted = f"{param.dtype} rows of {param.shape}; set gradients by set_grads"
+                raise ValueError(f"slices[{entry.key!r}]: expected {wanted}")
         return entries, batches(entries)
 
     def merged(self, name: str) -> IndexedSlices | None:
@@ -165,6 +172,9 @@ class GroupState:
                 f"grads[{name!r}]: expected dtype {param.dtype}, got {described.values.dtype}"
             )
         if described.slices is None:
-            return described.values
+            values = described.values
+            own = np.may_share_memory(values, self.grads[name])
+            held = any(np.may_share_memory(values, flat) for flat in self.flat_grads.values())
+            return values.copy() if held and not own else values
         values = np.array(described.values, param.dtype, order="C")  # to be clipped in place
         return IndexedSlices(values, np.array(described.slices.indices), param.shape)

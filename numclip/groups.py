@@ -162,11 +162,12 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        for group, name, grad in self._fitting(grads):
-            if group.sparse:
-                group.slices[name] = [] if grad is None else [grad]
-            else:
-                group.grads[name][...] = 0 if grad is None else grad
+        with np.errstate(all="ignore"):  # a cast that overflows must not stop half way
+            for group, name, grad in self._fitting(grads):
+                if group.sparse:
+                    group.slices[name] = [] if grad is None else [grad]
+                else:
+                    group.grads[name][...] = 0 if grad is None else grad
 
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; sparse ones are appended.
@@ -181,13 +182,14 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        for group, name, grad in self._fitting(grads):
-            if grad is None:
-                continue
-            if group.sparse:
-                group.slices[name].append(grad)
-            else:
-                np.add(group.grads[name], grad, out=group.grads[name], casting="same_kind")
+        with np.errstate(all="ignore"):
+            for group, name, grad in self._fitting(grads):
+                if grad is None:
+                    continue
+                if group.sparse:
+                    group.slices[name].append(grad)
+                else:
+                    np.add(group.grads[name], grad, out=group.grads[name], casting="same_kind")
 
     def _fitting(self, grads: Mapping[str, Any]) -> list[tuple[GroupState, str, Any]]:
         if not isinstance(grads, Mapping):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
-from numclip import inputs, state, steps
-from numclip.dtypes import Array, DType, as_stored
+from numclip import clipping, inputs, state, steps
+from numclip.dtypes import FLOAT64, Array, DType, as_stored
 from numclip.groups import ParamGroups
 from numclip.inputs import Entry
 from numclip.kernels import backend
@@ -94,17 +94,18 @@ class Optimizer(state.Saved):
 
     def _rate(self, own: float | None, number: int) -> float:
         if own is not None:
-            return own
+            return inputs.finite_bound("lr", own)
         if callable(self.lr):
             return inputs.finite_bound(f"lr(step={number})", self.lr(number))
-        return float(self.lr)
+        return inputs.finite_bound("lr", self.lr)
 
     def step(self, *, unscale: float = 1.0) -> ClipReport:
         """Clip every group by its rule and update its parameters.
 
         Each gradient is read once for the norms and once for the update, and not written
         (but by rules that act within tensors, `ByValue`, `Adaptive` and `ByNorm` with axes,
-        and where ``nonfinite="zero"`` finds something). A skipped group changes nothing.
+        where ``nonfinite="zero"`` finds something, and where a factor is subnormal). A skipped
+        group changes nothing.
 
         Parameters
         ----------
@@ -146,13 +147,17 @@ class Optimizer(state.Saved):
             steps.apply(step)
             values = np.ones(len(step.entries))
         else:
-            values = np.ldexp(factors.mantissas, factors.powers)
+            values = factors.values(FLOAT64)
         slots.steps += 1
         if group.sparse:
             for k, entry in enumerate(steps.scaled_copies(step)):
                 rows = slots.rows(k, entry)  # scaled first: sums of raw rows could overflow
                 self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
             return
+        tiny = max(entry.dtype.tiny for entry in step.entries)
+        if np.any((np.abs(values) < tiny) & (factors.mantissas != 0.0)):
+            clipping.apply(step.batches, factors)  # no single number is so small
+            values = np.ones(len(step.entries))
         for places, update in self._dense[group.name]:
             self._take(update, values[places], lr, slots.steps)
 
@@ -164,7 +169,8 @@ class Optimizer(state.Saved):
         grads_and_vars : iterable of (gradient, array)
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays are C-contiguous; the optimizer keeps a state for each
-            that it has met, and the array with it.
+            that it has met, and the array with it: a new view is a new array. These states
+            are not in `state_dict`.
 
         Raises
         ------
@@ -180,16 +186,26 @@ class Optimizer(state.Saved):
         lr = self._rate(None, self._applied)
         self._applied += 1
         for entry, param, variable in pairs:
-            if id(variable) not in self._own:
-                slots = _Slots([param], [entry.dtype], len(self.state_names))
-                self._own[id(variable)] = variable, slots
-            slots = self._own[id(variable)][1]
+            slots = self._slots_of(variable, param, entry.dtype)
             slots.steps += 1
             if entry.slices is not None:
                 rows = slots.rows(0, entry)
                 self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
             else:
                 self._take(slots.dense([entry])[0][1], np.ones(1), lr, slots.steps)
+
+    def _slots_of(self, variable: Array, param: Array, dtype: DType) -> _Slots:
+        """Return the states of an array of the user's, new ones if it is not as it was."""
+        known, slots = self._own.get(id(variable), (None, None))
+        fits = slots is not None and slots.dtypes == [dtype] and slots.params[0].size == param.size
+        if slots is None or known is not variable or not fits:
+            slots = _Slots([param], [dtype], len(self.state_names))
+            self._own[id(variable)] = variable, slots
+        slots.params = [param]  # the memory may have moved
+        return slots
+
+    def __reduce__(self) -> Never:
+        raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the groups' optimizer states, and how often each was updated."""

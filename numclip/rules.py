@@ -25,7 +25,8 @@ class Rule(ABC):
     """What all rules answer; the norms they are given are finite and >= 0.
 
     A rule is checked when it is made: a TypeError or ValueError names the field that does not
-    fit. What a function of the step returns is checked in the same way at every step.
+    fit. What a function of the step returns is checked in the same way at every step; it can be
+    called more than once a step, and must then return the same.
     """
 
     __slots__ = ()

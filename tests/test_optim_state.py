@@ -1,5 +1,6 @@
 """Optimizers: their state, threads, arrays of the user's own, arguments that do not fit."""
 
+import copy
 import math
 
 import numpy as np
@@ -175,3 +176,49 @@ def test_pairs_that_do_not_fit_change_nothing(grad, variable, message):
 def test_arguments_that_do_not_fit_are_named(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make(two_groups())
+
+
+def test_an_array_that_changed_gets_new_states():
+    optimizer = nc.SGD(None, lr=0.5, momentum=0.5)
+    variable = np.ones(4)
+    optimizer.apply_gradients([(np.ones(4), variable)])
+    variable.dtype = np.float32
+    variable[:] = 1
+    optimizer.apply_gradients([(np.ones(8, np.float32), variable)])
+    assert variable.tolist() == [0.5] * 8
+
+
+def test_optimizers_are_not_copied():
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(nc.SGD(None, lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "bound"), [("f", 2e38, 1e-6), ("f", 2e38, 1e-8), ("d", 1e300, 1e-25)]
+)
+def test_factors_that_are_subnormal(dtype, size, bound):
+    def made():
+        group = nc.Group("g", {"w": np.zeros(4, dtype)}, clip=nc.ByGlobalNorm(bound))
+        groups = nc.ParamGroups([group])
+        groups.set_grads({"w": np.full(4, size)})
+        return groups
+
+    stepped, clipped = made(), made()
+    nc.SGD(stepped, lr=1.0).step()
+    clipped.clip()
+    assert (-stepped.params["w"]).tolist() == clipped.grads["w"].tolist()
+
+
+def test_slices_of_another_shape_are_refused_before_a_step():
+    groups = nc.ParamGroups([nc.Group("e", {"E": np.ones((9, 2), "f")}, sparse=True)])
+    foreign = nc.IndexedSlices(np.ones((1, 2), "f"), [10**9], (2 * 10**9, 2))
+    groups["e"].slices["E"].append(foreign)
+    with pytest.raises(ValueError, match=r"slices\['E'\]: expected float32 rows"):
+        nc.SGD(groups, lr=1.0).step()
+
+
+def test_gradients_can_change_places():
+    groups = nc.ParamGroups([nc.Group("g", {"a": np.ones(2), "b": np.ones(2)})])
+    groups.set_grads({"a": np.full(2, 1.0), "b": np.full(2, 2.0)})
+    groups.set_grads({"a": groups.grads["b"], "b": groups.grads["a"]})
+    assert (groups.grads["a"].tolist(), groups.grads["b"].tolist()) == ([2.0, 2.0], [1.0, 1.0])
