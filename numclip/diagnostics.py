@@ -28,7 +28,7 @@ def set_num_threads(n: int | None) -> None:
     TypeError, ValueError
         Where `n` is no such number.
     """
-    threads.set_limit(None if n is None else inputs.thread_count(n))
+    threads.set_limit(None if n is None else inputs.count("n", n, alternative=" or None"))
 
 
 def get_num_threads() -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numclip import inputs
 from numclip.dtypes import Array
 from numclip.report import WHOLE, ClipReport, Outcome, cell, table
 
@@ -101,7 +102,7 @@ class History:
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self.capacity = _capacity(capacity)
+        self.capacity = inputs.count("capacity", capacity)
         self._rings: dict[str, _Ring] = {WHOLE: _Ring(self.capacity)}
 
     def record(self, report: ClipReport) -> None:
@@ -240,14 +241,6 @@ def _row(step: int, of: Outcome) -> tuple[Any, ...]:
     threshold = math.nan if of.threshold is None else of.threshold
     numbers = (step, of.norm, of.clipped_norm, of.scale, threshold)
     return (*numbers, of.clipped, of.skipped, of.nonfinite)
-
-
-def _capacity(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"capacity: expected an integer >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"capacity: expected an integer >= 1, got {value}")
-    return int(value)
 
 
 def _rows(name: Any, columns: Any) -> Array:

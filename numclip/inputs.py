@@ -168,15 +168,16 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def thread_count(n: Any) -> int:
-    """Return a number of threads."""
+def count(name: str, value: Any, least: int = 1, *, alternative: str = "") -> int:
+    """Return an integer of at least some size; messages add the `alternative` to it."""
+    wanted = f"an integer >= {least}{alternative}"
     try:
-        count = _index(n)
+        number = _index(value)
     except TypeError:
-        raise TypeError(_expect("n", "an integer >= 1 or None", repr(n))) from None
-    if count < 1:
-        raise ValueError(_expect("n", "an integer >= 1 or None", n))
-    return count
+        raise TypeError(_expect(name, wanted, repr(value))) from None
+    if number < least:
+        raise ValueError(_expect(name, wanted, number))
+    return number
 
 
 class Entry(NamedTuple):

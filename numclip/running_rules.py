@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -64,7 +63,10 @@ class AutoClip(Rule):
         percentile = inputs.real("percentile", self.percentile)
         if not 0.0 <= percentile <= 100.0:
             raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
-        window, warmup = _count("window", self.window, 1), _count("warmup", self.warmup, 0)
+        window, warmup = (
+            inputs.count("window", self.window, 1),
+            inputs.count("warmup", self.warmup, 0),
+        )
         put(self, percentile=percentile, window=window, warmup=warmup)
 
     def initial_state(self, tensors: int) -> dict[str, Array]:
@@ -149,7 +151,7 @@ class ZClip(Rule):
     def __post_init__(self) -> None:
         """Check each field."""
         put(self, alpha=_share("alpha", self.alpha), z=inputs.bound("z", self.z))
-        put(self, warmup=_count("warmup", self.warmup, 0))
+        put(self, warmup=inputs.count("warmup", self.warmup, 0))
         if self.max_norm is not None:
             put(self, max_norm=bound_or_schedule("max_norm", self.max_norm))
 
@@ -245,7 +247,7 @@ class AdaGC(Rule):
         """Check each field."""
         for name in ("relative", "absolute"):
             put(self, **{name: inputs.bound(name, getattr(self, name))})
-        put(self, beta=_share("beta", self.beta), warmup=_count("warmup", self.warmup, 0))
+        put(self, beta=_share("beta", self.beta), warmup=inputs.count("warmup", self.warmup, 0))
 
     def initial_state(self, tensors: int) -> dict[str, Array]:
         """Return averages of which nothing is known."""
@@ -299,17 +301,3 @@ def _share(name: str, value: Any) -> float:
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1), got {number}")
     return number
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    """Return an integer."""
-    wanted = f"{name}: expected an integer >= {least}"
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{wanted}, got {value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{wanted}, got {value!r}")
-    if count < least:
-        raise ValueError(f"{wanted}, got {count}")
-    return count
