@@ -73,12 +73,16 @@ def judge(steps: Sequence[Step], number: int, *, write: bool) -> None:
             _zero(step, write=write)
         skips = step.group.nonfinite == "skip"
         step.skipped = skips and any(other.nonfinite for other in _sharing(step, steps))
+    joints: dict[tuple[str, object], Norms] = {}  # groups that share a norm read it once
     for step in steps:
         rule = step.group.clip
         if rule is None or step.skipped or not step.entries:
             continue
         if rule.scope == "group":
-            _judge_jointly(step, _sharing(step, steps), rule, number)
+            key, sharing = _shared_key(step), _sharing(step, steps)
+            if key not in joints:
+                joints[key] = _joint_norm(sharing, rule)
+            _judge_jointly(step, sharing, joints[key], rule, number)
         elif rule.scope == "tensor":
             _judge_tensors(step, rule, number)
         elif rule.scope == "unit":
@@ -109,16 +113,28 @@ def _sharing(step: Step, steps: Sequence[Step]) -> list[Step]:
     return [other for other in steps if _shared_key(other) == _shared_key(step)]
 
 
-def _judge_jointly(step: Step, sharing: Sequence[Step], rule: Rule, number: int) -> None:
+def _joint_norm(sharing: Sequence[Step], rule: Rule) -> Norms:
+    """Return the norm of all gradients that are clipped by one norm."""
+    unscale = sharing[0].unscale
+    if rule.ord != 2.0:
+        entries = [entry for step in sharing for entry in step.entries]
+        return measure(entries, rule.ord).divided(unscale)
+    if len(sharing) == 1:
+        return sharing[0].total
+    return _together(sharing).divided(unscale)
+
+
+def _together(steps: Sequence[Step]) -> Norms:
+    """Return the L2 norm of several groups, the loss scale left in."""
+    sums = Sums(*map(np.concatenate, zip(*(step.sums for step in steps), strict=True)))
+    return sums.norms(np.zeros(sums.totals.size, np.int64), 1)
+
+
+def _judge_jointly(
+    step: Step, sharing: Sequence[Step], joint: Norms, rule: Rule, number: int
+) -> None:
     """Find the one factor of a group, by its own norm or by that of all that share it."""
     entries = [entry for other in sharing for entry in other.entries]
-    if rule.ord != 2.0:
-        joint = measure(entries, rule.ord).divided(step.unscale)
-    elif len(sharing) == 1:
-        joint = step.total
-    else:
-        sums = Sums(*map(np.concatenate, zip(*(other.sums for other in sharing), strict=True)))
-        joint = sums.norms(np.zeros(len(entries), np.int64), 1).divided(step.unscale)
     step.total = joint
     norms = _finite(joint.values())
     bounds = rule.thresholds(norms, float(norms[0]), number, step.group.rule_state)
@@ -218,8 +234,7 @@ def report(steps: Sequence[Step], number: int, *, written: bool) -> ClipReport:
         own = _tensor_reports(step, written=written)
         groups[step.group.name] = _group_report(step, own)
         tensors.update(zip(step.group.params, own, strict=True))
-    sums = Sums(*map(np.concatenate, zip(*(step.sums for step in steps), strict=True)))
-    joint = sums.norms(np.zeros(sums.totals.size, np.int64), 1).divided(steps[0].unscale)
+    joint = _together(steps).divided(steps[0].unscale)
     bounds = {_shared_key(step): step.threshold for step in steps}
     return ClipReport(
         step=number,
