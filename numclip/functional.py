@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from numclip import clipping, inputs, measuring
+from numclip import clipping, inputs, measuring, plain
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.outputs import Place, place_one, places
 from numclip.slices import IndexedSlices
@@ -63,6 +63,10 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     >>> f"{norm:.7g}"
     '5e+20'
     """
+    if inputs.are_usual(ord, duplicates=duplicates):
+        norm = plain.global_norm(grads)
+        if norm is not None:
+            return norm
     described = inputs.gradients(grads)
     order = inputs.order(ord)
     inputs.choice("duplicates", duplicates, DUPLICATES)
@@ -146,6 +150,10 @@ def clip_by_global_norm(
     >>> norm, nc.global_norm(clipped) <= 1.0
     (5.0, True)
     """
+    if use_norm is None and inputs.are_usual(ord, clip_norm, nonfinite, duplicates):
+        done = plain.clip_by_global_norm(grads, float(clip_norm), out)
+        if done is not None:
+            return done
     order = inputs.order(ord)
     bound = inputs.bound("clip_norm", clip_norm)
     given = None if use_norm is None else inputs.given_norm(use_norm)
@@ -212,13 +220,13 @@ def clip_by_norm(
     """
     order = inputs.order(ord)
     bound = inputs.bound("clip_norm", clip_norm)
+    if axes is None:
+        return _clip_whole(grad, bound, out, lambda _: 1.0, order)
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
-    if reduced is None:
-        return _clip_whole(entry, bound, out, order)
 
     def clip_units(entry: Entry, place: Place, sums: Entry | None) -> bool:
-        units = Units(entry, reduced, sums)
+        units = Units(entry, reduced or (), sums)
         return units.write(place, units.decide(units.norms(order), bound, order))
 
     return _with_rows_summed(entry, out, clip_units)
@@ -258,8 +266,7 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     array([1.2, 1.6])
     """
     bound = inputs.bound("clip_norm", clip_norm)
-    entry = inputs.entry("grad", 0, grad)
-    return _clip_whole(entry, bound, out, divisor=max(entry.dense_size, 1))
+    return _clip_whole(grad, bound, out, float)
 
 
 def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
@@ -297,8 +304,7 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = inputs.bound("threshold", threshold)
-    entry = inputs.entry("grad", 0, grad)
-    return _clip_whole(entry, bound, out, divisor=math.sqrt(max(entry.dense_size, 1)))
+    return _clip_whole(grad, bound, out, math.sqrt)
 
 
 def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: Any = None) -> Any:
@@ -482,11 +488,16 @@ def clip_per_example(
 
 
 def _clip_whole(
-    entry: Entry, bound: float, out: Any, ord: float = 2.0, divisor: float = 1.0
+    grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
-    """Clip one gradient by its norm over `divisor`."""
+    """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
+    if ord == 2.0 and type(grad) is np.ndarray and grad.size:
+        result = plain.clip(grad, bound, out, divisor(grad.size))
+        if result is not None:
+            return result
+    entry = inputs.entry("grad", 0, grad)
     place = place_one(entry, out)
-    clipping.clip([entry], [place], bound, ord=ord, divisor=divisor)
+    clipping.clip([entry], [place], bound, ord=ord, divisor=divisor(max(entry.dense_size, 1)))
     return place.result
 
 

@@ -18,6 +18,7 @@ Gradient = Array | IndexedSlices | None
 Key = int | str
 POLICIES = ("propagate", "raise", "skip", "zero")
 DUPLICATES = ("sum", "raw")
+_NUMBERS = (float, int)
 
 
 def _expect(name: str, wanted: str, got: Any) -> str:
@@ -96,6 +97,22 @@ def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(_expect(name, f"one of {words}", repr(value)))
     return value
+
+
+def are_usual(
+    ord: Any, bound: Any = 0.0, nonfinite: Any = POLICIES[0], duplicates: Any = DUPLICATES[0]
+) -> bool:
+    """Tell whether arguments are right and of the commonest types, with the order 2."""
+    return (
+        type(bound) in _NUMBERS
+        and bound >= 0
+        and type(ord) in _NUMBERS
+        and ord == 2
+        and type(nonfinite) is str
+        and nonfinite in POLICIES
+        and type(duplicates) is str
+        and duplicates in DUPLICATES
+    )
 
 
 def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:

@@ -9,10 +9,9 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels import cpu, threads, updates
+from numclip.kernels.formulas import is_safe as is_safe
 from numclip.kernels.tuning import CHUNK, COLUMNS
 
-# Outside this range a float64 sum of squares may have lost what under- or overflowed.
-_SAFE = 2.0**-960, 2.0**1000
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -51,11 +50,6 @@ def rows_of(dtype: DType, source: Array, target: Array, rows: int) -> Batch:
     return batch(dtype, np.arange(rows), spans, (source, target))
 
 
-def is_safe(total: Any) -> Any:
-    """Tell whether a sum of squares is in the range where nothing was lost."""
-    return (total > _SAFE[0]) & (total < _SAFE[1])
-
-
 def _merged(batch: Batch, partial: Array) -> Array:
     totals = np.zeros(batch.places.size)
     cpu.merge(batch.chunks, partial, totals)
@@ -91,16 +85,21 @@ def powers(batch: Batch, scales: Array, ord: float) -> Array:
     return _merged(batch, partial)
 
 
+def chunk_squares(batch: Batch) -> Array:
+    """Return the sum of squares of each chunk."""
+    partial = np.empty(len(batch.chunks))
+    arguments = batch.chunks, batch.dtype.like, partial
+    threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments, keep=batch.arrays)
+    return partial
+
+
 def squares(batch: Batch) -> tuple[Array, Array]:
     """Return each tensor's sum of squares as ``total * 4**exponent``.
 
     One pass. Only float64 can leave the safe range; such tensors are summed again, divided by
     a power of two near their largest element.
     """
-    partial = np.empty(len(batch.chunks))
-    arguments = batch.chunks, batch.dtype.like, partial
-    threads.run(cpu.sum_squares, partial.size, batch.nbytes, *arguments, keep=batch.arrays)
-    totals = _merged(batch, partial)
+    totals = _merged(batch, chunk_squares(batch))
     exponents = np.zeros(totals.size, np.int64)
     if batch.dtype.digits < 53:
         return totals, exponents

@@ -68,6 +68,8 @@ def array_of_squares(x):
     total = 0.0
     error = 0.0
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x)
     for start in range(0, x.size, 4 * size):
         low = block_of_squares(x[start : start + size])
         low += block_of_squares(x[start + size : start + 2 * size])
@@ -164,29 +166,42 @@ def join(totals, exponents, groups, ord, roots, powers):
         roots[g] = root(roots[g], ord)
 
 
+@inline
+def factor_of(norm, exponent, bound, target, coarse, roundoff, limits):
+    """Return the factor of a norm that exceeds its bound, and whether to truncate results.
+
+    `bound` triggers, `target` is the one to reach; under `coarse` the grain (see `formulas`)
+    demands that subnormal results are rounded toward zero, as does a factor so small that it
+    is not exact. `limits` are a factor's digits, and the smallest exact in so many.
+    """
+    if scale_by_power(norm, exponent) <= bound:
+        return 1.0, 0, False
+    mantissa, power = clip_factor(target, norm, exponent, roundoff, int(limits[0]))
+    truncate = False
+    if 0.0 < mantissa < 1.0:
+        truncate = target < coarse or scale_by_power(mantissa, power) < limits[1]
+    return mantissa, power, truncate
+
+
 @kernel
 def factors(norms, bounds, roundoffs, limits, mantissas, powers):
-    """Write the factor of each norm that exceeds its bound.
+    """Write the factor of each norm; tell whether one is not 1, and whether to truncate.
 
-    Tell whether there is one, and whether to truncate results.
-
-    `norms` are roots and exponents. `bounds` are those that trigger, those to reach, and those
-    under which the grain (see `formulas`) demands that subnormal results are rounded toward
-    zero, as does a factor so small that it is not exact. `limits` are a factor's digits, and
-    the smallest exact in so many.
+    `norms` are roots and exponents, `bounds` those that `factor_of` takes.
     """
     active = truncate = False
-    digits = int(limits[0])
     for t in range(roundoffs.size):
-        norm, exponent = norms[0][t], int(norms[1][t])
-        if scale_by_power(norm, exponent) <= bounds[0][t]:
-            continue
-        target = bounds[1][t]
-        mantissas[t], powers[t] = clip_factor(target, norm, exponent, roundoffs[t], digits)
+        mantissas[t], powers[t], cuts = factor_of(
+            norms[0][t],
+            int(norms[1][t]),
+            bounds[0][t],
+            bounds[1][t],
+            bounds[2][t],
+            roundoffs[t],
+            limits,
+        )
         active |= mantissas[t] != 1.0
-        if 0.0 < mantissas[t] < 1.0:
-            small = scale_by_power(mantissas[t], int(powers[t])) < limits[1]
-            truncate |= small or target < bounds[2][t]
+        truncate |= cuts
     return active, truncate
 
 

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from numclip.kernels.jit import INTERPRETED, inline
 
-_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _MAGNITUDE, _SIGN = 0x7FFF_FFFF, 0x8000
 _INFINITY, _QUIET = 0x7F80_0000, 0x0040_0000
 _HALF_INFINITY, _HALF_NAN = 0x7C00, 0x7E00
@@ -97,6 +97,16 @@ def _pointer(_typing, address):
 
 
 @intrinsic
+def _word_at(_typing, address):
+    """Return the 64-bit integer stored at an address; an array there would cost four times more."""
+
+    def emit(_context, builder, _signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], _I64.as_pointer()))
+
+    return types.int64(address), emit
+
+
+@intrinsic
 def _widen(_typing, value):
     """Return the value of a stored element in the type it is computed in."""
     if value not in (types.float32, types.float64, types.uint16, types.int16):
@@ -127,6 +137,17 @@ def _narrow(_typing, value, like):
     return like(value, like), emit
 
 
+@intrinsic
+def _as_computed(_typing, value, like):
+    """Return a number in the type that elements stored like `like` are computed in."""
+    wanted = types.float64 if like.dtype == types.float64 else types.float32
+
+    def emit(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], signature.args[0], wanted)
+
+    return wanted(value, like), emit
+
+
 def _array_at(address, length, like):
     """Return the `length` elements stored at `address` as an array with the dtype of `like`."""
     return carray(_pointer(address), length, like.dtype)
@@ -137,12 +158,20 @@ def _array_at_interpreted(address, length, like):
     return np.frombuffer(buffer, like.dtype)
 
 
+def _word_at_interpreted(address):
+    return ctypes.c_int64.from_address(int(address)).value
+
+
 def _widen_interpreted(value):
     if value.dtype == np.uint16:
         return np.float32(value.view(np.float16))
     if value.dtype == np.int16:
         return np.uint32(int(value.view(np.uint16)) << 16).view(np.float32)
     return value
+
+
+def _as_computed_interpreted(value, like):
+    return np.float64(value) if like.dtype == np.float64 else np.float32(value)
 
 
 def _narrow_interpreted(value, like):
@@ -163,5 +192,7 @@ def _narrow_interpreted(value, like):
 
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, _widen_interpreted, _narrow_interpreted
+    as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
 else:
     array_at, widen, narrow = inline(_array_at), _widen, _narrow
+    as_computed, word_at = _as_computed, _word_at

@@ -38,9 +38,11 @@ direction of the sum, and rounding toward zero does not help: the caller aims at
 """
 
 import math
+from typing import Any
 
 SLACK = 2.0**-48
 GRAIN_LIMIT = 2.0**-50
+SAFE = 2.0**-960, 2.0**1000
 
 
 def two_sum(a: float, b: float) -> tuple[float, float]:
@@ -48,6 +50,11 @@ def two_sum(a: float, b: float) -> tuple[float, float]:
     total = a + b
     rest = total - a
     return total, (a - (total - rest)) + (b - rest)
+
+
+def is_safe(total: Any) -> Any:
+    """Tell whether a float64 sum of squares lost nothing to under- or overflow."""
+    return (total > SAFE[0]) & (total < SAFE[1])
 
 
 def scale_by_power(value: float, exponent: int) -> float:

@@ -57,9 +57,18 @@ class _Cache(FunctionCache):
 
 def kernel(function: Function) -> Function:
     """Compile `function` at its first call and keep the code on disk where that is possible."""
+    return _cached(function, _OPTIONS)
+
+
+def kernel_with_gil(function: Function) -> Function:
+    """Compile a kernel that reads Python objects, which no other thread may change meanwhile."""
+    return _cached(function, {**_OPTIONS, "nogil": False})
+
+
+def _cached(function: Function, options: dict[str, Any]) -> Function:
     if INTERPRETED:
         return np.errstate(all="ignore")(function)  # compiled code does not warn
-    compiled: Any = njit(**_OPTIONS)(function)
+    compiled: Any = njit(**options)(function)
     with contextlib.suppress(AttributeError, RuntimeError):  # no writable directory
         compiled._cache = _Cache(compiled.py_func)
     return compiled  # type: ignore[no-any-return]

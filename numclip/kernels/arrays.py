@@ -1,0 +1,240 @@
+"""Plain NumPy arrays, read out of a tuple and clipped in one native call.
+
+In Python each array costs microseconds before its elements are seen. These kernels follow the
+pointers of a tuple to its arrays, and theirs to shape and data, as every C extension does:
+the first fields of an array object are part of NumPy's C interface (`PyArrayObject_fields`),
+and `layout_holds` looks whether this process has them. Kernels hold the GIL while they read
+objects. Every entry is checked; one that is not an exact ndarray of the one dtype, contiguous,
+aligned and (if it is to be written) writeable is said to be so, and nothing is written.
+"""
+
+import ctypes
+import math
+import platform
+import sys
+import sysconfig
+
+import numpy as np
+
+from numclip.dtypes import Array
+from numclip.kernels import formulas
+from numclip.kernels.cpu import (
+    GOLDEN,
+    LENGTH,
+    OWNER,
+    SOURCE,
+    TARGET,
+    array_of_squares,
+    factor_of,
+    multiply,
+    two_sum,
+)
+from numclip.kernels.elements import array_at, as_computed, word_at
+from numclip.kernels.jit import inline, kernel, kernel_with_gil
+from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
+
+WORD = 8
+# Fields of an array object, in bytes after the object's header, whose last word is its type.
+DATA, NDIM, SHAPE, DESCR, FLAGS = 0, 8, 16, 40, 48
+C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100, 0x400
+# What a kernel is told of the process and of the dtype: bytes of an object's header, the
+# addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
+HEADER, NDARRAY, NONE, DTYPE, ITEMSIZE, COMPONENTS, NEEDS = range(7)
+# What it is told of arithmetic: roundoff, digits, smallest factor, grain; see `dtypes.DType`.
+ROUNDOFF, DIGITS, SMALLEST, GRAIN = range(4)
+DONE, ELSEWHERE, MUCH = range(3)
+SPARE = 64  # chunks that a call has room for beyond one for each array
+
+is_safe = inline(formulas.is_safe)
+root = inline(formulas.root)
+scale_by_power = inline(formulas.scale_by_power)
+
+
+def layout_holds() -> bool:
+    """Tell whether this process lays arrays and tuples out as the kernels assume."""
+    ordinary = (
+        platform.python_implementation() == "CPython"
+        and sys.byteorder == "little"
+        and ctypes.sizeof(ctypes.c_void_p) == WORD
+        and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    )
+    header = object.__basicsize__
+    if not ordinary or np.ndarray.__basicsize__ < header + FLAGS + WORD:
+        return False
+    matrix = np.zeros((3, 5), np.float32)
+    probes = (
+        matrix,
+        matrix.T,
+        matrix[1:, ::2],
+        np.zeros(0),
+        np.zeros(()),
+        np.frombuffer(b"a", np.uint8),
+    )
+    if any(
+        _word(id(probes) + tuple.__basicsize__ + k * WORD) != id(p) for k, p in enumerate(probes)
+    ):
+        return False
+    return all(_is_laid_out(probe, id(probe) + header) for probe in probes)
+
+
+def _word(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _is_laid_out(probe: Array, fields: int) -> bool:
+    """Tell whether an array's fields are where the kernels look."""
+    shape = _word(fields + SHAPE)
+    return (
+        _word(fields - WORD) == id(np.ndarray)
+        and _word(fields + DATA) == probe.ctypes.data
+        and _word(fields + DESCR) == id(probe.dtype)
+        and _word(fields + FLAGS) & 0xFFFF_FFFF == probe.flags.num
+        and _word(fields + NDIM) & 0xFFFF_FFFF == probe.ndim
+        and tuple(_word(shape + k * WORD) for k in range(probe.ndim)) == probe.shape
+    )
+
+
+@inline
+def length_of(fields, facts):
+    """Return the number of an array's stored numbers, -1 if it is not as the facts demand."""
+    if word_at(fields - WORD) != facts[NDARRAY] or word_at(fields + DESCR) != facts[DTYPE]:
+        return np.int64(-1)
+    flags = word_at(fields + FLAGS)
+    if flags & facts[NEEDS] != facts[NEEDS] or flags & (C_ORDER | FORTRAN_ORDER) == 0:
+        return np.int64(-1)
+    length = facts[COMPONENTS]
+    shape = word_at(fields + SHAPE)
+    for k in range(word_at(fields + NDIM) & 0xFFFF_FFFF):
+        length *= word_at(shape + k * WORD)
+    return length
+
+
+@inline
+def read(items, count, facts, chunks):
+    """Write the chunks of `count` arrays, whose pointers are at `items`, as far as there is room.
+
+    Return how many there are, -1 where an entry is not as the facts demand, and all elements.
+    """
+    used = 0
+    elements = np.int64(0)
+    for t in range(count):
+        item = word_at(items + t * WORD)
+        if item == facts[NONE]:
+            continue
+        fields = item + facts[HEADER]
+        length = length_of(fields, facts)
+        if length < 0:
+            return -1, elements
+        elements += length
+        address = word_at(fields + DATA)
+        start = 0
+        while start < length:
+            if used < chunks.shape[0]:
+                chunks[used, SOURCE] = chunks[used, TARGET] = address + start * facts[ITEMSIZE]
+                chunks[used, LENGTH] = min(CHUNK, length - start)
+                chunks[used, OWNER] = t
+            used += 1
+            start += CHUNK
+    return used, elements
+
+
+@inline
+def own_their_data(items, count, facts):
+    """Tell whether the arrays are different ones, each with memory of its own."""
+    size = 4
+    while size < 2 * count:
+        size *= 2
+    seen = np.zeros(size, np.int64)
+    for t in range(count):
+        item = word_at(items + t * WORD)
+        if item == facts[NONE]:
+            continue
+        if word_at(item + facts[HEADER] + FLAGS) & OWNER_OF_DATA == 0:
+            return False
+        slot = (item * GOLDEN >> 32) & (size - 1)
+        while seen[slot] != 0:
+            if seen[slot] == item:
+                return False
+            slot = (slot + 1) & (size - 1)
+        seen[slot] = item
+    return True
+
+
+@inline
+def joined(chunks, partial):
+    """Return the sum over all tensors, added as `cpu.merge` and `cpu.join` do, and if it is safe.
+
+    Not safe is what has lost or exceeded float64 in a tensor's sum, or a sum that is not finite.
+    """
+    total = error = tensor = tensor_error = 0.0
+    safe = True
+    for c in range(partial.size):
+        tensor, rest = two_sum(tensor, partial[c])
+        tensor_error += rest
+        if c + 1 == partial.size or chunks[c + 1, OWNER] != chunks[c, OWNER]:
+            tensor += tensor_error
+            safe &= is_safe(tensor)
+            total, rest = two_sum(total, tensor)
+            error += rest
+            tensor = tensor_error = 0.0
+    return total + error, safe
+
+
+@inline
+def judge(chunks, partial, elements, limits, bound, divisor):
+    """Return the norm over `divisor`, the factor for `bound`, and whether to leave both to others.
+
+    That is where sums of squares are not safe, or results are to be truncated.
+    """
+    total, safe = joined(chunks, partial)
+    norm = root(total, 2.0) / divisor
+    exact = safe or (limits[DIGITS] < 53.0 and math.isfinite(total))
+    if not exact:
+        return norm, 1.0, True
+    coarse = root(float(elements), 2.0) / divisor * limits[GRAIN]
+    mantissa, power, truncate = factor_of(
+        norm, 0, bound, bound, coarse, limits[ROUNDOFF], limits[DIGITS : DIGITS + 2]
+    )
+    return norm, scale_by_power(mantissa, power), truncate
+
+
+@kernel_with_gil
+def clip_little(items, count, facts, limits, bound, divisor, like):
+    """Clip arrays in place by their norm over `divisor`, where they are plain and hold little.
+
+    Return DONE, ELSEWHERE or MUCH, and the norm. Where the facts do not ask for arrays that
+    can be written, `bound` is infinite.
+    """
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    used, elements = read(items, count, facts, chunks)
+    if used < 0:
+        return ELSEWHERE, 0.0
+    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
+        return MUCH, 0.0
+    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
+        return MUCH, 0.0
+    chunks = chunks[:used]
+    partial = np.empty(used)
+    for c in range(used):
+        partial[c] = array_of_squares(array_at(chunks[c, SOURCE], chunks[c, LENGTH], like))
+    norm, factor, leave = judge(chunks, partial, elements, limits, bound, divisor)
+    if leave:
+        return ELSEWHERE, 0.0
+    if factor != 1.0:
+        for c in range(used):
+            x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+            multiply(x, as_computed(factor, like))
+    return DONE, norm
+
+
+@kernel_with_gil
+def table(items, count, facts, chunks):
+    """Write the chunks of arrays; return what `read` does, and if all own their data."""
+    used, elements = read(items, count, facts, chunks)
+    return used, elements, used >= 0 and own_their_data(items, count, facts)
+
+
+@kernel
+def verdict(chunks, partial, elements, limits, bound, divisor):
+    """Return what `judge` does, from the sums of all chunks."""
+    return judge(chunks, partial, elements, limits, bound, divisor)

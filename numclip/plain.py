@@ -1,0 +1,188 @@
+"""Gradients that are plain arrays of one dtype, clipped without describing each.
+
+Every function does the whole job, with the bits that the general way gives, or returns None and
+has touched nothing: what is not plain, not finite or in need of care goes the general way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType, lookup
+from numclip.kernels import arrays, backend, cpu, formulas
+from numclip.kernels.backend import Batch
+
+Items = tuple[Any, ...]
+READABLE = arrays.layout_holds()
+_POINTERS = tuple.__basicsize__  # where in a tuple they begin
+
+
+class Kind(NamedTuple):
+    """A dtype as kernels are told of it, see `kernels.arrays`: arrays to read, arrays to write."""
+
+    row: DType
+    readable: Array
+    writeable: Array
+    limits: Array
+
+
+_KINDS: dict[np.dtype[Any], Kind] = {}
+
+
+def _kind(items: Items) -> Kind | None:
+    """Return the kind of the first array, None where there is none."""
+    for item in items:
+        if item is not None:
+            break
+    else:
+        return None
+    if type(item) is not np.ndarray or not READABLE:
+        return None
+    known = _KINDS.get(item.dtype)
+    return known if known is not None else _made(item.dtype)
+
+
+def _made(dtype: np.dtype[Any]) -> Kind | None:
+    row = lookup(dtype)
+    if row is None:
+        return None
+    names = id(np.ndarray), id(None), id(dtype)
+    facts = [object.__basicsize__, *names, row.storage.itemsize, row.components, arrays.ALIGNED]
+    readable, writeable = np.array([facts, facts], np.int64)
+    writeable[arrays.NEEDS] |= arrays.WRITEABLE
+    grain = row.grain / (2.0 * formulas.GRAIN_LIMIT)
+    limits = np.array([row.roundoff, row.digits, row.tiny, grain])
+    kind = _KINDS[dtype] = Kind(row, readable, writeable, limits)
+    return kind
+
+
+def _items(grads: Any) -> Items:
+    """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
+    of = type(grads)
+    if of is list or of is tuple:
+        return tuple(grads)
+    return tuple(grads.values()) if of is dict else ()
+
+
+def global_norm(grads: Any) -> float | None:
+    """Return the L2 norm of arrays."""
+    items = _items(grads)
+    kind = _kind(items)
+    if kind is None:
+        return None
+    return _clip_items(items, kind, kind.readable, math.inf, 1.0)
+
+
+def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
+    """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
+    found = _clip(_items(grads), bound, 1.0, in_place=out is grads) if _takes(grads, out) else None
+    if found is None:
+        return None
+    items, norm = found
+    if type(grads) is list:
+        return [*items], norm
+    return items if type(grads) is tuple else dict(zip(grads, items, strict=True)), norm
+
+
+def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
+    """Clip an array by its L2 norm over `divisor`, in place or into a new one; return that."""
+    found = _clip((grad,), bound, divisor, in_place=out is grad) if _takes(grad, out) else None
+    return None if found is None else found[0][0]
+
+
+def _takes(grads: Any, out: Any) -> bool:
+    return out is grads or out is None
+
+
+def _clip(
+    items: Items, bound: float, divisor: float, *, in_place: bool
+) -> tuple[Items, float] | None:
+    kind = _kind(items)
+    if kind is None:
+        return None
+    if not in_place:
+        return _copies(items, kind, bound, divisor)
+    norm = _clip_items(items, kind, kind.writeable, bound, divisor)
+    return None if norm is None else (items, norm)
+
+
+def _clip_items(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> float | None:
+    """Clip the arrays in place, if the facts ask for arrays that can be written."""
+    address, count = id(items) + _POINTERS, len(items)
+    state, norm = arrays.clip_little(
+        address, count, facts, kind.limits, bound, divisor, kind.row.like
+    )
+    if state == arrays.DONE:
+        return norm  # type: ignore[no-any-return]
+    if state == arrays.ELSEWHERE:
+        return None
+    return _clip_much(items, kind, facts, bound, divisor)
+
+
+def _clip_much(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> float | None:
+    """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
+    batch, apart = _batch(items, kind, facts)
+    if batch is None or (facts is kind.writeable and not (apart or _are_apart(batch))):
+        return None
+    found = _judge(batch, kind, bound, divisor)
+    if found is None:
+        return None
+    norm, factor = found
+    if factor != 1.0:
+        backend.scale(batch, np.full(len(items), factor, kind.row.compute))
+    return norm
+
+
+def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
+    """Return arrays as a batch, None where one is not plain, and if all own their memory."""
+    chunks = np.empty((0, 4), np.int64)
+    needed = len(items)
+    while needed > len(chunks):
+        chunks = np.empty((needed, 4), np.int64)
+        arguments = id(items) + _POINTERS, len(items), facts, chunks
+        needed, elements, apart = arrays.table(*arguments)
+    if needed < 0:
+        return None, False
+    nbytes = elements * kind.row.storage.itemsize
+    return Batch(kind.row, np.arange(len(items)), chunks[:needed], nbytes, items), apart
+
+
+def _are_apart(batch: Batch) -> bool:
+    """Tell whether no chunks overlap: in sorted order each ends before the next begins."""
+    begins = batch.chunks[:, cpu.SOURCE]
+    ends = begins + batch.chunks[:, cpu.LENGTH] * batch.dtype.storage.itemsize
+    return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
+
+
+def _judge(batch: Batch, kind: Kind, bound: float, divisor: float) -> tuple[float, float] | None:
+    """Return the norm over `divisor` and the factor, None where they need care."""
+    partial = backend.chunk_squares(batch)
+    elements = batch.nbytes // batch.dtype.storage.itemsize
+    norm, factor, leave = arrays.verdict(
+        batch.chunks, partial, elements, kind.limits, bound, divisor
+    )
+    return None if leave else (norm, factor)
+
+
+def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
+    """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
+    batch, _ = _batch(items, kind, kind.readable)
+    found = None if batch is None else _judge(batch, kind, bound, divisor)
+    if batch is None or found is None:
+        return None
+    norm, factor = found
+    if factor == 1.0:
+        return tuple(None if item is None else item.copy("K") for item in items), norm
+    results = tuple(None if item is None else np.empty_like(item) for item in items)
+    targets, _ = _batch(results, kind, kind.writeable)
+    assert targets is not None
+    batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
+    backend.scale(batch, np.full(len(items), factor, kind.row.compute))
+    return results, norm
