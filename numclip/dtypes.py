@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from numclip.kernels import formulas
+
 Array = npt.NDArray[Any]
 
 
@@ -41,6 +43,12 @@ class DType:
     def tiny(self) -> float:
         """The smallest normal number of the type that factors are stored in."""
         return float(np.finfo(self.compute).tiny)
+
+    @cached_property
+    def limits(self) -> Array:
+        """What `kernels.joint` is told: roundoff, digits, `tiny`, and the grain over its limit."""
+        grain = self.grain / (2.0 * formulas.GRAIN_LIMIT)
+        return np.array([self.roundoff, self.digits, self.tiny, grain])
 
 
 def _row(

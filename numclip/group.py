@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -114,11 +115,20 @@ class GroupState:
         self.grads = MappingProxyType(grads)
         self.slices: dict[str, list[IndexedSlices]] = {name: [] for name in native}
         self.rule_state = group.clip.initial_state(len(native)) if group.clip else {}
+        self.names = tuple(native)
         self._dense = [self._entry(name, grad) for name, grad in self.grads.items()]
         self._batches = batches(self._dense)
 
     def _entry(self, name: str, grad: Any) -> Entry:
         return inputs.entry(f"{self.name}.{name}", name, grad)
+
+    @cached_property
+    def joint_batch(self) -> Batch | None:
+        """The gradients, where they are one batch and the rule needs their own L2 norm alone."""
+        rule = self.clip
+        if rule is not None and (rule.scope, rule.ord, rule.shared) != ("group", 2.0, None):
+            return None
+        return self._batches[0] if len(self._batches) == 1 else None
 
     def gradients(self) -> tuple[list[Entry], list[Batch]]:
         """Return the gradient of each parameter, and the batches they make."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from numclip import inputs, state, steps
+from numclip import inputs, state
 from numclip.dtypes import Array
+from numclip.general_step import GeneralStep, judge
 from numclip.group import Group, GroupState
 from numclip.history import History
+from numclip.joint_step import attempt
 from numclip.report import WHOLE, ClipReport
-from numclip.rules import ByGlobalNorm
+from numclip.step import Step, report
 
 
 class _Grads(MutableMapping[str, Any]):
@@ -227,22 +229,29 @@ class ParamGroups(state.Saved):
             Where `unscale` does not fit, or a bound that is a function gives no bound.
         """
         scale = inputs.positive("unscale", unscale)
-        found = [steps.Step(group, scale) for group in self]
-        steps.judge(found, self.step, write=apply)
-        if apply:
-            for step in found:
-                steps.apply(step)
-        report = steps.report(found, self.step, written=apply)
-        if apply:
-            self.commit(found, report)
-        return report
-
-    def commit(self, found: Sequence[steps.Step], report: ClipReport) -> None:
-        """Let the rules and the history know, and count the step."""
+        found = self.judged(scale, write=apply)
+        if not apply:
+            return report(found, self.step, written=False)
         for step in found:
-            step.group.rule_state = steps.observe(step, self.step)
-        self.history.record(report)
+            step.apply()
+        return self.commit(found)
+
+    def judged(self, unscale: float, *, write: bool) -> list[Step]:
+        """Read the gradients of every group and find their factors."""
+        found = [
+            attempt(group, unscale, self.step) or GeneralStep(group, unscale) for group in self
+        ]
+        judge([step for step in found if isinstance(step, GeneralStep)], self.step, write=write)
+        return found
+
+    def commit(self, found: Sequence[Step]) -> ClipReport:
+        """Let the rules and the history know, count the step, and return its report."""
+        told = report(found, self.step, written=True)
+        for step in found:
+            step.group.rule_state = step.observe(self.step)
+        self.history.record(told)
         self.step += 1
+        return told
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""
@@ -312,7 +321,7 @@ def _check_shared(groups: Sequence[Group]) -> None:
     """Refuse groups that share a norm but not the bound or the policy."""
     first: dict[Any, Group] = {}
     for group in groups:
-        if isinstance(group.clip, ByGlobalNorm) and group.clip.shared is not None:
+        if group.clip is not None and group.clip.shared is not None:
             other = first.setdefault(group.clip.shared, group)
             if (other.clip, other.nonfinite) != (group.clip, group.nonfinite):
                 raise ValueError(

@@ -27,6 +27,8 @@ def _expect(name: str, wanted: str, got: Any) -> str:
 
 def real(name: str, value: Any) -> float:
     """Return a real number, or a 0-d array of one, as a float."""
+    if type(value) is float:
+        return value
     if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         narrow = value.dtype.kind == "V" and lookup(value.dtype) is not None  # bfloat16
         if value.dtype.kind in "iuf" or narrow:

@@ -9,14 +9,16 @@ from typing import Any, Never
 
 import numpy as np
 
-from numclip import clipping, inputs, state, steps
-from numclip.dtypes import FLOAT64, Array, DType, as_stored
+from numclip import inputs, state
+from numclip.dtypes import Array, DType, as_stored
+from numclip.general_step import GeneralStep
 from numclip.groups import ParamGroups
 from numclip.inputs import Entry
 from numclip.kernels import backend
 from numclip.layout import aligned
 from numclip.outputs import check_writeable
 from numclip.report import ClipReport
+from numclip.step import Step
 
 Rate = float | Callable[[int], float]
 
@@ -126,40 +128,28 @@ class Optimizer(state.Saved):
         number = groups.step
         scale = inputs.positive("unscale", unscale)
         rates = {group.name: self._rate(group.lr, number) for group in groups}
-        found = [steps.Step(group, scale) for group in groups]
-        steps.judge(found, number, write=True)
+        found = groups.judged(scale, write=True)
         for one in found:
             if not one.skipped:
                 self._update(one, rates[one.group.name])
-        report = steps.report(found, number, written=True)
-        groups.commit(found, report)
-        return report
+        return groups.commit(found)
 
     def _managed(self) -> ParamGroups:
         if self.groups is None:
             raise ValueError("groups: expected ParamGroups to step, got None; see apply_gradients")
         return self.groups
 
-    def _update(self, step: steps.Step, lr: float) -> None:
+    def _update(self, step: Step, lr: float) -> None:
         group, slots = step.group, self._slots[step.group.name]
-        factors = step.factors
-        if steps.acts_within(group.clip):
-            steps.apply(step)
-            values = np.ones(len(step.entries))
-        else:
-            values = factors.values(FLOAT64)
         slots.steps += 1
-        if group.sparse:
-            for k, entry in enumerate(steps.scaled_copies(step)):
+        if isinstance(step, GeneralStep) and group.sparse:
+            for k, entry in enumerate(step.scaled_copies()):
                 rows = slots.rows(k, entry)  # scaled first: sums of raw rows could overflow
                 self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
             return
-        tiny = max(entry.dtype.tiny for entry in step.entries)
-        if np.any((np.abs(values) < tiny) & (factors.mantissas != 0.0)):
-            clipping.apply(step.batches, factors)  # no single number is so small
-            values = np.ones(len(step.entries))
+        factors = step.update_factors()
         for places, update in self._dense[group.name]:
-            self._take(update, values[places], lr, slots.steps)
+            self._take(update, factors[places], lr, slots.steps)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Array]]) -> None:
         """Update arrays of the user's own, in place; nothing is clipped.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType, lookup
-from numclip.kernels import arrays, backend, cpu, formulas
+from numclip.kernels import arrays, backend, cpu
 from numclip.kernels.backend import Batch
 
 Items = tuple[Any, ...]
@@ -21,12 +21,11 @@ _POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
 class Kind(NamedTuple):
-    """A dtype as kernels are told of it, see `kernels.arrays`: arrays to read, arrays to write."""
+    """A dtype, and what `kernels.arrays` is told of arrays to read and of arrays to write."""
 
     row: DType
     readable: Array
     writeable: Array
-    limits: Array
 
 
 _KINDS: dict[np.dtype[Any], Kind] = {}
@@ -53,9 +52,7 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
     facts = [object.__basicsize__, *names, row.storage.itemsize, row.components, arrays.ALIGNED]
     readable, writeable = np.array([facts, facts], np.int64)
     writeable[arrays.NEEDS] |= arrays.WRITEABLE
-    grain = row.grain / (2.0 * formulas.GRAIN_LIMIT)
-    limits = np.array([row.roundoff, row.digits, row.tiny, grain])
-    kind = _KINDS[dtype] = Kind(row, readable, writeable, limits)
+    kind = _KINDS[dtype] = Kind(row, readable, writeable)
     return kind
 
 
@@ -115,7 +112,7 @@ def _clip_items(
     """Clip the arrays in place, if the facts ask for arrays that can be written."""
     address, count = id(items) + _POINTERS, len(items)
     state, norm = arrays.clip_little(
-        address, count, facts, kind.limits, bound, divisor, kind.row.like
+        address, count, facts, kind.row.limits, bound, divisor, kind.row.like
     )
     if state == arrays.DONE:
         return norm  # type: ignore[no-any-return]
@@ -131,7 +128,7 @@ def _clip_much(
     batch, apart = _batch(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or _are_apart(batch))):
         return None
-    found = _judge(batch, kind, bound, divisor)
+    found = _judge(batch, bound, divisor)
     if found is None:
         return None
     norm, factor = found
@@ -161,20 +158,17 @@ def _are_apart(batch: Batch) -> bool:
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
-def _judge(batch: Batch, kind: Kind, bound: float, divisor: float) -> tuple[float, float] | None:
+def _judge(batch: Batch, bound: float, divisor: float) -> tuple[float, float] | None:
     """Return the norm over `divisor` and the factor, None where they need care."""
-    partial = backend.chunk_squares(batch)
-    elements = batch.nbytes // batch.dtype.storage.itemsize
-    norm, factor, leave = arrays.verdict(
-        batch.chunks, partial, elements, kind.limits, bound, divisor
-    )
-    return None if leave else (norm, factor)
+    norm, right, _ = backend.joint_norm(batch)
+    factor, truncate = backend.joint_factor(batch, norm / divisor, bound, divisor)
+    return (norm / divisor, factor) if right and not truncate else None
 
 
 def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
     """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
     batch, _ = _batch(items, kind, kind.readable)
-    found = None if batch is None else _judge(batch, kind, bound, divisor)
+    found = None if batch is None else _judge(batch, bound, divisor)
     if batch is None or found is None:
         return None
     norm, factor = found

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
@@ -46,6 +44,40 @@ class TensorReport(NamedTuple):
     clipped_norm: float
     scale: float
     threshold: float
+
+
+Rows = Callable[[], Iterable[Sequence[float]]]
+
+
+class TensorReports(Mapping[str, TensorReport]):
+    """The reports of many gradients by name, made when the first is looked up."""
+
+    def __init__(self, parts: Sequence[tuple[Sequence[str], Rows]]) -> None:
+        """Take names, and what makes the fields of their reports."""
+        self._parts = parts
+
+    @cached_property
+    def _made(self) -> dict[str, TensorReport]:
+        return {
+            name: TensorReport(*map(float, row))
+            for names, rows in self._parts
+            for name, row in zip(names, rows(), strict=True)
+        }
+
+    def __getitem__(self, name: str) -> TensorReport:
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __repr__(self) -> str:
+        return repr(self._made)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, TensorReport]]]:
+        return dict, (self._made,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +149,7 @@ class ClipReport(Outcome):
         The number of the step, from 0.
     groups : dict of str to GroupReport
         The same fields for each group.
-    tensors : dict of str to TensorReport
+    tensors : mapping of str to TensorReport
         Norms, factor and threshold of each gradient, by the name of its parameter.
 
     Examples
@@ -141,7 +173,7 @@ class ClipReport(Outcome):
 
     step: int
     groups: dict[str, GroupReport]
-    tensors: dict[str, TensorReport]
+    tensors: Mapping[str, TensorReport]
 
     @property
     def state(self) -> str:

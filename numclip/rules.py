@@ -42,6 +42,11 @@ class Rule(ABC):
         """The order of the norm."""
         return 2.0
 
+    @property
+    def shared(self) -> Hashable:
+        """The key of groups that are clipped by one norm with this one, None where it is alone."""
+        return None
+
     def __repr__(self) -> str:
         # A function is named, its address left out: the text is compared with that in files.
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]

@@ -144,16 +144,17 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 
 LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit", "dtypes"},
-    {"kernels.elements", "kernels.threads", "layout", "state", "plotting"},
-    {"kernels.cpu", "kernels.updates", "report"},
+    {"kernels.tuning", "kernels.formulas", "kernels.jit"},
+    {"dtypes", "kernels.elements", "kernels.threads"},
+    {"layout", "state", "plotting", "kernels.cpu", "kernels.updates", "report"},
+    {"kernels.joint"},
     {"kernels.backend", "kernels.arrays"},
     {"slices", "plain"},
     {"inputs"},
     {"nonfinite", "outputs", "measuring", "rules", "history"},
     {"clipping", "group", "running_rules"},
-    {"units"},
-    {"functional", "steps"},
+    {"units", "step"},
+    {"functional", "general_step", "joint_step"},
     {"diagnostics", "groups"},
     {"optim"},
 ]

@@ -17,20 +17,10 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels import formulas
-from numclip.kernels.cpu import (
-    GOLDEN,
-    LENGTH,
-    OWNER,
-    SOURCE,
-    TARGET,
-    array_of_squares,
-    factor_of,
-    multiply,
-    two_sum,
-)
+from numclip.kernels.cpu import GOLDEN, LENGTH, OWNER, SOURCE, TARGET, multiply
 from numclip.kernels.elements import array_at, as_computed, word_at
-from numclip.kernels.jit import inline, kernel, kernel_with_gil
+from numclip.kernels.jit import inline, kernel_with_gil
+from numclip.kernels.joint import GRAIN, judge, norm_of
 from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 
 WORD = 8
@@ -40,14 +30,8 @@ C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100
 # What a kernel is told of the process and of the dtype: bytes of an object's header, the
 # addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
 HEADER, NDARRAY, NONE, DTYPE, ITEMSIZE, COMPONENTS, NEEDS = range(7)
-# What it is told of arithmetic: roundoff, digits, smallest factor, grain; see `dtypes.DType`.
-ROUNDOFF, DIGITS, SMALLEST, GRAIN = range(4)
 DONE, ELSEWHERE, MUCH = range(3)
 SPARE = 64  # chunks that a call has room for beyond one for each array
-
-is_safe = inline(formulas.is_safe)
-root = inline(formulas.root)
-scale_by_power = inline(formulas.scale_by_power)
 
 
 def layout_holds() -> bool:
@@ -160,44 +144,6 @@ def own_their_data(items, count, facts):
     return True
 
 
-@inline
-def joined(chunks, partial):
-    """Return the sum over all tensors, added as `cpu.merge` and `cpu.join` do, and if it is safe.
-
-    Not safe is what has lost or exceeded float64 in a tensor's sum, or a sum that is not finite.
-    """
-    total = error = tensor = tensor_error = 0.0
-    safe = True
-    for c in range(partial.size):
-        tensor, rest = two_sum(tensor, partial[c])
-        tensor_error += rest
-        if c + 1 == partial.size or chunks[c + 1, OWNER] != chunks[c, OWNER]:
-            tensor += tensor_error
-            safe &= is_safe(tensor)
-            total, rest = two_sum(total, tensor)
-            error += rest
-            tensor = tensor_error = 0.0
-    return total + error, safe
-
-
-@inline
-def judge(chunks, partial, elements, limits, bound, divisor):
-    """Return the norm over `divisor`, the factor for `bound`, and whether to leave both to others.
-
-    That is where sums of squares are not safe, or results are to be truncated.
-    """
-    total, safe = joined(chunks, partial)
-    norm = root(total, 2.0) / divisor
-    exact = safe or (limits[DIGITS] < 53.0 and math.isfinite(total))
-    if not exact:
-        return norm, 1.0, True
-    coarse = root(float(elements), 2.0) / divisor * limits[GRAIN]
-    mantissa, power, truncate = factor_of(
-        norm, 0, bound, bound, coarse, limits[ROUNDOFF], limits[DIGITS : DIGITS + 2]
-    )
-    return norm, scale_by_power(mantissa, power), truncate
-
-
 @kernel_with_gil
 def clip_little(items, count, facts, limits, bound, divisor, like):
     """Clip arrays in place by their norm over `divisor`, where they are plain and hold little.
@@ -214,11 +160,11 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
     if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
         return MUCH, 0.0
     chunks = chunks[:used]
-    partial = np.empty(used)
-    for c in range(used):
-        partial[c] = array_of_squares(array_at(chunks[c, SOURCE], chunks[c, LENGTH], like))
-    norm, factor, leave = judge(chunks, partial, elements, limits, bound, divisor)
-    if leave:
+    norm, safe = norm_of(chunks, like, limits, np.empty(count))
+    norm /= divisor
+    coarse = math.sqrt(elements) / divisor * limits[GRAIN]
+    factor, truncate = judge(norm, bound, coarse, limits)
+    if truncate or not safe:
         return ELSEWHERE, 0.0
     if factor != 1.0:
         for c in range(used):
@@ -232,9 +178,3 @@ def table(items, count, facts, chunks):
     """Write the chunks of arrays; return what `read` does, and if all own their data."""
     used, elements = read(items, count, facts, chunks)
     return used, elements, used >= 0 and own_their_data(items, count, facts)
-
-
-@kernel
-def verdict(chunks, partial, elements, limits, bound, divisor):
-    """Return what `judge` does, from the sums of all chunks."""
-    return judge(chunks, partial, elements, limits, bound, divisor)

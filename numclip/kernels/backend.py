@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels import cpu, threads, updates
+from numclip.kernels import cpu, joint, threads, updates
 from numclip.kernels.formulas import is_safe as is_safe
-from numclip.kernels.tuning import CHUNK, COLUMNS
+from numclip.kernels.tuning import CHUNK, COLUMNS, PARALLEL_BYTES
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -112,6 +113,27 @@ def squares(batch: Batch) -> tuple[Array, Array]:
         scales = np.ldexp(1.0, exponents)
         totals[unsafe] = powers(batch.share(unsafe), scales, 2.0)[unsafe]
     return totals, exponents
+
+
+def joint_norm(batch: Batch) -> tuple[float, bool, Array]:
+    """Return the L2 norm of all tensors, if it is right (see `joint`), and each one's squares."""
+    totals = np.zeros(batch.places.size)
+    limits = batch.dtype.limits
+    if batch.nbytes < PARALLEL_BYTES:
+        norm, right = joint.measure(batch.chunks, batch.dtype.like, limits, totals)
+    else:
+        norm, right = joint.join_partial(batch.chunks, chunk_squares(batch), limits, totals)
+    return norm, right, totals
+
+
+def joint_factor(
+    batch: Batch, norm: float, bound: float, divisor: float = 1.0
+) -> tuple[float, bool]:
+    """Return the factor for a norm over `divisor`, and whether results must be truncated."""
+    elements = batch.nbytes // batch.dtype.storage.itemsize
+    limits = batch.dtype.limits
+    coarse = math.sqrt(elements) / divisor * limits[joint.GRAIN]
+    return joint.factor(norm, bound, coarse, limits)  # type: ignore[no-any-return]
 
 
 def join(

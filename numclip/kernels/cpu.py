@@ -13,7 +13,7 @@ import numpy as np
 
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
-from numclip.kernels.jit import block_sum, inline, kernel
+from numclip.kernels.jit import block_sum, expanded, inline, kernel
 from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
@@ -63,13 +63,10 @@ def block_of_squares(x):
 
 
 @inline
-def array_of_squares(x):
+def blocks_of_squares(x, size):
     """Return the sum of squares of an array, right to a few units of roundoff."""
     total = 0.0
     error = 0.0
-    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
-    if x.size <= size:
-        return block_of_squares(x)
     for start in range(0, x.size, 4 * size):
         low = block_of_squares(x[start : start + size])
         low += block_of_squares(x[start + size : start + 2 * size])
@@ -79,6 +76,15 @@ def array_of_squares(x):
         error += rest
     # An infinite total has no error; its two_sum is NaN.
     return total + error if math.isfinite(total) else total
+
+
+@expanded
+def array_of_squares(x):
+    """Return what `blocks_of_squares` does; one block needs no compensation."""
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x)
+    return blocks_of_squares(x, size)
 
 
 @kernel

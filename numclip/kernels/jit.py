@@ -79,6 +79,11 @@ def inline(function: Function) -> Function:
     return njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
+def expanded(function: Function) -> Function:
+    """Write `function` out where kernels call it: a call costs 3 ns, as much as 250 bytes read."""
+    return njit(inline="always", **_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
 def block_sum(function: Function) -> Function:
     """Compile a plain sum over a slice, vectorised by reassociation, as a part of kernels."""
     return njit(fastmath=_SUM_FLAGS, **_OPTIONS)(function)  # type: ignore[no-any-return]

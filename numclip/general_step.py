@@ -1,4 +1,4 @@
-"""One step of parameter groups: read every group, judge all, and only then write.
+"""A step of any group: all are read, all judged, and only then written.
 
 An error thus changes nothing, and groups can share a norm.
 """
@@ -19,18 +19,16 @@ from numclip.kernels import formulas
 from numclip.measuring import Norms, Sums, batches, measure, sum_squares
 from numclip.nonfinite import first_error
 from numclip.outputs import Place, in_place
-from numclip.report import ClipReport, GroupReport, TensorReport
-from numclip.rules import Adaptive, ByGlobalNorm, ByNorm, ByValue, Rule
+from numclip.report import GroupReport
+from numclip.rules import Adaptive, ByNorm, ByValue, Rule
+from numclip.step import Findings, Step, smallest, together
 from numclip.units import Units
 
 LARGEST = float(np.finfo(np.float64).max)
 
 
-class Step:
-    """What a step found out about one group, and what it is going to do to each tensor.
-
-    Norms are those of the gradients over the loss scale; `factors` take the loss scale out.
-    """
+class GeneralStep(Step):
+    """A step of a group of any kind, clipped by any rule; `factors` take the loss scale out."""
 
     def __init__(self, group: GroupState, unscale: float) -> None:
         """Read the group's gradients once."""
@@ -49,9 +47,19 @@ class Step:
     def measure(self) -> None:
         """Take the norms of the tensors and of all together."""
         count = len(self.entries)
-        self.sums = sum_squares(self.entries, made=self.batches)
+        self._sums = sum_squares(self.entries, made=self.batches)
         self.norms = self.sums.norms(np.arange(count), count).divided(self.unscale)
         self.total = self.sums.norms(np.zeros(count, np.int64), 1).divided(self.unscale)
+
+    @property
+    def sums(self) -> Sums:
+        """The sums of squares of the gradients, the loss scale left in."""
+        return self._sums
+
+    @property
+    def norm(self) -> float:
+        """The L2 norm of the group's own gradients."""
+        return float(together([self]).values()[0])
 
     def decide(self, factors: Factors) -> None:
         """Take a factor for each tensor, and the loss scale out with it."""
@@ -59,8 +67,107 @@ class Step:
         self.scales = factors.values(FLOAT64)
         self.factors = factors.over(self.unscale, [entry.dtype for entry in self.entries])
 
+    def apply(self) -> None:
+        """Write the gradients, clipped, in place."""
+        if self.skipped:
+            return
+        for units, _, factors in self.within:
+            own = [units.entry.dtype] * units.count
+            units.write(in_place(units.entry), factors.over(self.unscale, own))
+        if not self.within and self.factors.active:
+            clipping.apply(self.batches, self.factors)
+        if isinstance(self.group.clip, ByValue):
+            for k, entry in enumerate(self.entries):
+                self.clamped[k] = _clamp(entry, self.group.clip)
 
-def judge(steps: Sequence[Step], number: int, *, write: bool) -> None:
+    def update_factors(self) -> Array:
+        """Return the factor that each gradient is to be taken times, after writing any other."""
+        if self.within or isinstance(self.group.clip, ByValue):
+            self.apply()
+            return np.ones(len(self.entries))
+        values = self.factors.values(FLOAT64)
+        tiny = max((entry.dtype.tiny for entry in self.entries), default=0.0)
+        if np.any((np.abs(values) < tiny) & (self.factors.mantissas != 0.0)):
+            clipping.apply(self.batches, self.factors)  # no single number is so small
+            return np.ones(len(self.entries))
+        return values
+
+    def scaled_copies(self) -> list[Entry]:
+        """Return copies of the gradients, times their factors."""
+        copies = [np.empty_like(entry.flat) for entry in self.entries]
+        clipping.apply(batches(self.entries, copies), self.factors)
+        made = []
+        for entry, flat in zip(self.entries, copies, strict=True):
+            values = flat.view(entry.native.dtype).reshape(entry.values.shape)
+            slices = None if entry.slices is None else entry.slices.with_values(values)
+            made.append(entry._replace(flat=flat, values=values, slices=slices))
+        return made
+
+    def findings(self, *, written: bool) -> Findings:
+        """Return what was found and done."""
+        norms, clipped, scales = self._columns(written=written)
+        rows = [*zip(norms, clipped, scales, self.thresholds.copy(), strict=True)]
+        own = math.hypot(*clipped)
+        report = self._report(own, smallest(scales.tolist()))
+        return Findings(report, own, lambda: rows)
+
+    def _report(self, clipped: float, scale: float) -> GroupReport:
+        rule = self.group.clip
+        if rule is not None and rule.scope == "group" and not self.skipped:
+            one = self.plain.take(np.zeros(1, np.int64))
+            clipped = float(_scaled_norms(self.total, one)[0])
+        return GroupReport(
+            norm=float(self.total.values()[0]),
+            clipped_norm=clipped,
+            scale=scale,
+            clipped=scale < 1.0 or bool(self.clamped.any()),
+            skipped=self.skipped,
+            threshold=self.threshold,
+            nonfinite=self.nonfinite,
+        )
+
+    def _columns(self, *, written: bool) -> tuple[Array, Array, Array]:
+        """Return the norm before, the norm after, and the smallest factor of each tensor."""
+        norms, scales = self.norms.values(), self.scales
+        clipped = _scaled_norms(self.norms, self.plain)
+        rule = self.group.clip
+        if self.skipped:
+            scales, clipped = np.ones_like(norms), norms
+        elif self.within:
+            values = [factors.values(FLOAT64) for _, _, factors in self.within]
+            scales = np.array([smallest(own.tolist()) for own in values])
+            own_norms = [_scaled_norms(norms, factors) for _, norms, factors in self.within]
+            clipped = np.array([math.hypot(*own) for own in own_norms])
+        elif isinstance(rule, ByValue):
+            clipped = self._clamped_norms(rule, written=written)
+            with np.errstate(invalid="ignore"):
+                ratios = clipped / np.where(norms == 0.0, 1.0, norms)
+            scales = np.where(self.clamped, ratios, 1.0)
+        return norms, clipped, scales
+
+    def _clamped_norms(self, rule: ByValue, *, written: bool) -> Array:
+        """Return the norms after `ByValue`, which has no factor: measured, on copies if need be."""
+        entries = self.entries
+        if not written:
+            entries = self.scaled_copies()
+            self.clamped[:] = [_clamp(entry, rule) for entry in entries]
+        count = len(entries)
+        return sum_squares(entries).norms(np.arange(count), count).values()
+
+    def observe(self, number: int) -> dict[str, Array]:
+        """Return the state of the group's rule after this step."""
+        rule = self.group.clip
+        if rule is None or self.nonfinite:
+            return self.group.rule_state
+        jointly = rule.scope == "group"
+        norms = self.total.values() if jointly else self.norms.values()
+        clipped = norms * (self.scales[:1] if jointly else self.scales)
+        total = float(self.total.values()[0])
+        state = self.group.rule_state
+        return rule.observe(_finite(norms), _finite(clipped), total, number, state)
+
+
+def judge(steps: Sequence[GeneralStep], number: int, *, write: bool) -> None:
     """Apply the policies for NaN and Inf, and find the factor of every tensor."""
     for step in steps:
         if step.nonfinite and step.group.nonfinite == "raise":
@@ -79,7 +186,7 @@ def judge(steps: Sequence[Step], number: int, *, write: bool) -> None:
         if rule is None or step.skipped or not step.entries:
             continue
         if rule.scope == "group":
-            key, sharing = _shared_key(step), _sharing(step, steps)
+            key, sharing = step.shared_key, _sharing(step, steps)
             if key not in joints:
                 joints[key] = _joint_norm(sharing, rule)
             _judge_jointly(step, sharing, joints[key], rule, number)
@@ -89,7 +196,7 @@ def judge(steps: Sequence[Step], number: int, *, write: bool) -> None:
             _judge_units(step, rule, number)
 
 
-def _zero(step: Step, *, write: bool) -> None:
+def _zero(step: GeneralStep, *, write: bool) -> None:
     """Measure again with 0 for what is not finite, which is written if asked."""
     if not write:
         step.entries = [e._replace(flat=e.flat.copy()) for e in step.entries]
@@ -104,16 +211,16 @@ def _finite(values: Array) -> Array:
     return np.nan_to_num(values, nan=0.0, posinf=LARGEST)
 
 
-def _total(step: Step) -> float:
+def _total(step: GeneralStep) -> float:
     return float(_finite(step.total.values())[0])
 
 
-def _sharing(step: Step, steps: Sequence[Step]) -> list[Step]:
+def _sharing(step: GeneralStep, steps: Sequence[GeneralStep]) -> list[GeneralStep]:
     """Return the steps that are clipped by one norm with this one."""
-    return [other for other in steps if _shared_key(other) == _shared_key(step)]
+    return [other for other in steps if other.shared_key == step.shared_key]
 
 
-def _joint_norm(sharing: Sequence[Step], rule: Rule) -> Norms:
+def _joint_norm(sharing: Sequence[GeneralStep], rule: Rule) -> Norms:
     """Return the norm of all gradients that are clipped by one norm."""
     unscale = sharing[0].unscale
     if rule.ord != 2.0:
@@ -121,17 +228,11 @@ def _joint_norm(sharing: Sequence[Step], rule: Rule) -> Norms:
         return measure(entries, rule.ord).divided(unscale)
     if len(sharing) == 1:
         return sharing[0].total
-    return _together(sharing).divided(unscale)
-
-
-def _together(steps: Sequence[Step]) -> Norms:
-    """Return the L2 norm of several groups, the loss scale left in."""
-    sums = Sums(*map(np.concatenate, zip(*(step.sums for step in steps), strict=True)))
-    return sums.norms(np.zeros(sums.totals.size, np.int64), 1)
+    return together(sharing)
 
 
 def _judge_jointly(
-    step: Step, sharing: Sequence[Step], joint: Norms, rule: Rule, number: int
+    step: GeneralStep, sharing: Sequence[GeneralStep], joint: Norms, rule: Rule, number: int
 ) -> None:
     """Find the one factor of a group, by its own norm or by that of all that share it."""
     entries = [entry for other in sharing for entry in other.entries]
@@ -148,7 +249,7 @@ def _judge_jointly(
     step.decide(factors.take(np.zeros(len(step.entries), np.int64)))
 
 
-def _judge_tensors(step: Step, rule: Rule, number: int) -> None:
+def _judge_tensors(step: GeneralStep, rule: Rule, number: int) -> None:
     """Find the factor of each tensor by its own norm."""
     if rule.ord != 2.0:
         own = [measure([entry], rule.ord).divided(step.unscale) for entry in step.entries]
@@ -166,7 +267,7 @@ def _judge_tensors(step: Step, rule: Rule, number: int) -> None:
     step.decide(clipping.together(parts))
 
 
-def _judge_units(step: Step, rule: Rule, number: int) -> None:
+def _judge_units(step: GeneralStep, rule: Rule, number: int) -> None:
     """Find the factors of each tensor's units."""
     bound = rule.bound(number)
     for entry in step.entries:
@@ -183,26 +284,6 @@ def _judge_units(step: Step, rule: Rule, number: int) -> None:
         step.within.append((units, norms, factors))
 
 
-def acts_within(rule: Rule | None) -> bool:
-    """Tell whether a rule has no factor for a whole tensor."""
-    return rule is not None and rule.scope in ("element", "unit")
-
-
-def apply(step: Step) -> None:
-    """Write the group's gradients, clipped, in place."""
-    if step.skipped:
-        return
-    for units, _, factors in step.within:
-        units.write(
-            in_place(units.entry), factors.over(step.unscale, [units.entry.dtype] * units.count)
-        )
-    if not step.within and step.factors.active:
-        clipping.apply(step.batches, step.factors)
-    if isinstance(step.group.clip, ByValue):
-        for k, entry in enumerate(step.entries):
-            step.clamped[k] = _clamp(entry, step.group.clip)
-
-
 def _clamp(entry: Entry, rule: ByValue) -> bool:
     """Hold a gradient's elements between the bounds; tell whether one was beyond them."""
     values = entry.native
@@ -214,116 +295,8 @@ def _clamp(entry: Entry, rule: ByValue) -> bool:
     return beyond
 
 
-def scaled_copies(step: Step) -> list[Entry]:
-    """Return copies of the gradients, times their factors."""
-    copies = [np.empty_like(entry.flat) for entry in step.entries]
-    clipping.apply(batches(step.entries, copies), step.factors)
-    made = []
-    for entry, flat in zip(step.entries, copies, strict=True):
-        values = flat.view(entry.native.dtype).reshape(entry.values.shape)
-        slices = None if entry.slices is None else entry.slices.with_values(values)
-        made.append(entry._replace(flat=flat, values=values, slices=slices))
-    return made
-
-
-def report(steps: Sequence[Step], number: int, *, written: bool) -> ClipReport:
-    """Return what the step found and did."""
-    groups: dict[str, GroupReport] = {}
-    tensors: dict[str, TensorReport] = {}
-    for step in steps:
-        own = _tensor_reports(step, written=written)
-        groups[step.group.name] = _group_report(step, own)
-        tensors.update(zip(step.group.params, own, strict=True))
-    joint = _together(steps).divided(steps[0].unscale)
-    bounds = {_shared_key(step): step.threshold for step in steps}
-    return ClipReport(
-        step=number,
-        norm=float(joint.values()[0]),
-        clipped_norm=math.hypot(*(tensor.clipped_norm for tensor in tensors.values())),
-        scale=_smallest([group.scale for group in groups.values()]),
-        clipped=any(group.clipped for group in groups.values()),
-        skipped=any(group.skipped for group in groups.values()),
-        threshold=bounds.popitem()[1] if len(bounds) == 1 else None,
-        nonfinite=any(group.nonfinite for group in groups.values()),
-        groups=groups,
-        tensors=tensors,
-    )
-
-
-def _shared_key(step: Step) -> tuple[str, object]:
-    """Return what is the same for groups that are clipped by one norm."""
-    rule = step.group.clip
-    if isinstance(rule, ByGlobalNorm) and rule.shared is not None:
-        return "shared", rule.shared
-    return "group", step.group.name
-
-
-def _group_report(step: Step, own: Sequence[TensorReport]) -> GroupReport:
-    scale = _smallest([tensor.scale for tensor in own])
-    rule = step.group.clip
-    clipped = math.hypot(*(tensor.clipped_norm for tensor in own))
-    if rule is not None and rule.scope == "group" and not step.skipped:
-        clipped = float(_scaled_norms(step.total, step.plain.take(np.zeros(1, np.int64)))[0])
-    return GroupReport(
-        norm=float(step.total.values()[0]),
-        clipped_norm=clipped,
-        scale=scale,
-        clipped=scale < 1.0 or bool(step.clamped.any()),
-        skipped=step.skipped,
-        threshold=step.threshold,
-        nonfinite=step.nonfinite,
-    )
-
-
-def _smallest(scales: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, scales)) else min(scales, default=1.0)
-
-
-def _tensor_reports(step: Step, *, written: bool) -> list[TensorReport]:
-    """Return what became of each tensor."""
-    norms, scales = step.norms.values(), step.scales
-    clipped = _scaled_norms(step.norms, step.plain)
-    rule = step.group.clip
-    if step.skipped:
-        scales, clipped = np.ones_like(norms), norms
-    elif step.within:
-        values = [factors.values(FLOAT64) for _, _, factors in step.within]
-        scales = np.array([_smallest(own.tolist()) for own in values])
-        own_norms = [_scaled_norms(norms, factors) for _, norms, factors in step.within]
-        clipped = np.array([math.hypot(*own) for own in own_norms])
-    elif isinstance(rule, ByValue):
-        clipped = _clamped_norms(step, rule, written=written)
-        with np.errstate(invalid="ignore"):
-            ratios = clipped / np.where(norms == 0.0, 1.0, norms)
-        scales = np.where(step.clamped, ratios, 1.0)
-    columns = zip(norms, clipped, scales, step.thresholds, strict=True)
-    return [TensorReport(*map(float, row)) for row in columns]
-
-
 def _scaled_norms(norms: Norms, factors: Factors) -> Array:
     """Return the norms times the factors, which need not exist without them."""
     return norms._replace(
         roots=norms.roots * factors.mantissas, exponents=norms.exponents + factors.powers
     ).values()
-
-
-def _clamped_norms(step: Step, rule: ByValue, *, written: bool) -> Array:
-    """Return the norms after `ByValue`, which has no factor: measured, on copies if need be."""
-    entries = step.entries
-    if not written:
-        entries = scaled_copies(step)
-        step.clamped[:] = [_clamp(entry, rule) for entry in entries]
-    count = len(entries)
-    return sum_squares(entries).norms(np.arange(count), count).values()
-
-
-def observe(step: Step, number: int) -> dict[str, Array]:
-    """Return the state of the group's rule after this step."""
-    rule = step.group.clip
-    if rule is None or step.nonfinite:
-        return step.group.rule_state
-    jointly = rule.scope == "group"
-    norms = step.total.values() if jointly else step.norms.values()
-    clipped = norms * (step.scales[:1] if jointly else step.scales)
-    total = float(step.total.values()[0])
-    return rule.observe(_finite(norms), _finite(clipped), total, number, step.group.rule_state)

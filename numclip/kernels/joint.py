@@ -1,0 +1,79 @@
+"""One norm over all tensors of a table of chunks, and its factor, without a batch's generality.
+
+For sums of squares that lose nothing: what is not finite, over- or underflows in float64, or
+needs its subnormal results truncated is said to be so, and left to other kernels.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.kernels import formulas
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, factor_of, two_sum
+from numclip.kernels.elements import array_at
+from numclip.kernels.jit import inline, kernel
+
+# What kernels are told of a dtype, see `dtypes.DType`.
+ROUNDOFF, DIGITS, SMALLEST, GRAIN = range(4)
+
+is_safe = inline(formulas.is_safe)
+scale_by_power = inline(formulas.scale_by_power)
+
+
+@inline
+def joined(chunks, partial, limits, totals):
+    """Return the norm of all chunks, added as `cpu.merge` and `cpu.join` do, and if it is right.
+
+    `totals` receives the sum of each tensor that has a chunk.
+    """
+    total = error = tensor = tensor_error = 0.0
+    safe = True
+    for c in range(partial.size):
+        tensor, rest = two_sum(tensor, partial[c])
+        tensor_error += rest
+        owner = chunks[c, OWNER]
+        if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
+            tensor += tensor_error
+            totals[owner] = tensor
+            safe &= is_safe(tensor)
+            total, rest = two_sum(total, tensor)
+            error += rest
+            tensor = tensor_error = 0.0
+    total += error
+    return math.sqrt(total), safe or (limits[DIGITS] < 53.0 and math.isfinite(total))
+
+
+@inline
+def norm_of(chunks, like, limits, totals):
+    """Return as `joined` does, reading every element once."""
+    partial = np.empty(chunks.shape[0])
+    for c in range(partial.size):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        partial[c] = array_of_squares(x)
+    return joined(chunks, partial, limits, totals)
+
+
+@inline
+def judge(norm, bound, coarse, limits):
+    """Return the factor for a norm, and whether results must be truncated; see `cpu.factor_of`."""
+    roundoff, digits = limits[ROUNDOFF], limits[DIGITS : SMALLEST + 1]
+    mantissa, power, truncate = factor_of(norm, 0, bound, bound, coarse, roundoff, digits)
+    return scale_by_power(mantissa, power), truncate
+
+
+@kernel
+def measure(chunks, like, limits, totals):
+    """Return the norm of all chunks and if it is right; write each tensor's sum of squares."""
+    return norm_of(chunks, like, limits, totals)
+
+
+@kernel
+def join_partial(chunks, partial, limits, totals):
+    """Return and write as `measure` does, from the sums of the chunks."""
+    return joined(chunks, partial, limits, totals)
+
+
+@kernel
+def factor(norm, bound, coarse, limits):
+    """Return as `judge` does."""
+    return judge(norm, bound, coarse, limits)
