@@ -19,3 +19,7 @@ def run(*command):
 @pytest.mark.jit_only
 def test_every_bench_once_on_little_data():
     run("-m", "pytest", "-q", "bench", "--benchmark-disable", "-p", "no:cacheprovider")
+
+
+def test_readme_has_the_measured_figures():
+    run("bench/tables.py", "--check")
