@@ -119,7 +119,7 @@ def main() -> None:
     for path in options.raw:
         found = results.merged(found, results.compact(json.loads(path.read_text())))
     found = results.ordered(found, [case.name for case in CASES])
-    results.KEPT.write_text(json.dumps(found, indent=1) + "\n")
+    results.save(found)
     README.write_text(filled(found))
     draw(found, Path(__file__).with_name("peers.png"))
 
