@@ -20,6 +20,9 @@ def main() -> None:
             if most and way in ways:
                 found = ways[way]["of the limit"]
                 line += f"  {way}: {found:.2f} of the limit ({most}{missed(found > most)})"
+        for way, found in ways.items():
+            if way == "numclip, flat" or (way.startswith("tf") and results.is_wrong(case, way)):
+                line += f"  {way}: {found['over numclip']:.2f} of numclip's time"
         print(line)
 
 

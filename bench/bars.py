@@ -73,5 +73,5 @@ def draw(found: dict[str, Any], path: Path) -> None:
         Patch(facecolor="silver", edgecolor="white", hatch="//", label="its second way"),
         Patch(color="silver", alpha=0.35, label="wrong result"),
     ]
-    figure.legend(handles=handles, ncols=len(handles), loc="outside upper center", frameon=False)
+    figure.legend(handles=handles, ncols=5, loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
