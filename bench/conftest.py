@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 
@@ -11,8 +13,26 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import numclip as nc
 
+# Peers measured here run on the processor, and keep their start-up to themselves.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+PACKAGES = ["numpy", "numba", "scipy", "torch", "jax", "optax", "tensorflow", "tensorflow-cpu"]
+
 # The smoke run (--benchmark-disable) calls everything once, on little data.
 SMALL = 1 << 14
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--case", action="append", help="measure this case of cases.py alone")
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
+    versions: dict[str, object] = {"threads": nc.get_num_threads(), "numclip": nc.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    machine_info["versions"] = versions
 
 
 @pytest.fixture

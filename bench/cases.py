@@ -1,0 +1,67 @@
+"""The table of measured cases: what suite, tables and picture are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from clips import CLIP
+from models import MODELS, Shape
+from per_example import PER_EXAMPLE
+from sparse import ROWS, SPARSE
+from steps import ADAM, SGD
+from work import Kind
+
+EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Gradients of these shapes, and what is done with them.
+
+    `faster` and `limit` are what numclip aims at: so many times as fast as the fastest peer, and
+    at most so many times the limit; `flat` the latter for flat buffers.
+    """
+
+    name: str
+    shapes: list[Shape]
+    kind: Kind
+    faster: float
+    limit: float | None = None
+    flat: float | None = None
+
+
+CASES = [
+    Case("4 small", MODELS["4 small"], CLIP, 1.3),
+    Case("1000 x 256", MODELS["1000 x 256"], CLIP, 20, 2.0, 1.5),
+    Case("PTB small", MODELS["PTB small"], CLIP, 1.4, 1.20, 1.10),
+    Case("PTB medium", MODELS["PTB medium"], CLIP, 1.1, 1.15, 1.10),
+    Case("ResNet-50", MODELS["ResNet-50"], CLIP, 1.25, 1.12, 1.10),
+    Case("GPT-2 small", MODELS["GPT-2 small"], CLIP, 1.0, 1.10, 1.10),
+    Case("flat 512 MB", [(1 << 27,)], CLIP, 1.0, 1.10, 1.10),
+    Case("sparse rows", [(65_536, 64)], SPARSE, 3.0),
+    Case("per example", [(1024, 1024), (1024,), (1024, 20), (20,)], PER_EXAMPLE, 1.3),
+    Case("SGD, 4 small", MODELS["4 small"], SGD, 1.0),
+    Case("SGD, ResNet-50", MODELS["ResNet-50"], SGD, 1.1, 1.15),
+    Case("Adam, 4 small", MODELS["4 small"], ADAM, 3.0),
+    Case("Adam, ResNet-50", MODELS["ResNet-50"], ADAM, 1.25, 1.15),
+]
+
+
+@lru_cache(maxsize=1)
+def data(case: str, small: bool) -> tuple[Any, int, float]:
+    """Return a case's data, their bytes, and their norm; no side over 8 where they are small."""
+    chosen = next(other for other in CASES if other.name == case)
+    rng = np.random.default_rng(0)
+    shapes = chosen.shapes
+    if small:
+        shapes = [tuple(min(side, 8) for side in shape) for shape in shapes[:20]]
+    if chosen.kind is PER_EXAMPLE:
+        shapes = [(EXAMPLES, *shape) for shape in shapes]
+    indices = rng.zipf(1.3, shapes[0][0]) % ROWS
+    arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    # Rows of a mean other than 0: a norm that takes repeated rows apart is far off.
+    made = (arrays[0] + np.float32(1), indices) if chosen.kind is SPARSE else arrays
+    return made, sum(array.nbytes for array in arrays), chosen.kind.norm(made)

@@ -1,0 +1,158 @@
+"""Clipping a sparse gradient with repeated rows: numclip and its peers.
+
+Who sums the repeated rows first returns the sums, as new arrays; numclip scales the rows in place.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import limits
+import numpy as np
+from clips import tensorflow
+from work import Bound, Call, Kind, library, norm_of
+
+import numclip as nc
+
+Rows = tuple[np.ndarray, np.ndarray]
+ROWS = 1_000_000
+
+
+def summed(rows: Rows) -> np.ndarray:
+    """Return the sums of the rows that share an index, in the order of the indices."""
+    values, indices = (np.asarray(x) for x in rows)
+    distinct, places = np.unique(indices, return_inverse=True)
+    sums = np.zeros((distinct.size, values.shape[1]))
+    np.add.at(sums, places, values)
+    return sums
+
+
+def exact(source: Rows, bound: float) -> tuple[Any, float]:
+    sums = summed(source)
+    norm = norm_of([sums])
+    return [sums * min(1.0, bound / norm)], norm
+
+
+def numclip(source: Rows, bound: Bound) -> Call:
+    grad = nc.IndexedSlices(source[0].copy(), source[1], (ROWS, source[0].shape[1]))
+    rows = grad.values, grad.indices
+
+    def call() -> tuple[Any, Any]:
+        return rows, nc.clip_by_global_norm([grad], bound(), out=[grad])[1]
+
+    return call
+
+
+def clip_sums(sums: np.ndarray, indices: np.ndarray, bound: float) -> tuple[Rows, float]:
+    norm = float(np.linalg.norm(sums))
+    if norm > bound:
+        sums *= bound / norm
+    return (sums, indices), norm
+
+
+def numpy_add_at(source: Rows, bound: Bound) -> Call:
+    values, indices = source
+
+    def call() -> tuple[Any, Any]:
+        distinct, places = np.unique(indices, return_inverse=True)
+        sums = np.zeros((distinct.size, values.shape[1]), np.float32)
+        np.add.at(sums, places, values)
+        return clip_sums(sums, distinct, bound())
+
+    return call
+
+
+def numpy_reduceat(source: Rows, bound: Bound) -> Call:
+    values, indices = source
+
+    def call() -> tuple[Any, Any]:
+        order = np.argsort(indices, kind="stable")
+        distinct, starts = np.unique(indices[order], return_index=True)
+        return clip_sums(np.add.reduceat(values[order], starts), distinct, bound())
+
+    return call
+
+
+def scipy_csr(source: Rows, bound: Bound) -> Call:
+    scipy = library("scipy.sparse")
+    values, indices = source
+    ones, places = np.ones(indices.size, np.float32), np.arange(indices.size)
+
+    def call() -> tuple[Any, Any]:
+        distinct, rows = np.unique(indices, return_inverse=True)
+        shape = distinct.size, indices.size
+        sums = scipy.csr_matrix((ones, (rows, places)), shape) @ values
+        return clip_sums(sums, distinct, bound())
+
+    return call
+
+
+def torch_coalesce(source: Rows, bound: Bound) -> Call:
+    torch = library("torch")
+    torch.set_num_threads(nc.get_num_threads())
+    values, indices = torch.from_numpy(source[0]), torch.from_numpy(source[1])[None]
+
+    def call() -> tuple[Any, Any]:
+        size = (ROWS, values.shape[1])
+        grad = torch.sparse_coo_tensor(indices, values, size, check_invariants=False).coalesce()
+        sums = grad.values()
+        norm = torch.linalg.vector_norm(sums)
+        sums.mul_(torch.clamp(bound() / norm, max=1.0))
+        return (sums, grad.indices()[0]), norm
+
+    return call
+
+
+@cache
+def tf_compiled() -> Any:
+    tf = tensorflow()
+
+    def clip(values: Any, indices: Any, bound: Any) -> Any:
+        distinct, places = tf.unique(indices)
+        sums = tf.math.unsorted_segment_sum(values, places, tf.size(distinct))
+        (clipped,), norm = tf.clip_by_global_norm([sums], bound)
+        return (clipped, distinct), norm
+
+    return tf.function(clip)
+
+
+def tf_unique(source: Rows, bound: Bound) -> Call:
+    clip = tf_compiled()
+    values, indices = (tensorflow().constant(x) for x in source)
+    return lambda: clip(values, indices, np.float32(bound()))
+
+
+@cache
+def tf_unmerged_compiled() -> Any:
+    tf = tensorflow()
+
+    def clip(values: Any, indices: Any, bound: Any) -> Any:
+        (clipped,), norm = tf.clip_by_global_norm([tf.IndexedSlices(values, indices)], bound)
+        return (clipped.values, clipped.indices), norm
+
+    return tf.function(clip)
+
+
+def tf_unmerged(source: Rows, bound: Bound) -> Call:
+    clip = tf_unmerged_compiled()
+    values, indices = (tensorflow().constant(x) for x in source)
+    return lambda: clip(values, indices, np.float32(bound()))
+
+
+SPARSE = Kind(
+    exact,
+    {
+        "limit": lambda source, bound: limits.clip([source[0]], bound),
+        "numclip": numclip,
+        "NumPy add.at": numpy_add_at,
+        "NumPy reduceat": numpy_reduceat,
+        "SciPy CSR": scipy_csr,
+        "torch coalesce": torch_coalesce,
+        "tf unique": tf_unique,
+        "tf unmerged": tf_unmerged,
+    },
+    passes=(1, 3),
+    norm=lambda rows: norm_of([summed(rows)]),
+    arrays=lambda rows: [summed(rows)],
+)
