@@ -41,15 +41,17 @@ class _Slots:
                     self.views[k].append(flat[start : start + params[k].size])
                     start += params[k].size
 
-    def dense(self, entries: Sequence[Entry]) -> list[tuple[Array, backend.Update]]:
+    def dense(self, entries: Sequence[Entry]) -> list[tuple[Any, backend.Update]]:
         """Return an update for each dtype, with the places of its parameters."""
-        made = []
-        for dtype in dict.fromkeys(self.dtypes):
+        made: list[tuple[Any, backend.Update]] = []
+        kinds = dict.fromkeys(self.dtypes)
+        for dtype in kinds:
             places = [k for k, other in enumerate(self.dtypes) if other is dtype]
             tensors = [[entries[k].flat, self.params[k], *self.views[k]] for k in places]
             columns = list(np.array([[array.ctypes.data for array in row] for row in tensors]).T)
             lengths = np.array([row[0].size for row in tensors])
-            made.append((np.array(places), backend.update(dtype, columns, lengths, tensors)))
+            where = slice(None) if len(kinds) == 1 else np.array(places)
+            made.append((where, backend.update(dtype, columns, lengths, tensors)))
         return made
 
     def rows(self, k: int, entry: Entry) -> backend.Update:
@@ -80,7 +82,7 @@ class Optimizer(state.Saved):
             inputs.finite_bound("lr", lr)
         self.groups, self.lr = groups, lr
         self._slots: dict[str, _Slots] = {}
-        self._dense: dict[str, list[tuple[Array, backend.Update]]] = {}
+        self._dense: dict[str, list[tuple[Any, backend.Update]]] = {}
         self._own: dict[int, tuple[Array, _Slots]] = {}
         self._applied = 0
         for group in groups or ():
@@ -313,7 +315,7 @@ class SGD(Optimizer):
 
     def _take(self, update: backend.Update, factors: Array, lr: float, _count: int) -> None:
         weights = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
-        settings = np.array([lr, self.weight_decay, self.momentum, *weights])
+        settings = lr, self.weight_decay, self.momentum, *weights
         backend.descend(update, factors, settings, momentum=self.momentum > 0.0)
 
 
@@ -386,4 +388,4 @@ class Adam(Optimizer):
             lr * root_bias / (1.0 - first**count),
             self.eps * root_bias,
         ]
-        backend.adam(update, factors, np.array(settings))
+        backend.adam(update, factors, settings)

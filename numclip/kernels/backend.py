@@ -130,6 +130,8 @@ def joint_factor(
     batch: Batch, norm: float, bound: float, divisor: float = 1.0
 ) -> tuple[float, bool]:
     """Return the factor for a norm over `divisor`, and whether results must be truncated."""
+    if norm <= bound:
+        return 1.0, False
     elements = batch.nbytes // batch.dtype.storage.itemsize
     limits = batch.dtype.limits
     coarse = math.sqrt(elements) / divisor * limits[joint.GRAIN]
@@ -252,20 +254,20 @@ def update(dtype: DType, columns: Sequence[Array], lengths: Array, arrays: Any) 
     return Update(dtype, chunks, nbytes, arrays)
 
 
-def descend(update: Update, factors: Array, settings: Array, *, momentum: bool) -> None:
+def descend(update: Update, factors: Array, settings: Sequence[float], *, momentum: bool) -> None:
     """Take a step of gradient descent, see `updates`."""
     operation = updates.descend_with_momentum if momentum else updates.descend
     _take(operation, update, factors, settings)
 
 
-def adam(update: Update, factors: Array, settings: Array) -> None:
+def adam(update: Update, factors: Array, settings: Sequence[float]) -> None:
     """Take a step of Adam, see `updates`."""
     _take(updates.adam, update, factors, settings)
 
 
-def _take(operation: Any, update: Update, factors: Array, settings: Array) -> None:
+def _take(operation: Any, update: Update, factors: Array, settings: Sequence[float]) -> None:
     compute = update.dtype.compute
-    arguments = update.chunks, factors.astype(compute), settings.astype(compute)
+    arguments = update.chunks, factors.astype(compute), np.array(settings, compute)
     threads.run(
         operation,
         len(update.chunks),
