@@ -110,15 +110,26 @@ def _clip_items(
     items: Items, kind: Kind, facts: Array, bound: float, divisor: float
 ) -> float | None:
     """Clip the arrays in place, if the facts ask for arrays that can be written."""
-    address, count = id(items) + _POINTERS, len(items)
-    state, norm = arrays.clip_little(
-        address, count, facts, kind.row.limits, bound, divisor, kind.row.like
-    )
+    state, norm = _clip_little(items, kind, facts, bound, divisor)
     if state == arrays.DONE:
-        return norm  # type: ignore[no-any-return]
+        return norm
     if state == arrays.ELSEWHERE:
         return None
     return _clip_much(items, kind, facts, bound, divisor)
+
+
+def _clip_little(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> tuple[int, float]:
+    """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
+    row = kind.row
+    return arrays.clip_little(  # type: ignore[no-any-return]
+        id(items) + _POINTERS, len(items), facts, row.limits, bound, divisor, row.like
+    )
+
+
+def _copied(items: Items) -> Items:
+    return tuple(None if item is None else item.copy("K") for item in items)
 
 
 def _clip_much(
@@ -167,13 +178,21 @@ def _judge(batch: Batch, bound: float, divisor: float) -> tuple[float, float] | 
 
 def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
     """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
+    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor)
+    if state == arrays.ELSEWHERE:
+        return None
+    if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
+        results = _copied(items)
+        if norm > bound:
+            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
+        return (results, norm) if state == arrays.DONE else None
     batch, _ = _batch(items, kind, kind.readable)
     found = None if batch is None else _judge(batch, bound, divisor)
     if batch is None or found is None:
         return None
     norm, factor = found
     if factor == 1.0:
-        return tuple(None if item is None else item.copy("K") for item in items), norm
+        return _copied(items), norm
     results = tuple(None if item is None else np.empty_like(item) for item in items)
     targets, _ = _batch(results, kind, kind.writeable)
     assert targets is not None
