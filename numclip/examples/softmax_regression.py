@@ -213,9 +213,9 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
     for (method, run), (color, width) in zip(runs.items(), looks, strict=False):
         epochs = range(1, len(run.costs) + 1)
         axes.plot(epochs, run.costs, ".-", color=color, linewidth=width, label=method)
-    axes.set(xlabel="epoch", ylabel="average cost", yscale="log")
+    axes.set(xlabel="epoch", ylabel="average cost")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(args.picture, dpi=100)
     print(f"picture: {args.picture}")
