@@ -43,12 +43,13 @@ class Text:
     """Paragraphs as numbers of characters."""
 
     def __init__(self, name: str, paragraphs: Sequence[str]) -> None:
-        self.name = name
-        self.characters = sorted(set("".join(paragraphs)))
-        numbers = {character: k for k, character in enumerate(self.characters)}
-        self.paragraphs = [np.array([numbers[c] for c in p]) for p in paragraphs if len(p) > 1]
-        if not self.paragraphs:
+        long_enough = [paragraph for paragraph in paragraphs if len(paragraph) > 1]
+        if not long_enough:
             raise DataError(f"{name}: expected a paragraph of 2 characters or more, found none")
+        self.name = name
+        self.characters = sorted(set("".join(long_enough)))
+        numbers = {character: k for k, character in enumerate(self.characters)}
+        self.paragraphs = [np.array([numbers[c] for c in text]) for text in long_enough]
 
     def __str__(self) -> str:
         length = sum(map(len, self.paragraphs))
@@ -59,9 +60,8 @@ class Text:
 
     def log_frequencies(self) -> Array:
         """Return the logarithm of each character's share of the text."""
-        counts = np.bincount(np.concatenate(self.paragraphs), minlength=len(self.characters))
-        shares = np.maximum(counts, 1) / counts.sum()  # the only one of its paragraph is left out
-        logarithms: Array = np.log(shares)
+        counts = np.bincount(np.concatenate(self.paragraphs))
+        logarithms: Array = np.log(counts / counts.sum())
         return logarithms
 
 
