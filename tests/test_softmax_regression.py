@@ -6,6 +6,7 @@ import sys
 import autograd.numpy as anp
 import numpy as np
 import pytest
+from programs import error_line, finite_differences
 
 from numclip.examples import softmax_regression as program
 from numclip.examples.data import load_digits, load_mnist
@@ -32,23 +33,10 @@ TF_CLIPPED = [
 
 def table(capsys, *argv):
     """Run the program; return its rows as {label: cells}."""
-    assert program.main(["--quiet", *argv]) == 0
+    assert program.main(["--quiet", "--no-picture", *argv]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return {line[:14].rstrip(): line[14:].split() for line in out.splitlines()[1:]}
-
-
-def error_line(capsys, *argv):
-    """Run the program, which must refuse before any work; return its one line of complaint."""
-    with pytest.raises(SystemExit) as caught:
-        program.main(argv)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    prefix = "python -m numclip.examples.softmax_regression: error: "
-    assert err.startswith(prefix)
-    assert err.count("\n") == 1
-    return err.removeprefix(prefix).rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +66,17 @@ def test_summary_says_what_clipping_did(capsys):
     gap = int(np.argmax(np.diff(norms)))
     rows = formula_with_tiny_steps(capsys, (norms[gap] + norms[gap + 1]) / 2)
     assert rows["Clipped steps"] == [str(14 - gap), "of", "15"]
+
+
+def test_statistics_of_known_norms():
+    runs = [program.Run(0.1, bound, None, None, [3.0, 1.0, 2.0, 8.0]) for bound in (2.0, np.inf, 0)]
+    runs.append(program.Run(0.1, 0.0, None, None, [0.0] * 4))
+    rows = [line.split() for line in program.clipping_statistics(runs)]
+    assert rows[0] == ["Median", "norm", "2.5", "2.5", "2.5", "0"]
+    assert rows[1] == ["95%", "norm", "7.25", "7.25", "7.25", "0"]
+    assert rows[2] == ["Largest", "norm", "8", "8", "8", "0"]
+    assert rows[3][2:] == ["2", "of", "4", "0", "of", "4", "4", "of", "4", "0", "of", "4"]
+    assert rows[4] == ["Least", "factor", "0.25", "1", "0", "1"]
 
 
 def formula_with_tiny_steps(capsys, bound):
@@ -110,15 +109,9 @@ def test_automatic_gradients_match_finite_differences(problem):
     params, x, y = problem
     cost, grads = program.automatic_gradients(program.average_cost, params, x, y)
     assert cost == program.average_cost(params, x, y)
-    for param, grad in zip(params, grads, strict=True):
-        for index in np.ndindex(param.shape):
-            centre, step = param[index], 1e-5
-            param[index] = centre + step
-            above = program.average_cost(params, x, y)
-            param[index] = centre - step
-            below = program.average_cost(params, x, y)
-            param[index] = centre
-            assert grad[index] == pytest.approx((above - below) / (2 * step), abs=1e-9)
+    slopes = finite_differences(lambda: program.average_cost(params, x, y), params)
+    for grad, slope in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(grad, slope, atol=1e-9)
 
 
 def test_formula_is_the_sum_of_the_automatic_gradients(problem):
@@ -286,13 +279,13 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 )
 def test_mnist_files_that_do_not_fit_are_named(capsys, mnist, change, message):
     change(mnist)
-    line = error_line(capsys, "--mnist", str(mnist), "--batch-size", "10")
+    line = error_line(capsys, program, "--mnist", str(mnist), "--batch-size", "10")
     assert line.startswith(message.format(dir=mnist))
 
 
 def test_mnist_folder_must_exist(capsys, tmp_path):
     missing = tmp_path / "nowhere"
-    line = error_line(capsys, "--mnist", str(missing))
+    line = error_line(capsys, program, "--mnist", str(missing))
     assert line == f"{missing}: expected a folder with MNIST's IDX files, found none"
 
 
@@ -316,17 +309,19 @@ def test_mnist_folder_must_exist(capsys, tmp_path):
     ],
 )
 def test_options_out_of_range_are_refused(capsys, option, value, expected):
-    assert error_line(capsys, option, value).startswith(expected)
+    assert error_line(capsys, program, option, value).startswith(expected)
 
 
-@pytest.mark.parametrize("package", ["autograd", "sklearn", "tqdm"])
+@pytest.mark.parametrize("package", ["autograd", "matplotlib", "sklearn", "tqdm"])
 def test_a_missing_package_is_named_with_the_cure(capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert error_line(capsys) == f'cannot import {package}: pip install "numclip[examples]"'
+    assert (
+        error_line(capsys, program) == f'cannot import {package}: pip install "numclip[examples]"'
+    )
 
 
 def test_help_shows_every_option_without_the_extra_packages(capsys, monkeypatch):
-    for package in ("autograd", "sklearn", "tqdm"):
+    for package in ("autograd", "matplotlib", "sklearn", "tqdm"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as caught:
         program.main(["--help"])
@@ -336,12 +331,12 @@ def test_help_shows_every_option_without_the_extra_packages(capsys, monkeypatch)
     assert "--batch-size N default: 100" in text
     assert "--learning-rate X default: 0.01" in text
     assert "(default: inf)" in text
-    for option in ("--clip-norm X", "--methods METHOD", "--mnist DIR", "--quiet"):
+    for option in ("--clip-norm X", "--methods METHOD", "--mnist DIR", "--picture FILE", "--quiet"):
         assert option in text
 
 
 def test_progress_bar_is_on_stderr(capsys):
-    assert program.main(["--epochs", "1"]) == 0
+    assert program.main(["--epochs", "1", "--no-picture"]) == 0
     assert "/45 [" in capsys.readouterr().err
 
 
@@ -354,7 +349,30 @@ def test_interrupt_keeps_the_rows_so_far(capsys, monkeypatch):
         return program.formula_step(run, x, y)
 
     monkeypatch.setitem(program.METHODS, "formula", formula_step)
-    assert program.main(["--quiet"]) == 130
+    assert program.main(["--quiet", "--no-picture"]) == 130
     out, err = capsys.readouterr()
     assert [line[:4] for line in out.splitlines()[2:]] == ["0001"]
     assert err == "interrupted\n"
+
+
+def test_picture_of_the_cost_curves(capsys, tmp_path):
+    picture = tmp_path / "costs.png"
+    argv = "--quiet", "--epochs", "2", "--picture", str(picture)
+    assert program.main(argv) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"picture: {picture}\n")
+
+
+def test_pictures_that_cannot_be_written_are_refused(capsys, tmp_path):
+    nowhere = str(tmp_path / "missing" / "costs.png")
+    assert error_line(capsys, program, "--picture", nowhere) == (
+        f"argument --picture: expected a file that can be written, got {nowhere!r}: "
+        "No such file or directory"
+    )
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert error_line(capsys, program, "--picture", str(folder)).endswith(": Is a directory")
+    assert error_line(capsys, program, "--picture", "costs.txt") == (
+        "argument --picture: expected a name that ends in .png, .svg, .pdf, got 'costs.txt'"
+    )
+    assert list(tmp_path.iterdir()) == [folder]

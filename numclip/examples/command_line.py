@@ -3,7 +3,11 @@
 import argparse
 import importlib.util
 import math
+import tempfile
+from pathlib import Path
 from typing import NoReturn
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,13 +23,51 @@ class Parser(argparse.ArgumentParser):
         if missing:
             self.error(f'cannot import {", ".join(missing)}: pip install "numclip[examples]"')
 
+    def add_picture(self, name: str) -> None:
+        """Let the user choose where the picture goes."""
+        add = self.add_argument
+        text = "where the picture goes (default: %(default)s)"
+        add("--picture", type=picture_file, default=name, metavar="FILE", help=text)
+        add("--no-picture", dest="picture", action="store_const", const=None, help="draw none")
+
+
+def output_file(text: str) -> Path:
+    """Read the path of a file that can be written, without leaving one behind."""
+    path = Path(text)
+    try:
+        if path.exists():
+            with path.open("ab"):
+                pass
+        else:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a file that can be written, got {text!r}: {error.strerror}"
+        ) from None
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """Read the path of a picture that can be written."""
+    if Path(text).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"expected a name that ends in {', '.join(PICTURES)}, got {text!r}"
+        )
+    return output_file(text)
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number >= 0."""
+    value = _int_or_less(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
+    return value
+
 
 def positive_int(text: str) -> int:
     """Read a whole number >= 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
+    value = _int_or_less(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
     return value
@@ -52,3 +94,10 @@ def _float_or_nan(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def _int_or_less(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return -1

@@ -15,7 +15,7 @@ before its step.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import numpy.typing as npt
 import numclip as nc
 from numclip.examples.command_line import Parser, norm_bound, positive_float, positive_int
 from numclip.examples.data import CLASSES, DataError, Digits, Images, load_digits, load_mnist
+from numclip.examples.progress import progress_bar, say
 
-# autograd and tqdm are imported where they are used: without them --help works, and a run
-# says what to install.
+# autograd, matplotlib and tqdm are imported where they are used: without them --help works, and a
+# run says what to install.
 
 Array = npt.NDArray[np.floating[Any]]
 Loss = Callable[[list[Array], Array, Array], float]
@@ -90,13 +91,14 @@ class GradientDescentOptimizer:
 
 @dataclass
 class Run:
-    """One training run: its settings, its parameters, and the norms of its gradients."""
+    """One training run: its settings, its parameters, the norms of its gradients, its costs."""
 
     learning_rate: float
     clip_norm: float
     weights: Array
     bias: Array
-    norms: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # of each step, before clipping
+    costs: list[float] = field(default_factory=list)  # of each epoch
 
     def clip(self, grads: list[Array]) -> list[Array]:
         """Clip gradients by their global norm, and note the norm they had."""
@@ -151,10 +153,8 @@ def row(label: str, cells: Iterable[str]) -> str:
     return f"{label:<14}" + "".join(f" {cell:>14}" for cell in cells)
 
 
-def train(digits: Digits, args: argparse.Namespace) -> None:
+def train(digits: Digits, args: argparse.Namespace) -> dict[str, Run]:
     """Train with every method side by side, and print a row as soon as it is known."""
-    from tqdm import tqdm
-
     pixels = digits.training.pixels.shape[1]
     runs = {
         method: Run(
@@ -169,21 +169,56 @@ def train(digits: Digits, args: argparse.Namespace) -> None:
     steps = examples // args.batch_size
     print(f"{digits.name}: {examples} to train, {len(digits.test.labels)} to test")
     print(row("Cost in epoch", runs), flush=True)
-    with tqdm(
-        total=args.epochs * steps * len(runs), unit="step", leave=False, disable=args.quiet
-    ) as bar:
+    with progress_bar(args.epochs * steps * len(runs), "step", quiet=args.quiet) as bar:
         for epoch in range(1, args.epochs + 1):
             costs = dict.fromkeys(runs, 0.0)
             for x, y in digits.training.batches(args.batch_size):
                 for method, run in runs.items():
                     costs[method] += METHODS[method](run, x, y) / steps
                     bar.update()
-            with bar.external_write_mode():
-                print(row(f"{epoch:04d}", (f"{cost:.9f}" for cost in costs.values())), flush=True)
-    clipped = (sum(norm > run.clip_norm for norm in run.norms) for run in runs.values())
+            say(bar, row(f"{epoch:04d}", (f"{cost:.9f}" for cost in costs.values())))
+            for method, run in runs.items():
+                run.costs.append(costs[method])
     print(row("Accuracy", (f"{run.accuracy(digits.test):.4f}" for run in runs.values())))
-    print(row("Largest norm", (f"{np.max(run.norms):.6g}" for run in runs.values())))
-    print(row("Clipped steps", (f"{n} of {args.epochs * steps}" for n in clipped)))
+    for line in clipping_statistics(list(runs.values())):
+        print(line)
+    return runs
+
+
+def clipping_statistics(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield what the gradients' norms were, and what clipping did to them."""
+    for label, percent in (("Median norm", 50), ("95% norm", 95), ("Largest norm", 100)):
+        yield row(label, (f"{np.percentile(run.norms, percent):.6g}" for run in runs))
+    clipped = (sum(norm > run.clip_norm for norm in run.norms) for run in runs)
+    yield row("Clipped steps", (f"{n} of {len(runs[0].norms)}" for n in clipped))
+    largest = (max(run.norms) for run in runs)
+    factors = (
+        min(1.0, run.clip_norm / norm) if norm else 1.0
+        for run, norm in zip(runs, largest, strict=True)
+    )
+    yield row("Least factor", (f"{factor:.6g}" for factor in factors))
+
+
+def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
+    """Draw each method's cost over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from numclip.plotting import BLUE, ORANGE, PURPLE
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    # The costs of the first two are the same: the second is drawn within the first.
+    looks = zip((BLUE, ORANGE, PURPLE), (5.0, 1.5, 1.5), strict=True)
+    for (method, run), (color, width) in zip(runs.items(), looks, strict=False):
+        epochs = range(1, len(run.costs) + 1)
+        axes.plot(epochs, run.costs, ".-", color=color, linewidth=width, label=method)
+    axes.set(xlabel="epoch", ylabel="average cost")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(args.picture, dpi=100)
+    print(f"picture: {args.picture}")
 
 
 def build_parser() -> Parser:
@@ -220,6 +255,7 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="folder with MNIST's four IDX files, plain or .gz (default: scikit-learn's digits)",
     )
+    parser.add_picture("softmax_regression.png")
     option("--quiet", action="store_true", help="show no progress bar")
     return parser
 
@@ -229,18 +265,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
-    parser.require("autograd", "tqdm", *([] if args.mnist else ["sklearn"]))
+    optional = {"sklearn": not args.mnist, "matplotlib": args.picture}
+    parser.require("autograd", "tqdm", *(name for name, wanted in optional.items() if wanted))
     try:
         digits = load_mnist(args.mnist) if args.mnist else load_digits()
         examples = len(digits.training.labels)
         if args.batch_size > examples:
             raise DataError(f"--batch-size: expected at most {examples}, got {args.batch_size}")
-        train(digits, args)
+        runs = train(digits, args)
     except DataError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    if args.picture:
+        draw(runs, args)
     return 0
 
 

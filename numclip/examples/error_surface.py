@@ -1,0 +1,156 @@
+"""Descend the error surface of a one-unit recurrent network, without and with clipping.
+
+The network of Pascanu, Mikolov and Bengio 2013 (arXiv 1211.5063, figure 6) has one unit, two
+parameters and no input: x starts at 0.5, and ``x = w * sigmoid(x) + b`` for 50 steps. The loss is
+``(sigmoid(x) - 0.7) ** 2``. Over (w, b) it has a wall: on one side of it x comes to rest at a low
+value, on the other at a high one, and the gradient on the wall is many times longer than beside
+it. Plain gradient descent slides down to the wall, and one step on it throws it far off. Clipped
+to a small norm, the same gradient is a small step in the right direction.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+import numclip as nc
+from numclip.examples.command_line import Parser, norm_bound, positive_float, positive_int
+from numclip.examples.cross_entropy import Array
+from numclip.examples.gru_network import sigmoid
+
+STEPS = 50  # of the network
+FIRST, TARGET = 0.5, 0.7
+WIDTHS, BIASES = (3.2, 6.8), (-3.2, 3.0)  # of the picture
+
+
+def loss_and_gradient(w: Array, b: Array) -> tuple[Array, Array, Array]:
+    """Return the loss and its derivatives by w and b, of float64 arrays of one shape."""
+    unit = [np.full_like(w, FIRST)]
+    for _ in range(STEPS):
+        unit.append(w * sigmoid(unit[-1]) + b)
+    error = sigmoid(unit[-1]) - TARGET
+    by_w, by_b = np.zeros_like(w), np.zeros_like(w)
+    by_unit = 2 * error * _slope(unit[-1])
+    for x in reversed(unit[:-1]):
+        by_w += by_unit * sigmoid(x)
+        by_b += by_unit
+        by_unit = by_unit * w * _slope(x)
+    return error**2, by_w, by_b
+
+
+def _slope(x: Array) -> Array:
+    return sigmoid(x) * (1 - sigmoid(x))
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where gradient descent went, with the loss and the gradient's norm at each point."""
+
+    points: Array  # (steps + 1, 2)
+    losses: Array
+    norms: Array
+
+    @property
+    def longest(self) -> float:
+        """The length of the longest step."""
+        return float(np.linalg.norm(np.diff(self.points, axis=0), axis=1).max())
+
+
+def descend(start: tuple[float, float], rate: float, max_norm: float, steps: int) -> Path:
+    """Follow the gradient, clipped, from a point (w, b)."""
+    point = np.array(start)
+    points, losses, norms = [point], [], []
+    for _ in range(steps + 1):
+        loss, *gradient = loss_and_gradient(*point)
+        clipped, norm = nc.clip_by_global_norm(gradient, max_norm)
+        losses.append(float(loss))
+        norms.append(norm)
+        point = point - rate * np.array(clipped)
+        points.append(point)
+    return Path(np.array(points[:-1]), np.array(losses), np.array(norms))
+
+
+def row(label: str, cells: Sequence[str]) -> str:
+    """Return one line of the table."""
+    return f"{label:<16}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def table(paths: dict[str, Path]) -> str:
+    """Return the table of the paths side by side."""
+    last = [path.points[-1] for path in paths.values()]
+    return "\n".join(
+        [
+            row("", list(paths)),
+            row("First loss", [f"{path.losses[0]:.5f}" for path in paths.values()]),
+            row("Last loss", [f"{path.losses[-1]:.5f}" for path in paths.values()]),
+            row("Lowest loss", [f"{path.losses.min():.5f}" for path in paths.values()]),
+            row("Largest norm", [f"{path.norms.max():.4g}" for path in paths.values()]),
+            row("Longest step", [f"{path.longest:.4g}" for path in paths.values()]),
+            row("Last (w, b)", [f"({w:.2f}, {b:.2f})" for w, b in last]),
+        ]
+    )
+
+
+def draw(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    """Draw the surface with both paths, and the losses along them."""
+    from matplotlib.figure import Figure
+
+    from numclip.plotting import BLUE, RED
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    surface, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    w, b = np.meshgrid(np.linspace(*WIDTHS, 400), np.linspace(*BIASES, 400))
+    loss, _, _ = loss_and_gradient(w, b)
+    colours = surface.pcolormesh(w, b, np.sqrt(loss), cmap="Greys", rasterized=True)
+    figure.colorbar(colours, ax=surface, label="square root of the loss")
+    for (name, path), color in zip(paths.items(), (RED, BLUE), strict=True):
+        surface.plot(*path.points.T, ".-", color=color, linewidth=1, markersize=4, label=name)
+        right.plot(path.losses, color=color, label=name)
+    surface.set(xlim=WIDTHS, ylim=BIASES, xlabel="w", ylabel="b")
+    right.set(xlabel="step", ylabel="loss", yscale="log")
+    right.grid(alpha=0.3)
+    surface.legend(loc="upper left")
+    figure.savefig(args.picture, dpi=100)
+    print(f"picture: {args.picture}")
+
+
+def build_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser(
+        prog="python -m numclip.examples.error_surface",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    default = "default: %(default)s"
+    option("--start", type=float, nargs=2, default=(5.0, -2.0), metavar=("W", "B"), help=default)
+    option("--steps", type=positive_int, default=100, metavar="N", help=default)
+    option("--learning-rate", type=positive_float, default=1.0, metavar="X", help=default)
+    option("--max-norm", type=norm_bound, default=0.1, metavar="X", help=default)
+    parser.add_picture("error_surface.png")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    parser.require(*(["matplotlib"] if args.picture else []))
+    if not all(map(math.isfinite, args.start)):
+        parser.error(f"argument --start: expected finite numbers, got {args.start}")
+    names = {"without clipping": math.inf, f"clipped at {args.max_norm:g}": args.max_norm}
+    paths = {
+        name: descend(args.start, args.learning_rate, bound, args.steps)
+        for name, bound in names.items()
+    }
+    print(table(paths))
+    if args.picture:
+        draw(paths, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A progress bar, lines printed above it, and Ctrl-C that waits for the step to end."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+def progress_bar(total: int, unit: str, *, quiet: bool, initial: int = 0) -> Any:
+    """Return tqdm's bar on stderr, none if `quiet`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, initial=initial, leave=False, disable=quiet)
+
+
+def say(bar: Any, line: str) -> None:
+    """Print a line above the bar."""
+    with bar.external_write_mode():
+        print(line, flush=True)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let a loop ask whether Ctrl-C was pressed, and so end between steps; a second one raises."""
+    pressed = False
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,39 @@
+"""What the tests of the training programs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+
+def error_line(capsys: pytest.CaptureFixture[str], program: ModuleType, *argv: str) -> str:
+    """Run a program, which must refuse before any work; return its one line of complaint."""
+    with pytest.raises(SystemExit) as caught:
+        program.main(argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    prefix = f"python -m {program.__name__}: error: "
+    assert err.startswith(prefix)
+    assert err.count("\n") == 1
+    return err.removeprefix(prefix).rstrip("\n")
+
+
+def finite_differences(
+    cost: Callable[[], float], params: Iterable[np.ndarray], step: float = 1e-5
+) -> list[np.ndarray]:
+    """Return the slopes of a function of float64 arrays, which it reads where they are."""
+    slopes = [np.empty_like(param) for param in params]
+    for param, slope in zip(params, slopes, strict=True):
+        for index in np.ndindex(param.shape):
+            centre = param[index]
+            param[index] = centre + step
+            above = cost()
+            param[index] = centre - step
+            below = cost()
+            param[index] = centre
+            slope[index] = (above - below) / (2 * step)
+    return slopes
