@@ -49,7 +49,8 @@ class GeneralStep(Step):
         count = len(self.entries)
         self._sums = sum_squares(self.entries, made=self.batches)
         self.norms = self.sums.norms(np.arange(count), count).divided(self.unscale)
-        self.total = self.sums.norms(np.zeros(count, np.int64), 1).divided(self.unscale)
+        self.own_total = self.sums.norms(np.zeros(count, np.int64), 1).divided(self.unscale)
+        self.total = self.own_total  # until the rule finds another, of several groups or order
 
     @property
     def sums(self) -> Sums:
@@ -59,7 +60,7 @@ class GeneralStep(Step):
     @property
     def norm(self) -> float:
         """The L2 norm of the group's own gradients."""
-        return float(together([self]).values()[0])
+        return float(self.own_total.values()[0])
 
     def decide(self, factors: Factors) -> None:
         """Take a factor for each tensor, and the loss scale out with it."""
@@ -107,13 +108,15 @@ class GeneralStep(Step):
         """Return what was found and done."""
         norms, clipped, scales = self._columns(written=written)
         rows = [*zip(norms, clipped, scales, self.thresholds.copy(), strict=True)]
-        own = math.hypot(*clipped)
-        report = self._report(own, smallest(scales.tolist()))
+        report = self._report(math.hypot(*clipped), smallest(scales.tolist()))
+        own = report.clipped_norm
+        if self.total is not self.own_total:
+            own = math.hypot(*clipped)
         return Findings(report, own, lambda: rows)
 
     def _report(self, clipped: float, scale: float) -> GroupReport:
         rule = self.group.clip
-        if rule is not None and rule.scope == "group" and not self.skipped:
+        if (rule is None or rule.scope == "group") and not self.skipped:
             one = self.plain.take(np.zeros(1, np.int64))
             clipped = float(_scaled_norms(self.total, one)[0])
         return GroupReport(
@@ -227,7 +230,7 @@ def _joint_norm(sharing: Sequence[GeneralStep], rule: Rule) -> Norms:
         entries = [entry for step in sharing for entry in step.entries]
         return measure(entries, rule.ord).divided(unscale)
     if len(sharing) == 1:
-        return sharing[0].total
+        return sharing[0].own_total
     return together(sharing)
 
 
