@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from numclip import functional, inputs
+from numclip.dtypes import Array
+from numclip.group import Group
+from numclip.groups import ParamGroups
 from numclip.kernels import threads
+from numclip.optim import SGD, Adam
+from numclip.rules import ByGlobalNorm
 from numclip.slices import IndexedSlices
 
 
@@ -43,7 +48,7 @@ def get_num_threads() -> int:
 
 
 def warmup(dtypes: str | Iterable[Any] = ("float32", "float64")) -> None:
-    """Compile, or load from the cache on disk, what clipping these dtypes needs.
+    """Compile, or load from the cache on disk, what clipping and updating these dtypes needs.
 
     Without it the first call of each function does so: seconds with an empty cache, a fraction
     of one with a full one.
@@ -63,12 +68,28 @@ def warmup(dtypes: str | Iterable[Any] = ("float32", "float64")) -> None:
     for number, wanted in enumerate(dtypes):
         grad = np.ones((2, 2), np.dtype(wanted))
         inputs.entry(f"dtypes[{number}]", number, grad)
-        for bound in (0.5, 100.0):
-            functional.clip_by_global_norm([grad.copy()], bound)
-            functional.clip_by_global_norm([IndexedSlices(grad.copy(), [0, 0], (1, 2))], bound)
-            functional.clip_by_norm(grad, bound, axes=0)
-        if grad.dtype.kind != "c":
-            functional.clip_by_value(grad, -1.0, 1.0)
+        _functions(grad)
+        _groups(grad)
+
+
+def _functions(grad: Array) -> None:
+    """Call functions as they are called most: plain, strided and sparse gradients."""
+    twice = IndexedSlices(grad.copy(), [0, 0], (1, 2))
+    for bound in (0.5, 100.0):
+        for grads in ([grad], [grad[:, ::-1]], [grad, twice]):
+            functional.clip_by_global_norm(grads, bound)
+        functional.clip_by_norm(grad, bound, axes=0)
+    if grad.dtype.kind != "c":
+        functional.clip_by_value(grad, -1.0, 1.0)
+
+
+def _groups(grad: Array) -> None:
+    """Take steps of groups with each optimizer."""
+    groups = ParamGroups([Group("warm", {"w": grad}, clip=ByGlobalNorm(0.5))])
+    groups.set_grads({"w": grad})
+    for optimizer in (SGD(groups, 0.0), SGD(groups, 0.0, momentum=0.5), Adam(groups)):
+        optimizer.step()
+    groups.clip()
 
 
 def show_versions() -> None:

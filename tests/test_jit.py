@@ -155,8 +155,9 @@ LAYERS = [
     {"clipping", "group", "running_rules"},
     {"units", "step"},
     {"functional", "general_step", "joint_step"},
-    {"diagnostics", "groups"},
+    {"groups"},
     {"optim"},
+    {"diagnostics"},
 ]
 
 
