@@ -43,6 +43,16 @@ def test_columns(benchmark, normal, timed, columns):
     timed(lambda: threads.run(cpu.column_squares, count, x.nbytes, x, columns, out), x.nbytes)
 
 
+@pytest.mark.parametrize("columns", [1024, 4096, 8192, 16_384])
+def test_example_columns(benchmark, normal, timed, columns):
+    benchmark.group = "EXAMPLE_COLUMNS: sums over 64 examples, 64 MB of float32"
+    x = normal(64 << 20, "float32").reshape(64, -1)
+    out = np.empty(x.shape[1], x.dtype)
+    arguments = x, np.ones(64), columns, out
+    count = -(-out.size // columns)
+    timed(lambda: threads.run(cpu.sum_examples, count, x.nbytes, *arguments), x.nbytes)
+
+
 @pytest.mark.parametrize("nbytes", [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20])
 @pytest.mark.parametrize("count", [1, 2])
 def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):

@@ -9,7 +9,7 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels import cpu, threads, updates
-from numclip.kernels.tuning import CHUNK, COLUMNS
+from numclip.kernels.tuning import CHUNK, COLUMNS, EXAMPLE_COLUMNS
 
 # Outside this range a float64 sum of squares may have lost what under- or overflowed.
 _SAFE = 2.0**-960, 2.0**1000
@@ -173,8 +173,8 @@ def scale_columns(x: Array, factors: Array, out: Array) -> None:
 
 def sum_examples(x: Array, factors: Array, out: Array) -> None:
     """Write the sum over the first axis of `x`, each example times its factor."""
-    count = -(-x.shape[1] // COLUMNS)
-    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, COLUMNS, out)
+    count = -(-x.shape[1] // EXAMPLE_COLUMNS)
+    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, EXAMPLE_COLUMNS, out)
 
 
 def group(indices: Array) -> tuple[Array, Array]:

@@ -330,20 +330,46 @@ def scale_columns(begin, end, x, factors, out):
             row[i] = scaled(row[i], factors[a, i])
 
 
+@inline
+def add_weighted(row, weight, total):
+    """Add an array times a weight to a float64 array."""
+    for i in range(total.size):
+        total[i] += np.float64(widen(row[i])) * weight
+
+
+@inline
+def add_four_weighted(a, b, c, d, weights, total):
+    """Add four arrays times their weights to a float64 array, which is written once."""
+    wa, wb, wc, wd = weights[0], weights[1], weights[2], weights[3]
+    for i in range(total.size):
+        low = np.float64(widen(a[i])) * wa + np.float64(widen(b[i])) * wb
+        high = np.float64(widen(c[i])) * wc + np.float64(widen(d[i])) * wd
+        total[i] += low + high
+
+
 @kernel
 def sum_examples(begin, end, x, factors, width, out):
     """Write the sum over examples of ``x[example] * factors[example]``, in float64.
 
     `x` has the shape (examples, elements); the share is of blocks of `width` elements.
     """
+    fours = x.shape[0] // 4 * 4
     for block in range(begin, end):
         first = block * width
-        result = out[first : first + width]
-        total = np.zeros(result.size)
-        for e in range(x.shape[0]):
-            row = x[e, first : first + width]
-            for i in range(row.size):
-                total[i] += np.float64(widen(row[i])) * factors[e]
+        last = min(first + width, out.size)
+        total = np.zeros(last - first)
+        for e in range(0, fours, 4):
+            add_four_weighted(
+                x[e, first:last],
+                x[e + 1, first:last],
+                x[e + 2, first:last],
+                x[e + 3, first:last],
+                factors[e : e + 4],
+                total,
+            )
+        for e in range(fours, x.shape[0]):
+            add_weighted(x[e, first:last], factors[e], total)
+        result = out[first:last]
         for i in range(result.size):
             result[i] = narrow(total[i], result[i])
 

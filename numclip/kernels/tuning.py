@@ -18,3 +18,7 @@ PARALLEL_BYTES = 1 << 20
 
 COLUMNS = 1024
 """Columns that a thread sums together: their float64 sums stay in the first-level cache."""
+
+EXAMPLE_COLUMNS = 8192
+"""The same for sums over examples, far apart in memory: longer reads of each are faster than
+sums in the first-level cache."""
