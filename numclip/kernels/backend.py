@@ -191,9 +191,12 @@ def group(indices: Array) -> tuple[Array, Array]:
 
 def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
     """Return the squared norms of the summed rows and of the rows' summed magnitudes."""
-    count = starts.size - 1
+    rows = max(1, CHUNK // max(values.shape[1], 1))  # of a share, but for longer groups
+    count = -(-order.size // rows)
+    shares = np.searchsorted(starts[:-1], rows * np.arange(count + 1))
     partial = np.empty((count, 2))
-    threads.run(cpu.grouped_squares, count, values.nbytes, order, starts, values, partial)
+    arguments = shares, order, starts, values, partial
+    threads.run(cpu.grouped_squares, count, values.nbytes, *arguments)
     chunks = np.zeros((2 * count, 4), np.int64)
     chunks[1::2, cpu.OWNER] = 1
     totals = np.zeros(2)

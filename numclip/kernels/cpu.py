@@ -14,7 +14,7 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, inline, kernel
-from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS
+from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS, STRIP
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio: spreads indices
@@ -418,27 +418,72 @@ def sum_rows(rows, values, total, error):
     settle(total, error)
 
 
-@kernel
-def grouped_squares(begin, end, order, starts, values, out):
-    """Write, for each group of rows, the squared norms of their sum and of their magnitudes' sum.
+@inline
+def add_pair(a, b, sums):
+    """Add two strips to their sums, collecting the rounding errors, and their magnitudes.
 
-    `values` has the shape (rows, elements) and is read once, `out` (groups, 2).
+    `sums` holds all three, `STRIP` numbers each: at fixed distances a loop needs no checks
+    for memory that overlaps, which cost as much as a short row.
     """
-    total = np.empty(values.shape[1])
-    error = np.empty(values.shape[1])
-    for g in range(begin, end):
-        rows = order[starts[g] : starts[g + 1]]
-        sum_rows(rows, values, total, error)
-        out[g, 0] = array_of_squares(total)
-        if rows.size == 1:
-            out[g, 1] = out[g, 0]
-            continue
-        total[:] = 0.0
-        for k in rows:
-            row = values[k]
-            for i in range(row.size):
-                total[i] += abs(np.float64(widen(row[i])))
-        out[g, 1] = array_of_squares(total)
+    for i in range(a.size):
+        first = np.float64(widen(a[i]))
+        second = np.float64(widen(b[i]))
+        total, rest = two_sum(sums[i], first)
+        sums[i], other = two_sum(total, second)
+        sums[STRIP + i] += rest + other
+        sums[2 * STRIP + i] += abs(first) + abs(second)
+
+
+@inline
+def strip_squares(rows, address, stride, zeros, sums, out):
+    """Write the squared norms of the sum of some rows' strips, and of their magnitudes' sum.
+
+    Row k has its strip `stride` times k after `address`; `zeros` is a strip of no effect.
+    """
+    width = zeros.size
+    last = array_at(address + rows[-1] * stride, width, zeros)
+    if rows.size == 1:
+        out[:] = array_of_squares(last)
+        return
+    for part in range(0, sums.size, STRIP):
+        sums[part : part + width] = 0.0
+    for k in range(1, rows.size, 2):
+        a = array_at(address + rows[k - 1] * stride, width, zeros)
+        b = array_at(address + rows[k] * stride, width, zeros)
+        add_pair(a, b, sums)
+    if rows.size % 2:
+        add_pair(last, zeros, sums)
+    settle(sums[:width], sums[STRIP:])
+    out[0] = array_of_squares(sums[:width])
+    out[1] = array_of_squares(sums[2 * STRIP : 2 * STRIP + width])
+
+
+@kernel
+def grouped_squares(begin, end, shares, order, starts, values, out):
+    """Write the squared norms of the groups' summed rows, and of their summed magnitudes.
+
+    `values` has the shape (rows, elements) and is read once. Share s has the groups in
+    ``shares[s:s + 2]``; `out` has the shape (shares, 2).
+    """
+    zeros = np.zeros(STRIP, values.dtype)
+    memory = np.empty(3 * STRIP + 8)
+    sums = memory[-memory.ctypes.data % 64 // 8 :][: 3 * STRIP]  # at a cache line: a fifth faster
+    squares = np.empty(2)
+    stride = values.shape[1] * values.itemsize
+    for s in range(begin, end):
+        total = np.zeros(2)
+        error = np.zeros(2)
+        for g in range(shares[s], shares[s + 1]):
+            # An array without an owner: threads would fight over the count of references.
+            here = order.ctypes.data + starts[g] * order.itemsize
+            rows = array_at(here, starts[g + 1] - starts[g], order)
+            for first in range(0, values.shape[1], STRIP):
+                address = values.ctypes.data + first * values.itemsize
+                strip = zeros[: values.shape[1] - first]
+                strip_squares(rows, address, stride, strip, sums, squares)
+                add_exactly(squares, total, error)
+        settle(total, error)
+        out[s] = total
 
 
 @kernel

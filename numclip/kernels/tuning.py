@@ -13,6 +13,10 @@ NARROW_BLOCK = 256
 ROWS = 8
 """Rows of a column summed plainly before a compensated addition, for the same precision."""
 
+STRIP = 504
+"""Elements of a row summed with their errors and magnitudes: the three stay in the first-level
+cache, and lie no multiple of 4096 bytes apart, where stores hold up loads."""
+
 PARALLEL_BYTES = 1 << 20
 """Bytes under which one thread is faster than two."""
 
