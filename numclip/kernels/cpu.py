@@ -466,8 +466,7 @@ def grouped_squares(begin, end, shares, order, starts, values, out):
     ``shares[s:s + 2]``; `out` has the shape (shares, 2).
     """
     zeros = np.zeros(STRIP, values.dtype)
-    memory = np.empty(3 * STRIP + 8)
-    sums = memory[-memory.ctypes.data % 64 // 8 :][: 3 * STRIP]  # at a cache line: a fifth faster
+    sums = np.empty(3 * STRIP)
     squares = np.empty(2)
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):

@@ -14,8 +14,8 @@ ROWS = 8
 """Rows of a column summed plainly before a compensated addition, for the same precision."""
 
 STRIP = 504
-"""Elements of a row summed with their errors and magnitudes: the three stay in the first-level
-cache, and lie no multiple of 4096 bytes apart, where stores hold up loads."""
+"""Elements of a row summed together: the sums, their errors and the magnitudes stay in the
+first-level cache. Not 512: 4096 bytes apart, the three took a fifth longer in some runs."""
 
 PARALLEL_BYTES = 1 << 20
 """Bytes under which one thread is faster than two."""
