@@ -35,11 +35,11 @@ def exact(source: Rows, bound: float) -> tuple[Any, float]:
 
 
 def numclip(source: Rows, bound: Bound) -> Call:
-    grad = nc.IndexedSlices(source[0].copy(), source[1], (ROWS, source[0].shape[1]))
-    rows = grad.values, grad.indices
+    values, indices = source[0].copy(), source[1]
 
     def call() -> tuple[Any, Any]:
-        return rows, nc.clip_by_global_norm([grad], bound(), out=[grad])[1]
+        grad = nc.IndexedSlices(values, indices, (ROWS, values.shape[1]))
+        return (values, indices), nc.clip_by_global_norm([grad], bound(), out=[grad])[1]
 
     return call
 

@@ -43,6 +43,16 @@ def test_columns(benchmark, normal, timed, columns):
     timed(lambda: threads.run(cpu.column_squares, count, x.nbytes, x, columns, out), x.nbytes)
 
 
+@pytest.mark.parametrize("columns", [1024, 4096, 8192, 16_384])
+def test_example_columns(benchmark, normal, timed, columns):
+    benchmark.group = "EXAMPLE_COLUMNS: sums over 64 examples, 64 MB of float32"
+    x = normal(64 << 20, "float32").reshape(64, -1)
+    out = np.empty(x.shape[1], x.dtype)
+    arguments = x, np.ones(64), columns, out
+    count = -(-out.size // columns)
+    timed(lambda: threads.run(cpu.sum_examples, count, x.nbytes, *arguments), x.nbytes)
+
+
 @pytest.mark.parametrize("nbytes", [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20])
 @pytest.mark.parametrize("count", [1, 2])
 def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
@@ -64,3 +74,17 @@ def test_rows(benchmark, monkeypatch, normal, timed, rows):
     out = np.empty((1, x.shape[2]))
     count = -(-x.shape[2] // backend.COLUMNS)
     timed(lambda: kernel(0, count, x, backend.COLUMNS, out), x.nbytes)
+
+
+@pytest.mark.parametrize("strip", [248, 504, 512])
+def test_strip(benchmark, monkeypatch, normal, timed, strip):
+    benchmark.group = "STRIP: summed rows of 64 float32, 1 MB"
+    monkeypatch.setattr(cpu, "STRIP", strip)
+    for name in ("add_pair", "strip_squares"):
+        monkeypatch.setattr(cpu, name, jit.inline(getattr(cpu, name).py_func))
+    kernel = jit.inline(cpu.grouped_squares.py_func)
+    x = normal(1 << 20, "float32").reshape(-1, 64)
+    starts = np.append(np.arange(0, len(x), 16), len(x))
+    shares = np.array([0, starts.size - 1])
+    out = np.empty((1, 2))
+    timed(lambda: kernel(0, 1, shares, np.arange(len(x)), starts, x, out), x.nbytes)

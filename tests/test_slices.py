@@ -14,6 +14,7 @@ import reference
 import scipy.sparse
 
 import numclip as nc
+from numclip.kernels.tuning import STRIP
 
 ROWS = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]], np.float32)
 INDICES = np.array([4, 1, 4, 0])
@@ -225,6 +226,18 @@ def test_sums_are_not_rounded_before_they_are_measured(name, axes):
     bound = 1.0 if reference.PRECISION[name] < 53 else 1 - 2.0**-40
     clipped = nc.clip_by_norm(slices, bound, axes)
     assert reference.square_sum([clipped]) <= Fraction(bound) ** 2
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "complex128"])
+def test_wide_rows_on_indices_of_every_count(name):
+    """Rows of several strips, and groups of one, two and more rows, even and odd."""
+    rng = np.random.default_rng(17)
+    indices = rng.permutation(np.repeat(np.arange(6), [1, 2, 3, 4, 5, 1]))
+    values = cases.normal(rng, (indices.size, 2 * STRIP + 3), name)
+    slices = nc.IndexedSlices(values, indices, (9, values.shape[1]))
+    checks.assert_norm(nc.global_norm([slices]), [slices])
+    clipped = nc.clip_by_norm(slices, 1.0)
+    checks.assert_clipped([slices], [clipped], Fraction(1))
 
 
 def test_rows_that_cancel_entirely():

@@ -11,7 +11,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels import cpu, joint, threads, updates
 from numclip.kernels.formulas import is_safe as is_safe
-from numclip.kernels.tuning import CHUNK, COLUMNS, PARALLEL_BYTES
+from numclip.kernels.tuning import CHUNK, COLUMNS, EXAMPLE_COLUMNS, PARALLEL_BYTES
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -196,8 +196,8 @@ def scale_columns(x: Array, factors: Array, out: Array) -> None:
 
 def sum_examples(x: Array, factors: Array, out: Array) -> None:
     """Write the sum over the first axis of `x`, each example times its factor."""
-    count = -(-x.shape[1] // COLUMNS)
-    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, COLUMNS, out)
+    count = -(-x.shape[1] // EXAMPLE_COLUMNS)
+    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, EXAMPLE_COLUMNS, out)
 
 
 def group(indices: Array) -> tuple[Array, Array]:
@@ -214,9 +214,12 @@ def group(indices: Array) -> tuple[Array, Array]:
 
 def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
     """Return the squared norms of the summed rows and of the rows' summed magnitudes."""
-    count = starts.size - 1
+    rows = max(1, CHUNK // max(values.shape[1], 1))  # of a share, but for longer groups
+    count = -(-order.size // rows)
+    shares = np.searchsorted(starts[:-1], rows * np.arange(count + 1))
     partial = np.empty((count, 2))
-    threads.run(cpu.grouped_squares, count, values.nbytes, order, starts, values, partial)
+    arguments = shares, order, starts, values, partial
+    threads.run(cpu.grouped_squares, count, values.nbytes, *arguments)
     chunks = np.zeros((2 * count, 4), np.int64)
     chunks[1::2, cpu.OWNER] = 1
     totals = np.zeros(2)

@@ -14,7 +14,7 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, expanded, inline, kernel
-from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS
+from numclip.kernels.tuning import BLOCK, NARROW_BLOCK, ROWS, STRIP
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio: spreads indices
@@ -351,20 +351,46 @@ def scale_columns(begin, end, x, factors, out):
             row[i] = scaled(row[i], factors[a, i])
 
 
+@inline
+def add_weighted(row, weight, total):
+    """Add an array times a weight to a float64 array."""
+    for i in range(total.size):
+        total[i] += np.float64(widen(row[i])) * weight
+
+
+@inline
+def add_four_weighted(a, b, c, d, weights, total):
+    """Add four arrays times their weights to a float64 array, which is written once."""
+    wa, wb, wc, wd = weights[0], weights[1], weights[2], weights[3]
+    for i in range(total.size):
+        low = np.float64(widen(a[i])) * wa + np.float64(widen(b[i])) * wb
+        high = np.float64(widen(c[i])) * wc + np.float64(widen(d[i])) * wd
+        total[i] += low + high
+
+
 @kernel
 def sum_examples(begin, end, x, factors, width, out):
     """Write the sum over examples of ``x[example] * factors[example]``, in float64.
 
     `x` has the shape (examples, elements); the share is of blocks of `width` elements.
     """
+    fours = x.shape[0] // 4 * 4
     for block in range(begin, end):
         first = block * width
-        result = out[first : first + width]
-        total = np.zeros(result.size)
-        for e in range(x.shape[0]):
-            row = x[e, first : first + width]
-            for i in range(row.size):
-                total[i] += np.float64(widen(row[i])) * factors[e]
+        last = min(first + width, out.size)
+        total = np.zeros(last - first)
+        for e in range(0, fours, 4):
+            add_four_weighted(
+                x[e, first:last],
+                x[e + 1, first:last],
+                x[e + 2, first:last],
+                x[e + 3, first:last],
+                factors[e : e + 4],
+                total,
+            )
+        for e in range(fours, x.shape[0]):
+            add_weighted(x[e, first:last], factors[e], total)
+        result = out[first:last]
         for i in range(result.size):
             result[i] = narrow(total[i], result[i])
 
@@ -413,27 +439,71 @@ def sum_rows(rows, values, total, error):
     settle(total, error)
 
 
-@kernel
-def grouped_squares(begin, end, order, starts, values, out):
-    """Write, for each group of rows, the squared norms of their sum and of their magnitudes' sum.
+@inline
+def add_pair(a, b, sums):
+    """Add two strips to their sums, collecting the rounding errors, and their magnitudes.
 
-    `values` has the shape (rows, elements) and is read once, `out` (groups, 2).
+    `sums` holds all three, `STRIP` numbers each: at fixed distances a loop needs no checks
+    for memory that overlaps, which cost as much as a short row.
     """
-    total = np.empty(values.shape[1])
-    error = np.empty(values.shape[1])
-    for g in range(begin, end):
-        rows = order[starts[g] : starts[g + 1]]
-        sum_rows(rows, values, total, error)
-        out[g, 0] = array_of_squares(total)
-        if rows.size == 1:
-            out[g, 1] = out[g, 0]
-            continue
-        total[:] = 0.0
-        for k in rows:
-            row = values[k]
-            for i in range(row.size):
-                total[i] += abs(np.float64(widen(row[i])))
-        out[g, 1] = array_of_squares(total)
+    for i in range(a.size):
+        first = np.float64(widen(a[i]))
+        second = np.float64(widen(b[i]))
+        total, rest = two_sum(sums[i], first)
+        sums[i], other = two_sum(total, second)
+        sums[STRIP + i] += rest + other
+        sums[2 * STRIP + i] += abs(first) + abs(second)
+
+
+@inline
+def strip_squares(rows, address, stride, zeros, sums, out):
+    """Write the squared norms of the sum of some rows' strips, and of their magnitudes' sum.
+
+    Row k has its strip `stride` times k after `address`; `zeros` is a strip of no effect.
+    """
+    width = zeros.size
+    last = array_at(address + rows[-1] * stride, width, zeros)
+    if rows.size == 1:
+        out[:] = array_of_squares(last)
+        return
+    for part in range(0, sums.size, STRIP):
+        sums[part : part + width] = 0.0
+    for k in range(1, rows.size, 2):
+        a = array_at(address + rows[k - 1] * stride, width, zeros)
+        b = array_at(address + rows[k] * stride, width, zeros)
+        add_pair(a, b, sums)
+    if rows.size % 2:
+        add_pair(last, zeros, sums)
+    settle(sums[:width], sums[STRIP:])
+    out[0] = array_of_squares(sums[:width])
+    out[1] = array_of_squares(sums[2 * STRIP : 2 * STRIP + width])
+
+
+@kernel
+def grouped_squares(begin, end, shares, order, starts, values, out):
+    """Write the squared norms of the groups' summed rows, and of their summed magnitudes.
+
+    `values` has the shape (rows, elements) and is read once. Share s has the groups in
+    ``shares[s:s + 2]``; `out` has the shape (shares, 2).
+    """
+    zeros = np.zeros(STRIP, values.dtype)
+    sums = np.empty(3 * STRIP)
+    squares = np.empty(2)
+    stride = values.shape[1] * values.itemsize
+    for s in range(begin, end):
+        total = np.zeros(2)
+        error = np.zeros(2)
+        for g in range(shares[s], shares[s + 1]):
+            # An array without an owner: threads would fight over the count of references.
+            here = order.ctypes.data + starts[g] * order.itemsize
+            rows = array_at(here, starts[g + 1] - starts[g], order)
+            for first in range(0, values.shape[1], STRIP):
+                address = values.ctypes.data + first * values.itemsize
+                strip = zeros[: values.shape[1] - first]
+                strip_squares(rows, address, stride, strip, sums, squares)
+                add_exactly(squares, total, error)
+        settle(total, error)
+        out[s] = total
 
 
 @kernel

@@ -13,8 +13,16 @@ NARROW_BLOCK = 256
 ROWS = 8
 """Rows of a column summed plainly before a compensated addition, for the same precision."""
 
+STRIP = 504
+"""Elements of a row summed together: the sums, their errors and the magnitudes stay in the
+first-level cache. Not 512: 4096 bytes apart, the three took a fifth longer in some runs."""
+
 PARALLEL_BYTES = 1 << 20
 """Bytes under which one thread is faster than two."""
 
 COLUMNS = 1024
 """Columns that a thread sums together: their float64 sums stay in the first-level cache."""
+
+EXAMPLE_COLUMNS = 8192
+"""The same for sums over examples, far apart in memory: longer reads of each are faster than
+sums in the first-level cache."""
