@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from numclip.kernels import backend, cpu, jit, threads
+from numclip.kernels import backend, columns, cpu, grouping, jit, threads
 
 
 def chunks_of(x, length):
@@ -12,11 +12,11 @@ def chunks_of(x, length):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512])
 def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
     benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
-    monkeypatch.setattr(cpu, "BLOCK", block)
-    monkeypatch.setattr(cpu, "array_of_squares", jit.inline(cpu.array_of_squares.py_func))
+    monkeypatch.setattr(cpu, "BLOCK" if dtype == "float64" else "NARROW_BLOCK", block)
+    monkeypatch.setattr(cpu, "array_of_squares", jit.expanded(cpu.array_of_squares.py_func))
     kernel = jit.inline(cpu.sum_squares.py_func)
     x = normal(256 << 10, dtype)
     chunks = chunks_of(x, backend.CHUNK)
@@ -34,23 +34,23 @@ def test_chunk(benchmark, normal, timed, nbytes, length):
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
 
 
-@pytest.mark.parametrize("columns", [128, 1024, 8192])
-def test_columns(benchmark, normal, timed, columns):
+@pytest.mark.parametrize("width", [128, 1024, 8192])
+def test_columns(benchmark, normal, timed, width):
     benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32"
     x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
     out = np.empty((1, x.shape[2]))
-    count = -(-x.shape[2] // columns)
-    timed(lambda: threads.run(cpu.column_squares, count, x.nbytes, x, columns, out), x.nbytes)
+    count = -(-x.shape[2] // width)
+    timed(lambda: threads.run(columns.column_squares, count, x.nbytes, x, width, out), x.nbytes)
 
 
-@pytest.mark.parametrize("columns", [1024, 4096, 8192, 16_384])
-def test_example_columns(benchmark, normal, timed, columns):
+@pytest.mark.parametrize("width", [1024, 4096, 8192, 16_384])
+def test_example_columns(benchmark, normal, timed, width):
     benchmark.group = "EXAMPLE_COLUMNS: sums over 64 examples, 64 MB of float32"
     x = normal(64 << 20, "float32").reshape(64, -1)
     out = np.empty(x.shape[1], x.dtype)
-    arguments = x, np.ones(64), columns, out
-    count = -(-out.size // columns)
-    timed(lambda: threads.run(cpu.sum_examples, count, x.nbytes, *arguments), x.nbytes)
+    arguments = x, np.ones(64), width, out
+    count = -(-out.size // width)
+    timed(lambda: threads.run(columns.sum_examples, count, x.nbytes, *arguments), x.nbytes)
 
 
 @pytest.mark.parametrize("nbytes", [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20])
@@ -68,8 +68,8 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
 @pytest.mark.parametrize("rows", [4, 8, 16, 64])
 def test_rows(benchmark, monkeypatch, normal, timed, rows):
     benchmark.group = "ROWS: sums over the first axis of 64 MB of float32"
-    monkeypatch.setattr(cpu, "ROWS", rows)
-    kernel = jit.inline(cpu.column_squares.py_func)
+    monkeypatch.setattr(columns, "ROWS", rows)
+    kernel = jit.inline(columns.column_squares.py_func)
     x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
     out = np.empty((1, x.shape[2]))
     count = -(-x.shape[2] // backend.COLUMNS)
@@ -79,10 +79,10 @@ def test_rows(benchmark, monkeypatch, normal, timed, rows):
 @pytest.mark.parametrize("strip", [248, 504, 512])
 def test_strip(benchmark, monkeypatch, normal, timed, strip):
     benchmark.group = "STRIP: summed rows of 64 float32, 1 MB"
-    monkeypatch.setattr(cpu, "STRIP", strip)
+    monkeypatch.setattr(grouping, "STRIP", strip)
     for name in ("add_pair", "strip_squares"):
-        monkeypatch.setattr(cpu, name, jit.inline(getattr(cpu, name).py_func))
-    kernel = jit.inline(cpu.grouped_squares.py_func)
+        monkeypatch.setattr(grouping, name, jit.inline(getattr(grouping, name).py_func))
+    kernel = jit.inline(grouping.grouped_squares.py_func)
     x = normal(1 << 20, "float32").reshape(-1, 64)
     starts = np.append(np.arange(0, len(x), 16), len(x))
     shares = np.array([0, starts.size - 1])

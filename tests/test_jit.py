@@ -147,7 +147,7 @@ LAYERS = [
     {"kernels.tuning", "kernels.formulas", "kernels.jit"},
     {"dtypes", "kernels.elements", "kernels.threads"},
     {"layout", "state", "plotting", "kernels.cpu", "kernels.updates", "report"},
-    {"kernels.joint"},
+    {"kernels.joint", "kernels.columns", "kernels.grouping"},
     {"kernels.backend", "kernels.arrays"},
     {"slices", "plain"},
     {"inputs"},

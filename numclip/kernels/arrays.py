@@ -17,11 +17,11 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels.cpu import GOLDEN, LENGTH, OWNER, SOURCE, TARGET, multiply
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply
 from numclip.kernels.elements import array_at, as_computed, word_at
 from numclip.kernels.jit import inline, kernel_with_gil
 from numclip.kernels.joint import GRAIN, judge, norm_of
-from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.kernels.tuning import CHUNK, GOLDEN, PARALLEL_BYTES
 
 WORD = 8
 # Fields of an array object, in bytes after the object's header, whose last word is its type.
@@ -135,7 +135,7 @@ def own_their_data(items, count, facts):
             continue
         if word_at(item + facts[HEADER] + FLAGS) & OWNER_OF_DATA == 0:
             return False
-        slot = (item * GOLDEN >> 32) & (size - 1)
+        slot = (item * np.int64(GOLDEN) >> 32) & (size - 1)
         while seen[slot] != 0:
             if seen[slot] == item:
                 return False

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels import cpu, joint, threads, updates
+from numclip.kernels import columns, cpu, grouping, joint, threads, updates
 from numclip.kernels.formulas import is_safe as is_safe
 from numclip.kernels.tuning import CHUNK, COLUMNS, EXAMPLE_COLUMNS, PARALLEL_BYTES
 
@@ -185,19 +185,19 @@ def column_squares(x: Array) -> Array:
     outer, _, inner = x.shape
     out = np.zeros((outer, inner))
     count = outer * -(-inner // COLUMNS)
-    threads.run(cpu.column_squares, count, x.nbytes, x, COLUMNS, out)
+    threads.run(columns.column_squares, count, x.nbytes, x, COLUMNS, out)
     return out
 
 
 def scale_columns(x: Array, factors: Array, out: Array) -> None:
     """Write `x` times factors of the shape (outer, inner), in their type's precision."""
-    threads.run(cpu.scale_columns, x.shape[0] * x.shape[1], x.nbytes, x, factors, out)
+    threads.run(columns.scale_columns, x.shape[0] * x.shape[1], x.nbytes, x, factors, out)
 
 
 def sum_examples(x: Array, factors: Array, out: Array) -> None:
     """Write the sum over the first axis of `x`, each example times its factor."""
     count = -(-x.shape[1] // EXAMPLE_COLUMNS)
-    threads.run(cpu.sum_examples, count, x.nbytes, x, factors, EXAMPLE_COLUMNS, out)
+    threads.run(columns.sum_examples, count, x.nbytes, x, factors, EXAMPLE_COLUMNS, out)
 
 
 def group(indices: Array) -> tuple[Array, Array]:
@@ -205,10 +205,10 @@ def group(indices: Array) -> tuple[Array, Array]:
     table = np.full(1 << (2 * indices.size).bit_length(), -1, np.int64)
     groups = np.empty(indices.size, np.int64)
     starts = np.zeros(indices.size + 1, np.int64)
-    count = cpu.group_rows(indices, table, groups, starts)
+    count = grouping.group_rows(indices, table, groups, starts)
     starts = starts[: count + 1]
     order = np.empty(indices.size, np.int64)
-    cpu.order_rows(groups, starts, order)
+    grouping.order_rows(groups, starts, order)
     return order, starts
 
 
@@ -219,7 +219,7 @@ def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, 
     shares = np.searchsorted(starts[:-1], rows * np.arange(count + 1))
     partial = np.empty((count, 2))
     arguments = shares, order, starts, values, partial
-    threads.run(cpu.grouped_squares, count, values.nbytes, *arguments)
+    threads.run(grouping.grouped_squares, count, values.nbytes, *arguments)
     chunks = np.zeros((2 * count, 4), np.int64)
     chunks[1::2, cpu.OWNER] = 1
     totals = np.zeros(2)
@@ -230,7 +230,7 @@ def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, 
 def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
     """Write the sum of each group of rows to a row of `out`; both are 2-d storage."""
     arguments = order, starts, values, out
-    threads.run(cpu.merge_rows, starts.size - 1, values.nbytes, *arguments)
+    threads.run(grouping.merge_rows, starts.size - 1, values.nbytes, *arguments)
 
 
 class Update(NamedTuple):
