@@ -53,7 +53,7 @@ def test_example_columns(benchmark, normal, timed, width):
     timed(lambda: threads.run(columns.sum_examples, count, x.nbytes, *arguments), x.nbytes)
 
 
-@pytest.mark.parametrize("nbytes", [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20])
+@pytest.mark.parametrize("nbytes", [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20])
 @pytest.mark.parametrize("count", [1, 2])
 def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
     benchmark.group = f"PARALLEL_BYTES: sum of squares, {nbytes >> 10} KB of float32"
