@@ -93,7 +93,7 @@ import numpy as np, numclip as nc
 from numclip.kernels import threads
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 nc.set_num_threads(2)
-g = [np.ones(500_000)]
+g = [np.ones(threads.PARALLEL_BYTES // 8)]
 norm = nc.global_norm(g)
 assert threading.active_count() == 2
 if sys.argv[1] == "True":
