@@ -11,6 +11,7 @@ import numpy as np
 from numclip import clipping, inputs, measuring
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.outputs import Place, place_one, places
+from numclip.placement import any_on_device, on_device
 from numclip.slices import IndexedSlices
 from numclip.units import Units, clip_examples
 
@@ -63,9 +64,11 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     >>> f"{norm:.7g}"
     '5e+20'
     """
-    described = inputs.gradients(grads)
     order = inputs.order(ord)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    if any_on_device(grads):
+        return _device().global_norm(grads, order)
+    described = inputs.gradients(grads)
     if not described.entries:
         return 0.0
     return float(measuring.measure(described.entries, order, duplicates).values()[0])
@@ -151,6 +154,8 @@ def clip_by_global_norm(
     given = None if use_norm is None else inputs.given_norm(use_norm)
     inputs.choice("nonfinite", nonfinite, POLICIES)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    if any_on_device(grads):
+        return _device().clip_by_global_norm(grads, bound, given, order, nonfinite, out)
     described = inputs.gradients(grads)
     where = places(described, grads, out)
     norm = clipping.clip(
@@ -212,6 +217,8 @@ def clip_by_norm(
     """
     order = inputs.order(ord)
     bound = inputs.bound("clip_norm", clip_norm)
+    if on_device(grad):
+        return _device().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
     if reduced is None:
@@ -258,6 +265,8 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     array([1.2, 1.6])
     """
     bound = inputs.bound("clip_norm", clip_norm)
+    if on_device(grad):
+        return _device().clip_whole(grad, bound, out, divisor="size")
     entry = inputs.entry("grad", 0, grad)
     return _clip_whole(entry, bound, out, divisor=max(entry.dense_size, 1))
 
@@ -297,6 +306,8 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = inputs.bound("threshold", threshold)
+    if on_device(grad):
+        return _device().clip_whole(grad, bound, out, divisor="root")
     entry = inputs.entry("grad", 0, grad)
     return _clip_whole(entry, bound, out, divisor=math.sqrt(max(entry.dense_size, 1)))
 
@@ -338,6 +349,8 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
+    if on_device(grad):
+        return _device().clip_by_value(grad, clip_value_min, clip_value_max, out)
     entry = inputs.entry("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(
@@ -479,6 +492,13 @@ def clip_per_example(
     sums, counts = clip_examples(entries, bound, layerwise)
     counted = described.with_results(counts) if layerwise else counts[0]
     return described.with_results(sums), counted
+
+
+def _device() -> Any:
+    """Return the functions for gradients on the GPU, which are loaded when first needed."""
+    from numclip import device_clipping
+
+    return device_clipping
 
 
 def _clip_whole(

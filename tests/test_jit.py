@@ -73,7 +73,8 @@ def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
         "import sys, threading, numclip;"
         "from numclip.kernels import cpu;"
         "print(sum(len(k.signatures) for k in vars(cpu).values() if hasattr(k, 'signatures')),"
-        "any('cuda' in name for name in sys.modules if not name.startswith('numba.')),"
+        "any(name.startswith(('numba_cuda', 'cuda.', 'numclip.device', 'numclip.kernels.device'))"
+        "for name in sys.modules),"
         "'ml_dtypes' in sys.modules, threading.active_count())"
     )
     result = run(tmp_path, code)
@@ -144,15 +145,15 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 
 LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit", "dtypes"},
-    {"kernels.elements", "kernels.threads", "layout", "state", "plotting"},
-    {"kernels.cpu", "kernels.updates", "report"},
-    {"kernels.backend"},
-    {"slices"},
-    {"inputs"},
-    {"nonfinite", "outputs", "measuring", "rules", "history"},
+    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.device", "dtypes"},
+    {"kernels.elements", "kernels.threads", "layout", "state", "plotting", "device_values"},
+    {"kernels.cpu", "kernels.updates", "kernels.packets", "report"},
+    {"kernels.backend", "kernels.cuda"},
+    {"slices", "kernels.cuda_updates"},
+    {"inputs", "placement", "kernels.cuda_backend"},
+    {"nonfinite", "outputs", "measuring", "rules", "history", "device_arrays"},
     {"clipping", "group", "running_rules"},
-    {"units"},
+    {"units", "device_clipping"},
     {"functional", "steps"},
     {"diagnostics", "groups"},
     {"optim"},

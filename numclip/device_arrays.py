@@ -1,0 +1,307 @@
+"""The border of the GPU: arrays of numba, CuPy, PyTorch and others, described and checked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import inputs
+from numclip.dtypes import NAMES, Array, DType, lookup, refusal
+from numclip.inputs import Entry, Gradients, Key
+from numclip.kernels import device
+from numclip.placement import on_device
+
+
+class DeviceArray:
+    """An array on the GPU that is a part of a buffer of numclip's.
+
+    CuPy (``cupy.asarray``), PyTorch (``torch.as_tensor(..., device="cuda")``) and numba
+    (``numba.cuda.as_cuda_array``) take it without a copy, by ``__cuda_array_interface__``.
+
+    Parameters
+    ----------
+    memory : array of bytes
+        The buffer, which is kept.
+    offset : int
+        Where in it the array begins, in bytes.
+    shape : tuple of int
+        The shape.
+    dtype : dtype
+        The dtype.
+    strides : tuple of int, optional
+        The strides in bytes; C order by default.
+    """
+
+    def __init__(
+        self,
+        memory: Any,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
+        self.shape, self.dtype, self._strides = shape, np.dtype(dtype), strides
+        self._memory = memory
+        self.address = int(device.interface_of(memory)["data"][0]) + offset
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The description that other libraries read; bfloat16 is told as two bytes."""
+        address = self.address if self.size else 0
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (address, False),
+            "strides": self._strides,
+            "version": 2,
+        }
+
+    def copy_to_host(self, stream: Any = 0) -> Array:
+        """Return a copy in the host's memory, after what the stream still has to do."""
+        return host_copy(describe("array", 0, self), stream)
+
+    def copy_from(self, source: Any, stream: Any = 0) -> None:
+        """Copy an array of the same shape and dtype in, from the host or the GPU.
+
+        Parameters
+        ----------
+        source : array
+            A NumPy array, or one on the GPU; C order.
+        stream : stream, optional
+            Where in order to copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where it does not fit.
+        """
+        if on_device(source):
+            entry = describe("source", 0, source)
+            shape, dtype, ordered = entry.shape, entry.native, entry.c_order
+        else:
+            source = np.asarray(source)
+            shape, dtype, ordered = source.shape, source.dtype, True
+        if shape != self.shape or dtype != self.dtype or not ordered:
+            raise ValueError(
+                f"source: expected {self.dtype} of shape {self.shape} in C order, "
+                f"got {dtype} of {shape}"
+            )
+        if on_device(source):
+            device.copy(self.address, entry.address, self.nbytes, stream)
+        else:
+            flat = np.ascontiguousarray(source).reshape(-1)
+            device.write(self.address, flat.view(np.uint8), stream)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.dtype}, shape={self.shape})"
+
+
+class DeviceEntry(NamedTuple):
+    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`."""
+
+    name: str
+    key: Key
+    dtype: DType
+    native: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    address: int
+    writable: bool
+    array: Any
+
+    @property
+    def size(self) -> int:
+        """The stored numbers, two for each complex element."""
+        return math.prod(self.shape) * self.dtype.components
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.storage.itemsize
+
+    @property
+    def c_order(self) -> bool:
+        """Whether the elements lie in C order."""
+        return self.strides is None or self.strides == _strides(self.shape, self.native.itemsize)
+
+
+def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Return the strides of C order."""
+    sizes = [max(length, 1) for length in shape]
+    return tuple(math.prod(sizes[k + 1 :]) * itemsize for k in range(len(sizes)))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> bool:
+    """Tell whether an array fills its memory, in C or in Fortran order."""
+    if strides is None or math.prod(shape) == 0:
+        return True
+    kept = [k for k, length in enumerate(shape) if length > 1]
+    own, lengths = [strides[k] for k in kept], [shape[k] for k in kept]
+    backwards = _strides(lengths[::-1], itemsize)[::-1]
+    return tuple(own) in (_strides(lengths, itemsize), backwards)
+
+
+def _native(interface: Any, array: Any) -> np.dtype[Any]:
+    """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
+    if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(interface["typestr"])
+
+
+def describe(name: str, key: Key, array: Any) -> DeviceEntry:
+    """Return the description of one array on the GPU, or say why it cannot be taken."""
+    if not on_device(array):
+        kind = type(array).__name__
+        raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
+    if getattr(array, "requires_grad", False):
+        array = array.detach()  # PyTorch describes no other
+    interface = device.interface_of(array)
+    if interface is None:
+        raise TypeError(
+            f"{name}: expected an array with __cuda_array_interface__, "
+            f"got {type(array).__name__}; pass it through cupy.from_dlpack"
+        )
+    native = _native(interface, array)
+    row = lookup(native)
+    if row is None:
+        raise TypeError(f"{name}: expected an array of {NAMES}, got {refusal(native)}")
+    shape, strides = tuple(interface["shape"]), interface.get("strides")
+    address, read_only = interface["data"]
+    if not _is_contiguous(shape, strides, native.itemsize):
+        raise ValueError(
+            f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
+            "pass a contiguous copy"
+        )
+    if (address or 0) % row.storage.itemsize:
+        raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")
+    return DeviceEntry(name, key, row, native, shape, strides, address or 0, not read_only, array)
+
+
+def gradients(grads: Any, name: str = "grads") -> Gradients:
+    """Return the description of several gradients on the GPU."""
+    keys, items, rebuild = inputs.structure(grads, name)
+    entries: list[Any] = [
+        describe(f"{name}[{key!r}]", key, item)
+        for key, item in zip(keys, items, strict=True)
+        if item is not None
+    ]
+    return Gradients(entries, items, keys, rebuild)
+
+
+def new_like(entry: DeviceEntry) -> DeviceEntry:
+    """Return a new array in memory like another one, of the library the other is from."""
+    library = type(entry.array).__module__.partition(".")[0]
+    if library in ("torch", "cupy"):
+        made = sys.modules[library].empty_like(entry.array)
+    else:
+        memory = device.allocate(entry.nbytes)
+        made = DeviceArray(memory, 0, entry.shape, entry.native, entry.strides)
+        if library == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, entry.shape, entry.native, entry.strides)
+    return describe("out", 0, made)
+
+
+def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
+    """Return a copy of an array in the host's memory."""
+    flat = device.read(entry.address, entry.nbytes, stream).view(entry.native)
+    return np.ndarray(entry.shape, entry.native, flat, strides=entry.strides)
+
+
+def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
+    """Return the description of a copy in the host's memory."""
+    return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
+
+
+def stream_of(entries: Sequence[DeviceEntry]) -> Any:
+    """Return the stream that the library of the first array works on at present."""
+    array = entries[0].array if entries else None
+    library = type(array).__module__.partition(".")[0]
+    if library == "torch":
+        return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+    if library == "cupy":
+        return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    return device.stream_at(_told_stream(array))
+
+
+def _told_stream(array: Any) -> int:
+    """Return the stream an array names; 1 is the default one, and so is none."""
+    interface = device.interface_of(array) or {}
+    handle = interface.get("stream") or 0
+    return 0 if handle == 1 else int(handle)
+
+
+def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
+    """Return where a result goes that the user gives, after checking that it fits."""
+    if out is entry.array:
+        found = entry._replace(name=name)
+    else:
+        found = describe(name, entry.key, out)
+        if found.shape != entry.shape:
+            raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
+        if found.native != entry.native:
+            raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
+        if found.c_order != entry.c_order:
+            raise ValueError(f"{name}: expected the memory order of {entry.name}")
+    if not found.writable:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    return found
+
+
+def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+    """Refuse results that would be written over one another or over a gradient still to read."""
+    spans = {(t.address, t.address + t.nbytes, k, t.name) for k, t in enumerate(targets)}
+    spans |= {
+        (e.address, e.address + e.nbytes, k, e.name)
+        for k, (e, t) in enumerate(zip(entries, targets, strict=True))
+        if e.address != t.address
+    }
+    ordered = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, _, first), (begin, _, _, second) in itertools.pairwise(ordered):
+        if begin < end:
+            names = sorted((first, second), key=lambda name: not name.startswith("out"))
+            raise ValueError(
+                f"{names[0]}: shares memory with {names[1]}; "
+                "pass out= the gradients themselves to work in place"
+            )
+
+
+def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:
+    """Return where the results of several gradients go; `given` is what the user passed."""
+    entries: Sequence[Any] = grads.entries
+    if out is None:
+        return [new_like(entry) for entry in entries]
+    keys, items = grads.keys, grads.items
+    if out is not given:
+        keys, items, _ = inputs.structure(out, "out")
+    absent = [[item is None for item in those] for those in (items, grads.items)]
+    if keys != grads.keys or absent[0] != absent[1]:
+        raise ValueError(f"out: expected the {len(grads.keys)} keys of grads, None where they are")
+    pairs = [(key, item) for key, item in zip(keys, items, strict=True) if item is not None]
+    found = [
+        target(entry, item, f"out[{key!r}]")
+        for entry, (key, item) in zip(entries, pairs, strict=True)
+    ]
+    refuse_overlaps(entries, found)
+    return found

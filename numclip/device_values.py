@@ -1,0 +1,76 @@
+"""Numbers that stay on the GPU until someone asks for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+Reader = Callable[[], float]
+
+
+@functools.total_ordering
+class DeviceFloat:
+    """A number that the GPU still works on, and that is a float to whoever asks.
+
+    Asking waits for the GPU, the first time: ``float(norm)``, comparing, formatting, printing,
+    arithmetic. Handing it on does not.
+
+    Parameters
+    ----------
+    read : function
+        Waits for the number and returns it.
+    """
+
+    def __init__(self, read: Reader) -> None:
+        self._read: Reader | None = read
+        self._value = 0.0
+
+    def __float__(self) -> float:
+        if self._read is not None:
+            self._value = float(self._read())
+            self._read = None  # and with it the memory
+        return self._value
+
+    def item(self) -> float:
+        """Return the number as a float."""
+        return float(self)
+
+    def __repr__(self) -> str:
+        return repr(float(self))
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec)
+
+    def __bool__(self) -> bool:
+        return bool(float(self))
+
+    def __hash__(self) -> int:
+        return hash(float(self))
+
+    def __eq__(self, other: object) -> bool:
+        return float(self) == (float(other) if isinstance(other, DeviceFloat) else other)
+
+    def __lt__(self, other: Any) -> bool:
+        return float(self) < float(other)
+
+    def __add__(self, other: Any) -> float:
+        return float(self) + float(other)
+
+    def __sub__(self, other: Any) -> float:
+        return float(self) - float(other)
+
+    def __mul__(self, other: Any) -> float:
+        return float(self) * float(other)
+
+    def __truediv__(self, other: Any) -> float:
+        return float(self) / float(other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Any) -> float:
+        return float(other) - float(self)
+
+    def __rtruediv__(self, other: Any) -> float:
+        return float(other) / float(self)
