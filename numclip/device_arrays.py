@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,12 @@ from numclip import inputs
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels import device
+from numclip.kernels.cuda_backend import Span, add
 from numclip.placement import on_device
+
+
+def _address(memory: Any) -> int:
+    return int(device.interface_of(memory)["data"][0])
 
 
 class DeviceArray:
@@ -47,7 +53,7 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype, self._strides = shape, np.dtype(dtype), strides
         self._memory = memory
-        self.address = int(device.interface_of(memory)["data"][0]) + offset
+        self.address = _address(memory) + offset
 
     @property
     def size(self) -> int:
@@ -91,21 +97,69 @@ class DeviceArray:
             Where it does not fit.
         """
         if on_device(source):
-            entry = describe("source", 0, source)
-            shape, dtype, ordered = entry.shape, entry.native, entry.c_order
-        else:
+            entry = self._fitting(source)
+            with in_order(stream, [entry]):
+                device.copy(self.address, entry.address, self.nbytes, stream)
+            return
+        source = np.asarray(source)
+        self._check(source.shape, source.dtype)
+        flat = np.ascontiguousarray(source).reshape(-1)
+        device.write(self.address, flat.view(np.uint8), stream)
+
+    def add(self, source: Any, stream: Any = 0) -> None:
+        """Add an array of the same shape and dtype, from the host or the GPU.
+
+        Parameters
+        ----------
+        source : array
+            A NumPy array, or one on the GPU; C order.
+        stream : stream, optional
+            Where in order to add. An array of the host is sent first, into new memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where it does not fit.
+        """
+        if not on_device(source):
             source = np.asarray(source)
-            shape, dtype, ordered = source.shape, source.dtype, True
-        if shape != self.shape or dtype != self.dtype or not ordered:
+            sent = DeviceArray(device.allocate(source.nbytes), 0, source.shape, source.dtype)
+            sent.copy_from(source, stream)
+            source = sent
+        entry = self._fitting(source)
+        own = describe("array", 0, self)
+        with in_order(stream, [entry]):
+            add(Span(entry.dtype, entry.address, own.address, entry.size), stream)
+
+    def _fitting(self, source: Any) -> DeviceEntry:
+        """Return the description of an array on the GPU that fits this one."""
+        entry = describe("source", 0, source)
+        self._check(entry.shape, entry.native, c_order=entry.c_order)
+        return entry
+
+    def _check(self, shape: Any, dtype: Any, *, c_order: bool = True) -> None:
+        if shape != self.shape or dtype != self.dtype or not c_order:
             raise ValueError(
                 f"source: expected {self.dtype} of shape {self.shape} in C order, "
                 f"got {dtype} of {shape}"
             )
-        if on_device(source):
-            device.copy(self.address, entry.address, self.nbytes, stream)
-        else:
-            flat = np.ascontiguousarray(source).reshape(-1)
-            device.write(self.address, flat.view(np.uint8), stream)
+
+    def part(self, start: int, shape: tuple[int, ...]) -> DeviceArray:
+        """Return the view of some elements of a 1-d array, from the one numbered `start`."""
+        offset = self.address - _address(self._memory) + start * self.dtype.itemsize
+        return DeviceArray(self._memory, offset, shape, self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Return a copy in the host's memory."""
+        if copy is False:
+            raise ValueError("copy: expected True or None, as the array is on the GPU")
+        return self.copy_to_host().astype(dtype or self.dtype, copy=False)
+
+    def __setitem__(self, key: Any, source: Any) -> None:
+        if key is not Ellipsis:
+            raise TypeError("index: expected ..., as a whole array is copied to the GPU")
+        source = source if on_device(source) else np.asarray(source, self.dtype)
+        self.copy_from(source)
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype}, shape={self.shape})"
@@ -166,8 +220,9 @@ def _native(interface: Any, array: Any) -> np.dtype[Any]:
     if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(interface["typestr"])
+        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return found
+    return np.dtype(str(interface["typestr"]))
 
 
 def describe(name: str, key: Key, array: Any) -> DeviceEntry:
@@ -234,15 +289,37 @@ def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
     return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
 
 
+def stream_from(stream: Any) -> Any:
+    """Return a stream that a user gives: of numba, CuPy or PyTorch, or a handle."""
+    for name in ("cuda_stream", "ptr"):
+        handle = getattr(stream, name, None)
+        if isinstance(handle, int):
+            return device.stream_at(handle)
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return device.stream_at(stream)
+    if stream is None or hasattr(stream, "synchronize") or hasattr(stream, "begin_building"):
+        return stream or 0
+    raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
+
+
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    array = entries[0].array if entries else None
+    array: Any = entries[0].array if entries else None
     library = type(array).__module__.partition(".")[0]
     if library == "torch":
         return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     if library == "cupy":
         return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
     return device.stream_at(_told_stream(array))
+
+
+@contextlib.contextmanager
+def in_order(stream: Any, entries: Sequence[DeviceEntry]) -> Iterator[None]:
+    """Do something after what the arrays' library was told, and before what it will be told."""
+    theirs = stream_of(entries)
+    device.order(stream, theirs)
+    yield
+    device.order(theirs, stream)
 
 
 def _told_stream(array: Any) -> int:

@@ -127,8 +127,10 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     low, high = inputs.value_bounds(low, high, entry.shape)
     target = _place(entry, out)
     stream = device_arrays.stream_of([entry])
-    plan, _ = _plan([entry], [target], "propagate")
-    plan.clamp(low, high, stream)
+    plan, free = _plan([entry], [target], "propagate")  # by which nothing is skipped
+    outcome = free.pop() if free else plan.outcome()
+    plan.clamp(outcome, low, high, stream, range(1))
+    free.append(outcome)
     return target.array
 
 

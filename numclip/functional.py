@@ -67,7 +67,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     order = inputs.order(ord)
     inputs.choice("duplicates", duplicates, DUPLICATES)
     if any_on_device(grads):
-        return _device().global_norm(grads, order)
+        norm: float = _device().global_norm(grads, order)
+        return norm
     described = inputs.gradients(grads)
     if not described.entries:
         return 0.0
@@ -155,7 +156,9 @@ def clip_by_global_norm(
     inputs.choice("nonfinite", nonfinite, POLICIES)
     inputs.choice("duplicates", duplicates, DUPLICATES)
     if any_on_device(grads):
-        return _device().clip_by_global_norm(grads, bound, given, order, nonfinite, out)
+        clip = _device().clip_by_global_norm
+        on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
+        return on_gpu
     described = inputs.gradients(grads)
     where = places(described, grads, out)
     norm = clipping.clip(

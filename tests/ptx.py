@@ -37,7 +37,8 @@ STREAMING: dict[str, tuple[Any, ...]] = {
     "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
     "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
     "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
-    "clamp": (TABLE, types.float64, types.float64, LIKE),
+    "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+    "add": (TABLE, LIKE),
 }
 UPDATES: dict[str, tuple[Any, ...]] = {
     "advance": (NUMBERS, COUNTS),

@@ -146,17 +146,17 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 LAYERS = [
     {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.device", "dtypes"},
-    {"kernels.elements", "kernels.threads", "layout", "state", "plotting", "device_values"},
+    {"kernels.elements", "kernels.threads", "layout", "state", "plotting"},
     {"kernels.cpu", "kernels.updates", "kernels.packets", "report"},
-    {"kernels.backend", "kernels.cuda"},
+    {"kernels.backend", "kernels.cuda", "device_values"},
     {"slices", "kernels.cuda_updates"},
     {"inputs", "placement", "kernels.cuda_backend"},
     {"nonfinite", "outputs", "measuring", "rules", "history", "device_arrays"},
     {"clipping", "group", "running_rules"},
-    {"units", "device_clipping"},
+    {"units", "device_clipping", "device_group", "device_report"},
     {"functional", "steps"},
     {"diagnostics", "groups"},
-    {"optim"},
+    {"optim", "device_groups"},
 ]
 
 

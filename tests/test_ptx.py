@@ -33,6 +33,7 @@ STREAMING = {
     "sum_squares": False,
     "scale": True,
     "clamp": True,
+    "add": True,
     "descend": True,
     "descend_with_momentum": True,
     "adam": True,

@@ -430,7 +430,7 @@ def multiply_carefully(chunk, decision, digits, lowest, like):
         value = np.float64(load(chunk[SOURCE] + place, like))
         if cleans and not math.isfinite(value):
             value = 0.0
-        result = truncated_product(value, mantissa, power, digits, lowest)
+        result = truncated_product(value, mantissa, power, int(digits), int(lowest))
         store(chunk[TARGET] + place, result, like)
         i += THREADS
 
@@ -475,9 +475,43 @@ def scale(chunks, tensors, decisions, digits, lowest, like):
 
 
 @kernel
-def clamp(chunks, low, high, like):
-    """Hold each element between two bounds. Reads and writes every element once."""
+def clamp(chunks, tensors, decisions, low, high, like):
+    """Hold each element between two bounds, but what is skipped. Reads and writes it once."""
     low, high = as_computed(low, like), as_computed(high, like)
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        if decisions[tensors[chunks[c, OWNER], POOL], SKIPPED] == 0.0:
+            clamp_chunk(chunks[c], low, high, like)
+        c += cuda.gridDim.x
+
+
+@inline
+def clamp_chunk(chunk, low, high, like):
+    """Hold a chunk between two bounds."""
+    source, target, length = chunk[SOURCE], chunk[TARGET], chunk[LENGTH]
+    packets = whole_packets(source | target, length)
+    stride = packets * WORD
+    p = np.int64(cuda.threadIdx.x)
+    while p < packets:
+        x = load_packet(source + p * WORD, stride, like)
+        store_packet(target + p * WORD, stride, each(clamped, (x,), (low, high)), like)
+        p += THREADS
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        place = i * size_of(like)
+        store(target + place, clamped(load(source + place, like), low, high), like)
+        i += THREADS
+
+
+@inline
+def added(value, other):
+    """Return the sum of two elements."""
+    return value + other
+
+
+@kernel
+def add(chunks, like):
+    """Add each chunk read to the one that is written to. Two reads, one write."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
         source, target, length = chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH]
@@ -486,12 +520,14 @@ def clamp(chunks, low, high, like):
         p = np.int64(cuda.threadIdx.x)
         while p < packets:
             x = load_packet(source + p * WORD, stride, like)
-            store_packet(target + p * WORD, stride, each(clamped, (x,), (low, high)), like)
+            y = load_packet(target + p * WORD, stride, like)
+            store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
             p += THREADS
         i = packets * PACKET + cuda.threadIdx.x
         while i < length:
             place = i * size_of(like)
-            store(target + place, clamped(load(source + place, like), low, high), like)
+            total = added(load(source + place, like), load(target + place, like))
+            store(target + place, total, like)
             i += THREADS
         c += cuda.gridDim.x
 

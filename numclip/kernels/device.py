@@ -27,10 +27,12 @@ if importlib.util.find_spec("numba_cuda") is None:
 if not hasattr(np, "row_stack"):  # numba-cuda 0.30 asks for it at its first compilation
     setattr(np, "row_stack", np.vstack)  # noqa: B010 - no attribute that type checkers know
 
-from numba import cuda  # noqa: E402
+import numba.cuda  # noqa: E402
 from numba.core import config  # noqa: E402
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
+cuda: Any = numba.cuda
+
+SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
@@ -142,7 +144,7 @@ def as_array(array: Any, shape: Any, dtype: Any, strides: Any) -> Any:
     """Return an array of ours as one of numba's, without a copy."""
     if SIMULATED:
         raw = _bytes_at(array.address, array.nbytes)._ary
-        made = FakeCUDAArray(np.ndarray(shape, dtype, raw, strides=strides))
+        made: Any = FakeCUDAArray(np.ndarray(shape, dtype, raw, strides=strides))
         made.owner = array
         return made
     return cuda.as_cuda_array(array, sync=False)
@@ -158,8 +160,8 @@ def interface_of(array: Any) -> Any:
 def _bytes_at(address: int, nbytes: int) -> Any:
     """Return memory of the GPU that belongs to someone else, as bytes."""
     if SIMULATED:
-        buffer = (ctypes.c_char * nbytes).from_address(address)
-        return FakeCUDAArray(np.frombuffer(buffer, np.uint8))
+        buffer: Any = (ctypes.c_char * nbytes).from_address(address)
+        return FakeCUDAArray(np.ndarray(nbytes, np.uint8, buffer))
     description = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 2}
     return cuda.from_cuda_array_interface(description, sync=False)
 
