@@ -15,6 +15,10 @@ import numclip as nc
 SMALL = 1 << 14
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     nc.set_num_threads(1)

@@ -36,7 +36,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     Returns
     -------
     float
-        The norm, 0.0 for no elements. Infinite where it exceeds the range of float64.
+        The norm, 0.0 for no elements. Infinite where it exceeds the range of float64. For
+        CUDA arrays a `DeviceFloat`, which waits for the GPU when its value is asked for.
 
     Raises
     ------
@@ -102,8 +103,8 @@ def clip_by_global_norm(
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
         What to do where a gradient holds NaN or Inf. "propagate": every output is NaN (nothing
         is changed if `clip_norm` is ``inf``). "raise": `NonFiniteGradientError`, nothing is
-        modified. "skip": the gradients are returned as they are. "zero": such elements become
-        0 and the rest is clipped by the norm of the rest.
+        modified (on a GPU, which is waited for). "skip": the gradients are returned as they
+        are. "zero": such elements become 0 and the rest is clipped by the norm of the rest.
     duplicates : {"sum", "raw"}, default "sum"
         Whether repeated rows of `IndexedSlices` count as their sum, or as they lie.
     out : list, tuple, dict, optional
@@ -115,7 +116,8 @@ def clip_by_global_norm(
     clipped : list, tuple or dict
         The results in the structure of `grads`, None where None was; the objects of `out`.
     norm : float
-        The norm before clipping, or `use_norm`.
+        The norm before clipping, or `use_norm`. For CUDA arrays a `DeviceFloat`, which waits
+        for the GPU when its value is asked for.
 
     Raises
     ------
@@ -424,6 +426,8 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
+    if on_device(grad):
+        raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
     entry = inputs.entry("grad", 0, grad)
     owner = inputs.entry("param", 0, param)
     if owner.slices is not None or owner.values.shape != entry.dense_shape:
@@ -487,6 +491,8 @@ def clip_per_example(
     """
     bound = inputs.bound("clip_norm", clip_norm)
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    if any_on_device(grads):
+        raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
     if not described.entries:

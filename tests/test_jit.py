@@ -145,8 +145,8 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 
 LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.device", "dtypes"},
-    {"kernels.elements", "kernels.threads", "layout", "state", "plotting"},
+    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing", "dtypes"},
+    {"kernels.elements", "kernels.device", "kernels.threads", "layout", "state", "plotting"},
     {"kernels.cpu", "kernels.updates", "kernels.packets", "report"},
     {"kernels.backend", "kernels.cuda", "device_values"},
     {"slices", "kernels.cuda_updates"},

@@ -13,14 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from numclip.kernels.missing import INSTALL, DeviceError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-INSTALL = 'pip install "numclip[cuda12]" (or cuda13), as the driver wants'
-
-
-class DeviceError(RuntimeError):
-    """No NVIDIA GPU can be used; the message says what is missing and how to get it."""
-
 
 if importlib.util.find_spec("numba_cuda") is None:
     raise DeviceError(f'device: "cuda" needs the package numba-cuda, which is missing: {INSTALL}')
@@ -72,7 +67,7 @@ def require() -> None:
     except Exception as error:  # the driver's own errors, of many types
         raise DeviceError(f'device: "cuda" failed to start: {error}; {INSTALL}') from error
     if not found:
-        reason = cuda.cuda_error() or "no NVIDIA driver or no GPU was found"
+        reason = " ".join(str(cuda.cuda_error() or "no driver or no GPU was found").split())
         raise DeviceError(
             f'device: "cuda" needs an NVIDIA GPU and its driver: {reason}; see nvidia-smi, '
             f"then {INSTALL}"

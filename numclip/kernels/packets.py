@@ -265,4 +265,4 @@ else:
         return result(function, packets, scalars), emit
 
     def _unpacked(builder, aggregate):
-        return [builder.extract_value(aggregate, k) for k in range(aggregate.type.count)]
+        return [builder.extract_value(aggregate, k) for k in range(len(aggregate.type.elements))]
