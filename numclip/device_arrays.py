@@ -297,8 +297,10 @@ def stream_from(stream: Any) -> Any:
             return device.stream_at(handle)
     if isinstance(stream, int) and not isinstance(stream, bool):
         return device.stream_at(stream)
-    if stream is None or hasattr(stream, "synchronize") or hasattr(stream, "begin_building"):
+    if stream is None or hasattr(stream, "begin_building"):  # a graph builder of cuda.core
         return stream or 0
+    if hasattr(stream, "__cuda_stream__"):
+        return device.stream_at(int(stream.__cuda_stream__()[1]))
     raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
 
 

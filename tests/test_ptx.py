@@ -86,6 +86,25 @@ def test_several_loads_are_in_flight(capability, kernel, dtype):
 
 
 @capabilities
+def test_machine_code_spills_nothing(capability, tmp_path):
+    spec = importlib.util.find_spec("nvidia.cuda_nvcc")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    (ptxas,) = Path(spec.submodule_search_locations[0]).glob("bin/ptxas*")
+    source = tmp_path / "kernel.ptx"
+    for name, code in kernels(capability).items():
+        source.write_text(code)
+        architecture = f"-arch=sm_{capability.replace('.', '')}"
+        command = [ptxas, "-v", architecture, source, "-o", tmp_path / "kernel.cubin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        sizes = re.findall(r"(\d+) bytes (?:stack frame|spill)", result.stderr)
+        assert sizes, name
+        assert set(sizes) == {"0"}, name
+        registers = max(map(int, re.findall(r"Used (\d+) registers", result.stderr)))
+        assert registers <= (128 if "float64" in name else 72), name
+
+
+@capabilities
 def test_sums_are_not_reassociated(capability):
     """The errors of a sum would vanish if its subtractions were simplified."""
     code = kernels(capability)["sum_squares float32"]

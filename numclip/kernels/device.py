@@ -7,7 +7,9 @@ Python on the memory of the host, in tiny blocks.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -75,10 +77,20 @@ def require() -> None:
     _blocks = BLOCKS_PER_MULTIPROCESSOR * count
 
 
+@functools.lru_cache(maxsize=512)
+def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
+    """Return a kernel with its grid, made once: numba warns of every small one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kernel[blocks, THREADS, stream]
+
+
 def launch(kernel: Any, count: int, stream: Any, *arguments: Any) -> None:
     """Start a kernel whose blocks share `count` pieces of work; return at once."""
-    if count:
-        kernel[min(count, _blocks), THREADS, stream](*arguments)
+    if SIMULATED:
+        kernel[min(count, _blocks), THREADS](*arguments)
+    else:
+        _configured(kernel, min(count, _blocks), stream)(*arguments)
 
 
 def table(array: Any) -> Any:
@@ -109,6 +121,7 @@ def new_stream() -> Any:
     return cuda.stream()
 
 
+@functools.lru_cache(maxsize=64)
 def stream_at(handle: int) -> Any:
     """Return the stream of a handle, as other libraries tell it; 0 is the default one."""
     return 0 if SIMULATED or handle == 0 else cuda.external_stream(handle)
@@ -182,5 +195,9 @@ def copy(target: int, source: int, nbytes: int, stream: Any) -> None:
 
 def clear(address: int, nbytes: int, stream: Any) -> None:
     """Set bytes of the GPU to 0."""
-    if nbytes:
+    if not nbytes:
+        return
+    if SIMULATED:
         write(address, np.zeros(nbytes, np.uint8), stream)
+    else:
+        cuda.cudadrv.driver.device_memset(_bytes_at(address, nbytes), 0, nbytes, stream)
