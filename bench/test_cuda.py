@@ -89,7 +89,7 @@ def test_norm(benchmark, torch, timed_on_gpu, model, method):
 
 @models
 @pytest.mark.parametrize("outcome", ["clips", "does not clip"])
-@pytest.mark.parametrize("method", ["numclip", "torch"])
+@pytest.mark.parametrize("method", ["numclip groups", "numclip", "torch"])
 def test_clip(benchmark, torch, timed_on_gpu, model, method, outcome):
     """Clipping what is clipped already would do nothing: the bound shrinks at every call."""
     benchmark.group = f"GPU clip in place, {outcome}, {model}"
@@ -105,10 +105,18 @@ def test_clip(benchmark, torch, timed_on_gpu, model, method, outcome):
     def theirs() -> None:
         torch.nn.utils.clip_grad_norm_(grads, bound[0], foreach=True)
 
+    calls = {"numclip": ours, "torch": theirs}
+    if method == "numclip groups":
+        arrays = {str(k): np.zeros(tuple(grad.shape), "f") for k, grad in enumerate(grads)}
+        rule = nc.ByGlobalNorm(lambda _: bound[0])
+        groups = nc.ParamGroups([nc.Group("g", arrays, clip=rule)], device="cuda")
+        groups.set_grads({str(k): grad for k, grad in enumerate(owned)})
+        calls[method] = groups.clip
+
     def shrinking() -> None:
         if outcome == "clips":
             bound[0] *= 0.999
-        ours() if method == "numclip" else theirs()
+        calls[method]()
 
     timed_on_gpu(shrinking, size_of(grads) * (3 if outcome == "clips" else 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -215,13 +216,17 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, item
     return tuple(own) in (_strides(lengths, itemsize), backwards)
 
 
+def _bfloat16() -> np.dtype[Any]:
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
 def _native(interface: Any, array: Any) -> np.dtype[Any]:
     """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
     if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
-        import ml_dtypes
-
-        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return found
+        return _bfloat16()
     return np.dtype(str(interface["typestr"]))
 
 
@@ -230,28 +235,61 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
-    if getattr(array, "requires_grad", False):
-        array = array.detach()  # PyTorch describes no other
+    if _library(array) == "torch":
+        native = _torch_dtype(array.dtype)
+        strides = None if array.is_contiguous() else array.stride()
+        if strides is not None and native is not None:
+            strides = tuple(step * native.itemsize for step in strides)
+        found = native, tuple(array.shape), strides, array.data_ptr(), False
+    else:
+        found = _interface(name, array)
+    return _checked(name, key, array, *found)
+
+
+def _library(array: Any) -> str:
+    """Return the name of the package an array is of."""
+    return type(array).__module__.partition(".")[0]
+
+
+@functools.cache
+def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """Return a dtype of PyTorch's as NumPy's: its own description knows no tensor with a graph."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return _bfloat16() if name == "bfloat16" else np.dtype(name)
+    except TypeError:
+        return None
+
+
+def _interface(name: str, array: Any) -> Any:
+    """Return dtype, shape, strides, address and whether it is read-only, as an array tells them."""
     interface = device.interface_of(array)
     if interface is None:
         raise TypeError(
             f"{name}: expected an array with __cuda_array_interface__, "
             f"got {type(array).__name__}; pass it through cupy.from_dlpack"
         )
-    native = _native(interface, array)
-    row = lookup(native)
-    if row is None:
-        raise TypeError(f"{name}: expected an array of {NAMES}, got {refusal(native)}")
-    shape, strides = tuple(interface["shape"]), interface.get("strides")
     address, read_only = interface["data"]
-    if not _is_contiguous(shape, strides, native.itemsize):
+    strides = interface.get("strides")
+    return _native(interface, array), tuple(interface["shape"]), strides, address or 0, read_only
+
+
+def _checked(
+    name: str, key: Key, array: Any, native: Any, shape: Any, strides: Any, address: int, fixed: Any
+) -> DeviceEntry:
+    """Return the description of an array that kernels can take, refuse any other."""
+    row = None if native is None else lookup(native)
+    if row is None:
+        got = array.dtype if native is None else refusal(native)
+        raise TypeError(f"{name}: expected an array of {NAMES}, got {got}")
+    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
         raise ValueError(
             f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
             "pass a contiguous copy"
         )
-    if (address or 0) % row.storage.itemsize:
+    if address % row.storage.itemsize:
         raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")
-    return DeviceEntry(name, key, row, native, shape, strides, address or 0, not read_only, array)
+    return DeviceEntry(name, key, row, native, shape, strides, address, not fixed, array)
 
 
 def gradients(grads: Any, name: str = "grads") -> Gradients:
@@ -267,7 +305,7 @@ def gradients(grads: Any, name: str = "grads") -> Gradients:
 
 def new_like(entry: DeviceEntry) -> DeviceEntry:
     """Return a new array in memory like another one, of the library the other is from."""
-    library = type(entry.array).__module__.partition(".")[0]
+    library = _library(entry.array)
     if library in ("torch", "cupy"):
         made = sys.modules[library].empty_like(entry.array)
     else:
@@ -307,7 +345,7 @@ def stream_from(stream: Any) -> Any:
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
     array: Any = entries[0].array if entries else None
-    library = type(array).__module__.partition(".")[0]
+    library = _library(array)
     if library == "torch":
         return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     if library == "cupy":

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from cases import normal
 from checks import assert_same_bits
 from devices import fetch, ready, send
+from reference import DTYPES
 
 import numclip as nc
 from numclip.device_arrays import DeviceArray
@@ -21,6 +23,37 @@ from numclip.kernels import device
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 GROUPS = "import numpy as np, numclip as nc; nc.ParamGroups([nc.Group('g', {'x': np.ones(3)})]"
+
+
+class Tensor:
+    """What numclip asks of PyTorch's tensors."""
+
+    __module__ = "torch"
+    is_cuda = True
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.sent, self.shape, self.device = send(array), array.shape, "cuda"
+        self.dtype = f"torch.{array.dtype.name}"
+        self.steps = tuple(step // array.itemsize for step in array.strides)
+
+    def data_ptr(self) -> int:
+        return self.sent.address
+
+    def stride(self) -> tuple[int, ...]:
+        return self.steps
+
+    def is_contiguous(self) -> bool:
+        return self.sent._strides is None
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A module that stands for PyTorch."""
+    stream = SimpleNamespace(cuda_stream=0)
+    cuda = SimpleNamespace(current_stream=lambda _: stream)
+    made = SimpleNamespace(cuda=cuda, empty_like=lambda tensor: Tensor(fetch(tensor.sent)))
+    monkeypatch.setitem(sys.modules, "torch", made)
+    return made
 
 
 class Foreign:
@@ -121,6 +154,45 @@ def test_gradients_that_do_not_fit(grad, error, message):
 def test_arrays_that_are_not_taken(array, told, error, message):
     with pytest.raises(error, match=message):
         nc.clip_by_global_norm([Foreign(array, **told)], 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_of_pytorch(torch, dtype):  # noqa: ARG001
+    rng = np.random.default_rng(0)
+    grads = [normal(rng, (5, 7), dtype), normal(rng, (3,))]
+    grads[0] = np.asfortranarray(grads[0])
+    sent = [Tensor(grad) for grad in grads]
+    wanted, norm = nc.clip_by_global_norm(grads, 0.5)
+    clipped, same = nc.clip_by_global_norm(sent, 0.5)
+    assert float(same) == pytest.approx(norm, rel=1e-14)
+    for new, old, grad, here in zip(clipped, sent, grads, wanted, strict=True):
+        assert isinstance(new, Tensor)
+        assert_same_bits(fetch(old.sent), grad)
+        found, expected = (np.asarray(a, np.complex128) for a in (fetch(new.sent), here))
+        np.testing.assert_allclose(found, expected, rtol=1e-15)
+    pointers = [tensor.data_ptr() for tensor in sent]
+    again, _ = nc.clip_by_global_norm(sent, 0.5, out=sent)
+    assert [tensor.data_ptr() for tensor in again] == pointers
+    for new, old in zip(clipped, sent, strict=True):
+        assert_same_bits(fetch(old.sent), fetch(new.sent))
+
+
+def test_tensors_that_are_not_taken(torch):  # noqa: ARG001
+    odd = Tensor(np.ones(4))
+    for dtype, message in [("torch.int64", "int64; convert it"), ("torch.float8_e5m2", "float8_")]:
+        odd.dtype = dtype
+        with pytest.raises(TypeError, match=rf"grads\[0\]: expected an array of .*{message}"):
+            nc.clip_by_global_norm([odd], 1.0)
+
+
+def test_arrays_of_numba_come_back_as_such():
+    from numba import cuda
+
+    grad = np.asfortranarray(normal(np.random.default_rng(0), (5, 7), "float32"))
+    sent = cuda.to_device(grad)
+    clipped = nc.clip_by_norm(sent, 0.5)
+    assert type(clipped) is type(sent)
+    np.testing.assert_array_max_ulp(clipped.copy_to_host(), nc.clip_by_norm(grad, 0.5), 1)
 
 
 def test_places_are_not_mixed():
