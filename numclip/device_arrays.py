@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import itertools
@@ -388,18 +389,18 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
 
 def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
-    spans = {(t.address, t.address + t.nbytes, k, t.name) for k, t in enumerate(targets)}
-    spans |= {
-        (e.address, e.address + e.nbytes, k, e.name)
-        for k, (e, t) in enumerate(zip(entries, targets, strict=True))
-        if e.address != t.address
-    }
-    ordered = sorted(span for span in spans if span[0] < span[1])
-    for (_, end, _, first), (begin, _, _, second) in itertools.pairwise(ordered):
+    spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
-            names = sorted((first, second), key=lambda name: not name.startswith("out"))
+            raise ValueError(f"{second}: shares memory with {first}")
+    for entry, target in zip(entries, targets, strict=True):
+        before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
+        if entry.address == target.address or not entry.nbytes or not before:
+            continue
+        _, end, name = spans[before - 1]
+        if entry.address < end:
             raise ValueError(
-                f"{names[0]}: shares memory with {names[1]}; "
+                f"{name}: shares memory with {entry.name}; "
                 "pass out= the gradients themselves to work in place"
             )
 
