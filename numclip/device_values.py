@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,18 @@ class DeviceFloat:
     def __truediv__(self, other: Any) -> float:
         return float(self) / float(other)
 
+    def __pow__(self, other: Any) -> float:
+        return float(float(self) ** float(other))
+
+    def __neg__(self) -> float:
+        return -float(self)
+
+    def __abs__(self) -> float:
+        return abs(float(self))
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(float(self), digits)
+
     __radd__ = __add__
     __rmul__ = __mul__
 
@@ -76,6 +89,9 @@ class DeviceFloat:
 
     def __rtruediv__(self, other: Any) -> float:
         return float(other) / float(self)
+
+
+numbers.Real.register(DeviceFloat)  # so that it is taken wherever a number is
 
 
 class DeviceReport:

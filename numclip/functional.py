@@ -11,7 +11,7 @@ import numpy as np
 from numclip import clipping, inputs, measuring
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.outputs import Place, place_one, places
-from numclip.placement import any_on_device, on_device
+from numclip.placement import any_on_device, listed, on_device
 from numclip.slices import IndexedSlices
 from numclip.units import Units, clip_examples
 
@@ -67,6 +67,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     """
     order = inputs.order(ord)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    grads = listed(grads)
     if any_on_device(grads):
         norm: float = _device().global_norm(grads, order)
         return norm
@@ -157,6 +158,7 @@ def clip_by_global_norm(
     given = None if use_norm is None else inputs.given_norm(use_norm)
     inputs.choice("nonfinite", nonfinite, POLICIES)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    grads = listed(grads)
     if any_on_device(grads):
         clip = _device().clip_by_global_norm
         on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
@@ -491,6 +493,7 @@ def clip_per_example(
     """
     bound = inputs.bound("clip_norm", clip_norm)
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    grads = listed(grads)
     if any_on_device(grads):
         raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
     described = inputs.gradients(grads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,20 @@ def on_device(array: Any) -> bool:
 
 
 def any_on_device(grads: Any) -> bool:
-    """Tell whether the first gradient of a list, tuple or dict lies on a GPU."""
+    """Tell whether the first of some gradients lies on a GPU."""
     if isinstance(grads, Mapping):
         grads = grads.values()
-    elif not isinstance(grads, (list, tuple)):
-        return False  # an iterator would be used up: its gradients are the host's
+    elif not isinstance(grads, (list, tuple)) and (on_device(grads) or not _is_collection(grads)):
+        return False  # for the border to refuse
     return on_device(next((item for item in grads if item is not None), None))
+
+
+def _is_collection(grads: Any) -> bool:
+    """Tell whether an object holds gradients, and can be gone through more than once."""
+    arrays = (np.ndarray, np.generic, IndexedSlices, str, bytes)
+    return isinstance(grads, Iterable) and not isinstance(grads, (*arrays, Iterator))
+
+
+def listed(grads: Any) -> Any:
+    """Return gradients that can be gone through more than once: an iterator's in a list."""
+    return list(grads) if isinstance(grads, Iterator) else grads

@@ -293,3 +293,29 @@ def test_a_norm_that_is_given(given, policy):
     found, same = nc.clip_by_global_norm([send(grad)], 1.0, given, nonfinite=policy)
     np.testing.assert_allclose(float(same), norm, rtol=1e-14)
     np.testing.assert_array_equal(fetch(found[0]), wanted[0])
+
+
+def test_a_norm_is_a_number_for_whoever_asks():
+    grad = send(np.array([3.0, 4.0]))
+    norm = nc.global_norm([grad])
+    assert (norm == 5.0, norm < 6, norm >= 5, bool(norm), hash(norm)) == (*4 * [True], hash(5.0))
+    assert (norm + 1, 1 + norm, norm - 1, 1 - norm) == (6.0, 6.0, 4.0, -4.0)
+    assert (2 * norm, norm * 2, norm / 2, 10 / norm, norm**2) == (10.0, 10.0, 2.5, 2.0, 25.0)
+    assert (-norm, abs(norm), round(norm, 1), norm.item()) == (-5.0, 5.0, 5.0, 5.0)
+    assert (f"{norm:.2f}", repr(norm), math.isfinite(norm)) == ("5.00", "5.0", True)
+    assert norm == nc.global_norm([grad])
+    clipped, same = nc.clip_by_global_norm([grad], 1.0, nc.global_norm([grad]))
+    assert same == 5.0
+    np.testing.assert_allclose(fetch(clipped[0]), [0.6, 0.8], rtol=1e-14)
+
+
+def test_collections_of_every_kind():
+    grads = {"a": send(np.array([3.0])), "b": None, "c": send(np.array([4.0]))}
+    for given in (grads.values(), iter(grads.values()), (g for g in grads.values())):
+        clipped, norm = nc.clip_by_global_norm(given, 1.0)
+        assert type(clipped) is list
+        assert clipped[1] is None
+        assert norm == 5.0
+    assert nc.global_norm(iter(grads.values())) == 5.0
+    with pytest.raises(TypeError, match=r"grads: expected a list, tuple or dict of gradients"):
+        nc.global_norm(grads["a"])

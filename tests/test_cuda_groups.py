@@ -17,6 +17,7 @@ from reference import DTYPES, REAL_DTYPES
 import numclip as nc
 from numclip import device_groups
 from numclip.device_values import DeviceFloat, DeviceReport
+from numclip.kernels import device
 
 __all__ = ["OnDevice", "hardware", "ready"]
 pytestmark = [
@@ -298,15 +299,38 @@ def test_reports_and_norms_are_read_when_asked_for(monkeypatch):
     assert repr(reports[1]).startswith("step 1:")
 
 
-def forbid(monkeypatch):
-    """Let whatever waits for the device fail."""
-    from numclip.kernels import device
+WAITING = "synchronize", "read_table", "read"
+MOVING = "table", "allocate", "update", "write", "copy", "clear"
+
+
+def forbid(monkeypatch, names=WAITING):
+    """Let whatever waits for the device fail, or whatever is named."""
 
     def refuse(*_):
-        raise AssertionError("the host waits for the device")
+        raise AssertionError("the host waits for the device, or moves something")
 
-    for name in ("synchronize", "read_table", "read"):
+    for name in names:
         monkeypatch.setattr(device, name, refuse)
+
+
+@pytest.mark.parametrize("make", [nc.SGD, nc.Adam])
+def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypatch, make):
+    """So a step can be captured in a graph."""
+    members = [
+        nc.Group("one", params_of(), clip=nc.ByGlobalNorm(0.5), nonfinite="skip"),
+        nc.Group("two", {"x": np.ones(9, "f")}, clip=nc.ByNorm(0.5), nonfinite="zero"),
+        nc.Group("three", {"y": np.ones(9, "e")}, clip=nc.ByValue(-0.1, 0.1)),
+    ]
+    groups = nc.ParamGroups(members, device="cuda")
+    optimizer = make(groups, 0.1)
+    groups.set_grads(grads_of(groups))
+    groups.clip()
+    optimizer.step()
+    forbid(monkeypatch, WAITING + MOVING)
+    groups.clip()
+    optimizer.step()
+    monkeypatch.undo()
+    assert len(groups.history) == 4
 
 
 def test_reports_that_nobody_reads_go(monkeypatch):
@@ -320,8 +344,6 @@ def test_reports_that_nobody_reads_go(monkeypatch):
 
 
 def test_a_fixed_number_of_launches(monkeypatch):
-    from numclip.kernels import device
-
     counts = []
     for tensors in (2, 40):
         params = {f"p{k}": np.ones(3, "f") for k in range(tensors)}

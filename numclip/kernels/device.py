@@ -116,11 +116,6 @@ def synchronize(stream: Any) -> None:
         (stream or cuda.default_stream()).synchronize()
 
 
-def new_stream() -> Any:
-    """Return a stream of our own."""
-    return cuda.stream()
-
-
 @functools.lru_cache(maxsize=64)
 def stream_at(handle: int) -> Any:
     """Return the stream of a handle, as other libraries tell it; 0 is the default one."""
