@@ -35,6 +35,10 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> Non
     machine_info["versions"] = versions
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     nc.set_num_threads(1)

@@ -11,6 +11,7 @@ import numpy as np
 from numclip import clipping, inputs, measuring, plain
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.outputs import Place, place_one, places
+from numclip.placement import any_on_device, listed, on_device
 from numclip.slices import IndexedSlices
 from numclip.units import Units, clip_examples
 
@@ -35,7 +36,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     Returns
     -------
     float
-        The norm, 0.0 for no elements. Infinite where it exceeds the range of float64.
+        The norm, 0.0 for no elements. Infinite where it exceeds the range of float64. For
+        CUDA arrays a `DeviceFloat`, which waits for the GPU when its value is asked for.
 
     Raises
     ------
@@ -64,12 +66,16 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if inputs.are_usual(ord, duplicates=duplicates):
-        norm = plain.global_norm(grads)
-        if norm is not None:
-            return norm
-    described = inputs.gradients(grads)
+        known = plain.global_norm(grads)
+        if known is not None:
+            return known
     order = inputs.order(ord)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    grads = listed(grads)
+    if any_on_device(grads):
+        norm: float = _device().global_norm(grads, order)
+        return norm
+    described = inputs.gradients(grads)
     if not described.entries:
         return 0.0
     return float(measuring.measure(described.entries, order, duplicates).values()[0])
@@ -102,8 +108,8 @@ def clip_by_global_norm(
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
         What to do where a gradient holds NaN or Inf. "propagate": every output is NaN (nothing
         is changed if `clip_norm` is ``inf``). "raise": `NonFiniteGradientError`, nothing is
-        modified. "skip": the gradients are returned as they are. "zero": such elements become
-        0 and the rest is clipped by the norm of the rest.
+        modified (on a GPU, which is waited for). "skip": the gradients are returned as they
+        are. "zero": such elements become 0 and the rest is clipped by the norm of the rest.
     duplicates : {"sum", "raw"}, default "sum"
         Whether repeated rows of `IndexedSlices` count as their sum, or as they lie.
     out : list, tuple, dict, optional
@@ -115,7 +121,8 @@ def clip_by_global_norm(
     clipped : list, tuple or dict
         The results in the structure of `grads`, None where None was; the objects of `out`.
     norm : float
-        The norm before clipping, or `use_norm`.
+        The norm before clipping, or `use_norm`. For CUDA arrays a `DeviceFloat`, which waits
+        for the GPU when its value is asked for.
 
     Raises
     ------
@@ -159,6 +166,11 @@ def clip_by_global_norm(
     given = None if use_norm is None else inputs.given_norm(use_norm)
     inputs.choice("nonfinite", nonfinite, POLICIES)
     inputs.choice("duplicates", duplicates, DUPLICATES)
+    grads = listed(grads)
+    if any_on_device(grads):
+        clip = _device().clip_by_global_norm
+        on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
+        return on_gpu
     described = inputs.gradients(grads)
     where = places(described, grads, out)
     norm = clipping.clip(
@@ -220,6 +232,8 @@ def clip_by_norm(
     """
     order = inputs.order(ord)
     bound = inputs.bound("clip_norm", clip_norm)
+    if on_device(grad):
+        return _device().clip_by_norm(grad, bound, axes, order, out)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
     entry = inputs.entry("grad", 0, grad)
@@ -266,6 +280,8 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     array([1.2, 1.6])
     """
     bound = inputs.bound("clip_norm", clip_norm)
+    if on_device(grad):
+        return _device().clip_whole(grad, bound, out, divisor="size")
     return _clip_whole(grad, bound, out, float)
 
 
@@ -304,6 +320,8 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = inputs.bound("threshold", threshold)
+    if on_device(grad):
+        return _device().clip_whole(grad, bound, out, divisor="root")
     return _clip_whole(grad, bound, out, math.sqrt)
 
 
@@ -344,6 +362,8 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
+    if on_device(grad):
+        return _device().clip_by_value(grad, clip_value_min, clip_value_max, out)
     entry = inputs.entry("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(
@@ -414,6 +434,8 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
+    if on_device(grad):
+        raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
     entry = inputs.entry("grad", 0, grad)
     owner = inputs.entry("param", 0, param)
     if owner.slices is not None or owner.values.shape != entry.dense_shape:
@@ -477,6 +499,9 @@ def clip_per_example(
     """
     bound = inputs.bound("clip_norm", clip_norm)
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    grads = listed(grads)
+    if any_on_device(grads):
+        raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
     if not described.entries:
@@ -485,6 +510,13 @@ def clip_per_example(
     sums, counts = clip_examples(entries, bound, layerwise)
     counted = described.with_results(counts) if layerwise else counts[0]
     return described.with_results(sums), counted
+
+
+def _device() -> Any:
+    """Return the functions for gradients on the GPU, which are loaded when first needed."""
+    from numclip import device_clipping
+
+    return device_clipping
 
 
 def _clip_whole(

@@ -50,6 +50,12 @@ class ParamGroups(state.Saved):
         The groups. Names of groups, and of parameters over all groups, are unique.
     history : int, default 10_000
         How many steps `history` remembers.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where parameters and gradients are: in the host's memory or on an NVIDIA GPU. There,
+        `params` and `grads` are `DeviceArray`, and reports are read when something asks for
+        them, see `DeviceParamGroups`.
+    stream : stream, optional
+        The CUDA stream to work on, of numba, CuPy or PyTorch; the default stream otherwise.
 
     Attributes
     ----------
@@ -92,7 +98,27 @@ class ParamGroups(state.Saved):
            [0.3, 0.3]])
     """
 
-    def __init__(self, groups: Sequence[Group], *, history: int = 10_000) -> None:
+    device = "cpu"
+
+    def __new__(cls, *_groups: Any, device: str = "cpu", **_options: Any) -> ParamGroups:
+        """Return groups of the kind that the device wants."""
+        inputs.choice("device", device, ("cpu", "cuda"))
+        if device == "cuda" and cls is ParamGroups:
+            from numclip.device_groups import DeviceParamGroups
+
+            return object.__new__(DeviceParamGroups)
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        history: int = 10_000,
+        device: str = "cpu",
+        stream: Any = None,
+    ) -> None:
+        if stream is not None and device == "cpu":
+            raise ValueError('stream: expected None for device="cpu", got a stream')
         members = list(groups)
         for member in members:
             if not isinstance(member, Group):
@@ -111,7 +137,7 @@ class ParamGroups(state.Saved):
                         f"groups: the parameter {name!r} is in {owner!r} and {member.name!r}"
                     )
                 self._owners[name] = member.name
-            self._groups[member.name] = GroupState(member)
+            self._groups[member.name] = self._state_of(member)
         _check_shared(members)
         self.params: Mapping[str, Array] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
@@ -119,6 +145,10 @@ class ParamGroups(state.Saved):
         self.grads = _Grads(self)
         self.history = History(history)
         self.step = 0
+
+    def _state_of(self, group: Group) -> GroupState:
+        """Return a group at run time."""
+        return GroupState(group)
 
     def _owner(self, name: str) -> GroupState:
         if name not in self._owners:
@@ -257,7 +287,7 @@ class ParamGroups(state.Saved):
         """Return copies of the parameters, the rules' state, the history and the step."""
         return {
             "step": self.step,
-            "params": {name: array.copy() for name, array in self.params.items()},
+            "params": {name: np.array(array) for name, array in self.params.items()},
             "rules": {
                 group.name: {"rule": repr(group.clip), **_copied(group.rule_state)}
                 for group in self

@@ -302,8 +302,10 @@ class Gradients:
         return self.rebuild([None if item is None else next(remaining) for item in self.items])
 
 
-def gradients(grads: Any, name: str = "grads") -> Gradients:
-    """Return the description of a list, tuple, dict or iterator of gradients."""
+def structure(
+    grads: Any, name: str = "grads"
+) -> tuple[list[Key], list[Any], Callable[[list[Any]], Any]]:
+    """Return the keys and items of a list, tuple, dict or iterator, and how to make one again."""
     if isinstance(grads, (np.ndarray, np.generic, IndexedSlices, str, bytes)) or not isinstance(
         grads, Iterable
     ):
@@ -318,6 +320,12 @@ def gradients(grads: Any, name: str = "grads") -> Gradients:
         keys = list(range(len(items)))
         if isinstance(grads, tuple):
             rebuild = getattr(type(grads), "_make", tuple)
+    return keys, items, rebuild
+
+
+def gradients(grads: Any, name: str = "grads") -> Gradients:
+    """Return the description of a list, tuple, dict or iterator of gradients."""
+    keys, items, rebuild = structure(grads, name)
     entries = [
         entry(f"{name}[{key!r}]", key, item)
         for key, item in zip(keys, items, strict=True)

@@ -85,12 +85,19 @@ class Optimizer(state.Saved):
         self._dense: dict[str, list[tuple[Any, backend.Update]]] = {}
         self._own: dict[int, tuple[Array, _Slots]] = {}
         self._applied = 0
+        if groups is not None and groups.device == "cuda":
+            self._slots = groups.optimizer_slots(len(self.state_names))  # type: ignore[attr-defined]
+            return
         for group in groups or ():
             entries = [inputs.entry(name, name, param) for name, param in group.params.items()]
             params, dtypes = [entry.flat for entry in entries], [entry.dtype for entry in entries]
             slots = self._slots[group.name] = _Slots(params, dtypes, len(self.state_names))
             if not group.sparse:
                 self._dense[group.name] = slots.dense(group.gradients()[0])
+
+    @abstractmethod
+    def settings(self, lr: float) -> list[float]:
+        """Return the numbers of a step."""
 
     @abstractmethod
     def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
@@ -130,6 +137,8 @@ class Optimizer(state.Saved):
         number = groups.step
         scale = inputs.positive("unscale", unscale)
         rates = {group.name: self._rate(group.lr, number) for group in groups}
+        if groups.device == "cuda":
+            return groups.update(self, rates, scale)  # type: ignore[attr-defined, no-any-return]
         found = groups.judged(scale, write=True)
         for one in found:
             if not one.skipped:
@@ -205,7 +214,7 @@ class Optimizer(state.Saved):
         for group in self._managed():
             slots = self._slots[group.name]
             views = [dict(zip(self.state_names, own, strict=True)) for own in slots.views]
-            copies = [{name: array.copy() for name, array in own.items()} for own in views]
+            copies = [{name: np.array(array) for name, array in own.items()} for own in views]
             params = dict(zip(group.params, copies, strict=True))
             groups[group.name] = {"steps": slots.steps, "states": params}
         return {"optimizer": type(self).__name__, "groups": groups}
@@ -313,9 +322,13 @@ class SGD(Optimizer):
         self.state_names = ("velocity",) if self.momentum else ()
         super().__init__(groups, lr)
 
-    def _take(self, update: backend.Update, factors: Array, lr: float, _count: int) -> None:
+    def settings(self, lr: float) -> list[float]:
+        """Return the numbers of a step, as kernels take them."""
         weights = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
-        settings = lr, self.weight_decay, self.momentum, *weights
+        return [lr, self.weight_decay, self.momentum, *weights]
+
+    def _take(self, update: backend.Update, factors: Array, lr: float, _count: int) -> None:
+        settings = self.settings(lr)
         backend.descend(update, factors, settings, momentum=self.momentum > 0.0)
 
 
@@ -377,6 +390,10 @@ class Adam(Optimizer):
         self.eps = inputs.finite_bound("eps", eps)
         self.weight_decay = inputs.finite_bound("weight_decay", weight_decay)
         super().__init__(groups, lr)
+
+    def settings(self, lr: float) -> list[float]:
+        """Return the numbers of a step, before the corrections of the moments' biases."""
+        return [lr, self.weight_decay, *self.betas, self.eps]
 
     def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
         first, second = self.betas

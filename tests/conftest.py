@@ -45,6 +45,12 @@ settings.load_profile("numclip")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What is marked gpu runs on the simulator unless the GPU is asked for; numba reads this once.
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    config.addinivalue_line(
+        "markers", "gpu: runs on the GPU with -m gpu, else in the simulator, where it can"
+    )
     config.addinivalue_line(
         "markers", "jit_only: too much data for kernels run as plain Python (NUMBA_DISABLE_JIT=1)"
     )
@@ -55,5 +61,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="interpreted kernels are too slow for this size")
     for item in items:
-        if item.get_closest_marker("jit_only"):
+        if item.get_closest_marker("jit_only") or item.get_closest_marker("gpu"):
             item.add_marker(skip)

@@ -133,3 +133,44 @@ def test_optimizer_steps():
     assert formulas.sgd_direction(3.0, 4.0, 1.0, 0.5) == 5.0
     assert formulas.moment(8.0, 4.0, 0.25) == 5.0
     assert formulas.adam_step(6.0, 2.0, 0.5, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("exponent", [-1074, -800, -481, -480, -300, 0, 300, 480, 481, 1000, 1023])
+def test_binned_squares_lose_nothing(exponent):
+    value = math.ldexp(1.0 + 2.0**-20 if exponent > -1040 else 1.0, exponent)
+    total, power = formulas.joined_bins(*formulas.binned_square(value))
+    exact = Fraction(value) ** 2
+    assert abs(Fraction(total) * Fraction(4) ** power - exact) <= exact * Fraction(2) ** -53
+
+
+def test_joined_bins_keep_what_counts():
+    limit, unit = formulas.BIN_LIMIT, 2.0**-50
+    parts = {power: math.ldexp(1.0, power) for power in (-500, -480, 400, 480, 500)}
+    for large, small in [(500, 480), (400, -480), (-480, -500)]:
+        bins = [formulas.binned_square(parts[power]) for power in (large, small)]
+        total, power = formulas.joined_bins(*map(sum, zip(*bins, strict=True)))
+        exact = sum(Fraction(parts[power]) ** 2 for power in (large, small))
+        assert abs(Fraction(total) * Fraction(4) ** power / exact - 1) <= unit
+    assert formulas.joined_bins(*formulas.binned_square(0.0))[0] == 0.0
+    assert math.isnan(formulas.joined_bins(*formulas.binned_square(math.nan))[0])
+    assert formulas.joined_bins(*formulas.binned_square(math.inf))[0] == math.inf
+    assert limit**2 < 2.0**1000
+
+
+def test_an_infinite_sum_has_no_error():
+    assert formulas.settled(1.0, 2.0**-60) == 1.0
+    assert formulas.settled(math.inf, math.nan) == math.inf
+
+
+@pytest.mark.parametrize("scale", [1024.0, 3.0, 0.1])
+def test_factor_over_a_loss_scale_is_rounded_down(scale):
+    mantissa, power = formulas.factor_over(0.75, -3, scale, 24)
+    exact = Fraction(0.75) / 8 / Fraction(scale)
+    found = Fraction(mantissa) * Fraction(2) ** power
+    assert exact * (1 - Fraction(2) ** -23) <= found <= exact * (1 + Fraction(2) ** -52)
+
+
+def test_adam_rate_corrects_both_biases():
+    rate, bias = formulas.adam_rate(0.1, 1.0, 0.9, 0.99)
+    assert rate == pytest.approx(0.1 * math.sqrt(0.01) / 0.1)
+    assert bias == pytest.approx(0.1)

@@ -73,7 +73,8 @@ def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
         "import sys, threading, numclip;"
         "from numclip.kernels import cpu;"
         "print(sum(len(k.signatures) for k in vars(cpu).values() if hasattr(k, 'signatures')),"
-        "any('cuda' in name for name in sys.modules if not name.startswith('numba.')),"
+        "any(name.startswith(('numba_cuda', 'cuda.', 'numclip.device', 'numclip.kernels.device'))"
+        "for name in sys.modules),"
         "'ml_dtypes' in sys.modules, threading.active_count())"
     )
     result = run(tmp_path, code)
@@ -144,19 +145,19 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 
 LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit"},
-    {"dtypes", "kernels.elements", "kernels.threads"},
-    {"layout", "state", "plotting", "kernels.cpu", "kernels.updates", "report"},
-    {"kernels.joint", "kernels.columns", "kernels.grouping"},
-    {"kernels.backend", "kernels.arrays"},
-    {"slices", "plain"},
-    {"inputs"},
-    {"nonfinite", "outputs", "measuring", "rules", "history"},
+    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing"},
+    {"dtypes", "kernels.elements", "kernels.device", "kernels.threads"},
+    {"layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates", "kernels.packets"},
+    {"kernels.joint", "kernels.columns", "kernels.grouping", "kernels.cuda", "device_values"},
+    {"kernels.backend", "kernels.arrays", "kernels.cuda_updates"},
+    {"slices", "plain", "kernels.cuda_backend"},
+    {"inputs", "placement"},
+    {"nonfinite", "outputs", "measuring", "rules", "history", "device_arrays"},
     {"clipping", "group", "running_rules"},
-    {"units", "step"},
+    {"units", "step", "device_clipping", "device_group", "device_report"},
     {"functional", "general_step", "joint_step"},
     {"groups"},
-    {"optim"},
+    {"optim", "device_groups"},
     {"diagnostics"},
 ]
 

@@ -1,0 +1,147 @@
+"""On the GPU: against PyTorch, CuPy and a copy within the device. Run with ``-m gpu``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import numclip as nc
+
+pytestmark = pytest.mark.gpu
+# GPT-2 small: 124 million parameters in 148 tensors.
+BLOCK = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
+BLOCK += [(768, 3072), (3072,), (3072, 768), (768,)]
+SHAPES = {
+    "flat 4 GB": [(1 << 30,)],
+    "GPT-2 small, 148 tensors": [(50_257, 768), (1024, 768), *(12 * BLOCK), (768,), (768,)],
+    "1000 tensors of 256": 1000 * [(256,)],
+}
+models = pytest.mark.parametrize("model", SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> None:
+    """Skip where there is no GPU, or fail where one is demanded."""
+    try:
+        from numclip.kernels import device
+
+        device.require()
+    except nc.DeviceError as error:
+        if os.environ.get("NUMCLIP_REQUIRE_GPU", "0") not in ("", "0"):
+            pytest.fail(f"NUMCLIP_REQUIRE_GPU is set: {error}")
+        pytest.skip(f"no GPU: {error}")
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def timed_on_gpu(benchmark: Any, torch: Any) -> Callable[..., None]:
+    """Time a call with all that it starts, and note bytes per second."""
+
+    def run(call: Callable[[], object], nbytes: int) -> None:
+        def whole() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        for _ in range(3):
+            whole()
+        benchmark(whole)
+        if not benchmark.disabled:
+            benchmark.extra_info["GB/s"] = round(nbytes / benchmark.stats.stats.median / 1e9, 1)
+            benchmark.extra_info["device"] = torch.cuda.get_device_name()
+
+    return run
+
+
+def gradients(torch: Any, model: str, benchmark: Any) -> list[Any]:
+    shapes = [(1000,)] if benchmark.disabled else SHAPES[model]
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+
+
+def size_of(grads: list[Any]) -> int:
+    return sum(grad.numel() * grad.element_size() for grad in grads)
+
+
+@models
+@pytest.mark.parametrize("method", ["numclip", "torch", "cupy", "copy"])
+def test_norm(benchmark, torch, timed_on_gpu, model, method):
+    benchmark.group = f"GPU norm, {model}"
+    grads = gradients(torch, model, benchmark)
+    calls: dict[str, Callable[[], object]] = {
+        "numclip": lambda: nc.global_norm(grads),
+        "torch": lambda: torch.stack(torch._foreach_norm(grads)).norm(),
+        "copy": lambda: [grad.clone() for grad in grads],
+    }
+    if method == "cupy":
+        cupy = pytest.importorskip("cupy")
+        arrays = [cupy.asarray(grad).reshape(-1) for grad in grads]
+        calls["cupy"] = lambda: sum(cupy.dot(array, array) for array in arrays)
+    timed_on_gpu(calls[method], size_of(grads) * (2 if method == "copy" else 1))
+
+
+@models
+@pytest.mark.parametrize("outcome", ["clips", "does not clip"])
+@pytest.mark.parametrize("method", ["numclip groups", "numclip", "torch"])
+def test_clip(benchmark, torch, timed_on_gpu, model, method, outcome):
+    """Clipping what is clipped already would do nothing: the bound shrinks at every call."""
+    benchmark.group = f"GPU clip in place, {outcome}, {model}"
+    grads = gradients(torch, model, benchmark)
+    for grad in grads:
+        grad.grad = grad.clone()
+    owned = [grad.grad for grad in grads]
+    bound = [float(nc.global_norm(owned)) * (1e6 if outcome == "does not clip" else 1.0)]
+
+    def ours() -> None:
+        nc.clip_by_global_norm(owned, bound[0], out=owned)
+
+    def theirs() -> None:
+        torch.nn.utils.clip_grad_norm_(grads, bound[0], foreach=True)
+
+    calls = {"numclip": ours, "torch": theirs}
+    if method == "numclip groups":
+        arrays = {str(k): np.zeros(tuple(grad.shape), "f") for k, grad in enumerate(grads)}
+        rule = nc.ByGlobalNorm(lambda _: bound[0])
+        groups = nc.ParamGroups([nc.Group("g", arrays, clip=rule)], device="cuda")
+        groups.set_grads({str(k): grad for k, grad in enumerate(owned)})
+        calls[method] = groups.clip
+
+    def shrinking() -> None:
+        if outcome == "clips":
+            bound[0] *= 0.999
+        calls[method]()
+
+    timed_on_gpu(shrinking, size_of(grads) * (3 if outcome == "clips" else 1))
+
+
+@models
+@pytest.mark.parametrize("method", ["numclip", "torch"])
+def test_clip_and_adam(benchmark, torch, timed_on_gpu, model, method):
+    benchmark.group = f"GPU clip and Adam, {model}"
+    grads = gradients(torch, model, benchmark)
+    nbytes = 8 * size_of(grads)
+    if method == "torch":
+        params = [torch.nn.Parameter(torch.ones_like(grad)) for grad in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer = torch.optim.AdamW(params, fused=True)
+
+        def theirs() -> None:
+            torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+            optimizer.step()
+
+        timed_on_gpu(theirs, nbytes)
+        return
+    arrays = {str(k): np.ones(tuple(grad.shape), np.float32) for k, grad in enumerate(grads)}
+    groups = nc.ParamGroups([nc.Group("g", arrays, clip=nc.ByGlobalNorm(1.0))], device="cuda")
+    groups.set_grads({str(k): grad for k, grad in enumerate(grads)})
+    del grads, arrays
+    step = nc.Adam(groups, weight_decay=0.01)
+    timed_on_gpu(step.step, nbytes)

@@ -1,0 +1,425 @@
+"""The border of the GPU: arrays of numba, CuPy, PyTorch and others, described and checked."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import inputs
+from numclip.dtypes import NAMES, Array, DType, lookup, refusal
+from numclip.inputs import Entry, Gradients, Key
+from numclip.kernels import device
+from numclip.kernels.cuda_backend import Span, add
+from numclip.placement import on_device
+
+
+def _address(memory: Any) -> int:
+    return int(device.interface_of(memory)["data"][0])
+
+
+class DeviceArray:
+    """An array on the GPU that is a part of a buffer of numclip's.
+
+    CuPy (``cupy.asarray``), PyTorch (``torch.as_tensor(..., device="cuda")``) and numba
+    (``numba.cuda.as_cuda_array``) take it without a copy, by ``__cuda_array_interface__``.
+
+    Parameters
+    ----------
+    memory : array of bytes
+        The buffer, which is kept.
+    offset : int
+        Where in it the array begins, in bytes.
+    shape : tuple of int
+        The shape.
+    dtype : dtype
+        The dtype.
+    strides : tuple of int, optional
+        The strides in bytes; C order by default.
+    """
+
+    def __init__(
+        self,
+        memory: Any,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
+        self.shape, self.dtype, self._strides = shape, np.dtype(dtype), strides
+        self._memory = memory
+        self.address = _address(memory) + offset
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The description that other libraries read; bfloat16 is told as two bytes."""
+        address = self.address if self.size else 0
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (address, False),
+            "strides": self._strides,
+            "version": 2,
+        }
+
+    def copy_to_host(self, stream: Any = 0) -> Array:
+        """Return a copy in the host's memory, after what the stream still has to do."""
+        return host_copy(describe("array", 0, self), stream)
+
+    def copy_from(self, source: Any, stream: Any = 0) -> None:
+        """Copy an array of the same shape and dtype in, from the host or the GPU.
+
+        Parameters
+        ----------
+        source : array
+            A NumPy array, or one on the GPU; C order.
+        stream : stream, optional
+            Where in order to copy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where it does not fit.
+        """
+        if on_device(source):
+            entry = self._fitting(source)
+            with in_order(stream, [entry]):
+                device.copy(self.address, entry.address, self.nbytes, stream)
+            return
+        source = np.asarray(source)
+        self._check(source.shape, source.dtype)
+        flat = np.ascontiguousarray(source).reshape(-1)
+        device.write(self.address, flat.view(np.uint8), stream)
+
+    def add(self, source: Any, stream: Any = 0) -> None:
+        """Add an array of the same shape and dtype, from the host or the GPU.
+
+        Parameters
+        ----------
+        source : array
+            A NumPy array, or one on the GPU; C order.
+        stream : stream, optional
+            Where in order to add. An array of the host is sent first, into new memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where it does not fit.
+        """
+        if not on_device(source):
+            source = np.asarray(source)
+            sent = DeviceArray(device.allocate(source.nbytes), 0, source.shape, source.dtype)
+            sent.copy_from(source, stream)
+            source = sent
+        entry = self._fitting(source)
+        own = describe("array", 0, self)
+        with in_order(stream, [entry]):
+            add(Span(entry.dtype, entry.address, own.address, entry.size), stream)
+
+    def _fitting(self, source: Any) -> DeviceEntry:
+        """Return the description of an array on the GPU that fits this one."""
+        entry = describe("source", 0, source)
+        self._check(entry.shape, entry.native, c_order=entry.c_order)
+        return entry
+
+    def _check(self, shape: Any, dtype: Any, *, c_order: bool = True) -> None:
+        if shape != self.shape or dtype != self.dtype or not c_order:
+            raise ValueError(
+                f"source: expected {self.dtype} of shape {self.shape} in C order, "
+                f"got {dtype} of {shape}"
+            )
+
+    def part(self, start: int, shape: tuple[int, ...]) -> DeviceArray:
+        """Return the view of some elements of a 1-d array, from the one numbered `start`."""
+        offset = self.address - _address(self._memory) + start * self.dtype.itemsize
+        return DeviceArray(self._memory, offset, shape, self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Return a copy in the host's memory."""
+        if copy is False:
+            raise ValueError("copy: expected True or None, as the array is on the GPU")
+        return self.copy_to_host().astype(dtype or self.dtype, copy=False)
+
+    def __setitem__(self, key: Any, source: Any) -> None:
+        if key is not Ellipsis:
+            raise TypeError("index: expected ..., as a whole array is copied to the GPU")
+        source = source if on_device(source) else np.asarray(source, self.dtype)
+        self.copy_from(source)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.dtype}, shape={self.shape})"
+
+
+class DeviceEntry(NamedTuple):
+    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`."""
+
+    name: str
+    key: Key
+    dtype: DType
+    native: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    address: int
+    writable: bool
+    array: Any
+
+    @property
+    def size(self) -> int:
+        """The stored numbers, two for each complex element."""
+        return math.prod(self.shape) * self.dtype.components
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.storage.itemsize
+
+    @property
+    def c_order(self) -> bool:
+        """Whether the elements lie in C order."""
+        return self.strides is None or self.strides == _strides(self.shape, self.native.itemsize)
+
+
+def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Return the strides of C order."""
+    sizes = [max(length, 1) for length in shape]
+    return tuple(math.prod(sizes[k + 1 :]) * itemsize for k in range(len(sizes)))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> bool:
+    """Tell whether an array fills its memory, in C or in Fortran order."""
+    if strides is None or math.prod(shape) == 0:
+        return True
+    kept = [k for k, length in enumerate(shape) if length > 1]
+    own, lengths = [strides[k] for k in kept], [shape[k] for k in kept]
+    backwards = _strides(lengths[::-1], itemsize)[::-1]
+    return tuple(own) in (_strides(lengths, itemsize), backwards)
+
+
+def _bfloat16() -> np.dtype[Any]:
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def _native(interface: Any, array: Any) -> np.dtype[Any]:
+    """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
+    if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
+        return _bfloat16()
+    return np.dtype(str(interface["typestr"]))
+
+
+def describe(name: str, key: Key, array: Any) -> DeviceEntry:
+    """Return the description of one array on the GPU, or say why it cannot be taken."""
+    if not on_device(array):
+        kind = type(array).__name__
+        raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
+    if _library(array) == "torch":
+        native = _torch_dtype(array.dtype)
+        strides = None if array.is_contiguous() else array.stride()
+        if strides is not None and native is not None:
+            strides = tuple(step * native.itemsize for step in strides)
+        found = native, tuple(array.shape), strides, array.data_ptr(), False
+    else:
+        found = _interface(name, array)
+    return _checked(name, key, array, *found)
+
+
+def _library(array: Any) -> str:
+    """Return the name of the package an array is of."""
+    return type(array).__module__.partition(".")[0]
+
+
+@functools.cache
+def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """Return a dtype of PyTorch's as NumPy's: its own description knows no tensor with a graph."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return _bfloat16() if name == "bfloat16" else np.dtype(name)
+    except TypeError:
+        return None
+
+
+def _interface(name: str, array: Any) -> Any:
+    """Return dtype, shape, strides, address and whether it is read-only, as an array tells them."""
+    interface = device.interface_of(array)
+    if interface is None:
+        raise TypeError(
+            f"{name}: expected an array with __cuda_array_interface__, "
+            f"got {type(array).__name__}; pass it through cupy.from_dlpack"
+        )
+    address, read_only = interface["data"]
+    strides = interface.get("strides")
+    return _native(interface, array), tuple(interface["shape"]), strides, address or 0, read_only
+
+
+def _checked(
+    name: str, key: Key, array: Any, native: Any, shape: Any, strides: Any, address: int, fixed: Any
+) -> DeviceEntry:
+    """Return the description of an array that kernels can take, refuse any other."""
+    row = None if native is None else lookup(native)
+    if row is None:
+        got = array.dtype if native is None else refusal(native)
+        raise TypeError(f"{name}: expected an array of {NAMES}, got {got}")
+    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
+        raise ValueError(
+            f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
+            "pass a contiguous copy"
+        )
+    if address % row.storage.itemsize:
+        raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")
+    return DeviceEntry(name, key, row, native, shape, strides, address, not fixed, array)
+
+
+def gradients(grads: Any, name: str = "grads") -> Gradients:
+    """Return the description of several gradients on the GPU."""
+    keys, items, rebuild = inputs.structure(grads, name)
+    entries: list[Any] = [
+        describe(f"{name}[{key!r}]", key, item)
+        for key, item in zip(keys, items, strict=True)
+        if item is not None
+    ]
+    return Gradients(entries, items, keys, rebuild)
+
+
+def new_like(entry: DeviceEntry) -> DeviceEntry:
+    """Return a new array in memory like another one, of the library the other is from."""
+    library = _library(entry.array)
+    if library in ("torch", "cupy"):
+        made = sys.modules[library].empty_like(entry.array)
+    else:
+        memory = device.allocate(entry.nbytes)
+        made = DeviceArray(memory, 0, entry.shape, entry.native, entry.strides)
+        if library == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, entry.shape, entry.native, entry.strides)
+    return describe("out", 0, made)
+
+
+def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
+    """Return a copy of an array in the host's memory."""
+    flat = device.read(entry.address, entry.nbytes, stream).view(entry.native)
+    return np.ndarray(entry.shape, entry.native, flat, strides=entry.strides)
+
+
+def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
+    """Return the description of a copy in the host's memory."""
+    return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
+
+
+def stream_from(stream: Any) -> Any:
+    """Return a stream that a user gives: of numba, CuPy or PyTorch, or a handle."""
+    for name in ("cuda_stream", "ptr"):
+        handle = getattr(stream, name, None)
+        if isinstance(handle, int):
+            return device.stream_at(handle)
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return device.stream_at(stream)
+    if stream is None or hasattr(stream, "begin_building"):  # a graph builder of cuda.core
+        return stream or 0
+    if hasattr(stream, "__cuda_stream__"):
+        return device.stream_at(int(stream.__cuda_stream__()[1]))
+    raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
+
+
+def stream_of(entries: Sequence[DeviceEntry]) -> Any:
+    """Return the stream that the library of the first array works on at present."""
+    array: Any = entries[0].array if entries else None
+    library = _library(array)
+    if library == "torch":
+        return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+    if library == "cupy":
+        return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    return device.stream_at(_told_stream(array))
+
+
+@contextlib.contextmanager
+def in_order(stream: Any, entries: Sequence[DeviceEntry]) -> Iterator[None]:
+    """Do something after what the arrays' library was told, and before what it will be told."""
+    theirs = stream_of(entries)
+    device.order(stream, theirs)
+    yield
+    device.order(theirs, stream)
+
+
+def _told_stream(array: Any) -> int:
+    """Return the stream an array names; 1 is the default one, and so is none."""
+    interface = device.interface_of(array) or {}
+    handle = interface.get("stream") or 0
+    return 0 if handle == 1 else int(handle)
+
+
+def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
+    """Return where a result goes that the user gives, after checking that it fits."""
+    if out is entry.array:
+        found = entry._replace(name=name)
+    else:
+        found = describe(name, entry.key, out)
+        if found.shape != entry.shape:
+            raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
+        if found.native != entry.native:
+            raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
+        if found.c_order != entry.c_order:
+            raise ValueError(f"{name}: expected the memory order of {entry.name}")
+    if not found.writable:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    return found
+
+
+def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+    """Refuse results that would be written over one another or over a gradient still to read."""
+    spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{second}: shares memory with {first}")
+    for entry, target in zip(entries, targets, strict=True):
+        before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
+        if entry.address == target.address or not entry.nbytes or not before:
+            continue
+        _, end, name = spans[before - 1]
+        if entry.address < end:
+            raise ValueError(
+                f"{name}: shares memory with {entry.name}; "
+                "pass out= the gradients themselves to work in place"
+            )
+
+
+def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:
+    """Return where the results of several gradients go; `given` is what the user passed."""
+    entries: Sequence[Any] = grads.entries
+    if out is None:
+        return [new_like(entry) for entry in entries]
+    keys, items = grads.keys, grads.items
+    if out is not given:
+        keys, items, _ = inputs.structure(out, "out")
+    absent = [[item is None for item in those] for those in (items, grads.items)]
+    if keys != grads.keys or absent[0] != absent[1]:
+        raise ValueError(f"out: expected the {len(grads.keys)} keys of grads, None where they are")
+    pairs = [(key, item) for key, item in zip(keys, items, strict=True) if item is not None]
+    found = [
+        target(entry, item, f"out[{key!r}]")
+        for entry, (key, item) in zip(entries, pairs, strict=True)
+    ]
+    refuse_overlaps(entries, found)
+    return found

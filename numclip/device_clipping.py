@@ -1,0 +1,152 @@
+"""Clipping arrays on the GPU: what `functional` does with gradients that lie there.
+
+Nothing here waits for the GPU but ``nonfinite="raise"`` and whoever reads a norm.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from numclip import device_arrays, inputs
+from numclip.device_arrays import DeviceEntry
+from numclip.device_values import DeviceFloat
+from numclip.kernels import cuda, device
+from numclip.kernels.cuda_backend import ABSENT, Law, Plan, Pool, Span
+from numclip.nonfinite import first_error
+
+PLANS = 32
+"""How many plans are kept: gradients at the same addresses as before find theirs again."""
+
+_plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
+
+
+def _plan(
+    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str
+) -> tuple[Plan, list[Any]]:
+    """Return the plan for one norm of some tensors, and its free memory for outcomes."""
+    spans = [
+        Span(entry.dtype, entry.address, target.address, entry.size)
+        for entry, target in zip(entries, targets, strict=True)
+    ]
+    key = (policy, *spans)
+    if key not in _plans:
+        _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)]), []
+        while len(_plans) > PLANS:
+            _plans.popitem(last=False)
+    _plans.move_to_end(key)
+    return _plans[key]
+
+
+def clip(
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry] | None,
+    law: Law,
+    policy: str = "propagate",
+) -> float | DeviceFloat:
+    """Scale gradients by one factor where their norm exceeds a bound; return the norm.
+
+    Without targets they are only measured.
+    """
+    device.require()
+    if not entries:
+        return 0.0 if law.given == ABSENT else law.given
+    stream = device_arrays.stream_of(entries)
+    plan, free = _plan(entries, entries if targets is None else targets, policy)
+    outcome = free.pop() if free else plan.outcome()
+    plan.write_laws([law], stream)
+    if law.given == ABSENT or policy != "propagate":
+        plan.measure(law.ord, stream)
+    plan.judge(outcome, stream)
+    norm = DeviceFloat(lambda: _decided(outcome, cuda.NORM, stream))
+    weakref.finalize(norm, free.append, outcome).atexit = False
+    if policy == "raise" and _decided(outcome, cuda.BROKEN, stream):
+        given = None if law.given == ABSENT else law.given
+        raise first_error([device_arrays.host_entry(e, stream) for e in entries], given)
+    if targets is not None:
+        plan.scale(outcome, stream)
+    return norm
+
+
+def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
+    """Return what was decided, after waiting for it."""
+    return float(device.read_table(outcome[1], stream)[0, column])
+
+
+def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
+    """Return the norm of all gradients together, as `functional.global_norm`."""
+    described: Any = device_arrays.gradients(grads)
+    _refuse_complex(described.entries, ord)
+    return clip(described.entries, None, Law(math.inf, ord=ord))
+
+
+def clip_by_global_norm(
+    grads: Any, bound: float, given: float | None, ord: float, policy: str, out: Any
+) -> tuple[Any, float | DeviceFloat]:
+    """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
+    described: Any = device_arrays.gradients(grads)
+    _refuse_complex(described.entries, ord)
+    device.require()
+    targets = device_arrays.targets(described, grads, out)
+    law = Law(bound, given=ABSENT if given is None else given, ord=ord)
+    norm = clip(described.entries, targets, law, policy)
+    return described.with_results([target.array for target in targets]), norm
+
+
+def clip_whole(grad: Any, bound: float, out: Any, ord: float = 2.0, divisor: str = "") -> Any:
+    """Clip one gradient by its norm over its number of elements ("size"), its "root", or 1."""
+    entry = device_arrays.describe("grad", 0, grad)
+    _refuse_complex([entry], ord)
+    size = float(max(entry.elements, 1))
+    divisors = {"": 1.0, "size": size, "root": math.sqrt(size)}
+    target = _place(entry, out)
+    clip([entry], [target], Law(bound, divisors[divisor], ord=ord))
+    return target.array
+
+
+def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
+    """Clip one gradient by its norm, as `functional.clip_by_norm`."""
+    if axes is not None:
+        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
+    return clip_whole(grad, bound, out, ord)
+
+
+def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
+    """Hold each element between two numbers, as `functional.clip_by_value`."""
+    entry = device_arrays.describe("grad", 0, grad)
+    if entry.dtype.components == 2:
+        raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
+    if getattr(low, "ndim", 0) or getattr(high, "ndim", 0):
+        raise TypeError(
+            "clip_value_min, clip_value_max: expected numbers for a gradient on the GPU, got "
+            "arrays; clip a copy on the host"
+        )
+    low, high = inputs.value_bounds(low, high, entry.shape)
+    target = _place(entry, out)
+    stream = device_arrays.stream_of([entry])
+    plan, free = _plan([entry], [target], "propagate")  # by which nothing is skipped
+    outcome = free.pop() if free else plan.outcome()
+    plan.clamp(outcome, low, high, stream, range(1))
+    free.append(outcome)
+    return target.array
+
+
+def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
+    device.require()
+    if out is None:
+        return device_arrays.new_like(entry)
+    target = device_arrays.target(entry, out, "out")
+    device_arrays.refuse_overlaps([entry], [target])
+    return target
+
+
+def _refuse_complex(entries: Sequence[DeviceEntry], ord: float) -> None:
+    for entry in entries:
+        if entry.dtype.components == 2 and ord != 2.0:
+            raise TypeError(
+                f"{entry.name}: expected real numbers on the GPU where ord is not 2, "
+                f"got {entry.native}; clip a copy on the host"
+            )

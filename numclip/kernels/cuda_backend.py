@@ -1,0 +1,272 @@
+"""Operations of the GPU: tables of pointers and chunks, scratch memory, launches.
+
+A plan is made once for some tensors and used for many steps. None of its operations waits for
+the GPU, and none but `write_laws` with new laws moves anything over the bus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType
+from numclip.kernels import cuda, cuda_updates, device, formulas
+from numclip.kernels.packets import WORD
+
+ABSENT = -1.0  # a norm that was not given
+POLICIES = {
+    "propagate": cuda.PROPAGATE,
+    "raise": cuda.RAISE,
+    "skip": cuda.SKIP,
+    "zero": cuda.ZERO,
+}
+
+
+class Span(NamedTuple):
+    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
+
+    dtype: DType
+    source: int
+    target: int
+    size: int
+
+
+class Pool(NamedTuple):
+    """Tensors ``[first, last)`` of one norm; pools of one `group` are skipped together."""
+
+    first: int
+    last: int
+    group: int
+    policy: str
+
+
+class Law(NamedTuple):
+    """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1."""
+
+    bound: float
+    divisor: float = 1.0
+    given: float = ABSENT
+    unscale: float = 1.0
+    ord: float = 2.0
+
+
+def like(dtype: DType) -> Any:
+    """Return what tells a kernel how elements are stored."""
+    return dtype.storage.type(0)
+
+
+def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
+    """Return the table of chunks, how many are before each tensor, and where each one starts.
+
+    Chunks begin at multiples of 16 bytes where source and target can both do so: a first, short
+    one goes up to there.
+    """
+    itemsizes = np.array([span.dtype.storage.itemsize for span in spans], np.int64)
+    places = np.array([span[1:] for span in spans], np.int64).reshape(-1, 3)
+    sources, targets, sizes = places.T
+    heads = -sources % WORD // np.maximum(itemsizes, 1)
+    heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
+    limits = device.CHUNK_BYTES // np.maximum(itemsizes, 1)
+    counts = (heads > 0) + -(-(sizes - heads) // limits)
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    owners = np.repeat(np.arange(len(spans)), counts)
+    turns = np.arange(owners.size) - firsts[owners] - (heads[owners] > 0)
+    starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
+    stops = np.where(turns < 0, heads[owners], starts + limits[owners])
+    chunks = np.empty((owners.size, 5), np.int64)
+    chunks[:, cuda.SOURCE] = sources[owners] + starts * itemsizes[owners]
+    chunks[:, cuda.TARGET] = targets[owners] + starts * itemsizes[owners]
+    chunks[:, cuda.LENGTH] = np.minimum(stops, sizes[owners]) - starts
+    chunks[:, cuda.OWNER] = owners
+    chunks[:, cuda.PART] = np.arange(owners.size)
+    return chunks, firsts, starts
+
+
+class Plan:
+    """What the kernels need to measure and scale some tensors."""
+
+    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool]) -> None:
+        self.spans, self.pools = list(spans), list(pools)
+        chunks, firsts, _ = split(spans)
+        self.chunks = self._by_dtype(chunks)
+        self._parts: dict[range, dict[DType, Any]] = {}
+        self.tensors = device.table(self._tensor_table(firsts))
+        self._pools = device.table(self._pool_table())
+        groups = 1 + max(pool.group for pool in pools)
+        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32))
+        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)))
+        self._written: Array | None = None
+        self._laws = device.table(np.zeros((len(pools), cuda.LAW_COLUMNS)))
+        self.in_place = all(span.source == span.target for span in spans)
+
+    def _tensor_table(self, firsts: Array) -> Array:
+        table = np.zeros((len(self.spans), 4), np.int64)
+        table[:, cuda.FIRST], table[:, cuda.LAST] = firsts[:-1], firsts[1:]
+        for p, pool in enumerate(self.pools):
+            table[pool.first : pool.last, cuda.POOL] = p
+            table[pool.first : pool.last, cuda.ZEROING] = pool.policy == "zero"
+        return table
+
+    def _pool_table(self) -> Array:
+        table = np.zeros((len(self.pools), 5), np.int64)
+        for p, pool in enumerate(self.pools):
+            digits = min(row.digits for row in self._dtypes(pool))
+            table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits
+        return table
+
+    def _dtypes(self, pool: Pool) -> set[DType]:
+        return {span.dtype for span in self.spans[pool.first : pool.last]}
+
+    def outcome(self) -> tuple[Any, Any]:
+        """Return memory for the sums of the tensors and the decisions for the pools."""
+        decisions = np.zeros((len(self.pools) + 1, cuda.DECISION_COLUMNS))
+        return device.table(np.zeros((len(self.spans), 3))), device.table(decisions)
+
+    def outcomes(self, count: int) -> list[tuple[Any, Any]]:
+        """Return so much memory for outcomes, in one piece."""
+        shape = count, len(self.pools) + 1, cuda.DECISION_COLUMNS
+        sums, decisions = np.zeros((count, len(self.spans), 3)), np.zeros(shape)
+        both = device.table(sums), device.table(decisions)
+        return [(both[0][k], both[1][k]) for k in range(count)]
+
+    def write_laws(self, laws: Sequence[Law], stream: Any) -> None:
+        """Let the following decisions obey some laws, one for each pool."""
+        table = np.array([self._row(*pair) for pair in zip(self.pools, laws, strict=True)])
+        if self._written is None or not np.array_equal(table, self._written, equal_nan=True):
+            device.update(self._laws, table, stream)
+            self._written = table
+
+    def _row(self, pool: Pool, law: Law) -> list[float]:
+        rows = self._dtypes(pool)
+        elements = float(sum(span.size for span in self.spans[pool.first : pool.last]))
+        finest = max(row.grain for row in rows) / (2.0 * formulas.GRAIN_LIMIT)
+        coarse = formulas.root(elements, law.ord) / law.divisor * finest
+        roundoff, tiny = max(row.roundoff for row in rows), max(row.tiny for row in rows)
+        start = [law.bound, law.divisor, law.given, roundoff, coarse, tiny]
+        return [*start, law.unscale, law.ord, 0.0]
+
+    def measure(self, ord: float, stream: Any) -> None:
+        """Sum the chunks: one read, two where `ord` is neither 2 nor infinite."""
+        if ord == 2.0:
+            self._each(cuda.sum_squares, stream, self.tensors, after=[self._partial])
+            return
+        self._each(cuda.max_magnitude, stream, self.tensors, after=[self._partial])
+        arguments = self.tensors, self._pools, self._partial, self._laws
+        device.launch(cuda.find_peaks, len(self.pools), stream, *arguments)
+        if ord != math.inf:
+            self._each(cuda.sum_powers, stream, self.tensors, self._laws, after=[self._partial])
+
+    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
+        """Launch a kernel for each dtype."""
+        for dtype, chunks in self.chunks.items():
+            count = chunks.shape[0]
+            device.launch(kernel, count, stream, chunks, *before, like(dtype), *after)
+
+    def judge(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Add the sums up, and decide for every pool."""
+        tables = self.tensors, self._pools, self._laws, self._partial, self._tickets
+        device.launch(cuda.judge, len(self.spans), stream, *tables, *outcome)
+
+    def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Write each tensor times the factor that was decided; one read, one write, or none."""
+        self._scale(cuda.scale, outcome, stream)
+
+    def scale_rare(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        self._scale(cuda.scale_rare, outcome, stream)
+
+    def _scale(self, kernel: Any, outcome: tuple[Any, Any], stream: Any) -> None:
+        for dtype, chunks in self.chunks.items():
+            precision = [np.int64(number) for number in dtype.precision]
+            arguments = self.tensors, outcome[1], *precision, like(dtype)
+            device.launch(kernel, chunks.shape[0], stream, chunks, *arguments)
+
+    def clamp(
+        self, outcome: tuple[Any, Any], low: float, high: float, stream: Any, members: range
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        bounds = np.float64(low), np.float64(high)
+        for dtype, chunks in self._chunks_of(members).items():
+            arguments = self.tensors, outcome[1], *bounds, like(dtype)
+            device.launch(cuda.clamp, chunks.shape[0], stream, chunks, *arguments)
+
+    def _chunks_of(self, members: range) -> dict[DType, Any]:
+        """Return the tables of the chunks of some tensors; made once."""
+        if len(members) == len(self.spans):
+            return self.chunks
+        if members not in self._parts:
+            chunks, _, _ = split(self.spans)
+            inside = np.isin(chunks[:, cuda.OWNER], np.array(members))
+            self._parts[members] = self._by_dtype(chunks[inside])
+        return self._parts[members]
+
+    def _by_dtype(self, chunks: Array) -> dict[DType, Any]:
+        """Return tables of the chunks of each dtype that has some."""
+        dtypes = [self.spans[k].dtype for k in chunks[:, cuda.OWNER]]
+        return {
+            dtype: device.table(chunks[[own is dtype for own in dtypes]])
+            for dtype in dict.fromkeys(dtypes)
+        }
+
+
+def add(span: Span, stream: Any) -> None:
+    """Add what is read to what is written to."""
+    chunks = device.table(split([span])[0])
+    device.launch(cuda.add, chunks.shape[0], stream, chunks, like(span.dtype))
+
+
+class Updates:
+    """What the kernels need to update parameters by the gradients of a plan.
+
+    `states` are the addresses of each tensor's states. A row of settings and a count of steps
+    stand for each pool.
+    """
+
+    def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
+        self._plan = plan
+        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
+        chunks, _, starts = split(spans)
+        updates = np.zeros((len(chunks), 6), np.int64)
+        owners = chunks[:, cuda.OWNER]
+        updates[:, cuda_updates.GRAD] = chunks[:, cuda.SOURCE]
+        updates[:, cuda_updates.PARAM] = chunks[:, cuda.TARGET]
+        sizes = np.array([span.dtype.compute.itemsize for span in spans], np.int64)
+        for k, addresses in enumerate(states):
+            places = np.array(addresses, np.int64)[owners] + starts * sizes[owners]
+            updates[:, cuda_updates.FIRST + k] = places
+        updates[:, cuda_updates.LENGTH], updates[:, cuda_updates.OWNER] = chunks[:, 2], owners
+        dtypes = [spans[k].dtype for k in owners]
+        self._updates = {
+            dtype: device.table(updates[[own is dtype for own in dtypes]]) for dtype in plan.chunks
+        }
+        self.counts = device.table(np.zeros(len(plan.pools), np.int64))
+        shape = len(plan.pools), cuda_updates.SETTINGS_COLUMNS
+        self._given = device.table(np.zeros(shape))
+        self._settings = device.table(np.zeros(shape))
+        self._written: Array | None = None
+
+    def write_settings(self, settings: Array, stream: Any) -> None:
+        """Let the following steps use some settings, a row for each pool."""
+        if self._written is None or not np.array_equal(settings, self._written):
+            device.update(self._given, settings, stream)
+            self._written = settings
+
+    def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
+        """Take a step of gradient descent; one launch to count it, one for each dtype."""
+        device.launch(cuda_updates.advance, 1, stream, outcome[1], self.counts)
+        kernel = cuda_updates.descend_with_momentum if momentum else cuda_updates.descend
+        self._take(kernel, outcome, self._given, stream)
+
+    def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Take a step of Adam; one launch to prepare it, one for each dtype."""
+        tables = outcome[1], self._given, self.counts, self._settings
+        device.launch(cuda_updates.advance_adam, 1, stream, *tables)
+        self._take(cuda_updates.adam, outcome, self._settings, stream)
+
+    def _take(self, kernel: Any, outcome: tuple[Any, Any], settings: Any, stream: Any) -> None:
+        for dtype, updates in self._updates.items():
+            arguments = self._plan.tensors, outcome[1], settings, like(dtype)
+            device.launch(kernel, updates.shape[0], stream, updates, *arguments)

@@ -1,0 +1,198 @@
+"""numba-cuda: the one place that knows its import, its options, its streams and its faults.
+
+Importing this module starts no driver. With ``NUMBA_ENABLE_CUDASIM=1`` kernels run as plain
+Python on the memory of the host, in tiny blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from numclip.kernels.missing import INSTALL, DeviceError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+if importlib.util.find_spec("numba_cuda") is None:
+    raise DeviceError(f'device: "cuda" needs the package numba-cuda, which is missing: {INSTALL}')
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 asks for it at its first compilation
+    setattr(np, "row_stack", np.vstack)  # noqa: B010 - no attribute that type checkers know
+
+import numba.cuda  # noqa: E402
+from numba.core import config  # noqa: E402
+
+cuda: Any = numba.cuda
+
+SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
+if SIMULATED:
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+# A power of two: the block's sums are added in a tree. Not measured on hardware yet.
+THREADS = 4 if SIMULATED else 256
+# Bytes a partial sum covers, and how many blocks a multiprocessor is given.
+CHUNK_BYTES = 512 if SIMULATED else 1 << 17
+BLOCKS_PER_MULTIPROCESSOR = 8
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` for the GPU at its first launch."""
+    return cuda.jit(function)  # type: ignore[no-any-return]
+
+
+def inline(function: Function) -> Function:
+    """Compile `function` as a part of the kernels that call it."""
+    if SIMULATED:
+        return function
+    return cuda.jit(device=True, forceinline=True)(function)  # type: ignore[no-any-return]
+
+
+_blocks = 0
+
+
+def require() -> None:
+    """Refuse to go on where there is no GPU, and say what is missing."""
+    global _blocks
+    if _blocks:
+        return
+    if SIMULATED:
+        _blocks = 3
+        return
+    try:
+        found = cuda.is_available()
+        count = cuda.get_current_device().MULTIPROCESSOR_COUNT if found else 0
+    except Exception as error:  # the driver's own errors, of many types
+        raise DeviceError(f'device: "cuda" failed to start: {error}; {INSTALL}') from error
+    if not found:
+        reason = " ".join(str(cuda.cuda_error() or "no driver or no GPU was found").split())
+        raise DeviceError(
+            f'device: "cuda" needs an NVIDIA GPU and its driver: {reason}; see nvidia-smi, '
+            f"then {INSTALL}"
+        )
+    _blocks = BLOCKS_PER_MULTIPROCESSOR * count
+
+
+@functools.lru_cache(maxsize=512)
+def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
+    """Return a kernel with its grid, made once: numba warns of every small one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kernel[blocks, THREADS, stream]
+
+
+def launch(kernel: Any, count: int, stream: Any, *arguments: Any) -> None:
+    """Start a kernel whose blocks share `count` pieces of work; return at once."""
+    if SIMULATED:
+        kernel[min(count, _blocks), THREADS](*arguments)
+    else:
+        _configured(kernel, min(count, _blocks), stream)(*arguments)
+
+
+def table(array: Any) -> Any:
+    """Return a copy of a table on the GPU, as kernels take it."""
+    return cuda.to_device(np.ascontiguousarray(array))
+
+
+def update(to: Any, array: Any, stream: Any) -> None:
+    """Write a table that is on the GPU, in the order of the stream."""
+    to.copy_to_device(np.ascontiguousarray(array), stream=stream)
+
+
+def read_table(array: Any, stream: Any) -> Any:
+    """Return a copy of a table, after what the stream still has to do."""
+    copy = array.copy_to_host(stream=stream)
+    synchronize(stream)
+    return copy
+
+
+def synchronize(stream: Any) -> None:
+    """Wait for a stream; 0 is the default one."""
+    if not SIMULATED:
+        (stream or cuda.default_stream()).synchronize()
+
+
+@functools.lru_cache(maxsize=64)
+def stream_at(handle: int) -> Any:
+    """Return the stream of a handle, as other libraries tell it; 0 is the default one."""
+    return 0 if SIMULATED or handle == 0 else cuda.external_stream(handle)
+
+
+def handle_of(stream: Any) -> int:
+    """Return the handle of a stream, as other libraries take it."""
+    return 0 if SIMULATED or not stream else int(stream.handle or 0)
+
+
+def order(after: Any, before: Any) -> None:
+    """Let a stream go on only after what another one was given; the host does not wait."""
+    if not SIMULATED and handle_of(after) != handle_of(before):
+        event = cuda.event(timing=False)
+        event.record(before)
+        event.wait(after)
+
+
+def allocate(nbytes: int) -> Any:
+    """Return memory of the GPU, as bytes; aligned to 64 of them."""
+    if SIMULATED:
+        room = np.empty(nbytes + 64, np.uint8)
+        return FakeCUDAArray(room[-room.ctypes.data % 64 :][:nbytes])
+    return cuda.device_array(max(nbytes, 1), np.uint8)
+
+
+def as_array(array: Any, shape: Any, dtype: Any, strides: Any) -> Any:
+    """Return an array of ours as one of numba's, without a copy."""
+    if SIMULATED:
+        raw = _bytes_at(array.address, array.nbytes)._ary
+        made: Any = FakeCUDAArray(np.ndarray(shape, dtype, raw, strides=strides))
+        made.owner = array
+        return made
+    return cuda.as_cuda_array(array, sync=False)
+
+
+def interface_of(array: Any) -> Any:
+    """Return the description of an array of the GPU, None where it is none."""
+    if SIMULATED and hasattr(array, "__cuda_ndarray__"):
+        return array._ary.__array_interface__
+    return getattr(array, "__cuda_array_interface__", None)
+
+
+def _bytes_at(address: int, nbytes: int) -> Any:
+    """Return memory of the GPU that belongs to someone else, as bytes."""
+    if SIMULATED:
+        buffer: Any = (ctypes.c_char * nbytes).from_address(address)
+        return FakeCUDAArray(np.ndarray(nbytes, np.uint8, buffer))
+    description = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 2}
+    return cuda.from_cuda_array_interface(description, sync=False)
+
+
+def read(address: int, nbytes: int, stream: Any) -> Any:
+    """Return a copy of memory of the GPU on the host, after what the stream still has to do."""
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    return read_table(_bytes_at(address, nbytes), stream)
+
+
+def write(address: int, source: Any, stream: Any) -> None:
+    """Copy bytes of the host to the GPU."""
+    if source.size:
+        _bytes_at(address, source.size).copy_to_device(source, stream=stream)
+
+
+def copy(target: int, source: int, nbytes: int, stream: Any) -> None:
+    """Copy bytes within the GPU."""
+    if nbytes:
+        _bytes_at(target, nbytes).copy_to_device(_bytes_at(source, nbytes), stream=stream)
+
+
+def clear(address: int, nbytes: int, stream: Any) -> None:
+    """Set bytes of the GPU to 0."""
+    if not nbytes:
+        return
+    if SIMULATED:
+        write(address, np.zeros(nbytes, np.uint8), stream)
+    else:
+        cuda.cudadrv.driver.device_memset(_bytes_at(address, nbytes), 0, nbytes, stream)

@@ -1,0 +1,72 @@
+"""Compile every kernel of the GPU without one, and print the code as JSON.
+
+NUMBA_FORCE_CUDA_CC tells for which compute capability.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from numba import cuda
+from numba.core import config
+from numba.cuda import cuda_paths, dispatcher, types
+
+from numclip.kernels import cuda as kernels
+from numclip.kernels import cuda_updates
+
+TABLE = types.Array(types.int64, 2, "C")
+NUMBERS = types.Array(types.float64, 2, "C")
+TICKETS = types.Array(types.uint32, 1, "C")
+COUNTS = types.Array(types.int64, 1, "C")
+STORAGE = {
+    "float16": types.uint16,
+    "bfloat16": types.int16,
+    "float32": types.float32,
+    "float64": types.float64,
+}
+LIKE = object()  # stands for each type of storage
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "find_peaks": (TABLE, TABLE, NUMBERS, NUMBERS),
+    "judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS),
+}
+STREAMING: dict[str, tuple[Any, ...]] = {
+    "sum_squares": (TABLE, TABLE, LIKE, NUMBERS),
+    "max_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
+    "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
+    "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+    "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+    "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+    "add": (TABLE, LIKE),
+}
+UPDATES: dict[str, tuple[Any, ...]] = {
+    "advance": (NUMBERS, COUNTS),
+    "advance_adam": (NUMBERS, NUMBERS, COUNTS, NUMBERS),
+    "descend": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+    "descend_with_momentum": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+    "adam": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+}
+
+
+def code(kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int]) -> str:
+    made, _ = cuda.compile(kernel.py_func, signature, device=False, abi="numba", cc=capability)
+    return made
+
+
+def everything(capability: tuple[int, int]) -> dict[str, str]:
+    found = {}
+    for module, table in ((kernels, PLAIN), (kernels, STREAMING), (cuda_updates, UPDATES)):
+        for name, signature in table.items():
+            for dtype, like in STORAGE.items() if LIKE in signature else [("", None)]:
+                own = tuple(like if part is LIKE else part for part in signature)
+                found[f"{name} {dtype}".strip()] = code(getattr(module, name), own, capability)
+    return found
+
+
+if __name__ == "__main__":
+    cuda_paths._get_nvrtc_path = lambda: None  # NVVM is all that is needed
+    capability = config.FORCE_CUDA_CC
+    device = SimpleNamespace(compute_capability=capability)
+    dispatcher.get_current_device = lambda: device
+    print(json.dumps(everything(capability)))

@@ -1,0 +1,114 @@
+"""The conformance suite's cases on the GPU, or in its simulator with tiny grids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import devices
+import numpy as np
+import pytest
+import reference
+import test_conformance as suite
+from cases import CASES, DENSE_CASES, Case
+from devices import OnDevice, ready
+
+import numclip as nc
+
+__all__ = ["ready"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
+]
+# The simulator takes a tenth of a second a call: it sees every case, but fewer bounds.
+ORDERS = [1, 1.5, 3, math.inf] if devices.HARDWARE else [1.5, math.inf]
+RATIOS = suite.RATIOS if devices.HARDWARE else [0.1, 1 + 2**-20]
+# The layouts that lie on a GPU; others are refused (see test_cuda_errors).
+LAID_OUT = ("strided", "negative", "misaligned", "byte_swapped", "read_only")
+
+
+def lies_there(case: Case) -> bool:
+    if case.name.startswith(LAID_OUT) or (case.large and not devices.HARDWARE):
+        return False
+    return not any(reference.is_sparse(g) for g in reference.leaves(case.gradients()))
+
+
+def is_real(case: Case) -> bool:
+    return not any(np.iscomplexobj(g) for g in reference.leaves(case.gradients()))
+
+
+def params(cases: list[Case]) -> list[Any]:
+    # 300 tensors take the simulator seconds a call; one test has them.
+    return [
+        pytest.param(case, id=case.name)
+        for case in cases
+        if lies_there(case) and (devices.HARDWARE or case.name != "many_small")
+    ]
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch):
+    functions = OnDevice()
+    monkeypatch.setattr(suite, "nc", functions)
+    rules = {
+        name: (getattr(functions, clip.__name__), bound)
+        for name, (clip, bound) in suite.WHOLE_ARRAY_RULES.items()
+    }
+    monkeypatch.setattr(suite, "WHOLE_ARRAY_RULES", rules)
+    monkeypatch.setattr(suite, "axes_of", lambda _: [None])
+
+
+@pytest.mark.parametrize("case", params(CASES))
+def test_global_norm(case):
+    suite.test_global_norm(case)
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("case", params([c for c in CASES if is_real(c)]))
+def test_global_norm_of_other_orders(case, ord):
+    suite.test_global_norm_of_other_orders(case, ord)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("case", params(CASES))
+def test_clip_by_global_norm(case, ratio):
+    suite.test_clip_by_global_norm(case, ratio)
+
+
+@pytest.mark.parametrize("ratio", [10.0, *RATIOS[:1]])
+@pytest.mark.parametrize("case", params(CASES))
+def test_clip_by_global_norm_in_place(case, ratio):
+    suite.test_clip_by_global_norm_in_place(case, ratio)
+
+
+@pytest.mark.parametrize("ratio", RATIOS[:1] + RATIOS[2:])
+@pytest.mark.parametrize("case", params(CASES))
+def test_clip_by_global_norm_into_other_arrays(case, ratio):
+    suite.test_clip_by_global_norm_into_other_arrays(case, ratio)
+
+
+@pytest.mark.parametrize("case", params(DENSE_CASES))
+def test_clip_by_norm(case):
+    suite.test_clip_by_norm(case)
+
+
+@pytest.mark.parametrize("rule", suite.WHOLE_ARRAY_RULES)
+@pytest.mark.parametrize("case", params(DENSE_CASES))
+def test_rules_for_a_whole_array(case, rule):
+    suite.test_rules_for_a_whole_array(case, rule)
+
+
+@pytest.mark.parametrize("case", params(DENSE_CASES))
+def test_clip_by_value(case):
+    suite.test_clip_by_value(case)
+
+
+def test_many_small_tensors():
+    (case,) = (case for case in CASES if case.name == "many_small")
+    grads = case.gradients()
+    bound = 0.5 * nc.global_norm(grads)
+    clipped, norm = OnDevice().clip_by_global_norm(grads, bound)
+    expected, same = nc.clip_by_global_norm(grads, bound)
+    assert norm == pytest.approx(same, rel=1e-14)
+    for found, wanted in zip(clipped, expected, strict=True):
+        np.testing.assert_array_max_ulp(found, wanted, 1)

@@ -1,0 +1,171 @@
+"""What only a GPU can show: speed apart, that runs agree bit for bit, and with other libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import normal
+from checks import assert_same_bits
+from devices import fetch, hardware, ready, send
+from reference import REAL_DTYPES
+
+import numclip as nc
+
+__all__ = ["ready"]
+pytestmark = [pytest.mark.gpu, hardware]
+SIZES = [1, 255, 256, 257, 4095, 1_000_003, 40_000_000]
+
+
+def ulps(found: np.ndarray, wanted: np.ndarray) -> int:
+    """The largest distance in units in the last place."""
+    bits = f"i{found.dtype.itemsize}"
+    return int(np.abs(found.view(bits).astype(np.int64) - wanted.view(bits)).max())
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_agreement_with_the_cpu(dtype, size, offset):
+    grad = normal(np.random.default_rng(size), (size,), dtype)
+    sent = send(grad, offset)
+    norm = nc.global_norm([grad])
+    assert abs(float(nc.global_norm([sent])) - norm) <= 1e-14 * norm
+    for order in (1, 3, np.inf):
+        wanted = nc.global_norm([grad], order)
+        assert abs(float(nc.global_norm([sent], order)) - wanted) <= 1e-12 * wanted
+    wanted_grad, _ = nc.clip_by_global_norm([grad], 0.3 * norm)
+    found, _ = nc.clip_by_global_norm([sent], 0.3 * norm)
+    # One unit of the factor, and in float64 its rounding in the product.
+    assert ulps(fetch(found[0]), wanted_grad[0]) <= (2 if dtype == "float64" else 1)
+    held = nc.clip_by_value(sent, -0.5, 0.25, out=sent)
+    assert_same_bits(fetch(held), nc.clip_by_value(grad, -0.5, 0.25))
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 5e-324])
+def test_magnitudes(scale):
+    grad = normal(np.random.default_rng(0), (100_003,), "float64") * scale
+    norm = nc.global_norm([grad])
+    found, same = nc.clip_by_global_norm([send(grad)], 0.5 * norm)
+    assert abs(float(same) - norm) <= 1e-14 * norm
+    assert nc.global_norm([fetch(found[0])]) <= 0.5 * norm
+
+
+def test_a_hundred_runs_agree():
+    rng = np.random.default_rng(0)
+    grads = [normal(rng, (int(n),), "float32") for n in rng.integers(1, 300_000, 150)]
+    sent = [send(grad) for grad in grads]
+    outcomes = set()
+    for _ in range(100):
+        clipped, norm = nc.clip_by_global_norm(sent, 1.0)
+        outcomes.add((float(norm), b"".join(fetch(array).tobytes() for array in clipped)))
+    assert len(outcomes) == 1
+
+
+def torch_gradients(torch: Any) -> list[Any]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    shape = (1001, 3)
+    return [torch.randn(shape, generator=generator, device="cuda").to(d) for d in dtypes]
+
+
+def test_pytorch_in_place():
+    torch = pytest.importorskip("torch")
+    grads = torch_gradients(torch)
+    pointers = [grad.data_ptr() for grad in grads]
+    copies = [grad.double() for grad in grads]
+    clipped, norm = nc.clip_by_global_norm(grads, 1.0, out=grads)
+    exact = torch.cat([copy.reshape(-1) for copy in copies]).norm().item()
+    assert norm == pytest.approx(exact, rel=1e-12)
+    assert [grad.data_ptr() for grad in clipped] == pointers
+    assert torch.cat([grad.double().reshape(-1) for grad in grads]).norm().item() <= 1 + 1e-14
+
+
+def test_pytorch_gets_tensors_back_on_its_stream():
+    torch = pytest.importorskip("torch")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        grads = torch_gradients(torch)
+        for _ in range(20):
+            grads = [grad * 2 for grad in grads]
+            clipped, _ = nc.clip_by_global_norm(grads, 1.0)
+            total = torch.cat([grad.double().reshape(-1) for grad in clipped]).norm()
+            assert total.item() == pytest.approx(1.0, abs=0.01)
+            grads = clipped
+    assert all(isinstance(grad, torch.Tensor) for grad in clipped)
+
+
+def test_cupy_in_place_and_back():
+    cupy = pytest.importorskip("cupy")
+    grads = [cupy.arange(1000, dtype=name) for name in ("float16", "float32", "float64")]
+    for out in (None, grads):
+        before = [grad.astype("f8") for grad in grads]
+        clipped, norm = nc.clip_by_global_norm(grads, 1.0, out=out)
+        exact = sum(float((grad**2).sum()) for grad in before) ** 0.5
+        assert norm == pytest.approx(exact, rel=1e-12)
+        assert all(isinstance(grad, cupy.ndarray) for grad in clipped)
+        assert sum(float((grad.astype("f8") ** 2).sum()) for grad in clipped) <= 1 + 1e-14
+
+
+def test_numba_arrays():
+    from numba import cuda
+
+    grad = cuda.to_device(np.arange(100.0))
+    clipped = nc.clip_by_norm(grad, 1.0)
+    assert type(clipped) is type(grad)
+    assert_same_bits(clipped.copy_to_host(), nc.clip_by_norm(np.arange(100.0), 1.0))
+
+
+@pytest.mark.parametrize("kind", [nc.SGD, nc.Adam])
+def test_a_step_in_a_cuda_graph(kind):
+    torch = pytest.importorskip("torch")
+
+    def made() -> tuple[Any, Any]:
+        params = {"w": np.ones((257, 33), "f"), "b": np.ones(7)}
+        group = nc.Group("g", params, clip=nc.ByGlobalNorm(0.5), nonfinite="skip")
+        groups = nc.ParamGroups([group], device="cuda")
+        groups.set_grads({name: np.full_like(p, 0.1) for name, p in params.items()})
+        return groups, kind(groups, 0.1)
+
+    (captured, one), (plain, two) = made(), made()
+    one.step()
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    captured.stream = stream
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        one.step()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    for _ in range(6):
+        two.step()
+    for name in plain.params:
+        assert_same_bits(fetch(captured.params[name]), fetch(plain.params[name]))
+
+
+def test_views_are_taken_without_a_copy():
+    torch = pytest.importorskip("torch")
+    groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros((3, 4), "f")})], device="cuda")
+    tensor = torch.as_tensor(groups.grads["w"], device="cuda")
+    assert tensor.data_ptr() == groups.grads["w"].address
+    tensor.fill_(2.0)
+    torch.cuda.synchronize()
+    assert (fetch(groups.grads["w"]) == 2.0).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    chosen = "vector-float or odd-float or with_none or mixed"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    command += ["-q", "-m", "gpu", "-k", chosen, "tests/test_cuda_conformance.py"]
+    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
