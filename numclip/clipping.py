@@ -41,12 +41,8 @@ class Factors(NamedTuple):
         """Return each factor over a loss scale, rounded down to what its dtype can hold."""
         if scale == 1.0:
             return self
-        grids = 2.0 ** np.array([row.digits for row in dtypes], np.float64)
-        fraction, power = math.frexp(scale)
-        mantissas, shifts = np.frexp(self.mantissas / fraction)
-        if fraction != 0.5:  # else the quotient is exact
-            mantissas = np.floor(mantissas * grids) / grids
-        powers = self.powers + shifts - power
+        digits = np.array([row.digits for row in dtypes], np.int64)
+        mantissas, powers = backend.divided_factors(self.mantissas, self.powers, scale, digits)
         tiny = max((row.tiny for row in dtypes), default=0.0)
         values = np.ldexp(mantissas, powers.astype(np.intc))
         small = bool(((mantissas > 0.0) & (values < tiny)).any())

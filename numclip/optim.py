@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never
@@ -14,7 +13,7 @@ from numclip.dtypes import Array, DType, as_stored
 from numclip.general_step import GeneralStep
 from numclip.groups import ParamGroups
 from numclip.inputs import Entry
-from numclip.kernels import backend
+from numclip.kernels import backend, formulas
 from numclip.layout import aligned
 from numclip.outputs import check_writeable
 from numclip.report import ClipReport
@@ -397,12 +396,7 @@ class Adam(Optimizer):
 
     def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
         first, second = self.betas
-        root_bias = math.sqrt(1.0 - second**count)
-        settings = [
-            lr * self.weight_decay,
-            1.0 - first,
-            1.0 - second,
-            lr * root_bias / (1.0 - first**count),
-            self.eps * root_bias,
-        ]
+        rate, root_bias = formulas.adam_rate(lr, count, first, second)
+        shares = lr * self.weight_decay, 1.0 - first, 1.0 - second
+        settings = *shares, rate, self.eps * root_bias
         backend.adam(update, factors, settings)

@@ -158,6 +158,15 @@ def factors(
     return mantissas, powers, *flags
 
 
+def divided_factors(
+    mantissas: Array, powers: Array, scale: float, digits: Array
+) -> tuple[Array, Array]:
+    """Return factors over a loss scale, each rounded down to its digits."""
+    mantissas, powers = mantissas.copy(), powers.copy()
+    cpu.divide_factors(mantissas, powers, scale, digits)
+    return mantissas, powers
+
+
 def scale(batch: Batch, factors: Array) -> None:
     """Write each tensor times its factor, in one pass."""
     arguments = batch.chunks, factors, batch.dtype.like

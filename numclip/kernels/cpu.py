@@ -24,6 +24,7 @@ scale_by_power = inline(formulas.scale_by_power)
 larger = inline(formulas.larger)
 root = inline(formulas.root)
 clip_factor = inline(formulas.clip_factor)
+factor_over = inline(formulas.factor_over)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
 
@@ -208,6 +209,16 @@ def factors(norms, bounds, roundoffs, limits, mantissas, powers):
         active |= mantissas[t] != 1.0
         truncate |= cuts
     return active, truncate
+
+
+@kernel
+def divide_factors(mantissas, powers, scale, digits):
+    """Divide factors by a loss scale, in place, each rounded down to its digits."""
+    for t in range(mantissas.size):
+        if math.isfinite(mantissas[t]):
+            mantissas[t], powers[t] = factor_over(
+                mantissas[t], int(powers[t]), scale, int(digits[t])
+            )
 
 
 @inline
