@@ -22,6 +22,14 @@ def error_line(capsys: pytest.CaptureFixture[str], program: ModuleType, *argv: s
     return err.removeprefix(prefix).rstrip("\n")
 
 
+def help_text(capsys: pytest.CaptureFixture[str], program: ModuleType) -> str:
+    """Return what a program says for --help, the lines joined."""
+    with pytest.raises(SystemExit) as caught:
+        program.main(["--help"])
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
 def finite_differences(
     cost: Callable[[], float], params: Iterable[np.ndarray], step: float = 1e-5
 ) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from programs import error_line
+from programs import error_line, help_text
 
 from numclip.examples import gru as program
 from numclip.examples.corpus import read_paragraphs
@@ -151,3 +151,12 @@ def test_a_missing_package_is_named_with_the_cure(capsys, monkeypatch, tmp_path,
     monkeypatch.setitem(sys.modules, package, None)
     line = error_line(capsys, program, "--picture", str(tmp_path / "gru.png"))
     assert line == f'cannot import {package}: pip install "numclip[examples]"'
+
+
+def test_help_shows_every_option(capsys):
+    text = help_text(capsys, program)
+    for option in ("--paragraphs N", "--hidden N", "--learning-rate X", "--seed N"):
+        assert f"{option} default: " in text
+    assert "(default: 100.0, a usual norm)" in text
+    for option in ("--text FILE", "--picture FILE", "--no-picture", "--quiet"):
+        assert option in text

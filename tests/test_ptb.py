@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from programs import error_line
+from programs import error_line, help_text
 
 import numclip as nc
 from numclip.examples import lstm_network
@@ -315,3 +315,13 @@ def test_manual_is_read_in_the_smallest_original_configuration(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Python's manual: ")
     assert 100 < float(lines[-3].split()[-1]) < 3000
+
+
+def test_help_shows_every_option(capsys):
+    text = help_text(capsys, program)
+    assert "--config {small,medium,large,test} default: small" in text
+    assert "--seed N default: 0" in text
+    for option in ("--data-path DIR", "--epochs N", "--duplicates {sum,raw}", "--use-fp16"):
+        assert option in text
+    for option in ("--save FILE", "--resume FILE", "--quiet"):
+        assert option in text

@@ -119,11 +119,7 @@ def draw(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.error_surface",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("error_surface", __doc__)
     option = parser.add_argument
     default = "default: %(default)s"
     option("--start", type=float, nargs=2, default=(5.0, -2.0), metavar=("W", "B"), help=default)

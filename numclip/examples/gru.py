@@ -188,11 +188,7 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.gru",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("gru", __doc__)
     option = parser.add_argument
     default = "default: %(default)s"
     option("--paragraphs", type=positive_int, default=8000, metavar="N", help=default)

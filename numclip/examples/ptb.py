@@ -284,11 +284,7 @@ def table(training: Training, test: float | None) -> Iterator[str]:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.ptb",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("ptb", __doc__)
     option = parser.add_argument
     option("--config", choices=CONFIGS, default="small", help="default: %(default)s")
     option(
