@@ -113,9 +113,20 @@ def test_interrupt_ends_with_the_table_so_far(capsys, monkeypatch, tmp_path, tex
     assert program.main([*argv, "--picture", str(picture)]) == 130
     assert signal.getsignal(signal.SIGINT) is handler
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 3 + 8 + 3
+    *rows, last = out.splitlines()[3:-3]
+    assert [row.split()[0] for row in rows] == ["5", "10", "15", "20", "25", "30", "35", "40"]
+    assert last.split()[0] == "41"
     assert picture.exists()
     assert err == "interrupted\n"
+
+
+def test_runs_that_break_at_once_are_drawn(capsys, tmp_path, text):
+    picture = tmp_path / "gru.png"
+    argv = "--quiet", "--hidden", "4", "--text", str(text), "--paragraphs", "5"
+    huge = "--learning-rate", "1e30", "--max-norm", "1e30"
+    assert program.main([*argv, *huge, "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.count("cost nan") == 2
+    assert picture.exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def test_options_out_of_range_are_refused(capsys, option, value, expected):
     assert error_line(capsys, program, option, value) == f"argument {option}: {expected}"
 
 
-def test_texts_without_paragraphs_are_refused(capsys, tmp_path):
+def test_texts_without_usable_paragraphs_are_refused(capsys, tmp_path):
     path = tmp_path / "text"
     missing = "expected a text in UTF-8, cannot be read: No such file or directory"
     argv = "--no-picture", "--text", str(path)
@@ -144,6 +155,11 @@ def test_texts_without_paragraphs_are_refused(capsys, tmp_path):
     path.write_text("a\n\nb\n")
     message = "expected a paragraph of 2 characters or more, found none"
     assert error_line(capsys, program, *argv) == f"{path}: {message}"
+    path.write_text("a line\n\n" + "a line\n" * 3000)
+    assert error_line(capsys, program, *argv) == (
+        f"{path}: expected paragraphs of at most 20,000 characters, with blank lines in between, "
+        "got one of 20,999"
+    )
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "threadpoolctl", "tqdm"])
