@@ -89,7 +89,7 @@ def table(paths: dict[str, Path]) -> str:
             row("Lowest loss", [f"{path.losses.min():.5f}" for path in paths.values()]),
             row("Largest norm", [f"{path.norms.max():.4g}" for path in paths.values()]),
             row("Longest step", [f"{path.longest:.4g}" for path in paths.values()]),
-            row("Last (w, b)", [f"({w:.2f}, {b:.2f})" for w, b in last]),
+            row("Last (w, b)", [f"({w:.4g}, {b:.4g})" for w, b in last]),
         ]
     )
 
