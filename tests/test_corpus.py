@@ -26,8 +26,8 @@ def test_words_are_ranked_by_frequency_and_then_by_name(tmp_path):
     np.testing.assert_array_equal(words.test, [0, 1])
     assert words.outside == 1
     assert str(words) == (
-        f"{tmp_path}: 8 words to train with, 3 to validate, 2 to test; 4 different ones, "
-        "1 others left out"
+        f"{tmp_path}: 8 words to train with, 3 to validate, 2 to test; 4 different ones; "
+        "outside the vocabulary and left out: 1"
     )
 
 
@@ -36,7 +36,7 @@ def test_unknown_words_become_unk_where_the_text_has_it(tmp_path):
     words = read_words(folder, 10)
     unknown = words.vocabulary.index("<unk>")
     np.testing.assert_array_equal(words.validation[:3], [unknown] * 3)
-    assert str(words).endswith("3 different ones, 2 others became <unk>")
+    assert str(words).endswith("3 different ones; outside the vocabulary and taken for <unk>: 2")
 
 
 def test_rare_words_go_where_the_vocabulary_is_full(tmp_path):

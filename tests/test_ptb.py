@@ -264,9 +264,14 @@ def test_checkpoints_that_do_not_fit_are_refused(capsys, folder):
     def line(*extra):
         return error_line(capsys, program, *argv, *extra)
 
-    assert line("--seed", "1") == "--resume: seed: expected 1, got 0"
-    assert line("--duplicates", "raw") == "--resume: duplicates: expected 'raw', got 'sum'"
-    assert line("--use-fp16") == "--resume: use_fp16: expected True, got False"
+    cure = "; go on with the options that it was saved with"
+    assert line("--seed", "1") == f"--resume: seed: expected 1, got 0{cure}"
+    assert line("--duplicates", "raw") == f"--resume: duplicates: expected 'raw', got 'sum'{cure}"
+    assert line("--use-fp16") == f"--resume: use_fp16: expected True, got False{cure}"
+    lines = (folder / FILES[0]).read_text().splitlines()
+    (folder / FILES[0]).write_text("\n".join(lines[::-1]))
+    assert line().startswith("--resume: checksum of the text: expected ")
+    (folder / FILES[0]).write_text("\n".join(lines))
     nc.ParamGroups([nc.Group("a", {"b": np.zeros(1)})]).save(path)
     assert line().startswith("--resume: state['settings']['config']: expected str, got nothing")
     path.write_bytes(b"no checkpoint")
@@ -280,16 +285,29 @@ def test_checkpoints_that_do_not_fit_are_refused(capsys, folder):
     [
         (0, "", "{path}: expected a text, got an empty file"),
         (1, None, "{path}: expected a text in UTF-8, cannot be read: No such file or directory"),
-        (0, "a b\n", "training text: expected at least 20 words for one batch of 5 x 3, got 3"),
-        (1, "word1\n", "validation text: expected at least 20 words for one batch of 5 x 3, got 2"),
-        (2, "other", "test text: expected at least 2 words for one batch of 1 x 1, got 1"),
+        (
+            0,
+            "a b\n",
+            "{folder}, training part: expected at least 20 words for one batch of 5 x 3, got 3",
+        ),
+        (
+            1,
+            "word1\n",
+            "{folder}, validation part: expected at least 20 words for one batch of 5 x 3, got 2",
+        ),
+        (
+            2,
+            "other",
+            "{folder}, test part: expected at least 2 words for one batch of 1 x 1, got 1",
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_named(capsys, folder, name, content, message):
     path = folder / FILES[name]
     path.unlink() if content is None else path.write_text(content)
     argv = "--config", "test", "--data-path", str(folder)
-    assert error_line(capsys, program, *argv) == message.format(path=path)
+    expected = message.format(path=path, folder=folder)
+    assert error_line(capsys, program, *argv) == expected
 
 
 def test_options_that_do_not_fit_are_refused(capsys, folder):

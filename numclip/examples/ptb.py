@@ -83,10 +83,15 @@ def cut_texts(words: Words, config: Config) -> Texts:
     """Return the windows, or refuse a text that is too short for one."""
     sizes = config.batch_size, config.num_steps
     return Texts(
-        cut("training text", words.training, *sizes),
-        cut("validation text", words.validation, *sizes),
-        cut("test text", words.test, 1, 1),
+        cut(f"{words.name}, training part", words.training, *sizes),
+        cut(f"{words.name}, validation part", words.validation, *sizes),
+        cut(f"{words.name}, test part", words.test, 1, 1),
     )
+
+
+def perplexity_of(cost: float, words: int) -> float:
+    """Return the perplexity of words whose cross entropies add up to a cost."""
+    return math.exp(min(cost / words, 700.0))  # e to the 710 overflows
 
 
 class Training(state.Saved):
@@ -168,14 +173,14 @@ class Training(state.Saved):
     @property
     def perplexity(self) -> float:
         """The perplexity of the epoch so far."""
-        return math.exp(min(self.cost / (self.batch * self.config.num_steps), 700.0))
+        return perplexity_of(self.cost, self.batch * self.config.num_steps)
 
     def settings(self) -> dict[str, Any]:
         """Return what another training must share to go on from here."""
         text = zlib.crc32(self.texts.training.words.tobytes())
-        named = {name: vars(self.args)[name] for name in ("config", "seed", "duplicates")}
-        half = self.args.use_fp16
-        return {**named, "use_fp16": half, "training text": text, "sizes": asdict(self.config)}
+        names = ("config", "seed", "duplicates", "use_fp16")
+        options = {name: vars(self.args)[name] for name in names}
+        return {**options, "checksum of the text": text, **asdict(self.config)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that the next steps depend on, and of the results so far."""
@@ -196,7 +201,10 @@ class Training(state.Saved):
         state.matches({"settings": settings}, {"settings": found})
         for name, value in settings.items():
             if found[name] != value:
-                raise nc.StateError(f"{name}: expected {value!r}, got {found[name]!r}")
+                raise nc.StateError(
+                    f"{name}: expected {value!r}, got {found[name]!r}; go on with the options that "
+                    "it was saved with"
+                )
         groups = {"groups": state_dict.get("groups")}  # checked by the groups themselves
         state.matches(self.state_dict() | groups, dict(state_dict))
         self.groups.load_state_dict(state_dict["groups"])
@@ -243,7 +251,7 @@ def evaluate(training: Training, windows: Windows, stopped: Stopped) -> float | 
             cost, rnn_state = lstm_network.cost(params, words, targets, rnn_state)
             total += cost
             bar.update()
-    return math.exp(min(total / (len(windows) * steps), 700.0))
+    return perplexity_of(total, len(windows) * steps)
 
 
 def run(training: Training, stopped: Stopped) -> float | None:
@@ -293,7 +301,13 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt (default: Python's manual)",
     )
-    option("--epochs", type=positive_int, default=10**9, metavar="N", help="stop after so many")
+    option(
+        "--epochs",
+        type=positive_int,
+        default=math.inf,
+        metavar="N",
+        help="stop after so many (default: as many as the configuration has)",
+    )
     option("--seed", type=whole_number, default=0, metavar="N", help="default: %(default)s")
     option(
         "--duplicates",
