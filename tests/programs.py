@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -28,6 +29,13 @@ def help_text(capsys: pytest.CaptureFixture[str], program: ModuleType) -> str:
         program.main(["--help"])
     assert caught.value.code == 0
     return " ".join(capsys.readouterr().out.split())
+
+
+def assert_drawn(picture: Path, *texts: str) -> None:
+    """Look for words, and for the powers of a log scale, in an SVG file."""
+    drawn = picture.read_text()
+    for text in texts:
+        assert text in drawn
 
 
 def finite_differences(

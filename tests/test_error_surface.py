@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from programs import error_line, finite_differences, help_text
+from programs import assert_drawn, error_line, finite_differences, help_text
 
 from numclip.examples import error_surface as program
 
@@ -32,13 +32,13 @@ def test_the_wall_throws_descent_off_and_clipping_holds_it():
 
 
 def test_table_and_picture(capsys, tmp_path):
-    picture = tmp_path / "surface.png"
+    picture = tmp_path / "surface.svg"
     assert program.main(["--picture", str(picture)]) == 0
     rows = {line[:16].rstrip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
     first, last = (list(map(float, rows[f"{which} loss"])) for which in ("First", "Last"))
     assert first[0] == first[1]
     assert last[1] < first[1] < last[0]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert_drawn(picture, "without clipping", "clipped at 0.1", "square root of the loss", "10^{-")
 
 
 def test_options_out_of_range_are_refused(capsys):

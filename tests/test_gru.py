@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from programs import error_line, help_text
+from programs import assert_drawn, error_line, help_text
 
 from numclip.examples import gru as program
 from numclip.examples.corpus import read_paragraphs
+from numclip.examples.progress import interruptible
 
 SMALL = "--quiet", "--hidden", "64", "--learning-rate", "0.02", "--max-norm", "25"
 
@@ -29,7 +30,7 @@ def text(tmp_path_factory):
 @pytest.mark.jit_only
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_blows_up_without_clipping_and_learns_with_it(capsys, tmp_path, text, seed):
-    picture = tmp_path / "gru.png"
+    picture = tmp_path / "gru.svg"
     argv = *SMALL, "--seed", seed, "--text", str(text), "--picture", str(picture)
     assert program.main([*argv, "--paragraphs", "296"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -46,7 +47,7 @@ def test_blows_up_without_clipping_and_learns_with_it(capsys, tmp_path, text, se
     assert clipped.max() < 4.0
     assert "blown up at paragraph 25" in lines[-3]
     assert "of the steps clipped" in lines[-2]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert_drawn(picture, "without clipping", "clipped at 25", "threshold", "10^{3}")
 
 
 def run_of(costs):
@@ -73,6 +74,12 @@ def test_blown_up_is_ten_times_the_lowest_mean():
     assert wild.lowest == 3.0
     assert wild.blown_up == 153
     assert not wild.finished
+    late = run_of([3.0] * 100 + [4000.0])
+    assert late.blown_up == 101
+    late.costs += [4000.0] * 999
+    assert not late.finished
+    late.costs.append(4000.0)
+    assert late.finished
     broken = run_of([3.0, np.nan])
     assert broken.blown_up == 2
     assert broken.finished
@@ -118,6 +125,15 @@ def test_interrupt_ends_with_the_table_so_far(capsys, monkeypatch, tmp_path, tex
     assert last.split()[0] == "41"
     assert picture.exists()
     assert err == "interrupted\n"
+
+
+def test_second_interrupt_does_not_wait():
+    with interruptible() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_runs_that_break_at_once_are_drawn(capsys, tmp_path, text):
