@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from programs import error_line, help_text
+from programs import assert_drawn, error_line, help_text
 
 import numclip as nc
 from numclip.examples import lstm_network
@@ -60,7 +60,8 @@ def training(folder, *argv):
 
 def run(folder, *argv):
     """Run the program; return its exit code."""
-    return program.main(["--quiet", "--config", "test", "--data-path", str(folder), *argv])
+    argv = "--config", "test", "--data-path", str(folder), "--picture", str(folder / "p.svg"), *argv
+    return program.main(["--quiet", *argv])
 
 
 def test_table_has_every_epoch_and_the_test(capsys, folder):
@@ -76,6 +77,8 @@ def test_table_has_every_epoch_and_the_test(capsys, folder):
     fractions = [line.split()[0] for line in lines if line.endswith("words/s")]
     assert len(fractions) == 30
     assert fractions[9::10] == ["1.000"] * 3
+    assert lines.pop() == f"picture: {folder / 'p.svg'}"
+    assert_drawn(folder / "p.svg", "norm before clipping", "threshold", "81 steps", "layers")
     rows = [line.split() for line in lines[-5:-2]]
     assert [row[:2] for row in rows] == [["epoch", "1"], ["epoch", "2"], ["epoch", "3"]]
     assert [len(row) for row in rows] == [4, 4, 5]
@@ -173,6 +176,12 @@ def test_float16_trains_as_float32_does(folder, duplicates):
         assert np.abs(param - single.groups.params[name]).max() < 0.1
 
 
+def test_no_picture_of_norms_that_were_not_recorded(capsys, folder):
+    assert run(folder, "--duplicates", "raw", "--epochs", "1") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("spent in numclip")
+    assert not (folder / "p.svg").exists()
+
+
 @pytest.mark.parametrize("duplicates", ["sum", "raw"])
 def test_overflowing_steps_are_skipped_and_counted(folder, duplicates):
     one = training(folder, "--use-fp16", "--duplicates", duplicates)
@@ -232,12 +241,12 @@ def interrupt_at(monkeypatch, count):
 def test_interrupted_run_is_saved_and_resumed(capsys, monkeypatch, folder):
     whole, part = str(folder / "whole.npz"), str(folder / "part.npz")
     assert run(folder, "--save", whole) == 0
-    expected = capsys.readouterr().out.splitlines()
+    expected = capsys.readouterr().out.splitlines()[:-1]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 40)
         assert run(folder, "--save", part) == 130
     out, err = capsys.readouterr()
-    lines = out.splitlines()
+    lines = out.splitlines()[:-1]
     assert err == "interrupted\n"
     assert lines[-3] == expected[-5]  # the first epoch's row
     assert lines[-2].startswith("40 steps")
@@ -245,7 +254,7 @@ def test_interrupted_run_is_saved_and_resumed(capsys, monkeypatch, folder):
     saved.load(part)
     assert (saved.epoch, saved.batch) == (2, 13)
     assert run(folder, "--save", part, "--resume", part) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[:-1]
     assert lines[1] == "Epoch 2: learning rate 0.5"
     assert lines[-6:-1] == expected[-6:-1]
     ends = [training(folder) for _ in range(2)]
@@ -264,7 +273,7 @@ def test_interrupt_while_reading_the_test_text(capsys, monkeypatch, folder):
 
     monkeypatch.setattr(program, "evaluate", pressed)
     assert run(folder, "--epochs", "1") == 130
-    assert capsys.readouterr().out.splitlines()[-3].startswith("epoch 1")
+    assert capsys.readouterr().out.splitlines()[-4].startswith("epoch 1")
 
 
 def test_checkpoints_that_do_not_fit_are_refused(capsys, folder):
@@ -340,7 +349,7 @@ def test_a_file_that_is_there_is_not_touched_before_the_first_save(capsys, folde
 
 @pytest.mark.jit_only
 def test_manual_is_read_in_the_smallest_original_configuration(capsys):
-    assert program.main(["--quiet", "--config", "test"]) == 0
+    assert program.main(["--quiet", "--no-picture", "--config", "test"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Python's manual: ")
     assert 100 < float(lines[-3].split()[-1]) < 3000
@@ -352,5 +361,5 @@ def test_help_shows_every_option(capsys):
     assert "--seed N default: 0" in text
     for option in ("--data-path DIR", "--epochs N", "--duplicates {sum,raw}", "--use-fp16"):
         assert option in text
-    for option in ("--save FILE", "--resume FILE", "--quiet"):
+    for option in ("--save FILE", "--resume FILE", "--picture FILE", "--quiet"):
         assert option in text

@@ -6,6 +6,9 @@ state is carried from batch to batch. The cost is summed over the steps and aver
 
 Without --data-path the text is Python's own manual, of which the Penn Treebank has fifteen times
 as much: the model soon knows it by heart.
+
+The picture has the norms of the last 10,000 steps before clipping, and the threshold; both groups
+of parameters share one norm. With --duplicates raw there is none.
 """
 
 import argparse
@@ -328,6 +331,7 @@ def build_parser() -> Parser:
         help="write a checkpoint after every epoch, and at Ctrl-C",
     )
     option("--resume", type=Path, metavar="FILE", help="go on from a checkpoint, bit for bit")
+    parser.add_picture("ptb.png")
     option("--quiet", action="store_true", help="show no progress bar")
     return parser
 
@@ -336,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    parser.require("tqdm")
+    if args.duplicates == "raw":
+        args.picture = None  # the groups' history has the norms of summed rows alone
+    parser.require("tqdm", *(["matplotlib"] if args.picture else []))
     config = CONFIGS[args.config]
     try:
         words = read_words(args.data_path, config.vocab_size)
@@ -353,6 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruptible() as stopped:
         test = run(training, stopped)
     print("\n".join(table(training, test)))
+    if args.picture:
+        training.groups.history.plot(args.picture)
+        print(f"picture: {args.picture}")
     if test is None:
         if args.save:
             training.save(args.save)
