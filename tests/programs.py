@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -20,6 +21,21 @@ def error_line(capsys: pytest.CaptureFixture[str], program: ModuleType, *argv: s
     assert err.startswith(prefix)
     assert err.count("\n") == 1
     return err.removeprefix(prefix).rstrip("\n")
+
+
+def help_text(capsys: pytest.CaptureFixture[str], program: ModuleType) -> str:
+    """Return what a program says for --help, the lines joined."""
+    with pytest.raises(SystemExit) as caught:
+        program.main(["--help"])
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def assert_drawn(picture: Path, *texts: str) -> None:
+    """Look for words, and for the powers of a log scale, in an SVG file."""
+    drawn = picture.read_text()
+    for text in texts:
+        assert text in drawn
 
 
 def finite_differences(

@@ -26,8 +26,8 @@ def test_words_are_ranked_by_frequency_and_then_by_name(tmp_path):
     np.testing.assert_array_equal(words.test, [0, 1])
     assert words.outside == 1
     assert str(words) == (
-        f"{tmp_path}: 8 words to train with, 3 to validate, 2 to test; 4 different ones, "
-        "1 others left out"
+        f"{tmp_path}: 8 words to train with, 3 to validate, 2 to test; 4 different ones; "
+        "outside the vocabulary and left out: 1"
     )
 
 
@@ -36,7 +36,7 @@ def test_unknown_words_become_unk_where_the_text_has_it(tmp_path):
     words = read_words(folder, 10)
     unknown = words.vocabulary.index("<unk>")
     np.testing.assert_array_equal(words.validation[:3], [unknown] * 3)
-    assert str(words).endswith("3 different ones, 2 others became <unk>")
+    assert str(words).endswith("3 different ones; outside the vocabulary and taken for <unk>: 2")
 
 
 def test_rare_words_go_where_the_vocabulary_is_full(tmp_path):
@@ -54,8 +54,9 @@ def test_the_manual_is_split_by_paragraphs():
     assert sum(sizes) + words.outside == plain + len(paragraphs)
     assert sizes[0] > 50_000
     assert 0.86 < sizes[0] / sum(sizes) < 0.94
-    end = words.vocabulary.index("<eos>")
-    assert np.count_nonzero(words.training == end) == len(paragraphs) * 90 // 100
+    end, count = words.vocabulary.index("<eos>"), len(paragraphs)
+    ends = [np.count_nonzero(part == end) for part in (words.training, words.validation)]
+    assert ends == [count * 90 // 100, count * 95 // 100 - count * 90 // 100]
     np.testing.assert_array_equal(np.unique(words.training), np.arange(len(words.vocabulary)))
 
 

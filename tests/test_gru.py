@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from programs import error_line
+from programs import assert_drawn, error_line, help_text
 
 from numclip.examples import gru as program
 from numclip.examples.corpus import read_paragraphs
+from numclip.examples.progress import interruptible
 
 SMALL = "--quiet", "--hidden", "64", "--learning-rate", "0.02", "--max-norm", "25"
 
@@ -29,7 +30,7 @@ def text(tmp_path_factory):
 @pytest.mark.jit_only
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_blows_up_without_clipping_and_learns_with_it(capsys, tmp_path, text, seed):
-    picture = tmp_path / "gru.png"
+    picture = tmp_path / "gru.svg"
     argv = *SMALL, "--seed", seed, "--text", str(text), "--picture", str(picture)
     assert program.main([*argv, "--paragraphs", "296"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -46,7 +47,7 @@ def test_blows_up_without_clipping_and_learns_with_it(capsys, tmp_path, text, se
     assert clipped.max() < 4.0
     assert "blown up at paragraph 25" in lines[-3]
     assert "of the steps clipped" in lines[-2]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert_drawn(picture, "without clipping", "clipped at 25", "threshold", "10^{3}")
 
 
 def run_of(costs):
@@ -73,6 +74,12 @@ def test_blown_up_is_ten_times_the_lowest_mean():
     assert wild.lowest == 3.0
     assert wild.blown_up == 153
     assert not wild.finished
+    late = run_of([3.0] * 100 + [4000.0])
+    assert late.blown_up == 101
+    late.costs += [4000.0] * 999
+    assert not late.finished
+    late.costs.append(4000.0)
+    assert late.finished
     broken = run_of([3.0, np.nan])
     assert broken.blown_up == 2
     assert broken.finished
@@ -113,9 +120,29 @@ def test_interrupt_ends_with_the_table_so_far(capsys, monkeypatch, tmp_path, tex
     assert program.main([*argv, "--picture", str(picture)]) == 130
     assert signal.getsignal(signal.SIGINT) is handler
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 3 + 8 + 3
+    *rows, last = out.splitlines()[3:-3]
+    assert [row.split()[0] for row in rows] == ["5", "10", "15", "20", "25", "30", "35", "40"]
+    assert last.split()[0] == "41"
     assert picture.exists()
     assert err == "interrupted\n"
+
+
+def test_second_interrupt_does_not_wait():
+    with interruptible() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_runs_that_break_at_once_are_drawn(capsys, tmp_path, text):
+    picture = tmp_path / "gru.png"
+    argv = "--quiet", "--hidden", "4", "--text", str(text), "--paragraphs", "5"
+    huge = "--learning-rate", "1e30", "--max-norm", "1e30"
+    assert program.main([*argv, *huge, "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.count("cost nan") == 2
+    assert picture.exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +161,7 @@ def test_options_out_of_range_are_refused(capsys, option, value, expected):
     assert error_line(capsys, program, option, value) == f"argument {option}: {expected}"
 
 
-def test_texts_without_paragraphs_are_refused(capsys, tmp_path):
+def test_texts_without_usable_paragraphs_are_refused(capsys, tmp_path):
     path = tmp_path / "text"
     missing = "expected a text in UTF-8, cannot be read: No such file or directory"
     argv = "--no-picture", "--text", str(path)
@@ -144,6 +171,11 @@ def test_texts_without_paragraphs_are_refused(capsys, tmp_path):
     path.write_text("a\n\nb\n")
     message = "expected a paragraph of 2 characters or more, found none"
     assert error_line(capsys, program, *argv) == f"{path}: {message}"
+    path.write_text("a line\n\n" + "a line\n" * 3000)
+    assert error_line(capsys, program, *argv) == (
+        f"{path}: expected paragraphs of at most 20,000 characters, with blank lines in between, "
+        "got one of 20,999"
+    )
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "threadpoolctl", "tqdm"])
@@ -151,3 +183,12 @@ def test_a_missing_package_is_named_with_the_cure(capsys, monkeypatch, tmp_path,
     monkeypatch.setitem(sys.modules, package, None)
     line = error_line(capsys, program, "--picture", str(tmp_path / "gru.png"))
     assert line == f'cannot import {package}: pip install "numclip[examples]"'
+
+
+def test_help_shows_every_option(capsys):
+    text = help_text(capsys, program)
+    for option in ("--paragraphs N", "--hidden N", "--learning-rate X", "--seed N"):
+        assert f"{option} default: " in text
+    assert "(default: 100.0, a usual norm)" in text
+    for option in ("--text FILE", "--picture FILE", "--no-picture", "--quiet"):
+        assert option in text

@@ -11,7 +11,14 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr, and exit code 2."""
+    """A program's argument parser, whose errors are one line on stderr, and exit code 2."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"python -m numclip.examples.{program}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` on one line and exit with code 2."""

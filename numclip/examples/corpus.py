@@ -44,10 +44,10 @@ class Words:
 
     def __str__(self) -> str:
         sizes = f"{len(self.training):,} words to train with, {len(self.validation):,} to validate"
-        fate = f"became {UNKNOWN}" if UNKNOWN in self.vocabulary else "left out"
+        fate = f"taken for {UNKNOWN}" if UNKNOWN in self.vocabulary else "left out"
         return (
             f"{self.name}: {sizes}, {len(self.test):,} to test; {len(self.vocabulary):,} different "
-            f"ones, {self.outside:,} others {fate}"
+            f"ones; outside the vocabulary and {fate}: {self.outside:,}"
         )
 
 

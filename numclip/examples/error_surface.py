@@ -89,7 +89,7 @@ def table(paths: dict[str, Path]) -> str:
             row("Lowest loss", [f"{path.losses.min():.5f}" for path in paths.values()]),
             row("Largest norm", [f"{path.norms.max():.4g}" for path in paths.values()]),
             row("Longest step", [f"{path.longest:.4g}" for path in paths.values()]),
-            row("Last (w, b)", [f"({w:.2f}, {b:.2f})" for w, b in last]),
+            row("Last (w, b)", [f"({w:.4g}, {b:.4g})" for w, b in last]),
         ]
     )
 
@@ -119,11 +119,7 @@ def draw(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.error_surface",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("error_surface", __doc__)
     option = parser.add_argument
     default = "default: %(default)s"
     option("--start", type=float, nargs=2, default=(5.0, -2.0), metavar=("W", "B"), help=default)

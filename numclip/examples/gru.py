@@ -35,6 +35,7 @@ from numclip.examples.progress import interruptible, progress_bar, say
 
 WINDOW = 100  # paragraphs that a cost is averaged over, to be told from its lowest so far
 BLOWN_UP = 10.0  # times the lowest
+LONGEST = 20_000  # characters of a paragraph, which all are in memory at once
 ROWS = 20  # of the table
 DRAWN = 25  # paragraphs that make a point of the picture
 
@@ -46,6 +47,12 @@ class Text:
         long_enough = [paragraph for paragraph in paragraphs if len(paragraph) > 1]
         if not long_enough:
             raise DataError(f"{name}: expected a paragraph of 2 characters or more, found none")
+        longest = max(map(len, long_enough))
+        if longest > LONGEST:
+            raise DataError(
+                f"{name}: expected paragraphs of at most {LONGEST:,} characters, with blank lines "
+                f"in between, got one of {longest:,}"
+            )
         self.name = name
         self.characters = sorted(set("".join(long_enough)))
         numbers = {character: k for k, character in enumerate(self.characters)}
@@ -112,7 +119,7 @@ class Run:
         """Return the mean cost and the largest norm since some paragraph, as the table has them."""
         if len(self.costs) <= since:
             return f"{'-':>10}{'-':>14}"
-        return f"{np.mean(self.costs[since:]):10.3f}{np.max(self.norms[since:]):14.4g}"
+        return f"{np.mean(self.costs[since:]):#10.4g}{np.max(self.norms[since:]):14.4g}"
 
 
 def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
@@ -136,7 +143,8 @@ def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
         threadpool_limits(1),
         np.errstate(over="ignore", invalid="ignore"),  # what there is to see
     ):
-        while done < args.paragraphs and not stopped():
+        going = True
+        while going:
             paragraph = text.paragraphs[done % len(text.paragraphs)]
             x, targets = one_hot[paragraph[:-1], np.newaxis], paragraph[1:, np.newaxis]
             for run in runs.values():
@@ -144,7 +152,8 @@ def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
                     run.step(x, targets)
             done += 1
             bar.update()
-            if done in rows:
+            going = done < args.paragraphs and not stopped()
+            if done in rows or not going:
                 say(bar, f"{done:9,} " + "".join(run.cells(printed) for run in runs.values()))
                 printed = done
     return runs, done == args.paragraphs
@@ -154,10 +163,10 @@ def summary(name: str, run: Run) -> str:
     """Return what became of a run, in a line."""
     figures = run.groups.history.summary()["model"]
     clipped = f"{figures['clip_fraction']:.1%} of the steps clipped"
-    cost = f"cost {np.mean(run.costs[-WINDOW:]):.3f}"
+    cost = f"cost {np.mean(run.costs[-WINDOW:]):#.4g}"
     if run.blown_up is None:
         return f"{name}: {cost}, median norm {figures['norm']['p50']:.3g}, {clipped}"
-    return f"{name}: blown up at paragraph {run.blown_up:,}, {cost} (lowest {run.lowest:.3f})"
+    return f"{name}: blown up at paragraph {run.blown_up:,}, {cost} (lowest {run.lowest:#.4g})"
 
 
 def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
@@ -169,11 +178,13 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for (name, run), color in zip(runs.items(), (RED, BLUE), strict=True):
-        width = min(DRAWN, len(run.costs))
-        ends = np.arange(width, len(run.costs) + 1)
+        count = int(np.isfinite(run.costs).sum())  # a cost that is not ends the run
+        width = min(DRAWN, count)
+        ends = np.arange(width, count + 1)
         recent = np.lib.stride_tricks.sliding_window_view
-        above.plot(ends, recent(run.costs, width).mean(axis=1), color=color, label=name)
-        below.plot(ends, recent(run.norms, width).max(axis=1), color=color, label=name)
+        costs, norms = recent(run.costs[:count], width), recent(run.norms[:count], width)
+        above.plot(ends, costs.mean(axis=1), color=color, label=name)
+        below.plot(ends, norms.max(axis=1), color=color, label=name)
     below.axhline(args.max_norm, color=BLACK, linewidth=1, label="threshold")
     above.set_ylabel(f"cost per character, mean of {DRAWN}")
     below.set_ylabel(f"largest norm of {DRAWN}, before clipping")
@@ -188,11 +199,7 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.gru",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("gru", __doc__)
     option = parser.add_argument
     default = "default: %(default)s"
     option("--paragraphs", type=positive_int, default=8000, metavar="N", help=default)
@@ -228,9 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     runs, complete = train(text, args)
     for name, run in runs.items():
-        if run.costs:
-            print(summary(name, run))
-    if args.picture and all(run.costs for run in runs.values()):
+        print(summary(name, run))
+    if args.picture:
         draw(runs, args)
     if not complete:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,9 @@ state is carried from batch to batch. The cost is summed over the steps and aver
 
 Without --data-path the text is Python's own manual, of which the Penn Treebank has fifteen times
 as much: the model soon knows it by heart.
+
+The picture has the norms of the last 10,000 steps before clipping, and the threshold; both groups
+of parameters share one norm. With --duplicates raw there is none.
 """
 
 import argparse
@@ -83,10 +86,15 @@ def cut_texts(words: Words, config: Config) -> Texts:
     """Return the windows, or refuse a text that is too short for one."""
     sizes = config.batch_size, config.num_steps
     return Texts(
-        cut("training text", words.training, *sizes),
-        cut("validation text", words.validation, *sizes),
-        cut("test text", words.test, 1, 1),
+        cut(f"{words.name}, training part", words.training, *sizes),
+        cut(f"{words.name}, validation part", words.validation, *sizes),
+        cut(f"{words.name}, test part", words.test, 1, 1),
     )
+
+
+def perplexity_of(cost: float, words: int) -> float:
+    """Return the perplexity of words whose cross entropies add up to a cost."""
+    return math.exp(min(cost / words, 700.0))  # e to the 710 overflows
 
 
 class Training(state.Saved):
@@ -168,14 +176,14 @@ class Training(state.Saved):
     @property
     def perplexity(self) -> float:
         """The perplexity of the epoch so far."""
-        return math.exp(min(self.cost / (self.batch * self.config.num_steps), 700.0))
+        return perplexity_of(self.cost, self.batch * self.config.num_steps)
 
     def settings(self) -> dict[str, Any]:
         """Return what another training must share to go on from here."""
         text = zlib.crc32(self.texts.training.words.tobytes())
-        named = {name: vars(self.args)[name] for name in ("config", "seed", "duplicates")}
-        half = self.args.use_fp16
-        return {**named, "use_fp16": half, "training text": text, "sizes": asdict(self.config)}
+        names = ("config", "seed", "duplicates", "use_fp16")
+        options = {name: vars(self.args)[name] for name in names}
+        return {**options, "checksum of the text": text, **asdict(self.config)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that the next steps depend on, and of the results so far."""
@@ -196,7 +204,10 @@ class Training(state.Saved):
         state.matches({"settings": settings}, {"settings": found})
         for name, value in settings.items():
             if found[name] != value:
-                raise nc.StateError(f"{name}: expected {value!r}, got {found[name]!r}")
+                raise nc.StateError(
+                    f"{name}: expected {value!r}, got {found[name]!r}; go on with the options that "
+                    "it was saved with"
+                )
         groups = {"groups": state_dict.get("groups")}  # checked by the groups themselves
         state.matches(self.state_dict() | groups, dict(state_dict))
         self.groups.load_state_dict(state_dict["groups"])
@@ -243,7 +254,7 @@ def evaluate(training: Training, windows: Windows, stopped: Stopped) -> float | 
             cost, rnn_state = lstm_network.cost(params, words, targets, rnn_state)
             total += cost
             bar.update()
-    return math.exp(min(total / (len(windows) * steps), 700.0))
+    return perplexity_of(total, len(windows) * steps)
 
 
 def run(training: Training, stopped: Stopped) -> float | None:
@@ -284,11 +295,7 @@ def table(training: Training, test: float | None) -> Iterator[str]:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.ptb",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("ptb", __doc__)
     option = parser.add_argument
     option("--config", choices=CONFIGS, default="small", help="default: %(default)s")
     option(
@@ -297,7 +304,13 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt (default: Python's manual)",
     )
-    option("--epochs", type=positive_int, default=10**9, metavar="N", help="stop after so many")
+    option(
+        "--epochs",
+        type=positive_int,
+        default=math.inf,
+        metavar="N",
+        help="stop after so many (default: as many as the configuration has)",
+    )
     option("--seed", type=whole_number, default=0, metavar="N", help="default: %(default)s")
     option(
         "--duplicates",
@@ -318,6 +331,7 @@ def build_parser() -> Parser:
         help="write a checkpoint after every epoch, and at Ctrl-C",
     )
     option("--resume", type=Path, metavar="FILE", help="go on from a checkpoint, bit for bit")
+    parser.add_picture("ptb.png")
     option("--quiet", action="store_true", help="show no progress bar")
     return parser
 
@@ -326,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    parser.require("tqdm")
+    if args.duplicates == "raw":
+        args.picture = None  # the groups' history has the norms of summed rows alone
+    parser.require("tqdm", *(["matplotlib"] if args.picture else []))
     config = CONFIGS[args.config]
     try:
         words = read_words(args.data_path, config.vocab_size)
@@ -343,6 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruptible() as stopped:
         test = run(training, stopped)
     print("\n".join(table(training, test)))
+    if args.picture:
+        training.groups.history.plot(args.picture)
+        print(f"picture: {args.picture}")
     if test is None:
         if args.save:
             training.save(args.save)

@@ -223,11 +223,7 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
 
 def build_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        prog="python -m numclip.examples.softmax_regression",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("softmax_regression", __doc__)
     option = parser.add_argument
     default = "default: %(default)s"
     option("--epochs", type=positive_int, default=10, metavar="N", help=default)
