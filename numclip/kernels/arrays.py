@@ -46,19 +46,12 @@ def layout_holds() -> bool:
     if not ordinary or np.ndarray.__basicsize__ < header + FLAGS + WORD:
         return False
     matrix = np.zeros((3, 5), np.float32)
-    probes = (
-        matrix,
-        matrix.T,
-        matrix[1:, ::2],
-        np.zeros(0),
-        np.zeros(()),
-        np.frombuffer(b"a", np.uint8),
+    probes = matrix, matrix.T, matrix[1:, ::2], np.zeros(0), np.zeros(()), np.frombuffer(b"a", "u1")
+    pointers = id(probes) + tuple.__basicsize__
+    return all(
+        _word(pointers + k * WORD) == id(probe) and _is_laid_out(probe, id(probe) + header)
+        for k, probe in enumerate(probes)
     )
-    if any(
-        _word(id(probes) + tuple.__basicsize__ + k * WORD) != id(p) for k, p in enumerate(probes)
-    ):
-        return False
-    return all(_is_laid_out(probe, id(probe) + header) for probe in probes)
 
 
 def _word(address: int) -> int:
