@@ -79,11 +79,12 @@ class DeviceArray:
             "version": 2,
         }
 
-    def copy_to_host(self, stream: Any = 0) -> Array:
-        """Return a copy in the host's memory, after what the stream still has to do."""
-        return host_copy(describe("array", 0, self), stream)
+    def copy_to_host(self, stream: Any = None) -> Array:
+        """Return a copy in the host's memory, after what the stream, or all, still have to do."""
+        with device.on_stream(stream) as own:
+            return host_copy(describe("array", 0, self), own)
 
-    def copy_from(self, source: Any, stream: Any = 0) -> None:
+    def copy_from(self, source: Any, stream: Any = None) -> None:
         """Copy an array of the same shape and dtype in, from the host or the GPU.
 
         Parameters
@@ -91,7 +92,7 @@ class DeviceArray:
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to copy.
+            Where in order to copy; by default after everything the GPU still has to do.
 
         Raises
         ------
@@ -100,15 +101,16 @@ class DeviceArray:
         """
         if on_device(source):
             entry = self._fitting(source)
-            with in_order(stream, [entry]):
-                device.copy(self.address, entry.address, self.nbytes, stream)
+            with device.on_stream(stream) as own, in_order(own, [entry]):
+                device.copy(self.address, entry.address, self.nbytes, own)
             return
         source = np.asarray(source)
         self._check(source.shape, source.dtype)
         flat = np.ascontiguousarray(source).reshape(-1)
-        device.write(self.address, flat.view(np.uint8), stream)
+        with device.on_stream(stream) as own:
+            device.write(self.address, flat.view(np.uint8), own)
 
-    def add(self, source: Any, stream: Any = 0) -> None:
+    def add(self, source: Any, stream: Any = None) -> None:
         """Add an array of the same shape and dtype, from the host or the GPU.
 
         Parameters
@@ -116,7 +118,8 @@ class DeviceArray:
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to add. An array of the host is sent first, into new memory.
+            Where in order to add, as in `copy_from`. An array of the host is sent first, into
+            new memory.
 
         Raises
         ------
@@ -129,9 +132,9 @@ class DeviceArray:
             sent.copy_from(source, stream)
             source = sent
         entry = self._fitting(source)
-        own = describe("array", 0, self)
-        with in_order(stream, [entry]):
-            add(Span(entry.dtype, entry.address, own.address, entry.size), stream)
+        span = Span(entry.dtype, entry.address, self.address, entry.size)
+        with device.on_stream(stream) as own, in_order(own, [entry]):
+            add(span, own)
 
     def _fitting(self, source: Any) -> DeviceEntry:
         """Return the description of an array on the GPU that fits this one."""

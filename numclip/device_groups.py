@@ -18,7 +18,7 @@ from numclip.groups import ParamGroups
 from numclip.history import History
 from numclip.kernels import cuda
 from numclip.kernels.cuda_backend import Law, Plan, Pool, Span, Updates
-from numclip.kernels.device import clear, require
+from numclip.kernels.device import clear, on_stream, require
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport
 from numclip.rules import ByGlobalNorm, ByValue
@@ -52,7 +52,8 @@ class DeviceParamGroups(ParamGroups):
     params, grads : mapping of str to DeviceArray
         Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy.
     stream : stream
-        Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch.
+        Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch,
+        once what was started on the stream before is done: the new one does not wait for it.
 
     Raises
     ------
@@ -76,6 +77,11 @@ class DeviceParamGroups(ParamGroups):
     ) -> None:
         require()
         self.stream = stream
+        with on_stream(None):
+            self._build(groups, history, device)
+
+    def _build(self, groups: Sequence[Group], history: int, device: str) -> None:
+        """Fill the buffers and tables, on the default stream."""
         super().__init__(groups, history=history, device=device)
         self._spans: list[Span] = []
         self._pools: list[Pool] = []
@@ -83,9 +89,9 @@ class DeviceParamGroups(ParamGroups):
         self._tensors: dict[str, range] = {}
         for turn, members in enumerate(_sharing(self)):
             self._add(turn, members)
-        self._plan = Plan(self._spans, self._pools)
-        self._outcomes = self._plan.outcomes(KEPT)
-        self._after = self._plan.outcomes(KEPT if self._by_value() else 1)
+        self._plan = Plan(self._spans, self._pools, 0)
+        self._outcomes = self._plan.outcomes(KEPT, 0)
+        self._after = self._plan.outcomes(KEPT if self._by_value() else 1, 0)
         self._reports: list[DeviceReport | None] = [None] * KEPT
         self._judged = 0
 
@@ -118,6 +124,7 @@ class DeviceParamGroups(ParamGroups):
     @stream.setter
     def stream(self, stream: Any) -> None:
         self._stream = device_arrays.stream_from(stream)
+        self._held = stream  # some libraries destroy a stream that nobody holds
 
     @property
     def history(self) -> History:
@@ -306,6 +313,10 @@ class DeviceParamGroups(ParamGroups):
 
     def optimizer_slots(self, states: int) -> dict[str, Any]:
         """Return an optimizer's states and counts for each group; for `optim.Optimizer`."""
+        with on_stream(None):
+            return self._slots(states)
+
+    def _slots(self, states: int) -> dict[str, Any]:
         members: Any = iter(self)
         slots = {group.name: Slots(group, states) for group in members}
         params: list[int] = []

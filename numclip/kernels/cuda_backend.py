@@ -88,18 +88,18 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
 class Plan:
     """What the kernels need to measure and scale some tensors."""
 
-    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool]) -> None:
+    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool], stream: Any) -> None:
         self.spans, self.pools = list(spans), list(pools)
         chunks, firsts, _ = split(spans)
-        self.chunks = self._by_dtype(chunks)
+        self.chunks = self._by_dtype(chunks, stream)
         self._parts: dict[range, dict[DType, Any]] = {}
-        self.tensors = device.table(self._tensor_table(firsts))
-        self._pools = device.table(self._pool_table())
+        self.tensors = device.table(self._tensor_table(firsts), stream)
+        self._pools = device.table(self._pool_table(), stream)
         groups = 1 + max(pool.group for pool in pools)
-        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32))
-        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)))
+        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
+        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)), stream)
         self._written: Array | None = None
-        self._laws = device.table(np.zeros((len(pools), cuda.LAW_COLUMNS)))
+        self._laws = device.table(np.zeros((len(pools), cuda.LAW_COLUMNS)), stream)
         self.in_place = all(span.source == span.target for span in spans)
 
     def _tensor_table(self, firsts: Array) -> Array:
@@ -120,16 +120,11 @@ class Plan:
     def _dtypes(self, pool: Pool) -> set[DType]:
         return {span.dtype for span in self.spans[pool.first : pool.last]}
 
-    def outcome(self) -> tuple[Any, Any]:
-        """Return memory for the sums of the tensors and the decisions for the pools."""
-        decisions = np.zeros((len(self.pools) + 1, cuda.DECISION_COLUMNS))
-        return device.table(np.zeros((len(self.spans), 3))), device.table(decisions)
-
-    def outcomes(self, count: int) -> list[tuple[Any, Any]]:
-        """Return so much memory for outcomes, in one piece."""
+    def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
+        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
         shape = count, len(self.pools) + 1, cuda.DECISION_COLUMNS
         sums, decisions = np.zeros((count, len(self.spans), 3)), np.zeros(shape)
-        both = device.table(sums), device.table(decisions)
+        both = device.table(sums, stream), device.table(decisions, stream)
         return [(both[0][k], both[1][k]) for k in range(count)]
 
     def write_laws(self, laws: Sequence[Law], stream: Any) -> None:
@@ -189,32 +184,32 @@ class Plan:
     ) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
         bounds = np.float64(low), np.float64(high)
-        for dtype, chunks in self._chunks_of(members).items():
+        for dtype, chunks in self._chunks_of(members, stream).items():
             arguments = self.tensors, outcome[1], *bounds, like(dtype)
             device.launch(cuda.clamp, chunks.shape[0], stream, chunks, *arguments)
 
-    def _chunks_of(self, members: range) -> dict[DType, Any]:
+    def _chunks_of(self, members: range, stream: Any) -> dict[DType, Any]:
         """Return the tables of the chunks of some tensors; made once."""
         if len(members) == len(self.spans):
             return self.chunks
         if members not in self._parts:
             chunks, _, _ = split(self.spans)
             inside = np.isin(chunks[:, cuda.OWNER], np.array(members))
-            self._parts[members] = self._by_dtype(chunks[inside])
+            self._parts[members] = self._by_dtype(chunks[inside], stream)
         return self._parts[members]
 
-    def _by_dtype(self, chunks: Array) -> dict[DType, Any]:
+    def _by_dtype(self, chunks: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the chunks of each dtype that has some."""
         dtypes = [self.spans[k].dtype for k in chunks[:, cuda.OWNER]]
         return {
-            dtype: device.table(chunks[[own is dtype for own in dtypes]])
+            dtype: device.table(chunks[[own is dtype for own in dtypes]], stream)
             for dtype in dict.fromkeys(dtypes)
         }
 
 
 def add(span: Span, stream: Any) -> None:
     """Add what is read to what is written to."""
-    chunks = device.table(split([span])[0])
+    chunks = device.table(split([span])[0], stream)
     device.launch(cuda.add, chunks.shape[0], stream, chunks, like(span.dtype))
 
 
@@ -240,12 +235,13 @@ class Updates:
         updates[:, cuda_updates.LENGTH], updates[:, cuda_updates.OWNER] = chunks[:, 2], owners
         dtypes = [spans[k].dtype for k in owners]
         self._updates = {
-            dtype: device.table(updates[[own is dtype for own in dtypes]]) for dtype in plan.chunks
+            dtype: device.table(updates[[own is dtype for own in dtypes]], 0)
+            for dtype in plan.chunks
         }
-        self.counts = device.table(np.zeros(len(plan.pools), np.int64))
+        self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), cuda_updates.SETTINGS_COLUMNS
-        self._given = device.table(np.zeros(shape))
-        self._settings = device.table(np.zeros(shape))
+        self._given = device.table(np.zeros(shape), 0)
+        self._settings = device.table(np.zeros(shape), 0)
         self._written: Array | None = None
 
     def write_settings(self, settings: Array, stream: Any) -> None:
