@@ -60,7 +60,7 @@ def clip(
     stream = device_arrays.stream_of(entries)
     plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
-    plan.write_laws([law], stream)
+    plan.write_laws(law, stream)
     if law.given == ABSENT or policy != "propagate":
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)

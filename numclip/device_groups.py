@@ -17,7 +17,7 @@ from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
 from numclip.kernels import cuda
-from numclip.kernels.cuda_backend import Law, Plan, Pool, Span, Updates
+from numclip.kernels.cuda_backend import HostTable, Law, Plan, Pool, Span, Updates
 from numclip.kernels.device import clear, on_stream, require
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport
@@ -92,6 +92,8 @@ class DeviceParamGroups(ParamGroups):
         self._plan = Plan(self._spans, self._pools, 0)
         self._outcomes = self._plan.outcomes(KEPT, 0)
         self._after = self._plan.outcomes(KEPT if self._by_value() else 1, 0)
+        self._laws_after = HostTable((len(self._pools), cuda.LAW_COLUMNS), 0)
+        self._find_divisors()
         self._reports: list[DeviceReport | None] = [None] * KEPT
         self._judged = 0
 
@@ -225,7 +227,7 @@ class DeviceParamGroups(ParamGroups):
             report.expire(KEPT)
         self._reports[turn] = None
         found = Found(self.step, self._outcomes[turn], bounds, unscale)
-        self._write_laws(found)
+        self._plan.write_laws(self._law(found), self.stream)
         self._plan.measure(2.0, self.stream)
         self._plan.judge(found.outcome, self.stream)
         if any(group.nonfinite == "raise" for group in self):
@@ -240,15 +242,20 @@ class DeviceParamGroups(ParamGroups):
         free = rule is None or isinstance(rule, FOLLOWING)
         return np.full(len(self._pools_of[group.name]), math.inf if free else rule.bound(self.step))
 
-    def _write_laws(self, found: Found, unscale: float | None = None) -> None:
-        laws = [Law(math.inf)] * len(self._pools)
-        scale = found.unscale if unscale is None else unscale
+    def _law(self, found: Found) -> Law:
+        """Return the law of a step."""
+        bounds = np.full(len(self._pools), math.inf)
         for group in self:
-            sizes = [math.prod(param.shape) for param in group.params.values()]
-            for k, pool in enumerate(self._pools_of[group.name]):
-                divisor = 1.0 if group.clip is None else group.clip.divisor(sizes[k])
-                laws[pool] = Law(float(found.bounds[group.name][k]), divisor, unscale=scale)
-        self._plan.write_laws(laws, self.stream)
+            bounds[self._pools_of[group.name]] = found.bounds[group.name]
+        return Law(bounds, self._divisors, unscale=found.unscale)
+
+    def _find_divisors(self) -> None:
+        self._divisors = np.ones(len(self._pools))
+        for group in self:
+            params = group.params.values()
+            if group.clip is not None:  # a group that has one pool has a divisor of 1
+                for pool, param in zip(self._pools_of[group.name], params, strict=False):
+                    self._divisors[pool] = group.clip.divisor(math.prod(param.shape))
 
     def _refuse_nonfinite(self, found: Found) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
@@ -271,7 +278,7 @@ class DeviceParamGroups(ParamGroups):
                 norms, _, total = _told(group, report)
                 state = group.rule_state
                 found.bounds[group.name] = group.clip.thresholds(norms, total, self.step, state)
-        self._write_laws(found)
+        self._plan.write_laws(self._law(found), self.stream)
         self._plan.judge(found.outcome, self.stream)
 
     def _clamp(self, found: Found) -> None:
@@ -284,9 +291,10 @@ class DeviceParamGroups(ParamGroups):
             members = self._tensors[group.name]
             self._plan.clamp(found.outcome, *bounds, self.stream, members)
         found.after = self._after[self._judged % KEPT]
-        self._write_laws(found, unscale=1.0)
+        law = self._law(found)._replace(unscale=1.0)
+        self._plan.write_laws(law, self.stream, self._laws_after)
         self._plan.measure(2.0, self.stream)
-        self._plan.judge(found.after, self.stream)
+        self._plan.judge(found.after, self.stream, self._laws_after)
 
     def _built(self, found: Found) -> ClipReport:
         return build(found, list(self), self._tensors, self._pools_of, self.stream)
