@@ -240,6 +240,11 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
     if _library(array) == "torch":
+        if array.is_conj() or array.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor whose memory has its values, got one to be conjugated "
+                "or negated when read; pass tensor.resolve_conj().resolve_neg()"
+            )
         native = _torch_dtype(array.dtype)
         strides = None if array.is_contiguous() else array.stride()
         if strides is not None and native is not None:
@@ -290,6 +295,11 @@ def _checked(
         raise ValueError(
             f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
             "pass a contiguous copy"
+        )
+    if not address and math.prod(shape):
+        raise ValueError(
+            f"{name}: expected an array with memory on the GPU, got {type(array).__name__} at "
+            "address 0; pass its local part"
         )
     if address % row.storage.itemsize:
         raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")

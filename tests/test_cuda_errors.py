@@ -45,6 +45,11 @@ class Tensor:
     def stride(self) -> tuple[int, ...]:
         return self.steps
 
+    def is_conj(self) -> bool:
+        return False
+
+    is_neg = is_conj
+
     def is_contiguous(self) -> bool:
         return self.sent._strides is None
 
@@ -235,6 +240,21 @@ def test_tensors_that_are_not_taken(torch):  # noqa: ARG001
         odd.dtype = dtype
         with pytest.raises(TypeError, match=rf"grads\[0\]: expected an array of .*{message}"):
             nc.clip_by_global_norm([odd], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "value", "message"),
+    [
+        ("is_conj", True, r"to be conjugated or negated .* pass tensor\.resolve_conj\(\)"),
+        ("is_neg", True, r"to be conjugated or negated"),
+        ("data_ptr", 0, r"with memory on the GPU, got Tensor at address 0; pass its local part"),
+    ],
+)
+def test_tensors_whose_memory_is_not_their_values(torch, told, value, message):  # noqa: ARG001
+    odd = Tensor(np.ones(4))
+    setattr(odd, told, lambda: value)
+    with pytest.raises(ValueError, match=rf"grads\[0\]: expected .*{message}"):
+        nc.global_norm([odd])
 
 
 def test_arrays_of_numba_come_back_as_such():
