@@ -239,7 +239,15 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
-    if _library(array) == "torch":
+    library = _library(array)
+    if library in ("torch", "cupy"):
+        number = array.get_device() if library == "torch" else array.device.id
+        if number != device.ordinal():
+            raise ValueError(
+                f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {number}; a "
+                "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
+            )
+    if library == "torch":
         if array.is_conj() or array.is_neg():
             raise ValueError(
                 f"{name}: expected a tensor whose memory has its values, got one to be conjugated "

@@ -50,6 +50,9 @@ class Tensor:
 
     is_neg = is_conj
 
+    def get_device(self) -> int:
+        return 0
+
     def is_contiguous(self) -> bool:
         return self.sent._strides is None
 
@@ -247,6 +250,7 @@ def test_tensors_that_are_not_taken(torch):  # noqa: ARG001
     [
         ("is_conj", True, r"to be conjugated or negated .* pass tensor\.resolve_conj\(\)"),
         ("is_neg", True, r"to be conjugated or negated"),
+        ("get_device", 1, r"on GPU 0, got one on GPU 1; a process uses one GPU"),
         ("data_ptr", 0, r"with memory on the GPU, got Tensor at address 0; pass its local part"),
     ],
 )

@@ -78,6 +78,12 @@ def require() -> None:
     _blocks = BLOCKS_PER_MULTIPROCESSOR * count
 
 
+@functools.cache
+def ordinal() -> int:
+    """Return the number of the GPU that this process uses: the one that is current at first."""
+    return 0 if SIMULATED else int(cuda.get_current_device().id)
+
+
 @functools.lru_cache(maxsize=512)
 def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
     """Return a kernel with its grid, made once: numba warns of every small one."""
