@@ -147,6 +147,7 @@ class Slots:
             device.update(self.updates.counts, counts, stream)
 
     def _counts(self) -> Array:
+        """Return the counts of all groups, after waiting for the GPU."""
         with device.on_stream(None) as stream:
             counts: Array = device.read_table(self.updates.counts, stream)
         return counts

@@ -250,6 +250,7 @@ class DeviceParamGroups(ParamGroups):
         return Law(bounds, self._divisors, unscale=found.unscale)
 
     def _find_divisors(self) -> None:
+        """Find out by what each pool's norm is divided."""
         self._divisors = np.ones(len(self._pools))
         for group in self:
             params = group.params.values()
@@ -325,6 +326,7 @@ class DeviceParamGroups(ParamGroups):
             return self._slots(states)
 
     def _slots(self, states: int) -> dict[str, Any]:
+        """Make an optimizer's states and counts, on the default stream."""
         members: Any = iter(self)
         slots = {group.name: Slots(group, states) for group in members}
         params: list[int] = []
