@@ -79,11 +79,12 @@ class DeviceArray:
             "version": 2,
         }
 
-    def copy_to_host(self, stream: Any = 0) -> Array:
-        """Return a copy in the host's memory, after what the stream still has to do."""
-        return host_copy(describe("array", 0, self), stream)
+    def copy_to_host(self, stream: Any = None) -> Array:
+        """Return a copy in the host's memory, after what the stream, or all, still have to do."""
+        with device.on_stream(stream) as own:
+            return host_copy(describe("array", 0, self), own)
 
-    def copy_from(self, source: Any, stream: Any = 0) -> None:
+    def copy_from(self, source: Any, stream: Any = None) -> None:
         """Copy an array of the same shape and dtype in, from the host or the GPU.
 
         Parameters
@@ -91,7 +92,7 @@ class DeviceArray:
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to copy.
+            Where in order to copy; by default after everything the GPU still has to do.
 
         Raises
         ------
@@ -100,15 +101,16 @@ class DeviceArray:
         """
         if on_device(source):
             entry = self._fitting(source)
-            with in_order(stream, [entry]):
-                device.copy(self.address, entry.address, self.nbytes, stream)
+            with device.on_stream(stream) as own, in_order(own, [entry]):
+                device.copy(self.address, entry.address, self.nbytes, own)
             return
         source = np.asarray(source)
         self._check(source.shape, source.dtype)
         flat = np.ascontiguousarray(source).reshape(-1)
-        device.write(self.address, flat.view(np.uint8), stream)
+        with device.on_stream(stream) as own:
+            device.write(self.address, flat.view(np.uint8), own)
 
-    def add(self, source: Any, stream: Any = 0) -> None:
+    def add(self, source: Any, stream: Any = None) -> None:
         """Add an array of the same shape and dtype, from the host or the GPU.
 
         Parameters
@@ -116,7 +118,8 @@ class DeviceArray:
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to add. An array of the host is sent first, into new memory.
+            Where in order to add, as in `copy_from`. An array of the host is sent first, into
+            new memory.
 
         Raises
         ------
@@ -129,9 +132,9 @@ class DeviceArray:
             sent.copy_from(source, stream)
             source = sent
         entry = self._fitting(source)
-        own = describe("array", 0, self)
-        with in_order(stream, [entry]):
-            add(Span(entry.dtype, entry.address, own.address, entry.size), stream)
+        span = Span(entry.dtype, entry.address, self.address, entry.size)
+        with device.on_stream(stream) as own, in_order(own, [entry]):
+            add(span, own)
 
     def _fitting(self, source: Any) -> DeviceEntry:
         """Return the description of an array on the GPU that fits this one."""
@@ -236,7 +239,20 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
-    if _library(array) == "torch":
+    library = _library(array)
+    if library in ("torch", "cupy"):
+        number = array.get_device() if library == "torch" else array.device.id
+        if number != device.ordinal():
+            raise ValueError(
+                f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {number}; a "
+                "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
+            )
+    if library == "torch":
+        if array.is_conj() or array.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor whose memory has its values, got one to be conjugated "
+                "or negated when read; pass tensor.resolve_conj().resolve_neg()"
+            )
         native = _torch_dtype(array.dtype)
         strides = None if array.is_contiguous() else array.stride()
         if strides is not None and native is not None:
@@ -287,6 +303,11 @@ def _checked(
         raise ValueError(
             f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
             "pass a contiguous copy"
+        )
+    if not address and math.prod(shape):
+        raise ValueError(
+            f"{name}: expected an array with memory on the GPU, got {type(array).__name__} at "
+            "address 0; pass its local part"
         )
     if address % row.storage.itemsize:
         raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")

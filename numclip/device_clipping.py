@@ -25,16 +25,19 @@ _plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
 def _plan(
-    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str
+    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str, stream: Any
 ) -> tuple[Plan, list[Any]]:
-    """Return the plan for one norm of some tensors, and its free memory for outcomes."""
+    """Return the plan for one norm of some tensors, and its free memory for outcomes.
+
+    Each stream has its own: two could use a plan's memory at the same time.
+    """
     spans = [
         Span(entry.dtype, entry.address, target.address, entry.size)
         for entry, target in zip(entries, targets, strict=True)
     ]
-    key = (policy, *spans)
+    key = (policy, device.handle_of(stream), *spans)
     if key not in _plans:
-        _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)]), []
+        _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
         while len(_plans) > PLANS:
             _plans.popitem(last=False)
     _plans.move_to_end(key)
@@ -55,9 +58,9 @@ def clip(
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
     stream = device_arrays.stream_of(entries)
-    plan, free = _plan(entries, entries if targets is None else targets, policy)
-    outcome = free.pop() if free else plan.outcome()
-    plan.write_laws([law], stream)
+    plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
+    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+    plan.write_laws(law, stream)
     if law.given == ABSENT or policy != "propagate":
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
@@ -127,8 +130,8 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     low, high = inputs.value_bounds(low, high, entry.shape)
     target = _place(entry, out)
     stream = device_arrays.stream_of([entry])
-    plan, free = _plan([entry], [target], "propagate")  # by which nothing is skipped
-    outcome = free.pop() if free else plan.outcome()
+    plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
+    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
     return target.array

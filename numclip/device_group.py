@@ -137,13 +137,20 @@ class Slots:
     @property
     def steps(self) -> int:
         """How often the group was updated; asking waits for the GPU."""
-        return int(device.read_table(self.updates.counts, 0)[self._pools[0]])
+        return int(self._counts()[self._pools[0]])
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        counts = device.read_table(self.updates.counts, 0)
+        counts = self._counts()
         counts[self._pools.start : self._pools.stop] = steps
-        device.update(self.updates.counts, counts, 0)
+        with device.on_stream(None) as stream:
+            device.update(self.updates.counts, counts, stream)
+
+    def _counts(self) -> Array:
+        """Return the counts of all groups, after waiting for the GPU."""
+        with device.on_stream(None) as stream:
+            counts: Array = device.read_table(self.updates.counts, stream)
+        return counts
 
 
 def _state_like(param: DeviceArray) -> Array:

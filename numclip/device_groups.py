@@ -17,8 +17,8 @@ from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
 from numclip.kernels import cuda
-from numclip.kernels.cuda_backend import Law, Plan, Pool, Span, Updates
-from numclip.kernels.device import clear, require
+from numclip.kernels.cuda_backend import HostTable, Law, Plan, Pool, Span, Updates
+from numclip.kernels.device import clear, on_stream, require
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport
 from numclip.rules import ByGlobalNorm, ByValue
@@ -52,7 +52,8 @@ class DeviceParamGroups(ParamGroups):
     params, grads : mapping of str to DeviceArray
         Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy.
     stream : stream
-        Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch.
+        Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch,
+        once what was started on the stream before is done: the new one does not wait for it.
 
     Raises
     ------
@@ -76,6 +77,11 @@ class DeviceParamGroups(ParamGroups):
     ) -> None:
         require()
         self.stream = stream
+        with on_stream(None):
+            self._build(groups, history, device)
+
+    def _build(self, groups: Sequence[Group], history: int, device: str) -> None:
+        """Fill the buffers and tables, on the default stream."""
         super().__init__(groups, history=history, device=device)
         self._spans: list[Span] = []
         self._pools: list[Pool] = []
@@ -83,9 +89,11 @@ class DeviceParamGroups(ParamGroups):
         self._tensors: dict[str, range] = {}
         for turn, members in enumerate(_sharing(self)):
             self._add(turn, members)
-        self._plan = Plan(self._spans, self._pools)
-        self._outcomes = self._plan.outcomes(KEPT)
-        self._after = self._plan.outcomes(KEPT if self._by_value() else 1)
+        self._plan = Plan(self._spans, self._pools, 0)
+        self._outcomes = self._plan.outcomes(KEPT, 0)
+        self._after = self._plan.outcomes(KEPT if self._by_value() else 1, 0)
+        self._laws_after = HostTable((len(self._pools), cuda.LAW_COLUMNS), 0)
+        self._find_divisors()
         self._reports: list[DeviceReport | None] = [None] * KEPT
         self._judged = 0
 
@@ -118,6 +126,7 @@ class DeviceParamGroups(ParamGroups):
     @stream.setter
     def stream(self, stream: Any) -> None:
         self._stream = device_arrays.stream_from(stream)
+        self._held = stream  # some libraries destroy a stream that nobody holds
 
     @property
     def history(self) -> History:
@@ -218,7 +227,7 @@ class DeviceParamGroups(ParamGroups):
             report.expire(KEPT)
         self._reports[turn] = None
         found = Found(self.step, self._outcomes[turn], bounds, unscale)
-        self._write_laws(found)
+        self._plan.write_laws(self._law(found), self.stream)
         self._plan.measure(2.0, self.stream)
         self._plan.judge(found.outcome, self.stream)
         if any(group.nonfinite == "raise" for group in self):
@@ -233,15 +242,21 @@ class DeviceParamGroups(ParamGroups):
         free = rule is None or isinstance(rule, FOLLOWING)
         return np.full(len(self._pools_of[group.name]), math.inf if free else rule.bound(self.step))
 
-    def _write_laws(self, found: Found, unscale: float | None = None) -> None:
-        laws = [Law(math.inf)] * len(self._pools)
-        scale = found.unscale if unscale is None else unscale
+    def _law(self, found: Found) -> Law:
+        """Return the law of a step."""
+        bounds = np.full(len(self._pools), math.inf)
         for group in self:
-            sizes = [math.prod(param.shape) for param in group.params.values()]
-            for k, pool in enumerate(self._pools_of[group.name]):
-                divisor = 1.0 if group.clip is None else group.clip.divisor(sizes[k])
-                laws[pool] = Law(float(found.bounds[group.name][k]), divisor, unscale=scale)
-        self._plan.write_laws(laws, self.stream)
+            bounds[self._pools_of[group.name]] = found.bounds[group.name]
+        return Law(bounds, self._divisors, unscale=found.unscale)
+
+    def _find_divisors(self) -> None:
+        """Find out by what each pool's norm is divided."""
+        self._divisors = np.ones(len(self._pools))
+        for group in self:
+            params = group.params.values()
+            if group.clip is not None:  # a group that has one pool has a divisor of 1
+                for pool, param in zip(self._pools_of[group.name], params, strict=False):
+                    self._divisors[pool] = group.clip.divisor(math.prod(param.shape))
 
     def _refuse_nonfinite(self, found: Found) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
@@ -264,7 +279,7 @@ class DeviceParamGroups(ParamGroups):
                 norms, _, total = _told(group, report)
                 state = group.rule_state
                 found.bounds[group.name] = group.clip.thresholds(norms, total, self.step, state)
-        self._write_laws(found)
+        self._plan.write_laws(self._law(found), self.stream)
         self._plan.judge(found.outcome, self.stream)
 
     def _clamp(self, found: Found) -> None:
@@ -277,9 +292,10 @@ class DeviceParamGroups(ParamGroups):
             members = self._tensors[group.name]
             self._plan.clamp(found.outcome, *bounds, self.stream, members)
         found.after = self._after[self._judged % KEPT]
-        self._write_laws(found, unscale=1.0)
+        law = self._law(found)._replace(unscale=1.0)
+        self._plan.write_laws(law, self.stream, self._laws_after)
         self._plan.measure(2.0, self.stream)
-        self._plan.judge(found.after, self.stream)
+        self._plan.judge(found.after, self.stream, self._laws_after)
 
     def _built(self, found: Found) -> ClipReport:
         return build(found, list(self), self._tensors, self._pools_of, self.stream)
@@ -306,6 +322,11 @@ class DeviceParamGroups(ParamGroups):
 
     def optimizer_slots(self, states: int) -> dict[str, Any]:
         """Return an optimizer's states and counts for each group; for `optim.Optimizer`."""
+        with on_stream(None):
+            return self._slots(states)
+
+    def _slots(self, states: int) -> dict[str, Any]:
+        """Make an optimizer's states and counts, on the default stream."""
         members: Any = iter(self)
         slots = {group.name: Slots(group, states) for group in members}
         params: list[int] = []

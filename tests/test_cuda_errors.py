@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
+from numclip import device_clipping
 from numclip.device_arrays import DeviceArray
 from numclip.kernels import device
 
@@ -41,6 +44,14 @@ class Tensor:
 
     def stride(self) -> tuple[int, ...]:
         return self.steps
+
+    def is_conj(self) -> bool:
+        return False
+
+    is_neg = is_conj
+
+    def get_device(self) -> int:
+        return 0
 
     def is_contiguous(self) -> bool:
         return self.sent._strides is None
@@ -102,6 +113,55 @@ def test_device_and_stream_are_checked():
         nc.ParamGroups([group], stream=0)
     with pytest.raises(TypeError, match=r"stream: expected a CUDA stream or None, got str"):
         nc.ParamGroups([group], device="cuda", stream="fast")
+
+
+def test_a_stream_is_held_as_long_as_it_is_used():
+    """CuPy's and numba's are destroyed with their objects."""
+
+    class Stream:
+        ptr = 5
+
+    groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda", stream=Stream())
+    held = weakref.ref(groups._held)
+    gc.collect()
+    assert held() is not None
+    groups.stream = None
+    gc.collect()
+    assert held() is None
+
+
+def test_streams_share_no_memory(monkeypatch):
+    grad = send(np.ones(9))
+    made = []
+    plan = device_clipping.Plan
+    monkeypatch.setattr(device_clipping, "Plan", lambda *a: made.append(handle) or plan(*a))
+    for handle in (71, 72, 71):
+        monkeypatch.setattr(device, "handle_of", lambda _, own=handle: own)
+        assert nc.global_norm([grad]) == 3.0
+    assert made == [71, 72]
+
+
+def test_copies_wait_for_every_stream_where_none_is_named(monkeypatch):
+    groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda")
+    optimizer, array = nc.Adam(groups), groups.params["x"]
+    waits = []
+    monkeypatch.setattr(device, "synchronize", waits.append)
+    for copy in (lambda: np.asarray(array), lambda: optimizer._slots["g"].steps):
+        waits.clear()
+        copy()
+        assert waits[0] is None
+    for write in (lambda: array.copy_from(np.zeros(3)), lambda: array.add(send(np.zeros(3)))):
+        waits.clear()
+        write()
+        assert waits[0] is waits[-1] is None
+    waits.clear()
+    array.copy_from(np.zeros(3), stream=0)
+    assert not waits
+
+
+def test_no_work_is_no_launch():
+    """The driver refuses a grid of no blocks; gradients can have no elements."""
+    device.launch(None, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +243,22 @@ def test_tensors_that_are_not_taken(torch):  # noqa: ARG001
         odd.dtype = dtype
         with pytest.raises(TypeError, match=rf"grads\[0\]: expected an array of .*{message}"):
             nc.clip_by_global_norm([odd], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "value", "message"),
+    [
+        ("is_conj", True, r"to be conjugated or negated .* pass tensor\.resolve_conj\(\)"),
+        ("is_neg", True, r"to be conjugated or negated"),
+        ("get_device", 1, r"on GPU 0, got one on GPU 1; a process uses one GPU"),
+        ("data_ptr", 0, r"with memory on the GPU, got Tensor at address 0; pass its local part"),
+    ],
+)
+def test_tensors_whose_memory_is_not_their_values(torch, told, value, message):  # noqa: ARG001
+    odd = Tensor(np.ones(4))
+    setattr(odd, told, lambda: value)
+    with pytest.raises(ValueError, match=rf"grads\[0\]: expected .*{message}"):
+        nc.global_norm([odd])
 
 
 def test_arrays_of_numba_come_back_as_such():

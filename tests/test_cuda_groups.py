@@ -324,11 +324,11 @@ def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypat
     groups = nc.ParamGroups(members, device="cuda")
     optimizer = make(groups, 0.1)
     groups.set_grads(grads_of(groups))
-    groups.clip()
-    optimizer.step()
+    groups.clip(unscale=4.0)
+    optimizer.step(unscale=4.0)
     forbid(monkeypatch, WAITING + MOVING)
-    groups.clip()
-    optimizer.step()
+    groups.clip(unscale=4.0)
+    optimizer.step(unscale=4.0)
     monkeypatch.undo()
     assert len(groups.history) == 4
 

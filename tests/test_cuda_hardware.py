@@ -28,12 +28,12 @@ def ulps(found: np.ndarray, wanted: np.ndarray) -> int:
     return int(np.abs(found.view(bits).astype(np.int64) - wanted.view(bits)).max())
 
 
-@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("offset", [0, 1, 5])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_agreement_with_the_cpu(dtype, size, offset):
     grad = normal(np.random.default_rng(size), (size,), dtype)
-    sent = send(grad, offset)
+    sent = send(grad, offset * grad.itemsize)
     norm = nc.global_norm([grad])
     assert abs(float(nc.global_norm([sent])) - norm) <= 1e-14 * norm
     for order in (1, 3, np.inf):
@@ -98,6 +98,33 @@ def test_pytorch_gets_tensors_back_on_its_stream():
             assert total.item() == pytest.approx(1.0, abs=0.01)
             grads = clipped
     assert all(isinstance(grad, torch.Tensor) for grad in clipped)
+
+
+def test_groups_on_a_stream_of_pytorch_are_read_when_it_is_done():
+    torch = pytest.importorskip("torch")
+    params = {"w": np.ones(20_000_000, "f"), "none": np.ones((0, 3), "f")}
+    group = nc.Group("g", params, clip=nc.ByGlobalNorm(1e9))
+    groups = nc.ParamGroups([group], device="cuda", stream=torch.cuda.Stream())
+    groups.set_grads({"w": np.ones(20_000_000, "f")})
+    groups.accumulate({"none": np.ones((0, 3), "f")})
+    optimizer = nc.SGD(groups, 1.0)
+    for turn in range(20):
+        optimizer.step()
+        assert (np.asarray(groups.params["w"]) == -turn).all()
+    assert optimizer.state_dict()["groups"]["g"]["steps"] == 20
+
+
+def test_one_tensor_is_measured_on_two_streams():
+    torch = pytest.importorskip("torch")
+    grad = torch.ones(30_000_000, device="cuda")
+    torch.cuda.synchronize()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    norms = []
+    for turn in range(40):
+        with torch.cuda.stream(streams[turn % 2]):
+            norms.append(nc.global_norm([grad]))
+    assert len(set(map(float, norms))) == 1
+    assert float(norms[0]) == pytest.approx(30_000_000**0.5, rel=1e-14)
 
 
 def test_cupy_in_place_and_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -64,6 +65,10 @@ def test_code(capability, tmp_path):
             assert_loads_in_flight(kernels[f"{kernel} {dtype}"], dtype)
     # The errors of a sum would vanish if its subtractions were simplified.
     assert len(re.findall(r"sub\.f64|neg\.f64", kernels["sum_squares float32"])) >= 4
+    # Whoever counts the last block also makes sure that the others' sums are seen.
+    steps = re.findall(r"atom\.global\.inc|membar\.gl|bar\.sync", kernels["judge"])
+    after = [step for before, step in itertools.pairwise(steps) if before.startswith("atom")]
+    assert after == ["membar.gl", "membar.gl"]
     for name, code in kernels.items():
         assert_nothing_spilled(name, code, target, tmp_path)
 

@@ -107,11 +107,11 @@ def arrives_last(tickets, index, count, room):
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         arrived = cuda.atomic.inc(tickets, index, np.uint32(count - 1))  # wraps to 0
+        cuda.threadfence()  # with the barrier: no thread reads a stale copy after it
         room[0, 0] = 1.0 if arrived == count - 1 else 0.0
     cuda.syncthreads()
     last = room[0, 0] == 1.0
     cuda.syncthreads()
-    cuda.threadfence()  # no stale copy of what others wrote is read after this
     return last
 
 

@@ -46,11 +46,25 @@ class Pool(NamedTuple):
 class Law(NamedTuple):
     """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1."""
 
-    bound: float
-    divisor: float = 1.0
+    bound: float | Array
+    divisor: float | Array = 1.0
     given: float = ABSENT
     unscale: float = 1.0
     ord: float = 2.0
+
+
+class HostTable:
+    """A table of zeros that the host may write to; it is sent only where it differs."""
+
+    def __init__(self, shape: tuple[int, int], stream: Any) -> None:
+        self._sent = np.zeros(shape)
+        self.table = device.table(self._sent, stream)
+
+    def write(self, table: Array, stream: Any) -> None:
+        """Let what follows in the stream see a table."""
+        if not np.array_equal(table, self._sent, equal_nan=True):
+            device.update(self.table, table, stream)
+            self._sent = table
 
 
 def like(dtype: DType) -> Any:
@@ -88,18 +102,18 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
 class Plan:
     """What the kernels need to measure and scale some tensors."""
 
-    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool]) -> None:
+    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool], stream: Any) -> None:
         self.spans, self.pools = list(spans), list(pools)
         chunks, firsts, _ = split(spans)
-        self.chunks = self._by_dtype(chunks)
+        self.chunks = self._by_dtype(chunks, stream)
         self._parts: dict[range, dict[DType, Any]] = {}
-        self.tensors = device.table(self._tensor_table(firsts))
-        self._pools = device.table(self._pool_table())
+        self.tensors = device.table(self._tensor_table(firsts), stream)
+        self._pools = device.table(self._pool_table(), stream)
         groups = 1 + max(pool.group for pool in pools)
-        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32))
-        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)))
-        self._written: Array | None = None
-        self._laws = device.table(np.zeros((len(pools), cuda.LAW_COLUMNS)))
+        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
+        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)), stream)
+        self._laws = HostTable((len(pools), cuda.LAW_COLUMNS), stream)
+        self._set_facts()
         self.in_place = all(span.source == span.target for span in spans)
 
     def _tensor_table(self, firsts: Array) -> Array:
@@ -117,36 +131,45 @@ class Plan:
             table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits
         return table
 
+    def _set_facts(self) -> None:
+        """Find out what the laws say of each pool's elements."""
+        dtypes = [self._dtypes(pool) for pool in self.pools]
+        members = [self.spans[pool.first : pool.last] for pool in self.pools]
+        self._sizes = [sum(span.size for span in spans) for spans in members]
+        self._roundoffs = np.array([max(row.roundoff for row in rows) for rows in dtypes])
+        self._tiny = np.array([max(row.tiny for row in rows) for rows in dtypes])
+        grains = np.array([max(row.grain for row in rows) for rows in dtypes])
+        self._grains = grains / (2.0 * formulas.GRAIN_LIMIT)
+        self._roots_of: dict[float, Array] = {}
+
     def _dtypes(self, pool: Pool) -> set[DType]:
         return {span.dtype for span in self.spans[pool.first : pool.last]}
 
-    def outcome(self) -> tuple[Any, Any]:
-        """Return memory for the sums of the tensors and the decisions for the pools."""
-        decisions = np.zeros((len(self.pools) + 1, cuda.DECISION_COLUMNS))
-        return device.table(np.zeros((len(self.spans), 3))), device.table(decisions)
-
-    def outcomes(self, count: int) -> list[tuple[Any, Any]]:
-        """Return so much memory for outcomes, in one piece."""
+    def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
+        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
         shape = count, len(self.pools) + 1, cuda.DECISION_COLUMNS
         sums, decisions = np.zeros((count, len(self.spans), 3)), np.zeros(shape)
-        both = device.table(sums), device.table(decisions)
+        both = device.table(sums, stream), device.table(decisions, stream)
         return [(both[0][k], both[1][k]) for k in range(count)]
 
-    def write_laws(self, laws: Sequence[Law], stream: Any) -> None:
-        """Let the following decisions obey some laws, one for each pool."""
-        table = np.array([self._row(*pair) for pair in zip(self.pools, laws, strict=True)])
-        if self._written is None or not np.array_equal(table, self._written, equal_nan=True):
-            device.update(self._laws, table, stream)
-            self._written = table
+    def write_laws(self, law: Law, stream: Any, laws: HostTable | None = None) -> None:
+        """Let decisions obey a law, whose numbers may be arrays with one for each pool.
 
-    def _row(self, pool: Pool, law: Law) -> list[float]:
-        rows = self._dtypes(pool)
-        elements = float(sum(span.size for span in self.spans[pool.first : pool.last]))
-        finest = max(row.grain for row in rows) / (2.0 * formulas.GRAIN_LIMIT)
-        coarse = formulas.root(elements, law.ord) / law.divisor * finest
-        roundoff, tiny = max(row.roundoff for row in rows), max(row.tiny for row in rows)
-        start = [law.bound, law.divisor, law.given, roundoff, coarse, tiny]
-        return [*start, law.unscale, law.ord, 0.0]
+        It is written to the plan's own table, or to another one for `judge` to be given.
+        """
+        table = np.empty((len(self.pools), cuda.LAW_COLUMNS))
+        coarse = self._roots(law.ord) / law.divisor * self._grains
+        numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
+        for column, number in enumerate([*numbers, law.unscale, law.ord, 0.0]):
+            table[:, column] = number
+        (laws or self._laws).write(table, stream)
+
+    def _roots(self, ord: float) -> Array:
+        """Return the norm of each pool's vector of ones; found once for each order."""
+        if ord not in self._roots_of:
+            roots = [formulas.root(float(size), ord) for size in self._sizes]
+            self._roots_of[ord] = np.array(roots)
+        return self._roots_of[ord]
 
     def measure(self, ord: float, stream: Any) -> None:
         """Sum the chunks: one read, two where `ord` is neither 2 nor infinite."""
@@ -154,10 +177,11 @@ class Plan:
             self._each(cuda.sum_squares, stream, self.tensors, after=[self._partial])
             return
         self._each(cuda.max_magnitude, stream, self.tensors, after=[self._partial])
-        arguments = self.tensors, self._pools, self._partial, self._laws
+        arguments = self.tensors, self._pools, self._partial, self._laws.table
         device.launch(cuda.find_peaks, len(self.pools), stream, *arguments)
         if ord != math.inf:
-            self._each(cuda.sum_powers, stream, self.tensors, self._laws, after=[self._partial])
+            laws = self.tensors, self._laws.table
+            self._each(cuda.sum_powers, stream, *laws, after=[self._partial])
 
     def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
         """Launch a kernel for each dtype."""
@@ -165,9 +189,10 @@ class Plan:
             count = chunks.shape[0]
             device.launch(kernel, count, stream, chunks, *before, like(dtype), *after)
 
-    def judge(self, outcome: tuple[Any, Any], stream: Any) -> None:
+    def judge(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""
-        tables = self.tensors, self._pools, self._laws, self._partial, self._tickets
+        table = (laws or self._laws).table
+        tables = self.tensors, self._pools, table, self._partial, self._tickets
         device.launch(cuda.judge, len(self.spans), stream, *tables, *outcome)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
@@ -189,32 +214,32 @@ class Plan:
     ) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
         bounds = np.float64(low), np.float64(high)
-        for dtype, chunks in self._chunks_of(members).items():
+        for dtype, chunks in self._chunks_of(members, stream).items():
             arguments = self.tensors, outcome[1], *bounds, like(dtype)
             device.launch(cuda.clamp, chunks.shape[0], stream, chunks, *arguments)
 
-    def _chunks_of(self, members: range) -> dict[DType, Any]:
+    def _chunks_of(self, members: range, stream: Any) -> dict[DType, Any]:
         """Return the tables of the chunks of some tensors; made once."""
         if len(members) == len(self.spans):
             return self.chunks
         if members not in self._parts:
             chunks, _, _ = split(self.spans)
             inside = np.isin(chunks[:, cuda.OWNER], np.array(members))
-            self._parts[members] = self._by_dtype(chunks[inside])
+            self._parts[members] = self._by_dtype(chunks[inside], stream)
         return self._parts[members]
 
-    def _by_dtype(self, chunks: Array) -> dict[DType, Any]:
+    def _by_dtype(self, chunks: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the chunks of each dtype that has some."""
         dtypes = [self.spans[k].dtype for k in chunks[:, cuda.OWNER]]
         return {
-            dtype: device.table(chunks[[own is dtype for own in dtypes]])
+            dtype: device.table(chunks[[own is dtype for own in dtypes]], stream)
             for dtype in dict.fromkeys(dtypes)
         }
 
 
 def add(span: Span, stream: Any) -> None:
     """Add what is read to what is written to."""
-    chunks = device.table(split([span])[0])
+    chunks = device.table(split([span])[0], stream)
     device.launch(cuda.add, chunks.shape[0], stream, chunks, like(span.dtype))
 
 
@@ -240,29 +265,27 @@ class Updates:
         updates[:, cuda_updates.LENGTH], updates[:, cuda_updates.OWNER] = chunks[:, 2], owners
         dtypes = [spans[k].dtype for k in owners]
         self._updates = {
-            dtype: device.table(updates[[own is dtype for own in dtypes]]) for dtype in plan.chunks
+            dtype: device.table(updates[[own is dtype for own in dtypes]], 0)
+            for dtype in plan.chunks
         }
-        self.counts = device.table(np.zeros(len(plan.pools), np.int64))
+        self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), cuda_updates.SETTINGS_COLUMNS
-        self._given = device.table(np.zeros(shape))
-        self._settings = device.table(np.zeros(shape))
-        self._written: Array | None = None
+        self._given = HostTable(shape, 0)
+        self._settings = device.table(np.zeros(shape), 0)
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
-        if self._written is None or not np.array_equal(settings, self._written):
-            device.update(self._given, settings, stream)
-            self._written = settings
+        self._given.write(settings, stream)
 
     def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
         """Take a step of gradient descent; one launch to count it, one for each dtype."""
         device.launch(cuda_updates.advance, 1, stream, outcome[1], self.counts)
         kernel = cuda_updates.descend_with_momentum if momentum else cuda_updates.descend
-        self._take(kernel, outcome, self._given, stream)
+        self._take(kernel, outcome, self._given.table, stream)
 
     def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Take a step of Adam; one launch to prepare it, one for each dtype."""
-        tables = outcome[1], self._given, self.counts, self._settings
+        tables = outcome[1], self._given.table, self.counts, self._settings
         device.launch(cuda_updates.advance_adam, 1, stream, *tables)
         self._take(cuda_updates.adam, outcome, self._settings, stream)
 

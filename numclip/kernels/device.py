@@ -6,11 +6,12 @@ Python on the memory of the host, in tiny blocks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,6 +78,12 @@ def require() -> None:
     _blocks = BLOCKS_PER_MULTIPROCESSOR * count
 
 
+@functools.cache
+def ordinal() -> int:
+    """Return the number of the GPU that this process uses: the one that is current at first."""
+    return 0 if SIMULATED else int(cuda.get_current_device().id)
+
+
 @functools.lru_cache(maxsize=512)
 def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
     """Return a kernel with its grid, made once: numba warns of every small one."""
@@ -86,16 +93,24 @@ def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
 
 
 def launch(kernel: Any, count: int, stream: Any, *arguments: Any) -> None:
-    """Start a kernel whose blocks share `count` pieces of work; return at once."""
+    """Start a kernel whose blocks share `count` pieces of work, if any; return at once."""
+    if not count:  # the driver refuses a grid of no blocks
+        return
     if SIMULATED:
         kernel[min(count, _blocks), THREADS](*arguments)
     else:
         _configured(kernel, min(count, _blocks), stream)(*arguments)
 
 
-def table(array: Any) -> Any:
-    """Return a copy of a table on the GPU, as kernels take it."""
-    return cuda.to_device(np.ascontiguousarray(array))
+def table(array: Any, stream: Any) -> Any:
+    """Return a copy of a table on the GPU, as kernels take it, sent in the order of the stream.
+
+    A copy on the default stream can still be under way when the host goes on, and streams of
+    other libraries do not wait for it.
+    """
+    made = cuda.device_array(array.shape, array.dtype)
+    update(made, array, stream)
+    return made
 
 
 def update(to: Any, array: Any, stream: Any) -> None:
@@ -111,9 +126,27 @@ def read_table(array: Any, stream: Any) -> Any:
 
 
 def synchronize(stream: Any) -> None:
-    """Wait for a stream; 0 is the default one."""
-    if not SIMULATED:
+    """Wait for a stream; 0 is the default one, None means all there are."""
+    if SIMULATED:
+        return
+    if stream is None:
+        cuda.synchronize()
+    else:
         (stream or cuda.default_stream()).synchronize()
+
+
+@contextlib.contextmanager
+def on_stream(stream: Any) -> Iterator[Any]:
+    """Do something on a stream; where it is None, after all others and before what follows.
+
+    Streams of PyTorch and CuPy do not wait for the default one, nor it for them.
+    """
+    if stream is not None:
+        yield stream
+        return
+    synchronize(None)
+    yield 0
+    synchronize(None)
 
 
 @functools.lru_cache(maxsize=64)
