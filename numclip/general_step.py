@@ -14,7 +14,7 @@ from numclip import clipping, inputs
 from numclip.clipping import Factors
 from numclip.dtypes import FLOAT64, Array
 from numclip.group import GroupState
-from numclip.inputs import Entry
+from numclip.inputs import LARGEST, Entry
 from numclip.kernels import formulas
 from numclip.measuring import Norms, Sums, batches, measure, sum_squares
 from numclip.nonfinite import first_error
@@ -23,8 +23,6 @@ from numclip.report import GroupReport
 from numclip.rules import Adaptive, ByNorm, ByValue, Rule
 from numclip.step import Findings, Step, smallest, together
 from numclip.units import Units
-
-LARGEST = float(np.finfo(np.float64).max)
 
 
 class GeneralStep(Step):

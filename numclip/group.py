@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -122,7 +121,7 @@ class GroupState:
     def _entry(self, name: str, grad: Any) -> Entry:
         return inputs.entry(f"{self.name}.{name}", name, grad)
 
-    @cached_property
+    @property
     def joint_batch(self) -> Batch | None:
         """The gradients, where they are one batch and the rule needs their own L2 norm alone."""
         rule = self.clip

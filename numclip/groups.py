@@ -80,6 +80,8 @@ class ParamGroups(state.Saved):
     before any is written: an error leaves all as they were. A dense group allocates no memory
     of its gradients' size after it is made (unless its rule reduces axes in the middle).
 
+    **Threads.** One manager is for one thread at a time; different ones are independent.
+
     Examples
     --------
     >>> import numpy as np, numclip as nc

@@ -48,12 +48,12 @@ class _Ring:
 
     def add(self, row: tuple[Any, ...]) -> None:
         """Append a row in place of the oldest, where the ring is full."""
-        position = self.total % self.capacity
-        if position == self.rows.size:
+        position, rows = self.total % self.capacity, self.rows
+        if position >= rows.size:  # beyond it after a race of threads
             grown = np.zeros(min(self.capacity, 2 * position), ROW)
-            grown[:position] = self.rows
-            self.rows = grown
-        self.rows[position] = row
+            grown[: rows.size] = rows
+            self.rows = rows = grown
+        rows[position] = row
         self.total += 1
 
     def ordered(self) -> Array:

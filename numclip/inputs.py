@@ -14,11 +14,11 @@ import numpy as np
 from numclip.dtypes import NAMES, Array, DType, as_stored, lookup, refusal
 from numclip.slices import IndexedSlices
 
-Gradient = Array | IndexedSlices | None
 Key = int | str
 POLICIES = ("propagate", "raise", "skip", "zero")
 DUPLICATES = ("sum", "raw")
 _NUMBERS = (float, int)
+LARGEST = float(np.finfo(np.float64).max)
 
 
 def _expect(name: str, wanted: str, got: Any) -> str:
@@ -107,7 +107,7 @@ def are_usual(
     """Tell whether arguments are right and of the commonest types, with the order 2."""
     return (
         type(bound) in _NUMBERS
-        and bound >= 0
+        and (0 <= bound <= LARGEST or bound == math.inf)
         and type(ord) in _NUMBERS
         and ord == 2
         and type(nonfinite) is str

@@ -48,6 +48,7 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
     row = lookup(dtype)
     if row is None:
         return None
+    dtype = np.dtype(dtype.type)  # equal ones (unpickled, with metadata) are other objects
     names = id(np.ndarray), id(None), id(dtype)
     facts = [object.__basicsize__, *names, row.storage.itemsize, row.components, arrays.ALIGNED]
     readable, writeable = np.array([facts, facts], np.int64)
@@ -75,13 +76,16 @@ def global_norm(grads: Any) -> float | None:
 
 def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
     """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
-    found = _clip(_items(grads), bound, 1.0, in_place=out is grads) if _takes(grads, out) else None
+    if not _takes(grads, out):
+        return None
+    held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
+    found = _clip(_items(held), bound, 1.0, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
-    if type(grads) is list:
-        return [*items], norm
-    return items if type(grads) is tuple else dict(zip(grads, items, strict=True)), norm
+    if type(held) is not dict:
+        return [*items] if type(held) is list else items, norm
+    return held if out is grads else dict(zip(held, items, strict=True)), norm
 
 
 def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:

@@ -37,6 +37,7 @@ NUMBERS = [
     (-1, ValueError, "-1"),
     (-0.5, ValueError, r"-0\.5"),
     (-math.inf, ValueError, "-inf"),
+    (10**400, ValueError, "one of 401 characters"),
     (math.nan, ValueError, "nan"),
     (np.array(math.nan), ValueError, "nan"),
     (True, TypeError, "bool|True"),

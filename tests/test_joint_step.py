@@ -95,6 +95,17 @@ def test_what_it_takes():
     assert not taken(clip=nc.ByGlobalNorm(1.0, shared="all of them"))
 
 
+def test_a_group_follows_the_rule_it_is_given_later():
+    grads = {"w": np.array([3.0, 4.0]), "b": np.array([0.3, 0.4])}
+    groups = nc.ParamGroups([nc.Group("m", grads, clip=nc.ByGlobalNorm(1.0))])
+    groups.set_grads(grads)
+    groups.clip(apply=False)
+    groups["m"].clip = nc.ByNorm(1.0)
+    scales = {name: report.scale for name, report in groups.clip().tensors.items()}
+    assert scales["w"] == pytest.approx(0.2)
+    assert scales["b"] == 1.0
+
+
 def test_reports_keep_what_they_saw():
     groups = nc.ParamGroups([nc.Group("m", {"w": np.zeros(2)}, clip=nc.ByGlobalNorm(1.0))])
     groups.set_grads({"w": np.array([3.0, 4.0])})

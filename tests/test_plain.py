@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_what_is_plain_is_taken(dtype):
             assert [None if r is None else r.flags.f_contiguous for r in result] == [
                 None if g is None else g.flags.f_contiguous for g in grads
             ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_dtype_met_may_be_another_object(monkeypatch, dtype):
+    monkeypatch.setattr(plain, "_KINDS", {})
+    grad = normal(np.random.default_rng(5), (6,), dtype)
+    unpickled = pickle.loads(pickle.dumps(grad))
+    noted = grad.astype(np.dtype(grad.dtype, metadata={"unit": "m"}))
+    for odd in (unpickled, noted, grad):
+        assert nc.global_norm([odd]) == nc.global_norm([grad])
+    assert plain.global_norm([grad]) == nc.global_norm([grad])
 
 
 class Subclass(np.ndarray):
@@ -186,6 +198,32 @@ def test_a_list_that_changes_meanwhile():
             assert 0 < nc.global_norm(grads) < 1000
             clipped, _ = nc.clip_by_global_norm(grads, 1e-3)
             assert nc.global_norm(clipped) <= 1e-3
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.jit_only
+def test_a_dict_that_changes_meanwhile():
+    grads = {k: np.ones(50, np.float32) for k in range(200)}
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for k in range(200, 400):
+                grads[k] = np.ones(50, np.float32)
+            for k in range(200, 400):
+                del grads[k]
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(1000):
+            for out in (None, grads):
+                clipped, _ = nc.clip_by_global_norm(grads, 1e-3, out=out)
+                assert clipped is not grads
+                assert 200 <= len(clipped) <= 400
+                assert nc.global_norm(clipped) <= 1e-3
     finally:
         stop.set()
         thread.join()

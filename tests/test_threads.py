@@ -196,3 +196,29 @@ def test_threads_let_go_of_the_arrays():
     while gone() is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert gone() is None
+
+
+def test_threads_that_race_for_a_manager_do_not_break_it():
+    groups = nc.ParamGroups([nc.Group("all of it", {"w": np.ones(9)}, clip=nc.ByGlobalNorm(1.0))])
+    errors = []
+
+    def clip():
+        try:
+            for _ in range(400):
+                groups.clip()
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        callers = [threading.Thread(target=clip) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    groups.clip()
+    assert 400 < len(groups.history) <= 1601
