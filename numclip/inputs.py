@@ -17,7 +17,7 @@ from numclip.slices import IndexedSlices
 Key = int | str
 POLICIES = ("propagate", "raise", "skip", "zero")
 DUPLICATES = ("sum", "raw")
-_NUMBERS = (float, int)
+_NUMBERS = (float, int, np.float64)
 LARGEST = float(np.finfo(np.float64).max)
 
 
