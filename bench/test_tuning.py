@@ -88,3 +88,36 @@ def test_strip(benchmark, monkeypatch, normal, timed, strip):
     shares = np.array([0, starts.size - 1])
     out = np.empty((1, 2))
     timed(lambda: kernel(0, 1, shares, np.arange(len(x)), starts, x, out), x.nbytes)
+
+
+@jit.inline
+def by_radix(indices, digits):
+    """Return the order that sorts indices below ``2 ** (11 * digits)``, stable."""
+    order = np.arange(indices.size)
+    other = np.empty_like(order)
+    for digit in range(digits):
+        starts = np.zeros(2049, np.int64)
+        for k in range(indices.size):
+            starts[(indices[k] >> 11 * digit & 2047) + 1] += 1
+        for bucket in range(2048):
+            starts[bucket + 1] += starts[bucket]
+        for k in order:
+            bucket = indices[k] >> 11 * digit & 2047
+            other[starts[bucket]] = k
+            starts[bucket] += 1
+        order, other = other, order
+    return order
+
+
+@pytest.mark.parametrize("way", ["hash", "radix", "argsort"])
+def test_grouping(benchmark, timed, way):
+    benchmark.group = "grouping 65,536 indices, Zipf(1.3), into 1,000,000 rows"
+    indices = np.random.default_rng(3).zipf(1.3, 65_536) % 1_000_000
+    ways = {
+        "hash": lambda: backend.group(indices)[0],
+        "radix": lambda: by_radix(indices, 2),
+        "argsort": lambda: np.argsort(indices, kind="stable"),
+    }
+    together = indices[ways[way]()]
+    assert np.count_nonzero(np.diff(together)) == np.unique(indices).size - 1
+    timed(ways[way], indices.nbytes)
