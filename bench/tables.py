@@ -92,9 +92,9 @@ def section(found: dict[str, Any]) -> str:
             f"{figures['peak'] / 1e3:.0f} kB."
         )
     if found["start-up"]:
-        text += "\n\n| start-up | seconds |\n|---|--:|\n"
+        text += "\n\n| start-up | time |\n|---|--:|\n"
         for way, seconds in found["start-up"].items():
-            text += f"| {way} | {digits(median(seconds))} |\n"
+            text += f"| {way} | {unit(1e6 * median(seconds))} |\n"
     return text
 
 
