@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numclip import device_arrays, inputs
@@ -99,22 +99,15 @@ def clip_by_global_norm(
     return described.with_results([target.array for target in targets]), norm
 
 
-def clip_whole(grad: Any, bound: float, out: Any, ord: float = 2.0, divisor: str = "") -> Any:
-    """Clip one gradient by its norm over its number of elements ("size"), its "root", or 1."""
+def clip_whole(
+    grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
+) -> Any:
+    """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = device_arrays.describe("grad", 0, grad)
     _refuse_complex([entry], ord)
-    size = float(max(entry.elements, 1))
-    divisors = {"": 1.0, "size": size, "root": math.sqrt(size)}
     target = _place(entry, out)
-    clip([entry], [target], Law(bound, divisors[divisor], ord=ord))
+    clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
     return target.array
-
-
-def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
-    """Clip one gradient by its norm, as `functional.clip_by_norm`."""
-    if axes is not None:
-        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
-    return clip_whole(grad, bound, out, ord)
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:

@@ -232,10 +232,10 @@ def clip_by_norm(
     """
     order = inputs.order(ord)
     bound = inputs.bound("clip_norm", clip_norm)
-    if on_device(grad):
-        return _device().clip_by_norm(grad, bound, axes, order, out)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
+    if on_device(grad):
+        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
 
@@ -280,8 +280,6 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     array([1.2, 1.6])
     """
     bound = inputs.bound("clip_norm", clip_norm)
-    if on_device(grad):
-        return _device().clip_whole(grad, bound, out, divisor="size")
     return _clip_whole(grad, bound, out, float)
 
 
@@ -320,8 +318,6 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = inputs.bound("threshold", threshold)
-    if on_device(grad):
-        return _device().clip_whole(grad, bound, out, divisor="root")
     return _clip_whole(grad, bound, out, math.sqrt)
 
 
@@ -527,6 +523,8 @@ def _clip_whole(
         result = plain.clip(grad, bound, out, divisor(grad.size))
         if result is not None:
             return result
+    if on_device(grad):
+        return _device().clip_whole(grad, bound, out, divisor, ord)
     entry = inputs.entry("grad", 0, grad)
     place = place_one(entry, out)
     clipping.clip([entry], [place], bound, ord=ord, divisor=divisor(max(entry.dense_size, 1)))
