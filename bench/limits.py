@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 from work import Bound, Call
 
 from numclip.kernels import threads
+from numclip.kernels.jit import block_sum, inline
 
 SHARE = 16_384
-_jit = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, cache=True)
 
 
-@_jit
+@block_sum
 def total(x):
     result = np.float32(0)
     for i in range(x.size):
@@ -22,27 +21,27 @@ def total(x):
     return result
 
 
-@_jit
+@inline
 def read(begin, end, x, out):
     for share in range(begin, end):
         out[share] = total(x[share * SHARE : (share + 1) * SHARE])
 
 
-@_jit
+@inline
 def scale(begin, end, x):
     y = x[begin * SHARE : end * SHARE]
     for i in range(y.size):
         y[i] *= np.float32(-1)
 
 
-@_jit
+@inline
 def descend(begin, end, g, p):
     g, p = g[begin * SHARE : end * SHARE], p[begin * SHARE : end * SHARE]
     for i in range(p.size):
         p[i] -= g[i]
 
 
-@_jit
+@inline
 def adam(begin, end, g, p, m, v):
     g, p = g[begin * SHARE : end * SHARE], p[begin * SHARE : end * SHARE]
     m, v = m[begin * SHARE : end * SHARE], v[begin * SHARE : end * SHARE]

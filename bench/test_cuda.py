@@ -8,18 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import MODELS
 
 import numclip as nc
 
 pytestmark = pytest.mark.gpu
-# GPT-2 small: 124 million parameters in 148 tensors.
-BLOCK = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
-BLOCK += [(768, 3072), (3072,), (3072, 768), (768,)]
-SHAPES = {
-    "flat 4 GB": [(1 << 30,)],
-    "GPT-2 small, 148 tensors": [(50_257, 768), (1024, 768), *(12 * BLOCK), (768,), (768,)],
-    "1000 tensors of 256": 1000 * [(256,)],
-}
+SHAPES = {"flat 4 GB": [(1 << 30,)]}
+SHAPES |= {name: MODELS[name] for name in ("GPT-2 small", "1000 x 256")}
 models = pytest.mark.parametrize("model", SHAPES)
 
 
