@@ -60,8 +60,7 @@ def decide(
     rows = list(dtypes)
     roundoffs = norms.spread * max(row.roundoff for row in rows)
     limits = np.array([min(row.digits for row in rows), max(row.tiny for row in rows)])
-    finest = max(row.grain for row in rows) / (2.0 * formulas.GRAIN_LIMIT)
-    coarse = np.full(bounds.size, ones * finest)
+    coarse = np.full(bounds.size, ones * max(row.coarse for row in rows))
     targets = np.maximum(bounds - loss, 0.0) if loss else bounds
     return Factors(*backend.factors(norms[:2], (bounds, targets, coarse), roundoffs, limits))
 

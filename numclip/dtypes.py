@@ -44,11 +44,15 @@ class DType:
         """The smallest normal number of the type that factors are stored in."""
         return float(np.finfo(self.compute).tiny)
 
+    @property
+    def coarse(self) -> float:
+        """The bound under which the grain matters (see `formulas`), over the norm of ones."""
+        return self.grain / (2.0 * formulas.GRAIN_LIMIT)
+
     @cached_property
     def limits(self) -> Array:
-        """What `kernels.joint` is told: roundoff, digits, `tiny`, and the grain over its limit."""
-        grain = self.grain / (2.0 * formulas.GRAIN_LIMIT)
-        return np.array([self.roundoff, self.digits, self.tiny, grain])
+        """What `kernels.joint` is told: roundoff, digits, `tiny` and `coarse`."""
+        return np.array([self.roundoff, self.digits, self.tiny, self.coarse])
 
 
 def _row(

@@ -91,21 +91,21 @@ def report(steps: Sequence[Step], number: int, *, written: bool) -> ClipReport:
     names = [step.group.name for step in steps]
     groups = dict(zip(names, [one.report for one in found], strict=True))
     parts = [(step.group.names, one.rows) for step, one in zip(steps, found, strict=True)]
-    whole = _only(steps[0], found[0]) if len(steps) == 1 else _together(steps, found)
+    whole = _of_one(steps[0], found[0]) if len(steps) == 1 else _of_several(steps, found)
     return ClipReport(*whole, number, groups, TensorReports(parts))
 
 
 Whole = tuple[float, float, float, bool, bool, float | None, bool]
 
 
-def _only(step: Step, found: Findings) -> Whole:
+def _of_one(step: Step, found: Findings) -> Whole:
     """Return the first fields of the report where there is one group."""
     own = found.report
     flags = own.clipped, own.skipped, own.threshold, own.nonfinite
     return step.norm, found.clipped_norm, own.scale, *flags
 
 
-def _together(steps: Sequence[Step], found: Sequence[Findings]) -> Whole:
+def _of_several(steps: Sequence[Step], found: Sequence[Findings]) -> Whole:
     """Return the first fields of the report, from those of several groups."""
     groups = [one.report for one in found]
     bounds = {step.shared_key: step.threshold for step in steps}

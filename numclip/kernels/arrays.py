@@ -9,7 +9,6 @@ aligned and (if it is to be written) writeable is said to be so, and nothing is 
 """
 
 import ctypes
-import math
 import platform
 import sys
 import sysconfig
@@ -17,11 +16,11 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply, slot_of
 from numclip.kernels.elements import array_at, as_computed, word_at
 from numclip.kernels.jit import inline, kernel_with_gil
-from numclip.kernels.joint import GRAIN, judge, norm_of
-from numclip.kernels.tuning import CHUNK, GOLDEN, PARALLEL_BYTES
+from numclip.kernels.joint import judge, norm_of
+from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 
 WORD = 8
 # Fields of an array object, in bytes after the object's header, whose last word is its type.
@@ -128,7 +127,7 @@ def own_their_data(items, count, facts):
             continue
         if word_at(item + facts[HEADER] + FLAGS) & OWNER_OF_DATA == 0:
             return False
-        slot = (item * np.int64(GOLDEN) >> 32) & (size - 1)
+        slot = slot_of(item, size)
         while seen[slot] != 0:
             if seen[slot] == item:
                 return False
@@ -155,8 +154,7 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
     chunks = chunks[:used]
     norm, safe = norm_of(chunks, like, limits, np.empty(count))
     norm /= divisor
-    coarse = math.sqrt(elements) / divisor * limits[GRAIN]
-    factor, truncate = judge(norm, bound, coarse, limits)
+    factor, truncate = judge(norm, bound, elements, divisor, limits)
     if truncate or not safe:
         return ELSEWHERE, 0.0
     if factor != 1.0:

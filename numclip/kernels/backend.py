@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -120,9 +119,9 @@ def joint_norm(batch: Batch) -> tuple[float, bool, Array]:
     totals = np.zeros(batch.places.size)
     limits = batch.dtype.limits
     if batch.nbytes < PARALLEL_BYTES:
-        norm, right = joint.measure(batch.chunks, batch.dtype.like, limits, totals)
+        norm, right = joint.norm_of(batch.chunks, batch.dtype.like, limits, totals)
     else:
-        norm, right = joint.join_partial(batch.chunks, chunk_squares(batch), limits, totals)
+        norm, right = joint.joined(batch.chunks, chunk_squares(batch), limits, totals)
     return norm, right, totals
 
 
@@ -133,9 +132,7 @@ def joint_factor(
     if norm <= bound:
         return 1.0, False
     elements = batch.nbytes // batch.dtype.storage.itemsize
-    limits = batch.dtype.limits
-    coarse = math.sqrt(elements) / divisor * limits[joint.GRAIN]
-    return joint.factor(norm, bound, coarse, limits)  # type: ignore[no-any-return]
+    return joint.judge(norm, bound, elements, divisor, batch.dtype.limits)  # type: ignore[no-any-return]
 
 
 def join(

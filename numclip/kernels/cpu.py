@@ -17,6 +17,7 @@ from numclip.kernels.jit import block_sum, expanded, inline, kernel
 from numclip.kernels.tuning import BLOCK, NARROW_BLOCK
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
+GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
 
 two_sum = inline(formulas.two_sum)
 power_term = inline(formulas.power_term)
@@ -27,6 +28,12 @@ clip_factor = inline(formulas.clip_factor)
 factor_over = inline(formulas.factor_over)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
+
+
+@inline
+def slot_of(key, slots):
+    """Return where a key goes first in a hash table; `slots` is a power of two."""
+    return (key * GOLDEN >> 32) & (slots - 1)
 
 
 @kernel

@@ -40,10 +40,10 @@ NORM, CLIPPED, SCALE, RARE = range(8, 12)
 DECISION_COLUMNS = 12
 LEAVE, MULTIPLY, TRUNCATE, CLEAN = range(4)
 PROPAGATE, RAISE, SKIP, ZERO = range(4)
-SAFE = 2.0**-960, 2.0**1000  # outside, a float64 sum may have lost what under- or overflowed
 
 two_sum = inline(formulas.two_sum)
 settled = inline(formulas.settled)
+is_safe = inline(formulas.is_safe)
 binned_square = inline(formulas.binned_square)
 joined_bins = inline(formulas.joined_bins)
 larger = inline(formulas.larger)
@@ -177,7 +177,7 @@ def careful_squares(address, length, masked, like, room):
 def is_lossless(total, like):
     """Tell whether a plain sum of squares lost nothing; only float64 can."""
     if size_of(like) == 8:
-        return SAFE[0] < total < SAFE[1]
+        return is_safe(total)
     return math.isfinite(total)
 
 

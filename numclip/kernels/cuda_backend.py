@@ -138,8 +138,7 @@ class Plan:
         self._sizes = [sum(span.size for span in spans) for spans in members]
         self._roundoffs = np.array([max(row.roundoff for row in rows) for rows in dtypes])
         self._tiny = np.array([max(row.tiny for row in rows) for rows in dtypes])
-        grains = np.array([max(row.grain for row in rows) for rows in dtypes])
-        self._grains = grains / (2.0 * formulas.GRAIN_LIMIT)
+        self._coarse = np.array([max(row.coarse for row in rows) for rows in dtypes])
         self._roots_of: dict[float, Array] = {}
 
     def _dtypes(self, pool: Pool) -> set[DType]:
@@ -158,7 +157,7 @@ class Plan:
         It is written to the plan's own table, or to another one for `judge` to be given.
         """
         table = np.empty((len(self.pools), cuda.LAW_COLUMNS))
-        coarse = self._roots(law.ord) / law.divisor * self._grains
+        coarse = self._roots(law.ord) / law.divisor * self._coarse
         numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
         for column, number in enumerate([*numbers, law.unscale, law.ord, 0.0]):
             table[:, column] = number

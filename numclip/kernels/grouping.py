@@ -5,10 +5,10 @@ Shares and types are as in `cpu`.
 
 import numpy as np
 
-from numclip.kernels.cpu import add_exactly, array_of_squares, settle, two_sum
+from numclip.kernels.cpu import add_exactly, array_of_squares, settle, slot_of, two_sum
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import inline, kernel
-from numclip.kernels.tuning import GOLDEN, STRIP
+from numclip.kernels.tuning import STRIP
 
 
 @kernel
@@ -22,7 +22,7 @@ def group_rows(indices, table, group, starts):
     count = 0
     for k in range(indices.size):
         index = indices[k]
-        slot = (index * np.int64(GOLDEN) >> 32) & (table.size - 1)
+        slot = slot_of(index, table.size)
         while table[slot] >= 0 and indices[first[table[slot]]] != index:
             slot = (slot + 1) & (table.size - 1)
         if table[slot] < 0:

@@ -1,4 +1,7 @@
-"""How kernels are compiled: the one place that names numba's options, cache and code stamp."""
+"""How the CPU's kernels are compiled: the one place that names numba's options and its cache.
+
+`device` is that place for numba-cuda, which is loaded only when a GPU is asked for.
+"""
 
 import contextlib
 import hashlib

@@ -14,13 +14,13 @@ from numclip.kernels.elements import array_at
 from numclip.kernels.jit import inline, kernel
 
 # What kernels are told of a dtype, see `dtypes.DType`.
-ROUNDOFF, DIGITS, SMALLEST, GRAIN = range(4)
+ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
 
 is_safe = inline(formulas.is_safe)
 scale_by_power = inline(formulas.scale_by_power)
 
 
-@inline
+@kernel
 def joined(chunks, partial, limits, totals):
     """Return the norm of all chunks, added as `cpu.merge` and `cpu.join` do, and if it is right.
 
@@ -43,7 +43,7 @@ def joined(chunks, partial, limits, totals):
     return math.sqrt(total), safe or (limits[DIGITS] < 53.0 and math.isfinite(total))
 
 
-@inline
+@kernel
 def norm_of(chunks, like, limits, totals):
     """Return as `joined` does, reading every element once."""
     partial = np.empty(chunks.shape[0])
@@ -53,27 +53,13 @@ def norm_of(chunks, like, limits, totals):
     return joined(chunks, partial, limits, totals)
 
 
-@inline
-def judge(norm, bound, coarse, limits):
-    """Return the factor for a norm, and whether results must be truncated; see `cpu.factor_of`."""
+@kernel
+def judge(norm, bound, elements, divisor, limits):
+    """Return the factor for the norm of some elements over a divisor, and whether to truncate.
+
+    That is said of the results, see `cpu.factor_of`.
+    """
+    coarse = math.sqrt(elements) / divisor * limits[COARSE]
     roundoff, digits = limits[ROUNDOFF], limits[DIGITS : SMALLEST + 1]
     mantissa, power, truncate = factor_of(norm, 0, bound, bound, coarse, roundoff, digits)
     return scale_by_power(mantissa, power), truncate
-
-
-@kernel
-def measure(chunks, like, limits, totals):
-    """Return the norm of all chunks and if it is right; write each tensor's sum of squares."""
-    return norm_of(chunks, like, limits, totals)
-
-
-@kernel
-def join_partial(chunks, partial, limits, totals):
-    """Return and write as `measure` does, from the sums of the chunks."""
-    return joined(chunks, partial, limits, totals)
-
-
-@kernel
-def factor(norm, bound, coarse, limits):
-    """Return as `judge` does."""
-    return judge(norm, bound, coarse, limits)

@@ -26,6 +26,3 @@ COLUMNS = 1024
 EXAMPLE_COLUMNS = 8192
 """The same for sums over examples, far apart in memory: longer reads of each are faster than
 sums in the first-level cache."""
-
-GOLDEN = 0x9E37_79B9_7F4A_7C15 - 2**64
-"""2**64 over the golden ratio: multiplied by it, neighbours go far apart in a hash table."""
