@@ -22,7 +22,7 @@ models = pytest.mark.parametrize("model", SHAPES)
 def gpu() -> None:
     """Skip where there is no GPU, or fail where one is demanded."""
     try:
-        from numclip.kernels import device
+        from numclip.kernels.cuda import device
 
         device.require()
     except nc.DeviceError as error:

@@ -510,7 +510,7 @@ def clip_per_example(
 
 def _device() -> Any:
     """Return the functions for gradients on the GPU, which are loaded when first needed."""
-    from numclip import device_clipping
+    from numclip.cuda import clipping as device_clipping
 
     return device_clipping
 

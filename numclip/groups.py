@@ -106,7 +106,7 @@ class ParamGroups(state.Saved):
         """Return groups of the kind that the device wants."""
         inputs.choice("device", device, ("cpu", "cuda"))
         if device == "cuda" and cls is ParamGroups:
-            from numclip.device_groups import DeviceParamGroups
+            from numclip.cuda.groups import DeviceParamGroups
 
             return object.__new__(DeviceParamGroups)
         return object.__new__(cls)

@@ -15,8 +15,8 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numclip.device_arrays import DeviceArray
-from numclip.kernels import device
+from numclip.cuda.arrays import DeviceArray
+from numclip.kernels.cuda import device
 
 HARDWARE = not device.SIMULATED
 

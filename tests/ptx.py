@@ -13,8 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels import cuda as kernels
-from numclip.kernels import cuda_updates
+from numclip.kernels.cuda import norms, scaling, updates, verdict
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")
@@ -27,25 +26,27 @@ STORAGE = {
     "float64": types.float64,
 }
 LIKE = object()  # stands for each type of storage
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "find_peaks": (TABLE, TABLE, NUMBERS, NUMBERS),
-    "judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS),
-}
-STREAMING: dict[str, tuple[Any, ...]] = {
-    "sum_squares": (TABLE, TABLE, LIKE, NUMBERS),
-    "max_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
-    "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
-    "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
-    "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
-    "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
-    "add": (TABLE, LIKE),
-}
-UPDATES: dict[str, tuple[Any, ...]] = {
-    "advance": (NUMBERS, COUNTS),
-    "advance_adam": (NUMBERS, NUMBERS, COUNTS, NUMBERS),
-    "descend": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
-    "descend_with_momentum": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
-    "adam": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
+    norms: {
+        "sum_squares": (TABLE, TABLE, LIKE, NUMBERS),
+        "max_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
+        "find_peaks": (TABLE, TABLE, NUMBERS, NUMBERS),
+        "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
+    },
+    verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
+    scaling: {
+        "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+        "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+        "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+        "add": (TABLE, LIKE),
+    },
+    updates: {
+        "advance": (NUMBERS, COUNTS),
+        "advance_adam": (NUMBERS, NUMBERS, COUNTS, NUMBERS),
+        "descend": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+        "descend_with_momentum": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+        "adam": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
+    },
 }
 
 
@@ -56,7 +57,7 @@ def code(kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int]) -
 
 def everything(capability: tuple[int, int]) -> dict[str, str]:
     found = {}
-    for module, table in ((kernels, PLAIN), (kernels, STREAMING), (cuda_updates, UPDATES)):
+    for module, table in SIGNATURES.items():
         for name, signature in table.items():
             for dtype, like in STORAGE.items() if LIKE in signature else [("", None)]:
                 own = tuple(like if part is LIKE else part for part in signature)

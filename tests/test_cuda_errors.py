@@ -19,9 +19,9 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
-from numclip import device_clipping
-from numclip.device_arrays import DeviceArray
-from numclip.kernels import device
+from numclip.cuda import clipping as device_clipping
+from numclip.cuda.arrays import DeviceArray
+from numclip.kernels.cuda import device
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

@@ -15,9 +15,9 @@ from grouped import frozen
 from reference import DTYPES, REAL_DTYPES
 
 import numclip as nc
-from numclip import device_groups
-from numclip.device_values import DeviceFloat, DeviceReport
-from numclip.kernels import device
+from numclip.cuda import groups as device_groups
+from numclip.cuda.values import DeviceFloat, DeviceReport
+from numclip.kernels.cuda import device
 
 __all__ = ["OnDevice", "hardware", "ready"]
 pytestmark = [

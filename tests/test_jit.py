@@ -73,7 +73,7 @@ def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
         "import sys, threading, numclip;"
         "from numclip.kernels import cpu;"
         "print(sum(len(k.signatures) for k in vars(cpu).values() if hasattr(k, 'signatures')),"
-        "any(name.startswith(('numba_cuda', 'cuda.', 'numclip.device', 'numclip.kernels.device'))"
+        "any(name.startswith(('numba_cuda', 'cuda.', 'numclip.cuda', 'numclip.kernels.cuda'))"
         "for name in sys.modules),"
         "'ml_dtypes' in sys.modules, threading.active_count())"
     )
@@ -146,18 +146,20 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 LAYERS = [
     {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing"},
-    {"dtypes", "kernels.elements", "kernels.device", "kernels.threads"},
-    {"layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates", "kernels.packets"},
-    {"kernels.joint", "kernels.columns", "kernels.grouping", "kernels.cuda", "device_values"},
-    {"kernels.backend", "kernels.arrays", "kernels.cuda_updates"},
-    {"slices", "plain", "kernels.cuda_backend"},
+    {"dtypes", "kernels.elements", "kernels.threads", "kernels.cuda.device", "kernels.cuda.tables"},
+    {"layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
+    {"kernels.cuda.packets", "kernels.cuda.scalars"},
+    {"kernels.joint", "kernels.columns", "kernels.grouping", "kernels.cuda.blocks", "cuda.values"},
+    {"kernels.cuda.norms", "kernels.cuda.verdict", "kernels.cuda.scaling"},
+    {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.plan"},
+    {"slices", "plain", "kernels.cuda.update_plan"},
     {"inputs", "placement"},
-    {"nonfinite", "outputs", "measuring", "rules", "history", "device_arrays"},
+    {"nonfinite", "outputs", "measuring", "rules", "history", "cuda.arrays"},
     {"clipping", "group", "running_rules"},
-    {"units", "step", "device_clipping", "device_group", "device_report"},
+    {"units", "step", "cuda.clipping", "cuda.group", "cuda.report"},
     {"functional", "general_step", "joint_step"},
     {"groups"},
-    {"optim", "device_groups"},
+    {"optim", "cuda.groups"},
     {"diagnostics"},
 ]
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels import cuda, device, formulas
+from numclip.kernels import formulas
+from numclip.kernels.cuda import device, tables
 from numclip.report import ClipReport, GroupReport, TensorReport
 from numclip.rules import ByValue
 
@@ -46,13 +47,13 @@ def build(
     for group in groups:
         rows, own = tensors[group.name], decisions[pools[group.name]]
         bounds = found.bounds[group.name]
-        if own[:, cuda.SKIPPED].any():
+        if own[:, tables.SKIPPED].any():
             bounds = np.full_like(bounds, math.inf)
         norms = np.array([_norm(sums[t]) / found.unscale for t in rows])
         held = isinstance(group.clip, ByValue) and after is not None
         later = np.array([_norm(after[t]) for t in rows]) if held and after is not None else None
         parts = _tensor_reports(group, norms, own, bounds, later)
-        nonfinite = bool(sums[rows, cuda.BAD].any())
+        nonfinite = bool(sums[rows, tables.BAD].any())
         made[group.name] = _group_report(group, parts, own, bounds, nonfinite)
         reports.update(zip(group.params, parts, strict=True))
     thresholds = {pools[group.name]: made[group.name].threshold for group in groups}
@@ -72,14 +73,14 @@ def build(
 
 def _norm(row: Array) -> float:
     """Return the norm that belongs to a sum of squares."""
-    return formulas.scale_by_power(math.sqrt(row[cuda.TOTAL]), int(row[cuda.EXPONENT]))
+    return formulas.scale_by_power(math.sqrt(row[tables.TOTAL]), int(row[tables.EXPONENT]))
 
 
 def _tensor_reports(
     group: Any, norms: Array, decisions: Array, bounds: Array, later: Array | None
 ) -> list[TensorReport]:
     """Return what became of each tensor of a group; `later` has the norms of clamped ones."""
-    scales = np.broadcast_to(decisions[:, cuda.SCALE], norms.shape)
+    scales = np.broadcast_to(decisions[:, tables.SCALE], norms.shape)
     sizes = [math.prod(param.shape) for param in group.params.values()]
     divisors = np.array([1.0 if group.clip is None else group.clip.divisor(n) for n in sizes])
     thresholds = np.broadcast_to(bounds, norms.shape) * divisors
@@ -98,10 +99,10 @@ def _group_report(
     scale = _smallest([part.scale for part in parts])
     norm = math.hypot(*(part.norm for part in parts))
     clipped = math.hypot(*(part.clipped_norm for part in parts))
-    skipped = bool(decisions[:, cuda.SKIPPED].any())
+    skipped = bool(decisions[:, tables.SKIPPED].any())
     jointly = group.clip is not None and group.clip.scope == "group" and not skipped
     if jointly:
-        norm, clipped = float(decisions[0, cuda.NORM]), float(decisions[0, cuda.CLIPPED])
+        norm, clipped = float(decisions[0, tables.NORM]), float(decisions[0, tables.CLIPPED])
     clamps = isinstance(group.clip, ByValue)
     return GroupReport(
         norm=norm,

@@ -16,8 +16,8 @@ import numpy as np
 from numclip import inputs
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.inputs import Entry, Gradients, Key
-from numclip.kernels import device
-from numclip.kernels.cuda_backend import Span, add
+from numclip.kernels.cuda import device
+from numclip.kernels.cuda.plan import Span, add
 from numclip.placement import on_device
 
 

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numclip import device_arrays, inputs
-from numclip.device_group import DeviceGroupState, Slots
-from numclip.device_report import Found, build
-from numclip.device_values import DeviceReport
+from numclip import inputs
+from numclip.cuda import arrays
+from numclip.cuda.group import DeviceGroupState, Slots
+from numclip.cuda.report import Found, build
+from numclip.cuda.values import DeviceReport
 from numclip.dtypes import Array
 from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
-from numclip.kernels import cuda
-from numclip.kernels.cuda_backend import HostTable, Law, Plan, Pool, Span, Updates
-from numclip.kernels.device import clear, on_stream, require
+from numclip.kernels.cuda import tables
+from numclip.kernels.cuda.device import clear, on_stream, require
+from numclip.kernels.cuda.plan import HostTable, Law, Plan, Pool, Span
+from numclip.kernels.cuda.update_plan import Updates
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport
 from numclip.rules import ByGlobalNorm, ByValue
@@ -92,7 +94,7 @@ class DeviceParamGroups(ParamGroups):
         self._plan = Plan(self._spans, self._pools, 0)
         self._outcomes = self._plan.outcomes(KEPT, 0)
         self._after = self._plan.outcomes(KEPT if self._by_value() else 1, 0)
-        self._laws_after = HostTable((len(self._pools), cuda.LAW_COLUMNS), 0)
+        self._laws_after = HostTable((len(self._pools), tables.LAW_COLUMNS), 0)
         self._find_divisors()
         self._reports: list[DeviceReport | None] = [None] * KEPT
         self._judged = 0
@@ -125,7 +127,7 @@ class DeviceParamGroups(ParamGroups):
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        self._stream = device_arrays.stream_from(stream)
+        self._stream = arrays.stream_from(stream)
         self._held = stream  # some libraries destroy a stream that nobody holds
 
     @property
@@ -262,13 +264,13 @@ class DeviceParamGroups(ParamGroups):
         """Raise the error of the first bad gradient of a group whose policy says so."""
         sums, _ = found.read(self.stream)
         for group in self:
-            bad = sums[self._tensors[group.name], cuda.BAD].any()
+            bad = sums[self._tensors[group.name], tables.BAD].any()
             if group.nonfinite == "raise" and bad:
                 entries = [
-                    device_arrays.describe(f"{group.name}.{name}", name, grad)
+                    arrays.describe(f"{group.name}.{name}", name, grad)
                     for name, grad in group.grads.items()
                 ]
-                copies = [device_arrays.host_entry(entry, self.stream) for entry in entries]
+                copies = [arrays.host_entry(entry, self.stream) for entry in entries]
                 raise first_error(copies, None)
 
     def _follow_norms(self, found: Found) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from numclip import device_arrays, inputs
-from numclip.device_arrays import DeviceArray
+from numclip import inputs
+from numclip.cuda import arrays
+from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import Array, lookup
 from numclip.group import Group
-from numclip.kernels import device
-from numclip.kernels.cuda_backend import Span, Updates
+from numclip.kernels.cuda import device
+from numclip.kernels.cuda.plan import Span
+from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
 from numclip.rules import ByNorm
 
@@ -73,8 +75,8 @@ class DeviceGroupState:
         refuse(group)
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
-        arrays = {name: np.asarray(value) for name, value in group.params.items()}
-        native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
+        given = {name: np.asarray(value) for name, value in group.params.items()}
+        native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
         self.flat_grads, grads = flat_buffers(native)
         self.params, self.grads = MappingProxyType(params), MappingProxyType(grads)
@@ -84,7 +86,7 @@ class DeviceGroupState:
 
     def spans(self) -> list[Span]:
         """Return where the gradients are."""
-        entries = [device_arrays.describe(name, name, grad) for name, grad in self.grads.items()]
+        entries = [arrays.describe(name, name, grad) for name, grad in self.grads.items()]
         return [Span(e.dtype, e.address, e.address, e.size) for e in entries]
 
     def zero(self, stream: Any = 0) -> None:
@@ -108,7 +110,7 @@ class DeviceGroupState:
             fits = source.components <= target.components
             shape, dtype = described.dense_shape, described.values.dtype
         else:
-            entry = device_arrays.describe(label, name, grad)
+            entry = arrays.describe(label, name, grad)
             fits = entry.native == param.dtype and entry.c_order
             shape, dtype = entry.shape, entry.native
         if shape != param.shape:

@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 from llvmlite import ir
 
-from numclip.kernels.device import SIMULATED
+from numclip.kernels.cuda.device import SIMULATED, inline
 from numclip.kernels.elements import (
     _float_to_bfloat,
     _float_to_half,
@@ -266,3 +266,9 @@ else:
 
     def _unpacked(builder, aggregate):
         return [builder.extract_value(aggregate, k) for k in range(len(aggregate.type.elements))]
+
+
+@inline
+def whole_packets(addresses, length):
+    """Return how many packets can be read in words: none where an address is not aligned."""
+    return length // PACKET if addresses % WORD == 0 else np.int64(0)

@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from numclip import device_arrays, inputs
-from numclip.device_arrays import DeviceEntry
-from numclip.device_values import DeviceFloat
-from numclip.kernels import cuda, device
-from numclip.kernels.cuda_backend import ABSENT, Law, Plan, Pool, Span
+from numclip import inputs
+from numclip.cuda import arrays
+from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda.values import DeviceFloat
+from numclip.kernels.cuda import device, tables
+from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool, Span
 from numclip.nonfinite import first_error
 
 PLANS = 32
@@ -57,18 +58,18 @@ def clip(
     device.require()
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
-    stream = device_arrays.stream_of(entries)
+    stream = arrays.stream_of(entries)
     plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
     if law.given == ABSENT or policy != "propagate":
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
-    norm = DeviceFloat(lambda: _decided(outcome, cuda.NORM, stream))
+    norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
     weakref.finalize(norm, free.append, outcome).atexit = False
-    if policy == "raise" and _decided(outcome, cuda.BROKEN, stream):
+    if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
         given = None if law.given == ABSENT else law.given
-        raise first_error([device_arrays.host_entry(e, stream) for e in entries], given)
+        raise first_error([arrays.host_entry(e, stream) for e in entries], given)
     if targets is not None:
         plan.scale(outcome, stream)
     return norm
@@ -81,7 +82,7 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
 
 def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
-    described: Any = device_arrays.gradients(grads)
+    described: Any = arrays.gradients(grads)
     _refuse_complex(described.entries, ord)
     return clip(described.entries, None, Law(math.inf, ord=ord))
 
@@ -90,10 +91,10 @@ def clip_by_global_norm(
     grads: Any, bound: float, given: float | None, ord: float, policy: str, out: Any
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
-    described: Any = device_arrays.gradients(grads)
+    described: Any = arrays.gradients(grads)
     _refuse_complex(described.entries, ord)
     device.require()
-    targets = device_arrays.targets(described, grads, out)
+    targets = arrays.targets(described, grads, out)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
     norm = clip(described.entries, targets, law, policy)
     return described.with_results([target.array for target in targets]), norm
@@ -103,7 +104,7 @@ def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    entry = device_arrays.describe("grad", 0, grad)
+    entry = arrays.describe("grad", 0, grad)
     _refuse_complex([entry], ord)
     target = _place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
@@ -112,7 +113,7 @@ def clip_whole(
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     """Hold each element between two numbers, as `functional.clip_by_value`."""
-    entry = device_arrays.describe("grad", 0, grad)
+    entry = arrays.describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
     if getattr(low, "ndim", 0) or getattr(high, "ndim", 0):
@@ -122,7 +123,7 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
         )
     low, high = inputs.value_bounds(low, high, entry.shape)
     target = _place(entry, out)
-    stream = device_arrays.stream_of([entry])
+    stream = arrays.stream_of([entry])
     plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
@@ -133,9 +134,9 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
 def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
     device.require()
     if out is None:
-        return device_arrays.new_like(entry)
-    target = device_arrays.target(entry, out, "out")
-    device_arrays.refuse_overlaps([entry], [target])
+        return arrays.new_like(entry)
+    target = arrays.target(entry, out, "out")
+    arrays.refuse_overlaps([entry], [target])
     return target
 
 

@@ -11,17 +11,8 @@ import math
 import numpy as np
 
 from numclip.kernels import formulas
-from numclip.kernels.cuda import (
-    FACTOR,
-    MODE,
-    MULTIPLY,
-    POOL,
-    SKIPPED,
-    product,
-    whole_packets,
-)
-from numclip.kernels.device import THREADS, cuda, inline, kernel
-from numclip.kernels.packets import (
+from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
+from numclip.kernels.cuda.packets import (
     PACKET,
     WORD,
     as_computed,
@@ -31,7 +22,10 @@ from numclip.kernels.packets import (
     size_of,
     store,
     store_packet,
+    whole_packets,
 )
+from numclip.kernels.cuda.scaling import product
+from numclip.kernels.cuda.tables import FACTOR, MODE, MULTIPLY, POOL, SKIPPED
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)

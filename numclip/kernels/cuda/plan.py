@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels import cuda, cuda_updates, device, formulas
-from numclip.kernels.packets import WORD
+from numclip.kernels import formulas
+from numclip.kernels.cuda import device, norms, scaling, tables, verdict
+from numclip.kernels.cuda.packets import WORD
 
 ABSENT = -1.0  # a norm that was not given
 POLICIES = {
-    "propagate": cuda.PROPAGATE,
-    "raise": cuda.RAISE,
-    "skip": cuda.SKIP,
-    "zero": cuda.ZERO,
+    "propagate": tables.PROPAGATE,
+    "raise": tables.RAISE,
+    "skip": tables.SKIP,
+    "zero": tables.ZERO,
 }
 
 
@@ -91,11 +92,11 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
     starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
     stops = np.where(turns < 0, heads[owners], starts + limits[owners])
     chunks = np.empty((owners.size, 5), np.int64)
-    chunks[:, cuda.SOURCE] = sources[owners] + starts * itemsizes[owners]
-    chunks[:, cuda.TARGET] = targets[owners] + starts * itemsizes[owners]
-    chunks[:, cuda.LENGTH] = np.minimum(stops, sizes[owners]) - starts
-    chunks[:, cuda.OWNER] = owners
-    chunks[:, cuda.PART] = np.arange(owners.size)
+    chunks[:, tables.SOURCE] = sources[owners] + starts * itemsizes[owners]
+    chunks[:, tables.TARGET] = targets[owners] + starts * itemsizes[owners]
+    chunks[:, tables.LENGTH] = np.minimum(stops, sizes[owners]) - starts
+    chunks[:, tables.OWNER] = owners
+    chunks[:, tables.PART] = np.arange(owners.size)
     return chunks, firsts, starts
 
 
@@ -112,16 +113,16 @@ class Plan:
         groups = 1 + max(pool.group for pool in pools)
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
         self._partial = device.table(np.zeros((max(len(chunks), 1), 3)), stream)
-        self._laws = HostTable((len(pools), cuda.LAW_COLUMNS), stream)
+        self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._set_facts()
         self.in_place = all(span.source == span.target for span in spans)
 
     def _tensor_table(self, firsts: Array) -> Array:
         table = np.zeros((len(self.spans), 4), np.int64)
-        table[:, cuda.FIRST], table[:, cuda.LAST] = firsts[:-1], firsts[1:]
+        table[:, tables.FIRST], table[:, tables.LAST] = firsts[:-1], firsts[1:]
         for p, pool in enumerate(self.pools):
-            table[pool.first : pool.last, cuda.POOL] = p
-            table[pool.first : pool.last, cuda.ZEROING] = pool.policy == "zero"
+            table[pool.first : pool.last, tables.POOL] = p
+            table[pool.first : pool.last, tables.ZEROING] = pool.policy == "zero"
         return table
 
     def _pool_table(self) -> Array:
@@ -146,7 +147,7 @@ class Plan:
 
     def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
         """Return memory for the sums of the tensors and the decisions for the pools, so often."""
-        shape = count, len(self.pools) + 1, cuda.DECISION_COLUMNS
+        shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS
         sums, decisions = np.zeros((count, len(self.spans), 3)), np.zeros(shape)
         both = device.table(sums, stream), device.table(decisions, stream)
         return [(both[0][k], both[1][k]) for k in range(count)]
@@ -156,7 +157,7 @@ class Plan:
 
         It is written to the plan's own table, or to another one for `judge` to be given.
         """
-        table = np.empty((len(self.pools), cuda.LAW_COLUMNS))
+        table = np.empty((len(self.pools), tables.LAW_COLUMNS))
         coarse = self._roots(law.ord) / law.divisor * self._coarse
         numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
         for column, number in enumerate([*numbers, law.unscale, law.ord, 0.0]):
@@ -173,14 +174,14 @@ class Plan:
     def measure(self, ord: float, stream: Any) -> None:
         """Sum the chunks: one read, two where `ord` is neither 2 nor infinite."""
         if ord == 2.0:
-            self._each(cuda.sum_squares, stream, self.tensors, after=[self._partial])
+            self._each(norms.sum_squares, stream, self.tensors, after=[self._partial])
             return
-        self._each(cuda.max_magnitude, stream, self.tensors, after=[self._partial])
+        self._each(norms.max_magnitude, stream, self.tensors, after=[self._partial])
         arguments = self.tensors, self._pools, self._partial, self._laws.table
-        device.launch(cuda.find_peaks, len(self.pools), stream, *arguments)
+        device.launch(norms.find_peaks, len(self.pools), stream, *arguments)
         if ord != math.inf:
             laws = self.tensors, self._laws.table
-            self._each(cuda.sum_powers, stream, *laws, after=[self._partial])
+            self._each(norms.sum_powers, stream, *laws, after=[self._partial])
 
     def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
         """Launch a kernel for each dtype."""
@@ -192,15 +193,15 @@ class Plan:
         """Add the sums up, and decide for every pool."""
         table = (laws or self._laws).table
         tables = self.tensors, self._pools, table, self._partial, self._tickets
-        device.launch(cuda.judge, len(self.spans), stream, *tables, *outcome)
+        device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""
-        self._scale(cuda.scale, outcome, stream)
+        self._scale(scaling.scale, outcome, stream)
 
     def scale_rare(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
-        self._scale(cuda.scale_rare, outcome, stream)
+        self._scale(scaling.scale_rare, outcome, stream)
 
     def _scale(self, kernel: Any, outcome: tuple[Any, Any], stream: Any) -> None:
         for dtype, chunks in self.chunks.items():
@@ -215,7 +216,7 @@ class Plan:
         bounds = np.float64(low), np.float64(high)
         for dtype, chunks in self._chunks_of(members, stream).items():
             arguments = self.tensors, outcome[1], *bounds, like(dtype)
-            device.launch(cuda.clamp, chunks.shape[0], stream, chunks, *arguments)
+            device.launch(scaling.clamp, chunks.shape[0], stream, chunks, *arguments)
 
     def _chunks_of(self, members: range, stream: Any) -> dict[DType, Any]:
         """Return the tables of the chunks of some tensors; made once."""
@@ -223,13 +224,13 @@ class Plan:
             return self.chunks
         if members not in self._parts:
             chunks, _, _ = split(self.spans)
-            inside = np.isin(chunks[:, cuda.OWNER], np.array(members))
+            inside = np.isin(chunks[:, tables.OWNER], np.array(members))
             self._parts[members] = self._by_dtype(chunks[inside], stream)
         return self._parts[members]
 
     def _by_dtype(self, chunks: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the chunks of each dtype that has some."""
-        dtypes = [self.spans[k].dtype for k in chunks[:, cuda.OWNER]]
+        dtypes = [self.spans[k].dtype for k in chunks[:, tables.OWNER]]
         return {
             dtype: device.table(chunks[[own is dtype for own in dtypes]], stream)
             for dtype in dict.fromkeys(dtypes)
@@ -239,56 +240,4 @@ class Plan:
 def add(span: Span, stream: Any) -> None:
     """Add what is read to what is written to."""
     chunks = device.table(split([span])[0], stream)
-    device.launch(cuda.add, chunks.shape[0], stream, chunks, like(span.dtype))
-
-
-class Updates:
-    """What the kernels need to update parameters by the gradients of a plan.
-
-    `states` are the addresses of each tensor's states. A row of settings and a count of steps
-    stand for each pool.
-    """
-
-    def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
-        self._plan = plan
-        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
-        chunks, _, starts = split(spans)
-        updates = np.zeros((len(chunks), 6), np.int64)
-        owners = chunks[:, cuda.OWNER]
-        updates[:, cuda_updates.GRAD] = chunks[:, cuda.SOURCE]
-        updates[:, cuda_updates.PARAM] = chunks[:, cuda.TARGET]
-        sizes = np.array([span.dtype.compute.itemsize for span in spans], np.int64)
-        for k, addresses in enumerate(states):
-            places = np.array(addresses, np.int64)[owners] + starts * sizes[owners]
-            updates[:, cuda_updates.FIRST + k] = places
-        updates[:, cuda_updates.LENGTH], updates[:, cuda_updates.OWNER] = chunks[:, 2], owners
-        dtypes = [spans[k].dtype for k in owners]
-        self._updates = {
-            dtype: device.table(updates[[own is dtype for own in dtypes]], 0)
-            for dtype in plan.chunks
-        }
-        self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
-        shape = len(plan.pools), cuda_updates.SETTINGS_COLUMNS
-        self._given = HostTable(shape, 0)
-        self._settings = device.table(np.zeros(shape), 0)
-
-    def write_settings(self, settings: Array, stream: Any) -> None:
-        """Let the following steps use some settings, a row for each pool."""
-        self._given.write(settings, stream)
-
-    def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
-        """Take a step of gradient descent; one launch to count it, one for each dtype."""
-        device.launch(cuda_updates.advance, 1, stream, outcome[1], self.counts)
-        kernel = cuda_updates.descend_with_momentum if momentum else cuda_updates.descend
-        self._take(kernel, outcome, self._given.table, stream)
-
-    def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Take a step of Adam; one launch to prepare it, one for each dtype."""
-        tables = outcome[1], self._given.table, self.counts, self._settings
-        device.launch(cuda_updates.advance_adam, 1, stream, *tables)
-        self._take(cuda_updates.adam, outcome, self._settings, stream)
-
-    def _take(self, kernel: Any, outcome: tuple[Any, Any], settings: Any, stream: Any) -> None:
-        for dtype, updates in self._updates.items():
-            arguments = self._plan.tensors, outcome[1], settings, like(dtype)
-            device.launch(kernel, updates.shape[0], stream, updates, *arguments)
+    device.launch(scaling.add, chunks.shape[0], stream, chunks, like(span.dtype))

@@ -28,11 +28,19 @@ if not hasattr(np, "row_stack"):  # numba-cuda 0.30 asks for it at its first com
 import numba.cuda  # noqa: E402
 from numba.core import config  # noqa: E402
 
-cuda: Any = numba.cuda
-
 SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
+cuda: Any = numba.cuda
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+    from numba.cuda.simulator.kernel import _get_kernel_context
+
+    class _Simulator:
+        """numba.cuda for kernels and what they call; the simulator mends only a kernel's module."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(_get_kernel_context() or numba.cuda, name)
+
+    cuda = _Simulator()
 
 # A power of two: the block's sums are added in a tree. Not measured on hardware yet.
 THREADS = 4 if SIMULATED else 256

@@ -1,0 +1,205 @@
+"""Norms of chunks: sums of squares, largest magnitudes, sums of powers.
+
+Kernels work on a table of chunks as those of ``cpu`` do: address read, address written, number
+of elements, the tensor that owns it, and the place of its partial sum. A thousand tensors take
+as many launches as one. Sums are in float64 with their rounding errors kept, and depend on the
+chunks alone, not on the grid.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.kernels.cuda.blocks import block_max, block_sum
+from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
+from numclip.kernels.cuda.packets import (
+    PACKET,
+    WORD,
+    load,
+    load_packet,
+    size_of,
+    whole_packets,
+)
+from numclip.kernels.cuda.scalars import (
+    binned_square,
+    is_safe,
+    joined_bins,
+    larger,
+    power_term,
+    two_sum,
+)
+from numclip.kernels.cuda.tables import (
+    BAD,
+    EXPONENT,
+    FIRST,
+    LAST,
+    LENGTH,
+    ORD,
+    OWNER,
+    PART,
+    PEAK,
+    POOL,
+    SOURCE,
+    TOTAL,
+    ZEROING,
+)
+
+
+@inline
+def packet_squares(x):
+    """Return the sum of the squares of a packet."""
+    total = 0.0
+    for k in range(len(x)):
+        value = np.float64(x[k])
+        total += value * value
+    return total
+
+
+@inline
+def chunk_squares(address, length, like, room):
+    """Return a chunk's sum of squares; two packets a turn, to have more loads in flight."""
+    total, error = 0.0, 0.0
+    packets = whole_packets(address, length)
+    stride = packets * WORD
+    p = np.int64(cuda.threadIdx.x)
+    while p + THREADS < packets:
+        x = load_packet(address + p * WORD, stride, like)
+        y = load_packet(address + (p + THREADS) * WORD, stride, like)
+        total, rest = two_sum(total, packet_squares(x) + packet_squares(y))
+        error += rest
+        p += 2 * THREADS
+    if p < packets:
+        total, rest = two_sum(total, packet_squares(load_packet(address + p * WORD, stride, like)))
+        error += rest
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        value = np.float64(load(address + i * size_of(like), like))
+        total, rest = two_sum(total, value * value)
+        error += rest
+        i += THREADS
+    return block_sum(total, error, room)
+
+
+@inline
+def careful_squares(address, length, masked, like, room):
+    """Return a chunk's sum of squares in bins, and how many elements are not finite.
+
+    Those count as 0 where `masked`.
+    """
+    small, middle, large, bad = 0.0, 0.0, 0.0, 0.0
+    i = np.int64(cuda.threadIdx.x)
+    while i < length:
+        value = np.float64(load(address + i * size_of(like), like))
+        if not math.isfinite(value):
+            bad += 1.0
+            value = 0.0 if masked else value
+        bins = binned_square(value)
+        small += bins[0]
+        middle += bins[1]
+        large += bins[2]
+        i += THREADS
+    small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
+    total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
+    return total, exponent, block_sum(bad, 0.0, room)
+
+
+@inline
+def is_lossless(total, like):
+    """Tell whether a plain sum of squares lost nothing; only float64 can."""
+    if size_of(like) == 8:
+        return is_safe(total)
+    return math.isfinite(total)
+
+
+@kernel
+def sum_squares(chunks, tensors, like, out):
+    """Write each chunk's sum of squares. Reads every element once, rare chunks twice."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        address, length = chunks[c, SOURCE], chunks[c, LENGTH]
+        total, exponent, bad = chunk_squares(address, length, like, room), 0, 0.0
+        if not is_lossless(total, like):
+            masked = tensors[chunks[c, OWNER], ZEROING] != 0
+            total, exponent, bad = careful_squares(address, length, masked, like, room)
+        if cuda.threadIdx.x == 0:
+            out[chunks[c, PART], TOTAL] = total
+            out[chunks[c, PART], EXPONENT] = exponent
+            out[chunks[c, PART], BAD] = bad
+        c += cuda.gridDim.x
+
+
+@inline
+def magnitude(address, masked, like):
+    """Return an element's magnitude, 0 for one that is masked; and 1 for one not finite."""
+    value = abs(np.float64(load(address, like)))
+    if math.isfinite(value):
+        return value, 0.0
+    return (0.0 if masked else value), 1.0
+
+
+@kernel
+def max_magnitude(chunks, tensors, like, out):
+    """Write each chunk's largest magnitude. Reads every element once."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        masked = tensors[chunks[c, OWNER], ZEROING] != 0
+        largest, bad = 0.0, 0.0
+        i = np.int64(cuda.threadIdx.x)
+        while i < chunks[c, LENGTH]:
+            value, odd = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
+            largest = larger(largest, value)
+            bad += odd
+            i += THREADS
+        largest, bad = block_max(largest, room), block_sum(bad, 0.0, room)
+        if cuda.threadIdx.x == 0:
+            out[chunks[c, PART], TOTAL] = largest
+            out[chunks[c, PART], EXPONENT] = 0.0
+            out[chunks[c, PART], BAD] = bad
+        c += cuda.gridDim.x
+
+
+@kernel
+def find_peaks(tensors, pools, partial, out):
+    """Write the largest magnitude of each pool; a block for each."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    p = np.int64(cuda.blockIdx.x)
+    while p < pools.shape[0]:
+        largest = 0.0
+        part = tensors[pools[p, FIRST], FIRST] + cuda.threadIdx.x
+        while part < tensors[pools[p, LAST] - 1, LAST]:
+            largest = larger(largest, partial[part, TOTAL])
+            part += THREADS
+        largest = block_max(largest, room)
+        if cuda.threadIdx.x == 0:
+            out[p, PEAK] = largest
+        p += cuda.gridDim.x
+
+
+@inline
+def usable(peak):
+    """Return a peak that magnitudes can be divided by."""
+    return peak if 0.0 < peak < math.inf else 1.0
+
+
+@kernel
+def sum_powers(chunks, tensors, laws, like, out):
+    """Write each chunk's sum of ``(|x| / peak) ** ord``, a finite order."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        owner = chunks[c, OWNER]
+        masked = tensors[owner, ZEROING] != 0
+        peak, ord = usable(laws[tensors[owner, POOL], PEAK]), laws[tensors[owner, POOL], ORD]
+        total, error = 0.0, 0.0
+        i = np.int64(cuda.threadIdx.x)
+        while i < chunks[c, LENGTH]:
+            value, _ = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
+            total, rest = two_sum(total, power_term(value / peak, ord))
+            error += rest
+            i += THREADS
+        total = block_sum(total, error, room)
+        if cuda.threadIdx.x == 0:
+            out[chunks[c, PART], TOTAL] = total
+        c += cuda.gridDim.x

@@ -1,0 +1,170 @@
+"""From sums to factors: a *pool* is the tensors of one norm, a *set* those skipped together.
+
+Norm, verdict and factor stay on the device.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.kernels.cuda.blocks import arrives_last, block_sum
+from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
+from numclip.kernels.cuda.scalars import (
+    clip_factor,
+    factor_over,
+    joined_bins,
+    root,
+    scale_by_power,
+    two_sum,
+)
+from numclip.kernels.cuda.tables import (
+    BAD,
+    BOUND,
+    BROKEN,
+    CLEAN,
+    CLIPPED,
+    COARSE,
+    DIGITS,
+    DIVISOR,
+    EXPONENT,
+    FACTOR,
+    FIRST,
+    GIVEN,
+    LAST,
+    LEAVE,
+    MANTISSA,
+    MODE,
+    MULTIPLY,
+    NORM,
+    ORD,
+    PEAK,
+    POLICY,
+    POOL,
+    POWER,
+    RAISE,
+    RARE,
+    ROOT,
+    ROOT_EXPONENT,
+    ROUNDOFF,
+    SCALE,
+    SET,
+    SKIP,
+    SKIPPED,
+    TINY,
+    TOTAL,
+    TRUNCATE,
+    UNSCALE,
+    ZERO,
+)
+
+
+@inline
+def join(sums, first, last, room):
+    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+    small, middle, large = 0.0, 0.0, 0.0
+    errors = 0.0, 0.0, 0.0
+    bad = 0.0
+    k = first + cuda.threadIdx.x
+    while k < last:
+        total, exponent = sums[k, TOTAL], sums[k, EXPONENT]
+        small, low = two_sum(small, total if exponent < 0.0 else 0.0)
+        middle, mid = two_sum(middle, total if exponent == 0.0 else 0.0)
+        large, high = two_sum(large, total if exponent > 0.0 else 0.0)
+        errors = errors[0] + low, errors[1] + mid, errors[2] + high
+        bad += sums[k, BAD]
+        k += THREADS
+    small, middle = block_sum(small, errors[0], room), block_sum(middle, errors[1], room)
+    total, exponent = joined_bins(small, middle, block_sum(large, errors[2], room))
+    return total, exponent, block_sum(bad, 0.0, room)
+
+
+@inline
+def write_norm(law, total, exponent, bad, out):
+    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
+    if law[ORD] == 2.0:
+        out[ROOT] = math.sqrt(total)
+    elif not 0.0 < law[PEAK] < math.inf:
+        out[ROOT] = law[PEAK]
+    else:
+        fraction, exponent = math.frexp(law[PEAK])
+        out[ROOT] = fraction * (1.0 if law[ORD] == math.inf else root(total, law[ORD]))
+    out[ROOT] /= law[UNSCALE]
+    out[ROOT] /= law[DIVISOR]
+    out[ROOT_EXPONENT] = exponent
+    given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
+    out[BROKEN] = bad + 1.0 if given_badly else bad
+
+
+@inline
+def decide(law, policy, digits, bad, out):
+    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    norm, exponent = out[ROOT], int(out[ROOT_EXPONENT])
+    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        norm, exponent = law[GIVEN], 0
+    mantissa, power = 1.0, 0
+    leaves = bad and (policy in (SKIP, RAISE))
+    out[SKIPPED] = 1.0 if leaves else 0.0
+    out[NORM] = scale_by_power(norm, exponent)
+    if not leaves and not out[NORM] <= law[BOUND]:
+        mantissa, power = clip_factor(law[BOUND], norm, exponent, law[ROUNDOFF], digits)
+    out[CLIPPED] = scale_by_power(norm * mantissa, exponent + power)
+    out[SCALE] = scale_by_power(mantissa, power)
+    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[BOUND] < law[COARSE])
+    if law[UNSCALE] != 1.0 and not leaves:
+        mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
+        small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
+    out[FACTOR] = scale_by_power(mantissa, power)
+    out[MANTISSA], out[POWER] = mantissa, power
+    if bad and policy == ZERO:
+        out[MODE] = CLEAN
+    elif small:
+        out[MODE] = TRUNCATE
+    else:
+        out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
+
+
+@kernel
+def judge(tensors, pools, laws, partial, tickets, sums, decisions):
+    """Add up each tensor's chunks, each pool's tensors, and decide; a block for each tensor.
+
+    `tickets` counts, for each pool, tensors that are done; after them, for each set, those
+    that are not finite, and last the blocks. All are 0 again in the end.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    t = np.int64(cuda.blockIdx.x)
+    count = pools.shape[0]
+    while t < tensors.shape[0]:
+        p = tensors[t, POOL]
+        total, exponent, bad = join(partial, tensors[t, FIRST], tensors[t, LAST], room)
+        if cuda.threadIdx.x == 0:
+            sums[t, TOTAL], sums[t, EXPONENT], sums[t, BAD] = total, exponent, bad
+        if arrives_last(tickets, p, pools[p, LAST] - pools[p, FIRST], room):
+            total, exponent, bad = join(sums, pools[p, FIRST], pools[p, LAST], room)
+            if cuda.threadIdx.x == 0:
+                write_norm(laws[p], total, exponent, bad, decisions[p])
+                if decisions[p, BROKEN] != 0.0:
+                    cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
+        t += cuda.gridDim.x
+    if arrives_last(tickets, tickets.shape[0] - 1, cuda.gridDim.x, room):
+        decide_all(pools, laws, tickets, decisions, room)
+
+
+@inline
+def decide_all(pools, laws, tickets, decisions, room):
+    """Decide for every pool, once all norms are there; tell in the last row if there is work."""
+    count = pools.shape[0]
+    work, rare = 0.0, 0.0
+    p = np.int64(cuda.threadIdx.x)
+    while p < count:
+        bad = tickets[count + pools[p, SET]] != 0
+        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
+        work += 1.0 if decisions[p, MODE] != LEAVE else 0.0
+        rare += 1.0 if decisions[p, MODE] > MULTIPLY else 0.0
+        p += THREADS
+    work, rare = block_sum(work, 0.0, room), block_sum(rare, 0.0, room)
+    if cuda.threadIdx.x == 0:  # the sums also waited until every thread had read the tickets
+        decisions[count, MODE], decisions[count, RARE] = work, rare
+    k = count + cuda.threadIdx.x
+    while k < tickets.shape[0]:
+        tickets[k] = 0
+        k += THREADS
