@@ -472,7 +472,8 @@ def clip_per_example(
     summed : list, tuple or dict
         The sums over examples of the clipped gradients, in the structure and dtypes of `grads`.
     num_clipped : int, or list, tuple or dict of int
-        How many examples were clipped; with `layerwise` for each gradient.
+        How many examples were clipped; with `layerwise` for each gradient. For CUDA arrays
+        `DeviceInt`, which waits for the GPU when its value is asked for.
 
     Raises
     ------
@@ -497,7 +498,8 @@ def clip_per_example(
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
     grads = listed(grads)
     if any_on_device(grads):
-        raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
+        on_gpu: tuple[Any, Any] = _device_units().clip_per_example(grads, bound, layerwise)
+        return on_gpu
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
     if not described.entries:

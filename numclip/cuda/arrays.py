@@ -198,6 +198,11 @@ class DeviceEntry(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape, as `inputs.Entry` tells it."""
+        return self.shape
+
+    @property
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.size * self.dtype.storage.itemsize
@@ -361,15 +366,30 @@ def new_like(entry: DeviceEntry) -> DeviceEntry:
     if library == "torch":
         torch = sys.modules[library]
         options = {} if entry.dense else {"memory_format": torch.contiguous_format}
-        made = torch.empty_like(entry.array, **options)
-    elif library == "cupy":
+        return describe("out", 0, torch.empty_like(entry.array, **options))
+    if library == "cupy":
         made = sys.modules[library].empty_like(entry.array, order="K" if entry.dense else "C")
-    else:
-        memory = device.allocate(entry.nbytes)
-        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
-        if library == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, entry.shape, entry.native, strides)
-    return describe("out", 0, made)
+        return describe("out", 0, made)
+    return describe("out", 0, _new(entry, entry.shape, strides))
+
+
+def new_example(entry: DeviceEntry) -> DeviceEntry:
+    """Return a new array without the first axis, of the library that another one is from."""
+    library, shape = _library(entry.array), entry.shape[1:]
+    if library == "torch":
+        return describe("out", 0, entry.array.new_empty(shape))
+    if library == "cupy":
+        return describe("out", 0, sys.modules[library].empty(shape, entry.native))
+    return describe("out", 0, _new(entry, shape, None))
+
+
+def _new(entry: DeviceEntry, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
+    """Return a new array of ours, or of numba's where another one is of numba."""
+    memory = device.allocate(math.prod(shape) * entry.native.itemsize)
+    made = DeviceArray(memory, 0, shape, entry.native, strides)
+    if _library(entry.array) == "numba" and entry.native.name != "bfloat16":
+        return device.as_array(made, shape, entry.native, strides)
+    return made
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
