@@ -309,6 +309,16 @@ def test_results_do_not_overlap():
     assert_same_bits(fetch(apart[0]), fetch(apart[1]))
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_results_that_are_in_place_in_part(step):
+    """Where nothing is clipped, what is not in place is copied all the same."""
+    grads = [normal(np.random.default_rng(k), (600,))[::step] for k in (0, 1)]
+    sent = [send(grad) for grad in grads]
+    other = send(np.zeros_like(grads[1]))
+    nc.clip_by_global_norm(sent, 1e9, out=[sent[0], other])
+    assert_same_bits(fetch(other), grads[1])
+
+
 def test_results_between_the_elements_of_others():
     memory = send(np.arange(12.0).reshape(3, 4))
     even, odd = (

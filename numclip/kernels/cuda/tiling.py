@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, tables, tile_scaling, tiles
-from numclip.kernels.cuda.chunks import Shared, like
+from numclip.kernels.cuda.chunks import Shared, copied_first, like
 
 SECTOR = 32  # bytes: memory is read in as many
 LINE = 128  # bytes: what a warp reads at its best
@@ -302,7 +302,7 @@ def _by_dtype(
     for k, table in found.items():
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
-    joined = {dtype: np.concatenate(own) for dtype, own in rows.items()}
+    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
     return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
 
 
