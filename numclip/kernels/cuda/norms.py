@@ -40,6 +40,8 @@ from numclip.kernels.cuda.tables import (
     PEAK,
     POOL,
     SOURCE,
+    TERMS,
+    TERMS_PEAK,
     TOTAL,
     ZEROING,
 )
@@ -162,18 +164,19 @@ def max_magnitude(chunks, tensors, like, out):
 
 @kernel
 def find_peaks(tensors, pools, partial, out):
-    """Write the largest magnitude of each pool; a block for each."""
+    """Write the largest magnitude of each pool, and of terms of sums; a block for each."""
     room = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
-        largest = 0.0
+        largest, terms = 0.0, 0.0
         part = tensors[pools[p, FIRST], FIRST] + cuda.threadIdx.x
         while part < tensors[pools[p, LAST] - 1, LAST]:
             largest = larger(largest, partial[part, TOTAL])
+            terms = larger(terms, partial[part, TERMS])
             part += THREADS
-        largest = block_max(largest, room)
+        largest, terms = block_max(largest, room), block_max(terms, room)
         if cuda.threadIdx.x == 0:
-            out[p, PEAK] = largest
+            out[p, PEAK], out[p, TERMS_PEAK] = largest, larger(largest, terms)
         p += cuda.gridDim.x
 
 

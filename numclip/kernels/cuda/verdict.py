@@ -9,15 +9,18 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import arrives_last, block_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
+from numclip.kernels.cuda.norms import usable
 from numclip.kernels.cuda.scalars import (
     clip_factor,
     factor_over,
     joined_bins,
+    power_term,
     root,
     scale_by_power,
     two_sum,
 )
 from numclip.kernels.cuda.tables import (
+    AIM,
     BAD,
     BOUND,
     BROKEN,
@@ -43,6 +46,8 @@ from numclip.kernels.cuda.tables import (
     POWER,
     RAISE,
     RARE,
+    REPEATED,
+    REPEATS,
     ROOT,
     ROOT_EXPONENT,
     ROUNDOFF,
@@ -50,6 +55,10 @@ from numclip.kernels.cuda.tables import (
     SET,
     SKIP,
     SKIPPED,
+    SPREAD,
+    TERMS,
+    TERMS_EXPONENT,
+    TERMS_PEAK,
     TINY,
     TOTAL,
     TRUNCATE,
@@ -59,14 +68,17 @@ from numclip.kernels.cuda.tables import (
 
 
 @inline
-def join(sums, first, last, room):
-    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+def join(sums, column, first, last, room):
+    """Return the sum of some rows of sums, as the rows are; for all threads of the block.
+
+    `column` is TOTAL or TERMS; the exponent is in the next one.
+    """
     small, middle, large = 0.0, 0.0, 0.0
     errors = 0.0, 0.0, 0.0
     bad = 0.0
     k = first + cuda.threadIdx.x
     while k < last:
-        total, exponent = sums[k, TOTAL], sums[k, EXPONENT]
+        total, exponent = sums[k, column], sums[k, column + 1]
         small, low = two_sum(small, total if exponent < 0.0 else 0.0)
         middle, mid = two_sum(middle, total if exponent == 0.0 else 0.0)
         large, high = two_sum(large, total if exponent > 0.0 else 0.0)
@@ -76,6 +88,45 @@ def join(sums, first, last, room):
     small, middle = block_sum(small, errors[0], room), block_sum(middle, errors[1], room)
     total, exponent = joined_bins(small, middle, block_sum(large, errors[2], room))
     return total, exponent, block_sum(bad, 0.0, room)
+
+
+@inline
+def add_parts(tensor, law, partial, out, room):
+    """Write the sums of a tensor's parts, and of the magnitudes of its terms."""
+    total, exponent, bad = join(partial, TOTAL, tensor[FIRST], tensor[LAST], room)
+    terms, terms_exponent = total, exponent
+    if tensor[REPEATS] != 0:
+        terms, terms_exponent, _ = join(partial, TERMS, tensor[FIRST], tensor[LAST], room)
+    elif law[ORD] != 2.0:
+        terms *= power_term(usable(law[PEAK]) / usable(law[TERMS_PEAK]), law[ORD])
+    if cuda.threadIdx.x == 0:
+        out[TOTAL], out[EXPONENT], out[BAD] = total, exponent, bad
+        out[TERMS], out[TERMS_EXPONENT] = terms, terms_exponent
+
+
+@inline
+def add_tensors(pool, law, sums, out, room):
+    """Write the norm of a pool's tensors, and how far that of their terms exceeds it."""
+    total, exponent, bad = join(sums, TOTAL, pool[FIRST], pool[LAST], room)
+    terms, terms_exponent = total, exponent
+    if pool[REPEATED] != 0:
+        terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
+    if cuda.threadIdx.x == 0:
+        write_norm(law, total, exponent, bad, out)
+        spread = 0.0
+        if pool[REPEATED] != 0 and total > 0.0:
+            spread = norm_ratio(law, terms, total)
+            spread = scale_by_power(spread, int(terms_exponent - exponent))
+        out[SPREAD] = spread
+
+
+@inline
+def norm_ratio(law, terms, total):
+    """Return the norm that belongs to a sum of powers of terms over that of their sums."""
+    if law[ORD] == 2.0:
+        return math.sqrt(terms) / math.sqrt(total)
+    peaks = usable(law[TERMS_PEAK]) / usable(law[PEAK])
+    return peaks if law[ORD] == math.inf else peaks * root(terms / total, law[ORD])
 
 
 @inline
@@ -98,18 +149,20 @@ def write_norm(law, total, exponent, bad, out):
 @inline
 def decide(law, policy, digits, bad, out):
     """Write the factor of a pool, what to do with its tensors, and what is told."""
-    norm, exponent = out[ROOT], int(out[ROOT_EXPONENT])
+    norm, exponent, spread = out[ROOT], int(out[ROOT_EXPONENT]), out[SPREAD]
     if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        spread = scale_by_power(spread * norm, exponent) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
         norm, exponent = law[GIVEN], 0
+    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
     mantissa, power = 1.0, 0
     leaves = bad and (policy in (SKIP, RAISE))
     out[SKIPPED] = 1.0 if leaves else 0.0
     out[NORM] = scale_by_power(norm, exponent)
     if not leaves and not out[NORM] <= law[BOUND]:
-        mantissa, power = clip_factor(law[BOUND], norm, exponent, law[ROUNDOFF], digits)
+        mantissa, power = clip_factor(law[AIM], norm, exponent, roundoff, digits)
     out[CLIPPED] = scale_by_power(norm * mantissa, exponent + power)
     out[SCALE] = scale_by_power(mantissa, power)
-    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[BOUND] < law[COARSE])
+    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[AIM] < law[COARSE])
     if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
         small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
@@ -135,15 +188,11 @@ def judge(tensors, pools, laws, partial, tickets, sums, decisions):
     count = pools.shape[0]
     while t < tensors.shape[0]:
         p = tensors[t, POOL]
-        total, exponent, bad = join(partial, tensors[t, FIRST], tensors[t, LAST], room)
-        if cuda.threadIdx.x == 0:
-            sums[t, TOTAL], sums[t, EXPONENT], sums[t, BAD] = total, exponent, bad
+        add_parts(tensors[t], laws[p], partial, sums[t], room)
         if arrives_last(tickets, p, pools[p, LAST] - pools[p, FIRST], room):
-            total, exponent, bad = join(sums, pools[p, FIRST], pools[p, LAST], room)
-            if cuda.threadIdx.x == 0:
-                write_norm(laws[p], total, exponent, bad, decisions[p])
-                if decisions[p, BROKEN] != 0.0:
-                    cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
+            add_tensors(pools[p], laws[p], sums, decisions[p], room)
+            if cuda.threadIdx.x == 0 and decisions[p, BROKEN] != 0.0:
+                cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
         t += cuda.gridDim.x
     if arrives_last(tickets, tickets.shape[0] - 1, cuda.gridDim.x, room):
         decide_all(pools, laws, tickets, decisions, room)
