@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from numclip.slices import IndexedSlices
-
 _CUDA = 2  # DLPack's code of the device
 
 
 def on_device(array: Any) -> bool:
     """Tell whether an array lies on a GPU."""
-    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic, IndexedSlices)):
+    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
-    is_cuda = getattr(array, "is_cuda", None)  # PyTorch's; its other attributes can raise
+    # That of PyTorch, whose other attributes can raise, and of IndexedSlices.
+    is_cuda = getattr(array, "is_cuda", None)
     if isinstance(is_cuda, bool):
         return is_cuda
     if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
@@ -36,7 +35,7 @@ def any_on_device(grads: Any) -> bool:
 
 def _is_collection(grads: Any) -> bool:
     """Tell whether an object holds gradients, and can be gone through more than once."""
-    arrays = (np.ndarray, np.generic, IndexedSlices, str, bytes)
+    arrays = (np.ndarray, np.generic, str, bytes)
     return isinstance(grads, Iterable) and not isinstance(grads, (*arrays, Iterator))
 
 

@@ -56,8 +56,10 @@ hardware = pytest.mark.skipif(
 )
 
 
-def send(array: np.ndarray, offset: int = 0) -> DeviceArray:
+def send(array: Any, offset: int = 0) -> Any:
     """A copy on the device, in C or Fortran order as the array is, some bytes off alignment."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(send(array.values, offset), array.indices, array.dense_shape)
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     native = array.astype(array.dtype.newbyteorder("="), order="F" if fortran else "C")
     memory = device.allocate(native.nbytes + offset)
@@ -68,9 +70,18 @@ def send(array: np.ndarray, offset: int = 0) -> DeviceArray:
     return made
 
 
-def fetch(array: Any) -> np.ndarray:
-    """A copy in the host's memory of an array on the device."""
+def fetch(array: Any) -> Any:
+    """A copy in the host's memory of an array on the device, or of slices."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(fetch(array.values), array.indices, array.dense_shape)
     return array.copy_to_host()
+
+
+def write(here: Any, there: Any) -> None:
+    """Write what a result on the device holds to one on the host."""
+    stored = here.values if isinstance(here, nc.IndexedSlices) else here
+    found = fetch(there)
+    stored[...] = found.values if isinstance(found, nc.IndexedSlices) else found
 
 
 def each(change: Callable[[Any], Any], grads: Any) -> Any:
@@ -104,7 +115,7 @@ class OnDevice:
             return each(fetch, results), float(norm)
         for result, there, here in zip(leaves(results), leaves(given), leaves(out), strict=True):
             assert result is there
-            here[...] = fetch(result)
+            write(here, result)
         return each(lambda array: array, out), float(norm)
 
     def _one(self, name: str, grad: Any, *arguments: Any, out: Any, **options: Any) -> Any:
@@ -114,7 +125,7 @@ class OnDevice:
         if out is None:
             return fetch(result)
         assert result is given
-        out[...] = fetch(result)
+        write(out, result)
         return out
 
     def clip_by_norm(self, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:

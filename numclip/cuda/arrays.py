@@ -19,6 +19,7 @@ from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span, add
 from numclip.placement import on_device
+from numclip.slices import IndexedSlices
 
 
 def _address(memory: Any) -> int:
@@ -171,7 +172,10 @@ class DeviceArray:
 
 
 class DeviceEntry(NamedTuple):
-    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`."""
+    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`.
+
+    Of `slices`, if it is that, the shape and the memory are the values'.
+    """
 
     name: str
     key: Key
@@ -182,6 +186,22 @@ class DeviceEntry(NamedTuple):
     address: int
     writable: bool
     array: Any
+    slices: IndexedSlices | None = None
+
+    @property
+    def result(self) -> Any:
+        """What the user has, or is given: an array or slices."""
+        return self.array if self.slices is None else self.slices
+
+    @property
+    def repeated(self) -> bool:
+        """Whether rows of the dense array are stored more than once."""
+        return self.slices is not None and self.slices.has_duplicates
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.shape if self.slices is None else self.slices.dense_shape
 
     @property
     def size(self) -> int:
@@ -189,9 +209,9 @@ class DeviceEntry(NamedTuple):
         return math.prod(self.shape) * self.dtype.components
 
     @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
+    def dense_size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.dense_shape)
 
     @property
     def nbytes(self) -> int:
@@ -235,10 +255,44 @@ def _native(interface: Any, array: Any) -> np.dtype[Any]:
 
 
 def describe(name: str, key: Key, array: Any) -> DeviceEntry:
-    """Return the description of one array on the GPU, or say why it cannot be taken."""
+    """Return the description of one gradient on the GPU, or say why it cannot be taken."""
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
+    if isinstance(array, IndexedSlices):
+        return rows(name, key, array.values)._replace(slices=array)
+    return _checked(name, key, array, *_told(name, array))
+
+
+def rows(name: str, key: Key, values: Any) -> DeviceEntry:
+    """Return the description of the values of slices, whose rows are contiguous."""
+    entry = describe(name, key, values)
+    if not entry.c_order:
+        raise ValueError(
+            f"{name}: expected rows in C order on the GPU, got strides {entry.strides} for shape "
+            f"{entry.shape}; pass a contiguous copy"
+        )
+    return entry
+
+
+def host_indices(indices: Any) -> Array:
+    """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
+    native, shape, strides, address, _ = _told("indices", indices)
+    if native is None or native.hasobject:
+        raise TypeError(f"indices: expected integers, got {indices.dtype}")
+    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
+        raise ValueError(
+            f"indices: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
+            "pass a contiguous copy"
+        )
+    stream = _stream_of(indices)
+    return (
+        device.read(address, math.prod(shape) * native.itemsize, stream).view(native).reshape(shape)
+    )
+
+
+def _told(name: str, array: Any) -> tuple[Any, tuple[int, ...], Any, int, Any]:
+    """Return dtype, shape, strides, address and whether it is read-only, as an array tells them."""
     library = _library(array)
     if library in ("torch", "cupy"):
         number = array.get_device() if library == "torch" else array.device.id
@@ -257,10 +311,8 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
         strides = None if array.is_contiguous() else array.stride()
         if strides is not None and native is not None:
             strides = tuple(step * native.itemsize for step in strides)
-        found = native, tuple(array.shape), strides, array.data_ptr(), False
-    else:
-        found = _interface(name, array)
-    return _checked(name, key, array, *found)
+        return native, tuple(array.shape), strides, array.data_ptr(), False
+    return _interface(name, array)
 
 
 def _library(array: Any) -> str:
@@ -278,8 +330,8 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
         return None
 
 
-def _interface(name: str, array: Any) -> Any:
-    """Return dtype, shape, strides, address and whether it is read-only, as an array tells them."""
+def _interface(name: str, array: Any) -> tuple[Any, tuple[int, ...], Any, int, Any]:
+    """Return what ``__cuda_array_interface__`` tells."""
     interface = device.interface_of(array)
     if interface is None:
         raise TypeError(
@@ -335,6 +387,23 @@ def new_like(entry: DeviceEntry) -> DeviceEntry:
         made = DeviceArray(memory, 0, entry.shape, entry.native, entry.strides)
         if library == "numba" and entry.native.name != "bfloat16":
             made = device.as_array(made, entry.shape, entry.native, entry.strides)
+    if entry.slices is not None:
+        made = entry.slices.with_values(made)
+    return describe("out", 0, made)
+
+
+def new_of_shape(entry: DeviceEntry, shape: tuple[int, ...]) -> DeviceEntry:
+    """Return a new array in C order of the dtype and the library of another one."""
+    library = _library(entry.array)
+    if library == "torch":
+        made = entry.array.new_empty(shape)
+    elif library == "cupy":
+        made = sys.modules["cupy"].empty(shape, entry.array.dtype)
+    else:
+        nbytes = math.prod(shape) * entry.native.itemsize
+        made = DeviceArray(device.allocate(nbytes), 0, shape, entry.native)
+        if library == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, shape, entry.native, None)
     return describe("out", 0, made)
 
 
@@ -346,7 +415,10 @@ def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
 
 def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
     """Return the description of a copy in the host's memory."""
-    return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
+    copy: Any = host_copy(entry, stream)
+    if entry.slices is not None:
+        copy = IndexedSlices(copy, entry.slices.indices, entry.slices.dense_shape)
+    return inputs.entry(entry.name, entry.key, copy)
 
 
 def stream_from(stream: Any) -> Any:
@@ -366,7 +438,11 @@ def stream_from(stream: Any) -> Any:
 
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    array: Any = entries[0].array if entries else None
+    return _stream_of(entries[0].array if entries else None)
+
+
+def _stream_of(array: Any) -> Any:
+    """Return the stream that the library of an array works on at present."""
     library = _library(array)
     if library == "torch":
         return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
@@ -393,10 +469,11 @@ def _told_stream(array: Any) -> int:
 
 def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     """Return where a result goes that the user gives, after checking that it fits."""
-    if out is entry.array:
+    if out is entry.result:
         found = entry._replace(name=name)
     else:
         found = describe(name, entry.key, out)
+        _check_slices(entry, found)
         if found.shape != entry.shape:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
@@ -406,6 +483,17 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     if not found.writable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     return found
+
+
+def _check_slices(entry: DeviceEntry, found: DeviceEntry) -> None:
+    """Refuse a result that is slices where the gradient is none, or has other indices."""
+    if (entry.slices is None) != (found.slices is None):
+        wanted = "an array" if entry.slices is None else "IndexedSlices"
+        raise TypeError(f"{found.name}: expected {wanted}, got {type(found.result).__name__}")
+    if entry.slices is not None and found.slices is not None:
+        same = np.array_equal(found.slices.indices, entry.slices.indices)
+        if not same or found.dense_shape != entry.dense_shape:
+            raise ValueError(f"{found.name}: expected the indices and dense_shape of {entry.name}")
 
 
 def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:

@@ -27,6 +27,7 @@ from numclip.kernels.cuda.scalars import (
     larger,
     power_term,
     two_sum,
+    usable,
 )
 from numclip.kernels.cuda.tables import (
     BAD,
@@ -178,12 +179,6 @@ def find_peaks(tensors, pools, partial, out):
         if cuda.threadIdx.x == 0:
             out[p, PEAK], out[p, TERMS_PEAK] = largest, larger(largest, terms)
         p += cuda.gridDim.x
-
-
-@inline
-def usable(peak):
-    """Return a peak that magnitudes can be divided by."""
-    return peak if 0.0 < peak < math.inf else 1.0
 
 
 @kernel

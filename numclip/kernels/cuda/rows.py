@@ -12,7 +12,6 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import block_max, block_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
-from numclip.kernels.cuda.norms import usable
 from numclip.kernels.cuda.packets import load, size_of, store
 from numclip.kernels.cuda.scalars import (
     binned_square,
@@ -21,6 +20,7 @@ from numclip.kernels.cuda.scalars import (
     power_term,
     settled,
     two_sum,
+    usable,
 )
 from numclip.kernels.cuda.tables import (
     BAD,
@@ -140,9 +140,14 @@ def sums_of(share, g, groups, order, part, how, room):
 
 
 @inline
-def with_square(bins, value):
-    """Return bins of squares, each with its rounding error, after adding the square of a value."""
-    small, middle, large = binned_square(value)
+def with_square(bins, value, like):
+    """Return bins of squares, each with its rounding error, after adding the square of a value.
+
+    Only sums of float64 can be out of the middle one.
+    """
+    small, middle, large = 0.0, value * value, 0.0
+    if size_of(like) == 8:
+        small, middle, large = binned_square(value)
     small, low = two_sum(bins[0], small)
     middle, mid = two_sum(bins[2], middle)
     large, high = two_sum(bins[4], large)
@@ -165,7 +170,7 @@ def share_squares(share, groups, order, how, room):
         own, part = g + team_of(share), np.int64(0)
         while part < share[COMPONENTS]:
             value, size, odd = sums_of(share, own, groups, order, part, how, room)
-            sums, terms = with_square(sums, value), with_square(terms, size)
+            sums, terms = with_square(sums, value, how[2]), with_square(terms, size, how[2])
             bad += odd
             part += 1
         g += teams_of(share)

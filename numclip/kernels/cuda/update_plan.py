@@ -9,7 +9,7 @@ import numpy as np
 
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables, updates
-from numclip.kernels.cuda.chunks import like, split
+from numclip.kernels.cuda.chunks import Span, like, split
 from numclip.kernels.cuda.plan import HostTable, Plan
 
 
@@ -22,7 +22,8 @@ class Updates:
 
     def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
         self._plan = plan
-        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
+        pairs = zip(plan.spans, params, strict=True)
+        spans = [Span(span.dtype, span.source, param, span.size) for span, param in pairs]
         chunks, _, starts = split(spans)
         rows = np.zeros((len(chunks), 6), np.int64)
         owners = chunks[:, tables.OWNER]

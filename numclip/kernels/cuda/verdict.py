@@ -9,7 +9,6 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import arrives_last, block_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
-from numclip.kernels.cuda.norms import usable
 from numclip.kernels.cuda.scalars import (
     clip_factor,
     factor_over,
@@ -18,6 +17,7 @@ from numclip.kernels.cuda.scalars import (
     root,
     scale_by_power,
     two_sum,
+    usable,
 )
 from numclip.kernels.cuda.tables import (
     AIM,
