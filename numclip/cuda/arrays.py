@@ -280,15 +280,14 @@ def host_indices(indices: Any) -> Array:
     native, shape, strides, address, _ = _told("indices", indices)
     if native is None or native.hasobject:
         raise TypeError(f"indices: expected integers, got {indices.dtype}")
-    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
+    if len(shape) != 1 or not _is_contiguous(shape, strides, native.itemsize):
         raise ValueError(
-            f"indices: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
-            "pass a contiguous copy"
+            f"indices: expected a contiguous 1-d CUDA array, got strides {strides} for shape "
+            f"{shape}; pass a contiguous copy"
         )
-    stream = _stream_of(indices)
-    return (
-        device.read(address, math.prod(shape) * native.itemsize, stream).view(native).reshape(shape)
-    )
+    nbytes = math.prod(shape) * native.itemsize
+    copy: Array = device.read(address, nbytes, _stream_of(indices)).view(native)
+    return copy
 
 
 def _told(name: str, array: Any) -> tuple[Any, tuple[int, ...], Any, int, Any]:

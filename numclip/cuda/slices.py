@@ -65,6 +65,7 @@ class DeviceSlices(IndexedSlices):
 
     def sum_into(self, made: DeviceEntry, places: Array) -> None:
         """Write the sums of rows to their places in an array, and 0 elsewhere."""
+        device.require()
         entry = _entry(self._values)
         stream = arrays.stream_of([entry])
         length = entry.size // max(entry.shape[0], 1)
