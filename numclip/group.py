@@ -86,6 +86,13 @@ class Group:
             )
 
 
+def shared_key(name: str, rule: Rule | None) -> tuple[str, object]:
+    """Return what is the same for groups that are clipped by one norm."""
+    if rule is not None and rule.shared is not None:
+        return "shared", rule.shared
+    return "group", name
+
+
 class GroupState:
     """One group at run time: its buffers, its gradients, its rule and the rule's state.
 

@@ -156,9 +156,9 @@ LAYERS = [
     {"inputs", "placement", "kernels.cuda.update_plan"},
     {"nonfinite", "outputs", "measuring", "rules", "history", "cuda.arrays"},
     {"clipping", "group", "running_rules"},
-    {"units", "step", "cuda.clipping", "cuda.group", "cuda.report"},
-    {"functional", "general_step", "joint_step"},
-    {"groups"},
+    {"units", "step", "cuda.clipping", "cuda.group"},
+    {"functional", "general_step", "joint_step", "cuda.report"},
+    {"groups", "cuda.clippers"},
     {"optim", "cuda.groups"},
     {"diagnostics"},
 ]

@@ -21,6 +21,7 @@ from numclip.kernels.cuda.tables import (
     BAD,
     BOUND,
     BROKEN,
+    CLAMPED,
     CLEAN,
     CLIPPED,
     COARSE,
@@ -103,7 +104,7 @@ def decide(law, policy, digits, bad, out):
         norm, exponent = law[GIVEN], 0
     mantissa, power = 1.0, 0
     leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED] = 1.0 if leaves else 0.0
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
     out[NORM] = scale_by_power(norm, exponent)
     if not leaves and not out[NORM] <= law[BOUND]:
         mantissa, power = clip_factor(law[BOUND], norm, exponent, law[ROUNDOFF], digits)
