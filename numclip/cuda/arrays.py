@@ -17,7 +17,7 @@ from numclip import inputs
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.plan import Span, add
+from numclip.kernels.cuda.chunks import Span, add
 from numclip.placement import on_device
 
 
