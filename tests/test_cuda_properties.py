@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 some = settings(
-    max_examples=200 if COMPILED else 12,
+    max_examples=100 if COMPILED else 12,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
