@@ -72,18 +72,33 @@ class Group:
                 raise TypeError(f"{name}: expected an array, got IndexedSlices")
             if self.sparse and np.ndim(value) == 0:
                 raise ValueError(f"{name}: expected rows for a sparse group, got a 0-d array")
-        if self.clip is not None and not isinstance(self.clip, Rule):
-            raise TypeError(f"clip: expected a rule or None, got {self.clip!r}")
-        if isinstance(self.clip, (ByNorm, Adaptive)):
-            for value in self.params.values():
-                inputs.axes_of(self.clip.axes, np.ndim(value))
         inputs.choice("nonfinite", self.nonfinite, POLICIES)
         if self.lr is not None:
             inputs.finite_bound("lr", self.lr)
-        if self.sparse and self.clip is not None and self.clip.scope in ("element", "unit"):
-            raise ValueError(
-                f"clip: expected a rule that scales for a sparse group, got {self.clip!r}"
-            )
+        if self.clip is not None:
+            self._check_rule(self.clip)
+
+    def _check_rule(self, rule: Rule) -> None:
+        """Refuse what is no rule, and one that does not fit the parameters."""
+        if not isinstance(rule, Rule):
+            raise TypeError(f"clip: expected a rule or None, got {rule!r}")
+        if self.sparse and rule.scope in ("element", "unit"):
+            raise ValueError(f"clip: expected a rule that scales for a sparse group, got {rule!r}")
+        for key, value in self.params.items():
+            if isinstance(rule, (ByNorm, Adaptive)):
+                inputs.axes_of(rule.axes, np.ndim(value))
+            if rule.scope == "element" and np.iscomplexobj(value):
+                raise TypeError(
+                    f"params[{key!r}]: expected real numbers for {rule!r}, "
+                    f"got {np.asarray(value).dtype}"
+                )
+
+
+def shared_key(name: str, rule: Rule | None) -> tuple[str, object]:
+    """Return what is the same for groups that are clipped by one norm."""
+    if rule is not None and rule.shared is not None:
+        return "shared", rule.shared
+    return "group", name
 
 
 class GroupState:

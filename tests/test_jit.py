@@ -157,9 +157,9 @@ LAYERS = [
     {"nonfinite", "outputs", "measuring", "rules", "history"},
     {"cuda.arrays", "kernels.cuda.update_plan"},
     {"clipping", "group", "running_rules", "cuda.slices"},
-    {"units", "step", "cuda.clipping", "cuda.group", "cuda.report"},
-    {"functional", "general_step", "joint_step"},
-    {"groups"},
+    {"units", "step", "cuda.clipping", "cuda.group"},
+    {"functional", "general_step", "joint_step", "cuda.report"},
+    {"groups", "cuda.clippers"},
     {"optim", "cuda.groups"},
     {"diagnostics"},
 ]

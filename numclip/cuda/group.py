@@ -18,7 +18,6 @@ from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
-from numclip.rules import ByNorm
 
 
 def flat_buffers(
@@ -48,12 +47,14 @@ def refuse(group: Group) -> None:
     rule = group.clip
     if rule is None:
         return
-    if rule.scope == "unit" or (isinstance(rule, ByNorm) and rule.axes is not None):
+    if rule.scope == "unit":
         raise ValueError(
             f'clip: expected a rule for whole tensors for device="cuda", got {rule!r}; {advice}'
         )
-    if rule.ord != 2.0:
-        raise ValueError(f'ord: expected 2 for device="cuda", got {rule!r}; {advice}')
+    if rule.ord != 2.0 and any(np.iscomplexobj(param) for param in group.params.values()):
+        raise ValueError(
+            f'ord: expected 2 for complex parameters and device="cuda", got {rule!r}; {advice}'
+        )
 
 
 class DeviceGroupState:

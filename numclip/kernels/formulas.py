@@ -150,6 +150,8 @@ def clip_factor(
 
 def factor_over(mantissa: float, power: int, scale: float, digits: int) -> tuple[float, int]:
     """Return the factor ``mantissa * 2**power`` over a loss scale, rounded down to `digits`."""
+    if not math.isfinite(mantissa):
+        return mantissa, power
     fraction, exponent = math.frexp(scale)
     quotient, shift = math.frexp(mantissa / fraction)
     if fraction != 0.5:  # else the quotient is exact

@@ -18,7 +18,7 @@ PEAK, TERMS_PEAK = range(9, 11)  # of the sums, and of the magnitudes of rows th
 LAW_COLUMNS = 11
 # Of the decision for each pool: the factor, what to do, and what is told. A last row counts.
 FACTOR, MANTISSA, POWER, MODE, SKIPPED, ROOT, ROOT_EXPONENT, BROKEN = range(8)
-NORM, CLIPPED, SCALE, RARE, SPREAD = range(8, 13)
-DECISION_COLUMNS = 13
+NORM, CLIPPED, SCALE, RARE, CLAMPED, SPREAD = range(8, 14)
+DECISION_COLUMNS = 14
 LEAVE, MULTIPLY, TRUNCATE, CLEAN = range(4)
 PROPAGATE, RAISE, SKIP, ZERO = range(4)

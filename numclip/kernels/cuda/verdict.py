@@ -24,6 +24,7 @@ from numclip.kernels.cuda.tables import (
     BAD,
     BOUND,
     BROKEN,
+    CLAMPED,
     CLEAN,
     CLIPPED,
     COARSE,
@@ -156,7 +157,7 @@ def decide(law, policy, digits, bad, out):
     roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
     mantissa, power = 1.0, 0
     leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED] = 1.0 if leaves else 0.0
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
     out[NORM] = scale_by_power(norm, exponent)
     if not leaves and not out[NORM] <= law[BOUND]:
         mantissa, power = clip_factor(law[AIM], norm, exponent, roundoff, digits)
