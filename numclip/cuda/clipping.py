@@ -22,6 +22,7 @@ from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
+from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
 from numclip.slices import Grouping
 
@@ -31,26 +32,28 @@ PLANS = 32
 _plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
-def _span(entry: DeviceEntry, target: DeviceEntry, duplicates: str) -> Span | RowSpan:
-    """Return where a gradient is read and written, and whether its rows are to be summed."""
-    places = entry.dtype, entry.address, target.address, entry.size
-    if duplicates == "sum" and entry.repeated:
-        return RowSpan(*places, entry.size // entry.shape[0])
-    return Span(*places)
-
-
 def _plan(
     entries: Sequence[DeviceEntry],
     targets: Sequence[DeviceEntry],
     policy: str,
     duplicates: str,
     stream: Any,
+    ord: float = 2.0,
 ) -> tuple[Plan, list[Any]]:
     """Return the plan for one norm of some tensors, and its free memory for outcomes.
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    spans = [_span(*pair, duplicates) for pair in zip(entries, targets, strict=True)]
+    magnitudes = ord != 2.0 and any(entry.dtype.components == 2 for entry in entries)
+    spans = [
+        _span(
+            entry,
+            target,
+            duplicates,
+            tiled=magnitudes or (policy == "zero" and entry.dtype.components == 2),
+        )
+        for entry, target in zip(entries, targets, strict=True)
+    ]
     key = (policy, device.handle_of(stream), *spans)
     if key not in _plans:
         _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
@@ -72,6 +75,21 @@ def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Gro
     ]
 
 
+def _span(
+    entry: DeviceEntry, target: DeviceEntry, duplicates: str, *, tiled: bool
+) -> Span | Strided | RowSpan:
+    """Return where a gradient is and goes: contiguous memory where it is that, unless `tiled`.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one.
+    """
+    places = entry.dtype, entry.address, target.address, entry.size
+    if duplicates == "sum" and entry.repeated:
+        return RowSpan(*places, entry.size // entry.shape[0])
+    if entry.strides == target.strides and entry.dense and not tiled:
+        return Span(*places)
+    return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+
+
 def clip(
     entries: Sequence[DeviceEntry],
     targets: Sequence[DeviceEntry] | None,
@@ -90,7 +108,8 @@ def clip(
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
-    plan, free = _plan(entries, targets or entries, policy, duplicates, stream)
+    places = entries if targets is None else targets
+    plan, free = _plan(entries, places, policy, duplicates, stream, law.ord)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
     if law.given == ABSENT or policy != "propagate" or summed:
@@ -114,7 +133,6 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
 def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     return clip(described.entries, None, Law(math.inf, ord=ord), duplicates=duplicates)
 
 
@@ -130,7 +148,6 @@ def clip_by_global_norm(
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     device.require()
     targets = arrays.targets(described, grads, out)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
@@ -143,7 +160,6 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    _refuse_complex([entry], ord)
     target = _place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
     return target.result
@@ -199,12 +215,3 @@ def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
     target = arrays.target(entry, out, "out")
     arrays.refuse_overlaps([entry], [target])
     return target
-
-
-def _refuse_complex(entries: Sequence[DeviceEntry], ord: float) -> None:
-    for entry in entries:
-        if entry.dtype.components == 2 and ord != 2.0:
-            raise TypeError(
-                f"{entry.name}: expected real numbers on the GPU where ord is not 2, "
-                f"got {entry.native}; clip a copy on the host"
-            )

@@ -15,6 +15,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, rows, tables
 from numclip.kernels.cuda.chunks import Chunks, Shared, Span, like
+from numclip.kernels.cuda.tiling import Memory, Strided, Tiles
 
 Groups = tuple[Array, Array]
 """The rows in an order that brings equal indices together, and where each group starts."""
@@ -36,6 +37,13 @@ class _Mapped(NamedTuple):
     shares: Array
     groups: Array
     order: Array
+
+
+def _flat(span: RowSpan) -> Strided:
+    """Return complex rows as an array of their elements."""
+    itemsize = span.dtype.storage.itemsize * span.dtype.components
+    memories = Memory(span.source, (itemsize,)), Memory(span.target, (itemsize,))
+    return Strided(span.dtype, (span.size // span.dtype.components,), *memories)
 
 
 def _strips(span: RowSpan) -> tuple[int, int]:
@@ -126,9 +134,16 @@ class Rows:
                 if span.dtype is dtype
             ]
             self._tables[dtype] = [self._table(array, stream) for array in _joined(mapped)]
-        whole = {k: Span(*span[:4]) for k, span in zip(self._numbers, spans, strict=True)}
-        self._chunks = Chunks(whole, self._table)
-        self._chunks.send(np.zeros(len(whole), np.int64), stream)
+        self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
+        for work in self._written:
+            work.send(np.zeros(len(work.counts), np.int64), stream)
+
+    def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
+        """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
+        real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
+        flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
+        writers: list[Any] = [Chunks(real, self._table)] if real else []
+        return [*writers, Tiles(flat, self._table)] if flat else writers
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
         """Sum the squares of each share's sums: one read."""
@@ -149,17 +164,20 @@ class Rows:
 
     def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Write the rows as they lie times the factor that was decided."""
-        self._chunks.scale(shared, decisions, stream)
+        for work in self._written:
+            work.scale(shared, decisions, stream)
 
     def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
-        self._chunks.scale_rare(shared, decisions, stream)
+        for work in self._written:
+            work.scale_rare(shared, decisions, stream)
 
     def clamp(
         self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
     ) -> None:
         """Write the rows as they lie held between two bounds, but of those skipped."""
-        self._chunks.clamp(shared, decisions, bounds, members, stream)
+        for work in self._written:
+            work.clamp(shared, decisions, bounds, members, stream)
 
 
 def sum_rows(span: RowSpan, grouping: Groups, places: Array, stream: Any) -> None:

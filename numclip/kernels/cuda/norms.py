@@ -164,8 +164,11 @@ def max_magnitude(chunks, tensors, like, out):
 
 
 @kernel
-def find_peaks(tensors, pools, partial, out):
-    """Write the largest magnitude of each pool, and of terms of sums; a block for each."""
+def find_peaks(tensors, pools, partial, column, out):
+    """Write the largest of each pool's partial maxima to a column; a block for each.
+
+    That of the terms of sums goes to the column which belongs to it.
+    """
     room = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
@@ -177,7 +180,7 @@ def find_peaks(tensors, pools, partial, out):
             part += THREADS
         largest, terms = block_max(largest, room), block_max(terms, room)
         if cuda.threadIdx.x == 0:
-            out[p, PEAK], out[p, TERMS_PEAK] = largest, larger(largest, terms)
+            out[p, column], out[p, column + TERMS_PEAK - PEAK] = largest, larger(largest, terms)
         p += cuda.gridDim.x
 
 

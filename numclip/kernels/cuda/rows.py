@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import block_max, block_sum
+from numclip.kernels.cuda.blocks import block_max, block_sum, lane_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.packets import load, size_of, store
 from numclip.kernels.cuda.scalars import (
@@ -27,11 +27,11 @@ from numclip.kernels.cuda.tables import (
     BEGIN,
     COLUMN,
     COMPONENTS,
-    COUNT,
     END,
     EXPONENT,
     LANES,
     LENGTH,
+    MEMBERS,
     ORD,
     OWNER,
     PART,
@@ -50,6 +50,7 @@ from numclip.kernels.cuda.tables import (
 )
 from numclip.kernels.formulas import BIN_EXPONENT, BIN_SCALE
 
+THREAD_BITS = THREADS.bit_length() - 1
 NOTHING = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
@@ -63,19 +64,31 @@ def number_of(share, part):
 @inline
 def lane_of(share):
     """Return the lane of a thread in its team."""
-    return (np.int64(cuda.threadIdx.x) >> share[WIDTH]) & ((1 << share[LANES]) - 1)
-
-
-@inline
-def team_of(share):
-    """Return the team of a thread."""
-    return np.int64(cuda.threadIdx.x) >> (share[WIDTH] + share[LANES])
+    return np.int64(cuda.threadIdx.x) >> (THREAD_BITS - share[LANES])
 
 
 @inline
 def teams_of(share):
     """Return how many teams a block has."""
     return np.int64(THREADS) >> (share[WIDTH] + share[LANES])
+
+
+@inline
+def team_of(share):
+    """Return the team of a thread."""
+    return (np.int64(cuda.threadIdx.x) >> share[WIDTH]) & (teams_of(share) - 1)
+
+
+@inline
+def element_of(share, row, number, like):
+    """Return a stored number of a row, and whether it, or its other part, is not finite."""
+    place = share[SOURCE] + (row * share[LENGTH] + number) * size_of(like)
+    value = np.float64(load(place, like))
+    odd = not math.isfinite(value)
+    if share[COMPONENTS] == 2:
+        other = size_of(like) if number & 1 == 0 else -size_of(like)
+        odd = odd or not math.isfinite(np.float64(load(place + other, like)))
+    return value, odd
 
 
 @inline
@@ -87,18 +100,17 @@ def lane_sums(share, group, number, order, masked, scale, like):
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
     k = group[START] + lane_of(share)
-    stop = group[START] + group[COUNT]
+    stop = group[START] + group[MEMBERS]
     while k < stop:
-        place = order[k] * share[LENGTH] + number
-        value = np.float64(load(share[SOURCE] + place * size_of(like), like))
-        if not math.isfinite(value):
+        value, odd = element_of(share, order[k], number, like)
+        if odd:
             bad += 1.0
             value = 0.0 if masked else value
         value *= scale
         total, rest = two_sum(total, value)
         error += rest
         terms += abs(value)
-        k += 1 << share[LANES]
+        k += np.int64(1) << share[LANES]
     return total, error, terms, bad
 
 
@@ -107,21 +119,10 @@ def team_sums(share, total, error, terms, room):
     """Return a sum and that of magnitudes to the first lane of each team, 0 to the others."""
     if share[LANES] == 0:
         return settled(total, error), terms
-    i, lane = cuda.threadIdx.x, lane_of(share)
-    room[0, i], room[1, i], room[2, i] = total, error, terms
-    cuda.syncthreads()
-    half = np.int64(1) << share[LANES] >> 1
-    while half > 0:
-        if lane < half:
-            other = i + (half << share[WIDTH])
-            room[0, i], rest = two_sum(room[0, i], room[0, other])
-            room[1, i] += room[1, other] + rest
-            room[2, i] += room[2, other]
-        cuda.syncthreads()
-        half >>= 1
-    total, terms = settled(room[0, i], room[1, i]), room[2, i]
-    cuda.syncthreads()
-    return (total, terms) if lane == 0 else (0.0, 0.0)
+    i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[LANES]
+    total = lane_sum(total, error, i, apart, room)
+    terms = lane_sum(terms, 0.0, i, apart, room)
+    return (total, terms) if i < apart else (0.0, 0.0)
 
 
 @inline
@@ -183,7 +184,7 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
 
     Where a sum exceeds float64 they are read again, divided by a power of two.
     """
-    room = cuda.shared.array((3, THREADS), np.float64)
+    room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share, shift = shares[s], 0
@@ -199,23 +200,13 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
         s += cuda.gridDim.x
 
 
-@inline
-def magnitudes_of(share, g, groups, order, how, room):
-    """Return a thread's magnitude of a group's sum and of its terms, and how many are bad."""
-    value, size, bad = 0.0, 0.0, 0.0
-    part = np.int64(0)
-    while part < share[COMPONENTS]:
-        total, terms, odd = sums_of(share, g, groups, order, part, how, room)
-        value, size = math.hypot(value, total), math.hypot(size, terms)
-        bad += odd
-        part += 1
-    return value, size, bad
-
-
 @kernel
 def max_row_magnitude(shares, groups, order, tensors, like, out):
-    """Write each share's largest magnitude of a sum and of its terms. Reads all rows once."""
-    room = cuda.shared.array((3, THREADS), np.float64)
+    """Write each share's largest parts of sums and of their terms. Reads all rows once.
+
+    A sum that exceeds float64 is not finite.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
@@ -223,9 +214,12 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
         largest, terms, bad = 0.0, 0.0, 0.0
         g = share[BEGIN]
         while g < share[END]:
-            own = g + team_of(share)
-            value, size, odd = magnitudes_of(share, own, groups, order, how, room)
-            largest, terms, bad = larger(largest, value), larger(terms, size), bad + odd
+            own, part = g + team_of(share), np.int64(0)
+            while part < share[COMPONENTS]:
+                value, size, odd = sums_of(share, own, groups, order, part, how, room)
+                largest, terms = larger(largest, abs(value)), larger(terms, size)
+                bad += odd + (0.0 if math.isfinite(value) else 1.0)
+                part += 1
             g += teams_of(share)
         largest, terms = block_max(largest, room), block_max(terms, room)
         bad = block_sum(bad, 0.0, room)
@@ -236,25 +230,51 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
         s += cuda.gridDim.x
 
 
+@inline
+def ratios_of(share, g, groups, order, how, law, room):
+    """Return a thread's magnitudes of a group's sum and of its terms, each over its peak."""
+    value, size = 0.0, 0.0
+    part = np.int64(0)
+    while part < share[COMPONENTS]:
+        total, terms, _ = sums_of(share, g, groups, order, part, how, room)
+        value = math.hypot(value, total / usable(law[PEAK]))
+        size = math.hypot(size, terms / usable(law[TERMS_PEAK]))
+        part += 1
+    return value, size
+
+
+@inline
+def share_powers(share, groups, order, how, law, room):
+    """Return a share's sums of powers; of infinite order, the largest ratios."""
+    total, error, terms, ord = 0.0, 0.0, 0.0, law[ORD]
+    g = share[BEGIN]
+    while g < share[END]:
+        value, size = ratios_of(share, g + team_of(share), groups, order, how, law, room)
+        if ord == math.inf:
+            total, terms = larger(total, value), larger(terms, size)
+        else:
+            total, rest = two_sum(total, power_term(value, ord))
+            error += rest
+            terms += power_term(size, ord)
+        g += teams_of(share)
+    if ord == math.inf:
+        return block_max(total, room), block_max(terms, room)
+    return block_sum(total, error, room), block_sum(terms, 0.0, room)
+
+
 @kernel
 def sum_row_powers(shares, groups, order, tensors, laws, like, out):
-    """Write each share's sums of ``(|x| / peak) ** ord``, of sums and of their terms."""
-    room = cuda.shared.array((3, THREADS), np.float64)
+    """Write each share's sums of ``(|x| / peak) ** ord``, of sums and of their terms.
+
+    Of infinite order, the largest ratios.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
-        law = laws[tensors[share[OWNER], POOL]]
-        how = tensors[share[OWNER], ZEROING] != 0, 1.0, like
-        total, error, terms = 0.0, 0.0, 0.0
-        g = share[BEGIN]
-        while g < share[END]:
-            own = g + team_of(share)
-            value, size, _ = magnitudes_of(share, own, groups, order, how, room)
-            total, rest = two_sum(total, power_term(value / usable(law[PEAK]), law[ORD]))
-            error += rest
-            terms += power_term(size / usable(law[TERMS_PEAK]), law[ORD])
-            g += teams_of(share)
-        total, terms = block_sum(total, error, room), block_sum(terms, 0.0, room)
+        tensor = tensors[share[OWNER]]
+        how = tensor[ZEROING] != 0, 1.0, like
+        total, terms = share_powers(share, groups, order, how, laws[tensor[POOL]], room)
         if cuda.threadIdx.x == 0:
             out[share[PART], TOTAL], out[share[PART], TERMS] = total, terms
         s += cuda.gridDim.x
@@ -263,7 +283,7 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
 @kernel
 def sum_rows(shares, groups, order, like):
     """Write the sum of each group of rows, rounded once, as the row that is its place."""
-    room = cuda.shared.array((3, THREADS), np.float64)
+    room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]

@@ -47,6 +47,7 @@ from numclip.kernels.cuda.tables import (
     POWER,
     RAISE,
     RARE,
+    RATIO,
     REPEATED,
     REPEATS,
     ROOT,
@@ -60,6 +61,7 @@ from numclip.kernels.cuda.tables import (
     TERMS,
     TERMS_EXPONENT,
     TERMS_PEAK,
+    TERMS_RATIO,
     TINY,
     TOTAL,
     TRUNCATE,
@@ -92,8 +94,22 @@ def join(sums, column, first, last, room):
 
 
 @inline
+def norm_of(total, exponent, ord, peak, ratio):
+    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
+
+    For an infinite order it is the peak times `ratio`.
+    """
+    if ord == 2.0:
+        return math.sqrt(total), exponent
+    if not 0.0 < peak < math.inf:
+        return peak, 0
+    fraction, exponent = math.frexp(peak)
+    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
+
+
+@inline
 def add_parts(tensor, law, partial, out, room):
-    """Write the sums of a tensor's parts, and of the magnitudes of its terms."""
+    """Write the sums of a tensor's parts, and those of the magnitudes of its terms."""
     total, exponent, bad = join(partial, TOTAL, tensor[FIRST], tensor[LAST], room)
     terms, terms_exponent = total, exponent
     if tensor[REPEATS] != 0:
@@ -107,74 +123,72 @@ def add_parts(tensor, law, partial, out, room):
 
 @inline
 def add_tensors(pool, law, sums, out, room):
-    """Write the norm of a pool's tensors, and how far that of their terms exceeds it."""
+    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
     total, exponent, bad = join(sums, TOTAL, pool[FIRST], pool[LAST], room)
     terms, terms_exponent = total, exponent
     if pool[REPEATED] != 0:
         terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
     if cuda.threadIdx.x == 0:
         write_norm(law, total, exponent, bad, out)
-        spread = 0.0
+        out[SPREAD] = 0.0
         if pool[REPEATED] != 0 and total > 0.0:
-            spread = norm_ratio(law, terms, total)
-            spread = scale_by_power(spread, int(terms_exponent - exponent))
-        out[SPREAD] = spread
-
-
-@inline
-def norm_ratio(law, terms, total):
-    """Return the norm that belongs to a sum of powers of terms over that of their sums."""
-    if law[ORD] == 2.0:
-        return math.sqrt(terms) / math.sqrt(total)
-    peaks = usable(law[TERMS_PEAK]) / usable(law[PEAK])
-    return peaks if law[ORD] == math.inf else peaks * root(terms / total, law[ORD])
+            norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+            peak, ratio = law[TERMS_PEAK], law[TERMS_RATIO]
+            upper, upper_power = norm_of(terms, terms_exponent, law[ORD], peak, ratio)
+            out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
 
 
 @inline
 def write_norm(law, total, exponent, bad, out):
     """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
-    if law[ORD] == 2.0:
-        out[ROOT] = math.sqrt(total)
-    elif not 0.0 < law[PEAK] < math.inf:
-        out[ROOT] = law[PEAK]
-    else:
-        fraction, exponent = math.frexp(law[PEAK])
-        out[ROOT] = fraction * (1.0 if law[ORD] == math.inf else root(total, law[ORD]))
-    out[ROOT] /= law[UNSCALE]
-    out[ROOT] /= law[DIVISOR]
-    out[ROOT_EXPONENT] = exponent
+    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
 
 
 @inline
-def decide(law, policy, digits, bad, out):
-    """Write the factor of a pool, what to do with its tensors, and what is told."""
-    norm, exponent, spread = out[ROOT], int(out[ROOT_EXPONENT]), out[SPREAD]
-    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        spread = scale_by_power(spread * norm, exponent) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
-        norm, exponent = law[GIVEN], 0
-    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
+def write_factor(law, limits, judged, told, leaves, digits, out):
+    """Write the factor that brings the norm `judged` to a bound, and what to do.
+
+    `limits` are the bound, the one to aim at, that under which it is coarse, and the roundoff.
+    The norm that is `told`, and what the factor makes of it, are written too; both norms are
+    pairs of a root and its exponent.
+    """
+    bound, aim, coarse, roundoff = limits
     mantissa, power = 1.0, 0
-    leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
-    out[NORM] = scale_by_power(norm, exponent)
-    if not leaves and not out[NORM] <= law[BOUND]:
-        mantissa, power = clip_factor(law[AIM], norm, exponent, roundoff, digits)
-    out[CLIPPED] = scale_by_power(norm * mantissa, exponent + power)
+    value = scale_by_power(judged[0], judged[1])
+    if not leaves and not value <= bound:
+        mantissa, power = clip_factor(aim, judged[0], judged[1], roundoff, digits)
+    out[NORM] = scale_by_power(told[0], told[1])
+    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
     out[SCALE] = scale_by_power(mantissa, power)
-    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[AIM] < law[COARSE])
+    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or aim < coarse)
     if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
         small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
     out[FACTOR] = scale_by_power(mantissa, power)
     out[MANTISSA], out[POWER] = mantissa, power
-    if bad and policy == ZERO:
-        out[MODE] = CLEAN
-    elif small:
+    if small:
         out[MODE] = TRUNCATE
     else:
         out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
+
+
+@inline
+def decide(law, policy, digits, bad, out):
+    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
+    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
+        norm = law[GIVEN], 0
+    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
+    leaves = bad and (policy in (SKIP, RAISE))
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
+    limits = law[BOUND], law[AIM], law[COARSE], roundoff
+    write_factor(law, limits, norm, norm, leaves, digits, out)
+    if bad and policy == ZERO:
+        out[MODE] = CLEAN
 
 
 @kernel
