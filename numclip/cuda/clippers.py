@@ -240,6 +240,8 @@ class ValueClipper(Clipper):
     ) -> Columns:
         """Return the norms that were measured: there is no factor."""
         columns = super()._columns(group, norms, decisions, found, stream)
+        if decisions[:, tables.SKIPPED].any():
+            return columns
         sums = device.read_table(self._after[found.turn][0], stream)
         later = norms_of(sums[self.tensors[group.name]])
         with np.errstate(invalid="ignore"):
