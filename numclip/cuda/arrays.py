@@ -18,6 +18,7 @@ from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span, add
+from numclip.kernels.cuda.tiling import Memory
 from numclip.placement import on_device
 
 
@@ -171,7 +172,10 @@ class DeviceArray:
 
 
 class DeviceEntry(NamedTuple):
-    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`."""
+    """One gradient on the GPU: `size` stored numbers from `address` on.
+
+    `strides` is None in C order.
+    """
 
     name: str
     key: Key
@@ -201,7 +205,26 @@ class DeviceEntry(NamedTuple):
     @property
     def c_order(self) -> bool:
         """Whether the elements lie in C order."""
-        return self.strides is None or self.strides == _strides(self.shape, self.native.itemsize)
+        return self.strides is None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill their memory, in any order of the axes."""
+        return self.strides is None or _is_dense(self.shape, self.strides, self.native.itemsize)
+
+    @property
+    def memory(self) -> Memory:
+        """The address and the steps."""
+        return Memory(self.address, self.strides or _strides(self.shape, self.native.itemsize))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses between which the elements lie."""
+        if self.strides is None or not self.size:
+            return self.address, self.address + self.nbytes
+        ways = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
+        least, most = (sum(pick(way, 0) for way in ways) for pick in (min, max))
+        return self.address + least, self.address + most + self.native.itemsize
 
 
 def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -210,14 +233,19 @@ def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(math.prod(sizes[k + 1 :]) * itemsize for k in range(len(sizes)))
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> bool:
-    """Tell whether an array fills its memory, in C or in Fortran order."""
-    if strides is None or math.prod(shape) == 0:
-        return True
-    kept = [k for k, length in enumerate(shape) if length > 1]
-    own, lengths = [strides[k] for k in kept], [shape[k] for k in kept]
-    backwards = _strides(lengths[::-1], itemsize)[::-1]
-    return tuple(own) in (_strides(lengths, itemsize), backwards)
+def _is_dense(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether elements fill their memory, in any order of the axes."""
+    for step, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1 and step != itemsize:
+            return False
+        itemsize *= length
+    return True
+
+
+def _is_c_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether elements lie in C order; axes of one element lie in any."""
+    wanted = zip(shape, strides, _strides(shape, itemsize), strict=True)
+    return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)
 
 
 def _bfloat16() -> np.dtype[Any]:
@@ -299,18 +327,17 @@ def _checked(
     if row is None:
         got = array.dtype if native is None else refusal(native)
         raise TypeError(f"{name}: expected an array of {NAMES}, got {got}")
-    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
-        raise ValueError(
-            f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
-            "pass a contiguous copy"
-        )
+    if strides is not None and _is_c_order(shape, strides, native.itemsize):
+        strides = None
     if not address and math.prod(shape):
         raise ValueError(
             f"{name}: expected an array with memory on the GPU, got {type(array).__name__} at "
             "address 0; pass its local part"
         )
-    if address % row.storage.itemsize:
-        raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")
+    if any(step % row.storage.itemsize for step in (address, *(strides or ()))):
+        raise ValueError(
+            f"{name}: expected an aligned CUDA array, got address {address:#x}, strides {strides}"
+        )
     return DeviceEntry(name, key, row, native, shape, strides, address, not fixed, array)
 
 
@@ -326,22 +353,31 @@ def gradients(grads: Any, name: str = "grads") -> Gradients:
 
 
 def new_like(entry: DeviceEntry) -> DeviceEntry:
-    """Return a new array in memory like another one, of the library the other is from."""
-    library = _library(entry.array)
-    if library in ("torch", "cupy"):
-        made = sys.modules[library].empty_like(entry.array)
+    """Return a new array of the library that another one is from, and in memory like that one.
+
+    One that does not fill its memory gives one in C order.
+    """
+    library, strides = _library(entry.array), entry.strides if entry.dense else None
+    if library == "torch":
+        torch = sys.modules[library]
+        options = {} if entry.dense else {"memory_format": torch.contiguous_format}
+        made = torch.empty_like(entry.array, **options)
+    elif library == "cupy":
+        made = sys.modules[library].empty_like(entry.array, order="K" if entry.dense else "C")
     else:
         memory = device.allocate(entry.nbytes)
-        made = DeviceArray(memory, 0, entry.shape, entry.native, entry.strides)
+        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
         if library == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, entry.shape, entry.native, entry.strides)
+            made = device.as_array(made, entry.shape, entry.native, strides)
     return describe("out", 0, made)
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
     """Return a copy of an array in the host's memory."""
-    flat = device.read(entry.address, entry.nbytes, stream).view(entry.native)
-    return np.ndarray(entry.shape, entry.native, flat, strides=entry.strides)
+    begin, end = entry.extent
+    memory = device.read(begin, end - begin, stream)
+    offset, strides = entry.address - begin, entry.strides
+    return np.ndarray(entry.shape, entry.native, memory, offset, strides)
 
 
 def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
@@ -401,8 +437,9 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
             raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
-        if found.c_order != entry.c_order:
-            raise ValueError(f"{name}: expected the memory order of {entry.name}")
+        steps = zip(found.shape, found.memory.steps, strict=True)
+        if found.size and any(length > 1 and not step for length, step in steps):
+            raise ValueError(f"{name}: expected distinct elements, got strides {found.strides}")
     if not found.writable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     return found
@@ -410,20 +447,53 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
 
 def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
+    if not all(entry.dense for entry in (*entries, *targets)):
+        _refuse_interleaved(entries, targets)
+        return
     spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
-            raise ValueError(f"{second}: shares memory with {first}")
+            raise _shared(second, first)
     for entry, target in zip(entries, targets, strict=True):
         before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
-        if entry.address == target.address or not entry.nbytes or not before:
+        if entry.memory == target.memory or not entry.nbytes or not before:
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
-            raise ValueError(
-                f"{name}: shares memory with {entry.name}; "
-                "pass out= the gradients themselves to work in place"
-            )
+            raise _shared(name, entry.name, source=True)
+
+
+def _refuse_interleaved(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+    """Refuse what `refuse_overlaps` does, of arrays that can lie between another's elements."""
+    views = {id(entry): _addresses(entry) for entry in (*entries, *targets)}
+    for k, target in enumerate(targets):
+        for other in targets[:k]:
+            if np.shares_memory(views[id(target)], views[id(other)]):
+                raise _shared(target.name, other.name)
+        for j, entry in enumerate(entries):
+            reads_itself = j == k and entry.memory == target.memory
+            if not reads_itself and np.shares_memory(views[id(target)], views[id(entry)]):
+                raise _shared(target.name, entry.name, source=True)
+
+
+def _shared(name: str, other: str, *, source: bool = False) -> ValueError:
+    advice = "; pass out= the gradients themselves to work in place" if source else ""
+    return ValueError(f"{name}: shares memory with {other}{advice}")
+
+
+def _addresses(entry: DeviceEntry) -> Array:
+    """Return an array of NumPy's at the same addresses, which cannot be read."""
+
+    class Addresses:
+        __array_interface__ = {  # noqa: RUF012 - of one object
+            "shape": entry.shape,
+            "typestr": f"|V{entry.native.itemsize}",
+            "data": (entry.address, True),
+            "strides": entry.memory.steps,
+            "version": 3,
+        }
+
+    return np.asarray(Addresses())
 
 
 def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:

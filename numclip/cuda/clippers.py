@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.clipping import span
 from numclip.cuda.report import Columns, Told, build, norms_of, scaled, tell
 from numclip.dtypes import Array
 from numclip.group import shared_key
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.plan import HostTable, Law, Plan, Pool
+from numclip.kernels.cuda.tiling import Strided
 from numclip.rules import Rule
 from numclip.running_rules import AdaGC, AutoClip, ZClip
 
@@ -40,20 +42,19 @@ class Found:
 class Clipper:
     """Scales tensors or groups by a factor of their L2 norms, or only measures them."""
 
-    ord = 2.0
-
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
         """Make tables, and memory for what is found in so many steps."""
-        self.groups = list(groups)
+        sharing = _sharing(groups)
+        self.ord, self.groups = ord, [group for members in sharing for group in members]
         self.tensors: dict[str, range] = {}
         self.pools: dict[str, range] = {}
-        spans: list[Span] = []
+        spans: list[Span | Strided] = []
         pools: list[Pool] = []
-        for turn, members in enumerate(_sharing(groups)):
+        for turn, members in enumerate(sharing):
             first, own = len(spans), len(pools)
             for group in members:
                 start = len(spans)
-                spans += group.spans()
+                spans += [span(e, e, group.nonfinite, ord) for e in group.entries()]
                 self.tensors[group.name] = range(start, len(spans))
             policy, rule = members[0].nonfinite, members[0].clip
             if rule is not None and rule.scope == "group":
@@ -176,9 +177,8 @@ class FollowingClipper(Clipper):
 class OrderClipper(Clipper):
     """Clips by norms of one order other than 2; L2 norms are told beside them."""
 
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
-        super().__init__(groups, kept)
-        self.ord = groups[0].clip.ord
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, ord, kept)
         ((self._powers, _),) = self.plan.outcomes(1, 0)
 
     def decide(self, found: Found, stream: Any) -> None:
@@ -197,8 +197,8 @@ class OrderClipper(Clipper):
 class ValueClipper(Clipper):
     """Holds elements between bounds, and measures what that makes of the norms."""
 
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
-        super().__init__(groups, kept)
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, ord, kept)
         self._after = self.plan.outcomes(kept, 0)
         self._laws_after = HostTable((len(self.plan.pools), tables.LAW_COLUMNS), 0)
         self._kept_grads: list[DeviceArray] = []
@@ -267,7 +267,7 @@ def clippers(groups: Iterable[Any], kept: int) -> list[Clipper]:
     found: dict[tuple[type[Clipper], float], list[Any]] = {}
     for group in groups:
         found.setdefault(_kind(group.clip), []).append(group)
-    return [kind(members, kept) for (kind, _), members in found.items()]
+    return [kind(members, ord, kept) for (kind, ord), members in found.items()]
 
 
 def _sharing(groups: Iterable[Any]) -> list[list[Any]]:

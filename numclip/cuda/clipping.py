@@ -18,6 +18,7 @@ from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
+from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
 
 PLANS = 32
@@ -27,16 +28,18 @@ _plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
 def _plan(
-    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str, stream: Any
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    policy: str,
+    stream: Any,
+    ord: float = 2.0,
 ) -> tuple[Plan, list[Any]]:
     """Return the plan for one norm of some tensors, and its free memory for outcomes.
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    spans = [
-        Span(entry.dtype, entry.address, target.address, entry.size)
-        for entry, target in zip(entries, targets, strict=True)
-    ]
+    pairs = zip(entries, targets, strict=True)
+    spans = [span(entry, target, policy, ord) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
     if key not in _plans:
         _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
@@ -44,6 +47,18 @@ def _plan(
             _plans.popitem(last=False)
     _plans.move_to_end(key)
     return _plans[key]
+
+
+def span(entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float) -> Span | Strided:
+    """Return where a gradient is and goes: as contiguous memory where it is that.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, whose
+    magnitude counts, or of which none stays where one is not finite.
+    """
+    parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    if entry.strides == target.strides and entry.dense and not parts:
+        return Span(entry.dtype, entry.address, target.address, entry.size)
+    return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
 
 
 def clip(
@@ -60,7 +75,8 @@ def clip(
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
     stream = arrays.stream_of(entries)
-    plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
+    places = entries if targets is None else targets
+    plan, free = _plan(entries, places, policy, stream, law.ord)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
     if law.given == ABSENT or policy != "propagate":
@@ -84,7 +100,6 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
 def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     return clip(described.entries, None, Law(math.inf, ord=ord))
 
 
@@ -93,7 +108,6 @@ def clip_by_global_norm(
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     device.require()
     targets = arrays.targets(described, grads, out)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
@@ -106,7 +120,6 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    _refuse_complex([entry], ord)
     target = _place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
     return target.array
@@ -139,12 +152,3 @@ def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
     target = arrays.target(entry, out, "out")
     arrays.refuse_overlaps([entry], [target])
     return target
-
-
-def _refuse_complex(entries: Sequence[DeviceEntry], ord: float) -> None:
-    for entry in entries:
-        if entry.dtype.components == 2 and ord != 2.0:
-            raise TypeError(
-                f"{entry.name}: expected real numbers on the GPU where ord is not 2, "
-                f"got {entry.native}; clip a copy on the host"
-            )

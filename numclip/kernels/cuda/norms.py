@@ -161,8 +161,8 @@ def max_magnitude(chunks, tensors, like, out):
 
 
 @kernel
-def find_peaks(tensors, pools, partial, out):
-    """Write the largest magnitude of each pool; a block for each."""
+def find_peaks(tensors, pools, partial, column, out):
+    """Write the largest of each pool's partial maxima to a column; a block for each."""
     room = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
@@ -173,7 +173,7 @@ def find_peaks(tensors, pools, partial, out):
             part += THREADS
         largest = block_max(largest, room)
         if cuda.threadIdx.x == 0:
-            out[p, PEAK] = largest
+            out[p, column] = largest
         p += cuda.gridDim.x
 
 

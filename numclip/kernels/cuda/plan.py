@@ -16,6 +16,7 @@ from numclip.dtypes import Array, DType
 from numclip.kernels import formulas
 from numclip.kernels.cuda import device, norms, tables, verdict
 from numclip.kernels.cuda.chunks import Chunks, Shared, Span
+from numclip.kernels.cuda.tiling import Strided, Tiles
 
 ABSENT = -1.0  # a norm that was not given
 POLICIES = {
@@ -74,7 +75,7 @@ class Work(Protocol):
         """Write the partial maxima."""
 
     def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
-        """Write the partial sums of powers."""
+        """Write the partial sums of powers over the peaks in the laws."""
 
     def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Write each tensor times the factor that was decided."""
@@ -88,15 +89,16 @@ class Work(Protocol):
         """Write the elements of some tensors held between two bounds, but of those skipped."""
 
 
-WORKS: dict[type, Any] = {Span: Chunks}
+WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles}
 """What works on each kind of tensor."""
 
 
 class Plan:
     """What the kernels need to measure and scale some tensors."""
 
-    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool], stream: Any) -> None:
-        self.spans, self.pools = list(spans), list(pools)
+    def __init__(self, spans: Sequence[Span | Strided], pools: Sequence[Pool], stream: Any) -> None:
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
         firsts = self._set_works(stream)
         self.tensors = device.table(self._tensor_table(firsts), stream)
         partial = device.table(np.zeros((max(int(firsts[-1]), 1), 3)), stream)
@@ -106,11 +108,13 @@ class Plan:
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
         self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._set_facts()
-        self.in_place = all(span.source == span.target for span in spans)
+        # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
+        strided = [span for span in spans if isinstance(span, Strided)]
+        self._hypotenuses = any(span.dtype.components == 2 for span in strided)
 
     def _set_works(self, stream: Any) -> Array:
         """Share the tensors among works; return where the partial sums of each begin, and end."""
-        members: dict[type, dict[int, Span]] = {}
+        members: dict[type, dict[int, Any]] = {}
         for k, span in enumerate(self.spans):
             members.setdefault(type(span), {})[k] = span
         self._works: list[Work] = [WORKS[kind](own) for kind, own in members.items()]
@@ -166,7 +170,7 @@ class Plan:
         table = np.empty((len(self.pools), tables.LAW_COLUMNS))
         coarse = self._roots(law.ord) / law.divisor * self._coarse
         numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
-        for column, number in enumerate([*numbers, law.unscale, law.ord, 0.0]):
+        for column, number in enumerate([*numbers, law.unscale, 0.0, 1.0, law.ord]):
             table[:, column] = number
         (laws or self._laws).write(table, stream)
 
@@ -185,12 +189,17 @@ class Plan:
             return
         for work in self._works:
             work.max_magnitude(self._shared, stream)
-        laws = self._laws.table
-        arguments = self.tensors, self._pools, self._shared.partial, laws
-        device.launch(norms.find_peaks, len(self.pools), stream, *arguments)
-        if ord != math.inf:
+        self._find(tables.PEAK, stream)
+        if ord != math.inf or self._hypotenuses:
             for work in self._works:
-                work.sum_powers(self._shared, laws, stream)
+                work.sum_powers(self._shared, self._laws.table, stream)
+        if ord == math.inf and self._hypotenuses:
+            self._find(tables.RATIO, stream)
+
+    def _find(self, column: int, stream: Any) -> None:
+        """Take the largest of each pool's partial maxima into the law."""
+        arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
+        device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
 
     def judge(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""

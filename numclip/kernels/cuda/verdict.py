@@ -44,6 +44,7 @@ from numclip.kernels.cuda.tables import (
     POWER,
     RAISE,
     RARE,
+    RATIO,
     ROOT,
     ROOT_EXPONENT,
     ROUNDOFF,
@@ -80,48 +81,65 @@ def join(sums, first, last, room):
 
 
 @inline
+def norm_of(total, exponent, ord, peak, ratio):
+    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
+
+    For an infinite order it is the peak times `ratio`.
+    """
+    if ord == 2.0:
+        return math.sqrt(total), exponent
+    if not 0.0 < peak < math.inf:
+        return peak, 0
+    fraction, exponent = math.frexp(peak)
+    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
+
+
+@inline
 def write_norm(law, total, exponent, bad, out):
     """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
-    if law[ORD] == 2.0:
-        out[ROOT] = math.sqrt(total)
-    elif not 0.0 < law[PEAK] < math.inf:
-        out[ROOT] = law[PEAK]
-    else:
-        fraction, exponent = math.frexp(law[PEAK])
-        out[ROOT] = fraction * (1.0 if law[ORD] == math.inf else root(total, law[ORD]))
-    out[ROOT] /= law[UNSCALE]
-    out[ROOT] /= law[DIVISOR]
-    out[ROOT_EXPONENT] = exponent
+    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
 
 
 @inline
-def decide(law, policy, digits, bad, out):
-    """Write the factor of a pool, what to do with its tensors, and what is told."""
-    norm, exponent = out[ROOT], int(out[ROOT_EXPONENT])
-    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        norm, exponent = law[GIVEN], 0
+def write_factor(law, bound, coarse, judged, told, leaves, digits, out):
+    """Write the factor that brings the norm `judged` to a bound, and what to do.
+
+    The norm that is `told`, and what the factor makes of it, are written too; both norms are
+    pairs of a root and its exponent.
+    """
     mantissa, power = 1.0, 0
-    leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
-    out[NORM] = scale_by_power(norm, exponent)
-    if not leaves and not out[NORM] <= law[BOUND]:
-        mantissa, power = clip_factor(law[BOUND], norm, exponent, law[ROUNDOFF], digits)
-    out[CLIPPED] = scale_by_power(norm * mantissa, exponent + power)
+    value = scale_by_power(judged[0], judged[1])
+    if not leaves and not value <= bound:
+        mantissa, power = clip_factor(bound, judged[0], judged[1], law[ROUNDOFF], digits)
+    out[NORM] = scale_by_power(told[0], told[1])
+    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
     out[SCALE] = scale_by_power(mantissa, power)
-    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[BOUND] < law[COARSE])
+    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or bound < coarse)
     if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
         small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
     out[FACTOR] = scale_by_power(mantissa, power)
     out[MANTISSA], out[POWER] = mantissa, power
-    if bad and policy == ZERO:
-        out[MODE] = CLEAN
-    elif small:
+    if small:
         out[MODE] = TRUNCATE
     else:
         out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
+
+
+@inline
+def decide(law, policy, digits, bad, out):
+    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    norm = out[ROOT], int(out[ROOT_EXPONENT])
+    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        norm = law[GIVEN], 0
+    leaves = bad and (policy in (SKIP, RAISE))
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
+    write_factor(law, law[BOUND], law[COARSE], norm, norm, leaves, digits, out)
+    if bad and policy == ZERO:
+        out[MODE] = CLEAN
 
 
 @kernel
