@@ -161,9 +161,9 @@ LAYERS = [
     {"clipping", "group", "running_rules"},
     {"units", "step", "cuda.clipping", "cuda.group"},
     {"functional", "general_step", "joint_step", "cuda.report"},
-    {"groups", "cuda.clippers"},
-    {"optim", "cuda.groups"},
-    {"diagnostics"},
+    {"groups", "cuda.clipper"},
+    {"optim", "cuda.clippers"},
+    {"diagnostics", "cuda.groups"},
 ]
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
-from numclip.cuda.clippers import Clipper, Found, clippers
+from numclip.cuda.clipper import Clipper, Found
+from numclip.cuda.clippers import clippers
 from numclip.cuda.group import DeviceGroupState, Slots
 from numclip.cuda.report import build
 from numclip.cuda.values import DeviceReport
