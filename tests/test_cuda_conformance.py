@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
 ]
-# The simulator sees every case, but fewer bounds.
+# The simulator takes a tenth of a second a call: it sees every case, but fewer bounds.
 ORDERS = [1, 1.5, 3, math.inf] if devices.COMPILED else [1.5, math.inf]
 RATIOS = suite.RATIOS if devices.COMPILED else [0.1, 1 + 2**-20]
 # The layouts that lie on no GPU, or are refused there (see test_cuda_errors).

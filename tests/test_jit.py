@@ -162,9 +162,9 @@ LAYERS = [
     {"clipping", "group", "running_rules", "cuda.slices"},
     {"units", "step", "cuda.clipping", "cuda.group"},
     {"functional", "general_step", "joint_step", "cuda.report"},
-    {"groups", "cuda.clippers"},
-    {"optim", "cuda.groups"},
-    {"diagnostics"},
+    {"groups", "cuda.clipper"},
+    {"optim", "cuda.clippers"},
+    {"diagnostics", "cuda.groups"},
 ]
 
 

@@ -44,16 +44,8 @@ def _plan(
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    magnitudes = ord != 2.0 and any(entry.dtype.components == 2 for entry in entries)
-    spans = [
-        _span(
-            entry,
-            target,
-            duplicates,
-            tiled=magnitudes or (policy == "zero" and entry.dtype.components == 2),
-        )
-        for entry, target in zip(entries, targets, strict=True)
-    ]
+    pairs = zip(entries, targets, strict=True)
+    spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
     if key not in _plans:
         _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
@@ -75,19 +67,26 @@ def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Gro
     ]
 
 
-def _span(
-    entry: DeviceEntry, target: DeviceEntry, duplicates: str, *, tiled: bool
+def span(
+    entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float, duplicates: str = "raw"
 ) -> Span | Strided | RowSpan:
-    """Return where a gradient is and goes: contiguous memory where it is that, unless `tiled`.
+    """Return where a gradient is and goes: as contiguous memory where it is that.
 
-    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one.
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, whose
+    magnitude counts, or of which none stays where one is not finite.
     """
-    places = entry.dtype, entry.address, target.address, entry.size
     if duplicates == "sum" and entry.repeated:
-        return RowSpan(*places, entry.size // entry.shape[0])
-    if entry.strides == target.strides and entry.dense and not tiled:
-        return Span(*places)
+        return row_span(entry, target)
+    parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    if entry.strides == target.strides and entry.dense and not parts:
+        return Span(entry.dtype, entry.address, target.address, entry.size)
     return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+
+
+def row_span(entry: DeviceEntry, target: DeviceEntry) -> RowSpan:
+    """Return where the rows of slices are and go, whose sums are to be measured."""
+    length = math.prod(entry.shape[1:]) * entry.dtype.components
+    return RowSpan(entry.dtype, entry.address, target.address, entry.size, length)
 
 
 def clip(

@@ -26,11 +26,12 @@ class Columns(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What became of a group and of its tensors; `norm` is the L2 norm of its own gradients."""
+    """What became of a group and of its tensors; the L2 norms are of its own gradients."""
 
     group: Any
     report: GroupReport
     norm: float
+    clipped_norm: float
     columns: Columns
 
 
@@ -48,17 +49,20 @@ def scaled(norms: Array, scales: Array) -> Array:
 
 def tell(group: Any, norms: Array, columns: Columns, decisions: Array, bad: bool) -> Told:
     """Return what became of a group: `norms` are the L2 norms of its tensors."""
+    skipped = bool(decisions[:, tables.SKIPPED].any())
     clamped = bool(decisions[:, tables.CLAMPED].any())
     scale = smallest(columns.scales.tolist())
-    norm = total(norms)
-    skipped = bool(decisions[:, tables.SKIPPED].any())
-    clipped, threshold = math.hypot(*columns.clipped), None
-    shown = norm
-    if group.clip is not None and group.clip.scope == "group" and not skipped:
-        shown, clipped = float(decisions[0, tables.NORM]), float(decisions[0, tables.CLIPPED])
+    norm = shown = total(norms)
+    clipped = after = math.hypot(*columns.clipped)
+    threshold = None
+    if group.clip is None and not skipped:
+        clipped = after = norm
+    elif not skipped and group.clip.scope == "group":
+        shown, after = float(decisions[0, tables.NORM]), float(decisions[0, tables.CLIPPED])
         threshold = float(columns.thresholds[0])
-    report = GroupReport(shown, clipped, scale, scale < 1.0 or clamped, skipped, threshold, bad)
-    return Told(group, report, norm, columns)
+    changed = scale < 1.0 or clamped
+    report = GroupReport(shown, after, scale, changed, skipped, threshold, bad)
+    return Told(group, report, norm, clipped, columns)
 
 
 def build(step: int, found: Sequence[Told]) -> ClipReport:
@@ -68,7 +72,7 @@ def build(step: int, found: Sequence[Told]) -> ClipReport:
     return ClipReport(
         step=step,
         norm=total([one.norm for one in found]),
-        clipped_norm=math.hypot(*(norm for one in found for norm in one.columns.clipped)),
+        clipped_norm=math.hypot(*(one.clipped_norm for one in found)),
         scale=smallest([report.scale for report in groups.values()]),
         clipped=any(report.clipped for report in groups.values()),
         skipped=any(report.skipped for report in groups.values()),
