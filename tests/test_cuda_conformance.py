@@ -105,3 +105,10 @@ def test_many_small_tensors():
     assert norm == pytest.approx(same, rel=1e-14)
     for found, wanted in zip(clipped, expected, strict=True):
         np.testing.assert_array_max_ulp(found, wanted, 1)
+
+
+def test_the_largest_magnitude_of_real_and_complex_gradients():
+    grads = [np.full(5, 3.0), np.array([1 + 1j]), np.array([2, 3], "f")]
+    assert OnDevice().global_norm(grads, math.inf) == 3.0
+    grads[1][0] = 3 + 4j
+    assert OnDevice().global_norm(grads, math.inf) == 5.0

@@ -186,7 +186,7 @@ def find_peaks(tensors, pools, partial, column, out):
 
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
-    """Write each chunk's sum of ``(|x| / peak) ** ord``, a finite order."""
+    """Write each chunk's sum of ``(|x| / peak) ** ord``; of infinite order, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
@@ -197,10 +197,13 @@ def sum_powers(chunks, tensors, laws, like, out):
         i = np.int64(cuda.threadIdx.x)
         while i < chunks[c, LENGTH]:
             value, _ = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
-            total, rest = two_sum(total, power_term(value / peak, ord))
-            error += rest
+            if ord == math.inf:
+                total = larger(total, value / peak)
+            else:
+                total, rest = two_sum(total, power_term(value / peak, ord))
+                error += rest
             i += THREADS
-        total = block_sum(total, error, room)
+        total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, PART], TOTAL] = total
         c += cuda.gridDim.x
