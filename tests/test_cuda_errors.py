@@ -168,7 +168,6 @@ def test_no_work_is_no_launch():
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"sparse": True}, 'sparse: expected False for device="cuda"'),
         ({"clip": nc.ByNorm(1.0, axes=0)}, "clip: expected a rule for whole tensors"),
         ({"clip": nc.Adaptive()}, "clip: expected a rule for whole tensors"),
     ],

@@ -161,7 +161,7 @@ LAYERS = [
     {"cuda.arrays", "kernels.cuda.update_plan"},
     {"clipping", "group", "running_rules", "cuda.slices"},
     {"units", "step", "cuda.clipping", "cuda.group"},
-    {"functional", "general_step", "joint_step", "cuda.report"},
+    {"functional", "general_step", "joint_step", "cuda.report", "cuda.sparse_group"},
     {"groups", "cuda.clipper"},
     {"optim", "cuda.clippers"},
     {"diagnostics", "cuda.groups"},

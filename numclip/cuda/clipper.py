@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda.clipping import span
+from numclip.clipping import repeated_loss
+from numclip.cuda.clipping import row_span, span
 from numclip.cuda.report import Columns, Told, norms_of, scaled, tell
 from numclip.dtypes import Array
 from numclip.group import shared_key
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.plan import AnySpan, Law, Plan, Pool
 from numclip.rules import Rule
+from numclip.slices import IndexedSlices
 
 Outcome = tuple[Any, Any]  # sums of the tensors and decisions for the pools, on the GPU
 
@@ -50,7 +52,7 @@ class Clipper:
             first, own = len(spans), len(pools)
             for group in members:
                 start = len(spans)
-                spans += [span(e, e, group.nonfinite, ord) for e in group.entries()]
+                spans += _spans(group, ord)
                 self.tensors[group.name] = range(start, len(spans))
             policy, rule = members[0].nonfinite, members[0].clip
             if rule is not None and rule.scope == "group":
@@ -61,6 +63,7 @@ class Clipper:
         self.plan = Plan(spans, pools, 0)
         self.outcomes = self.plan.outcomes(kept, 0)
         self._divisors = self._found_divisors()
+        self.rows: list[IndexedSlices] = []
 
     def _found_divisors(self) -> Array:
         """Return by what each pool's norm is divided."""
@@ -85,16 +88,28 @@ class Clipper:
 
     def measure(self, found: Found, stream: Any) -> None:
         """Take the L2 norms and find what is not finite; decide."""
+        self._take_rows(stream)
         self.plan.write_laws(self.law(found), stream)
         self.plan.measure(2.0, stream)
         self.plan.judge(self.outcomes[found.turn], stream)
 
+    def _take_rows(self, stream: Any) -> None:
+        """Let the plan know the rows that the sparse groups have at present."""
+        entries = [e for group in self.groups if group.sparse for e in group.entries()]
+        self.rows = [entry.slices for entry in entries]
+        if entries:
+            groupings = [slices.grouping for slices in self.rows]
+            self.plan.take_rows([row_span(entry) for entry in entries], groupings, stream)
+
     def law(self, found: Found) -> Law:
         """Return the law of a step."""
-        bounds = np.full(len(self.plan.pools), math.inf)
+        bounds, losses = (np.full(len(self.plan.pools), number) for number in (math.inf, 0.0))
         for group in self.groups:
-            bounds[self.pools[group.name]] = found.bounds[group.name]
-        return Law(bounds, self._divisors, unscale=found.unscale, ord=self.ord)
+            pools = self.pools[group.name]
+            bounds[pools] = found.bounds[group.name]
+            for k, entry in enumerate(group.entries() if group.sparse else []):
+                losses[pools[min(k, len(pools) - 1)]] += repeated_loss([entry], self.ord)
+        return Law(bounds, self._divisors, unscale=found.unscale, ord=self.ord, loss=losses)
 
     def refused(self, found: Found, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf; waits where one could."""
@@ -152,3 +167,10 @@ def _sharing(groups: Iterable[Any]) -> list[list[Any]]:
     for group in groups:
         found.setdefault(shared_key(group.name, group.clip), []).append(group)
     return list(found.values())
+
+
+def _spans(group: Any, ord: float) -> list[AnySpan]:
+    """Return where a group's gradients are, which are written in place."""
+    if group.sparse:
+        return [row_span(entry) for entry in group.entries()]
+    return [span(entry, entry, group.nonfinite, ord) for entry in group.entries()]

@@ -76,17 +76,17 @@ def span(
     magnitude counts, or of which none stays where one is not finite.
     """
     if duplicates == "sum" and entry.repeated:
-        return row_span(entry, target)
+        return row_span(entry)._replace(target=target.address)
     parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
     if entry.strides == target.strides and entry.dense and not parts:
         return Span(entry.dtype, entry.address, target.address, entry.size)
     return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
 
 
-def row_span(entry: DeviceEntry, target: DeviceEntry) -> RowSpan:
-    """Return where the rows of slices are and go, whose sums are to be measured."""
+def row_span(entry: DeviceEntry) -> RowSpan:
+    """Return where the rows of slices are, in place, whose sums are to be measured."""
     length = math.prod(entry.shape[1:]) * entry.dtype.components
-    return RowSpan(entry.dtype, entry.address, target.address, entry.size, length)
+    return RowSpan(entry.dtype, entry.address, entry.address, entry.size, length)
 
 
 def clip(

@@ -9,16 +9,20 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
+from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.clipper import Clipper, Found
 from numclip.cuda.clippers import clippers
+from numclip.cuda.clipping import row_span
 from numclip.cuda.group import DeviceGroupState, Slots
 from numclip.cuda.report import build
+from numclip.cuda.sparse_group import SparseGroupState
 from numclip.cuda.values import DeviceReport
 from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
 from numclip.kernels.cuda.chunks import Span
-from numclip.kernels.cuda.device import clear, on_stream, require
+from numclip.kernels.cuda.device import on_stream, require
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.kernels.cuda.updates import SETTINGS_COLUMNS
 from numclip.nonfinite import first_error
@@ -88,7 +92,7 @@ class DeviceParamGroups(ParamGroups):
         self._judged = 0
 
     def _state_of(self, group: Group) -> Any:
-        return DeviceGroupState(group)
+        return SparseGroupState(group) if group.sparse else DeviceGroupState(group)
 
     @property
     def stream(self) -> Any:
@@ -118,9 +122,10 @@ class DeviceParamGroups(ParamGroups):
 
         Parameters
         ----------
-        grads : mapping of str to array or None
+        grads : mapping of str to array, IndexedSlices or None
             Gradients by parameter, of its shape; those on the GPU of its dtype and in C order.
             None means zero. Parameters that are not named keep the gradients they have.
+            `IndexedSlices` are for sparse groups.
 
         Raises
         ------
@@ -129,18 +134,14 @@ class DeviceParamGroups(ParamGroups):
         """
         fitting: list[Any] = self._fitting(grads)
         for group, name, grad in fitting:
-            own = group.grads[name]
-            if grad is None:
-                clear(own.address, own.nbytes, self.stream)
-            else:
-                own.copy_from(grad, self.stream)
+            group.put(name, grad, self.stream)
 
     def accumulate(self, grads: Mapping[str, Any]) -> None:
-        """Add gradients to those there are.
+        """Add gradients to those there are; rows of sparse ones are appended.
 
         Parameters
         ----------
-        grads : mapping of str to array or None
+        grads : mapping of str to array, IndexedSlices or None
             As in `set_grads`; None adds nothing.
 
         Raises
@@ -151,7 +152,7 @@ class DeviceParamGroups(ParamGroups):
         fitting: list[Any] = self._fitting(grads)
         for group, name, grad in fitting:
             if grad is not None:
-                group.grads[name].add(grad, self.stream)
+                group.add(name, grad, self.stream)
 
     def zero_grads(self) -> None:
         """Set every gradient to zero."""
@@ -240,10 +241,8 @@ class DeviceParamGroups(ParamGroups):
                 entries = [entry for group in clipper.groups for entry in group.entries()]
                 members = [slots[group.name] for group in clipper.groups]
                 params = [param for own in members for param in own.params]
-                spans = [
-                    Span(entry.dtype, entry.address, param.address, entry.size)
-                    for entry, param in zip(entries, params, strict=True)
-                ]
+                pairs = zip(entries, params, strict=True)
+                spans = [_updated(entry, param.address) for entry, param in pairs]
                 views = [view for own in members for view in own.views]
                 kept = [[view[k].address for view in views] for k in range(states)]
                 updates = Updates(clipper.plan, spans, kept)
@@ -262,8 +261,19 @@ class DeviceParamGroups(ParamGroups):
                 settings[clipper.pools[group.name]] = optimizer.settings(rates[group.name])
             updates.write_settings(settings, self.stream)
             outcome = clipper.write_rare(own, self.stream)
+            if clipper.rows:
+                clipper.plan.sum_scaled(outcome, self.stream)
+                indices = [slices.distinct_indices for slices in clipper.rows]
+                updates.take_rows(indices, self.stream)
             if len(optimizer.state_names) == 2:
                 updates.adam(outcome, self.stream)
             else:
                 updates.descend(outcome, len(optimizer.state_names) == 1, self.stream)
         return self._report(found, counts=True)
+
+
+def _updated(entry: DeviceEntry, param: int) -> Span | RowSpan:
+    """Return where a gradient is read and its parameter written."""
+    if entry.slices is None:
+        return Span(entry.dtype, entry.address, param, entry.size)
+    return row_span(entry)._replace(target=param)

@@ -130,6 +130,19 @@ def update(to: Any, array: Any, stream: Any) -> None:
     to.copy_to_device(np.ascontiguousarray(array), stream=stream)
 
 
+class Room:
+    """Memory of the GPU that grows to what is asked for; what was in it is lost then."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+
+    def address(self, nbytes: int) -> int:
+        """Return the address of so many bytes, or more; aligned to 64 of them."""
+        if self._memory is None or self._memory.size < nbytes:
+            self._memory = allocate(2 * nbytes)
+        return int(interface_of(self._memory)["data"][0])
+
+
 class Tables:
     """Tables of 64-bit integers that are sent again and again, into memory that grows with them.
 

@@ -17,6 +17,8 @@ from numclip.kernels.cuda import device, rows, tables
 from numclip.kernels.cuda.chunks import Chunks, Shared, Span, like
 from numclip.kernels.cuda.tiling import Memory, Strided, Tiles
 
+ALIGNMENT = 64  # bytes between the sums of tensors
+
 Groups = tuple[Array, Array]
 """The rows in an order that brings equal indices together, and where each group starts."""
 
@@ -107,7 +109,8 @@ def _joined(parts: Sequence[_Mapped]) -> _Mapped:
 class Rows:
     """The work on some of a plan's tensors, by their numbers, whose rows can share an index.
 
-    `counts` says how many partial sums each of them takes. `take` says where the rows are.
+    `counts` says how many partial sums each of them takes. `take` says where the rows are;
+    `sums` are then the addresses of memory for their sums, where `keep_sums` was asked for it.
     """
 
     repeats = True
@@ -116,27 +119,46 @@ class Rows:
         self._numbers = list(spans)
         self.counts = np.array([count(span) for span in spans.values()], np.int64)
         self._table = device.Tables()
+        self._room: device.Room | None = None
 
     def send(self, parts: Array, _stream: Any) -> None:
         """Take up where the partial sums of each tensor begin."""
         self._parts = parts
 
+    def keep_sums(self) -> None:
+        """Have memory for the sums from the next `take` on."""
+        self._room = self._room or device.Room()
+
     def take(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
         """Send where the rows of each tensor are, and which of them share an index."""
         self._table.begin()
+        counts = [grouping[1].size - 1 for grouping in groupings]
+        self.sums = self._sums(spans, counts)
+        numbers = zip(self._numbers, map(int, self._parts), strict=True)
+        mapped = [
+            _mapped(span._replace(target=place), grouping, *own, np.arange(count))
+            for span, grouping, count, place, own in zip(
+                spans, groupings, counts, self.sums, numbers, strict=True
+            )
+        ]
         self._tables: dict[DType, list[Any]] = {}
         for dtype in dict.fromkeys(span.dtype for span in spans):
-            mapped = [
-                _mapped(span, grouping, number, int(part), np.zeros(grouping[1].size - 1, np.int64))
-                for span, grouping, number, part in zip(
-                    spans, groupings, self._numbers, self._parts, strict=True
-                )
-                if span.dtype is dtype
-            ]
-            self._tables[dtype] = [self._table(array, stream) for array in _joined(mapped)]
+            own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
+            self._tables[dtype] = [self._table(array, stream) for array in _joined(own)]
         self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
         for work in self._written:
             work.send(np.zeros(len(work.counts), np.int64), stream)
+
+    def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int]) -> list[int]:
+        """Return where the sums of each tensor's groups go, one behind the other."""
+        if self._room is None:
+            return [0] * len(spans)
+        sizes = [
+            -(-count * span.length * span.dtype.storage.itemsize // ALIGNMENT) * ALIGNMENT
+            for span, count in zip(spans, counts, strict=True)
+        ]
+        starts = itertools.accumulate(sizes[:-1], initial=self._room.address(sum(sizes)))
+        return list(starts)
 
     def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
         """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
@@ -161,6 +183,10 @@ class Rows:
         """Launch a kernel for each dtype."""
         for dtype, own in self._tables.items():
             device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
+
+    def sum_scaled(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided: one read."""
+        self._each(rows.sum_scaled_rows, stream, shared.tensors, decisions)
 
     def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Write the rows as they lie times the factor that was decided."""

@@ -179,6 +179,25 @@ class Plan:
             if isinstance(work, Rows):
                 work.take(spans, groupings, stream)
 
+    def keep_sums(self) -> None:
+        """Have memory for the sums of rows, which `sum_scaled` writes."""
+        self._groupings = []
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.keep_sums()
+
+    def row_sums(self) -> list[tuple[int, RowSpan, int]]:
+        """Return the number of each tensor whose rows can share an index, and where sums are."""
+        found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        sums = [place for work in self._works if isinstance(work, Rows) for place in work.sums]
+        return [(*own, place) for own, place in zip(found, sums, strict=True)]
+
+    def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided; of what is not skipped."""
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.sum_scaled(self._shared, outcome[1], stream)
+
     def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
         """Return memory for the sums of the tensors and the decisions for the pools, so often."""
         shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS

@@ -29,15 +29,19 @@ from numclip.kernels.cuda.tables import (
     COMPONENTS,
     END,
     EXPONENT,
+    FACTOR,
     LANES,
     LENGTH,
     MEMBERS,
+    MODE,
+    MULTIPLY,
     ORD,
     OWNER,
     PART,
     PEAK,
     PLACE,
     POOL,
+    SKIPPED,
     SOURCE,
     START,
     TARGET,
@@ -280,22 +284,43 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
         s += cuda.gridDim.x
 
 
+@inline
+def write_sums(share, groups, order, how, room):
+    """Write the sums of a share's groups of rows, each rounded once, as the rows in their place."""
+    g = share[BEGIN]
+    while g < share[END]:
+        own, part = g + team_of(share), np.int64(0)
+        while part < share[COMPONENTS]:
+            value, _, _ = sums_of(share, own, groups, order, part, how, room)
+            number = number_of(share, part)
+            if own < share[END] and number < share[LENGTH] and lane_of(share) == 0:
+                place = groups[own, PLACE] * share[LENGTH] + number
+                store(share[TARGET] + place * size_of(how[2]), value, how[2])
+            part += 1
+        g += teams_of(share)
+
+
 @kernel
 def sum_rows(shares, groups, order, like):
-    """Write the sum of each group of rows, rounded once, as the row that is its place."""
+    """Write the sum of each group of rows. Reads all rows once."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
-        share = shares[s]
-        g = share[BEGIN]
-        while g < share[END]:
-            own, part = g + team_of(share), np.int64(0)
-            while part < share[COMPONENTS]:
-                value, _, _ = sums_of(share, own, groups, order, part, (False, 1.0, like), room)
-                column = number_of(share, part)
-                if own < share[END] and column < share[LENGTH] and lane_of(share) == 0:
-                    place = groups[own, PLACE] * share[LENGTH] + column
-                    store(share[TARGET] + place * size_of(like), value, like)
-                part += 1
-            g += teams_of(share)
+        write_sums(shares[s], groups, order, (False, 1.0, like), room)
+        s += cuda.gridDim.x
+
+
+@kernel
+def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
+    """Write the sum of each group of rows times the factor of their pool, if that is not skipped.
+
+    A factor that is no plain number was applied before.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        decision = decisions[tensors[shares[s, OWNER], POOL]]
+        if decision[SKIPPED] == 0.0:
+            factor = decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
+            write_sums(shares[s], groups, order, (False, factor, like), room)
         s += cuda.gridDim.x
