@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -235,6 +235,7 @@ def clip_by_norm(
     bound = inputs.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
     entry = inputs.entry("grad", 0, grad)
@@ -431,6 +432,7 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
     entry = inputs.entry("grad", 0, grad)
@@ -498,6 +500,7 @@ def clip_per_example(
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
     grads = listed(grads)
     if any_on_device(grads):
+        _refuse_slices_there("grads", grads.values() if isinstance(grads, Mapping) else grads)
         raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
@@ -514,6 +517,15 @@ def _device() -> Any:
     from numclip.cuda import clipping as device_clipping
 
     return device_clipping
+
+
+def _refuse_slices_there(name: str, grads: Iterable[Any]) -> None:
+    """Refuse slices on the GPU, of whose units there are no norms."""
+    if any(isinstance(grad, IndexedSlices) and grad.is_cuda for grad in grads):
+        raise TypeError(
+            f"{name}: expected arrays, or IndexedSlices on the host, for norms of units, got "
+            "IndexedSlices on the GPU; clip a copy on the host"
+        )
 
 
 def _clip_whole(

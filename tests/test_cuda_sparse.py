@@ -278,3 +278,16 @@ def test_sums_beyond_float64_are_not_finite_for_other_orders():
     slices = nc.IndexedSlices(np.full((2, 1), 1.7e308), np.array([0, 0]), (1, 1))
     with pytest.raises(nc.NonFiniteGradientError, match=r"the sum of repeated rows is not finite"):
         nc.clip_by_global_norm([send(slices)], 1.0, ord=3, nonfinite="raise")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda g: nc.clip_by_norm(g, 1.0, axes=0),
+        lambda g: nc.adaptive_clip(g, g),
+        lambda g: nc.clip_per_example({"E": g}, 1.0),
+    ],
+)
+def test_norms_of_units_are_refused(run):
+    with pytest.raises(TypeError, match=r"grads?: expected arrays, or IndexedSlices on the host"):
+        run(send(suite.example()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -36,7 +37,12 @@ RULES = [
     nc.ZClip(alpha=0.9, warmup=2, z=0.5),
     nc.AdaGC(relative=0.9, absolute=0.5, warmup=2),
 ]
-KINDS = plain_optim.KINDS if HARDWARE else ("decay", "nesterov", "adamw")
+NAMES = "float16", "float32", "float64", "complex64"
+KINDS = [("decay", "float16"), ("nesterov", "float32"), ("adamw", "float64"), ("adam", "complex64")]
+if HARDWARE:
+    KINDS = list(
+        itertools.product(plain_optim.KINDS, ("float16", "bfloat16", "float32", "float64"))
+    )
 
 
 def group_of(dtype: str = "float64", name: str = "rows", **settings: Any) -> nc.Group:
@@ -70,11 +76,10 @@ def assert_same(cpu: nc.ParamGroups, gpu: Any, roundoff: float) -> None:
             np.testing.assert_array_equal(gpu.grads[name].indices, grad.indices)
 
 
-@pytest.mark.parametrize("unscale", [1.0, 3.0])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_rules(rule, unscale):
+def test_rules(rule):
     cpu, gpu = pair(group_of(clip=rule))
-    for step in range(3):
+    for step, unscale in enumerate((1.0, 3.0, 1.0)):
         grads = grads_of(cpu, seed=step)
         cpu.set_grads(grads)
         gpu.set_grads(grads)
@@ -178,8 +183,7 @@ def test_gradients_that_do_not_fit(grad, error, message):
     assert groups.grads["v"] is None
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_optimizers(kind, dtype):
     rule = nc.ByGlobalNorm(0.7, shared="all")
     cpu, gpu = pair(
@@ -200,7 +204,7 @@ def test_optimizers(kind, dtype):
         assert numbers(two.step()) == numbers(one.step())
         for name, grad in grads.items():
             assert_same_bits(fetch(gpu.grads[name]), grad)
-    roundoff = {"float16": 1e-3, "float64": 1e-14}.get(dtype, 1e-6)
+    roundoff = {"float16": 1e-3, "bfloat16": 8e-3, "float64": 1e-14}.get(dtype, 1e-6)
     for name, param in cpu.params.items():
         found = fetch(gpu.params[name]).astype(np.complex128)
         slack = 1e-6 if name == "x" else roundoff

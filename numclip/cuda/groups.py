@@ -49,12 +49,15 @@ class DeviceParamGroups(ParamGroups):
     After the first step nothing is allocated, so that a step (with rules and policies that do
     not wait, and bounds and rates that are no functions) can be captured in a CUDA graph: set
     `stream` to the one that is captured. What is captured writes its report to the memory of
-    that step.
+    that step. Sparse groups send tables of their rows in each step, and have memory that grows with
+    the rows: steps with them cannot be captured.
 
     Attributes
     ----------
     params, grads : mapping of str to DeviceArray
-        Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy.
+        Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy. The
+        gradient of a sparse parameter is `IndexedSlices`, whose values are a view until the next
+        ones are copied in, or None.
     stream : stream
         Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch,
         once what was started on the stream before is done: the new one does not wait for it.
@@ -64,7 +67,7 @@ class DeviceParamGroups(ParamGroups):
     DeviceError
         Where there is no GPU, no driver or no numba-cuda; the message says which.
     ValueError
-        For sparse groups and rules with axes.
+        For rules with axes.
     """
 
     device = "cuda"

@@ -21,6 +21,9 @@ class DeviceSlices(IndexedSlices):
     The indices are in the host's memory, where rows that repeat are found; the values stay where
     they are. Sums of rows are arrays of the library that the values are of.
 
+    Only in one case does the GPU give up where the host does not: for norms of an order other than
+    2, a sum of float64 rows that exceeds float64 counts as not finite.
+
     Raises
     ------
     TypeError, ValueError
