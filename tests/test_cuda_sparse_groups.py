@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -37,12 +36,9 @@ RULES = [
     nc.ZClip(alpha=0.9, warmup=2, z=0.5),
     nc.AdaGC(relative=0.9, absolute=0.5, warmup=2),
 ]
-NAMES = "float16", "float32", "float64", "complex64"
 KINDS = [("decay", "float16"), ("nesterov", "float32"), ("adamw", "float64"), ("adam", "complex64")]
 if HARDWARE:
-    KINDS = list(
-        itertools.product(plain_optim.KINDS, ("float16", "bfloat16", "float32", "float64"))
-    )
+    KINDS = [(kind, dtype) for kind in plain_optim.KINDS for _, dtype in KINDS]
 
 
 def group_of(dtype: str = "float64", name: str = "rows", **settings: Any) -> nc.Group:
