@@ -30,7 +30,8 @@ class Group:
         The group's name, of which no other group has the same.
     params : mapping of str to array
         The initial parameters by name, of float16, bfloat16, float32, float64, complex64 or
-        complex128. Copied into the group's buffers when `ParamGroups` is made.
+        complex128, of NumPy, PyTorch or with DLPack, in the host's memory. Copied into the
+        group's buffers when `ParamGroups` is made.
     clip : rule, optional
         How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -68,15 +69,15 @@ class Group:
             if not isinstance(key, str):
                 raise TypeError(f"params: expected str names, got {key!r}")
             name = f"params[{key!r}]"
-            if inputs.entry(name, key, value).slices is not None:
+            if isinstance(value, IndexedSlices):
                 raise TypeError(f"{name}: expected an array, got IndexedSlices")
-            if self.sparse and np.ndim(value) == 0:
+            ndim = len(inputs.entry(name, key, value).dense_shape)
+            if self.sparse and ndim == 0:
                 raise ValueError(f"{name}: expected rows for a sparse group, got a 0-d array")
+            if isinstance(self.clip, (ByNorm, Adaptive)):
+                inputs.axes_of(self.clip.axes, ndim)
         if self.clip is not None and not isinstance(self.clip, Rule):
             raise TypeError(f"clip: expected a rule or None, got {self.clip!r}")
-        if isinstance(self.clip, (ByNorm, Adaptive)):
-            for value in self.params.values():
-                inputs.axes_of(self.clip.axes, np.ndim(value))
         inputs.choice("nonfinite", self.nonfinite, POLICIES)
         if self.lr is not None:
             inputs.finite_bound("lr", self.lr)
@@ -104,7 +105,7 @@ class GroupState:
     def __init__(self, group: Group) -> None:
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.sparse, self.lr = group.nonfinite, group.sparse, group.lr
-        arrays = {name: np.asarray(value) for name, value in group.params.items()}
+        arrays = {name: inputs.as_array(name, value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
         self.flat_params, params = flat_buffers(native)
         self.params = MappingProxyType(params)

@@ -15,6 +15,7 @@ import numpy as np
 
 from numclip import inputs
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
+from numclip.foreign import bfloat16, refuse_lazy, to_numpy
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.plan import Span, add
@@ -104,7 +105,7 @@ class DeviceArray:
             with device.on_stream(stream) as own, in_order(own, [entry]):
                 device.copy(self.address, entry.address, self.nbytes, own)
             return
-        source = np.asarray(source)
+        source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         flat = np.ascontiguousarray(source).reshape(-1)
         with device.on_stream(stream) as own:
@@ -127,7 +128,7 @@ class DeviceArray:
             Where it does not fit.
         """
         if not on_device(source):
-            source = np.asarray(source)
+            source = to_numpy("source", source)
             sent = DeviceArray(device.allocate(source.nbytes), 0, source.shape, source.dtype)
             sent.copy_from(source, stream)
             source = sent
@@ -220,17 +221,10 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, item
     return tuple(own) in (_strides(lengths, itemsize), backwards)
 
 
-def _bfloat16() -> np.dtype[Any]:
-    import ml_dtypes
-
-    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return found
-
-
 def _native(interface: Any, array: Any) -> np.dtype[Any]:
     """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
     if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
-        return _bfloat16()
+        return bfloat16("dtype")
     return np.dtype(str(interface["typestr"]))
 
 
@@ -248,11 +242,7 @@ def describe(name: str, key: Key, array: Any) -> DeviceEntry:
                 "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
             )
     if library == "torch":
-        if array.is_conj() or array.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor whose memory has its values, got one to be conjugated "
-                "or negated when read; pass tensor.resolve_conj().resolve_neg()"
-            )
+        refuse_lazy(name, array)
         native = _torch_dtype(array.dtype)
         strides = None if array.is_contiguous() else array.stride()
         if strides is not None and native is not None:
@@ -273,7 +263,7 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
     """Return a dtype of PyTorch's as NumPy's: its own description knows no tensor with a graph."""
     name = str(dtype).removeprefix("torch.")
     try:
-        return _bfloat16() if name == "bfloat16" else np.dtype(name)
+        return bfloat16("dtype") if name == "bfloat16" else np.dtype(name)
     except TypeError:
         return None
 
