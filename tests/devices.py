@@ -15,10 +15,19 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numclip.cuda.arrays import DeviceArray
+from conftest import EMULATED
+
 from numclip.kernels.cuda import device
 
+if EMULATED:
+    import emulator
+
+    emulator.install()
+
+from numclip.cuda.arrays import DeviceArray
+
 HARDWARE = not device.SIMULATED
+COMPILED = HARDWARE or EMULATED  # the simulator takes a tenth of a second a call
 
 if not HARDWARE:
     from numba.cuda.simulator.kernelapi import FakeCUDAShared

@@ -20,15 +20,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
 ]
-# The simulator takes a tenth of a second a call: it sees every case, but fewer bounds.
-ORDERS = [1, 1.5, 3, math.inf] if devices.HARDWARE else [1.5, math.inf]
-RATIOS = suite.RATIOS if devices.HARDWARE else [0.1, 1 + 2**-20]
+# The simulator sees every case, but fewer bounds.
+ORDERS = [1, 1.5, 3, math.inf] if devices.COMPILED else [1.5, math.inf]
+RATIOS = suite.RATIOS if devices.COMPILED else [0.1, 1 + 2**-20]
 # The layouts that lie on a GPU; others are refused (see test_cuda_errors).
 LAID_OUT = ("strided", "negative", "misaligned", "byte_swapped", "read_only")
 
 
 def lies_there(case: Case) -> bool:
-    if case.name.startswith(LAID_OUT) or (case.large and not devices.HARDWARE):
+    if case.name.startswith(LAID_OUT) or (case.large and not devices.COMPILED):
         return False
     return not any(reference.is_sparse(g) for g in reference.leaves(case.gradients()))
 
@@ -42,7 +42,7 @@ def params(cases: list[Case]) -> list[Any]:
     return [
         pytest.param(case, id=case.name)
         for case in cases
-        if lies_there(case) and (devices.HARDWARE or case.name != "many_small")
+        if lies_there(case) and (devices.COMPILED or case.name != "many_small")
     ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cases import normal
 from checks import assert_same_bits
+from conftest import EMULATED
 from devices import fetch, ready, send
 from reference import DTYPES
 
@@ -261,6 +262,7 @@ def test_tensors_whose_memory_is_not_their_values(torch, told, value, message): 
         nc.global_norm([odd])
 
 
+@pytest.mark.skipif(EMULATED, reason="the emulator makes no arrays of numba's")
 def test_arrays_of_numba_come_back_as_such():
     from numba import cuda
 

@@ -9,14 +9,14 @@ import reference
 import strategies
 import test_magnitudes as magnitudes
 import test_properties as properties
-from devices import HARDWARE, OnDevice, ready
+from devices import COMPILED, OnDevice, ready
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 some = settings(
-    max_examples=200 if HARDWARE else 12,
+    max_examples=100 if COMPILED else 12,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -29,11 +29,11 @@ def on_device(monkeypatch):
     for rule in ("norm", "average_norm", "block_rms"):
         clip = getattr(functions, f"clip_by_{rule}")
         monkeypatch.setitem(magnitudes.RULES, rule, (clip, *magnitudes.RULES[rule][1:]))
-    if not HARDWARE:
+    if not COMPILED:
         monkeypatch.setattr(magnitudes, "LENGTHS", (33,))
 
 
-@pytest.mark.parametrize("first", magnitudes.NAMES if HARDWARE else ("tiny", "safmax"))
+@pytest.mark.parametrize("first", magnitudes.NAMES if COMPILED else ("tiny", "safmax"))
 @pytest.mark.parametrize("name", reference.DTYPES)
 def test_pairs_of_magnitudes(name, first):
     magnitudes.test_pairs_of_magnitudes(name, first)

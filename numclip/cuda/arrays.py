@@ -18,7 +18,7 @@ from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.foreign import bfloat16, refuse_lazy, to_numpy
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.plan import Span, add
+from numclip.kernels.cuda.chunks import Span, add
 from numclip.placement import on_device
 
 

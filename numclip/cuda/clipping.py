@@ -16,7 +16,8 @@ from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool, Span
+from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.nonfinite import first_error
 
 PLANS = 32

@@ -15,7 +15,7 @@ from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import Array, lookup
 from numclip.group import Group
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.plan import Span
+from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
 from numclip.rules import ByNorm

@@ -18,8 +18,9 @@ from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
 from numclip.kernels.cuda import tables
+from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.device import clear, on_stream, require
-from numclip.kernels.cuda.plan import HostTable, Law, Plan, Pool, Span
+from numclip.kernels.cuda.plan import HostTable, Law, Plan, Pool
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport

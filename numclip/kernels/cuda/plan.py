@@ -1,4 +1,4 @@
-"""Operations of the GPU: tables of pointers and chunks, scratch memory, launches.
+"""Operations of the GPU on tensors: their tables, scratch memory, launches.
 
 A plan is made once for some tensors and used for many steps. None of its operations waits for
 the GPU, and none but `write_laws` with new laws moves anything over the bus.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels import formulas
-from numclip.kernels.cuda import device, norms, scaling, tables, verdict
-from numclip.kernels.cuda.packets import WORD
+from numclip.kernels.cuda import device, norms, tables, verdict
+from numclip.kernels.cuda.chunks import Chunks, Shared, Span
 
 ABSENT = -1.0  # a norm that was not given
 POLICIES = {
@@ -24,15 +24,6 @@ POLICIES = {
     "skip": tables.SKIP,
     "zero": tables.ZERO,
 }
-
-
-class Span(NamedTuple):
-    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
-
-    dtype: DType
-    source: int
-    target: int
-    size: int
 
 
 class Pool(NamedTuple):
@@ -68,36 +59,37 @@ class HostTable:
             self._sent = table
 
 
-def like(dtype: DType) -> Any:
-    """Return what tells a kernel how elements are stored."""
-    return dtype.storage.type(0)
+class Work(Protocol):
+    """How some of a plan's tensors are measured and written, as `Chunks` does it."""
+
+    counts: Array
+
+    def send(self, parts: Array, stream: Any) -> None:
+        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Write the partial sums of squares."""
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Write the partial maxima."""
+
+    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
+        """Write the partial sums of powers."""
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write each tensor times the factor that was decided."""
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number."""
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
 
 
-def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
-    """Return the table of chunks, how many are before each tensor, and where each one starts.
-
-    Chunks begin at multiples of 16 bytes where source and target can both do so: a first, short
-    one goes up to there.
-    """
-    itemsizes = np.array([span.dtype.storage.itemsize for span in spans], np.int64)
-    places = np.array([span[1:] for span in spans], np.int64).reshape(-1, 3)
-    sources, targets, sizes = places.T
-    heads = -sources % WORD // np.maximum(itemsizes, 1)
-    heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
-    limits = device.CHUNK_BYTES // np.maximum(itemsizes, 1)
-    counts = (heads > 0) + -(-(sizes - heads) // limits)
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    owners = np.repeat(np.arange(len(spans)), counts)
-    turns = np.arange(owners.size) - firsts[owners] - (heads[owners] > 0)
-    starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
-    stops = np.where(turns < 0, heads[owners], starts + limits[owners])
-    chunks = np.empty((owners.size, 5), np.int64)
-    chunks[:, tables.SOURCE] = sources[owners] + starts * itemsizes[owners]
-    chunks[:, tables.TARGET] = targets[owners] + starts * itemsizes[owners]
-    chunks[:, tables.LENGTH] = np.minimum(stops, sizes[owners]) - starts
-    chunks[:, tables.OWNER] = owners
-    chunks[:, tables.PART] = np.arange(owners.size)
-    return chunks, firsts, starts
+WORKS: dict[type, Any] = {Span: Chunks}
+"""What works on each kind of tensor."""
 
 
 class Plan:
@@ -105,17 +97,31 @@ class Plan:
 
     def __init__(self, spans: Sequence[Span], pools: Sequence[Pool], stream: Any) -> None:
         self.spans, self.pools = list(spans), list(pools)
-        chunks, firsts, _ = split(spans)
-        self.chunks = self._by_dtype(chunks, stream)
-        self._parts: dict[range, dict[DType, Any]] = {}
+        firsts = self._set_works(stream)
         self.tensors = device.table(self._tensor_table(firsts), stream)
+        partial = device.table(np.zeros((max(int(firsts[-1]), 1), 3)), stream)
+        self._shared = Shared(self.tensors, partial)
         self._pools = device.table(self._pool_table(), stream)
         groups = 1 + max(pool.group for pool in pools)
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
-        self._partial = device.table(np.zeros((max(len(chunks), 1), 3)), stream)
         self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._set_facts()
         self.in_place = all(span.source == span.target for span in spans)
+
+    def _set_works(self, stream: Any) -> Array:
+        """Share the tensors among works; return where the partial sums of each begin, and end."""
+        members: dict[type, dict[int, Span]] = {}
+        for k, span in enumerate(self.spans):
+            members.setdefault(type(span), {})[k] = span
+        self._works: list[Work] = [WORKS[kind](own) for kind, own in members.items()]
+        numbers = [list(own) for own in members.values()]
+        counts = np.zeros(len(self.spans), np.int64)
+        for work, own in zip(self._works, numbers, strict=True):
+            counts[own] = work.counts
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        for work, own in zip(self._works, numbers, strict=True):
+            work.send(firsts[own], stream)
+        return firsts
 
     def _tensor_table(self, firsts: Array) -> Array:
         table = np.zeros((len(self.spans), 4), np.int64)
@@ -172,72 +178,40 @@ class Plan:
         return self._roots_of[ord]
 
     def measure(self, ord: float, stream: Any) -> None:
-        """Sum the chunks: one read, two where `ord` is neither 2 nor infinite."""
+        """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
         if ord == 2.0:
-            self._each(norms.sum_squares, stream, self.tensors, after=[self._partial])
+            for work in self._works:
+                work.sum_squares(self._shared, stream)
             return
-        self._each(norms.max_magnitude, stream, self.tensors, after=[self._partial])
-        arguments = self.tensors, self._pools, self._partial, self._laws.table
+        for work in self._works:
+            work.max_magnitude(self._shared, stream)
+        laws = self._laws.table
+        arguments = self.tensors, self._pools, self._shared.partial, laws
         device.launch(norms.find_peaks, len(self.pools), stream, *arguments)
         if ord != math.inf:
-            laws = self.tensors, self._laws.table
-            self._each(norms.sum_powers, stream, *laws, after=[self._partial])
-
-    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
-        """Launch a kernel for each dtype."""
-        for dtype, chunks in self.chunks.items():
-            count = chunks.shape[0]
-            device.launch(kernel, count, stream, chunks, *before, like(dtype), *after)
+            for work in self._works:
+                work.sum_powers(self._shared, laws, stream)
 
     def judge(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""
         table = (laws or self._laws).table
-        tables = self.tensors, self._pools, table, self._partial, self._tickets
+        tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
         device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""
-        self._scale(scaling.scale, outcome, stream)
+        for work in self._works:
+            work.scale(self._shared, outcome[1], stream)
 
     def scale_rare(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
-        self._scale(scaling.scale_rare, outcome, stream)
-
-    def _scale(self, kernel: Any, outcome: tuple[Any, Any], stream: Any) -> None:
-        for dtype, chunks in self.chunks.items():
-            precision = [np.int64(number) for number in dtype.precision]
-            arguments = self.tensors, outcome[1], *precision, like(dtype)
-            device.launch(kernel, chunks.shape[0], stream, chunks, *arguments)
+        for work in self._works:
+            work.scale_rare(self._shared, outcome[1], stream)
 
     def clamp(
         self, outcome: tuple[Any, Any], low: float, high: float, stream: Any, members: range
     ) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
         bounds = np.float64(low), np.float64(high)
-        for dtype, chunks in self._chunks_of(members, stream).items():
-            arguments = self.tensors, outcome[1], *bounds, like(dtype)
-            device.launch(scaling.clamp, chunks.shape[0], stream, chunks, *arguments)
-
-    def _chunks_of(self, members: range, stream: Any) -> dict[DType, Any]:
-        """Return the tables of the chunks of some tensors; made once."""
-        if len(members) == len(self.spans):
-            return self.chunks
-        if members not in self._parts:
-            chunks, _, _ = split(self.spans)
-            inside = np.isin(chunks[:, tables.OWNER], np.array(members))
-            self._parts[members] = self._by_dtype(chunks[inside], stream)
-        return self._parts[members]
-
-    def _by_dtype(self, chunks: Array, stream: Any) -> dict[DType, Any]:
-        """Return tables of the chunks of each dtype that has some."""
-        dtypes = [self.spans[k].dtype for k in chunks[:, tables.OWNER]]
-        return {
-            dtype: device.table(chunks[[own is dtype for own in dtypes]], stream)
-            for dtype in dict.fromkeys(dtypes)
-        }
-
-
-def add(span: Span, stream: Any) -> None:
-    """Add what is read to what is written to."""
-    chunks = device.table(split([span])[0], stream)
-    device.launch(scaling.add, chunks.shape[0], stream, chunks, like(span.dtype))
+        for work in self._works:
+            work.clamp(self._shared, outcome[1], bounds, members, stream)

@@ -9,7 +9,8 @@ import numpy as np
 
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables, updates
-from numclip.kernels.cuda.plan import HostTable, Plan, like, split
+from numclip.kernels.cuda.chunks import like, split
+from numclip.kernels.cuda.plan import HostTable, Plan
 
 
 class Updates:
@@ -34,7 +35,8 @@ class Updates:
         rows[:, updates.LENGTH], rows[:, updates.OWNER] = chunks[:, tables.LENGTH], owners
         dtypes = [spans[k].dtype for k in owners]
         self._updates = {
-            dtype: device.table(rows[[own is dtype for own in dtypes]], 0) for dtype in plan.chunks
+            dtype: device.table(rows[[own is dtype for own in dtypes]], 0)
+            for dtype in dict.fromkeys(dtypes)
         }
         self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), updates.SETTINGS_COLUMNS
