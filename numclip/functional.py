@@ -123,7 +123,7 @@ def clip_by_global_norm(
     clipped : list, tuple or dict
         The results in the structure of `grads`, None where None was; the objects of `out`,
         whatever library they are of. New ones are NumPy arrays for gradients in the host's
-        memory, and of the gradient's library on a GPU.
+        memory; on a GPU arrays of PyTorch, CuPy or numba as the gradient is, else `DeviceArray`.
     norm : float
         The norm before clipping, or `use_norm`. For CUDA arrays a `DeviceFloat`, which waits
         for the GPU when its value is asked for.

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from numclip.foreign import CUDA, is_array
-from numclip.slices import IndexedSlices
 
 
 def on_device(array: Any) -> bool:
     """Tell whether an array lies on a GPU."""
-    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic, IndexedSlices)):
+    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
     is_cuda = getattr(array, "is_cuda", None)  # PyTorch's; its other attributes can raise
     if isinstance(is_cuda, bool):
@@ -35,7 +34,7 @@ def any_on_device(grads: Any) -> bool:
 
 def _is_collection(grads: Any) -> bool:
     """Tell whether an object holds gradients, and can be gone through more than once."""
-    others = (IndexedSlices, str, bytes, Iterator)
+    others = (str, bytes, Iterator)
     return isinstance(grads, Iterable) and not isinstance(grads, others) and not is_array(grads)
 
 
