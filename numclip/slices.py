@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import foreign
 from numclip.dtypes import NAMES, Array, as_stored, lookup, refusal
 from numclip.kernels import backend
 
@@ -36,7 +37,8 @@ class IndexedSlices:
     ----------
     values : array, shape (n, ...)
         The rows: float16, bfloat16, float32, float64, complex64 or complex128. Kept, not
-        copied; written by in-place calls.
+        copied (those of PyTorch or DLPack in the host's memory as a view); written by in-place
+        calls.
     indices : array of int, shape (n,)
         The row of the dense array that each row of `values` belongs to, in
         ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only.
@@ -66,14 +68,14 @@ class IndexedSlices:
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
         if isinstance(values, np.ma.MaskedArray):
             raise TypeError("values: expected an array, got a masked array; use .filled(0)")
-        self._values: Array = np.asarray(values)
+        self._values: Array = foreign.to_numpy("values", values)
         try:
             self._dense_shape = tuple(operator.index(size) for size in dense_shape)
         except TypeError:
             raise TypeError(
                 f"dense_shape: expected a sequence of integers, got {dense_shape!r}"
             ) from None
-        given = np.asarray(indices)
+        given = foreign.to_numpy("indices", indices)
         self._check(given)
         self._indices = given.astype(np.int64)
         self._indices.setflags(write=False)

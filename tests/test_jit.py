@@ -147,9 +147,16 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 LAYERS = [
     {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing"},
     {"dtypes", "kernels.elements", "kernels.threads", "kernels.cuda.device", "kernels.cuda.tables"},
-    {"layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
+    {"foreign", "layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
     {"kernels.cuda.packets", "kernels.cuda.scalars"},
-    {"kernels.joint", "kernels.columns", "kernels.grouping", "kernels.cuda.blocks", "cuda.values"},
+    {
+        "kernels.joint",
+        "kernels.columns",
+        "kernels.grouping",
+        "kernels.cuda.blocks",
+        "cuda.values",
+        "cuda.dlpack",
+    },
     {"kernels.cuda.norms", "kernels.cuda.verdict", "kernels.cuda.scaling"},
     {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.chunks"},
     {"slices", "plain", "kernels.cuda.plan"},

@@ -76,7 +76,7 @@ class DeviceGroupState:
         refuse(group)
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
-        given = {name: np.asarray(value) for name, value in group.params.items()}
+        given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
         self.flat_grads, grads = flat_buffers(native)
@@ -103,13 +103,14 @@ class DeviceGroupState:
             return None
         if not on_device(grad):
             described = inputs.entry(label, name, grad)
+            values = described.values
             if described.slices is not None:
                 raise TypeError(f"{label}: expected an array, got IndexedSlices")
             source, target = lookup(described.native.dtype), lookup(param.dtype)
             assert source is not None
             assert target is not None
             fits = source.components <= target.components
-            shape, dtype = described.dense_shape, described.values.dtype
+            shape, dtype = described.dense_shape, values.dtype
         else:
             entry = arrays.describe(label, name, grad)
             fits = entry.native == param.dtype and entry.c_order
@@ -119,7 +120,7 @@ class DeviceGroupState:
         if not fits:
             order = " in C order" if on_device(grad) else ""
             raise TypeError(f"{label}: expected dtype {param.dtype}{order}, got {dtype}")
-        return grad if on_device(grad) else np.asarray(grad).astype(param.dtype)
+        return grad if on_device(grad) else values.astype(param.dtype)
 
 
 class Slots:
