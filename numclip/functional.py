@@ -75,7 +75,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        norm: float = _device().global_norm(grads, order)
+        norm: float = _device().global_norm(grads, order, duplicates)
         return norm
     described = inputs.gradients(grads)
     if not described.entries:
@@ -172,8 +172,9 @@ def clip_by_global_norm(
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        clip = _device().clip_by_global_norm
-        on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
+        on_gpu: tuple[Any, float] = _device().clip_by_global_norm(
+            grads, bound, given, ord=order, nonfinite=nonfinite, duplicates=duplicates, out=out
+        )
         return on_gpu
     described = inputs.gradients(grads)
     where = places(described, grads, out)

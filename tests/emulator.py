@@ -56,11 +56,25 @@ LIBRARY = {
 own = threading.local()
 barrier = threading.Barrier(THREADS)
 pool = ThreadPoolExecutor(THREADS)
+votes = [0] * THREADS
 WORD, ACTION = ctypes.CFUNCTYPE(ctypes.c_int32), ctypes.CFUNCTYPE(None)
+VOTE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
+
+
+def any_of(vote: int) -> int:
+    """What the threads of a block say together: whether one says yes."""
+    votes[own.thread] = vote
+    barrier.wait()
+    said = any(votes)
+    barrier.wait()
+    return int(said)
+
+
 CALLS = {
     "gpu.read.ptx.sreg.tid.x": WORD(lambda: own.thread),
     "gpu.read.ptx.sreg.ctaid.x": WORD(lambda: own.block),
     "gpu.read.ptx.sreg.nctaid.x": WORD(lambda: own.blocks),
+    "gpu.barrier0.or": VOTE(any_of),
     "gpu.barrier0": ACTION(lambda: barrier.wait() and None),
 }
 

@@ -114,6 +114,18 @@ def test_dtypes(dtype):
         assert_same_bits(fetch(gpu.grads[name]), grad)
 
 
+@pytest.mark.parametrize("rule", [nc.ByGlobalNorm(0.5), nc.ByNorm(0.5, ord=3)], ids=repr)
+def test_complex_elements_are_measured_and_cleaned_as_a_whole(rule):
+    cpu, gpu = pair(nc.Group("g", params_of("complex64"), clip=rule, nonfinite="zero"))
+    grads = grads_of(cpu)
+    grads["w"][2, 1] = complex(1.0, math.nan)
+    cpu.set_grads(grads)
+    gpu.set_grads(grads)
+    assert numbers(gpu.clip()) == numbers(cpu.clip())
+    for name, grad in cpu.grads.items():
+        assert_same_bits(fetch(gpu.grads[name]), grad)
+
+
 def test_dtypes_mixed_in_a_group():
     params = {name: normal(np.random.default_rng(3), (11,), name) for name in REAL_DTYPES}
     cpu, gpu = pair(nc.Group("g", params, clip=nc.ByGlobalNorm(0.5)))
@@ -131,6 +143,7 @@ def test_groups_share_a_norm():
         nc.Group("between", {"b": np.ones(4)}, clip=nc.ByNorm(0.5)),
         nc.Group("two", {"c": np.ones((2, 3), "f")}, clip=shared, nonfinite="skip"),
     )
+    one, two = nc.SGD(cpu, 0.1), nc.SGD(gpu, 0.1)
     for bad in (False, True):
         grads = grads_of(cpu)
         if bad:
@@ -140,6 +153,7 @@ def test_groups_share_a_norm():
         wanted, found = cpu.clip(), gpu.clip()
         assert numbers(found) == numbers(wanted)
         assert found.groups["one"].skipped == bad
+        assert numbers(two.step()) == numbers(one.step())
         assert_same(cpu, gpu)
 
 

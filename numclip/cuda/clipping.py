@@ -11,14 +11,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from numclip import inputs
+from numclip.clipping import repeated_loss
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
+from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
+from numclip.slices import Grouping
 
 PLANS = 32
 """How many plans are kept: gradients at the same addresses as before find theirs again."""
@@ -27,23 +33,60 @@ _plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
 def _plan(
-    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str, stream: Any
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    policy: str,
+    duplicates: str,
+    stream: Any,
+    ord: float = 2.0,
 ) -> tuple[Plan, list[Any]]:
     """Return the plan for one norm of some tensors, and its free memory for outcomes.
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    spans = [
-        Span(entry.dtype, entry.address, target.address, entry.size)
-        for entry, target in zip(entries, targets, strict=True)
-    ]
+    pairs = zip(entries, targets, strict=True)
+    spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
     if key not in _plans:
         _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
         while len(_plans) > PLANS:
             _plans.popitem(last=False)
     _plans.move_to_end(key)
+    rows = [span for span in spans if isinstance(span, RowSpan)]
+    if rows:
+        _plans[key][0].take_rows(rows, _groupings(entries, spans), stream)
     return _plans[key]
+
+
+def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Grouping]:
+    """Return which rows share an index, of the gradients whose rows are to be summed."""
+    return [
+        entry.slices.grouping
+        for entry, span in zip(entries, spans, strict=True)
+        if isinstance(span, RowSpan) and entry.slices is not None
+    ]
+
+
+def span(
+    entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float, duplicates: str = "raw"
+) -> Span | Strided | RowSpan:
+    """Return where a gradient is and goes: as contiguous memory where it is that.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, whose
+    magnitude counts, or of which none stays where one is not finite.
+    """
+    if duplicates == "sum" and entry.repeated:
+        return row_span(entry, target)
+    parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    if entry.strides == target.strides and entry.dense and not parts:
+        return Span(entry.dtype, entry.address, target.address, entry.size)
+    return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+
+
+def row_span(entry: DeviceEntry, target: DeviceEntry) -> RowSpan:
+    """Return where the rows of slices are and go, whose sums are to be measured."""
+    length = math.prod(entry.shape[1:]) * entry.dtype.components
+    return RowSpan(entry.dtype, entry.address, target.address, entry.size, length)
 
 
 def clip(
@@ -51,6 +94,7 @@ def clip(
     targets: Sequence[DeviceEntry] | None,
     law: Law,
     policy: str = "propagate",
+    duplicates: str = "sum",
 ) -> float | DeviceFloat:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
 
@@ -60,10 +104,14 @@ def clip(
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
     stream = arrays.stream_of(entries)
-    plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
+    summed = duplicates == "sum" and any(entry.repeated for entry in entries)
+    if summed:
+        law = law._replace(loss=repeated_loss(entries, law.ord))
+    places = entries if targets is None else targets
+    plan, free = _plan(entries, places, policy, duplicates, stream, law.ord)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
-    if law.given == ABSENT or policy != "propagate":
+    if law.given == ABSENT or policy != "propagate" or summed:
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
     norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
@@ -81,24 +129,29 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
     return float(device.read_table(outcome[1], stream)[0, column])
 
 
-def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
+def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
-    return clip(described.entries, None, Law(math.inf, ord=ord))
+    return clip(described.entries, None, Law(math.inf, ord=ord), duplicates=duplicates)
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, given: float | None, ord: float, policy: str, out: Any
+    grads: Any,
+    bound: float,
+    given: float | None,
+    *,
+    ord: float,
+    nonfinite: str,
+    duplicates: str,
+    out: Any,
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     device.require()
     targets = arrays.targets(described, grads, out)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
-    norm = clip(described.entries, targets, law, policy)
-    return described.with_results([target.array for target in targets]), norm
+    norm = clip(described.entries, targets, law, nonfinite, duplicates)
+    return described.with_results([target.result for target in targets]), norm
 
 
 def clip_whole(
@@ -106,10 +159,9 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    _refuse_complex([entry], ord)
     target = _place(entry, out)
-    clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
-    return target.array
+    clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
+    return target.result
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
@@ -122,14 +174,37 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
             "clip_value_min, clip_value_max: expected numbers for a gradient on the GPU, got "
             "arrays; clip a copy on the host"
         )
-    low, high = inputs.value_bounds(low, high, entry.shape)
+    low, high = inputs.value_bounds(low, high, entry.dense_shape)
+    if entry.slices is not None:
+        inputs.refuse_excluding_zero(low, high)
     target = _place(entry, out)
+    if entry.repeated:
+        return _clamp_sums(entry, target, low, high, out)
+    _clamp(entry, target, low, high)
+    return target.result
+
+
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: float, high: float) -> None:
+    """Write each element held between two numbers."""
     stream = arrays.stream_of([entry])
-    plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
+    plan, free = _plan([entry], [target], "propagate", "raw", stream)  # nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
-    return target.array
+
+
+def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float, out: Any) -> Any:
+    """Hold the sums of rows between two numbers: as new slices, or in the first row of each."""
+    slices: Any = entry.slices
+    merged = slices.coalesce()
+    sums = arrays.describe("grad", 0, merged)
+    _clamp(sums, sums, low, high)
+    if out is None:
+        return merged
+    order, starts = slices.grouping
+    firsts = order[starts[:-1]]
+    merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
+    return target.result
 
 
 def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
@@ -139,12 +214,3 @@ def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
     target = arrays.target(entry, out, "out")
     arrays.refuse_overlaps([entry], [target])
     return target
-
-
-def _refuse_complex(entries: Sequence[DeviceEntry], ord: float) -> None:
-    for entry in entries:
-        if entry.dtype.components == 2 and ord != 2.0:
-            raise TypeError(
-                f"{entry.name}: expected real numbers on the GPU where ord is not 2, "
-                f"got {entry.native}; clip a copy on the host"
-            )

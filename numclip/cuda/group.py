@@ -11,11 +11,10 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import DeviceArray, DeviceEntry
 from numclip.dtypes import Array, lookup
 from numclip.group import Group
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
 
@@ -51,10 +50,6 @@ def refuse(group: Group) -> None:
         raise ValueError(
             f'clip: expected a rule for whole tensors for device="cuda", got {rule!r}; {advice}'
         )
-    if rule.ord != 2.0 and any(np.iscomplexobj(param) for param in group.params.values()):
-        raise ValueError(
-            f'ord: expected 2 for complex parameters and device="cuda", got {rule!r}; {advice}'
-        )
 
 
 class DeviceGroupState:
@@ -85,10 +80,11 @@ class DeviceGroupState:
             self.params[name][...] = array
         self.rule_state = group.clip.initial_state(len(native)) if group.clip else {}
 
-    def spans(self) -> list[Span]:
-        """Return where the gradients are."""
-        entries = [arrays.describe(name, name, grad) for name, grad in self.grads.items()]
-        return [Span(e.dtype, e.address, e.address, e.size) for e in entries]
+    def entries(self) -> list[DeviceEntry]:
+        """Return the descriptions of the gradients."""
+        return [
+            arrays.describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()
+        ]
 
     def zero(self, stream: Any = 0) -> None:
         """Set the gradients to zero."""

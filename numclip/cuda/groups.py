@@ -9,13 +9,15 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
-from numclip.cuda.clippers import Clipper, Found, clippers
+from numclip.cuda.clipper import Clipper, Found
+from numclip.cuda.clippers import clippers
 from numclip.cuda.group import DeviceGroupState, Slots
 from numclip.cuda.report import build
 from numclip.cuda.values import DeviceReport
 from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
+from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.device import clear, on_stream, require
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.kernels.cuda.updates import SETTINGS_COLUMNS
@@ -58,7 +60,7 @@ class DeviceParamGroups(ParamGroups):
     DeviceError
         Where there is no GPU, no driver or no numba-cuda; the message says which.
     ValueError
-        For sparse groups, rules with axes, and orders other than 2 of complex parameters.
+        For sparse groups and rules with axes.
     """
 
     device = "cuda"
@@ -205,14 +207,11 @@ class DeviceParamGroups(ParamGroups):
     def _refuse_nonfinite(self, found: Judged) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         refused = [group for clipper, own in found for group in clipper.refused(own, self.stream)]
-        for group in self:
+        members: Any = iter(self)
+        for group in members:
             if group in refused:
-                entries = [
-                    arrays.describe(f"{group.name}.{name}", name, grad)
-                    for name, grad in group.grads.items()
-                ]
-                copies = [arrays.host_entry(entry, self.stream) for entry in entries]
-                raise first_error(copies, None)
+                entries = [arrays.host_entry(entry, self.stream) for entry in group.entries()]
+                raise first_error(entries, None)
 
     def _built(self, step: int, found: Judged) -> ClipReport:
         """Return the report of a step, after waiting for it."""
@@ -238,11 +237,16 @@ class DeviceParamGroups(ParamGroups):
         with on_stream(None):
             slots = {group.name: Slots(group, states) for group in self}  # type: ignore[arg-type]
             for clipper in self._clippers:
+                entries = [entry for group in clipper.groups for entry in group.entries()]
                 members = [slots[group.name] for group in clipper.groups]
-                params = [param.address for own in members for param in own.params]
+                params = [param for own in members for param in own.params]
+                spans = [
+                    Span(entry.dtype, entry.address, param.address, entry.size)
+                    for entry, param in zip(entries, params, strict=True)
+                ]
                 views = [view for own in members for view in own.views]
                 kept = [[view[k].address for view in views] for k in range(states)]
-                updates = Updates(clipper.plan, params, kept)
+                updates = Updates(clipper.plan, spans, kept)
                 for group, own in zip(clipper.groups, members, strict=True):
                     own.attach(updates, clipper.pools[group.name])
         return slots

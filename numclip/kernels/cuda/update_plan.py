@@ -9,20 +9,19 @@ import numpy as np
 
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables, updates
-from numclip.kernels.cuda.chunks import like, split
+from numclip.kernels.cuda.chunks import Span, like, split
 from numclip.kernels.cuda.plan import HostTable, Plan
 
 
 class Updates:
     """What the kernels need to update parameters by the gradients of a plan.
 
-    `states` are the addresses of each tensor's states. A row of settings and a count of steps
-    stand for each pool.
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states. A row of settings and a count of steps stand for each pool.
     """
 
-    def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
+    def __init__(self, plan: Plan, spans: Sequence[Span], states: Sequence[Sequence[int]]) -> None:
         self._plan = plan
-        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
         chunks, _, starts = split(spans)
         rows = np.zeros((len(chunks), 6), np.int64)
         owners = chunks[:, tables.OWNER]
