@@ -25,7 +25,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     ----------
     grads : list, tuple, dict or iterator of gradients
         Arrays of float16, bfloat16, float32, float64, complex64 or complex128, of any shape
-        and strides, `IndexedSlices`, or None, which counts as nothing. Only read.
+        and strides, `IndexedSlices`, or None, which counts as nothing. Only read. Arrays of
+        NumPy, or of other libraries: tensors of PyTorch (with a graph or without) and what has
+        DLPack are read where they lie, in the host's memory or on a GPU.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``. An order other than 2 takes two
         reads and copies complex gradients; for them it is the norm of the magnitudes.
@@ -119,7 +121,9 @@ def clip_by_global_norm(
     Returns
     -------
     clipped : list, tuple or dict
-        The results in the structure of `grads`, None where None was; the objects of `out`.
+        The results in the structure of `grads`, None where None was; the objects of `out`,
+        whatever library they are of. New ones are NumPy arrays for gradients in the host's
+        memory; on a GPU arrays of PyTorch, CuPy or numba as the gradient is, else `DeviceArray`.
     norm : float
         The norm before clipping, or `use_norm`. For CUDA arrays a `DeviceFloat`, which waits
         for the GPU when its value is asked for.
@@ -473,7 +477,8 @@ def clip_per_example(
     Returns
     -------
     summed : list, tuple or dict
-        The sums over examples of the clipped gradients, in the structure and dtypes of `grads`.
+        The sums over examples of the clipped gradients, in the structure and dtypes of `grads`;
+        NumPy arrays.
     num_clipped : int, or list, tuple or dict of int
         How many examples were clipped; with `layerwise` for each gradient.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_CUDA = 2  # DLPack's code of the device
+from numclip.foreign import CUDA, is_array
 
 
 def on_device(array: Any) -> bool:
@@ -21,7 +21,7 @@ def on_device(array: Any) -> bool:
     if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
         return True
     device = getattr(array, "__dlpack_device__", None)
-    return device is not None and int(device()[0]) == _CUDA
+    return device is not None and int(device()[0]) == CUDA
 
 
 def any_on_device(grads: Any) -> bool:
@@ -35,8 +35,8 @@ def any_on_device(grads: Any) -> bool:
 
 def _is_collection(grads: Any) -> bool:
     """Tell whether an object holds gradients, and can be gone through more than once."""
-    arrays = (np.ndarray, np.generic, str, bytes)
-    return isinstance(grads, Iterable) and not isinstance(grads, (*arrays, Iterator))
+    others = (str, bytes, Iterator)
+    return isinstance(grads, Iterable) and not isinstance(grads, others) and not is_array(grads)
 
 
 def listed(grads: Any) -> Any:

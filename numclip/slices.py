@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import foreign
 from numclip.dtypes import NAMES, Array, as_stored, lookup, refusal
 from numclip.kernels import backend
 from numclip.placement import on_device
@@ -37,8 +38,8 @@ class IndexedSlices:
     ----------
     values : array, shape (n, ...)
         The rows: float16, bfloat16, float32, float64, complex64 or complex128. Kept, not
-        copied; written by in-place calls. A CUDA array (in C order) makes slices that lie on
-        the GPU, see `DeviceSlices`.
+        copied (those of PyTorch or DLPack in the host's memory as a view); written by in-place
+        calls. A CUDA array (in C order) makes slices that lie on the GPU, see `DeviceSlices`.
     indices : array of int, shape (n,)
         The row of the dense array that each row of `values` belongs to, in
         ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only, to
@@ -94,7 +95,7 @@ class IndexedSlices:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
         if isinstance(values, np.ma.MaskedArray):
             raise TypeError("values: expected an array, got a masked array; use .filled(0)")
-        array = self._values = np.asarray(values)
+        array = self._values = foreign.to_numpy("values", values)
         dtype = self._dtype = array.dtype
         if dtype.kind not in "fcV" or lookup(dtype.newbyteorder("=")) is None:
             raise TypeError(f"values: expected one of {NAMES}, got {refusal(dtype)}")
@@ -102,7 +103,7 @@ class IndexedSlices:
 
     def _on_host(self, indices: Any) -> Array:
         """Return indices in the host's memory."""
-        return np.asarray(indices)
+        return foreign.to_numpy("indices", indices)
 
     @property
     def values(self) -> Any:

@@ -145,11 +145,18 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
 
 
 LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing", "placement"},
+    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing"},
     {"dtypes", "kernels.elements", "kernels.threads", "kernels.cuda.device", "kernels.cuda.tables"},
-    {"layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
-    {"kernels.cuda.packets", "kernels.cuda.scalars"},
-    {"kernels.joint", "kernels.columns", "kernels.grouping", "kernels.cuda.blocks", "cuda.values"},
+    {"foreign", "layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
+    {"kernels.cuda.packets", "kernels.cuda.scalars", "placement"},
+    {
+        "kernels.joint",
+        "kernels.columns",
+        "kernels.grouping",
+        "kernels.cuda.blocks",
+        "cuda.values",
+        "cuda.dlpack",
+    },
     {"kernels.cuda.norms", "kernels.cuda.rows", "kernels.cuda.verdict", "kernels.cuda.scaling"},
     {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.chunks"},
     {"kernels.cuda.tiles"},

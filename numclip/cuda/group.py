@@ -14,6 +14,7 @@ from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceArray, DeviceEntry
 from numclip.dtypes import Array, DType, lookup
 from numclip.group import Group
+from numclip.inputs import Entry
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
@@ -69,7 +70,7 @@ class DeviceGroupState:
         refuse(group)
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
-        given = {name: np.asarray(value) for name, value in group.params.items()}
+        given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
         self.flat_grads, grads = flat_buffers({} if self.sparse else native)
@@ -117,11 +118,11 @@ class DeviceGroupState:
             raise TypeError(f"{label}: expected dtype {param.dtype} in C order, got {dtype}")
         if described.dtype.components > _dtype_of(param).components:
             raise TypeError(f"{label}: expected dtype {param.dtype}, got {dtype}")
-        return grad if there else self._cast(grad, param.dtype)
+        return grad if there else self._cast(described, param.dtype)
 
-    def _cast(self, grad: Any, dtype: Any) -> Any:
+    def _cast(self, described: Entry, dtype: Any) -> Any:
         """Return a gradient in the host's memory in the dtype of a parameter."""
-        return np.asarray(grad).astype(dtype)
+        return described.values.astype(dtype)
 
 
 class Slots:

@@ -12,6 +12,7 @@ from numclip.cuda.arrays import DeviceArray, DeviceEntry
 from numclip.cuda.group import DeviceGroupState
 from numclip.dtypes import Array
 from numclip.group import Group
+from numclip.inputs import Entry
 from numclip.kernels.cuda import device
 from numclip.slices import IndexedSlices
 
@@ -52,8 +53,9 @@ class SparseGroupState(DeviceGroupState):
         for rows in self._rows.values():
             rows.clear()
 
-    def _cast(self, grad: Any, dtype: Any) -> Any:
-        return grad.with_values(np.array(grad.values, dtype, order="C"))
+    def _cast(self, described: Entry, dtype: Any) -> Any:
+        assert described.slices is not None
+        return described.slices.with_values(np.array(described.values, dtype, order="C"))
 
 
 class HeldRows:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -221,6 +222,24 @@ def order(after: Any, before: Any) -> None:
         event = cuda.event(timing=False)
         event.record(before)
         event.wait(after)
+
+
+_waiting: deque[tuple[Any, Callable[[], object]]] = deque()
+
+
+def after_default(action: Callable[[], object]) -> None:
+    """Do something after what the default stream was given; looked at when next called.
+
+    The default stream does not wait for those that were made to wait for no other.
+    """
+    if SIMULATED:
+        action()
+        return
+    event = cuda.event(timing=False)
+    event.record(0)
+    _waiting.append((event, action))
+    while _waiting and _waiting[0][0].query():
+        _waiting.popleft()[1]()
 
 
 def allocate(nbytes: int) -> Any:
