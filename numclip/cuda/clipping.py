@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from numclip import inputs
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda.plans import kept
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
-
-PLANS = 32
-"""How many plans are kept: gradients at the same addresses as before find theirs again."""
-
-_plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
 def _plan(
@@ -41,12 +36,7 @@ def _plan(
     pairs = zip(entries, targets, strict=True)
     spans = [span(entry, target, policy, ord) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
-    if key not in _plans:
-        _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
-        while len(_plans) > PLANS:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return _plans[key]
+    return kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
 
 
 def span(entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float) -> Span | Strided:
@@ -120,7 +110,7 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    target = _place(entry, out)
+    target = arrays.place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
     return target.array
 
@@ -136,19 +126,10 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
             "arrays; clip a copy on the host"
         )
     low, high = inputs.value_bounds(low, high, entry.shape)
-    target = _place(entry, out)
+    target = arrays.place(entry, out)
     stream = arrays.stream_of([entry])
     plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
     return target.array
-
-
-def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
-    device.require()
-    if out is None:
-        return arrays.new_like(entry)
-    target = arrays.target(entry, out, "out")
-    arrays.refuse_overlaps([entry], [target])
-    return target

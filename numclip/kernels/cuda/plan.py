@@ -167,7 +167,7 @@ class Plan:
 
         It is written to the plan's own table, or to another one for `judge` to be given.
         """
-        table = np.empty((len(self.pools), tables.LAW_COLUMNS))
+        table = np.zeros((len(self.pools), tables.LAW_COLUMNS))
         coarse = self._roots(law.ord) / law.divisor * self._coarse
         numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
         for column, number in enumerate([*numbers, law.unscale, 0.0, 1.0, law.ord]):
