@@ -240,7 +240,7 @@ def clip_by_norm(
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
     if on_device(grad):
-        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
+        return _device_units().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
 
@@ -436,7 +436,7 @@ def adaptive_clip(
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
     if on_device(grad):
-        raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
+        return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
     entry = inputs.entry("grad", 0, grad)
     owner = inputs.entry("param", 0, param)
     if owner.slices is not None or owner.values.shape != entry.dense_shape:
@@ -519,6 +519,13 @@ def _device() -> Any:
     from numclip.cuda import clipping as device_clipping
 
     return device_clipping
+
+
+def _device_units() -> Any:
+    """Return the functions for parts of gradients on the GPU, loaded when first needed."""
+    from numclip.cuda import units as device_units
+
+    return device_units
 
 
 def _clip_whole(

@@ -60,7 +60,7 @@ class DeviceParamGroups(ParamGroups):
     DeviceError
         Where there is no GPU, no driver or no numba-cuda; the message says which.
     ValueError
-        For sparse groups and rules with axes.
+        For sparse groups.
     """
 
     device = "cuda"
