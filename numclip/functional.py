@@ -241,7 +241,7 @@ def clip_by_norm(
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
     _refuse_slices_there("grad", [grad])
     if on_device(grad):
-        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
+        return _device_units().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
 
@@ -438,7 +438,7 @@ def adaptive_clip(
     least = inputs.bound("eps", eps)
     _refuse_slices_there("grad", [grad])
     if on_device(grad):
-        raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
+        return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
     entry = inputs.entry("grad", 0, grad)
     owner = inputs.entry("param", 0, param)
     if owner.slices is not None or owner.values.shape != entry.dense_shape:
@@ -522,6 +522,13 @@ def _device() -> Any:
     from numclip.cuda import clipping as device_clipping
 
     return device_clipping
+
+
+def _device_units() -> Any:
+    """Return the functions for parts of gradients on the GPU, loaded when first needed."""
+    from numclip.cuda import units as device_units
+
+    return device_units
 
 
 def _refuse_slices_there(name: str, grads: Iterable[Any]) -> None:

@@ -135,7 +135,7 @@ class OnDevice:
             write(here, result)
         return each(lambda array: array, out), float(norm)
 
-    def _one(self, name: str, grad: Any, *arguments: Any, out: Any, **options: Any) -> Any:
+    def _one(self, name: str, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:
         sent = send(grad)
         given = sent if out is grad else None if out is None else send(out)
         result = getattr(nc, name)(sent, *arguments, out=given, **options)
@@ -154,6 +154,9 @@ class OnDevice:
 
     def clip_by_block_rms(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_block_rms", grad, *arguments, out=out)
+
+    def adaptive_clip(self, grad: Any, param: Any, *arguments: Any, **options: Any) -> Any:
+        return self._one("adaptive_clip", grad, send(param), *arguments, **options)
 
     def clip_by_value(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_value", grad, *arguments, out=out)

@@ -179,7 +179,7 @@ def install() -> None:
     cuda_paths._get_nvrtc_path = lambda: None  # NVVM is all that is needed
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY)
     device.THREADS, device.CHUNK_BYTES = THREADS, 512
-    from numclip.kernels.cuda import plan, update_plan  # noqa: F401 - with their real intrinsics
+    from numclip.kernels.cuda import plan, unit_plan, update_plan  # noqa: F401 - with their real intrinsics
 
     device.SIMULATED, device.FakeCUDAArray = True, FakeCUDAArray
     device.cuda = SimpleNamespace(device_array=lambda *a: FakeCUDAArray(np.empty(*a)))

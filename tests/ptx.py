@@ -13,7 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels.cuda import norms, rows, scaling, tile_scaling, tiles, updates, verdict
+from numclip.kernels.cuda import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")
@@ -55,6 +55,11 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     tile_scaling: {
         "scale_tiles": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
         "clamp_tiles": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+    },
+    units: {
+        "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
+        "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
+        "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
     },
     updates: {
         "advance": (NUMBERS, COUNTS),

@@ -582,6 +582,16 @@ def _addresses(entry: DeviceEntry) -> Array:
     return np.asarray(Addresses())
 
 
+def place(entry: DeviceEntry, out: Any) -> DeviceEntry:
+    """Return where the result of a single gradient goes."""
+    device.require()
+    if out is None:
+        return new_like(entry)
+    found = target(entry, out, "out")
+    refuse_overlaps([entry], [found])
+    return found
+
+
 def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:
     """Return where the results of several gradients go; `given` is what the user passed."""
     entries: Sequence[Any] = grads.entries

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda.arrays import DeviceArray
+from numclip import inputs
+from numclip.cuda import arrays
+from numclip.cuda.arrays import DeviceArray, DeviceEntry
 from numclip.cuda.clipper import Clipper, Found, Outcome
 from numclip.cuda.report import Columns, build, norms_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.plan import HostTable
-from numclip.rules import Rule
+from numclip.kernels.cuda.plan import HostTable, Law
+from numclip.kernels.cuda.tiling import Strided
+from numclip.kernels.cuda.unit_plan import Family, UnitPlan
+from numclip.rules import Adaptive, Rule
 from numclip.running_rules import AdaGC, AutoClip, ZClip
 
 
@@ -118,6 +122,77 @@ class ValueClipper(Clipper):
         return columns._replace(clipped=later, scales=np.where(clamped, ratios, 1.0))
 
 
+class UnitClipper(Clipper):
+    """Clips the units of tensors, each by a norm of its own.
+
+    What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
+    """
+
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, 2.0, kept)
+        bases = iter(range(len(self.plan.pools)))
+        families = [
+            _family(group, entry, base)
+            for group in self.groups
+            for entry, base in zip(group.entries(), bases, strict=False)
+        ]
+        self._units = UnitPlan(families, ord, 0)
+        self._summaries = self._units.summaries(kept, 0)
+
+    def law(self, _found: Found) -> Law:
+        """Return a law by which whole tensors are left as they are."""
+        return Law(math.inf)
+
+    def decide(self, found: Found, stream: Any) -> None:
+        """Measure units and parameters, and find a factor for each unit."""
+        rules = [(group.clip, self.tensors[group.name]) for group in self.groups]
+        eps = np.concatenate([np.full(len(own), getattr(rule, "eps", 0.0)) for rule, own in rules])
+        bounds = np.concatenate([found.bounds[group.name] for group in self.groups])
+        self._units.write_laws(bounds, stream, eps, found.unscale)
+        self._units.measure(stream)
+        self._units.decide(stream, self.outcomes[found.turn][1])
+        self._units.summarize(self._summaries[found.turn], stream)
+
+    def write(self, found: Found, stream: Any) -> None:
+        """Write each unit times its factor; what is not finite is cleaned after that."""
+        self._units.scale(stream)
+        super().write(found, stream)
+
+    def write_rare(self, found: Found, stream: Any) -> Outcome:
+        """Write all: an update takes one factor for a tensor."""
+        self._units.scale(stream)
+        return super().write_rare(found, stream)
+
+    def _columns(
+        self, group: Any, norms: Array, decisions: Array, found: Found, stream: Any
+    ) -> Columns:
+        """Return the norms of what all units have become, and the smallest factors."""
+        columns = super()._columns(group, norms, decisions, found, stream)
+        if decisions[:, tables.SKIPPED].any():
+            return columns
+        rows = device.read_table(self._summaries[found.turn], stream)[self.tensors[group.name]]
+        return Columns(
+            norms, rows[:, tables.AFTER], rows[:, tables.LEAST], np.full_like(norms, math.inf)
+        )
+
+
+def _family(group: Any, entry: DeviceEntry, base: int) -> Family:
+    """Return the units of a gradient, and with `Adaptive` those of its parameter."""
+    rule, ndim, owner = group.clip, len(entry.shape), None
+    if isinstance(rule, Adaptive):
+        axes = inputs.adaptive_axes(rule.axes, ndim)
+        param = group.params[entry.key]
+        owner = _strided(arrays.describe(entry.name, entry.key, param), axes)
+    else:
+        axes = inputs.axes_of(rule.axes, ndim) or ()
+    zeroing = group.nonfinite == "zero"
+    return Family((_strided(entry, axes),), owner, zeroing, base)
+
+
+def _strided(entry: DeviceEntry, axes: tuple[int, ...]) -> Strided:
+    return Strided(entry.dtype, entry.shape, entry.memory, entry.memory, axes)
+
+
 FOLLOWING = AutoClip, ZClip, AdaGC
 
 
@@ -125,9 +200,11 @@ def _kind(rule: Rule | None) -> tuple[type[Clipper], float]:
     """Return what clips by a rule, and the order of its norm: what one clipper's groups share."""
     if isinstance(rule, FOLLOWING):
         return FollowingClipper, 2.0
-    if rule is None or (rule.scope != "element" and rule.ord == 2.0):
+    if rule is not None and rule.scope in ("unit", "element"):
+        return (UnitClipper if rule.scope == "unit" else ValueClipper), rule.ord
+    if rule is None or rule.ord == 2.0:
         return Clipper, 2.0
-    return (ValueClipper, 2.0) if rule.scope == "element" else (OrderClipper, rule.ord)
+    return OrderClipper, rule.ord
 
 
 def clippers(groups: Iterable[Any], kept: int) -> list[Clipper]:

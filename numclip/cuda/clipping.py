@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from numclip import inputs
 from numclip.clipping import repeated_loss
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda.plans import kept
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
@@ -25,11 +25,6 @@ from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
 from numclip.slices import Grouping
-
-PLANS = 32
-"""How many plans are kept: gradients at the same addresses as before find theirs again."""
-
-_plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
 
 
 def _plan(
@@ -47,15 +42,11 @@ def _plan(
     pairs = zip(entries, targets, strict=True)
     spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
-    if key not in _plans:
-        _plans[key] = Plan(spans, [Pool(0, len(spans), 0, policy)], stream), []
-        while len(_plans) > PLANS:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
+    kept_plan = kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
     rows = [span for span in spans if isinstance(span, RowSpan)]
     if rows:
-        _plans[key][0].take_rows(rows, _groupings(entries, spans), stream)
-    return _plans[key]
+        kept_plan[0].take_rows(rows, _groupings(entries, spans), stream)
+    return kept_plan
 
 
 def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Grouping]:
@@ -159,7 +150,7 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    target = _place(entry, out)
+    target = arrays.place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
     return target.result
 
@@ -177,7 +168,7 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
-    target = _place(entry, out)
+    target = arrays.place(entry, out)
     if entry.repeated:
         return _clamp_sums(entry, target, low, high, out)
     _clamp(entry, target, low, high)
@@ -205,12 +196,3 @@ def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float
     firsts = order[starts[:-1]]
     merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
     return target.result
-
-
-def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
-    device.require()
-    if out is None:
-        return arrays.new_like(entry)
-    target = arrays.target(entry, out, "out")
-    arrays.refuse_overlaps([entry], [target])
-    return target

@@ -39,18 +39,6 @@ def flat_buffers(
     return flat, {name: views[name] for name in tensors}
 
 
-def refuse(group: Group) -> None:
-    """Refuse what is not done on the GPU."""
-    advice = 'use device="cpu", or another rule'
-    rule = group.clip
-    if rule is None:
-        return
-    if rule.scope == "unit":
-        raise ValueError(
-            f'clip: expected a rule for whole tensors for device="cuda", got {rule!r}; {advice}'
-        )
-
-
 class DeviceGroupState:
     """One group at run time, as `group.GroupState`, on the GPU.
 
@@ -67,7 +55,8 @@ class DeviceGroupState:
     sparse = False
 
     def __init__(self, group: Group) -> None:
-        refuse(group)
+        if group.sparse:
+            raise ValueError('sparse: expected False for device="cuda", got True; use device="cpu"')
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
         given = {name: inputs.as_array(name, value) for name, value in group.params.items()}

@@ -66,8 +66,6 @@ class DeviceParamGroups(ParamGroups):
     ------
     DeviceError
         Where there is no GPU, no driver or no numba-cuda; the message says which.
-    ValueError
-        For rules with axes.
     """
 
     device = "cuda"

@@ -15,15 +15,21 @@ SET, POLICY, DIGITS, REPEATED = range(2, 6)  # of pools, whose FIRST and LAST ar
 # the magnitudes of what is added.
 TOTAL, EXPONENT, BAD, TERMS, TERMS_EXPONENT = range(5)
 SUM_COLUMNS = 5
-# Of the law of each pool. AIM is the bound less what subnormal terms of repeated rows can add;
-# the peak and the ratio of terms follow those of sums by as many columns.
+# Of the law of each pool, and of each family of units. AIM is the bound less what subnormal terms
+# of repeated rows can add; the peak and the ratio of terms follow those of sums by as many columns.
 BOUND, DIVISOR, GIVEN, ROUNDOFF, COARSE, TINY, UNSCALE, PEAK, RATIO, ORD = range(10)
-TERMS_PEAK, TERMS_RATIO, AIM = range(10, 13)
-LAW_COLUMNS = 13
+TERMS_PEAK, TERMS_RATIO, AIM, EPS = range(10, 14)
+LAW_COLUMNS = 14
 # Of the decision for each pool: the factor, what to do, and what is told. A last row counts.
 FACTOR, MANTISSA, POWER, MODE, NORM, CLIPPED, SCALE = range(7)
 SKIPPED, ROOT, ROOT_EXPONENT, BROKEN, CLAMPED, SPREAD = range(7, 13)
 DECISION_COLUMNS = 13
 RARE = POWER  # of the last row
+# Of units: the first columns of decisions, and PEAK, RATIO and ORD as laws have them.
+UNIT_COLUMNS = 10
+# Of slabs, see `units`; a slab has NUMBER, COUNT and BITS as tiles do.
+LAW, UNITS, ROW, PARAM, BASE, PRECISION = 2, 3, 4, 10, 11, 12
+SLAB_COLUMNS = 13
+AFTER, LEAST, CLIPPED_COUNT = range(3)  # of the summary of each family of units
 LEAVE, MULTIPLY, TRUNCATE, CLEAN = range(4)
 PROPAGATE, RAISE, SKIP, ZERO = range(4)

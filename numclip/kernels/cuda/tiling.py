@@ -124,20 +124,20 @@ def _longest(found: Sequence[Direction], none: Direction) -> Direction:
     return max(found, key=lambda direction: direction.length, default=none)
 
 
-def _bits(number: int) -> int:
-    """Return the power of two that is at least a number, as its exponent."""
+def bits_of(number: int) -> int:
+    """Return the exponent of the least power of two that is at least a number."""
     return max(number - 1, 0).bit_length()
 
 
 def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
     """Return how many neighbours are read at a time, as a power of two; the rest are lanes."""
-    lanes = _bits(-(-along.length // TURNS))
+    lanes = bits_of(-(-along.length // TURNS))
     least = 0
     if abs(along.steps[0]) < abs(across.steps[0]) or across.length == 1:
-        lanes = max(lanes, min(_bits(SECTOR // itemsize), _bits(along.length)))
+        lanes = max(lanes, min(bits_of(SECTOR // itemsize), bits_of(along.length)))
     else:
-        least = min(_bits(LINE // itemsize), tiles.ALL_BITS)
-    return min(max(tiles.ALL_BITS - lanes, least, 0), _bits(across.length))
+        least = min(bits_of(LINE // itemsize), tiles.ALL_BITS)
+    return min(max(tiles.ALL_BITS - lanes, least, 0), bits_of(across.length))
 
 
 def _offsets(rest: Sequence[Direction], steps: Sequence[int]) -> Array:

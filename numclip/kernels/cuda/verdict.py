@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import arrives_last, block_sum
+from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.scalars import (
     clip_factor,
@@ -69,28 +69,44 @@ from numclip.kernels.cuda.tables import (
     ZERO,
 )
 
+EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
 
 @inline
-def join(sums, column, first, last, room):
-    """Return the sum of some rows of sums, as the rows are; for all threads of the block.
+def add_rows(sums, column, k, last, step, bins):
+    """Return bins of sums, their errors and what is not finite, with every `step`-th row added.
 
     `column` is TOTAL or TERMS; the exponent is in the next one.
     """
-    small, middle, large = 0.0, 0.0, 0.0
-    errors = 0.0, 0.0, 0.0
-    bad = 0.0
-    k = first + cuda.threadIdx.x
+    small, middle, large, low, mid, high, bad = bins
     while k < last:
         total, exponent = sums[k, column], sums[k, column + 1]
-        small, low = two_sum(small, total if exponent < 0.0 else 0.0)
-        middle, mid = two_sum(middle, total if exponent == 0.0 else 0.0)
-        large, high = two_sum(large, total if exponent > 0.0 else 0.0)
-        errors = errors[0] + low, errors[1] + mid, errors[2] + high
+        small, rest = two_sum(small, total if exponent < 0.0 else 0.0)
+        low += rest
+        middle, rest = two_sum(middle, total if exponent == 0.0 else 0.0)
+        mid += rest
+        large, rest = two_sum(large, total if exponent > 0.0 else 0.0)
+        high += rest
         bad += sums[k, BAD]
-        k += THREADS
-    small, middle = block_sum(small, errors[0], room), block_sum(middle, errors[1], room)
-    total, exponent = joined_bins(small, middle, block_sum(large, errors[2], room))
-    return total, exponent, block_sum(bad, 0.0, room)
+        k += step
+    return small, middle, large, low, mid, high, bad
+
+
+@inline
+def joined(bins, place, apart, room):
+    """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
+    small = lane_sum(bins[0], bins[3], place, apart, room)
+    middle = lane_sum(bins[1], bins[4], place, apart, room)
+    large = lane_sum(bins[2], bins[5], place, apart, room)
+    total, exponent = joined_bins(small, middle, large)
+    return total, exponent, lane_sum(bins[6], 0.0, place, apart, room)
+
+
+@inline
+def join(sums, column, first, last, room):
+    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+    i = cuda.threadIdx.x
+    return joined(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
 
 
 @inline
