@@ -55,8 +55,6 @@ class DeviceGroupState:
     sparse = False
 
     def __init__(self, group: Group) -> None:
-        if group.sparse:
-            raise ValueError('sparse: expected False for device="cuda", got True; use device="cpu"')
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
         given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
