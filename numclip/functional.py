@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +25,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     ----------
     grads : list, tuple, dict or iterator of gradients
         Arrays of float16, bfloat16, float32, float64, complex64 or complex128, of any shape
-        and strides, `IndexedSlices`, or None, which counts as nothing. Only read.
+        and strides, `IndexedSlices`, or None, which counts as nothing. Only read. Arrays of
+        NumPy, or of other libraries: tensors of PyTorch (with a graph or without) and what has
+        DLPack are read where they lie, in the host's memory or on a GPU.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``. An order other than 2 takes two
         reads and copies complex gradients; for them it is the norm of the magnitudes.
@@ -73,7 +75,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        norm: float = _device().global_norm(grads, order)
+        norm: float = _device().global_norm(grads, order, duplicates)
         return norm
     described = inputs.gradients(grads)
     if not described.entries:
@@ -119,7 +121,9 @@ def clip_by_global_norm(
     Returns
     -------
     clipped : list, tuple or dict
-        The results in the structure of `grads`, None where None was; the objects of `out`.
+        The results in the structure of `grads`, None where None was; the objects of `out`,
+        whatever library they are of. New ones are NumPy arrays for gradients in the host's
+        memory; on a GPU arrays of PyTorch, CuPy or numba as the gradient is, else `DeviceArray`.
     norm : float
         The norm before clipping, or `use_norm`. For CUDA arrays a `DeviceFloat`, which waits
         for the GPU when its value is asked for.
@@ -169,8 +173,9 @@ def clip_by_global_norm(
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        clip = _device().clip_by_global_norm
-        on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
+        on_gpu: tuple[Any, float] = _device().clip_by_global_norm(
+            grads, bound, given, ord=order, nonfinite=nonfinite, duplicates=duplicates, out=out
+        )
         return on_gpu
     described = inputs.gradients(grads)
     where = places(described, grads, out)
@@ -235,6 +240,7 @@ def clip_by_norm(
     bound = inputs.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         return _device_units().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
@@ -432,6 +438,7 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
     entry = inputs.entry("grad", 0, grad)
@@ -472,7 +479,8 @@ def clip_per_example(
     Returns
     -------
     summed : list, tuple or dict
-        The sums over examples of the clipped gradients, in the structure and dtypes of `grads`.
+        The sums over examples of the clipped gradients, in the structure and dtypes of `grads`;
+        NumPy arrays, or of CUDA arrays such of their library.
     num_clipped : int, or list, tuple or dict of int
         How many examples were clipped; with `layerwise` for each gradient. For CUDA arrays
         `DeviceInt`, which waits for the GPU when its value is asked for.
@@ -500,6 +508,7 @@ def clip_per_example(
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
     grads = listed(grads)
     if any_on_device(grads):
+        _refuse_slices_there("grads", grads.values() if isinstance(grads, Mapping) else grads)
         on_gpu: tuple[Any, Any] = _device_units().clip_per_example(grads, bound, layerwise)
         return on_gpu
     described = inputs.gradients(grads)
@@ -524,6 +533,15 @@ def _device_units() -> Any:
     from numclip.cuda import units as device_units
 
     return device_units
+
+
+def _refuse_slices_there(name: str, grads: Iterable[Any]) -> None:
+    """Refuse slices on the GPU, of whose units there are no norms."""
+    if any(isinstance(grad, IndexedSlices) and grad.is_cuda for grad in grads):
+        raise TypeError(
+            f"{name}: expected arrays, or IndexedSlices on the host, for norms of units, got "
+            "IndexedSlices on the GPU; clip a copy on the host"
+        )
 
 
 def _clip_whole(

@@ -30,7 +30,8 @@ class Group:
         The group's name, of which no other group has the same.
     params : mapping of str to array
         The initial parameters by name, of float16, bfloat16, float32, float64, complex64 or
-        complex128. Copied into the group's buffers when `ParamGroups` is made.
+        complex128, of NumPy, PyTorch or with DLPack, in the host's memory. Copied into the
+        group's buffers when `ParamGroups` is made.
     clip : rule, optional
         How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -68,22 +69,37 @@ class Group:
             if not isinstance(key, str):
                 raise TypeError(f"params: expected str names, got {key!r}")
             name = f"params[{key!r}]"
-            if inputs.entry(name, key, value).slices is not None:
+            if isinstance(value, IndexedSlices):
                 raise TypeError(f"{name}: expected an array, got IndexedSlices")
-            if self.sparse and np.ndim(value) == 0:
+            ndim = len(inputs.entry(name, key, value).dense_shape)
+            if self.sparse and ndim == 0:
                 raise ValueError(f"{name}: expected rows for a sparse group, got a 0-d array")
-        if self.clip is not None and not isinstance(self.clip, Rule):
-            raise TypeError(f"clip: expected a rule or None, got {self.clip!r}")
-        if isinstance(self.clip, (ByNorm, Adaptive)):
-            for value in self.params.values():
-                inputs.axes_of(self.clip.axes, np.ndim(value))
         inputs.choice("nonfinite", self.nonfinite, POLICIES)
         if self.lr is not None:
             inputs.finite_bound("lr", self.lr)
-        if self.sparse and self.clip is not None and self.clip.scope in ("element", "unit"):
-            raise ValueError(
-                f"clip: expected a rule that scales for a sparse group, got {self.clip!r}"
-            )
+        if self.clip is not None:
+            self._check_rule(self.clip)
+
+    def _check_rule(self, rule: Rule) -> None:
+        """Refuse what is no rule, and one that does not fit the parameters."""
+        if not isinstance(rule, Rule):
+            raise TypeError(f"clip: expected a rule or None, got {rule!r}")
+        if self.sparse and rule.scope in ("element", "unit"):
+            raise ValueError(f"clip: expected a rule that scales for a sparse group, got {rule!r}")
+        for key, value in self.params.items():
+            entry = inputs.entry(f"params[{key!r}]", key, value)
+            if isinstance(rule, (ByNorm, Adaptive)):
+                inputs.axes_of(rule.axes, len(entry.dense_shape))
+            if rule.scope == "element" and entry.dtype.components == 2:
+                wanted = f"real numbers for {rule!r}"
+                raise TypeError(f"{entry.name}: expected {wanted}, got {entry.dtype.name}")
+
+
+def shared_key(name: str, rule: Rule | None) -> tuple[str, object]:
+    """Return what is the same for groups that are clipped by one norm."""
+    if rule is not None and rule.shared is not None:
+        return "shared", rule.shared
+    return "group", name
 
 
 class GroupState:
@@ -104,7 +120,7 @@ class GroupState:
     def __init__(self, group: Group) -> None:
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.sparse, self.lr = group.nonfinite, group.sparse, group.lr
-        arrays = {name: np.asarray(value) for name, value in group.params.items()}
+        arrays = {name: inputs.as_array(name, value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
         self.flat_params, params = flat_buffers(native)
         self.params = MappingProxyType(params)

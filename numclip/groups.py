@@ -60,7 +60,7 @@ class ParamGroups(state.Saved):
     Attributes
     ----------
     params : mapping of str to array
-        Each parameter, a view into its group's buffer; write to it in place.
+        Each parameter, a NumPy view into its group's buffer; write to it in place.
     grads : mapping of str to array or IndexedSlices
         Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, or None.
         Assigning copies in.
@@ -188,8 +188,9 @@ class ParamGroups(state.Saved):
         Parameters
         ----------
         grads : mapping of str to array, IndexedSlices or None
-            Gradients by parameter, of its shape and a dtype that casts to its kind. None means
-            zero. Parameters that are not named keep the gradients they have.
+            Gradients by parameter, of its shape and a dtype that casts to its kind, of any
+            library that `global_norm` takes in the host's memory. None means zero. Parameters
+            that are not named keep the gradients they have.
 
         Raises
         ------

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import foreign
 from numclip.dtypes import NAMES, Array, DType, as_stored, lookup, refusal
 from numclip.slices import IndexedSlices
 
@@ -29,6 +30,9 @@ def real(name: str, value: Any) -> float:
     """Return a real number, or a 0-d array of one, as a float."""
     if type(value) is float:
         return value
+    if not isinstance(value, (np.ndarray, np.generic, int)):
+        view = foreign.as_numpy(name, value)
+        value = value if view is None else view
     if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         narrow = value.dtype.kind == "V" and lookup(value.dtype) is not None  # bfloat16
         if value.dtype.kind in "iuf" or narrow:
@@ -119,9 +123,13 @@ def are_usual(
 
 def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Return both bounds of `clip_by_value`: floats, or arrays if one of them is an array."""
-    if np.ndim(low) == 0 and np.ndim(high) == 0:
-        low, high = real("clip_value_min", low), real("clip_value_max", high)
-    bounds = {"clip_value_min": np.asarray(low), "clip_value_max": np.asarray(high)}
+    given = {"clip_value_min": low, "clip_value_max": high}
+    bounds = {name: foreign.to_numpy(name, value) for name, value in given.items()}
+    if any(value.ndim for value in bounds.values()):
+        given = bounds
+    else:
+        given = {name: real(name, value) for name, value in given.items()}
+        bounds = {name: np.asarray(value) for name, value in given.items()}
     for name, value in bounds.items():
         if value.dtype.kind not in "iuf" and lookup(value.dtype) is None:
             raise TypeError(_expect(name, "real numbers", value.dtype))
@@ -137,6 +145,7 @@ def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]
     if (bounds["clip_value_min"] > bounds["clip_value_max"]).any():
         wanted = f"at most clip_value_max = {high}"
         raise ValueError(_expect("clip_value_min", wanted, low))
+    low, high = given.values()
     return low, high
 
 
@@ -251,7 +260,7 @@ def entry(name: str, key: Key, gradient: Any) -> Entry:
     slices = gradient if isinstance(gradient, IndexedSlices) else None
     values = gradient.values if slices is not None else gradient
     if type(values) is not np.ndarray:
-        values = _as_array(name, values)
+        values = as_array(name, values)
     dtype = lookup(values.dtype)
     if dtype is None and values.dtype.kind in "fc":
         dtype = lookup(values.dtype.newbyteorder("="))
@@ -267,15 +276,21 @@ def entry(name: str, key: Key, gradient: Any) -> Entry:
     return Entry(name, key, dtype, values, slices, flat, private)
 
 
-def _as_array(name: str, values: Any) -> Array:
-    """Return what is no plain array as one: subclasses but masked ones, NumPy's scalars."""
+def as_array(name: str, values: Any) -> Array:
+    """Return what is no plain array as one: subclasses, NumPy's scalars, other libraries' arrays.
+
+    Their memory is shared. Masked arrays are refused.
+    """
     if isinstance(values, np.ma.MaskedArray):
         advice = "a masked array; fill it first with .filled(0)"
         raise TypeError(_expect(name, "an array", advice))
-    if not isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
+    if isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
+        return np.asarray(values)
+    found = foreign.as_numpy(name, values)
+    if found is None:
         kind = f"{type(values).__name__}; {_advice(values)}"
         raise TypeError(_expect(name, "an array or IndexedSlices", kind))
-    return np.asarray(values)
+    return found
 
 
 def _advice(values: Any) -> str:
@@ -306,9 +321,8 @@ def structure(
     grads: Any, name: str = "grads"
 ) -> tuple[list[Key], list[Any], Callable[[list[Any]], Any]]:
     """Return the keys and items of a list, tuple, dict or iterator, and how to make one again."""
-    if isinstance(grads, (np.ndarray, np.generic, IndexedSlices, str, bytes)) or not isinstance(
-        grads, Iterable
-    ):
+    single = isinstance(grads, (IndexedSlices, str, bytes)) or foreign.is_array(grads)
+    if single or not isinstance(grads, Iterable):
         advice = f"{type(grads).__name__}; pass a single gradient as [gradient]"
         raise TypeError(_expect(name, "a list, tuple or dict of gradients", advice))
     rebuild: Callable[[list[Any]], Any] = list

@@ -8,7 +8,7 @@ from typing import Any, Never
 
 import numpy as np
 
-from numclip import inputs, state
+from numclip import foreign, inputs, state
 from numclip.dtypes import Array, DType, as_stored
 from numclip.general_step import GeneralStep
 from numclip.groups import ParamGroups
@@ -168,9 +168,9 @@ class Optimizer(state.Saved):
         ----------
         grads_and_vars : iterable of (gradient, array)
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
-            its array as it is. Arrays are C-contiguous; the optimizer keeps a state for each
-            that it has met, and the array with it: a new view is a new array. These states
-            are not in `state_dict`.
+            its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
+            optimizer keeps a state for each that it has met, and the array with it: a new view
+            is a new array. These states are not in `state_dict`.
 
         Raises
         ------
@@ -250,18 +250,20 @@ class Optimizer(state.Saved):
 def _pair(number: int, grad: Any, variable: Any) -> tuple[Entry, Array]:
     """Return a gradient and its variable's storage, after checking that they fit."""
     name = f"grads_and_vars[{number}]"
-    if not isinstance(variable, np.ndarray) or not variable.flags.c_contiguous:
+    known = isinstance(variable, np.ndarray)
+    param = variable if known else foreign.as_numpy(name, variable)
+    if param is None or not param.flags.c_contiguous:
         raise TypeError(f"{name}: expected a C-contiguous array to update, got {type(variable)}")
     entry = inputs.entry(name, number, grad)
-    check_writeable(variable, name)
-    if entry.dense_shape != variable.shape or entry.values.dtype != variable.dtype:
+    check_writeable(param, name)
+    if entry.dense_shape != param.shape or entry.values.dtype != param.dtype:
         raise ValueError(
-            f"{name}: expected a gradient of shape {variable.shape} and dtype {variable.dtype}, "
+            f"{name}: expected a gradient of shape {param.shape} and dtype {param.dtype}, "
             f"got {entry.dense_shape} and {entry.values.dtype}"
         )
     if entry.values.flags.f_contiguous and not entry.values.flags.c_contiguous:
         entry = inputs.entry(name, number, np.ascontiguousarray(entry.values))
-    return entry, as_stored(variable.reshape(-1))
+    return entry, as_stored(param.reshape(-1))
 
 
 class SGD(Optimizer):

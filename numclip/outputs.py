@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import foreign
 from numclip.dtypes import Array
 from numclip.inputs import Entry, Gradients, flat_view, gradients
 from numclip.slices import IndexedSlices
@@ -67,12 +68,13 @@ def _written_array(entry: Entry, out: Any, name: str) -> Array:
         if not (same and np.array_equal(out.indices, entry.slices.indices)):
             raise ValueError(f"{name}: expected the indices and dense_shape of {entry.name}")
         out = out.values
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(out).__name__}")
-    if out is not entry.values:
-        _check_fit(entry, out, name)
-    check_writeable(out, name)
-    return out
+    array = out if isinstance(out, np.ndarray) else foreign.as_numpy(name, out)
+    if array is None or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array to write to, got {type(out).__name__}")
+    if array is not entry.values:
+        _check_fit(entry, array, name)
+    check_writeable(array, name)
+    return array
 
 
 def check_writeable(out: Array, name: str) -> None:

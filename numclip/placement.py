@@ -7,22 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from numclip.slices import IndexedSlices
-
-_CUDA = 2  # DLPack's code of the device
+from numclip.foreign import CUDA, is_array
 
 
 def on_device(array: Any) -> bool:
     """Tell whether an array lies on a GPU."""
-    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic, IndexedSlices)):
+    if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
-    is_cuda = getattr(array, "is_cuda", None)  # PyTorch's; its other attributes can raise
+    # That of PyTorch, whose other attributes can raise, and of IndexedSlices.
+    is_cuda = getattr(array, "is_cuda", None)
     if isinstance(is_cuda, bool):
         return is_cuda
     if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
         return True
     device = getattr(array, "__dlpack_device__", None)
-    return device is not None and int(device()[0]) == _CUDA
+    return device is not None and int(device()[0]) == CUDA
 
 
 def any_on_device(grads: Any) -> bool:
@@ -36,8 +35,8 @@ def any_on_device(grads: Any) -> bool:
 
 def _is_collection(grads: Any) -> bool:
     """Tell whether an object holds gradients, and can be gone through more than once."""
-    arrays = (np.ndarray, np.generic, IndexedSlices, str, bytes)
-    return isinstance(grads, Iterable) and not isinstance(grads, (*arrays, Iterator))
+    others = (str, bytes, Iterator)
+    return isinstance(grads, Iterable) and not isinstance(grads, others) and not is_array(grads)
 
 
 def listed(grads: Any) -> Any:

@@ -1,5 +1,7 @@
 """Gradients that are plain arrays of one dtype, clipped without describing each.
 
+Arrays of other libraries are plain if their views by NumPy are.
+
 Every function does the whole job, with the bits that the general way gives, or returns None and
 has touched nothing: what is not plain, not finite or in need of care goes the general way.
 """
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType, lookup
+from numclip.foreign import as_numpy
 from numclip.kernels import arrays, backend, cpu
 from numclip.kernels.backend import Batch
 
@@ -65,12 +68,32 @@ def _items(grads: Any) -> Items:
     return tuple(grads.values()) if of is dict else ()
 
 
+def _views(items: Items) -> Items:
+    """Return arrays of other libraries as NumPy's; the items as they are where one is neither."""
+    views: list[Array | None] = []
+    for item in items:
+        if item is None or type(item) is np.ndarray:
+            views.append(item)
+            continue
+        try:
+            view = as_numpy("", item)
+        except (TypeError, ValueError):  # the general way says what is wrong
+            view = None
+        if view is None:
+            return items
+        views.append(view)
+    return tuple(views)
+
+
 def global_norm(grads: Any) -> float | None:
     """Return the L2 norm of arrays."""
     items = _items(grads)
     kind = _kind(items)
     if kind is None:
-        return None
+        items = _views(items)
+        kind = _kind(items)
+        if kind is None:
+            return None
     return _clip_items(items, kind, kind.readable, math.inf, 1.0)
 
 
@@ -101,12 +124,15 @@ def _takes(grads: Any, out: Any) -> bool:
 def _clip(
     items: Items, bound: float, divisor: float, *, in_place: bool
 ) -> tuple[Items, float] | None:
-    kind = _kind(items)
+    plain, kind = items, _kind(items)
     if kind is None:
-        return None
+        plain = _views(items)
+        kind = _kind(plain)
+        if kind is None:
+            return None
     if not in_place:
-        return _copies(items, kind, bound, divisor)
-    norm = _clip_items(items, kind, kind.writeable, bound, divisor)
+        return _copies(plain, kind, bound, divisor)
+    norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
     return None if norm is None else (items, norm)
 
 

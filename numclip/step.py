@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.group import GroupState
+from numclip.group import GroupState, shared_key
 from numclip.measuring import Norms, Sums
 from numclip.report import ClipReport, GroupReport, Rows, TensorReports
 
@@ -68,10 +68,7 @@ class Step(ABC):
     @property
     def shared_key(self) -> tuple[str, object]:
         """What is the same for groups that are clipped by one norm."""
-        rule = self.group.clip
-        if rule is not None and rule.shared is not None:
-            return "shared", rule.shared
-        return "group", self.group.name
+        return shared_key(self.group.name, self.group.clip)
 
 
 def together(steps: Sequence[Step]) -> Norms:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+EMULATED = os.environ.get("NUMCLIP_EMULATE_GPU", "0") not in ("", "0")
 
 
 def kernel_digest() -> str:
@@ -45,8 +46,9 @@ settings.load_profile("numclip")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What is marked gpu runs on the simulator unless the GPU is asked for; numba reads this once.
-    if config.option.markexpr != "gpu":
+    # What is marked gpu runs on the simulator unless the GPU, or the emulator of its compiled
+    # code, is asked for; numba reads this once.
+    if config.option.markexpr != "gpu" and not EMULATED:
         os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     config.addinivalue_line(
         "markers", "gpu: runs on the GPU with -m gpu, else in the simulator, where it can"

@@ -15,10 +15,19 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numclip.cuda.arrays import DeviceArray
+from conftest import EMULATED
+
 from numclip.kernels.cuda import device
 
+if EMULATED:
+    import emulator
+
+    emulator.install()
+
+from numclip.cuda.arrays import DeviceArray
+
 HARDWARE = not device.SIMULATED
+COMPILED = HARDWARE or EMULATED  # the simulator takes a tenth of a second a call
 
 if not HARDWARE:
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
@@ -66,8 +75,10 @@ def laid_out(array: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return copy, room, start
 
 
-def send(array: np.ndarray, offset: int = 0) -> DeviceArray:
+def send(array: Any, offset: int = 0) -> Any:
     """A copy on the device, with the steps of the array, some bytes off alignment."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(send(array.values, offset), array.indices, array.dense_shape)
     copy, room, start = laid_out(array, array)
     memory = device.allocate(room.size + offset)
     strides = None if array.flags.c_contiguous else array.strides
@@ -76,9 +87,18 @@ def send(array: np.ndarray, offset: int = 0) -> DeviceArray:
     return made
 
 
-def fetch(array: Any) -> np.ndarray:
-    """A copy in the host's memory of an array on the device."""
+def fetch(array: Any) -> Any:
+    """A copy in the host's memory of an array on the device, or of slices."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(fetch(array.values), array.indices, array.dense_shape)
     return array.copy_to_host()
+
+
+def write(here: Any, there: Any) -> None:
+    """Write what a result on the device holds to one on the host."""
+    stored = here.values if isinstance(here, nc.IndexedSlices) else here
+    found = fetch(there)
+    stored[...] = found.values if isinstance(found, nc.IndexedSlices) else found
 
 
 def each(change: Callable[[Any], Any], grads: Any) -> Any:
@@ -112,7 +132,7 @@ class OnDevice:
             return each(fetch, results), float(norm)
         for result, there, here in zip(leaves(results), leaves(given), leaves(out), strict=True):
             assert result is there
-            here[...] = fetch(result)
+            write(here, result)
         return each(lambda array: array, out), float(norm)
 
     def _one(self, name: str, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:
@@ -120,9 +140,10 @@ class OnDevice:
         given = sent if out is grad else None if out is None else send(out)
         result = getattr(nc, name)(sent, *arguments, out=given, **options)
         if out is None:  # sums depend on the steps, in the last bit: with them it is clipped again
-            return laid_out(fetch(result), grad)[0]
+            found = fetch(result)
+            return found if isinstance(grad, nc.IndexedSlices) else laid_out(found, grad)[0]
         assert result is given
-        out[...] = fetch(result)
+        write(out, result)
         return out
 
     def clip_by_norm(self, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:

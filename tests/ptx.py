@@ -13,7 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels.cuda import norms, scaling, tile_scaling, tiles, units, updates, verdict
+from numclip.kernels.cuda import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")
@@ -32,6 +32,13 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "max_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
         "find_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
         "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
+    },
+    rows: {
+        "sum_row_squares": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
+        "max_row_magnitude": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
+        "sum_row_powers": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE, NUMBERS),
+        "sum_rows": (TABLE, TABLE, COUNTS, LIKE),
+        "sum_scaled_rows": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE),
     },
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
     scaling: {

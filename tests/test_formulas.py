@@ -168,6 +168,7 @@ def test_factor_over_a_loss_scale_is_rounded_down(scale):
     exact = Fraction(0.75) / 8 / Fraction(scale)
     found = Fraction(mantissa) * Fraction(2) ** power
     assert exact * (1 - Fraction(2) ** -23) <= found <= exact * (1 + Fraction(2) ** -52)
+    assert math.isnan(formulas.factor_over(math.nan, 0, scale, 24)[0])
 
 
 def test_adam_rate_corrects_both_biases():

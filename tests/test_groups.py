@@ -76,6 +76,7 @@ def test_names():
         ({"sparse": True, "params": {"w": np.array(1.0)}}, "'w'"),
         ({"name": "all"}, "'all'"),
         ({"clip": nc.ByNorm(1.0, axes=1)}, "axes: "),
+        ({"clip": nc.ByValue(-1, 1), "params": {"w": np.ones(2, "F")}}, r"\['w'\]: .* complex64"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(arguments, message):

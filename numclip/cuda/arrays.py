@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip import inputs
+from numclip.cuda import dlpack
+from numclip.cuda.dlpack import Lease, Told
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
+from numclip.foreign import bfloat16, library, refuse_lazy, to_numpy
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span, add
 from numclip.kernels.cuda.tiling import Memory
 from numclip.placement import on_device
+from numclip.slices import IndexedSlices
 
 
 def _address(memory: Any) -> int:
@@ -105,7 +109,7 @@ class DeviceArray:
             with device.on_stream(stream) as own, in_order(own, [entry]):
                 device.copy(self.address, entry.address, self.nbytes, own)
             return
-        source = np.asarray(source)
+        source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         flat = np.ascontiguousarray(source).reshape(-1)
         with device.on_stream(stream) as own:
@@ -128,7 +132,7 @@ class DeviceArray:
             Where it does not fit.
         """
         if not on_device(source):
-            source = np.asarray(source)
+            source = to_numpy("source", source)
             sent = DeviceArray(device.allocate(source.nbytes), 0, source.shape, source.dtype)
             sent.copy_from(source, stream)
             source = sent
@@ -174,7 +178,8 @@ class DeviceArray:
 class DeviceEntry(NamedTuple):
     """One gradient on the GPU: `size` stored numbers from `address` on.
 
-    `strides` is None in C order.
+    `strides` is None in C order. `lease` is to be held while the array is used, where there is
+    one. Of `slices`, if it is that, shape and memory are the values'.
     """
 
     name: str
@@ -186,6 +191,23 @@ class DeviceEntry(NamedTuple):
     address: int
     writable: bool
     array: Any
+    lease: Lease | None = None
+    slices: IndexedSlices | None = None
+
+    @property
+    def result(self) -> Any:
+        """What the user has, or is given: an array or slices."""
+        return self.array if self.slices is None else self.slices
+
+    @property
+    def repeated(self) -> bool:
+        """Whether rows of the dense array are stored more than once."""
+        return self.slices is not None and self.slices.has_duplicates
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.shape if self.slices is None else self.slices.dense_shape
 
     @property
     def size(self) -> int:
@@ -193,14 +215,9 @@ class DeviceEntry(NamedTuple):
         return math.prod(self.shape) * self.dtype.components
 
     @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """The shape, as `inputs.Entry` tells it."""
-        return self.shape
+    def dense_size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.dense_shape)
 
     @property
     def nbytes(self) -> int:
@@ -253,88 +270,112 @@ def _is_c_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> 
     return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)
 
 
-def _bfloat16() -> np.dtype[Any]:
-    import ml_dtypes
-
-    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return found
-
-
 def _native(interface: Any, array: Any) -> np.dtype[Any]:
     """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
     if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
-        return _bfloat16()
+        return bfloat16("dtype")
     return np.dtype(str(interface["typestr"]))
 
 
 def describe(name: str, key: Key, array: Any) -> DeviceEntry:
-    """Return the description of one array on the GPU, or say why it cannot be taken."""
+    """Return the description of one gradient on the GPU, or say why it cannot be taken."""
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
-    library = _library(array)
-    if library in ("torch", "cupy"):
-        number = array.get_device() if library == "torch" else array.device.id
-        if number != device.ordinal():
-            raise ValueError(
-                f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {number}; a "
-                "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
-            )
-    if library == "torch":
-        if array.is_conj() or array.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor whose memory has its values, got one to be conjugated "
-                "or negated when read; pass tensor.resolve_conj().resolve_neg()"
-            )
-        native = _torch_dtype(array.dtype)
-        strides = None if array.is_contiguous() else array.stride()
-        if strides is not None and native is not None:
-            strides = tuple(step * native.itemsize for step in strides)
-        found = native, tuple(array.shape), strides, array.data_ptr(), False
+    if isinstance(array, IndexedSlices):
+        return rows(name, key, array.values)._replace(slices=array)
+    return _checked(name, key, array, _told(name, array))
+
+
+def rows(name: str, key: Key, values: Any) -> DeviceEntry:
+    """Return the description of the values of slices, whose rows are contiguous."""
+    entry = describe(name, key, values)
+    if not entry.c_order:
+        raise ValueError(
+            f"{name}: expected rows in C order on the GPU, got strides {entry.strides} for shape "
+            f"{entry.shape}; pass a contiguous copy"
+        )
+    return entry
+
+
+def host_indices(indices: Any) -> Array:
+    """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
+    told = _told("indices", indices)
+    native, shape, strides = told.native, told.shape, told.strides
+    if native is None or native.hasobject:
+        raise TypeError(f"indices: expected integers, got {indices.dtype}")
+    if len(shape) != 1 or not _is_c_order(shape, strides or (native.itemsize,), native.itemsize):
+        raise ValueError(
+            f"indices: expected a contiguous 1-d CUDA array, got strides {strides} for shape "
+            f"{shape}; pass a contiguous copy"
+        )
+    nbytes = math.prod(shape) * native.itemsize
+    copy: Array = device.read(told.address, nbytes, _stream_of(indices)).view(native)
+    return copy
+
+
+def _told(name: str, array: Any) -> Told:
+    """Return what an array on the GPU tells of itself, which is to be the GPU in use."""
+    if _library(array) == "torch":
+        told = _tensor(name, array)
     else:
-        found = _interface(name, array)
-    return _checked(name, key, array, *found)
+        told = _interface(array) or dlpack.read(name, array)
+    if told.gpu is not None and told.gpu != device.ordinal():
+        raise ValueError(
+            f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {told.gpu}; a "
+            "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
+        )
+    return told
 
 
 def _library(array: Any) -> str:
     """Return the name of the package an array is of."""
-    return type(array).__module__.partition(".")[0]
+    return library(array.__class__)
+
+
+def _tensor(name: str, array: Any) -> Told:
+    """Return what a tensor of PyTorch tells: its own description knows none with a graph."""
+    refuse_lazy(name, array)
+    native = _torch_dtype(array.dtype)
+    strides = None if array.is_contiguous() else array.stride()
+    if strides is not None and native is not None:
+        strides = tuple(step * native.itemsize for step in strides)
+    shape, address, gpu = tuple(array.shape), array.data_ptr(), array.get_device()
+    return Told(native, shape, strides, address, gpu=gpu)
 
 
 @functools.cache
 def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Return a dtype of PyTorch's as NumPy's: its own description knows no tensor with a graph."""
+    """Return a dtype of PyTorch's as NumPy's."""
     name = str(dtype).removeprefix("torch.")
     try:
-        return _bfloat16() if name == "bfloat16" else np.dtype(name)
+        return bfloat16("dtype") if name == "bfloat16" else np.dtype(name)
     except TypeError:
         return None
 
 
-def _interface(name: str, array: Any) -> Any:
-    """Return dtype, shape, strides, address and whether it is read-only, as an array tells them."""
+def _interface(array: Any) -> Told | None:
+    """Return what ``__cuda_array_interface__`` tells, None where there is none."""
     interface = device.interface_of(array)
     if interface is None:
-        raise TypeError(
-            f"{name}: expected an array with __cuda_array_interface__, "
-            f"got {type(array).__name__}; pass it through cupy.from_dlpack"
-        )
+        return None
     address, read_only = interface["data"]
-    strides = interface.get("strides")
-    return _native(interface, array), tuple(interface["shape"]), strides, address or 0, read_only
+    native, shape = _native(interface, array), tuple(interface["shape"])
+    gpu = array.device.id if _library(array) == "cupy" else None
+    return Told(native, shape, interface.get("strides"), address or 0, bool(read_only), gpu)
 
 
-def _checked(
-    name: str, key: Key, array: Any, native: Any, shape: Any, strides: Any, address: int, fixed: Any
-) -> DeviceEntry:
+def _checked(name: str, key: Key, array: Any, told: Told) -> DeviceEntry:
     """Return the description of an array that kernels can take, refuse any other."""
+    native, shape, strides, address, *_ = told
     row = None if native is None else lookup(native)
-    if row is None:
-        got = array.dtype if native is None else refusal(native)
+    if native is None or row is None:
+        unknown = getattr(array, "dtype", type(array).__name__)
+        got = unknown if native is None else refusal(native)
         raise TypeError(f"{name}: expected an array of {NAMES}, got {got}")
     if strides is not None and _is_c_order(shape, strides, native.itemsize):
         strides = None
-    if not address and math.prod(shape):
+    if not address and 0 not in shape:
         raise ValueError(
             f"{name}: expected an array with memory on the GPU, got {type(array).__name__} at "
             "address 0; pass its local part"
@@ -343,7 +384,8 @@ def _checked(
         raise ValueError(
             f"{name}: expected an aligned CUDA array, got address {address:#x}, strides {strides}"
         )
-    return DeviceEntry(name, key, row, native, shape, strides, address, not fixed, array)
+    writable = not told.read_only
+    return DeviceEntry(name, key, row, native, shape, strides, address, writable, array, told.lease)
 
 
 def gradients(grads: Any, name: str = "grads") -> Gradients:
@@ -362,34 +404,36 @@ def new_like(entry: DeviceEntry) -> DeviceEntry:
 
     One that does not fill its memory gives one in C order.
     """
-    library, strides = _library(entry.array), entry.strides if entry.dense else None
-    if library == "torch":
-        torch = sys.modules[library]
+    package, strides = _library(entry.array), entry.strides if entry.dense else None
+    if package == "torch":
+        torch = sys.modules[package]
         options = {} if entry.dense else {"memory_format": torch.contiguous_format}
-        return describe("out", 0, torch.empty_like(entry.array, **options))
-    if library == "cupy":
-        made = sys.modules[library].empty_like(entry.array, order="K" if entry.dense else "C")
-        return describe("out", 0, made)
-    return describe("out", 0, _new(entry, entry.shape, strides))
+        made = torch.empty_like(entry.array, **options)
+    elif package == "cupy":
+        made = sys.modules[package].empty_like(entry.array, order="K" if entry.dense else "C")
+    else:
+        memory = device.allocate(entry.nbytes)
+        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
+        if package == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, entry.shape, entry.native, strides)
+    if entry.slices is not None:
+        made = entry.slices.with_values(made)
+    return describe("out", 0, made)
 
 
-def new_example(entry: DeviceEntry) -> DeviceEntry:
-    """Return a new array without the first axis, of the library that another one is from."""
-    library, shape = _library(entry.array), entry.shape[1:]
-    if library == "torch":
-        return describe("out", 0, entry.array.new_empty(shape))
-    if library == "cupy":
-        return describe("out", 0, sys.modules[library].empty(shape, entry.native))
-    return describe("out", 0, _new(entry, shape, None))
-
-
-def _new(entry: DeviceEntry, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
-    """Return a new array of ours, or of numba's where another one is of numba."""
-    memory = device.allocate(math.prod(shape) * entry.native.itemsize)
-    made = DeviceArray(memory, 0, shape, entry.native, strides)
-    if _library(entry.array) == "numba" and entry.native.name != "bfloat16":
-        return device.as_array(made, shape, entry.native, strides)
-    return made
+def new_of_shape(entry: DeviceEntry, shape: tuple[int, ...]) -> DeviceEntry:
+    """Return a new array in C order of the dtype and the library of another one."""
+    package = _library(entry.array)
+    if package == "torch":
+        made = entry.array.new_empty(shape)
+    elif package == "cupy":
+        made = sys.modules["cupy"].empty(shape, entry.array.dtype)
+    else:
+        nbytes = math.prod(shape) * entry.native.itemsize
+        made = DeviceArray(device.allocate(nbytes), 0, shape, entry.native)
+        if package == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, shape, entry.native, None)
+    return describe("out", 0, made)
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
@@ -402,7 +446,10 @@ def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
 
 def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
     """Return the description of a copy in the host's memory."""
-    return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
+    copy: Any = host_copy(entry, stream)
+    if entry.slices is not None:
+        copy = IndexedSlices(copy, entry.slices.indices, entry.slices.dense_shape)
+    return inputs.entry(entry.name, entry.key, copy)
 
 
 def stream_from(stream: Any) -> Any:
@@ -422,11 +469,18 @@ def stream_from(stream: Any) -> Any:
 
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    array: Any = entries[0].array if entries else None
-    library = _library(array)
-    if library == "torch":
+    stream = _stream_of(entries[0].array if entries else None)
+    if device.handle_of(stream) and any(entry.lease is not None for entry in entries):
+        device.order(stream, 0)  # which DLPack's producers were told to be ready for
+    return stream
+
+
+def _stream_of(array: Any) -> Any:
+    """Return the stream that the library of an array works on at present."""
+    package = _library(array)
+    if package == "torch":
         return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
-    if library == "cupy":
+    if package == "cupy":
         return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
     return device.stream_at(_told_stream(array))
 
@@ -449,10 +503,11 @@ def _told_stream(array: Any) -> int:
 
 def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     """Return where a result goes that the user gives, after checking that it fits."""
-    if out is entry.array:
+    if out is entry.result:
         found = entry._replace(name=name)
     else:
         found = describe(name, entry.key, out)
+        _check_slices(entry, found)
         if found.shape != entry.shape:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
@@ -463,6 +518,17 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     if not found.writable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     return found
+
+
+def _check_slices(entry: DeviceEntry, found: DeviceEntry) -> None:
+    """Refuse a result that is slices where the gradient is none, or has other indices."""
+    if (entry.slices is None) != (found.slices is None):
+        wanted = "an array" if entry.slices is None else "IndexedSlices"
+        raise TypeError(f"{found.name}: expected {wanted}, got {type(found.result).__name__}")
+    if entry.slices is not None and found.slices is not None:
+        same = np.array_equal(found.slices.indices, entry.slices.indices)
+        if not same or found.dense_shape != entry.dense_shape:
+            raise ValueError(f"{found.name}: expected the indices and dense_shape of {entry.name}")
 
 
 def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:

@@ -13,22 +13,26 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
+from numclip.clipping import repeated_loss
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.plans import kept
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
 from numclip.placement import on_device
+from numclip.slices import Grouping
 
 
 def _plan(
     entries: Sequence[DeviceEntry],
     targets: Sequence[DeviceEntry],
     policy: str,
+    duplicates: str,
     stream: Any,
     ord: float = 2.0,
 ) -> tuple[Plan, list[Any]]:
@@ -36,23 +40,45 @@ def _plan(
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    magnitudes = ord != 2.0 and any(entry.dtype.components == 2 for entry in entries)
-    spans = [
-        _span(entry, target, tiled=magnitudes or (policy == "zero" and entry.dtype.components == 2))
-        for entry, target in zip(entries, targets, strict=True)
-    ]
+    pairs = zip(entries, targets, strict=True)
+    spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
-    return kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
+    kept_plan = kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
+    rows = [span for span in spans if isinstance(span, RowSpan)]
+    if rows:
+        kept_plan[0].take_rows(rows, _groupings(entries, spans), stream)
+    return kept_plan
 
 
-def _span(entry: DeviceEntry, target: DeviceEntry, *, tiled: bool) -> Span | Strided:
-    """Return where a gradient is and goes: contiguous memory where it is that, unless `tiled`.
+def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Grouping]:
+    """Return which rows share an index, of the gradients whose rows are to be summed."""
+    return [
+        entry.slices.grouping
+        for entry, span in zip(entries, spans, strict=True)
+        if isinstance(span, RowSpan) and entry.slices is not None
+    ]
 
-    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one.
+
+def span(
+    entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float, duplicates: str = "raw"
+) -> Span | Strided | RowSpan:
+    """Return where a gradient is and goes: as contiguous memory where it is that.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, whose
+    magnitude counts, or of which none stays where one is not finite.
     """
-    if entry.strides == target.strides and entry.dense and not tiled:
+    if duplicates == "sum" and entry.repeated:
+        return row_span(entry)._replace(target=target.address)
+    parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    if entry.strides == target.strides and entry.dense and not parts:
         return Span(entry.dtype, entry.address, target.address, entry.size)
     return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+
+
+def row_span(entry: DeviceEntry) -> RowSpan:
+    """Return where the rows of slices are, in place, whose sums are to be measured."""
+    length = math.prod(entry.shape[1:]) * entry.dtype.components
+    return RowSpan(entry.dtype, entry.address, entry.address, entry.size, length)
 
 
 def clip(
@@ -60,6 +86,7 @@ def clip(
     targets: Sequence[DeviceEntry] | None,
     law: Law,
     policy: str = "propagate",
+    duplicates: str = "sum",
 ) -> float | DeviceFloat:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
 
@@ -69,11 +96,14 @@ def clip(
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
     stream = arrays.stream_of(entries)
+    summed = duplicates == "sum" and any(entry.repeated for entry in entries)
+    if summed:
+        law = law._replace(loss=repeated_loss(entries, law.ord))
     places = entries if targets is None else targets
-    plan, free = _plan(entries, places, policy, stream, law.ord)
+    plan, free = _plan(entries, places, policy, duplicates, stream, law.ord)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
-    if law.given == ABSENT or policy != "propagate":
+    if law.given == ABSENT or policy != "propagate" or summed:
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
     norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
@@ -91,22 +121,29 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
     return float(device.read_table(outcome[1], stream)[0, column])
 
 
-def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
+def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
     described: Any = arrays.gradients(grads)
-    return clip(described.entries, None, Law(math.inf, ord=ord))
+    return clip(described.entries, None, Law(math.inf, ord=ord), duplicates=duplicates)
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, given: float | None, ord: float, policy: str, out: Any
+    grads: Any,
+    bound: float,
+    given: float | None,
+    *,
+    ord: float,
+    nonfinite: str,
+    duplicates: str,
+    out: Any,
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
     described: Any = arrays.gradients(grads)
     device.require()
     targets = arrays.targets(described, grads, out)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
-    norm = clip(described.entries, targets, law, policy)
-    return described.with_results([target.array for target in targets]), norm
+    norm = clip(described.entries, targets, law, nonfinite, duplicates)
+    return described.with_results([target.result for target in targets]), norm
 
 
 def clip_whole(
@@ -115,8 +152,8 @@ def clip_whole(
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
     target = arrays.place(entry, out)
-    clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
-    return target.array
+    clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
+    return target.result
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
@@ -128,19 +165,42 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
     low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
-    low, high = inputs.value_bounds(low, high, entry.shape)
+    low, high = inputs.value_bounds(low, high, entry.dense_shape)
+    if entry.slices is not None:
+        inputs.refuse_excluding_zero(low, high)
     target = arrays.place(entry, out)
+    if entry.repeated:
+        return _clamp_sums(entry, target, low, high, out)
+    _clamp(entry, target, low, high)
+    return target.result
+
+
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: float, high: float) -> None:
+    """Write each element held between two numbers."""
     stream = arrays.stream_of([entry])
     if np.ndim(low) or np.ndim(high):
         span = Strided(entry.dtype, entry.shape, entry.memory, target.memory)
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
         clamp_between(span, least[0], most[0], stream)
-        return target.array
-    plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
+        return
+    plan, free = _plan([entry], [target], "propagate", "raw", stream)  # nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
-    return target.array
+
+
+def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float, out: Any) -> Any:
+    """Hold the sums of rows between two numbers: as new slices, or in the first row of each."""
+    slices: Any = entry.slices
+    merged = slices.coalesce()
+    sums = arrays.describe("grad", 0, merged)
+    _clamp(sums, sums, low, high)
+    if out is None:
+        return merged
+    order, starts = slices.grouping
+    firsts = order[starts[:-1]]
+    merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
+    return target.result
 
 
 def _on_host(name: str, bound: Any) -> Any:
@@ -154,7 +214,10 @@ def _on_host(name: str, bound: Any) -> Any:
 def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
     """Return where a bound is after it is sent, broadcast to a gradient, and what holds it."""
     with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
-        values = np.ascontiguousarray(np.asarray(bound).astype(entry.native))
+        values = np.asarray(bound).astype(entry.native)
+    if entry.slices is not None:
+        values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
+    values = np.ascontiguousarray(values)
     memory = device.allocate(values.nbytes)
     made = arrays.DeviceArray(memory, 0, values.shape, values.dtype)
     device.write(made.address, values.reshape(-1).view(np.uint8), stream)

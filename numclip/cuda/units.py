@@ -65,7 +65,8 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     entries: list[DeviceEntry] = described.entries
     inputs.check_examples(described.entries)
     device.require()
-    stream, sums = arrays.stream_of(entries), [arrays.new_example(entry) for entry in entries]
+    stream = arrays.stream_of(entries)
+    sums = [arrays.new_of_shape(entry, entry.shape[1:]) for entry in entries]
     parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
     shared = [tuple(parts)] if layerwise is None else [(part,) for part in parts]
     families = tuple(Family(own, rounded=False) for own in shared)

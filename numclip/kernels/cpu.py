@@ -222,10 +222,8 @@ def factors(norms, bounds, roundoffs, limits, mantissas, powers):
 def divide_factors(mantissas, powers, scale, digits):
     """Divide factors by a loss scale, in place, each rounded down to its digits."""
     for t in range(mantissas.size):
-        if math.isfinite(mantissas[t]):
-            mantissas[t], powers[t] = factor_over(
-                mantissas[t], int(powers[t]), scale, int(digits[t])
-            )
+        power, precision = int(powers[t]), int(digits[t])
+        mantissas[t], powers[t] = factor_over(mantissas[t], power, scale, precision)
 
 
 @inline

@@ -102,6 +102,11 @@ def larger(a: float, b: float) -> float:
     return a if a > b or a != a else b
 
 
+def usable(peak: float) -> float:
+    """Return a largest magnitude as one that others can be divided by."""
+    return peak if 0.0 < peak < math.inf else 1.0
+
+
 def root(total: float, ord: float) -> float:
     """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
     if ord == 2.0:
@@ -145,6 +150,8 @@ def clip_factor(
 
 def factor_over(mantissa: float, power: int, scale: float, digits: int) -> tuple[float, int]:
     """Return the factor ``mantissa * 2**power`` over a loss scale, rounded down to `digits`."""
+    if not math.isfinite(mantissa):
+        return mantissa, power
     fraction, exponent = math.frexp(scale)
     quotient, shift = math.frexp(mantissa / fraction)
     if fraction != 0.5:  # else the quotient is exact

@@ -47,6 +47,10 @@ def _as_computed_simulated(value, like):
     return np.float64(value) if like.itemsize == 8 else np.float32(value)
 
 
+def _rounded_simulated(value, like):
+    return _widen_interpreted(_narrow_interpreted(_as_computed_simulated(value, like), like))
+
+
 def _word_addresses(address, stride, like):
     return [int(address) + k * int(stride) for k in range(PACKET * like.itemsize // WORD)]
 
@@ -85,7 +89,7 @@ if SIMULATED:
     load, store, as_computed = _load_simulated, _store_simulated, _as_computed_simulated
     load_packet, store_packet = _load_packet_simulated, _store_packet_simulated
     copy_element, copy_packet = _copy_element_simulated, _copy_packet_simulated
-    size_of, each = _size_of_simulated, _each_simulated
+    size_of, each, rounded = _size_of_simulated, _each_simulated, _rounded_simulated
 else:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
@@ -182,6 +186,16 @@ else:
 
         def emit(context, builder, _signature, arguments):
             return context.cast(builder, arguments[0], value, _computed(like))
+
+        return _computed(like)(value, like), emit
+
+    @intrinsic
+    def rounded(_typing, value, like):
+        """Return a number as it is read after it was stored, in the type it is computed in."""
+
+        def emit(context, builder, _signature, arguments):
+            number = context.cast(builder, arguments[0], value, _computed(like))
+            return _widened(builder, _narrowed(builder, number, like), like)
 
         return _computed(like)(value, like), emit
 

@@ -14,6 +14,7 @@ from numclip.kernels.cuda.packets import (
     each,
     load,
     load_packet,
+    rounded,
     size_of,
     store,
     store_packet,
@@ -21,6 +22,7 @@ from numclip.kernels.cuda.packets import (
 )
 from numclip.kernels.cuda.scalars import clamped, truncated_product
 from numclip.kernels.cuda.tables import (
+    CLAMPED,
     CLEAN,
     FACTOR,
     LEAVE,
@@ -140,31 +142,48 @@ def scale_rare(chunks, tensors, decisions, digits, lowest, like):
 
 @kernel
 def clamp(chunks, tensors, decisions, low, high, like):
-    """Hold each element between two bounds, but what is skipped. Reads and writes it once."""
-    low, high = as_computed(low, like), as_computed(high, like)
+    """Hold each element between two bounds, but what is skipped. Reads and writes it once.
+
+    Tells in the decision for a pool whether one of its elements was beyond them.
+    """
+    low, high = rounded(low, like), rounded(high, like)
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        if decisions[tensors[chunks[c, OWNER], POOL], SKIPPED] == 0.0:
-            clamp_chunk(chunks[c], low, high, like)
+        pool = tensors[chunks[c, OWNER], POOL]
+        if decisions[pool, SKIPPED] == 0.0 and clamp_chunk(chunks[c], low, high, like):
+            decisions[pool, CLAMPED] = 1.0
         c += cuda.gridDim.x
 
 
 @inline
 def clamp_chunk(chunk, low, high, like):
-    """Hold a chunk between two bounds."""
+    """Hold a chunk between two bounds; tell whether an element of this thread was beyond them."""
     source, target, length = chunk[SOURCE], chunk[TARGET], chunk[LENGTH]
     packets = whole_packets(source | target, length)
     stride = packets * WORD
+    beyond = False
     p = np.int64(cuda.threadIdx.x)
     while p < packets:
         x = load_packet(source + p * WORD, stride, like)
         store_packet(target + p * WORD, stride, each(clamped, (x,), (low, high)), like)
+        beyond |= any_beyond(x, low, high)
         p += THREADS
     i = packets * PACKET + cuda.threadIdx.x
     while i < length:
-        place = i * size_of(like)
-        store(target + place, clamped(load(source + place, like), low, high), like)
+        value = load(source + i * size_of(like), like)
+        store(target + i * size_of(like), clamped(value, low, high), like)
+        beyond |= value > high or value < low
         i += THREADS
+    return beyond
+
+
+@inline
+def any_beyond(x, low, high):
+    """Tell whether an element of a packet is beyond two bounds."""
+    found = False
+    for k in range(len(x)):
+        found |= x[k] > high or x[k] < low
+    return found
 
 
 @inline

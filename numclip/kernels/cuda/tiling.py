@@ -223,9 +223,13 @@ class Tiles:
     """The work on some of a plan's tensors, by their numbers, that lie in memory of any steps.
 
     `counts` says how many partial sums each of them takes: so many for each unit, unit by unit.
+    `table` sends the tables.
     """
 
-    def __init__(self, arrays: Mapping[int, Strided]) -> None:
+    repeats = False
+
+    def __init__(self, arrays: Mapping[int, Strided], table: Any = device.table) -> None:
+        self._table = table
         self._arrays = dict(arrays)
         self._cut = {k: cut(array, [array.read] * 2) for k, array in arrays.items()}
         sums = [self._cut[k][1] * array.units for k, array in arrays.items()]
@@ -238,7 +242,7 @@ class Tiles:
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
             found[k] = table
-        self._tables = _by_dtype(self._arrays, found, stream)
+        self._tables = _by_dtype(self._arrays, found, self._table, stream)
         if all(array.read == array.written for array in self._arrays.values()):
             self._written[None] = self._tables
 
@@ -247,7 +251,7 @@ class Tiles:
         if members not in self._written:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = _by_dtype(self._arrays, found, stream)
+            self._written[members] = _by_dtype(self._arrays, found, self._table, stream)
         return self._written[members]
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
@@ -295,15 +299,15 @@ class Tiles:
 
 
 def _by_dtype(
-    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], table: Any, stream: Any
 ) -> dict[DType, Any]:
-    """Return one table of the tiles of each dtype that has some."""
+    """Return one table of the tiles of each dtype that has some, as `table` sends them."""
     rows: dict[DType, list[Array]] = {}
-    for k, table in found.items():
-        table[:, tables.OWNER] = k
-        rows.setdefault(arrays[k].dtype, []).append(table)
-    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
+    for k, own in found.items():
+        own[:, tables.OWNER] = k
+        rows.setdefault(arrays[k].dtype, []).append(own)
+    joined = {dtype: copied_first(np.concatenate(parts)) for dtype, parts in rows.items()}
+    return {dtype: table(rows, stream) for dtype, rows in joined.items() if len(rows)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
@@ -318,7 +322,7 @@ class Sums:
 
     def __init__(self, arrays: Mapping[int, Strided], stream: Any) -> None:
         found = {k: cut(a, [a.read, a.written], whole=True)[0] for k, a in arrays.items()}
-        self._tables = _by_dtype(arrays, found, stream)
+        self._tables = _by_dtype(arrays, found, device.table, stream)
 
     def write(self, tensors: Any, units: Any, stream: Any) -> None:
         """Write the sums, in float64, where the arrays are written; those have steps of 0."""

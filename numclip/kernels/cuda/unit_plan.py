@@ -70,8 +70,11 @@ class UnitPlan:
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
         self._facts = np.array([_facts(family, ord) for family in families])
 
-    def write_laws(self, bound: Any, stream: Any, eps: float = 0.0, unscale: float = 1.0) -> None:
-        """Let decisions obey bounds, one or one for each family; of ratios where params are."""
+    def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
+        """Let decisions obey bounds, one or one for each family; of ratios where params are.
+
+        `eps` is the least norm of parameters that counts, one or one for each family.
+        """
         table = np.zeros((len(self.families), tables.LAW_COLUMNS))
         table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
         table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, self._ord

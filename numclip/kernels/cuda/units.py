@@ -38,6 +38,7 @@ from numclip.kernels.cuda.tables import (
     PRECISION,
     RARE,
     RATIO,
+    ROUNDOFF,
     ROW,
     SCALE,
     SKIPPED,
@@ -69,7 +70,7 @@ def unit_total(slab, first, last, tensors, partial, room):
     while t < last:
         start = tensors[t, FIRST] + u + lane * slab[UNITS]
         stop = tensors[t, LAST] if u < slab[UNITS] else start
-        bins = add_rows(partial, start, stop, lanes * slab[UNITS], bins)
+        bins = add_rows(partial, TOTAL, start, stop, lanes * slab[UNITS], bins)
         t += 1
     total, exponent, _ = joined(bins, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
     return total, exponent
@@ -130,7 +131,8 @@ def decide_slab(slab, tensors, law, partial, base, room, out):
     if slab[PARAM] >= 0:
         bound, judged, coarse = relative(law, norm, (math.sqrt(other), shift))
     leaves = base[slab[BASE], SKIPPED] != 0.0
-    write_factor(law, bound, coarse, judged, norm, leaves, int(slab[PRECISION]), own)
+    limits = bound, bound, coarse, law[ROUNDOFF]
+    write_factor(law, limits, judged, norm, leaves, int(slab[PRECISION]), own)
     return own[MODE]
 
 

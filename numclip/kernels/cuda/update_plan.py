@@ -7,41 +7,82 @@ from typing import Any
 
 import numpy as np
 
-from numclip.dtypes import Array
-from numclip.kernels.cuda import device, tables, updates
-from numclip.kernels.cuda.chunks import like, split
+from numclip.dtypes import Array, DType
+from numclip.kernels.cuda import device, updates
+from numclip.kernels.cuda.chunks import Span, like, split
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import HostTable, Plan
+from numclip.kernels.cuda.tables import LENGTH, OWNER, SOURCE
 
 
 class Updates:
     """What the kernels need to update parameters by the gradients of a plan.
 
-    `states` are the addresses of each tensor's states. A row of settings and a count of steps
-    stand for each pool.
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states. A row of settings and a count of steps stand for each pool.
+    Where rows can share an index, `take_rows` is told them before each step.
     """
 
-    def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
-        self._plan = plan
-        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
-        chunks, _, starts = split(spans)
-        rows = np.zeros((len(chunks), 6), np.int64)
-        owners = chunks[:, tables.OWNER]
-        rows[:, updates.GRAD] = chunks[:, tables.SOURCE]
-        rows[:, updates.PARAM] = chunks[:, tables.TARGET]
-        sizes = np.array([span.dtype.compute.itemsize for span in spans], np.int64)
-        for k, addresses in enumerate(states):
-            places = np.array(addresses, np.int64)[owners] + starts * sizes[owners]
-            rows[:, updates.FIRST + k] = places
-        rows[:, updates.LENGTH], rows[:, updates.OWNER] = chunks[:, tables.LENGTH], owners
-        dtypes = [spans[k].dtype for k in owners]
-        self._updates = {
-            dtype: device.table(rows[[own is dtype for own in dtypes]], 0)
-            for dtype in dict.fromkeys(dtypes)
-        }
+    def __init__(
+        self, plan: Plan, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]
+    ) -> None:
+        self._plan, self._spans = plan, list(spans)
+        self._places = np.array([[span.target for span in spans], *states], np.int64)
+        self._updates = self._by_dtype(self._whole(), device.table, 0)
+        self._row_updates: dict[DType, Any] = {}
+        self._table = device.Tables()
         self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), updates.SETTINGS_COLUMNS
         self._given = HostTable(shape, 0)
         self._settings = device.table(np.zeros(shape), 0)
+        if any(isinstance(span, RowSpan) for span in spans):
+            plan.keep_sums()
+
+    def _whole(self) -> Array:
+        """Return the updates of whole tensors, chunk by chunk."""
+        whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
+        chunks, _, starts = split(list(whole.values()))
+        rows = self._filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
+        rows[:, updates.GRAD], rows[:, updates.LENGTH] = chunks[:, SOURCE], chunks[:, LENGTH]
+        return rows
+
+    def _filled(self, owners: Array, starts: Array) -> Array:
+        """Return updates of the owners' parameters and states, from some numbers of them on."""
+        rows = np.zeros((owners.size, 6), np.int64)
+        for k, places in enumerate(self._places):
+            kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
+            sizes = np.array([kind.itemsize for kind in kinds], np.int64)
+            rows[:, updates.PARAM + k] = places[owners] + starts * sizes[owners]
+        rows[:, updates.OWNER] = owners
+        return rows
+
+    def _by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+        """Return tables of the updates of each dtype that has some."""
+        dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
+        return {
+            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+        }
+
+    def take_rows(self, indices: Sequence[Array], stream: Any) -> None:
+        """Let the next step update the rows at some indices, the distinct ones of each tensor."""
+        made = [
+            self._rows(*found, own)
+            for found, own in zip(self._plan.row_sums(), indices, strict=True)
+        ]
+        self._table.begin()
+        self._row_updates = self._by_dtype(np.concatenate(made), self._table, stream)
+
+    def _rows(self, owner: int, span: RowSpan, sums: int, indices: Array) -> Array:
+        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
+        itemsize = span.dtype.storage.itemsize
+        limit = device.CHUNK_BYTES // itemsize
+        starts = np.arange(0, span.length, limit)
+        begins = (indices[:, None] * span.length + starts).reshape(-1)
+        rows = self._filled(np.full(begins.size, owner), begins)
+        places = np.arange(indices.size)[:, None] * span.length + starts
+        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
+        rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
+        return rows
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -60,6 +101,7 @@ class Updates:
         self._take(updates.adam, outcome, self._settings, stream)
 
     def _take(self, kernel: Any, outcome: tuple[Any, Any], settings: Any, stream: Any) -> None:
-        for dtype, rows in self._updates.items():
-            arguments = self._plan.tensors, outcome[1], settings, like(dtype)
-            device.launch(kernel, rows.shape[0], stream, rows, *arguments)
+        for found in (self._updates, self._row_updates):
+            for dtype, rows in found.items():
+                arguments = self._plan.tensors, outcome[1], settings, like(dtype)
+                device.launch(kernel, rows.shape[0], stream, rows, *arguments)
