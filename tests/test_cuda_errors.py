@@ -365,6 +365,10 @@ def test_copying_between_host_and_device_is_checked():
     with pytest.raises(ValueError, match=r"copy: expected True or None"):
         np.asarray(array, copy=False)
     assert repr(array) == "DeviceArray(float64, shape=(2, 3))"
+    clipped = nc.clip_by_norm(send(np.asfortranarray(np.ones((2, 3)))), 1.0)
+    for copy in (clipped.copy_from, clipped.add):
+        with pytest.raises(ValueError, match=r"array: expected one in C order to copy to, got str"):
+            copy(np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("policy", ["propagate", "raise", "skip", "zero"])
