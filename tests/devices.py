@@ -158,5 +158,10 @@ class OnDevice:
     def adaptive_clip(self, grad: Any, param: Any, *arguments: Any, **options: Any) -> Any:
         return self._one("adaptive_clip", grad, send(param), *arguments, **options)
 
+    def clip_per_example(self, grads: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        summed, counts = nc.clip_per_example(each(send, grads), *arguments, **options)
+        counts = each(int, counts) if options.get("layerwise") else int(counts)
+        return each(fetch, summed), counts
+
     def clip_by_value(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_value", grad, *arguments, out=out)

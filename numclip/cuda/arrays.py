@@ -412,10 +412,7 @@ def new_like(entry: DeviceEntry) -> DeviceEntry:
     elif package == "cupy":
         made = sys.modules[package].empty_like(entry.array, order="K" if entry.dense else "C")
     else:
-        memory = device.allocate(entry.nbytes)
-        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
-        if package == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, entry.shape, entry.native, strides)
+        made = _new(entry, entry.shape, strides)
     if entry.slices is not None:
         made = entry.slices.with_values(made)
     return describe("out", 0, made)
@@ -429,11 +426,17 @@ def new_of_shape(entry: DeviceEntry, shape: tuple[int, ...]) -> DeviceEntry:
     elif package == "cupy":
         made = sys.modules["cupy"].empty(shape, entry.array.dtype)
     else:
-        nbytes = math.prod(shape) * entry.native.itemsize
-        made = DeviceArray(device.allocate(nbytes), 0, shape, entry.native)
-        if package == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, shape, entry.native, None)
+        made = _new(entry, shape, None)
     return describe("out", 0, made)
+
+
+def _new(entry: DeviceEntry, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
+    """Return a new array of ours, or of numba's where another one is of numba."""
+    memory = device.allocate(math.prod(shape) * entry.native.itemsize)
+    made = DeviceArray(memory, 0, shape, entry.native, strides)
+    if _library(entry.array) == "numba" and entry.native.name != "bfloat16":
+        return device.as_array(made, shape, entry.native, strides)
+    return made
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:

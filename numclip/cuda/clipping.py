@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip import inputs
+from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
@@ -22,8 +22,9 @@ from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
-from numclip.kernels.cuda.tiling import Strided
+from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
+from numclip.placement import on_device
 from numclip.slices import Grouping
 
 
@@ -156,15 +157,14 @@ def clip_whole(
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
-    """Hold each element between two numbers, as `functional.clip_by_value`."""
+    """Hold each element between two bounds, as `functional.clip_by_value`.
+
+    Arrays are rounded and checked on the host, which waits for those on the GPU.
+    """
     entry = arrays.describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
-    if getattr(low, "ndim", 0) or getattr(high, "ndim", 0):
-        raise TypeError(
-            "clip_value_min, clip_value_max: expected numbers for a gradient on the GPU, got "
-            "arrays; clip a copy on the host"
-        )
+    low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
@@ -175,17 +175,22 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     return target.result
 
 
-def _clamp(entry: DeviceEntry, target: DeviceEntry, low: float, high: float) -> None:
-    """Write each element held between two numbers."""
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any) -> None:
+    """Write each element held between two numbers, or arrays of the host."""
     stream = arrays.stream_of([entry])
+    if np.ndim(low) or np.ndim(high):
+        span = Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+        least, most = _sent(low, entry, stream), _sent(high, entry, stream)
+        clamp_between(span, least[0], most[0], stream)
+        return
     plan, free = _plan([entry], [target], "propagate", "raw", stream)  # nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
 
 
-def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float, out: Any) -> Any:
-    """Hold the sums of rows between two numbers: as new slices, or in the first row of each."""
+def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, out: Any) -> Any:
+    """Hold the sums of rows between two bounds: as new slices, or in the first row of each."""
     slices: Any = entry.slices
     merged = slices.coalesce()
     sums = arrays.describe("grad", 0, merged)
@@ -196,3 +201,23 @@ def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float
     firsts = order[starts[:-1]]
     merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
     return target.result
+
+
+def _on_host(name: str, bound: Any) -> Any:
+    """Return a bound that is an array on the GPU as a copy on the host, any other as it is."""
+    if not on_device(bound):
+        return bound
+    entry = arrays.describe(name, 0, bound)
+    return arrays.host_copy(entry, arrays.stream_of([entry]))
+
+
+def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
+    """Return where a bound is after it is sent, broadcast to a gradient, and what holds it."""
+    with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
+        values = np.ascontiguousarray(foreign.to_numpy("bound", bound).astype(entry.native))
+    if entry.slices is not None:
+        values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
+    memory = device.allocate(values.nbytes)
+    made = arrays.DeviceArray(memory, 0, values.shape, values.dtype)
+    device.write(made.address, values.reshape(-1).view(np.uint8), stream)
+    return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made
