@@ -63,7 +63,8 @@ def torch(monkeypatch):
     """A module that stands for PyTorch."""
     stream = SimpleNamespace(cuda_stream=0)
     cuda = SimpleNamespace(current_stream=lambda _: stream)
-    made = SimpleNamespace(cuda=cuda, empty_like=lambda tensor: Tensor(fetch(tensor.sent)))
+    like = lambda tensor: Tensor(fetch(tensor.sent))  # noqa: E731
+    made = SimpleNamespace(cuda=cuda, Tensor=Tensor, empty_like=like)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made
 

@@ -156,6 +156,7 @@ LAYERS = [
         "kernels.cuda.blocks",
         "cuda.values",
         "cuda.dlpack",
+        "cuda.tensors",
     },
     {"kernels.cuda.norms", "kernels.cuda.verdict", "kernels.cuda.scaling"},
     {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.chunks"},

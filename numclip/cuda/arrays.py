@@ -371,13 +371,13 @@ def stream_from(stream: Any) -> Any:
 
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    stream = _stream_of(entries[0].array if entries else None)
+    stream = current_stream(entries[0].array if entries else None)
     if device.handle_of(stream) and any(entry.memory is not None for entry in entries):
         device.order(stream, 0)  # which DLPack's producers were told to be ready for
     return stream
 
 
-def _stream_of(array: Any) -> Any:
+def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = _library(array)
     if package == "torch":
