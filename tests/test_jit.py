@@ -166,8 +166,9 @@ LAYERS = [
     {"clipping", "group", "running_rules"},
     {"units", "step", "cuda.clipping", "cuda.group"},
     {"functional", "general_step", "joint_step", "cuda.report"},
-    {"groups", "cuda.clippers"},
-    {"optim", "cuda.groups"},
+    {"updating", "cuda.clippers"},
+    {"groups"},
+    {"optim", "cuda.groups", "cuda.updating"},
     {"diagnostics"},
 ]
 

@@ -420,7 +420,11 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     return found
 
 
-def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+def refuse_overlaps(
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    advice: str = "; pass out= the gradients themselves to work in place",
+) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
     spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
@@ -432,10 +436,7 @@ def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntr
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
-            raise ValueError(
-                f"{name}: shares memory with {entry.name}; "
-                "pass out= the gradients themselves to work in place"
-            )
+            raise ValueError(f"{name}: shares memory with {entry.name}{advice}")
 
 
 def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:

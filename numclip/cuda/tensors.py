@@ -18,11 +18,11 @@ def facts(items: Sequence[Any]) -> tuple[Any, ...] | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    kind, gpu = torch.Tensor, device.ordinal()
+    kinds, gpu = (torch.Tensor, torch.nn.Parameter), device.ordinal()
     found: list[Any] = []
     with contextlib.suppress(RuntimeError):  # sparse and nested ones have no address or shape
         for item in items:
-            if type(item) is kind:
+            if type(item) in kinds:
                 if item.get_device() != gpu or item.is_neg() or item.is_conj():
                     return None
                 found += item.data_ptr(), item.dtype, item.shape, item.stride()
