@@ -12,7 +12,7 @@ from cases import normal
 from checks import assert_same_bits
 from devices import fetch, ready, send
 from reference import DTYPES
-from test_cuda_dlpack import Producer
+from test_cuda_dlpack import Producer, settle
 from test_cuda_errors import Foreign, Tensor, torch
 
 import numclip as nc
@@ -125,16 +125,19 @@ def test_an_array_that_changed_gets_new_states():
     assert fetch(variable)[0] == -4.5
 
 
-def test_arrays_of_dlpack_are_held_until_they_are_used():
+def test_arrays_of_dlpack_are_held_until_they_are_used(monkeypatch):
     grad, variable = Producer(np.ones(3)), Producer(np.ones(3))
     returned: list[int] = []
-    engine = nc.SGD(None, 1.0)
     launch = device.launch
-    try:
-        device.launch = lambda *a: returned.append(len(grad.returned)) or launch(*a)
-        engine.apply_gradients([(grad, variable)])
-    finally:
-        device.launch = launch
+
+    def noting(*arguments: Any) -> None:
+        settle()
+        returned.append(len(grad.returned))
+        launch(*arguments)
+
+    monkeypatch.setattr(device, "launch", noting)
+    nc.SGD(None, 1.0).apply_gradients([(grad, variable)])
+    settle()
     assert returned == [0]
     assert len(grad.returned) == len(variable.returned) == 1
     assert_same_bits(fetch(variable.sent), np.zeros(3))
