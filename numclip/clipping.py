@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from numclip.kernels.backend import Batch
 from numclip.measuring import Norms, batches, measure
 from numclip.nonfinite import first_error
 from numclip.outputs import Place
+from numclip.slices import IndexedSlices
 
 
 class Factors(NamedTuple):
@@ -65,7 +66,23 @@ def decide(
     return Factors(*backend.factors(norms[:2], (bounds, targets, coarse), roundoffs, limits))
 
 
-def repeated_loss(entries: Sequence[Entry], ord: float) -> float:
+class Repeating(Protocol):
+    """A gradient whose rows may repeat, in the host's memory or on a GPU."""
+
+    @property
+    def dtype(self) -> DType:
+        """The element type."""
+
+    @property
+    def slices(self) -> IndexedSlices | None:
+        """The gradient, where it is slices."""
+
+    @property
+    def repeated(self) -> bool:
+        """Whether rows of the dense array are stored more than once."""
+
+
+def repeated_loss(entries: Sequence[Repeating], ord: float) -> float:
     """Return the norm of what rounding subnormal terms can add to the sums of repeated rows."""
     parts = [
         2.0 ** entry.dtype.precision[1] * formulas.root(_counts(entry, ord), ord)
@@ -75,13 +92,14 @@ def repeated_loss(entries: Sequence[Entry], ord: float) -> float:
     return sum(parts)
 
 
-def _counts(entry: Entry, ord: float) -> float:
+def _counts(entry: Repeating, ord: float) -> float:
     """Return the sum of powers (the maximum) of how many terms each dense element has."""
     assert entry.slices is not None
     counts = np.diff(entry.slices.grouping.starts).astype(np.float64)
     if ord == math.inf:
         return float(counts.max())
-    return float((counts**ord).sum()) * (entry.flat.size / max(entry.slices.indices.size, 1))
+    numbers = math.prod(entry.slices.dense_shape[1:]) * entry.dtype.components
+    return float((counts**ord).sum()) * numbers
 
 
 def together(parts: Sequence[Factors]) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -75,7 +75,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        norm: float = _device().global_norm(grads, order)
+        norm: float = _device().global_norm(grads, order, duplicates)
         return norm
     described = inputs.gradients(grads)
     if not described.entries:
@@ -172,8 +172,9 @@ def clip_by_global_norm(
     inputs.choice("duplicates", duplicates, DUPLICATES)
     grads = listed(grads)
     if any_on_device(grads):
-        clip = _device().clip_by_global_norm
-        on_gpu: tuple[Any, float] = clip(grads, bound, given, order, nonfinite, out)
+        on_gpu: tuple[Any, float] = _device().clip_by_global_norm(
+            grads, bound, given, ord=order, nonfinite=nonfinite, duplicates=duplicates, out=out
+        )
         return on_gpu
     described = inputs.gradients(grads)
     where = places(described, grads, out)
@@ -238,8 +239,9 @@ def clip_by_norm(
     bound = inputs.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
-        raise TypeError("axes: expected None for a gradient on the GPU; clip a copy on the host")
+        return _device_units().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.dense_shape))
 
@@ -434,8 +436,9 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
+    _refuse_slices_there("grad", [grad])
     if on_device(grad):
-        raise TypeError("grad: expected an array on the host for adaptive_clip; clip a copy there")
+        return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
     entry = inputs.entry("grad", 0, grad)
     owner = inputs.entry("param", 0, param)
     if owner.slices is not None or owner.values.shape != entry.dense_shape:
@@ -502,6 +505,7 @@ def clip_per_example(
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
     grads = listed(grads)
     if any_on_device(grads):
+        _refuse_slices_there("grads", grads.values() if isinstance(grads, Mapping) else grads)
         raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
@@ -518,6 +522,22 @@ def _device() -> Any:
     from numclip.cuda import clipping as device_clipping
 
     return device_clipping
+
+
+def _device_units() -> Any:
+    """Return the functions for parts of gradients on the GPU, loaded when first needed."""
+    from numclip.cuda import units as device_units
+
+    return device_units
+
+
+def _refuse_slices_there(name: str, grads: Iterable[Any]) -> None:
+    """Refuse slices on the GPU, of whose units there are no norms."""
+    if any(isinstance(grad, IndexedSlices) and grad.is_cuda for grad in grads):
+        raise TypeError(
+            f"{name}: expected arrays, or IndexedSlices on the host, for norms of units, got "
+            "IndexedSlices on the GPU; clip a copy on the host"
+        )
 
 
 def _clip_whole(

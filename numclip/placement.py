@@ -14,7 +14,8 @@ def on_device(array: Any) -> bool:
     """Tell whether an array lies on a GPU."""
     if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
-    is_cuda = getattr(array, "is_cuda", None)  # PyTorch's; its other attributes can raise
+    # That of PyTorch, whose other attributes can raise, and of IndexedSlices.
+    is_cuda = getattr(array, "is_cuda", None)
     if isinstance(is_cuda, bool):
         return is_cuda
     if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):

@@ -13,6 +13,7 @@ import numpy as np
 from numclip import foreign
 from numclip.dtypes import NAMES, Array, as_stored, lookup, refusal
 from numclip.kernels import backend
+from numclip.placement import on_device
 
 
 class Grouping(NamedTuple):
@@ -38,10 +39,11 @@ class IndexedSlices:
     values : array, shape (n, ...)
         The rows: float16, bfloat16, float32, float64, complex64 or complex128. Kept, not
         copied (those of PyTorch or DLPack in the host's memory as a view); written by in-place
-        calls.
+        calls. A CUDA array (in C order) makes slices that lie on the GPU, see `DeviceSlices`.
     indices : array of int, shape (n,)
         The row of the dense array that each row of `values` belongs to, in
-        ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only.
+        ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only, to
+        the host's memory. Those on a GPU are waited for; they can be so where `values` are.
     dense_shape : sequence of int
         The shape of the dense array; ``dense_shape[1:]`` is that of a row.
 
@@ -65,23 +67,46 @@ class IndexedSlices:
     7.0
     """
 
+    is_cuda = False
+    """Whether the values lie on a GPU."""
+
+    def __new__(cls, values: Any = None, *_others: Any, **_named: Any) -> IndexedSlices:
+        """Return slices of the kind that the values want."""
+        if cls is IndexedSlices and on_device(values):
+            from numclip.cuda.slices import DeviceSlices
+
+            return object.__new__(DeviceSlices)
+        return object.__new__(cls)
+
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
-        if isinstance(values, np.ma.MaskedArray):
-            raise TypeError("values: expected an array, got a masked array; use .filled(0)")
-        self._values: Array = foreign.to_numpy("values", values)
+        shape = self._take(values)
         try:
             self._dense_shape = tuple(operator.index(size) for size in dense_shape)
         except TypeError:
             raise TypeError(
                 f"dense_shape: expected a sequence of integers, got {dense_shape!r}"
             ) from None
-        given = foreign.to_numpy("indices", indices)
-        self._check(given)
+        given = self._on_host(indices)
+        self._check(shape, given)
         self._indices = given.astype(np.int64)
         self._indices.setflags(write=False)
 
+    def _take(self, values: Any) -> tuple[int, ...]:
+        """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
+        if isinstance(values, np.ma.MaskedArray):
+            raise TypeError("values: expected an array, got a masked array; use .filled(0)")
+        array = self._values = foreign.to_numpy("values", values)
+        dtype = self._dtype = array.dtype
+        if dtype.kind not in "fcV" or lookup(dtype.newbyteorder("=")) is None:
+            raise TypeError(f"values: expected one of {NAMES}, got {refusal(dtype)}")
+        return array.shape
+
+    def _on_host(self, indices: Any) -> Array:
+        """Return indices in the host's memory."""
+        return foreign.to_numpy("indices", indices)
+
     @property
-    def values(self) -> Array:
+    def values(self) -> Any:
         """The rows."""
         return self._values
 
@@ -95,25 +120,24 @@ class IndexedSlices:
         """The shape of the dense array."""
         return self._dense_shape
 
-    def _check(self, indices: Array) -> None:
-        values, shape = self.values, self.dense_shape
-        if values.dtype.kind not in "fcV" or lookup(values.dtype.newbyteorder("=")) is None:
-            raise TypeError(f"values: expected one of {NAMES}, got {refusal(values.dtype)}")
+    def _check(self, values: tuple[int, ...], indices: Array) -> None:
+        """Refuse indices and a dense shape that do not fit the shape of the values."""
+        shape = self.dense_shape
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices: expected integers, got {indices.dtype}")
         if not shape or min(shape) < 0:
             raise ValueError(
                 f"dense_shape: expected at least one dimension, none negative, got {shape}"
             )
-        if indices.ndim != 1 or values.ndim < 1 or values.shape[0] != indices.shape[0]:
+        if indices.ndim != 1 or not values or values[0] != indices.shape[0]:
             raise ValueError(
                 "indices: expected one for each row of values, "
-                f"got shape {indices.shape} for values of shape {values.shape}"
+                f"got shape {indices.shape} for values of shape {values}"
             )
-        if values.shape[1:] != shape[1:]:
+        if values[1:] != shape[1:]:
             raise ValueError(
                 f"values: expected rows of shape {shape[1:]} as in dense_shape {shape}, "
-                f"got {values.shape[1:]}"
+                f"got {values[1:]}"
             )
         if indices.size and not (indices.min() >= 0 and indices.max() < shape[0]):
             raise ValueError(
@@ -122,13 +146,13 @@ class IndexedSlices:
             )
 
     def __repr__(self) -> str:
-        rows = f"{self.values.shape[0]} rows of {self.values.dtype}"
+        rows = f"{self.indices.size} rows of {self.dtype}"
         return f"IndexedSlices({rows}, dense_shape={self.dense_shape})"
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of the values."""
-        return self.values.dtype
+        """The dtype of the values, as NumPy knows it."""
+        return self._dtype
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -137,14 +161,19 @@ class IndexedSlices:
         return Grouping(order, starts)
 
     @property
+    def distinct_indices(self) -> Array:
+        """The distinct indices, in the order they first appear."""
+        return self.indices[self.grouping.order[self.grouping.starts[:-1]]]
+
+    @property
     def has_duplicates(self) -> bool:
         """Whether an index appears more than once."""
         return self.grouping.distinct < self.indices.size
 
-    def with_values(self, values: Array) -> IndexedSlices:
+    def with_values(self, values: Any) -> IndexedSlices:
         """Return slices with the same indices and other values of the same shape."""
-        other = object.__new__(IndexedSlices)
-        other._values = values
+        other = object.__new__(type(self))
+        other._take(values)
         other._indices, other._dense_shape = self._indices, self._dense_shape
         if "grouping" in self.__dict__:
             other.__dict__["grouping"] = self.grouping
@@ -170,7 +199,7 @@ class IndexedSlices:
 
     def coalesced(self, dtype: Any) -> IndexedSlices:
         """Return the coalesced slices in a dtype that holds the values."""
-        first = self.indices[self.grouping.order[self.grouping.starts[:-1]]]
+        first = self.distinct_indices
         ascending = np.argsort(first, kind="stable")
         values = self.summed(np.ascontiguousarray(self.values, dtype))[ascending]
         rows = values.reshape(first.size, *self.dense_shape[1:])

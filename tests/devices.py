@@ -50,21 +50,40 @@ hardware = pytest.mark.skipif(
 )
 
 
-def send(array: np.ndarray, offset: int = 0) -> DeviceArray:
-    """A copy on the device, in C or Fortran order as the array is, some bytes off alignment."""
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    native = array.astype(array.dtype.newbyteorder("="), order="F" if fortran else "C")
-    memory = device.allocate(native.nbytes + offset)
-    strides = native.strides if fortran else None
-    made = DeviceArray(memory, offset, native.shape, native.dtype, strides)
-    flat = native.reshape(-1, order="A").copy()
-    device.write(made.address, flat.view(np.uint8), 0)
+def laid_out(array: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """A copy in native byte order with the steps of another array; its memory, and where it is."""
+    begin, end = np.lib.array_utils.byte_bounds(like) if like.size else (0, 0)
+    start = like.ctypes.data - begin if like.size else 0
+    room = np.zeros(end - begin, np.uint8)
+    copy = np.ndarray(like.shape, array.dtype.newbyteorder("="), room, start, like.strides)
+    copy[...] = array
+    return copy, room, start
+
+
+def send(array: Any, offset: int = 0) -> Any:
+    """A copy on the device, with the steps of the array, some bytes off alignment."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(send(array.values, offset), array.indices, array.dense_shape)
+    copy, room, start = laid_out(array, array)
+    memory = device.allocate(room.size + offset)
+    strides = None if array.flags.c_contiguous else array.strides
+    made = DeviceArray(memory, offset + start, array.shape, copy.dtype, strides)
+    device.write(made.address - start, room, 0)
     return made
 
 
-def fetch(array: Any) -> np.ndarray:
-    """A copy in the host's memory of an array on the device."""
+def fetch(array: Any) -> Any:
+    """A copy in the host's memory of an array on the device, or of slices."""
+    if isinstance(array, nc.IndexedSlices):
+        return nc.IndexedSlices(fetch(array.values), array.indices, array.dense_shape)
     return array.copy_to_host()
+
+
+def write(here: Any, there: Any) -> None:
+    """Write what a result on the device holds to one on the host."""
+    stored = here.values if isinstance(here, nc.IndexedSlices) else here
+    found = fetch(there)
+    stored[...] = found.values if isinstance(found, nc.IndexedSlices) else found
 
 
 def each(change: Callable[[Any], Any], grads: Any) -> Any:
@@ -98,17 +117,18 @@ class OnDevice:
             return each(fetch, results), float(norm)
         for result, there, here in zip(leaves(results), leaves(given), leaves(out), strict=True):
             assert result is there
-            here[...] = fetch(result)
+            write(here, result)
         return each(lambda array: array, out), float(norm)
 
-    def _one(self, name: str, grad: Any, *arguments: Any, out: Any, **options: Any) -> Any:
+    def _one(self, name: str, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:
         sent = send(grad)
         given = sent if out is grad else None if out is None else send(out)
         result = getattr(nc, name)(sent, *arguments, out=given, **options)
-        if out is None:
-            return fetch(result)
+        if out is None:  # sums depend on the steps, in the last bit: with them it is clipped again
+            found = fetch(result)
+            return found if isinstance(grad, nc.IndexedSlices) else laid_out(found, grad)[0]
         assert result is given
-        out[...] = fetch(result)
+        write(out, result)
         return out
 
     def clip_by_norm(self, grad: Any, *arguments: Any, out: Any = None, **options: Any) -> Any:
@@ -119,6 +139,9 @@ class OnDevice:
 
     def clip_by_block_rms(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_block_rms", grad, *arguments, out=out)
+
+    def adaptive_clip(self, grad: Any, param: Any, *arguments: Any, **options: Any) -> Any:
+        return self._one("adaptive_clip", grad, send(param), *arguments, **options)
 
     def clip_by_value(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_value", grad, *arguments, out=out)

@@ -56,11 +56,25 @@ LIBRARY = {
 own = threading.local()
 barrier = threading.Barrier(THREADS)
 pool = ThreadPoolExecutor(THREADS)
+votes = [0] * THREADS
 WORD, ACTION = ctypes.CFUNCTYPE(ctypes.c_int32), ctypes.CFUNCTYPE(None)
+VOTE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
+
+
+def any_of(vote: int) -> int:
+    """What the threads of a block say together: whether one says yes."""
+    votes[own.thread] = vote
+    barrier.wait()
+    said = any(votes)
+    barrier.wait()
+    return int(said)
+
+
 CALLS = {
     "gpu.read.ptx.sreg.tid.x": WORD(lambda: own.thread),
     "gpu.read.ptx.sreg.ctaid.x": WORD(lambda: own.block),
     "gpu.read.ptx.sreg.nctaid.x": WORD(lambda: own.blocks),
+    "gpu.barrier0.or": VOTE(any_of),
     "gpu.barrier0": ACTION(lambda: barrier.wait() and None),
 }
 
@@ -165,7 +179,7 @@ def install() -> None:
     cuda_paths._get_nvrtc_path = lambda: None  # NVVM is all that is needed
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY)
     device.THREADS, device.CHUNK_BYTES = THREADS, 512
-    from numclip.kernels.cuda import plan, update_plan  # noqa: F401 - with their real intrinsics
+    from numclip.kernels.cuda import plan, unit_plan, update_plan  # noqa: F401 - with their real intrinsics
 
     device.SIMULATED, device.FakeCUDAArray = True, FakeCUDAArray
     device.cuda = SimpleNamespace(device_array=lambda *a: FakeCUDAArray(np.empty(*a)))

@@ -13,7 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels.cuda import norms, scaling, updates, verdict
+from numclip.kernels.cuda import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")
@@ -30,8 +30,15 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     norms: {
         "sum_squares": (TABLE, TABLE, LIKE, NUMBERS),
         "max_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
-        "find_peaks": (TABLE, TABLE, NUMBERS, NUMBERS),
+        "find_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
         "sum_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
+    },
+    rows: {
+        "sum_row_squares": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
+        "max_row_magnitude": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
+        "sum_row_powers": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE, NUMBERS),
+        "sum_rows": (TABLE, TABLE, COUNTS, LIKE),
+        "sum_scaled_rows": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE),
     },
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
     scaling: {
@@ -39,6 +46,20 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
         "add": (TABLE, LIKE),
+    },
+    tiles: {
+        "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),
+        "max_tile_magnitude": (TABLE, TABLE, LIKE, NUMBERS),
+        "sum_tile_powers": (TABLE, TABLE, NUMBERS, LIKE, NUMBERS),
+    },
+    tile_scaling: {
+        "scale_tiles": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
+        "clamp_tiles": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+    },
+    units: {
+        "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
+        "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
+        "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
     },
     updates: {
         "advance": (NUMBERS, COUNTS),

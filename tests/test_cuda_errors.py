@@ -168,20 +168,6 @@ def test_no_work_is_no_launch():
 
 
 @pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"sparse": True}, 'sparse: expected False for device="cuda"'),
-        ({"clip": nc.ByNorm(1.0, axes=0)}, "clip: expected a rule for whole tensors"),
-        ({"clip": nc.Adaptive()}, "clip: expected a rule for whole tensors"),
-        ({"clip": nc.ByGlobalNorm(1.0, ord=3)}, "ord: expected 2 for complex parameters"),
-    ],
-)
-def test_groups_that_are_not_taken(group, message):
-    with pytest.raises(ValueError, match=message):
-        nc.ParamGroups([nc.Group("g", {"x": np.ones((3, 2), "F")}, **group)], device="cuda")
-
-
-@pytest.mark.parametrize(
     ("grad", "error", "message"),
     [
         (np.ones(4, "f"), ValueError, r"grads\['x'\]: expected shape \(3,\), got \(4,\)"),
@@ -201,10 +187,10 @@ def test_gradients_that_do_not_fit(grad, error, message):
 @pytest.mark.parametrize(
     ("array", "told", "error", "message"),
     [
-        (np.ones((4, 4))[:, ::2], {}, ValueError, r"grads\[0\]: expected a contiguous CUDA array"),
         (np.ones(4), {"typestr": "<i4"}, TypeError, r"grads\[0\]: .*int32; convert it"),
         (np.ones(4), {"typestr": "<V2"}, TypeError, r"grads\[0\]: expected an array of float16"),
         (np.ones(4), {"data": (4, False)}, ValueError, r"grads\[0\]: expected an aligned CUDA"),
+        (np.ones(4), {"strides": (12,)}, ValueError, r"grads\[0\]: .*aligned.*strides \(12,\)"),
     ],
 )
 def test_arrays_that_are_not_taken(array, told, error, message):
@@ -306,13 +292,32 @@ def test_results_do_not_overlap():
     assert_same_bits(fetch(apart[0]), fetch(apart[1]))
 
 
-@pytest.mark.parametrize("call", ["axes", "bounds", "order", "complex"])
+def test_results_between_the_elements_of_others():
+    memory = send(np.arange(12.0).reshape(3, 4))
+    even, odd = (
+        DeviceArray(memory._memory, 8 * start, (3, 2), np.dtype("f8"), (32, 16)) for start in (0, 1)
+    )
+    clipped = nc.clip_by_norm(even, 1.0, out=odd)
+    assert clipped is odd
+    assert_same_bits(fetch(odd), nc.clip_by_norm(fetch(even), 1.0))
+    for out, message in [
+        (memory.part(1, (3, 2)), "out: shares memory with grad; pass out= the gradients"),
+        (
+            DeviceArray(device.allocate(99), 0, (3, 2), np.dtype("f8"), (16, 0)),
+            r"out: expected distinct elements, got strides \(16, 0\)",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nc.clip_by_norm(even, 1.0, out=out)
+    with pytest.raises(ValueError, match=r"out\[1\]: shares memory with out\[0\]"):
+        nc.clip_by_global_norm([memory, send(np.ones((3, 2)))], 1.0, out=[memory, odd])
+
+
+@pytest.mark.parametrize("call", ["bounds", "complex"])
 def test_what_the_functions_do_not_take(call):
     grad, odd = send(np.ones((2, 2))), send(np.ones(3, "D"))
     calls: dict[str, Any] = {
-        "axes": (lambda: nc.clip_by_norm(grad, 1.0, axes=0), "axes: expected None for a gradient"),
         "bounds": (lambda: nc.clip_by_value(grad, np.zeros(2), 1.0), "expected numbers for a grad"),
-        "order": (lambda: nc.global_norm([odd], 3), r"grads\[0\]: expected real numbers on the G"),
         "complex": (lambda: nc.clip_by_value(odd, -1, 1), r"grad: expected real numbers to hold"),
     }
     run, message = calls[call]
@@ -320,12 +325,21 @@ def test_what_the_functions_do_not_take(call):
         run()
 
 
-@pytest.mark.parametrize("run", [nc.adaptive_clip, nc.clip_per_example])
-def test_functions_that_are_not_on_the_gpu(run):
-    grad = send(np.ones((2, 2)))
-    arguments = (grad, grad) if run is nc.adaptive_clip else ([grad], 1.0)
-    with pytest.raises(TypeError, match=r"grads?(\[0\])?: expected .*on the host"):
-        run(*arguments)
+def test_functions_that_are_not_on_the_gpu():
+    with pytest.raises(TypeError, match=r"grads: expected arrays on the host"):
+        nc.clip_per_example([send(np.ones((2, 2)))], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("param", "error", "message"),
+    [
+        (send(np.ones((3, 2))), ValueError, r"param: expected an array of the gradient's shape"),
+        (np.ones((2, 3)), TypeError, r"param: expected a CUDA array, as the others are, got ndarr"),
+    ],
+)
+def test_parameters_that_do_not_fit(param, error, message):
+    with pytest.raises(error, match=message):
+        nc.adaptive_clip(send(np.ones((2, 3))), param)
 
 
 def test_copying_between_host_and_device_is_checked():

@@ -37,6 +37,8 @@ RULES = [
     nc.ByGlobalNorm(0.7, ord=3),
     nc.ByNorm(0.3, ord=math.inf),
     nc.ByNorm(1.5, ord=1),
+    nc.ByNorm(0.3, axes=(), ord=3),
+    nc.Adaptive(0.3),
     nc.ByValue(-0.1, 0.2),
     nc.AutoClip(percentile=50, window=9),
     nc.ZClip(alpha=0.9, warmup=2, z=0.5),
@@ -114,6 +116,47 @@ def test_dtypes(dtype):
         assert_same_bits(fetch(gpu.grads[name]), grad)
 
 
+@pytest.mark.parametrize("rule", [nc.ByGlobalNorm(0.5), nc.ByNorm(0.5, ord=3)], ids=repr)
+def test_complex_elements_are_measured_and_cleaned_as_a_whole(rule):
+    cpu, gpu = pair(nc.Group("g", params_of("complex64"), clip=rule, nonfinite="zero"))
+    grads = grads_of(cpu)
+    grads["w"][2, 1] = complex(1.0, math.nan)
+    cpu.set_grads(grads)
+    gpu.set_grads(grads)
+    assert numbers(gpu.clip()) == numbers(cpu.clip())
+    for name, grad in cpu.grads.items():
+        assert_same_bits(fetch(gpu.grads[name]), grad)
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+def test_units_along_axes(kind):
+    """Adaptive reads the parameters, which every step changes."""
+    shapes = {"w": (5, 3), "filter": (2, 3, 4), "half": (33, 2)}
+    rng = np.random.default_rng(4)
+    params = {name: normal(rng, shape) for name, shape in shapes.items()}
+    params["half"] = params["half"].astype("f2")
+    cpu, gpu = pair(
+        nc.Group("adaptive", params, clip=nc.Adaptive(0.1, eps=0.5)),
+        nc.Group("rows", {"a": params["w"]}, clip=nc.Adaptive(0.02, axes=1), nonfinite="skip"),
+        nc.Group("columns", {"b": params["filter"]}, clip=nc.ByNorm(0.5, axes=(0, 1))),
+        nc.Group("ends", {"c": params["filter"]}, clip=nc.ByNorm(0.5, axes=(0, -1), ord=math.inf)),
+    )
+    one, two = (plain_optim.made(kind, groups)[0] for groups in (cpu, gpu))
+    for step in range(3):
+        grads = grads_of(cpu, seed=step)
+        if step == 1:
+            grads["a"][1, 1] = np.inf
+        cpu.set_grads(grads)
+        gpu.set_grads(grads)
+        wanted, found = one.step(unscale=4.0), two.step(unscale=4.0)
+        assert numbers(found) == numbers(wanted)
+        assert found.groups["rows"].skipped == (step == 1)
+        for name, grad in cpu.grads.items():
+            assert_close(gpu.grads[name], grad)
+        for name, param in cpu.params.items():
+            assert_close(gpu.params[name], param, ulps=64)
+
+
 def test_dtypes_mixed_in_a_group():
     params = {name: normal(np.random.default_rng(3), (11,), name) for name in REAL_DTYPES}
     cpu, gpu = pair(nc.Group("g", params, clip=nc.ByGlobalNorm(0.5)))
@@ -131,6 +174,7 @@ def test_groups_share_a_norm():
         nc.Group("between", {"b": np.ones(4)}, clip=nc.ByNorm(0.5)),
         nc.Group("two", {"c": np.ones((2, 3), "f")}, clip=shared, nonfinite="skip"),
     )
+    one, two = nc.SGD(cpu, 0.1), nc.SGD(gpu, 0.1)
     for bad in (False, True):
         grads = grads_of(cpu)
         if bad:
@@ -140,12 +184,20 @@ def test_groups_share_a_norm():
         wanted, found = cpu.clip(), gpu.clip()
         assert numbers(found) == numbers(wanted)
         assert found.groups["one"].skipped == bad
+        assert numbers(two.step()) == numbers(one.step())
         assert_same(cpu, gpu)
 
 
 @pytest.mark.parametrize(
     "rule",
-    [nc.ByGlobalNorm(0.5), nc.ByNorm(0.4), nc.ByGlobalNorm(0.5, ord=3), nc.ByValue(-1, 1), None],
+    [
+        None,
+        nc.ByGlobalNorm(0.5),
+        nc.ByNorm(0.4),
+        nc.ByGlobalNorm(0.5, ord=3),
+        nc.ByValue(-1, 1),
+        nc.Adaptive(0.1),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -183,7 +235,9 @@ def test_raise_names_the_element_and_modifies_nothing():
 
 
 @pytest.mark.parametrize(
-    "rule", [nc.ByNorm(0.1), nc.ByNorm(0.1, ord=3), nc.ByValue(-0.1, 0.2)], ids=repr
+    "rule",
+    [nc.ByNorm(0.1), nc.ByNorm(0.1, ord=3), nc.Adaptive(0.1), nc.ByValue(-0.1, 0.2)],
+    ids=repr,
 )
 def test_measuring_leaves_the_gradients(rule):
     cpu, gpu = pair(nc.Group("g", params_of("float32"), clip=rule, nonfinite="zero"))
@@ -361,6 +415,7 @@ def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypat
         nc.Group("two", {"x": np.ones(9, "f")}, clip=nc.ByNorm(0.5), nonfinite="zero"),
         nc.Group("three", {"y": np.ones(9, "e")}, clip=nc.ByValue(-0.1, 0.1)),
         nc.Group("four", {"z": np.ones(9, "e")}, clip=nc.ByNorm(0.5, ord=3)),
+        nc.Group("five", {"v": np.ones((4, 2), "f")}, clip=nc.Adaptive(0.1), nonfinite="zero"),
     ]
     groups = nc.ParamGroups(members, device="cuda")
     optimizer = make(groups, 0.1)
@@ -384,16 +439,23 @@ def test_reports_that_nobody_reads_go(monkeypatch):
     assert len(groups.history) == 2
 
 
-def test_a_fixed_number_of_launches(monkeypatch):
-    counts = []
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        (nc.ByGlobalNorm(1.0), 5),
+        (nc.ByNorm(1.0, ord=3), 9),
+        (nc.Adaptive(), 10),
+        (nc.ByValue(-1, 1), 8),
+    ],
+    ids=repr,
+)
+def test_a_fixed_number_of_launches(monkeypatch, rule, count):
     for tensors in (2, 40):
         params = {f"p{k}": np.ones(3, "f") for k in range(tensors)}
-        group = nc.Group("g", params, clip=nc.ByGlobalNorm(1.0))
-        groups = nc.ParamGroups([group], device="cuda")
+        groups = nc.ParamGroups([nc.Group("g", params, clip=rule)], device="cuda")
         optimizer = nc.Adam(groups)
         launches = []
         monkeypatch.setattr(device, "launch", lambda kernel, *_, own=launches: own.append(kernel))
         optimizer.step()
         monkeypatch.undo()
-        counts.append(len(launches))
-    assert counts == [5, 5]
+        assert len(launches) == count

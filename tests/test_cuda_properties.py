@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import checks
+import numpy as np
 import pytest
 import reference
 import strategies
@@ -12,6 +14,8 @@ import test_properties as properties
 from devices import COMPILED, OnDevice, ready
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import numclip as nc
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -80,3 +84,36 @@ def test_second_clip_changes_no_bit(data, grads):
 @given(strategies.lists())
 def test_norm_is_right(grads):
     properties.test_norm_is_right.hypothesis.inner_test(grads)
+
+
+@some
+@given(st.data(), strategies.sparse(), strategies.arrays())
+def test_sparse_bound(data, slices, other):
+    properties.test_sparse_bound.hypothesis.inner_test(data, slices, other)
+
+
+@some
+@given(st.data(), strategies.sparse())
+def test_raw_sparse_bound(data, slices):
+    properties.test_raw_sparse_bound.hypothesis.inner_test(data, slices)
+
+
+@some
+@given(strategies.sparse())
+def test_sparse_norm_is_right(slices):
+    properties.test_sparse_norm_is_right.hypothesis.inner_test(slices)
+
+
+@some
+@given(strategies.sparse(), st.sampled_from([1e-3, 0.3, 0.999]))
+def test_sparse_is_as_on_the_host(slices, ratio):
+    bound = min(ratio * nc.global_norm([slices]), 1e300)
+    wanted, norm = nc.clip_by_global_norm([slices], bound)
+    found, same = OnDevice().clip_by_global_norm([slices], bound)
+    assert same == pytest.approx(norm, rel=1e-15)
+    values = found[0].values, wanted[0].values
+    if np.finfo(slices.dtype if slices.dtype.kind != "V" else "f4").bits < 64:
+        checks.assert_same_bits(*values)
+    else:
+        real = reference.real_dtype(slices.dtype)
+        np.testing.assert_array_max_ulp(*(array.view(real) for array in values), 4)

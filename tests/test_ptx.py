@@ -100,4 +100,4 @@ def assert_nothing_spilled(name, code, target, folder):
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", result.stderr)) == {"0"}, name
     registers = max(map(int, re.findall(r"Used (\d+) registers", result.stderr)))
-    assert registers <= (128 if "float64" in name else 72), name
+    assert registers <= (128 if "float64" in name else 80), name

@@ -15,13 +15,15 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import dlpack
-from numclip.cuda.dlpack import Memory, Told
+from numclip.cuda.dlpack import Lease, Told
 from numclip.dtypes import NAMES, Array, DType, lookup, refusal
 from numclip.foreign import bfloat16, library, refuse_lazy, to_numpy
 from numclip.inputs import Entry, Gradients, Key
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span, add
+from numclip.kernels.cuda.tiling import Memory
 from numclip.placement import on_device
+from numclip.slices import IndexedSlices
 
 
 def _address(memory: Any) -> int:
@@ -174,9 +176,10 @@ class DeviceArray:
 
 
 class DeviceEntry(NamedTuple):
-    """One gradient on the GPU: contiguous memory of `size` stored numbers at `address`.
+    """One gradient on the GPU: `size` stored numbers from `address` on.
 
-    `memory` is to be held while the array is used, where it is not None.
+    `strides` is None in C order. `lease` is to be held while the array is used, where there is
+    one. Of `slices`, if it is that, shape and memory are the values'.
     """
 
     name: str
@@ -188,7 +191,23 @@ class DeviceEntry(NamedTuple):
     address: int
     writable: bool
     array: Any
-    memory: Memory | None = None
+    lease: Lease | None = None
+    slices: IndexedSlices | None = None
+
+    @property
+    def result(self) -> Any:
+        """What the user has, or is given: an array or slices."""
+        return self.array if self.slices is None else self.slices
+
+    @property
+    def repeated(self) -> bool:
+        """Whether rows of the dense array are stored more than once."""
+        return self.slices is not None and self.slices.has_duplicates
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.shape if self.slices is None else self.slices.dense_shape
 
     @property
     def size(self) -> int:
@@ -196,9 +215,9 @@ class DeviceEntry(NamedTuple):
         return math.prod(self.shape) * self.dtype.components
 
     @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
+    def dense_size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.dense_shape)
 
     @property
     def nbytes(self) -> int:
@@ -208,7 +227,26 @@ class DeviceEntry(NamedTuple):
     @property
     def c_order(self) -> bool:
         """Whether the elements lie in C order."""
-        return self.strides is None or self.strides == _strides(self.shape, self.native.itemsize)
+        return self.strides is None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill their memory, in any order of the axes."""
+        return self.strides is None or _is_dense(self.shape, self.strides, self.native.itemsize)
+
+    @property
+    def memory(self) -> Memory:
+        """The address and the steps."""
+        return Memory(self.address, self.strides or _strides(self.shape, self.native.itemsize))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses between which the elements lie."""
+        if self.strides is None or not self.size:
+            return self.address, self.address + self.nbytes
+        ways = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
+        least, most = (sum(pick(way, 0) for way in ways) for pick in (min, max))
+        return self.address + least, self.address + most + self.native.itemsize
 
 
 def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -217,14 +255,19 @@ def _strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(math.prod(sizes[k + 1 :]) * itemsize for k in range(len(sizes)))
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> bool:
-    """Tell whether an array fills its memory, in C or in Fortran order."""
-    if strides is None or math.prod(shape) == 0:
-        return True
-    kept = [k for k, length in enumerate(shape) if length > 1]
-    own, lengths = [strides[k] for k in kept], [shape[k] for k in kept]
-    backwards = _strides(lengths[::-1], itemsize)[::-1]
-    return tuple(own) in (_strides(lengths, itemsize), backwards)
+def _is_dense(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether elements fill their memory, in any order of the axes."""
+    for step, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1 and step != itemsize:
+            return False
+        itemsize *= length
+    return True
+
+
+def _is_c_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether elements lie in C order; axes of one element lie in any."""
+    wanted = zip(shape, strides, _strides(shape, itemsize), strict=True)
+    return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)
 
 
 def _native(interface: Any, array: Any) -> np.dtype[Any]:
@@ -235,11 +278,40 @@ def _native(interface: Any, array: Any) -> np.dtype[Any]:
 
 
 def describe(name: str, key: Key, array: Any) -> DeviceEntry:
-    """Return the description of one array on the GPU, or say why it cannot be taken."""
+    """Return the description of one gradient on the GPU, or say why it cannot be taken."""
     if not on_device(array):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected a CUDA array, as the others are, got {kind}")
+    if isinstance(array, IndexedSlices):
+        return rows(name, key, array.values)._replace(slices=array)
     return _checked(name, key, array, _told(name, array))
+
+
+def rows(name: str, key: Key, values: Any) -> DeviceEntry:
+    """Return the description of the values of slices, whose rows are contiguous."""
+    entry = describe(name, key, values)
+    if not entry.c_order:
+        raise ValueError(
+            f"{name}: expected rows in C order on the GPU, got strides {entry.strides} for shape "
+            f"{entry.shape}; pass a contiguous copy"
+        )
+    return entry
+
+
+def host_indices(indices: Any) -> Array:
+    """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
+    told = _told("indices", indices)
+    native, shape, strides = told.native, told.shape, told.strides
+    if native is None or native.hasobject:
+        raise TypeError(f"indices: expected integers, got {indices.dtype}")
+    if len(shape) != 1 or not _is_c_order(shape, strides or (native.itemsize,), native.itemsize):
+        raise ValueError(
+            f"indices: expected a contiguous 1-d CUDA array, got strides {strides} for shape "
+            f"{shape}; pass a contiguous copy"
+        )
+    nbytes = math.prod(shape) * native.itemsize
+    copy: Array = device.read(told.address, nbytes, current_stream(indices)).view(native)
+    return copy
 
 
 def _told(name: str, array: Any) -> Told:
@@ -301,22 +373,19 @@ def _checked(name: str, key: Key, array: Any, told: Told) -> DeviceEntry:
         unknown = getattr(array, "dtype", type(array).__name__)
         got = unknown if native is None else refusal(native)
         raise TypeError(f"{name}: expected an array of {NAMES}, got {got}")
-    if strides is not None and not _is_contiguous(shape, strides, native.itemsize):
-        raise ValueError(
-            f"{name}: expected a contiguous CUDA array, got strides {strides} for shape {shape}; "
-            "pass a contiguous copy"
-        )
+    if strides is not None and _is_c_order(shape, strides, native.itemsize):
+        strides = None
     if not address and 0 not in shape:
         raise ValueError(
             f"{name}: expected an array with memory on the GPU, got {type(array).__name__} at "
             "address 0; pass its local part"
         )
-    if address % row.storage.itemsize:
-        raise ValueError(f"{name}: expected an aligned CUDA array, got address {address:#x}")
+    if any(step % row.storage.itemsize for step in (address, *(strides or ()))):
+        raise ValueError(
+            f"{name}: expected an aligned CUDA array, got address {address:#x}, strides {strides}"
+        )
     writable = not told.read_only
-    return DeviceEntry(
-        name, key, row, native, shape, strides, address, writable, array, told.memory
-    )
+    return DeviceEntry(name, key, row, native, shape, strides, address, writable, array, told.lease)
 
 
 def gradients(grads: Any, name: str = "grads") -> Gradients:
@@ -331,27 +400,56 @@ def gradients(grads: Any, name: str = "grads") -> Gradients:
 
 
 def new_like(entry: DeviceEntry) -> DeviceEntry:
-    """Return a new array in memory like another one, of the library the other is from."""
-    package = _library(entry.array)
-    if package in ("torch", "cupy"):
-        made = sys.modules[package].empty_like(entry.array)
+    """Return a new array of the library that another one is from, and in memory like that one.
+
+    One that does not fill its memory gives one in C order.
+    """
+    package, strides = _library(entry.array), entry.strides if entry.dense else None
+    if package == "torch":
+        torch = sys.modules[package]
+        options = {} if entry.dense else {"memory_format": torch.contiguous_format}
+        made = torch.empty_like(entry.array, **options)
+    elif package == "cupy":
+        made = sys.modules[package].empty_like(entry.array, order="K" if entry.dense else "C")
     else:
         memory = device.allocate(entry.nbytes)
-        made = DeviceArray(memory, 0, entry.shape, entry.native, entry.strides)
+        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
         if package == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, entry.shape, entry.native, entry.strides)
+            made = device.as_array(made, entry.shape, entry.native, strides)
+    if entry.slices is not None:
+        made = entry.slices.with_values(made)
+    return describe("out", 0, made)
+
+
+def new_of_shape(entry: DeviceEntry, shape: tuple[int, ...]) -> DeviceEntry:
+    """Return a new array in C order of the dtype and the library of another one."""
+    package = _library(entry.array)
+    if package == "torch":
+        made = entry.array.new_empty(shape)
+    elif package == "cupy":
+        made = sys.modules["cupy"].empty(shape, entry.array.dtype)
+    else:
+        nbytes = math.prod(shape) * entry.native.itemsize
+        made = DeviceArray(device.allocate(nbytes), 0, shape, entry.native)
+        if package == "numba" and entry.native.name != "bfloat16":
+            made = device.as_array(made, shape, entry.native, None)
     return describe("out", 0, made)
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
     """Return a copy of an array in the host's memory."""
-    flat = device.read(entry.address, entry.nbytes, stream).view(entry.native)
-    return np.ndarray(entry.shape, entry.native, flat, strides=entry.strides)
+    begin, end = entry.extent
+    memory = device.read(begin, end - begin, stream)
+    offset, strides = entry.address - begin, entry.strides
+    return np.ndarray(entry.shape, entry.native, memory, offset, strides)
 
 
 def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
     """Return the description of a copy in the host's memory."""
-    return inputs.entry(entry.name, entry.key, host_copy(entry, stream))
+    copy: Any = host_copy(entry, stream)
+    if entry.slices is not None:
+        copy = IndexedSlices(copy, entry.slices.indices, entry.slices.dense_shape)
+    return inputs.entry(entry.name, entry.key, copy)
 
 
 def stream_from(stream: Any) -> Any:
@@ -372,7 +470,7 @@ def stream_from(stream: Any) -> Any:
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
     stream = current_stream(entries[0].array if entries else None)
-    if device.handle_of(stream) and any(entry.memory is not None for entry in entries):
+    if device.handle_of(stream) and any(entry.lease is not None for entry in entries):
         device.order(stream, 0)  # which DLPack's producers were told to be ready for
     return stream
 
@@ -405,38 +503,98 @@ def _told_stream(array: Any) -> int:
 
 def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
     """Return where a result goes that the user gives, after checking that it fits."""
-    if out is entry.array:
+    if out is entry.result:
         found = entry._replace(name=name)
     else:
         found = describe(name, entry.key, out)
+        _check_slices(entry, found)
         if found.shape != entry.shape:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
             raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
-        if found.c_order != entry.c_order:
-            raise ValueError(f"{name}: expected the memory order of {entry.name}")
+        steps = zip(found.shape, found.memory.steps, strict=True)
+        if found.size and any(length > 1 and not step for length, step in steps):
+            raise ValueError(f"{name}: expected distinct elements, got strides {found.strides}")
     if not found.writable:
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     return found
 
 
+def _check_slices(entry: DeviceEntry, found: DeviceEntry) -> None:
+    """Refuse a result that is slices where the gradient is none, or has other indices."""
+    if (entry.slices is None) != (found.slices is None):
+        wanted = "an array" if entry.slices is None else "IndexedSlices"
+        raise TypeError(f"{found.name}: expected {wanted}, got {type(found.result).__name__}")
+    if entry.slices is not None and found.slices is not None:
+        same = np.array_equal(found.slices.indices, entry.slices.indices)
+        if not same or found.dense_shape != entry.dense_shape:
+            raise ValueError(f"{found.name}: expected the indices and dense_shape of {entry.name}")
+
+
 def refuse_overlaps(
     entries: Sequence[DeviceEntry],
     targets: Sequence[DeviceEntry],
-    advice: str = "; pass out= the gradients themselves to work in place",
+    advice: str = "pass out= the gradients themselves to work in place",
 ) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
+    if not all(entry.dense for entry in (*entries, *targets)):
+        _refuse_interleaved(entries, targets, advice)
+        return
     spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
-            raise ValueError(f"{second}: shares memory with {first}")
+            raise _shared(second, first)
     for entry, target in zip(entries, targets, strict=True):
         before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
-        if entry.address == target.address or not entry.nbytes or not before:
+        if entry.memory == target.memory or not entry.nbytes or not before:
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
-            raise ValueError(f"{name}: shares memory with {entry.name}{advice}")
+            raise _shared(name, entry.name, advice)
+
+
+def _refuse_interleaved(
+    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], advice: str
+) -> None:
+    """Refuse what `refuse_overlaps` does, of arrays that can lie between another's elements."""
+    views = {id(entry): _addresses(entry) for entry in (*entries, *targets)}
+    for k, target in enumerate(targets):
+        for other in targets[:k]:
+            if np.shares_memory(views[id(target)], views[id(other)]):
+                raise _shared(target.name, other.name)
+        for j, entry in enumerate(entries):
+            reads_itself = j == k and entry.memory == target.memory
+            if not reads_itself and np.shares_memory(views[id(target)], views[id(entry)]):
+                raise _shared(target.name, entry.name, advice)
+
+
+def _shared(name: str, other: str, advice: str = "") -> ValueError:
+    return ValueError(f"{name}: shares memory with {other}{advice and '; '}{advice}")
+
+
+def _addresses(entry: DeviceEntry) -> Array:
+    """Return an array of NumPy's at the same addresses, which cannot be read."""
+
+    class Addresses:
+        __array_interface__ = {  # noqa: RUF012 - of one object
+            "shape": entry.shape,
+            "typestr": f"|V{entry.native.itemsize}",
+            "data": (entry.address, True),
+            "strides": entry.memory.steps,
+            "version": 3,
+        }
+
+    return np.asarray(Addresses())
+
+
+def place(entry: DeviceEntry, out: Any) -> DeviceEntry:
+    """Return where the result of a single gradient goes."""
+    device.require()
+    if out is None:
+        return new_like(entry)
+    found = target(entry, out, "out")
+    refuse_overlaps([entry], [found])
+    return found
 
 
 def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:

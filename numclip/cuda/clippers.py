@@ -1,152 +1,25 @@
-"""Clipping on the GPU, rule by rule: what is measured, decided, written and told.
-
-A *clipper* serves the groups of one kind of rule, by tables and launches of its own: kinds do
-not depend on one another. Nothing here waits for the GPU but rules that follow the norms, and
-whoever asks what was found.
-"""
+"""The kinds of clippers on the GPU: what each kind of rule needs beside a factor of an L2 norm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from numclip.cuda.arrays import DeviceArray
-from numclip.cuda.report import Columns, Told, build, norms_of, scaled, tell
+from numclip import inputs
+from numclip.cuda import arrays
+from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.clipper import Clipper, Found, Outcome
+from numclip.cuda.report import Columns, build, norms_of
 from numclip.dtypes import Array
-from numclip.group import shared_key
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.chunks import Span
-from numclip.kernels.cuda.plan import HostTable, Law, Plan, Pool
-from numclip.rules import Rule
+from numclip.kernels.cuda.plan import HostTable, Law
+from numclip.kernels.cuda.tiling import Strided
+from numclip.kernels.cuda.unit_plan import Family, UnitPlan
+from numclip.rules import Adaptive, Rule
 from numclip.running_rules import AdaGC, AutoClip, ZClip
-
-Outcome = tuple[Any, Any]  # sums of the tensors and decisions for the pools, on the GPU
-
-
-@dataclass(eq=False)
-class Found:
-    """What a step has found, in memory numbered `turn` on the GPU, and by what bounds."""
-
-    step: int
-    turn: int
-    bounds: dict[str, Array]
-    unscale: float
-
-
-class Clipper:
-    """Scales tensors or groups by a factor of their L2 norms, or only measures them."""
-
-    ord = 2.0
-
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
-        """Make tables, and memory for what is found in so many steps."""
-        self.groups = list(groups)
-        self.tensors: dict[str, range] = {}
-        self.pools: dict[str, range] = {}
-        spans: list[Span] = []
-        pools: list[Pool] = []
-        for turn, members in enumerate(_sharing(groups)):
-            first, own = len(spans), len(pools)
-            for group in members:
-                start = len(spans)
-                spans += group.spans()
-                self.tensors[group.name] = range(start, len(spans))
-            policy, rule = members[0].nonfinite, members[0].clip
-            if rule is not None and rule.scope == "group":
-                pools.append(Pool(first, len(spans), turn, policy))
-            else:
-                pools += [Pool(k, k + 1, turn, policy) for k in range(first, len(spans))]
-            self.pools |= {group.name: range(own, len(pools)) for group in members}
-        self.plan = Plan(spans, pools, 0)
-        self.outcomes = self.plan.outcomes(kept, 0)
-        self._divisors = self._found_divisors()
-
-    def _found_divisors(self) -> Array:
-        """Return by what each pool's norm is divided."""
-        divisors = np.ones(len(self.plan.pools))
-        for group in self.groups:
-            params = group.params.values()
-            if group.clip is not None:  # a group that has one pool has a divisor of 1
-                for pool, param in zip(self.pools[group.name], params, strict=False):
-                    divisors[pool] = group.clip.divisor(math.prod(param.shape))
-        return divisors
-
-    def ask(self, step: int, turn: int, unscale: float) -> Found:
-        """Return a step to come, with the bound of each pool; refuse a bad one."""
-        bounds = {
-            group.name: np.full(len(self.pools[group.name]), self._bound(group.clip, step))
-            for group in self.groups
-        }
-        return Found(step, turn, bounds, unscale)
-
-    def _bound(self, rule: Rule | None, step: int) -> float:
-        return math.inf if rule is None else rule.bound(step)
-
-    def measure(self, found: Found, stream: Any) -> None:
-        """Take the L2 norms and find what is not finite; decide."""
-        self.plan.write_laws(self.law(found), stream)
-        self.plan.measure(2.0, stream)
-        self.plan.judge(self.outcomes[found.turn], stream)
-
-    def law(self, found: Found) -> Law:
-        """Return the law of a step."""
-        bounds = np.full(len(self.plan.pools), math.inf)
-        for group in self.groups:
-            bounds[self.pools[group.name]] = found.bounds[group.name]
-        return Law(bounds, self._divisors, unscale=found.unscale, ord=self.ord)
-
-    def refused(self, found: Found, stream: Any) -> list[Any]:
-        """Return the groups whose policy is "raise" that hold NaN or Inf; waits where one could."""
-        strict = [group for group in self.groups if group.nonfinite == "raise"]
-        if not strict:
-            return []
-        sums = device.read_table(self.outcomes[found.turn][0], stream)
-        return [group for group in strict if sums[self.tensors[group.name], tables.BAD].any()]
-
-    def decide(self, found: Found, stream: Any) -> None:
-        """Decide where more is needed than `measure` took."""
-
-    def write(self, found: Found, stream: Any) -> None:
-        """Write the gradients, clipped."""
-        self.plan.scale(self.outcomes[found.turn], stream)
-
-    def write_rare(self, found: Found, stream: Any) -> Outcome:
-        """Write what an update cannot do on its way; return what it is to obey."""
-        self.plan.scale_rare(self.outcomes[found.turn], stream)
-        return self.outcomes[found.turn]
-
-    def foresee(self, found: Found, stream: Any) -> None:
-        """Find out what `write` would make of the norms; the gradients stay as they are."""
-
-    def tell(self, found: Found, stream: Any) -> list[Told]:
-        """Return what became of each group, after waiting for it."""
-        sums, decisions = (device.read_table(t, stream) for t in self.outcomes[found.turn])
-        norms = norms_of(sums) / found.unscale
-        made = []
-        for group in self.groups:
-            members, own = self.tensors[group.name], decisions[self.pools[group.name]]
-            bad = bool(sums[members, tables.BAD].any())
-            columns = self._columns(group, norms[members], own, found, stream)
-            made.append(tell(group, norms[members], columns, own, bad))
-        return made
-
-    def _columns(
-        self, group: Any, norms: Array, decisions: Array, found: Found, _stream: Any
-    ) -> Columns:
-        """Return what became of each tensor of a group."""
-        scales = np.broadcast_to(decisions[:, tables.SCALE], norms.shape)
-        bounds = np.full_like(norms, math.inf)
-        if not decisions[:, tables.SKIPPED].any():
-            own = self.pools[group.name]
-            bounds[:] = found.bounds[group.name] * self._divisors[own.start : own.stop]
-        return Columns(norms, scaled(norms, scales), scales, bounds)
-
-    def observe(self, found: Found, report: Any) -> None:
-        """Let rules know what a step has come to."""
 
 
 class FollowingClipper(Clipper):
@@ -176,9 +49,8 @@ class FollowingClipper(Clipper):
 class OrderClipper(Clipper):
     """Clips by norms of one order other than 2; L2 norms are told beside them."""
 
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
-        super().__init__(groups, kept)
-        self.ord = groups[0].clip.ord
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, ord, kept)
         ((self._powers, _),) = self.plan.outcomes(1, 0)
 
     def decide(self, found: Found, stream: Any) -> None:
@@ -197,8 +69,8 @@ class OrderClipper(Clipper):
 class ValueClipper(Clipper):
     """Holds elements between bounds, and measures what that makes of the norms."""
 
-    def __init__(self, groups: Sequence[Any], kept: int) -> None:
-        super().__init__(groups, kept)
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, ord, kept)
         self._after = self.plan.outcomes(kept, 0)
         self._laws_after = HostTable((len(self.plan.pools), tables.LAW_COLUMNS), 0)
         self._kept_grads: list[DeviceArray] = []
@@ -250,6 +122,77 @@ class ValueClipper(Clipper):
         return columns._replace(clipped=later, scales=np.where(clamped, ratios, 1.0))
 
 
+class UnitClipper(Clipper):
+    """Clips the units of tensors, each by a norm of its own.
+
+    What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
+    """
+
+    def __init__(self, groups: Sequence[Any], ord: float, kept: int) -> None:
+        super().__init__(groups, 2.0, kept)
+        bases = iter(range(len(self.plan.pools)))
+        families = [
+            _family(group, entry, base)
+            for group in self.groups
+            for entry, base in zip(group.entries(), bases, strict=False)
+        ]
+        self._units = UnitPlan(families, ord, 0)
+        self._summaries = self._units.summaries(kept, 0)
+
+    def law(self, _found: Found) -> Law:
+        """Return a law by which whole tensors are left as they are."""
+        return Law(math.inf)
+
+    def decide(self, found: Found, stream: Any) -> None:
+        """Measure units and parameters, and find a factor for each unit."""
+        rules = [(group.clip, self.tensors[group.name]) for group in self.groups]
+        eps = np.concatenate([np.full(len(own), getattr(rule, "eps", 0.0)) for rule, own in rules])
+        bounds = np.concatenate([found.bounds[group.name] for group in self.groups])
+        self._units.write_laws(bounds, stream, eps, found.unscale)
+        self._units.measure(stream)
+        self._units.decide(stream, self.outcomes[found.turn][1])
+        self._units.summarize(self._summaries[found.turn], stream)
+
+    def write(self, found: Found, stream: Any) -> None:
+        """Write each unit times its factor; what is not finite is cleaned after that."""
+        self._units.scale(stream)
+        super().write(found, stream)
+
+    def write_rare(self, found: Found, stream: Any) -> Outcome:
+        """Write all: an update takes one factor for a tensor."""
+        self._units.scale(stream)
+        return super().write_rare(found, stream)
+
+    def _columns(
+        self, group: Any, norms: Array, decisions: Array, found: Found, stream: Any
+    ) -> Columns:
+        """Return the norms of what all units have become, and the smallest factors."""
+        columns = super()._columns(group, norms, decisions, found, stream)
+        if decisions[:, tables.SKIPPED].any():
+            return columns
+        rows = device.read_table(self._summaries[found.turn], stream)[self.tensors[group.name]]
+        return Columns(
+            norms, rows[:, tables.AFTER], rows[:, tables.LEAST], np.full_like(norms, math.inf)
+        )
+
+
+def _family(group: Any, entry: DeviceEntry, base: int) -> Family:
+    """Return the units of a gradient, and with `Adaptive` those of its parameter."""
+    rule, ndim, owner = group.clip, len(entry.shape), None
+    if isinstance(rule, Adaptive):
+        axes = inputs.adaptive_axes(rule.axes, ndim)
+        param = group.params[entry.key]
+        owner = _strided(arrays.describe(entry.name, entry.key, param), axes)
+    else:
+        axes = inputs.axes_of(rule.axes, ndim) or ()
+    zeroing = group.nonfinite == "zero"
+    return Family((_strided(entry, axes),), owner, zeroing, base)
+
+
+def _strided(entry: DeviceEntry, axes: tuple[int, ...]) -> Strided:
+    return Strided(entry.dtype, entry.shape, entry.memory, entry.memory, axes)
+
+
 FOLLOWING = AutoClip, ZClip, AdaGC
 
 
@@ -257,9 +200,11 @@ def _kind(rule: Rule | None) -> tuple[type[Clipper], float]:
     """Return what clips by a rule, and the order of its norm: what one clipper's groups share."""
     if isinstance(rule, FOLLOWING):
         return FollowingClipper, 2.0
-    if rule is None or (rule.scope != "element" and rule.ord == 2.0):
+    if rule is not None and rule.scope in ("unit", "element"):
+        return (UnitClipper if rule.scope == "unit" else ValueClipper), rule.ord
+    if rule is None or rule.ord == 2.0:
         return Clipper, 2.0
-    return (ValueClipper, 2.0) if rule.scope == "element" else (OrderClipper, rule.ord)
+    return OrderClipper, rule.ord
 
 
 def clippers(groups: Iterable[Any], kept: int) -> list[Clipper]:
@@ -267,15 +212,7 @@ def clippers(groups: Iterable[Any], kept: int) -> list[Clipper]:
     found: dict[tuple[type[Clipper], float], list[Any]] = {}
     for group in groups:
         found.setdefault(_kind(group.clip), []).append(group)
-    return [kind(members, kept) for (kind, _), members in found.items()]
-
-
-def _sharing(groups: Iterable[Any]) -> list[list[Any]]:
-    """Return the groups, those that share a norm together."""
-    found: dict[Any, list[Any]] = {}
-    for group in groups:
-        found.setdefault(shared_key(group.name, group.clip), []).append(group)
-    return list(found.values())
+    return [kind(members, ord, kept) for (kind, ord), members in found.items()]
 
 
 def _observed(group: Any, report: Any) -> tuple[Array, Array, float]:

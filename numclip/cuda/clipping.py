@@ -7,23 +7,45 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from numclip import inputs
-from numclip.cuda import arrays, tensors
+from numclip.clipping import repeated_loss
+from numclip.cuda import arrays, plans, tensors
 from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
+from numclip.kernels.cuda.tiling import Strided
 from numclip.nonfinite import first_error
+from numclip.slices import Grouping
 
-PLANS = 32
-"""How many plans are kept: gradients at the same addresses as before find theirs again."""
 
-_plans: OrderedDict[Any, tuple[Plan, list[Any]]] = OrderedDict()
+def _plan(
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    policy: str,
+    duplicates: str,
+    stream: Any,
+    ord: float = 2.0,
+) -> tuple[Plan, list[Any]]:
+    """Return the plan for one norm of some tensors, and its free memory for outcomes.
+
+    Each stream has its own: two could use a plan's memory at the same time.
+    """
+    pairs = zip(entries, targets, strict=True)
+    spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
+    key = (policy, device.handle_of(stream), *spans)
+    kept_plan = plans.kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
+    rows = [span for span in spans if isinstance(span, RowSpan)]
+    if rows:
+        kept_plan[0].take_rows(rows, _groupings(entries, spans), stream)
+    return kept_plan
 
 
 def _name_of(items: Sequence[Any], law: Law, policy: str, *, write: bool) -> tuple[Any, ...] | None:
@@ -39,29 +61,48 @@ def _name_of(items: Sequence[Any], law: Law, policy: str, *, write: bool) -> tup
     return device.handle_of(stream), policy, law.ord, write, told
 
 
-def _keep(key: Any, found: tuple[Plan, list[Any]]) -> None:
-    """Keep a plan as the one used last, and forget the one not used for longest."""
-    _plans[key] = found
-    _plans.move_to_end(key)
-    while len(_plans) > PLANS:
-        _plans.popitem(last=False)
+def _again(name: Any, law: Law, policy: str, *, write: bool) -> DeviceFloat | None:
+    """Do what `clip` does with tensors that have a plan; None, and nothing done, with others."""
+    found = None if name is None else plans.find(name)
+    if found is None:
+        return None
+    stream = device.stream_at(name[0])
+    measure = law.given == ABSENT or policy != "propagate"
+    outcome, norm = _judge(found, law, stream, measure=measure)
+    if write:
+        found[0].scale(outcome, stream)
+    return norm
 
 
-def _plan(
-    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], policy: str, stream: Any
-) -> tuple[Plan, list[Any]]:
-    """Return the plan for one norm of some tensors, and its free memory for outcomes.
-
-    Each stream has its own: two could use a plan's memory at the same time.
-    """
-    spans = [
-        Span(entry.dtype, entry.address, target.address, entry.size)
-        for entry, target in zip(entries, targets, strict=True)
+def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Grouping]:
+    """Return which rows share an index, of the gradients whose rows are to be summed."""
+    return [
+        entry.slices.grouping
+        for entry, span in zip(entries, spans, strict=True)
+        if isinstance(span, RowSpan) and entry.slices is not None
     ]
-    key = (policy, device.handle_of(stream), *spans)
-    found = _plans.get(key) or (Plan(spans, [Pool(0, len(spans), 0, policy)], stream), [])
-    _keep(key, found)
-    return found
+
+
+def span(
+    entry: DeviceEntry, target: DeviceEntry, policy: str, ord: float, duplicates: str = "raw"
+) -> Span | Strided | RowSpan:
+    """Return where a gradient is and goes: as contiguous memory where it is that.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, whose
+    magnitude counts, or of which none stays where one is not finite.
+    """
+    if duplicates == "sum" and entry.repeated:
+        return row_span(entry)._replace(target=target.address)
+    parts = entry.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    if entry.strides == target.strides and entry.dense and not parts:
+        return Span(entry.dtype, entry.address, target.address, entry.size)
+    return Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+
+
+def row_span(entry: DeviceEntry) -> RowSpan:
+    """Return where the rows of slices are, in place, whose sums are to be measured."""
+    length = math.prod(entry.shape[1:]) * entry.dtype.components
+    return RowSpan(entry.dtype, entry.address, entry.address, entry.size, length)
 
 
 def clip(
@@ -69,6 +110,7 @@ def clip(
     targets: Sequence[DeviceEntry] | None,
     law: Law,
     policy: str = "propagate",
+    duplicates: str = "sum",
     name: Any = None,
 ) -> float | DeviceFloat:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
@@ -79,25 +121,31 @@ def clip(
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
     stream = arrays.stream_of(entries)
-    plan, free = _plan(entries, entries if targets is None else targets, policy, stream)
-    outcome, norm = _judge(plan, free, law, policy, stream)
+    summed = duplicates == "sum" and any(entry.repeated for entry in entries)
+    if summed:
+        law = law._replace(loss=repeated_loss(entries, law.ord))
+    places = entries if targets is None else targets
+    found = _plan(entries, places, policy, duplicates, stream, law.ord)
+    measure = law.given == ABSENT or policy != "propagate" or summed
+    outcome, norm = _judge(found, law, stream, measure=measure)
     if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
         given = None if law.given == ABSENT else law.given
         raise first_error([arrays.host_entry(e, stream) for e in entries], given)
     if targets is not None:
-        plan.scale(outcome, stream)
+        found[0].scale(outcome, stream)
     if name is not None:
-        _keep(name, (plan, free))
+        plans.keep(name, found)
     return norm
 
 
 def _judge(
-    plan: Plan, free: list[Any], law: Law, policy: str, stream: Any
+    found: tuple[Plan, list[Any]], law: Law, stream: Any, *, measure: bool
 ) -> tuple[tuple[Any, Any], DeviceFloat]:
-    """Measure and decide by a law; return where the outcome is, and the norm of it."""
+    """Decide by a law, after measuring or not; return where the outcome is, and its norm."""
+    plan, free = found
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
-    if law.given == ABSENT or policy != "propagate":
+    if measure:
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
     norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
@@ -105,25 +153,12 @@ def _judge(
     return outcome, norm
 
 
-def _again(name: Any, law: Law, policy: str, *, write: bool) -> DeviceFloat | None:
-    """Do what `clip` does with tensors that have a plan; None, and nothing done, with others."""
-    if name is None or name not in _plans:
-        return None
-    plan, free = _plans[name]
-    _keep(name, (plan, free))
-    stream = device.stream_at(name[0])
-    outcome, norm = _judge(plan, free, law, policy, stream)
-    if write:
-        plan.scale(outcome, stream)
-    return norm
-
-
 def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
     """Return what was decided, after waiting for it."""
     return float(device.read_table(outcome[1], stream)[0, column])
 
 
-def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
+def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
     _, items, _ = inputs.structure(grads)
     law = Law(math.inf, ord=ord)
@@ -132,26 +167,31 @@ def global_norm(grads: Any, ord: float) -> float | DeviceFloat:
     if norm is not None:
         return norm
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
-    return clip(described.entries, None, law, name=name)
+    return clip(described.entries, None, law, duplicates=duplicates, name=name)
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, given: float | None, ord: float, policy: str, out: Any
+    grads: Any,
+    bound: float,
+    given: float | None,
+    *,
+    ord: float,
+    nonfinite: str,
+    duplicates: str,
+    out: Any,
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
     _, items, rebuild = inputs.structure(grads)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
-    name = _name_of(items, law, policy, write=True) if out is grads else None
-    norm: float | DeviceFloat | None = _again(name, law, policy, write=True)
+    name = _name_of(items, law, nonfinite, write=True) if out is grads else None
+    norm: float | DeviceFloat | None = _again(name, law, nonfinite, write=True)
     if norm is not None:
         return rebuild(items), norm
     described: Any = arrays.gradients(grads)
-    _refuse_complex(described.entries, ord)
     device.require()
     targets = arrays.targets(described, grads, out)
-    norm = clip(described.entries, targets, law, policy, name)
-    return described.with_results([target.array for target in targets]), norm
+    norm = clip(described.entries, targets, law, nonfinite, duplicates, name)
+    return described.with_results([target.result for target in targets]), norm
 
 
 def clip_whole(
@@ -159,10 +199,9 @@ def clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     entry = arrays.describe("grad", 0, grad)
-    _refuse_complex([entry], ord)
-    target = _place(entry, out)
-    clip([entry], [target], Law(bound, divisor(max(entry.elements, 1)), ord=ord))
-    return target.array
+    target = arrays.place(entry, out)
+    clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
+    return target.result
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
@@ -175,29 +214,34 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
             "clip_value_min, clip_value_max: expected numbers for a gradient on the GPU, got "
             "arrays; clip a copy on the host"
         )
-    low, high = inputs.value_bounds(low, high, entry.shape)
-    target = _place(entry, out)
+    low, high = inputs.value_bounds(low, high, entry.dense_shape)
+    if entry.slices is not None:
+        inputs.refuse_excluding_zero(low, high)
+    target = arrays.place(entry, out)
+    if entry.repeated:
+        return _clamp_sums(entry, target, low, high, out)
+    _clamp(entry, target, low, high)
+    return target.result
+
+
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: float, high: float) -> None:
+    """Write each element held between two numbers."""
     stream = arrays.stream_of([entry])
-    plan, free = _plan([entry], [target], "propagate", stream)  # by which nothing is skipped
+    plan, free = _plan([entry], [target], "propagate", "raw", stream)  # nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
-    return target.array
 
 
-def _place(entry: DeviceEntry, out: Any) -> DeviceEntry:
-    device.require()
+def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float, out: Any) -> Any:
+    """Hold the sums of rows between two numbers: as new slices, or in the first row of each."""
+    slices: Any = entry.slices
+    merged = slices.coalesce()
+    sums = arrays.describe("grad", 0, merged)
+    _clamp(sums, sums, low, high)
     if out is None:
-        return arrays.new_like(entry)
-    target = arrays.target(entry, out, "out")
-    arrays.refuse_overlaps([entry], [target])
-    return target
-
-
-def _refuse_complex(entries: Sequence[DeviceEntry], ord: float) -> None:
-    for entry in entries:
-        if entry.dtype.components == 2 and ord != 2.0:
-            raise TypeError(
-                f"{entry.name}: expected real numbers on the GPU where ord is not 2, "
-                f"got {entry.native}; clip a copy on the host"
-            )
+        return merged
+    order, starts = slices.grouping
+    firsts = order[starts[:-1]]
+    merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
+    return target.result

@@ -73,7 +73,7 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, _capsule, _name)(
 _rename = ctypes.PYFUNCTYPE(ctypes.c_int, _capsule, _name)(("PyCapsule_SetName", ctypes.pythonapi))
 
 
-class Memory:
+class Lease:
     """The memory of an array, which its library keeps as long as this object is there.
 
     And for what the default stream, and those that wait for it, still have to do with it. The
@@ -93,7 +93,7 @@ def _give_back(deleter: int, pointer: int) -> None:
 class Told(NamedTuple):
     """What an array tells of itself; strides in bytes, None in C order, `native` None if unknown.
 
-    `memory` is to be held while the array is used.
+    `lease` is to be held while the array is used.
     """
 
     native: np.dtype[Any] | None
@@ -102,7 +102,7 @@ class Told(NamedTuple):
     address: int
     read_only: bool = False
     gpu: int | None = None
-    memory: Memory | None = None
+    lease: Lease | None = None
 
 
 def read(name: str, array: Any) -> Told:
@@ -117,7 +117,7 @@ def read(name: str, array: Any) -> Told:
     pointer = _pointer_of(capsule, kind)
     managed: Any = _STRUCTS[kind].from_address(pointer)
     _rename(capsule, _USED[kind])
-    memory = Memory(pointer, managed.deleter)
+    lease = Lease(pointer, managed.deleter)
     if kind == b"dltensor_versioned" and managed.major != VERSION[0]:
         version = f"{managed.major}.{managed.minor}"
         raise TypeError(f"{name}: expected DLPack of version {VERSION[0]}, got {version}")
@@ -130,7 +130,7 @@ def read(name: str, array: Any) -> Told:
         (tensor.data or 0) + tensor.byte_offset,
         bool(managed.flags & (READ_ONLY | COPIED)),  # what is written to a copy is lost
         tensor.device_id,
-        memory,
+        lease,
     )
 
 

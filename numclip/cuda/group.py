@@ -11,11 +11,11 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray
-from numclip.dtypes import Array, lookup
+from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.dtypes import Array, DType, lookup
 from numclip.group import Group
+from numclip.inputs import Entry
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.placement import on_device
 
@@ -39,24 +39,6 @@ def flat_buffers(
     return flat, {name: views[name] for name in tensors}
 
 
-def refuse(group: Group) -> None:
-    """Refuse what is not done on the GPU."""
-    advice = 'use device="cpu", or another rule'
-    if group.sparse:
-        raise ValueError(f'sparse: expected False for device="cuda", got True; {advice}')
-    rule = group.clip
-    if rule is None:
-        return
-    if rule.scope == "unit":
-        raise ValueError(
-            f'clip: expected a rule for whole tensors for device="cuda", got {rule!r}; {advice}'
-        )
-    if rule.ord != 2.0 and any(np.iscomplexobj(param) for param in group.params.values()):
-        raise ValueError(
-            f'ord: expected 2 for complex parameters and device="cuda", got {rule!r}; {advice}'
-        )
-
-
 class DeviceGroupState:
     """One group at run time, as `group.GroupState`, on the GPU.
 
@@ -65,7 +47,7 @@ class DeviceGroupState:
     name, clip, nonfinite, lr
         As in `Group`.
     params, grads : mapping of str to DeviceArray
-        Views into the flat buffers.
+        Views into the flat buffers; for a sparse group `grads` is empty.
     flat_params, flat_grads : dict of str to DeviceArray
         The whole group as one 1-d array for each dtype, by the dtype's name.
     """
@@ -73,22 +55,34 @@ class DeviceGroupState:
     sparse = False
 
     def __init__(self, group: Group) -> None:
-        refuse(group)
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
         given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
-        self.flat_grads, grads = flat_buffers(native)
+        self.flat_grads, grads = flat_buffers({} if self.sparse else native)
         self.params, self.grads = MappingProxyType(params), MappingProxyType(grads)
         for name, array in native.items():
             self.params[name][...] = array
         self.rule_state = group.clip.initial_state(len(native)) if group.clip else {}
 
-    def spans(self) -> list[Span]:
-        """Return where the gradients are."""
-        entries = [arrays.describe(name, name, grad) for name, grad in self.grads.items()]
-        return [Span(e.dtype, e.address, e.address, e.size) for e in entries]
+    def entries(self) -> list[DeviceEntry]:
+        """Return the descriptions of the gradients."""
+        return [
+            arrays.describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()
+        ]
+
+    def put(self, name: str, grad: Any, stream: Any) -> None:
+        """Let a gradient that fits be a parameter's; None means zero."""
+        own = self.grads[name]
+        if grad is None:
+            device.clear(own.address, own.nbytes, stream)
+        else:
+            own.copy_from(grad, stream)
+
+    def add(self, name: str, grad: Any, stream: Any) -> None:
+        """Add a gradient that fits to a parameter's."""
+        self.grads[name].add(grad, stream)
 
     def zero(self, stream: Any = 0) -> None:
         """Set the gradients to zero."""
@@ -97,30 +91,25 @@ class DeviceGroupState:
 
     def fitting(self, name: str, grad: Any) -> Any:
         """Return a gradient of the parameter as it is copied in, after checking that it fits."""
-        param = self.params[name]
-        label = f"grads[{name!r}]"
         if grad is None:
             return None
-        if not on_device(grad):
-            described = inputs.entry(label, name, grad)
-            values = described.values
-            if described.slices is not None:
-                raise TypeError(f"{label}: expected an array, got IndexedSlices")
-            source, target = lookup(described.native.dtype), lookup(param.dtype)
-            assert source is not None
-            assert target is not None
-            fits = source.components <= target.components
-            shape, dtype = described.dense_shape, values.dtype
-        else:
-            entry = arrays.describe(label, name, grad)
-            fits = entry.native == param.dtype and entry.c_order
-            shape, dtype = entry.shape, entry.native
-        if shape != param.shape:
-            raise ValueError(f"{label}: expected shape {param.shape}, got {shape}")
-        if not fits:
-            order = " in C order" if on_device(grad) else ""
-            raise TypeError(f"{label}: expected dtype {param.dtype}{order}, got {dtype}")
-        return grad if on_device(grad) else values.astype(param.dtype)
+        param, label, there = self.params[name], f"grads[{name!r}]", on_device(grad)
+        described: Any = (arrays.describe if there else inputs.entry)(label, name, grad)
+        if self.sparse != (described.slices is not None):
+            wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
+            raise TypeError(f"{label}: expected {wanted}, got {type(grad).__name__}")
+        if described.dense_shape != param.shape:
+            raise ValueError(f"{label}: expected shape {param.shape}, got {described.dense_shape}")
+        dtype = described.native if there else described.values.dtype
+        if there and not (dtype == param.dtype and described.c_order):
+            raise TypeError(f"{label}: expected dtype {param.dtype} in C order, got {dtype}")
+        if described.dtype.components > _dtype_of(param).components:
+            raise TypeError(f"{label}: expected dtype {param.dtype}, got {dtype}")
+        return grad if there else self._cast(described, param.dtype)
+
+    def _cast(self, described: Entry, dtype: Any) -> Any:
+        """Return a gradient in the host's memory in the dtype of a parameter."""
+        return described.values.astype(dtype)
 
 
 class Slots:
@@ -157,8 +146,14 @@ class Slots:
         return counts
 
 
-def _state_like(param: DeviceArray) -> Array:
-    """Return what tells size and dtype of a parameter's state: stored numbers, 1-d."""
+def _dtype_of(param: DeviceArray) -> DType:
+    """Return how a parameter's elements are stored."""
     row = lookup(param.dtype)
     assert row is not None
+    return row
+
+
+def _state_like(param: DeviceArray) -> Array:
+    """Return what tells size and dtype of a parameter's state: stored numbers, 1-d."""
+    row = _dtype_of(param)
     return np.broadcast_to(np.zeros((), row.compute), (param.size * row.components,))

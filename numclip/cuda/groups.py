@@ -9,14 +9,20 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda import arrays
-from numclip.cuda.clippers import Clipper, Found, clippers
+from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda.clipper import Clipper, Found
+from numclip.cuda.clippers import clippers
+from numclip.cuda.clipping import row_span
 from numclip.cuda.group import DeviceGroupState, Slots
 from numclip.cuda.report import build
+from numclip.cuda.sparse_group import SparseGroupState
 from numclip.cuda.values import DeviceReport
 from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.history import History
-from numclip.kernels.cuda.device import clear, on_stream, require
+from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.device import on_stream, require
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.kernels.cuda.updates import SETTINGS_COLUMNS
 from numclip.nonfinite import first_error
@@ -41,12 +47,15 @@ class DeviceParamGroups(ParamGroups):
     After the first step nothing is allocated, so that a step (with rules and policies that do
     not wait, and bounds and rates that are no functions) can be captured in a CUDA graph: set
     `stream` to the one that is captured. What is captured writes its report to the memory of
-    that step.
+    that step. Sparse groups send tables of their rows in each step, and have memory that grows with
+    the rows: steps with them cannot be captured.
 
     Attributes
     ----------
     params, grads : mapping of str to DeviceArray
-        Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy.
+        Views into the groups' buffers, which CuPy, PyTorch and numba take without a copy. The
+        gradient of a sparse parameter is `IndexedSlices`, whose values are a view until the next
+        ones are copied in, or None.
     stream : stream
         Where in order everything is done. May be set, to streams of numba, CuPy or PyTorch,
         once what was started on the stream before is done: the new one does not wait for it.
@@ -55,8 +64,6 @@ class DeviceParamGroups(ParamGroups):
     ------
     DeviceError
         Where there is no GPU, no driver or no numba-cuda; the message says which.
-    ValueError
-        For sparse groups, rules with axes, and orders other than 2 of complex parameters.
     """
 
     device = "cuda"
@@ -84,7 +91,7 @@ class DeviceParamGroups(ParamGroups):
         self._judged = 0
 
     def _state_of(self, group: Group) -> Any:
-        return DeviceGroupState(group)
+        return SparseGroupState(group) if group.sparse else DeviceGroupState(group)
 
     @property
     def stream(self) -> Any:
@@ -114,9 +121,10 @@ class DeviceParamGroups(ParamGroups):
 
         Parameters
         ----------
-        grads : mapping of str to array or None
+        grads : mapping of str to array, IndexedSlices or None
             Gradients by parameter, of its shape; those on the GPU of its dtype and in C order.
             None means zero. Parameters that are not named keep the gradients they have.
+            `IndexedSlices` are for sparse groups.
 
         Raises
         ------
@@ -125,18 +133,14 @@ class DeviceParamGroups(ParamGroups):
         """
         fitting: list[Any] = self._fitting(grads)
         for group, name, grad in fitting:
-            own = group.grads[name]
-            if grad is None:
-                clear(own.address, own.nbytes, self.stream)
-            else:
-                own.copy_from(grad, self.stream)
+            group.put(name, grad, self.stream)
 
     def accumulate(self, grads: Mapping[str, Any]) -> None:
-        """Add gradients to those there are.
+        """Add gradients to those there are; rows of sparse ones are appended.
 
         Parameters
         ----------
-        grads : mapping of str to array or None
+        grads : mapping of str to array, IndexedSlices or None
             As in `set_grads`; None adds nothing.
 
         Raises
@@ -147,7 +151,7 @@ class DeviceParamGroups(ParamGroups):
         fitting: list[Any] = self._fitting(grads)
         for group, name, grad in fitting:
             if grad is not None:
-                group.grads[name].add(grad, self.stream)
+                group.add(name, grad, self.stream)
 
     def zero_grads(self) -> None:
         """Set every gradient to zero."""
@@ -203,14 +207,11 @@ class DeviceParamGroups(ParamGroups):
     def _refuse_nonfinite(self, found: Judged) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         refused = [group for clipper, own in found for group in clipper.refused(own, self.stream)]
-        for group in self:
+        members: Any = iter(self)
+        for group in members:
             if group in refused:
-                entries = [
-                    arrays.describe(f"{group.name}.{name}", name, grad)
-                    for name, grad in group.grads.items()
-                ]
-                copies = [arrays.host_entry(entry, self.stream) for entry in entries]
-                raise first_error(copies, None)
+                entries = [arrays.host_entry(entry, self.stream) for entry in group.entries()]
+                raise first_error(entries, None)
 
     def _built(self, step: int, found: Judged) -> ClipReport:
         """Return the report of a step, after waiting for it."""
@@ -240,11 +241,14 @@ class DeviceParamGroups(ParamGroups):
         with on_stream(None):
             slots = {group.name: Slots(group, states) for group in self}  # type: ignore[arg-type]
             for clipper in self._clippers:
+                entries = [entry for group in clipper.groups for entry in group.entries()]
                 members = [slots[group.name] for group in clipper.groups]
-                params = [param.address for own in members for param in own.params]
+                params = [param for own in members for param in own.params]
+                pairs = zip(entries, params, strict=True)
+                spans = [_updated(entry, param.address) for entry, param in pairs]
                 views = [view for own in members for view in own.views]
                 kept = [[view[k].address for view in views] for k in range(states)]
-                updates = Updates(clipper.plan, params, kept)
+                updates = Updates(clipper.plan, spans, kept)
                 for group, own in zip(clipper.groups, members, strict=True):
                     own.attach(updates, clipper.pools[group.name])
         return slots
@@ -261,6 +265,10 @@ class DeviceParamGroups(ParamGroups):
                 settings[clipper.pools[group.name]] = method.settings(rates[group.name])
             updates.write_settings(settings, self.stream)
             outcome = clipper.write_rare(own, self.stream)
+            if clipper.rows:
+                clipper.plan.sum_scaled(outcome, self.stream)
+                indices = [slices.distinct_indices for slices in clipper.rows]
+                updates.take_rows(indices, self.stream)
             if len(method.state_names) == 2:
                 updates.adam(outcome, self.stream)
             else:
@@ -278,3 +286,10 @@ class DeviceGroupEngine:
     def step(self, rates: Mapping[str, float], unscale: float) -> Any:
         """Clip every group, and update it at its rate."""
         return self._groups.update(self._method, self.slots, rates, unscale)
+
+
+def _updated(entry: DeviceEntry, param: int) -> Span | RowSpan:
+    """Return where a gradient is read and its parameter written."""
+    if entry.slices is None:
+        return Span(entry.dtype, entry.address, param, entry.size)
+    return row_span(entry)._replace(target=param)

@@ -74,7 +74,7 @@ class DeviceArrayEngine:
 
     def _plan(self, grads: list[Any], params: list[Any]) -> tuple[Planned, Any]:
         """Return what updates described pairs, and by what it is found again."""
-        advice = "; update one of them in a call of its own"
+        advice = "update one of them in a call of its own"
         arrays.refuse_overlaps(grads, params, advice)
         slots = self._slots_of(params)
         stream = arrays.stream_of([*params, *grads])

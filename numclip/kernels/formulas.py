@@ -102,6 +102,11 @@ def larger(a: float, b: float) -> float:
     return a if a > b or a != a else b
 
 
+def usable(peak: float) -> float:
+    """Return a largest magnitude as one that others can be divided by."""
+    return peak if 0.0 < peak < math.inf else 1.0
+
+
 def root(total: float, ord: float) -> float:
     """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
     if ord == 2.0:

@@ -7,41 +7,55 @@ from numclip.kernels.cuda.scalars import larger, settled, two_sum
 
 
 @inline
-def block_sum(total, error, room):
-    """Return the sum over the threads of the block of sums and their errors, added in a tree."""
+def lane_sum(total, error, place, apart, room):
+    """Return the sum of sums and their errors over the threads of a place modulo `apart`.
+
+    They are added in a tree; `apart` is a power of two.
+    """
     totals, errors = room[0], room[1]
-    i = cuda.threadIdx.x
-    totals[i] = total
-    errors[i] = error
+    totals[place] = total
+    errors[place] = error
     cuda.syncthreads()
     half = THREADS >> 1
-    while half > 0:
-        if i < half:
-            totals[i], rest = two_sum(totals[i], totals[i + half])
-            errors[i] += errors[i + half] + rest
+    while half >= apart:
+        if place < half:
+            totals[place], rest = two_sum(totals[place], totals[place + half])
+            errors[place] += errors[place + half] + rest
         cuda.syncthreads()
         half >>= 1
-    result = settled(totals[0], errors[0])
+    own = place & (apart - 1)
+    result = settled(totals[own], errors[own])
     cuda.syncthreads()
     return result
 
 
 @inline
-def block_max(value, room):
-    """Return the largest value of the threads of the block, NaN where one is."""
+def lane_max(value, place, apart, room):
+    """Return the largest value over the threads of a place modulo `apart`, NaN where one is."""
     values = room[0]
-    i = cuda.threadIdx.x
-    values[i] = value
+    values[place] = value
     cuda.syncthreads()
     half = THREADS >> 1
-    while half > 0:
-        if i < half:
-            values[i] = larger(values[i], values[i + half])
+    while half >= apart:
+        if place < half:
+            values[place] = larger(values[place], values[place + half])
         cuda.syncthreads()
         half >>= 1
-    result = values[0]
+    result = values[place & (apart - 1)]
     cuda.syncthreads()
     return result
+
+
+@inline
+def block_sum(total, error, room):
+    """Return the sum over all threads of the block of sums and their errors."""
+    return lane_sum(total, error, cuda.threadIdx.x, 1, room)
+
+
+@inline
+def block_max(value, room):
+    """Return the largest value of all threads of the block, NaN where one is."""
+    return lane_max(value, cuda.threadIdx.x, 1, room)
 
 
 @inline

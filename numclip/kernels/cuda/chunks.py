@@ -68,10 +68,13 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
 class Chunks:
     """The work on some of a plan's tensors, by their numbers, that lie in contiguous memory.
 
-    `counts` says how many partial sums each of them takes.
+    `counts` says how many partial sums each of them takes. `table` sends the tables.
     """
 
-    def __init__(self, spans: Mapping[int, Span]) -> None:
+    repeats = False
+
+    def __init__(self, spans: Mapping[int, Span], table: Any = device.table) -> None:
+        self._table = table
         self._spans, self._numbers = list(spans.values()), np.array(list(spans), np.int64)
         self._chunks, self._firsts, _ = split(self._spans)
         self.counts = np.diff(self._firsts)
@@ -88,7 +91,7 @@ class Chunks:
     def _by_dtype(self, chosen: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the chosen chunks (a mask) of each dtype that has some."""
         return {
-            dtype: device.table(self._chunks[chosen & (self._dtypes == dtype)], stream)
+            dtype: self._table(self._chunks[chosen & (self._dtypes == dtype)], stream)
             for dtype in dict.fromkeys(self._dtypes[chosen])
         }
 

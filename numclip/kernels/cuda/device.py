@@ -48,6 +48,10 @@ THREADS = 4 if SIMULATED else 256
 # Bytes a partial sum covers, and how many blocks a multiprocessor is given.
 CHUNK_BYTES = 512 if SIMULATED else 1 << 17
 BLOCKS_PER_MULTIPROCESSOR = 8
+# In how many shares the rows of a tensor are summed, and from how many rows on a sum is shared
+# by the lanes of a block.
+ROW_SHARES = 3 if SIMULATED else 512
+LONG_GROUP = 2 if SIMULATED else 16
 
 
 def kernel(function: Function) -> Function:
@@ -125,6 +129,49 @@ def table(array: Any, stream: Any) -> Any:
 def update(to: Any, array: Any, stream: Any) -> None:
     """Write a table that is on the GPU, in the order of the stream."""
     to.copy_to_device(np.ascontiguousarray(array), stream=stream)
+
+
+class Room:
+    """Memory of the GPU that grows to what is asked for; what was in it is lost then."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+
+    def address(self, nbytes: int) -> int:
+        """Return the address of so many bytes, or more; aligned to 64 of them."""
+        if self._memory is None or self._memory.size < nbytes:
+            self._memory = allocate(2 * nbytes)
+        return int(interface_of(self._memory)["data"][0])
+
+
+class Tables:
+    """Tables of 64-bit integers that are sent again and again, into memory that grows with them.
+
+    Each call sends the next one; `begin` starts over. All are sent on one stream.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[Any] = []
+        self._used = 0
+
+    def begin(self) -> None:
+        """Let the next table be the first one again."""
+        self._used = 0
+
+    def __call__(self, array: Any, stream: Any) -> Any:
+        """Return a copy of a table on the GPU, as `table` does; of an empty one, a row of zeros."""
+        if not array.size:
+            array = np.zeros((1, *array.shape[1:]), np.int64)
+        if self._used == len(self._memory):
+            self._memory.append(None)
+        memory = self._memory[self._used]
+        if memory is None or memory.size < array.size:
+            memory = cuda.device_array(max(2 * array.size, 64), np.int64)
+            self._memory[self._used] = memory
+        self._used += 1
+        made = memory[: array.size].reshape(*array.shape)
+        update(made, array, stream)
+        return made
 
 
 def read_table(array: Any, stream: Any) -> Any:

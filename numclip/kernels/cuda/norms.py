@@ -27,6 +27,7 @@ from numclip.kernels.cuda.scalars import (
     larger,
     power_term,
     two_sum,
+    usable,
 )
 from numclip.kernels.cuda.tables import (
     BAD,
@@ -40,6 +41,8 @@ from numclip.kernels.cuda.tables import (
     PEAK,
     POOL,
     SOURCE,
+    TERMS,
+    TERMS_PEAK,
     TOTAL,
     ZEROING,
 )
@@ -161,31 +164,29 @@ def max_magnitude(chunks, tensors, like, out):
 
 
 @kernel
-def find_peaks(tensors, pools, partial, out):
-    """Write the largest magnitude of each pool; a block for each."""
+def find_peaks(tensors, pools, partial, column, out):
+    """Write the largest of each pool's partial maxima to a column; a block for each.
+
+    That of the terms of sums goes to the column which belongs to it.
+    """
     room = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
-        largest = 0.0
+        largest, terms = 0.0, 0.0
         part = tensors[pools[p, FIRST], FIRST] + cuda.threadIdx.x
         while part < tensors[pools[p, LAST] - 1, LAST]:
             largest = larger(largest, partial[part, TOTAL])
+            terms = larger(terms, partial[part, TERMS])
             part += THREADS
-        largest = block_max(largest, room)
+        largest, terms = block_max(largest, room), block_max(terms, room)
         if cuda.threadIdx.x == 0:
-            out[p, PEAK] = largest
+            out[p, column], out[p, column + TERMS_PEAK - PEAK] = largest, larger(largest, terms)
         p += cuda.gridDim.x
-
-
-@inline
-def usable(peak):
-    """Return a peak that magnitudes can be divided by."""
-    return peak if 0.0 < peak < math.inf else 1.0
 
 
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
-    """Write each chunk's sum of ``(|x| / peak) ** ord``, a finite order."""
+    """Write each chunk's sum of ``(|x| / peak) ** ord``; of infinite order, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
@@ -196,10 +197,13 @@ def sum_powers(chunks, tensors, laws, like, out):
         i = np.int64(cuda.threadIdx.x)
         while i < chunks[c, LENGTH]:
             value, _ = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
-            total, rest = two_sum(total, power_term(value / peak, ord))
-            error += rest
+            if ord == math.inf:
+                total = larger(total, value / peak)
+            else:
+                total, rest = two_sum(total, power_term(value / peak, ord))
+                error += rest
             i += THREADS
-        total = block_sum(total, error, room)
+        total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, PART], TOTAL] = total
         c += cuda.gridDim.x

@@ -16,6 +16,8 @@ from numclip.dtypes import Array, DType
 from numclip.kernels import formulas
 from numclip.kernels.cuda import device, norms, tables, verdict
 from numclip.kernels.cuda.chunks import Chunks, Shared, Span
+from numclip.kernels.cuda.grouping import Groups, Rows, RowSpan
+from numclip.kernels.cuda.tiling import Strided, Tiles
 
 ABSENT = -1.0  # a norm that was not given
 POLICIES = {
@@ -36,13 +38,17 @@ class Pool(NamedTuple):
 
 
 class Law(NamedTuple):
-    """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1."""
+    """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1.
+
+    `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`.
+    """
 
     bound: float | Array
     divisor: float | Array = 1.0
     given: float = ABSENT
     unscale: float = 1.0
     ord: float = 2.0
+    loss: float | Array = 0.0
 
 
 class HostTable:
@@ -63,6 +69,7 @@ class Work(Protocol):
     """How some of a plan's tensors are measured and written, as `Chunks` does it."""
 
     counts: Array
+    repeats: bool
 
     def send(self, parts: Array, stream: Any) -> None:
         """Make the tables; `parts` says where the partial sums of each tensor begin."""
@@ -74,7 +81,7 @@ class Work(Protocol):
         """Write the partial maxima."""
 
     def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
-        """Write the partial sums of powers."""
+        """Write the partial sums of powers over the peaks in the laws."""
 
     def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Write each tensor times the factor that was decided."""
@@ -88,29 +95,34 @@ class Work(Protocol):
         """Write the elements of some tensors held between two bounds, but of those skipped."""
 
 
-WORKS: dict[type, Any] = {Span: Chunks}
+WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
 """What works on each kind of tensor."""
+AnySpan = Span | Strided | RowSpan
 
 
 class Plan:
     """What the kernels need to measure and scale some tensors."""
 
-    def __init__(self, spans: Sequence[Span], pools: Sequence[Pool], stream: Any) -> None:
-        self.spans, self.pools = list(spans), list(pools)
+    def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> None:
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
         firsts = self._set_works(stream)
         self.tensors = device.table(self._tensor_table(firsts), stream)
-        partial = device.table(np.zeros((max(int(firsts[-1]), 1), 3)), stream)
+        partial = device.table(np.zeros((max(int(firsts[-1]), 1), tables.SUM_COLUMNS)), stream)
         self._shared = Shared(self.tensors, partial)
         self._pools = device.table(self._pool_table(), stream)
         groups = 1 + max(pool.group for pool in pools)
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
         self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
+        self._groupings: list[Groups] = []
         self._set_facts()
-        self.in_place = all(span.source == span.target for span in spans)
+        # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
+        whole = [span for span in spans if not isinstance(span, Span)]
+        self._hypotenuses = any(span.dtype.components == 2 for span in whole)
 
     def _set_works(self, stream: Any) -> Array:
         """Share the tensors among works; return where the partial sums of each begin, and end."""
-        members: dict[type, dict[int, Span]] = {}
+        members: dict[type, dict[int, Any]] = {}
         for k, span in enumerate(self.spans):
             members.setdefault(type(span), {})[k] = span
         self._works: list[Work] = [WORKS[kind](own) for kind, own in members.items()]
@@ -124,18 +136,20 @@ class Plan:
         return firsts
 
     def _tensor_table(self, firsts: Array) -> Array:
-        table = np.zeros((len(self.spans), 4), np.int64)
+        table = np.zeros((len(self.spans), 5), np.int64)
         table[:, tables.FIRST], table[:, tables.LAST] = firsts[:-1], firsts[1:]
         for p, pool in enumerate(self.pools):
             table[pool.first : pool.last, tables.POOL] = p
             table[pool.first : pool.last, tables.ZEROING] = pool.policy == "zero"
+        table[:, tables.REPEATS] = [WORKS[type(span)].repeats for span in self.spans]
         return table
 
     def _pool_table(self) -> Array:
-        table = np.zeros((len(self.pools), 5), np.int64)
+        table = np.zeros((len(self.pools), 6), np.int64)
         for p, pool in enumerate(self.pools):
             digits = min(row.digits for row in self._dtypes(pool))
-            table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits
+            repeated = any(WORKS[type(span)].repeats for span in self.spans[pool.first : pool.last])
+            table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits, repeated
         return table
 
     def _set_facts(self) -> None:
@@ -151,10 +165,44 @@ class Plan:
     def _dtypes(self, pool: Pool) -> set[DType]:
         return {span.dtype for span in self.spans[pool.first : pool.last]}
 
+    def take_rows(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
+        """Let the tensors whose rows can share an index be these; send nothing if they are."""
+        numbers = [k for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        known = [self.spans[k] for k in numbers] == list(spans)
+        if known and list(map(id, groupings)) == list(map(id, self._groupings)):
+            return
+        for k, span in zip(numbers, spans, strict=True):
+            self.spans[k] = span
+        self._groupings = list(groupings)
+        self._set_facts()
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.take(spans, groupings, stream)
+
+    def keep_sums(self) -> None:
+        """Have memory for the sums of rows, which `sum_scaled` writes."""
+        self._groupings = []
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.keep_sums()
+
+    def row_sums(self) -> list[tuple[int, RowSpan, int]]:
+        """Return the number of each tensor whose rows can share an index, and where sums are."""
+        found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        sums = [place for work in self._works if isinstance(work, Rows) for place in work.sums]
+        return [(*own, place) for own, place in zip(found, sums, strict=True)]
+
+    def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided; of what is not skipped."""
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.sum_scaled(self._shared, outcome[1], stream)
+
     def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
         """Return memory for the sums of the tensors and the decisions for the pools, so often."""
         shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS
-        sums, decisions = np.zeros((count, len(self.spans), 3)), np.zeros(shape)
+        sums = np.zeros((count, len(self.spans), tables.SUM_COLUMNS))
+        decisions = np.zeros(shape)
         both = device.table(sums, stream), device.table(decisions, stream)
         return [(both[0][k], both[1][k]) for k in range(count)]
 
@@ -163,10 +211,12 @@ class Plan:
 
         It is written to the plan's own table, or to another one for `judge` to be given.
         """
-        table = np.empty((len(self.pools), tables.LAW_COLUMNS))
+        table = np.zeros((len(self.pools), tables.LAW_COLUMNS))
         coarse = self._roots(law.ord) / law.divisor * self._coarse
+        aim = np.maximum(law.bound - law.loss / law.divisor, 0.0)
         numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
-        for column, number in enumerate([*numbers, law.unscale, law.ord, 0.0]):
+        given = law.unscale, 0.0, 1.0, law.ord, 0.0, 1.0
+        for column, number in enumerate([*numbers, *given, aim]):
             table[:, column] = number
         (laws or self._laws).write(table, stream)
 
@@ -185,12 +235,17 @@ class Plan:
             return
         for work in self._works:
             work.max_magnitude(self._shared, stream)
-        laws = self._laws.table
-        arguments = self.tensors, self._pools, self._shared.partial, laws
-        device.launch(norms.find_peaks, len(self.pools), stream, *arguments)
-        if ord != math.inf:
+        self._find(tables.PEAK, stream)
+        if ord != math.inf or self._hypotenuses:
             for work in self._works:
-                work.sum_powers(self._shared, laws, stream)
+                work.sum_powers(self._shared, self._laws.table, stream)
+        if ord == math.inf and self._hypotenuses:
+            self._find(tables.RATIO, stream)
+
+    def _find(self, column: int, stream: Any) -> None:
+        """Take the largest of each pool's partial maxima into the law."""
+        arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
+        device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
 
     def judge(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""

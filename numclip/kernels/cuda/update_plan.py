@@ -8,52 +8,94 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels.cuda import device, tables, updates
+from numclip.kernels.cuda import device, updates
 from numclip.kernels.cuda.chunks import Span, like, split
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import HostTable, Plan
+from numclip.kernels.cuda.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
+
+KERNELS = updates.descend, updates.descend_with_momentum, updates.adam
+"""Of optimizers that keep no state, one and two."""
 
 
-def _tables(
-    spans: Sequence[Span], states: Sequence[Sequence[int]], stream: Any
-) -> dict[DType, Any]:
-    """Return the table of updates of each dtype; spans go from gradients to parameters."""
-    chunks, _, starts = split(spans)
-    rows = np.zeros((len(chunks), 6), np.int64)
-    owners = chunks[:, tables.OWNER]
-    rows[:, updates.GRAD] = chunks[:, tables.SOURCE]
-    rows[:, updates.PARAM] = chunks[:, tables.TARGET]
-    sizes = np.array([span.dtype.compute.itemsize for span in spans], np.int64)
-    for k, addresses in enumerate(states):
-        places = np.array(addresses, np.int64)[owners] + starts * sizes[owners]
-        rows[:, updates.FIRST + k] = places
-    rows[:, updates.LENGTH], rows[:, updates.OWNER] = chunks[:, tables.LENGTH], owners
-    dtypes = [spans[k].dtype for k in owners]
-    return {
-        dtype: device.table(rows[[own is dtype for own in dtypes]], stream)
-        for dtype in dict.fromkeys(dtypes)
-    }
+class Places:
+    """Where parameters and their states are: what rows of tables of updates are made of.
 
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states.
+    """
 
-def _kernel(states: int) -> Any:
-    """Return the kernel of an optimizer that keeps so many states."""
-    return (updates.descend, updates.descend_with_momentum, updates.adam)[states]
+    def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
+        self._spans = list(spans)
+        self._addresses = np.array([[span.target for span in spans], *states], np.int64)
+
+    def whole(self) -> Array:
+        """Return the updates of whole tensors, chunk by chunk."""
+        whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
+        chunks, _, starts = split(list(whole.values()))
+        rows = self.filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
+        rows[:, updates.GRAD], rows[:, updates.LENGTH] = chunks[:, SOURCE], chunks[:, LENGTH]
+        return rows
+
+    def filled(self, owners: Array, starts: Array) -> Array:
+        """Return updates of the owners' parameters and states, from some numbers of them on."""
+        rows = np.zeros((owners.size, 6), np.int64)
+        for k, addresses in enumerate(self._addresses):
+            kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
+            sizes = np.array([kind.itemsize for kind in kinds], np.int64)
+            rows[:, updates.PARAM + k] = addresses[owners] + starts * sizes[owners]
+        rows[:, updates.OWNER] = owners
+        return rows
+
+    def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+        """Return tables of the updates of each dtype that has some."""
+        dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
+        return {
+            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+        }
 
 
 class Updates:
     """What the kernels need to update parameters by the gradients of a plan.
 
-    `states` are the addresses of each tensor's states. A row of settings and a count of steps
-    stand for each pool.
+    A row of settings and a count of steps stand for each pool. Where rows can share an index,
+    `take_rows` is told them before each step.
     """
 
-    def __init__(self, plan: Plan, params: Sequence[int], states: Sequence[Sequence[int]]) -> None:
-        self._plan = plan
-        spans = [s._replace(target=t) for s, t in zip(plan.spans, params, strict=True)]
-        self._updates = _tables(spans, states, 0)
+    def __init__(
+        self, plan: Plan, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]
+    ) -> None:
+        self._plan, self._places = plan, Places(spans, states)
+        self._updates = self._places.by_dtype(self._places.whole(), device.table, 0)
+        self._row_updates: dict[DType, Any] = {}
+        self._table = device.Tables()
         self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), updates.SETTINGS_COLUMNS
         self._given = HostTable(shape, 0)
         self._settings = device.table(np.zeros(shape), 0)
+        if any(isinstance(span, RowSpan) for span in spans):
+            plan.keep_sums()
+
+    def take_rows(self, indices: Sequence[Array], stream: Any) -> None:
+        """Let the next step update the rows at some indices, the distinct ones of each tensor."""
+        made = [
+            self._rows(*found, own)
+            for found, own in zip(self._plan.row_sums(), indices, strict=True)
+        ]
+        self._table.begin()
+        self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
+
+    def _rows(self, owner: int, span: RowSpan, sums: int, indices: Array) -> Array:
+        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
+        itemsize = span.dtype.storage.itemsize
+        limit = device.CHUNK_BYTES // itemsize
+        starts = np.arange(0, span.length, limit)
+        begins = (indices[:, None] * span.length + starts).reshape(-1)
+        rows = self._places.filled(np.full(begins.size, owner), begins)
+        places = np.arange(indices.size)[:, None] * span.length + starts
+        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
+        rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
+        return rows
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -62,7 +104,7 @@ class Updates:
     def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
         """Take a step of gradient descent; one launch to count it, one for each dtype."""
         device.launch(updates.advance, 1, stream, outcome[1], self.counts)
-        self._take(_kernel(int(momentum)), outcome, self._given.table, stream)
+        self._take(KERNELS[int(momentum)], outcome, self._given.table, stream)
 
     def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Take a step of Adam; one launch to prepare it, one for each dtype."""
@@ -71,25 +113,25 @@ class Updates:
         self._take(updates.adam, outcome, self._settings, stream)
 
     def _take(self, kernel: Any, outcome: tuple[Any, Any], settings: Any, stream: Any) -> None:
-        for dtype, rows in self._updates.items():
-            arguments = self._plan.tensors, outcome[1], settings, like(dtype)
-            device.launch(kernel, rows.shape[0], stream, rows, *arguments)
+        for found in (self._updates, self._row_updates):
+            for dtype, rows in found.items():
+                arguments = self._plan.tensors, outcome[1], settings, like(dtype)
+                device.launch(kernel, rows.shape[0], stream, rows, *arguments)
 
 
 class PlainUpdates:
     """What the kernels need to update parameters by gradients that are not clipped.
 
-    `spans` go from gradients to parameters, `states` are the addresses of each one's states. A
-    row of numbers stands for each parameter.
+    `spans` and `states` are as of `Places`. A row of numbers stands for each parameter.
     """
 
     def __init__(self, spans: Sequence[Span], states: Sequence[Sequence[int]], stream: Any) -> None:
-        self._kernel = _kernel(len(states))
-        self._updates = _tables(spans, states, stream)
-        tensors = np.zeros((len(spans), 4), np.int64)
-        tensors[:, tables.POOL] = np.arange(len(spans))
+        self._kernel, places = KERNELS[len(states)], Places(spans, states)
+        self._updates = places.by_dtype(places.whole(), device.table, stream)
+        tensors = np.zeros((len(spans), POOL + 1), np.int64)
+        tensors[:, POOL] = np.arange(len(spans))
         self._tensors = device.table(tensors, stream)
-        decisions = np.zeros((len(spans), tables.DECISION_COLUMNS))  # to leave gradients alone
+        decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._decisions = device.table(decisions, stream)
         self._numbers = HostTable((len(spans), updates.SETTINGS_COLUMNS), stream)
 

@@ -1,9 +1,9 @@
 """Optimizer steps on NVIDIA GPUs: gradient, parameter and state are read and written once.
 
-A table of updates has a row for each chunk: the addresses of the gradient, the parameter and
-up to two states, the number of elements, the tensor that owns them. The clip's factor is
-applied on the way; the clipped gradient is never written, and a tensor that is skipped is
-left as it is. `settings` has a row for each pool.
+A table of updates has a row for each chunk, and for each row that a sparse gradient has: the
+addresses of the gradient, the parameter and up to two states, the number of elements, the tensor
+that owns them. The clip's factor is applied on the way; the clipped gradient is never written,
+and a tensor that is skipped is left as it is. `settings` has a row for each pool.
 """
 
 import math
@@ -25,7 +25,7 @@ from numclip.kernels.cuda.packets import (
     whole_packets,
 )
 from numclip.kernels.cuda.scaling import product
-from numclip.kernels.cuda.tables import FACTOR, MODE, MULTIPLY, POOL, SKIPPED
+from numclip.kernels.cuda.tables import FACTOR, MODE, MULTIPLY, POOL, REPEATS, SKIPPED
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
@@ -70,9 +70,10 @@ def advance_adam(decisions, given, counts, settings):
 
 
 @inline
-def factor_of(decision, like):
-    """Return the factor of a tensor; one that is no plain number was applied before."""
-    return as_computed(decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0, like)
+def factor_of(tensor, decision, like):
+    """Return the factor of a tensor; what is no plain number, or rows' sums, has it already."""
+    plain = decision[MODE] == MULTIPLY and tensor[REPEATS] == 0
+    return as_computed(decision[FACTOR] if plain else 1.0, like)
 
 
 @inline
@@ -116,9 +117,11 @@ def descend(updates, tensors, decisions, settings, like):
     """Take a plain gradient step. Three passes."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
-        pool = tensors[updates[c, OWNER], POOL]
+        tensor = tensors[updates[c, OWNER]]
+        pool = tensor[POOL]
         if decisions[pool, SKIPPED] == 0.0:
-            descend_chunk(updates[c], factor_of(decisions[pool], like), settings[pool], like)
+            factor = factor_of(tensor, decisions[pool], like)
+            descend_chunk(updates[c], factor, settings[pool], like)
         c += cuda.gridDim.x
 
 
@@ -150,9 +153,11 @@ def descend_with_momentum(updates, tensors, decisions, settings, like):
     """Take a step with momentum. Five passes."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
-        pool = tensors[updates[c, OWNER], POOL]
+        tensor = tensors[updates[c, OWNER]]
+        pool = tensor[POOL]
         if decisions[pool, SKIPPED] == 0.0:
-            roll_chunk(updates[c], factor_of(decisions[pool], like), settings[pool], like)
+            factor = factor_of(tensor, decisions[pool], like)
+            roll_chunk(updates[c], factor, settings[pool], like)
         c += cuda.gridDim.x
 
 
@@ -195,9 +200,11 @@ def adam(updates, tensors, decisions, settings, like):
     """Take a step of Adam with decoupled weight decay. Seven passes."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
-        pool = tensors[updates[c, OWNER], POOL]
+        tensor = tensors[updates[c, OWNER]]
+        pool = tensor[POOL]
         if decisions[pool, SKIPPED] == 0.0:
-            adam_chunk(updates[c], factor_of(decisions[pool], like), settings[pool], like)
+            factor = factor_of(tensor, decisions[pool], like)
+            adam_chunk(updates[c], factor, settings[pool], like)
         c += cuda.gridDim.x
 
 

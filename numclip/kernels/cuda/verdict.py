@@ -7,17 +7,20 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import arrives_last, block_sum
+from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_sum
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.scalars import (
     clip_factor,
     factor_over,
     joined_bins,
+    power_term,
     root,
     scale_by_power,
     two_sum,
+    usable,
 )
 from numclip.kernels.cuda.tables import (
+    AIM,
     BAD,
     BOUND,
     BROKEN,
@@ -44,6 +47,9 @@ from numclip.kernels.cuda.tables import (
     POWER,
     RAISE,
     RARE,
+    RATIO,
+    REPEATED,
+    REPEATS,
     ROOT,
     ROOT_EXPONENT,
     ROUNDOFF,
@@ -51,6 +57,11 @@ from numclip.kernels.cuda.tables import (
     SET,
     SKIP,
     SKIPPED,
+    SPREAD,
+    TERMS,
+    TERMS_EXPONENT,
+    TERMS_PEAK,
+    TERMS_RATIO,
     TINY,
     TOTAL,
     TRUNCATE,
@@ -58,70 +69,142 @@ from numclip.kernels.cuda.tables import (
     ZERO,
 )
 
+EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
 
 @inline
-def join(sums, first, last, room):
-    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
-    small, middle, large = 0.0, 0.0, 0.0
-    errors = 0.0, 0.0, 0.0
-    bad = 0.0
-    k = first + cuda.threadIdx.x
+def add_rows(sums, column, k, last, step, bins):
+    """Return bins of sums, their errors and what is not finite, with every `step`-th row added.
+
+    `column` is TOTAL or TERMS; the exponent is in the next one.
+    """
+    small, middle, large, low, mid, high, bad = bins
     while k < last:
-        total, exponent = sums[k, TOTAL], sums[k, EXPONENT]
-        small, low = two_sum(small, total if exponent < 0.0 else 0.0)
-        middle, mid = two_sum(middle, total if exponent == 0.0 else 0.0)
-        large, high = two_sum(large, total if exponent > 0.0 else 0.0)
-        errors = errors[0] + low, errors[1] + mid, errors[2] + high
+        total, exponent = sums[k, column], sums[k, column + 1]
+        small, rest = two_sum(small, total if exponent < 0.0 else 0.0)
+        low += rest
+        middle, rest = two_sum(middle, total if exponent == 0.0 else 0.0)
+        mid += rest
+        large, rest = two_sum(large, total if exponent > 0.0 else 0.0)
+        high += rest
         bad += sums[k, BAD]
-        k += THREADS
-    small, middle = block_sum(small, errors[0], room), block_sum(middle, errors[1], room)
-    total, exponent = joined_bins(small, middle, block_sum(large, errors[2], room))
-    return total, exponent, block_sum(bad, 0.0, room)
+        k += step
+    return small, middle, large, low, mid, high, bad
+
+
+@inline
+def joined(bins, place, apart, room):
+    """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
+    small = lane_sum(bins[0], bins[3], place, apart, room)
+    middle = lane_sum(bins[1], bins[4], place, apart, room)
+    large = lane_sum(bins[2], bins[5], place, apart, room)
+    total, exponent = joined_bins(small, middle, large)
+    return total, exponent, lane_sum(bins[6], 0.0, place, apart, room)
+
+
+@inline
+def join(sums, column, first, last, room):
+    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+    i = cuda.threadIdx.x
+    return joined(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
+
+
+@inline
+def norm_of(total, exponent, ord, peak, ratio):
+    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
+
+    For an infinite order it is the peak times `ratio`.
+    """
+    if ord == 2.0:
+        return math.sqrt(total), exponent
+    if not 0.0 < peak < math.inf:
+        return peak, 0
+    fraction, exponent = math.frexp(peak)
+    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
+
+
+@inline
+def add_parts(tensor, law, partial, out, room):
+    """Write the sums of a tensor's parts, and those of the magnitudes of its terms."""
+    total, exponent, bad = join(partial, TOTAL, tensor[FIRST], tensor[LAST], room)
+    terms, terms_exponent = total, exponent
+    if tensor[REPEATS] != 0:
+        terms, terms_exponent, _ = join(partial, TERMS, tensor[FIRST], tensor[LAST], room)
+    elif law[ORD] != 2.0:
+        terms *= power_term(usable(law[PEAK]) / usable(law[TERMS_PEAK]), law[ORD])
+    if cuda.threadIdx.x == 0:
+        out[TOTAL], out[EXPONENT], out[BAD] = total, exponent, bad
+        out[TERMS], out[TERMS_EXPONENT] = terms, terms_exponent
+
+
+@inline
+def add_tensors(pool, law, sums, out, room):
+    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
+    total, exponent, bad = join(sums, TOTAL, pool[FIRST], pool[LAST], room)
+    terms, terms_exponent = total, exponent
+    if pool[REPEATED] != 0:
+        terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
+    if cuda.threadIdx.x == 0:
+        write_norm(law, total, exponent, bad, out)
+        out[SPREAD] = 0.0
+        if pool[REPEATED] != 0 and total > 0.0:
+            norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+            peak, ratio = law[TERMS_PEAK], law[TERMS_RATIO]
+            upper, upper_power = norm_of(terms, terms_exponent, law[ORD], peak, ratio)
+            out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
 
 
 @inline
 def write_norm(law, total, exponent, bad, out):
     """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
-    if law[ORD] == 2.0:
-        out[ROOT] = math.sqrt(total)
-    elif not 0.0 < law[PEAK] < math.inf:
-        out[ROOT] = law[PEAK]
-    else:
-        fraction, exponent = math.frexp(law[PEAK])
-        out[ROOT] = fraction * (1.0 if law[ORD] == math.inf else root(total, law[ORD]))
-    out[ROOT] /= law[UNSCALE]
-    out[ROOT] /= law[DIVISOR]
-    out[ROOT_EXPONENT] = exponent
+    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
 
 
 @inline
-def decide(law, policy, digits, bad, out):
-    """Write the factor of a pool, what to do with its tensors, and what is told."""
-    norm, exponent = out[ROOT], int(out[ROOT_EXPONENT])
-    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        norm, exponent = law[GIVEN], 0
+def write_factor(law, limits, judged, told, leaves, digits, out):
+    """Write the factor that brings the norm `judged` to a bound, and what to do.
+
+    `limits` are the bound, the one to aim at, that under which it is coarse, and the roundoff.
+    The norm that is `told`, and what the factor makes of it, are written too; both norms are
+    pairs of a root and its exponent.
+    """
+    bound, aim, coarse, roundoff = limits
     mantissa, power = 1.0, 0
-    leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
-    out[NORM] = scale_by_power(norm, exponent)
-    if not leaves and not out[NORM] <= law[BOUND]:
-        mantissa, power = clip_factor(law[BOUND], norm, exponent, law[ROUNDOFF], digits)
-    out[CLIPPED] = scale_by_power(norm * mantissa, exponent + power)
+    value = scale_by_power(judged[0], judged[1])
+    if not leaves and not value <= bound:
+        mantissa, power = clip_factor(aim, judged[0], judged[1], roundoff, digits)
+    out[NORM] = scale_by_power(told[0], told[1])
+    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
     out[SCALE] = scale_by_power(mantissa, power)
-    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or law[BOUND] < law[COARSE])
+    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or aim < coarse)
     if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
         small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
     out[FACTOR] = scale_by_power(mantissa, power)
     out[MANTISSA], out[POWER] = mantissa, power
-    if bad and policy == ZERO:
-        out[MODE] = CLEAN
-    elif small:
+    if small:
         out[MODE] = TRUNCATE
     else:
         out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
+
+
+@inline
+def decide(law, policy, digits, bad, out):
+    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
+    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
+        norm = law[GIVEN], 0
+    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
+    leaves = bad and (policy in (SKIP, RAISE))
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
+    limits = law[BOUND], law[AIM], law[COARSE], roundoff
+    write_factor(law, limits, norm, norm, leaves, digits, out)
+    if bad and policy == ZERO:
+        out[MODE] = CLEAN
 
 
 @kernel
@@ -136,15 +219,11 @@ def judge(tensors, pools, laws, partial, tickets, sums, decisions):
     count = pools.shape[0]
     while t < tensors.shape[0]:
         p = tensors[t, POOL]
-        total, exponent, bad = join(partial, tensors[t, FIRST], tensors[t, LAST], room)
-        if cuda.threadIdx.x == 0:
-            sums[t, TOTAL], sums[t, EXPONENT], sums[t, BAD] = total, exponent, bad
+        add_parts(tensors[t], laws[p], partial, sums[t], room)
         if arrives_last(tickets, p, pools[p, LAST] - pools[p, FIRST], room):
-            total, exponent, bad = join(sums, pools[p, FIRST], pools[p, LAST], room)
-            if cuda.threadIdx.x == 0:
-                write_norm(laws[p], total, exponent, bad, decisions[p])
-                if decisions[p, BROKEN] != 0.0:
-                    cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
+            add_tensors(pools[p], laws[p], sums, decisions[p], room)
+            if cuda.threadIdx.x == 0 and decisions[p, BROKEN] != 0.0:
+                cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
         t += cuda.gridDim.x
     if arrives_last(tickets, tickets.shape[0] - 1, cuda.gridDim.x, room):
         decide_all(pools, laws, tickets, decisions, room)

@@ -1,0 +1,37 @@
+"""Plans that are kept: gradients at the same addresses as before find theirs again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+PLANS = 32
+"""How many plans are kept."""
+
+_plans: OrderedDict[Any, tuple[Any, list[Any]]] = OrderedDict()
+
+
+def find(key: Any) -> tuple[Any, list[Any]] | None:
+    """Return the plan of a key and its free memory for outcomes, None where there is none."""
+    found = _plans.get(key)
+    if found is not None:
+        _plans.move_to_end(key)
+    return found
+
+
+def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
+    """Keep a plan as the one used last, and forget the one not used for longest."""
+    _plans[key] = found
+    _plans.move_to_end(key)
+    while len(_plans) > PLANS:
+        _plans.popitem(last=False)
+
+
+def kept(key: Any, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """Return the plan of a key, made where there is none, and its free memory for outcomes."""
+    found = find(key)
+    if found is None:
+        found = make(), []
+        keep(key, found)
+    return found

@@ -1,0 +1,214 @@
+"""Rows that share an index: how their sums are shared among the blocks of the GPU.
+
+The tables are made on the host, from a grouping of the rows, and sent whenever that changes.
+How many shares a tensor has follows from the length of its rows alone, so that a plan stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType
+from numclip.kernels.cuda import device, rows, tables
+from numclip.kernels.cuda.chunks import Chunks, Shared, Span, like
+from numclip.kernels.cuda.tiling import Memory, Strided, Tiles
+
+ALIGNMENT = 64  # bytes between the sums of tensors
+
+Groups = tuple[Array, Array]
+"""The rows in an order that brings equal indices together, and where each group starts."""
+
+
+class RowSpan(NamedTuple):
+    """Contiguous rows of `length` stored numbers, `size` in all, of which some add up."""
+
+    dtype: DType
+    source: int
+    target: int
+    size: int
+    length: int
+
+
+class _Mapped(NamedTuple):
+    """The tables of some tensors of one dtype, see `rows`."""
+
+    shares: Array
+    groups: Array
+    order: Array
+
+
+def _flat(span: RowSpan) -> Strided:
+    """Return complex rows as an array of their elements."""
+    itemsize = span.dtype.storage.itemsize * span.dtype.components
+    memories = Memory(span.source, (itemsize,)), Memory(span.target, (itemsize,))
+    return Strided(span.dtype, (span.size // span.dtype.components,), *memories)
+
+
+def _strips(span: RowSpan) -> tuple[int, int]:
+    """Return how many columns a block takes, a power of two, and how many strips there are."""
+    columns = max(span.length // span.dtype.components, 1)
+    width = min(1 << (columns - 1).bit_length(), device.THREADS)
+    return width, -(-columns // width)
+
+
+def count(span: RowSpan) -> int:
+    """Return how many shares a tensor has."""
+    return max(device.ROW_SHARES, _strips(span)[1])
+
+
+def _cut(counts: Array, parts: int) -> Array:
+    """Return where each of some parts of the groups begins, and the last ends, by their rows."""
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    targets = ends[-1] * np.arange(parts + 1) // max(parts, 1)
+    cuts: Array = np.searchsorted(ends, targets)
+    return cuts
+
+
+def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
+    """Return the tables of one tensor; groups of many rows come first, and are shared by lanes."""
+    order, starts = grouping
+    sizes = np.diff(starts)
+    width, strips = _strips(span)
+    lanes = device.THREADS // width
+    long = (sizes > device.LONG_GROUP) & (lanes > 1)
+    turns = np.argsort(~long, kind="stable")
+    groups = np.stack([starts[:-1], sizes, places], axis=1)[turns]
+    many = int(np.count_nonzero(long))
+    parts = count(span) // strips
+    share = int(parts * sizes[long].sum() // max(order.size, 1))
+    own = min(max(share, int(many > 0)), parts - int(many < sizes.size))
+    cuts = [_cut(groups[:many, 1], own), many + _cut(groups[many:, 1], parts - own)]
+    begins, ends = (np.concatenate([cut[s] for cut in cuts]) for s in (slice(-1), slice(1, None)))
+    shares = np.zeros((count(span), tables.SHARE_COLUMNS), np.int64)
+    used = shares[: strips * parts]
+    used[:, tables.BEGIN], used[:, tables.END] = np.tile([begins, ends], strips)
+    used[:, tables.LANES] = np.tile(np.arange(parts) < own, strips) * (lanes.bit_length() - 1)
+    used[:, tables.COLUMN] = np.repeat(width * np.arange(strips), parts)
+    shares[:, tables.SOURCE], shares[:, tables.TARGET] = span.source, span.target
+    shares[:, tables.LENGTH], shares[:, tables.OWNER] = span.length, owner
+    shares[:, tables.PART] = part + np.arange(len(shares))
+    shares[:, tables.WIDTH] = width.bit_length() - 1
+    shares[:, tables.COMPONENTS] = span.dtype.components
+    return _Mapped(shares, groups, order)
+
+
+def _joined(parts: Sequence[_Mapped]) -> _Mapped:
+    """Return the tables of several tensors as one of each kind."""
+    groups = list(itertools.accumulate((len(part.groups) for part in parts), initial=0))
+    orders = list(itertools.accumulate((part.order.size for part in parts), initial=0))
+    for part, group, order in zip(parts, groups, orders, strict=False):
+        part.shares[:, [tables.BEGIN, tables.END]] += group
+        part.groups[:, tables.START] += order
+    return _Mapped(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class Rows:
+    """The work on some of a plan's tensors, by their numbers, whose rows can share an index.
+
+    `counts` says how many partial sums each of them takes. `take` says where the rows are;
+    `sums` are then the addresses of memory for their sums, where `keep_sums` was asked for it.
+    """
+
+    repeats = True
+
+    def __init__(self, spans: Mapping[int, RowSpan]) -> None:
+        self._numbers = list(spans)
+        self.counts = np.array([count(span) for span in spans.values()], np.int64)
+        self._table = device.Tables()
+        self._room: device.Room | None = None
+
+    def send(self, parts: Array, _stream: Any) -> None:
+        """Take up where the partial sums of each tensor begin."""
+        self._parts = parts
+
+    def keep_sums(self) -> None:
+        """Have memory for the sums from the next `take` on."""
+        self._room = self._room or device.Room()
+
+    def take(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
+        """Send where the rows of each tensor are, and which of them share an index."""
+        self._table.begin()
+        counts = [grouping[1].size - 1 for grouping in groupings]
+        self.sums = self._sums(spans, counts)
+        numbers = zip(self._numbers, map(int, self._parts), strict=True)
+        mapped = [
+            _mapped(span._replace(target=place), grouping, *own, np.arange(count))
+            for span, grouping, count, place, own in zip(
+                spans, groupings, counts, self.sums, numbers, strict=True
+            )
+        ]
+        self._tables: dict[DType, list[Any]] = {}
+        for dtype in dict.fromkeys(span.dtype for span in spans):
+            own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
+            self._tables[dtype] = [self._table(array, stream) for array in _joined(own)]
+        self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
+        for work in self._written:
+            work.send(np.zeros(len(work.counts), np.int64), stream)
+
+    def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int]) -> list[int]:
+        """Return where the sums of each tensor's groups go, one behind the other."""
+        if self._room is None:
+            return [0] * len(spans)
+        sizes = [
+            -(-count * span.length * span.dtype.storage.itemsize // ALIGNMENT) * ALIGNMENT
+            for span, count in zip(spans, counts, strict=True)
+        ]
+        starts = itertools.accumulate(sizes[:-1], initial=self._room.address(sum(sizes)))
+        return list(starts)
+
+    def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
+        """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
+        real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
+        flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
+        writers: list[Any] = [Chunks(real, self._table)] if real else []
+        return [*writers, Tiles(flat, self._table)] if flat else writers
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Sum the squares of each share's sums: one read."""
+        self._each(rows.sum_row_squares, stream, shared.tensors, after=[shared.partial])
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Find the largest magnitude of each share's sums: one read."""
+        self._each(rows.max_row_magnitude, stream, shared.tensors, after=[shared.partial])
+
+    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
+        """Sum the powers of the magnitudes of each share's sums over the peak: one read."""
+        self._each(rows.sum_row_powers, stream, shared.tensors, laws, after=[shared.partial])
+
+    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
+        """Launch a kernel for each dtype."""
+        for dtype, own in self._tables.items():
+            device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
+
+    def sum_scaled(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided: one read."""
+        self._each(rows.sum_scaled_rows, stream, shared.tensors, decisions)
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write the rows as they lie times the factor that was decided."""
+        for work in self._written:
+            work.scale(shared, decisions, stream)
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        for work in self._written:
+            work.scale_rare(shared, decisions, stream)
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the rows as they lie held between two bounds, but of those skipped."""
+        for work in self._written:
+            work.clamp(shared, decisions, bounds, members, stream)
+
+
+def sum_rows(span: RowSpan, grouping: Groups, places: Array, stream: Any) -> None:
+    """Write the sum of each group of rows to the target, as the row that is its place."""
+    if not span.size:
+        return
+    made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
+    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype))

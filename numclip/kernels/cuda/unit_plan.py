@@ -1,0 +1,182 @@
+"""Operations of the GPU on arrays with units: their tables, scratch memory, launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import FLOAT64, Array
+from numclip.kernels import formulas
+from numclip.kernels.cuda import device, tables, units
+from numclip.kernels.cuda.chunks import Shared
+from numclip.kernels.cuda.plan import HostTable
+from numclip.kernels.cuda.tiles import ALL_BITS
+from numclip.kernels.cuda.tiling import Strided, Tiles, bits_of
+
+PARTS = 8
+"""How many partial sums of a unit one thread adds up, where there are so many."""
+
+
+class Family(NamedTuple):
+    """Arrays with the same units: what a unit has in all of them has one norm.
+
+    Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
+    that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
+    skipped. Without `rounded`, factors are for sums in float64.
+    """
+
+    arrays: tuple[Strided, ...]
+    param: Strided | None = None
+    zeroing: bool = False
+    base: int = 0
+    rounded: bool = True
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.arrays[0].units
+
+
+class UnitPlan:
+    """What the kernels need to measure and scale the units of some families.
+
+    Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
+    bus but new laws. The decision for each unit stands in `units`, in the order of families.
+    """
+
+    def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
+        self.families, self._ord = list(families), ord
+        arrays = [array for family in families for array in family.arrays]
+        params = [family.param for family in families if family.param is not None]
+        self._works = Tiles(dict(enumerate(arrays))), Tiles(dict(enumerate(params, len(arrays))))
+        counts = np.concatenate([work.counts for work in self._works])
+        tensors = _tensor_table(self.families, counts)
+        for work, rows in zip(self._works, np.split(tensors, [len(arrays)]), strict=True):
+            work.send(rows[:, tables.FIRST], stream)
+        made = _family_table(self.families)
+        self._families, self._slabs = (
+            device.table(table, stream) for table in (made, _slabs(made, tensors))
+        )
+        partial = device.table(np.zeros((max(int(counts.sum()), 1), 3)), stream)
+        self.shared = Shared(device.table(tensors, stream), partial)
+        rows = np.zeros((sum(family.units for family in families) + 1, tables.UNIT_COLUMNS))
+        rows[:, tables.RATIO], rows[:, tables.ORD] = 1.0, ord
+        self.units = device.table(rows, stream)
+        self._tickets = device.table(np.zeros(3, np.uint32), stream)
+        self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
+        self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
+        self._facts = np.array([_facts(family, ord) for family in families])
+
+    def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
+        """Let decisions obey bounds, one or one for each family; of ratios where params are.
+
+        `eps` is the least norm of parameters that counts, one or one for each family.
+        """
+        table = np.zeros((len(self.families), tables.LAW_COLUMNS))
+        table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
+        table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, self._ord
+        table[:, [tables.ROUNDOFF, tables.COARSE, tables.TINY]] = self._facts
+        self._laws.write(table, stream)
+
+    def measure(self, stream: Any) -> None:
+        """Write the partial sums of gradients and parameters: one read of each, or two."""
+        grads, params = self._works
+        params.sum_squares(self.shared, stream)
+        if self._ord == 2.0:
+            grads.sum_squares(self.shared, stream)
+            return
+        grads.max_magnitude(self.shared, stream)
+        self._find(tables.PEAK, stream)
+        hypotenuses = any(a.dtype.components == 2 for f in self.families for a in f.arrays)
+        if self._ord != math.inf or hypotenuses:
+            grads.sum_powers(self.shared, self.units, stream)
+        if self._ord == math.inf and hypotenuses:
+            self._find(tables.RATIO, stream)
+
+    def _find(self, column: int, stream: Any) -> None:
+        """Take the largest of each unit's partial maxima into a column."""
+        arguments = self._slabs, self.shared.tensors, self.shared.partial, np.int64(column)
+        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments, self.units)
+
+    def decide(self, stream: Any, base: Any = None) -> None:
+        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        base = self._unskipped if base is None else base
+        inputs = self._slabs, self.shared.tensors, self._laws.table, self.shared.partial, base
+        arguments = *inputs, self._tickets, self.units
+        device.launch(units.decide_units, max(self._slabs.shape[0], 1), stream, *arguments)
+
+    def scale(self, stream: Any) -> None:
+        """Write each unit times its factor; one read, one write, or none."""
+        self._works[0].scale(self.shared, self.units, stream)
+
+    def summaries(self, count: int, stream: Any) -> list[Any]:
+        """Return memory for what `summarize` tells, so often."""
+        made = device.table(np.zeros((count, len(self.families), 3)), stream)
+        return [made[k] for k in range(count)]
+
+    def summarize(self, out: Any, stream: Any) -> None:
+        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        arguments = self._families, self._laws.table, self.units, out
+        device.launch(units.summarize_units, len(self.families), stream, *arguments)
+
+
+def _tensor_table(families: Sequence[Family], counts: Array) -> Array:
+    """Return the table of tensors: the arrays of all families, then the parameters."""
+    table = np.zeros((len(counts), 4), np.int64)
+    table[:, tables.LAST] = np.cumsum(counts)
+    table[:, tables.FIRST] = table[:, tables.LAST] - counts
+    first, row = 0, 0
+    for family in families:
+        own = table[first : first + len(family.arrays)]
+        own[:, tables.POOL], own[:, tables.ZEROING] = row, family.zeroing
+        first, row = first + len(family.arrays), row + family.units
+    return table
+
+
+def _family_table(families: Sequence[Family]) -> Array:
+    """Return a row for each family, with the columns of slabs."""
+    table = np.zeros((len(families), tables.SLAB_COLUMNS), np.int64)
+    first, row, param = 0, 0, sum(len(family.arrays) for family in families)
+    for f, family in enumerate(families):
+        own = table[f]
+        own[tables.FIRST], own[tables.LAST] = first, first + len(family.arrays)
+        own[tables.LAW], own[tables.UNITS], own[tables.ROW] = f, family.units, row
+        own[tables.PARAM] = -1 if family.param is None else param
+        own[tables.BASE] = family.base
+        own[tables.PRECISION] = min(dtype.digits for dtype in _dtypes(family))
+        first, row = first + len(family.arrays), row + family.units
+        param += family.param is not None
+    return table
+
+
+def _slabs(families: Array, tensors: Array) -> Array:
+    """Return the table of slabs; those whose units have many partial sums are narrow."""
+    counts = tensors[:, tables.LAST] - tensors[:, tables.FIRST]
+    slabs = []
+    for row in families:
+        units = int(row[tables.UNITS])
+        own = counts[row[tables.FIRST] : row[tables.LAST]]
+        parts = int(own.max(initial=0)) // max(units, 1)
+        bits = max(ALL_BITS - bits_of(-(-parts // PARTS)), 0)
+        own = np.repeat(row[None], -(-units >> bits), axis=0)
+        own[:, tables.NUMBER] = np.arange(len(own)) << bits
+        own[:, tables.COUNT] = np.minimum(1 << bits, units - own[:, tables.NUMBER])
+        own[:, tables.BITS] = bits
+        slabs.append(own)
+    return np.concatenate(slabs)
+
+
+def _dtypes(family: Family) -> set[Any]:
+    return {array.dtype for array in family.arrays} if family.rounded else {FLOAT64}
+
+
+def _facts(family: Family, ord: float) -> tuple[float, float, float]:
+    """Return what the law says of the elements of a family: roundoff, what is coarse, tiny."""
+    rows = _dtypes(family)
+    size = sum(array.size // max(array.units, 1) for array in family.arrays)
+    ones = formulas.root(float(size), ord) if family.rounded else 1.0
+    coarse = ones * max(row.coarse for row in rows)
+    return max(row.roundoff for row in rows), coarse, max(row.tiny for row in rows)

@@ -1,0 +1,109 @@
+"""Memory of any steps on the GPU: that tiles cover it, and norms and results as on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from cases import normal
+from checks import assert_same_bits
+from devices import fetch, ready, send
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import DTYPES
+
+import numclip as nc
+from numclip.dtypes import lookup
+from numclip.kernels.cuda import tables, tiling
+from numclip.kernels.cuda.tiling import Memory, Strided
+
+__all__ = ["ready"]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+
+@st.composite
+def views(draw: st.DrawFn) -> np.ndarray:
+    """A view of some memory: axes in any order, steps of either sign, over gaps or of 0."""
+    shape = draw(st.lists(st.integers(0, 5) | st.integers(1, 40), max_size=3))
+    shape += draw(st.lists(st.integers(1, 3), max_size=2))
+    steps, start, unit = [0] * len(shape), 0, 4
+    for k in draw(st.permutations(range(len(shape)))):
+        gap = draw(st.sampled_from([1, 1, 1, 2, 3, -1, -3, 0]))
+        steps[k] = gap * unit
+        start -= min(steps[k] * (shape[k] - 1), 0)
+        unit *= max(abs(gap) * shape[k], 1)
+    memory = np.empty(start + unit, np.uint8)
+    return np.ndarray(shape, "f4", memory, start, steps)
+
+
+def described(view: np.ndarray, axes: Any) -> Strided:
+    dtype = lookup(view.dtype)
+    assert dtype is not None
+    memory = Memory(view.ctypes.data, view.strides)
+    return Strided(dtype, view.shape, memory, memory, axes)
+
+
+def elements(table: np.ndarray) -> list[tuple[int, int, int]]:
+    """The number of the unit, the partial sum and the address of every element of some tiles."""
+    found = []
+    for tile in table.tolist():
+        for n, i in itertools.product(range(tile[tables.COUNT]), range(tile[tables.LENGTH])):
+            address = tile[tables.SOURCE] + n * tile[tables.UNIT_STEP] + i * tile[tables.STEP]
+            number = tile[tables.NUMBER] + n * tile[tables.NUMBER_STEP]
+            found.append((number, tile[tables.PART] + n * tile[tables.NUMBER_STEP], address))
+    return found
+
+
+@given(views(), st.data())
+def test_tiles_cover_every_element_once(view, data):
+    axes = data.draw(st.none() | st.sets(st.integers(0, max(view.ndim - 1, 0))).map(sorted))
+    axes = None if axes is None or view.ndim == 0 else tuple(axes)
+    array = described(view, axes)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiling, "LEAST_BYTES", data.draw(st.sampled_from([16, 64, 4096])))
+        table, sums = tiling.cut(array, [array.read])
+    wanted = []
+    for index in np.ndindex(view.shape):
+        number = 0
+        for axis in array.kept:
+            number = number * view.shape[axis] + index[axis]
+        address = sum(i * step for i, step in zip(index, view.strides, strict=True))
+        wanted.append((number, view.ctypes.data + address))
+    found = elements(table)
+    assert sorted((number, address) for number, _, address in found) == sorted(wanted)
+    assert all(part % array.units == number for number, part, _ in found)
+    assert {part for _, part, _ in found} == (set(range(sums * array.units)) if wanted else set())
+
+
+VIEWS = {
+    "columns": lambda x: x[:, 2:7],
+    "planes": lambda x: x.reshape(3, 7, 22)[:, ::2, ::-1],
+    "permuted": lambda x: x.reshape(3, 7, 22).transpose(1, 0, 2),
+    "repeated": lambda x: np.broadcast_to(x[:, :1], x.shape),
+    "line": lambda x: x.reshape(-1)[::5],
+    "bottom": lambda x: x[::-1],
+}
+
+
+def numbers(array: np.ndarray) -> np.ndarray:
+    """All real numbers of an array in C order, in the array's own precision."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(reference.real_dtype(flat.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view, dtype):
+    grad = VIEWS[view](normal(np.random.default_rng(0), (21, 22), dtype))
+    wanted, norm = nc.clip_by_global_norm([grad], 0.5)
+    sent = send(grad)
+    found, same = nc.clip_by_global_norm([sent], 0.5)
+    assert float(same) == pytest.approx(norm, rel=1e-14)
+    assert reference.ulp_distance(*map(numbers, (fetch(found[0]), wanted[0]))).max() <= 1
+    assert found[0]._strides in (None, sent._strides)
+    if view != "repeated":
+        nc.clip_by_global_norm([sent], 0.5, out=[sent])
+        assert_same_bits(fetch(sent), fetch(found[0]))
