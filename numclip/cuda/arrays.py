@@ -310,7 +310,7 @@ def host_indices(indices: Any) -> Array:
             f"{shape}; pass a contiguous copy"
         )
     nbytes = math.prod(shape) * native.itemsize
-    copy: Array = device.read(told.address, nbytes, _stream_of(indices)).view(native)
+    copy: Array = device.read(told.address, nbytes, current_stream(indices)).view(native)
     return copy
 
 
@@ -472,13 +472,13 @@ def stream_from(stream: Any) -> Any:
 
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    stream = _stream_of(entries[0].array if entries else None)
+    stream = current_stream(entries[0].array if entries else None)
     if device.handle_of(stream) and any(entry.lease is not None for entry in entries):
         device.order(stream, 0)  # which DLPack's producers were told to be ready for
     return stream
 
 
-def _stream_of(array: Any) -> Any:
+def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = _library(array)
     if package == "torch":
@@ -534,10 +534,14 @@ def _check_slices(entry: DeviceEntry, found: DeviceEntry) -> None:
             raise ValueError(f"{found.name}: expected the indices and dense_shape of {entry.name}")
 
 
-def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+def refuse_overlaps(
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    advice: str = "pass out= the gradients themselves to work in place",
+) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
     if not all(entry.dense for entry in (*entries, *targets)):
-        _refuse_interleaved(entries, targets)
+        _refuse_interleaved(entries, targets, advice)
         return
     spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
@@ -549,10 +553,12 @@ def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntr
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
-            raise _shared(name, entry.name, source=True)
+            raise _shared(name, entry.name, advice)
 
 
-def _refuse_interleaved(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+def _refuse_interleaved(
+    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], advice: str
+) -> None:
     """Refuse what `refuse_overlaps` does, of arrays that can lie between another's elements."""
     views = {id(entry): _addresses(entry) for entry in (*entries, *targets)}
     for k, target in enumerate(targets):
@@ -562,12 +568,11 @@ def _refuse_interleaved(entries: Sequence[DeviceEntry], targets: Sequence[Device
         for j, entry in enumerate(entries):
             reads_itself = j == k and entry.memory == target.memory
             if not reads_itself and np.shares_memory(views[id(target)], views[id(entry)]):
-                raise _shared(target.name, entry.name, source=True)
+                raise _shared(target.name, entry.name, advice)
 
 
-def _shared(name: str, other: str, *, source: bool = False) -> ValueError:
-    advice = "; pass out= the gradients themselves to work in place" if source else ""
-    return ValueError(f"{name}: shares memory with {other}{advice}")
+def _shared(name: str, other: str, advice: str = "") -> ValueError:
+    return ValueError(f"{name}: shares memory with {other}{advice and '; '}{advice}")
 
 
 def _addresses(entry: DeviceEntry) -> Array:
