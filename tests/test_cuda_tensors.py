@@ -53,6 +53,9 @@ def test_tensors_at_the_same_places_are_not_described_again(described):
     assert (norm, later) == (5.0, pytest.approx(2.5, rel=1e-6))
     for results in (clipped, again):
         assert all(result is item for result, item in zip(results, items, strict=True))
+    for other in ([*items], (*items,)):
+        nc.clip_by_global_norm(items, 1.0, out=other)
+    assert len(described) == 4
     named = dict(zip("abc", items, strict=True))
     results, _ = nc.clip_by_global_norm(named, 0.5, out=named)
     assert len(described) == 4

@@ -148,6 +148,7 @@ def test_pairs_that_are_not_taken():
     fixed = Foreign(np.ones((2, 2)), data=(there.address, True))
     ordered = send(np.asfortranarray(normal(np.random.default_rng(0), (2, 2), "float64")))
     slices = nc.IndexedSlices(np.ones((1, 2)), [0], (2, 2))
+    sent = nc.IndexedSlices(send(np.ones((1, 2))), [0], (2, 2))
     first = (send(np.ones(3)), send(np.ones(3)))
     for pair, error, message in [
         ((ones, there), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
@@ -158,7 +159,8 @@ def test_pairs_that_are_not_taken():
         ((ordered, there), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
         ((there, ordered), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
         ((first[0], first[1]), ValueError, r"shares memory with grads_and_vars\[0\]"),
-        ((slices, there), TypeError, r"got IndexedSlices"),
+        ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
+        ((sent, there), TypeError, r"an array for a gradient on the GPU, got IndexedSlices; pass"),
     ]:
         with pytest.raises(error, match=rf"grads_and_vars\[1\]: .*{message}"):
             optimizer.apply_gradients([first, pair])

@@ -234,6 +234,10 @@ class DeviceEntry(NamedTuple):
         """Whether the elements fill their memory, in any order of the axes."""
         return self.strides is None or _is_dense(self.shape, self.strides, self.native.itemsize)
 
+    def lies_as(self, other: DeviceEntry) -> bool:
+        """Tell whether an array of the same shape and dtype has the same memory."""
+        return self.address == other.address and self.strides == other.strides
+
     @property
     def memory(self) -> Memory:
         """The address and the steps."""
@@ -515,7 +519,7 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
             raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
-        steps = zip(found.shape, found.memory.steps, strict=True)
+        steps = zip(found.shape, found.strides or (), strict=False)
         if found.size and any(length > 1 and not step for length, step in steps):
             raise ValueError(f"{name}: expected distinct elements, got strides {found.strides}")
     if not found.writable:
@@ -549,7 +553,7 @@ def refuse_overlaps(
             raise _shared(second, first)
     for entry, target in zip(entries, targets, strict=True):
         before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
-        if entry.memory == target.memory or not entry.nbytes or not before:
+        if entry.lies_as(target) or not entry.nbytes or not before:
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
@@ -566,7 +570,7 @@ def _refuse_interleaved(
             if np.shares_memory(views[id(target)], views[id(other)]):
                 raise _shared(target.name, other.name)
         for j, entry in enumerate(entries):
-            reads_itself = j == k and entry.memory == target.memory
+            reads_itself = j == k and entry.lies_as(target)
             if not reads_itself and np.shares_memory(views[id(target)], views[id(entry)]):
                 raise _shared(target.name, entry.name, advice)
 

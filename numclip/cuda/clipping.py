@@ -6,6 +6,7 @@ Nothing here waits for the GPU but ``nonfinite="raise"`` and whoever reads a nor
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -182,9 +183,10 @@ def clip_by_global_norm(
     out: Any,
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
-    _, items, rebuild = inputs.structure(grads)
+    keys, items, rebuild = inputs.structure(grads)
     law = Law(bound, given=ABSENT if given is None else given, ord=ord)
-    name = _name_of(items, law, nonfinite, write=True) if out is grads else None
+    in_place = out is grads or _are_same(keys, items, out)
+    name = _name_of(items, law, nonfinite, write=True) if in_place else None
     norm: float | DeviceFloat | None = _again(name, law, nonfinite, write=True)
     if norm is not None:
         return rebuild(items), norm
@@ -193,6 +195,14 @@ def clip_by_global_norm(
     targets = arrays.targets(described, grads, out)
     norm = clip(described.entries, targets, law, nonfinite, duplicates, name)
     return described.with_results([target.result for target in targets]), norm
+
+
+def _are_same(keys: list[inputs.Key], items: list[Any], out: Any) -> bool:
+    """Tell whether results go to the gradients themselves, in another list of them."""
+    if not isinstance(out, (list, tuple, dict)):
+        return False
+    others, targets, _ = inputs.structure(out, "out")
+    return others == keys and all(map(operator.is_, targets, items))
 
 
 def clip_whole(
