@@ -480,7 +480,7 @@ def clip_per_example(
     -------
     summed : list, tuple or dict
         The sums over examples of the clipped gradients, in the structure and dtypes of `grads`;
-        NumPy arrays, or of CUDA arrays such of their library.
+        NumPy arrays, or of the gradients' library on a GPU.
     num_clipped : int, or list, tuple or dict of int
         How many examples were clipped; with `layerwise` for each gradient. For CUDA arrays
         `DeviceInt`, which waits for the GPU when its value is asked for.

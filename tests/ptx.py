@@ -59,7 +59,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "sum_examples": (TABLE, TABLE, NUMBERS, LIKE),
     },
     units: {
-        "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
+        "find_unit_peaks": (TABLE, TABLE, NUMBERS, NUMBERS, types.int64, NUMBERS),
         "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
         "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
     },

@@ -63,7 +63,9 @@ def torch(monkeypatch):
     """A module that stands for PyTorch."""
     stream = SimpleNamespace(cuda_stream=0)
     cuda = SimpleNamespace(current_stream=lambda _: stream)
-    made = SimpleNamespace(cuda=cuda, empty_like=lambda tensor: Tensor(fetch(tensor.sent)))
+    like = lambda tensor: Tensor(fetch(tensor.sent))  # noqa: E731
+    nn = SimpleNamespace(Parameter=Tensor)
+    made = SimpleNamespace(cuda=cuda, Tensor=Tensor, nn=nn, empty_like=like)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made
 
@@ -147,7 +149,7 @@ def test_copies_wait_for_every_stream_where_none_is_named(monkeypatch):
     optimizer, array = nc.Adam(groups), groups.params["x"]
     waits = []
     monkeypatch.setattr(device, "synchronize", waits.append)
-    for copy in (lambda: np.asarray(array), lambda: optimizer._slots["g"].steps):
+    for copy in (lambda: np.asarray(array), lambda: optimizer._engine.slots["g"].steps):
         waits.clear()
         copy()
         assert waits[0] is None

@@ -68,6 +68,8 @@ def test_steps_and_units(dtype, view):
         for ord in (2, 1, np.inf):
             wanted = nc.clip_by_norm(grad, middle, axes, ord=ord)
             assert_near(nc.clip_by_norm(sent, middle, axes, ord=ord), wanted)
+        twice = [fetch(nc.clip_by_norm(sent, middle, axes)) for _ in range(2)]
+        assert_same_bits(*twice)
         wanted = nc.adaptive_clip(grad, param, 1.0, axes=axes)
         assert_near(nc.adaptive_clip(sent, send(param), 1.0, axes=axes), wanted)
     examples = grad.astype("D").reshape(len(grad), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
-from numclip.cuda import arrays
+from numclip.cuda import arrays, plans
 from numclip.cuda import units as device_units
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.tiling import Strided
@@ -130,6 +131,18 @@ def test_steps_allocate_nothing(monkeypatch):
     for name in ("table", "allocate", "update"):
         monkeypatch.setattr(device, name, None)
     nc.clip_by_norm(grad, 2.0, 0, out=grad)
+
+
+def test_plans_that_hold_much_memory_are_not_kept(monkeypatch):
+    monkeypatch.setattr(plans, "_plans", OrderedDict())
+    monkeypatch.setattr(plans, "MOST_BYTES", 2000)
+    grads = [send(np.ones((2, 15), "f")) for _ in range(3)]  # of 1280 + 360 bytes
+    for grad in grads:
+        nc.clip_by_norm(grad, 0.5, 0, out=grad)
+        assert len(plans._plans) == 1
+    nc.clip_by_norm(grads[0], 0.5, 1, out=grads[0])
+    nc.clip_by_norm(grads[1], 0.5, 1, out=grads[1])
+    assert len(plans._plans) == 2
 
 
 def plan_for(grads: list[Any], params: list[Any], *, ord: float = 2.0, **options: Any) -> UnitPlan:

@@ -65,8 +65,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     entries: list[DeviceEntry] = described.entries
     inputs.check_examples(described.entries)
     device.require()
-    stream = arrays.stream_of(entries)
-    sums = [arrays.new_of_shape(entry, entry.shape[1:]) for entry in entries]
+    stream, sums = arrays.stream_of(entries), [_new_sum(entry) for entry in entries]
     parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
     shared = [tuple(parts)] if layerwise is None else [(part,) for part in parts]
     families = tuple(Family(own, rounded=False) for own in shared)
@@ -82,6 +81,11 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     adding.write(plan.shared.tensors, plan.units, stream)
     summed = described.with_results([total.array for total in sums])
     return summed, described.with_results(counts) if layerwise else counts[0]
+
+
+def _new_sum(entry: DeviceEntry) -> DeviceEntry:
+    """Return a new array for the sum over a gradient's examples."""
+    return arrays.new_of_shape(entry, entry.shape[1:])
 
 
 def _along_examples(total: DeviceEntry) -> DeviceEntry:

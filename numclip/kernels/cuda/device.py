@@ -126,6 +126,11 @@ def table(array: Any, stream: Any) -> Any:
     return made
 
 
+def scratch(shape: tuple[int, ...]) -> Any:
+    """Return a table of float64 on the GPU that kernels are to fill."""
+    return cuda.device_array(shape, np.float64)
+
+
 def update(to: Any, array: Any, stream: Any) -> None:
     """Write a table that is on the GPU, in the order of the stream."""
     to.copy_to_device(np.ascontiguousarray(array), stream=stream)

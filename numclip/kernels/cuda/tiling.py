@@ -242,7 +242,7 @@ class Tiles:
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
             found[k] = table
-        self._tables = _by_dtype(self._arrays, found, self._table, stream)
+        self._tables = _by_dtype(self._arrays, found, stream, self._table)
         if all(array.read == array.written for array in self._arrays.values()):
             self._written[None] = self._tables
 
@@ -251,7 +251,7 @@ class Tiles:
         if members not in self._written:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = _by_dtype(self._arrays, found, self._table, stream)
+            self._written[members] = _by_dtype(self._arrays, found, stream, self._table)
         return self._written[members]
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
@@ -299,15 +299,15 @@ class Tiles:
 
 
 def _by_dtype(
-    arrays: Mapping[int, Strided], found: Mapping[int, Array], table: Any, stream: Any
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any, send: Any = device.table
 ) -> dict[DType, Any]:
-    """Return one table of the tiles of each dtype that has some, as `table` sends them."""
+    """Return one table of the tiles of each dtype that has some, sent to the GPU."""
     rows: dict[DType, list[Array]] = {}
-    for k, own in found.items():
-        own[:, tables.OWNER] = k
-        rows.setdefault(arrays[k].dtype, []).append(own)
-    joined = {dtype: copied_first(np.concatenate(parts)) for dtype, parts in rows.items()}
-    return {dtype: table(rows, stream) for dtype, rows in joined.items() if len(rows)}
+    for k, table in found.items():
+        table[:, tables.OWNER] = k
+        rows.setdefault(arrays[k].dtype, []).append(table)
+    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
+    return {dtype: send(own, stream) for dtype, own in joined.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
@@ -322,7 +322,7 @@ class Sums:
 
     def __init__(self, arrays: Mapping[int, Strided], stream: Any) -> None:
         found = {k: cut(a, [a.read, a.written], whole=True)[0] for k, a in arrays.items()}
-        self._tables = _by_dtype(arrays, found, device.table, stream)
+        self._tables = _by_dtype(arrays, found, stream)
 
     def write(self, tensors: Any, units: Any, stream: Any) -> None:
         """Write the sums, in float64, where the arrays are written; those have steps of 0."""

@@ -45,6 +45,7 @@ class UnitPlan:
 
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
+    That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
@@ -60,11 +61,11 @@ class UnitPlan:
         self._families, self._slabs = (
             device.table(table, stream) for table in (made, _slabs(made, tensors))
         )
-        partial = device.table(np.zeros((max(int(counts.sum()), 1), 3)), stream)
+        partial = device.scratch((max(int(counts.sum()), 1), 3))
         self.shared = Shared(device.table(tensors, stream), partial)
-        rows = np.zeros((sum(family.units for family in families) + 1, tables.UNIT_COLUMNS))
-        rows[:, tables.RATIO], rows[:, tables.ORD] = 1.0, ord
-        self.units = device.table(rows, stream)
+        count = sum(family.units for family in families) + 1
+        self.units = device.scratch((count, tables.UNIT_COLUMNS))
+        self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
@@ -98,8 +99,9 @@ class UnitPlan:
 
     def _find(self, column: int, stream: Any) -> None:
         """Take the largest of each unit's partial maxima into a column."""
-        arguments = self._slabs, self.shared.tensors, self.shared.partial, np.int64(column)
-        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments, self.units)
+        tensors, partial = self.shared
+        arguments = self._slabs, tensors, self._laws.table, partial, np.int64(column), self.units
+        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments)
 
     def decide(self, stream: Any, base: Any = None) -> None:
         """Find the factor of every unit; `base` are decisions that can say to skip all."""

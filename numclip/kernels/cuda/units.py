@@ -77,8 +77,8 @@ def unit_total(slab, first, last, tensors, partial, room):
 
 
 @kernel
-def find_unit_peaks(slabs, tensors, partial, column, out):
-    """Write the largest of each unit's partial maxima to a column."""
+def find_unit_peaks(slabs, tensors, laws, partial, column, out):
+    """Write the largest of each unit's partial maxima to a column; PEAK is the first one."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
@@ -93,7 +93,10 @@ def find_unit_peaks(slabs, tensors, partial, column, out):
             t += 1
         largest = lane_max(largest, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
         if is_told(slab, u, lane):
-            out[slab[ROW] + u, column] = largest
+            own = out[slab[ROW] + u]
+            own[column] = largest
+            if column == PEAK:
+                own[RATIO], own[ORD] = 1.0, laws[slab[LAW], ORD]
         s += cuda.gridDim.x
 
 
