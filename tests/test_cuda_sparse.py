@@ -17,7 +17,10 @@ from devices import HARDWARE, OnDevice, fetch, ready, send
 import numclip as nc
 from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.slices import DeviceSlices
-from numclip.kernels.cuda import device
+from numclip.dtypes import lookup
+from numclip.kernels import backend
+from numclip.kernels.cuda import device, grouping, tables
+from numclip.kernels.cuda.grouping import RowSpan
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -111,6 +114,33 @@ def test_shapes(shape, rows):
     sent = send(slices)
     checks.assert_same_bits(fetch(sent.to_dense()), slices.to_dense())
     assert nc.global_norm([sent]) == pytest.approx(nc.global_norm([slices]), rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "complex128"])
+@pytest.mark.parametrize("columns", [1, 3, 64, 300, 1500])
+def test_shares_of_large_blocks_cover_every_sum_once(monkeypatch, columns, name):
+    for constant, value in {
+        "THREADS": 256,
+        "ROW_SHARES": 512,
+        "LONG_GROUP": 16,
+        "SECTOR": 32,
+    }.items():
+        monkeypatch.setattr(device, constant, value)
+    dtype = lookup(np.dtype(name))
+    for rows, most in ((0, 1), (1, 1), (50, 2), (200, 150), (3000, 4)):
+        indices = np.random.default_rng(rows).integers(0, most, rows)
+        groups = backend.group(indices)
+        span = RowSpan(dtype, 0, 0, rows * columns, columns * dtype.components)
+        distinct = groups[1].size - 1
+        mapped = grouping._mapped(span, groups, 0, 0, np.arange(distinct))
+        assert len(mapped.shares) == grouping.count(span)
+        seen = np.zeros((distinct, columns), int)
+        for share in mapped.shares:
+            width, lanes = 1 << share[tables.WIDTH], 1 << share[tables.LANES]
+            assert width * lanes <= 256
+            first = share[tables.COLUMN]
+            seen[share[tables.BEGIN] : share[tables.END], first : first + width] += 1
+        assert (seen == 1).all()
 
 
 # ---- clipping
