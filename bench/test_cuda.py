@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from gpu import ready
 from models import MODELS
 
 import numclip as nc
 
+__all__ = ["ready"]
 pytestmark = pytest.mark.gpu
 SHAPES = {"flat 4 GB": [(1 << 30,)]}
 SHAPES |= {name: MODELS[name] for name in ("GPT-2 small", "1000 x 256")}
 models = pytest.mark.parametrize("model", SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> None:
-    """Skip where there is no GPU, or fail where one is demanded."""
-    try:
-        from numclip.kernels.cuda import device
-
-        device.require()
-    except nc.DeviceError as error:
-        if os.environ.get("NUMCLIP_REQUIRE_GPU", "0") not in ("", "0"):
-            pytest.fail(f"NUMCLIP_REQUIRE_GPU is set: {error}")
-        pytest.skip(f"no GPU: {error}")
 
 
 @pytest.fixture

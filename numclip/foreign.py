@@ -110,7 +110,7 @@ def _refuse_tensor(name: str, tensor: Any) -> None:
 def _elsewhere(name: str, array: Any) -> TypeError:
     return TypeError(
         f"{name}: expected an array or IndexedSlices in the host's memory, got "
-        f"{type(array).__name__} on the GPU; all arrays of a call lie in one place"
+        f"{type(array).__name__} on the GPU; copy it to the host, or pass arrays of the GPU alone"
     )
 
 

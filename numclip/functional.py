@@ -148,6 +148,7 @@ def clip_by_global_norm(
     **Edge cases.** Zero gradients stay zero. Finite gradients whose norm exceeds float64 are
     clipped; the norm is told as ``inf``. Strided, misaligned and byte-swapped arrays are
     worked on in a copy; in place they are written back, but byte-swapped ones are refused.
+    CUDA arrays are worked on where they lie; misaligned ones are refused.
 
     **Source.** ``tf.clip_by_global_norm`` and Pascanu, Mikolov and Bengio 2013 (arXiv
     1211.5063, algorithm 1). Differs where TensorFlow overflows, underflows, exceeds the bound
@@ -224,7 +225,7 @@ def clip_by_norm(
     -----
     **Guarantees.** As `clip_by_global_norm`, for each unit. NaN or Inf makes its unit NaN.
     Axes in front or in the middle are summed where they stand; other arrangements, and orders
-    other than 2, work on a transposed copy.
+    other than 2, work on a transposed copy. CUDA arrays are never copied.
 
     **Source.** ``tf.clip_by_norm``.
 
@@ -336,7 +337,8 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
         A gradient of a real dtype and any shape, see `global_norm`.
     clip_value_min, clip_value_max : float or array
         The bounds, rounded to the dtype of `grad`; arrays broadcast to its (dense) shape, and
-        take a slower path. Neither may be NaN, none of the first exceed the second's.
+        take a slower path. Neither may be NaN, none of the first exceed the second's. CUDA
+        arrays are read for that, which waits for the GPU.
     out : array or IndexedSlices, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
@@ -478,9 +480,10 @@ def clip_per_example(
     -------
     summed : list, tuple or dict
         The sums over examples of the clipped gradients, in the structure and dtypes of `grads`;
-        NumPy arrays.
+        NumPy arrays, or of the gradients' library on a GPU.
     num_clipped : int, or list, tuple or dict of int
-        How many examples were clipped; with `layerwise` for each gradient.
+        How many examples were clipped; with `layerwise` for each gradient. For CUDA arrays
+        `DeviceInt`, which waits for the GPU when its value is asked for.
 
     Raises
     ------
@@ -506,7 +509,8 @@ def clip_per_example(
     grads = listed(grads)
     if any_on_device(grads):
         _refuse_slices_there("grads", grads.values() if isinstance(grads, Mapping) else grads)
-        raise TypeError("grads: expected arrays on the host for clip_per_example; clip copies")
+        on_gpu: tuple[Any, Any] = _device_units().clip_per_example(grads, bound, layerwise)
+        return on_gpu
     described = inputs.gradients(grads)
     inputs.check_examples(described.entries)
     if not described.entries:

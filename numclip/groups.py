@@ -16,6 +16,7 @@ from numclip.history import History
 from numclip.joint_step import attempt
 from numclip.report import WHOLE, ClipReport
 from numclip.step import Step, report
+from numclip.updating import GroupEngine, Method
 
 
 class _Grads(MutableMapping[str, Any]):
@@ -285,6 +286,10 @@ class ParamGroups(state.Saved):
         self.history.record(told)
         self.step += 1
         return told
+
+    def engine(self, method: Method) -> GroupEngine:
+        """Return what updates the parameters by an optimizer's method."""
+        return GroupEngine(self, method)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""

@@ -8,65 +8,15 @@ from typing import Any, Never
 
 import numpy as np
 
-from numclip import foreign, inputs, state
-from numclip.dtypes import Array, DType, as_stored
-from numclip.general_step import GeneralStep
+from numclip import inputs, state
+from numclip.dtypes import Array
 from numclip.groups import ParamGroups
-from numclip.inputs import Entry
 from numclip.kernels import backend, formulas
-from numclip.layout import aligned
-from numclip.outputs import check_writeable
+from numclip.placement import on_device
 from numclip.report import ClipReport
-from numclip.step import Step
+from numclip.updating import ArrayEngine, GroupEngine, Pair
 
 Rate = float | Callable[[int], float]
-
-
-class _Slots:
-    """What an optimizer keeps for some parameters: a flat buffer for each state, and a count.
-
-    `params` are 1-d storage; `views` has for each of them its part of each state.
-    """
-
-    def __init__(self, params: Sequence[Array], dtypes: Sequence[DType], states: int) -> None:
-        self.params, self.dtypes, self.steps = params, dtypes, 0
-        self.views: list[list[Array]] = [[] for _ in params]
-        for dtype in dict.fromkeys(dtypes):
-            members = [k for k, other in enumerate(dtypes) if other is dtype]
-            for _ in range(states):
-                start = 0
-                flat = aligned(sum(params[k].size for k in members), dtype.compute)
-                for k in members:
-                    self.views[k].append(flat[start : start + params[k].size])
-                    start += params[k].size
-
-    def dense(self, entries: Sequence[Entry]) -> list[tuple[Any, backend.Update]]:
-        """Return an update for each dtype, with the places of its parameters."""
-        made: list[tuple[Any, backend.Update]] = []
-        kinds = dict.fromkeys(self.dtypes)
-        for dtype in kinds:
-            places = [k for k, other in enumerate(self.dtypes) if other is dtype]
-            tensors = [[entries[k].flat, self.params[k], *self.views[k]] for k in places]
-            columns = list(np.array([[array.ctypes.data for array in row] for row in tensors]).T)
-            lengths = np.array([row[0].size for row in tensors])
-            where = slice(None) if len(kinds) == 1 else np.array(places)
-            made.append((where, backend.update(dtype, columns, lengths, tensors)))
-        return made
-
-    def rows(self, k: int, entry: Entry) -> backend.Update:
-        """Return an update of the rows that a sparse gradient touches, each a tensor."""
-        assert entry.slices is not None
-        merged = entry.slices.coalesce()
-        values = as_stored(merged.values.reshape(-1))
-        count, length = merged.indices.size, values.size // max(merged.indices.size, 1)
-        rows = np.asarray(merged.indices, np.int64)
-        columns = [values.ctypes.data + np.arange(count) * (length * values.itemsize)]
-        columns += [
-            array.ctypes.data + rows * (length * array.itemsize)
-            for array in (self.params[k], *self.views[k])
-        ]
-        arrays = values, self.params[k], self.views[k]
-        return backend.update(entry.dtype, columns, np.full(count, length), arrays)
 
 
 class Optimizer(state.Saved):
@@ -80,27 +30,21 @@ class Optimizer(state.Saved):
         if not callable(lr):
             inputs.finite_bound("lr", lr)
         self.groups, self.lr = groups, lr
-        self._slots: dict[str, _Slots] = {}
-        self._dense: dict[str, list[tuple[Any, backend.Update]]] = {}
-        self._own: dict[int, tuple[Array, _Slots]] = {}
+        self._engine = None if groups is None else groups.engine(self)
+        self._own: dict[bool, Any] = {}
         self._applied = 0
-        if groups is not None and groups.device == "cuda":
-            self._slots = groups.optimizer_slots(len(self.state_names))  # type: ignore[attr-defined]
-            return
-        for group in groups or ():
-            entries = [inputs.entry(name, name, param) for name, param in group.params.items()]
-            params, dtypes = [entry.flat for entry in entries], [entry.dtype for entry in entries]
-            slots = self._slots[group.name] = _Slots(params, dtypes, len(self.state_names))
-            if not group.sparse:
-                self._dense[group.name] = slots.dense(group.gradients()[0])
 
     @abstractmethod
     def settings(self, lr: float) -> list[float]:
-        """Return the numbers of a step."""
+        """Return the numbers that the user has chosen for a step."""
 
     @abstractmethod
-    def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
-        """Update parameters and states, for the `count`-th time."""
+    def numbers(self, lr: float, count: int) -> list[float]:
+        """Return the numbers of the `count`-th step, as kernels take them."""
+
+    @abstractmethod
+    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
+        """Update parameters and states in the host's memory, for the `count`-th time."""
 
     def _rate(self, own: float | None, number: int) -> float:
         if own is not None:
@@ -132,34 +76,15 @@ class Optimizer(state.Saved):
         NonFiniteGradientError
             Where a group's policy is "raise". Nothing is changed in any group.
         """
-        groups = self._managed()
-        number = groups.step
+        groups, engine = self._managed()
         scale = inputs.positive("unscale", unscale)
-        rates = {group.name: self._rate(group.lr, number) for group in groups}
-        if groups.device == "cuda":
-            return groups.update(self, rates, scale)  # type: ignore[attr-defined, no-any-return]
-        found = groups.judged(scale, write=True)
-        for one in found:
-            if not one.skipped:
-                self._update(one, rates[one.group.name])
-        return groups.commit(found)
+        rates = {group.name: self._rate(group.lr, groups.step) for group in groups}
+        return engine.step(rates, scale)
 
-    def _managed(self) -> ParamGroups:
-        if self.groups is None:
+    def _managed(self) -> tuple[ParamGroups, GroupEngine]:
+        if self.groups is None or self._engine is None:
             raise ValueError("groups: expected ParamGroups to step, got None; see apply_gradients")
-        return self.groups
-
-    def _update(self, step: Step, lr: float) -> None:
-        group, slots = step.group, self._slots[step.group.name]
-        slots.steps += 1
-        if isinstance(step, GeneralStep) and group.sparse:
-            for k, entry in enumerate(step.scaled_copies()):
-                rows = slots.rows(k, entry)  # scaled first: sums of raw rows could overflow
-                self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
-            return
-        factors = step.update_factors()
-        for places, update in self._dense[group.name]:
-            self._take(update, factors[places], lr, slots.steps)
+        return self.groups, self._engine
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Array]]) -> None:
         """Update arrays of the user's own, in place; nothing is clipped.
@@ -170,7 +95,9 @@ class Optimizer(state.Saved):
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
             optimizer keeps a state for each that it has met, and the array with it: a new view
-            is a new array. These states are not in `state_dict`.
+            is a new array. These states are not in `state_dict`. CUDA arrays are taken with
+            gradients that are CUDA arrays in C order, none in two pairs: one launch for each
+            dtype, whatever their number, on the stream of the first array's library.
 
         Raises
         ------
@@ -178,40 +105,40 @@ class Optimizer(state.Saved):
             Where a pair does not fit; the message names it. Nothing is updated then.
         """
         pairs = [
-            (entry, param, variable)
-            for number, (grad, variable) in enumerate(grads_and_vars)
-            if grad is not None
-            for entry, param in [_pair(number, grad, variable)]
+            Pair(f"grads_and_vars[{number}]", gradient, variable)
+            for number, (gradient, variable) in enumerate(grads_and_vars)
+            if gradient is not None
         ]
+        engine = self._engine_of(pairs)
+        described = engine.describe(pairs)
         lr = self._rate(None, self._applied)
         self._applied += 1
-        for entry, param, variable in pairs:
-            slots = self._slots_of(variable, param, entry.dtype)
-            slots.steps += 1
-            if entry.slices is not None:
-                rows = slots.rows(0, entry)
-                self._take(rows, np.ones(len(rows.chunks)), lr, slots.steps)
-            else:
-                self._take(slots.dense([entry])[0][1], np.ones(1), lr, slots.steps)
+        engine.update(described, lr)
 
-    def _slots_of(self, variable: Array, param: Array, dtype: DType) -> _Slots:
-        """Return the states of an array of the user's, new ones if it is not as it was."""
-        known, slots = self._own.get(id(variable), (None, None))
-        fits = slots is not None and slots.dtypes == [dtype] and slots.params[0].size == param.size
-        if slots is None or known is not variable or not fits:
-            slots = _Slots([param], [dtype], len(self.state_names))
-            self._own[id(variable)] = variable, slots
-        slots.params = [param]  # the memory may have moved
-        return slots
+    def _engine_of(self, pairs: Sequence[Pair]) -> Any:
+        """Return what updates arrays where these all are: in the host's memory, or on the GPU."""
+        there = bool(pairs) and on_device(pairs[0].variable)
+        for pair in pairs:
+            for array in (pair.gradient, pair.variable):
+                if on_device(array) != there:
+                    wanted = "on the GPU" if there else "in the host's memory"
+                    raise TypeError(
+                        f"{pair.name}: expected a gradient and an array {wanted}, as the first "
+                        f"array is, got {type(array).__name__} elsewhere"
+                    )
+        if there not in self._own:
+            self._own[there] = _device_engine()(self) if there else ArrayEngine(self)
+        return self._own[there]
 
     def __reduce__(self) -> Never:
         raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the groups' optimizer states, and how often each was updated."""
+        managed, engine = self._managed()
         groups = {}
-        for group in self._managed():
-            slots = self._slots[group.name]
+        for group in managed:
+            slots = engine.slots[group.name]
             views = [dict(zip(self.state_names, own, strict=True)) for own in slots.views]
             copies = [{name: np.array(array) for name, array in own.items()} for own in views]
             params = dict(zip(group.params, copies, strict=True))
@@ -231,6 +158,7 @@ class Optimizer(state.Saved):
         StateError
             Where it does not fit; the message says where. Nothing is changed then.
         """
+        groups, engine = self._managed()
         expected = self.state_dict()
         state.matches(expected, state_dict)
         if expected["optimizer"] != state_dict["optimizer"]:
@@ -240,30 +168,18 @@ class Optimizer(state.Saved):
         if any(saved["steps"] < 0 for saved in state_dict["groups"].values()):
             raise state.StateError("steps: expected numbers >= 0")
         for name, saved in state_dict["groups"].items():
-            slots = self._slots[name]
+            slots = engine.slots[name]
             slots.steps = saved["steps"]
-            for param, own in zip(self._managed()[name].params, slots.views, strict=True):
+            for param, own in zip(groups[name].params, slots.views, strict=True):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
 
 
-def _pair(number: int, grad: Any, variable: Any) -> tuple[Entry, Array]:
-    """Return a gradient and its variable's storage, after checking that they fit."""
-    name = f"grads_and_vars[{number}]"
-    known = isinstance(variable, np.ndarray)
-    param = variable if known else foreign.as_numpy(name, variable)
-    if param is None or not param.flags.c_contiguous:
-        raise TypeError(f"{name}: expected a C-contiguous array to update, got {type(variable)}")
-    entry = inputs.entry(name, number, grad)
-    check_writeable(param, name)
-    if entry.dense_shape != param.shape or entry.values.dtype != param.dtype:
-        raise ValueError(
-            f"{name}: expected a gradient of shape {param.shape} and dtype {param.dtype}, "
-            f"got {entry.dense_shape} and {entry.values.dtype}"
-        )
-    if entry.values.flags.f_contiguous and not entry.values.flags.c_contiguous:
-        entry = inputs.entry(name, number, np.ascontiguousarray(entry.values))
-    return entry, as_stored(param.reshape(-1))
+def _device_engine() -> Any:
+    """Return what updates arrays on the GPU, which is loaded when first needed."""
+    from numclip.cuda.updating import DeviceArrayEngine
+
+    return DeviceArrayEngine
 
 
 class SGD(Optimizer):
@@ -324,13 +240,18 @@ class SGD(Optimizer):
         super().__init__(groups, lr)
 
     def settings(self, lr: float) -> list[float]:
-        """Return the numbers of a step, as kernels take them."""
+        """Return the rate, the decay, the momentum, and the weights of gradient and velocity."""
         weights = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
         return [lr, self.weight_decay, self.momentum, *weights]
 
-    def _take(self, update: backend.Update, factors: Array, lr: float, _count: int) -> None:
-        settings = self.settings(lr)
-        backend.descend(update, factors, settings, momentum=self.momentum > 0.0)
+    def numbers(self, lr: float, count: int) -> list[float]:  # noqa: ARG002
+        """Return the settings, which are the same in each step."""
+        return self.settings(lr)
+
+    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
+        """Update parameters and velocities in the host's memory."""
+        numbers = self.numbers(lr, count)
+        backend.descend(update, factors, numbers, momentum=self.momentum > 0.0)
 
 
 class Adam(Optimizer):
@@ -393,12 +314,19 @@ class Adam(Optimizer):
         super().__init__(groups, lr)
 
     def settings(self, lr: float) -> list[float]:
-        """Return the numbers of a step, before the corrections of the moments' biases."""
+        """Return the rate, the decay, both betas and eps."""
         return [lr, self.weight_decay, *self.betas, self.eps]
 
-    def _take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
+    def numbers(self, lr: float, count: int) -> list[float]:
+        """Return the share that decays, the weights of the averages, the rate and eps.
+
+        The last two have the corrections of the moments' biases, see `formulas.adam_step`.
+        """
         first, second = self.betas
         rate, root_bias = formulas.adam_rate(lr, count, first, second)
         shares = lr * self.weight_decay, 1.0 - first, 1.0 - second
-        settings = *shares, rate, self.eps * root_bias
-        backend.adam(update, factors, settings)
+        return [*shares, rate, self.eps * root_bias]
+
+    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
+        """Update parameters and averages in the host's memory."""
+        backend.adam(update, factors, self.numbers(lr, count))

@@ -75,6 +75,8 @@ def _views(items: Items) -> Items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
+        if getattr(item, "is_cuda", False):
+            return items
         try:
             view = as_numpy("", item)
         except (TypeError, ValueError):  # the general way says what is wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -147,6 +148,26 @@ class Units:
             place.array[...] = target.view(dtype).reshape(place.array.shape)
 
 
+class Layer(Protocol):
+    """The gradients of one layer, whose first axis is the example."""
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape."""
+
+
+@np.errstate(invalid="ignore")  # an infinite bound on no elements
+def example_bounds(layers: Sequence[Layer], clip_norm: float, layerwise: str | None) -> Array:
+    """Return the bound on an example's norm, or with `layerwise` that of each layer."""
+    sizes = np.array([math.prod(layer.dense_shape[1:]) for layer in layers], np.float64)
+    shares: Array = {
+        None: np.ones(1),
+        "uniform": np.full(len(layers), 1.0 / math.sqrt(len(layers))),
+        "proportional": np.sqrt(sizes / max(sizes.sum(), 1.0)),
+    }[layerwise]
+    return np.where(np.isinf(clip_norm), np.inf, clip_norm * shares)
+
+
 def clip_examples(
     entries: Sequence[Entry], clip_norm: float, layerwise: str | None
 ) -> tuple[list[Array], list[int]]:
@@ -156,13 +177,8 @@ def clip_examples(
     """
     stored = [_by_example(entry) for entry in entries]
     examples = entries[0].dense_shape[0]
-    sizes = np.array([math.prod(entry.dense_shape[1:]) for entry in entries], np.float64)
     layers = np.arange(len(entries)) if layerwise else np.zeros(len(entries), np.int64)
-    shares = {
-        None: np.ones(1),
-        "uniform": np.full(len(entries), 1.0 / math.sqrt(len(entries))),
-        "proportional": np.sqrt(sizes / max(sizes.sum(), 1.0)),
-    }[layerwise]
+    layer_bounds = example_bounds(entries, clip_norm, layerwise)
     tensors: list[Batch] = []
     groups: list[Array] = []
     for (rows, positions), entry, layer in zip(stored, entries, layers, strict=True):
@@ -170,11 +186,10 @@ def clip_examples(
         batch = backend.rows_of(entry.dtype, flat, flat, positions.size)
         tensors.append(batch._replace(places=batch.places + sum(part.size for part in groups)))
         groups.append(layer * examples + positions)
-    with np.errstate(invalid="ignore"):  # an infinite bound on no elements
-        bounds = np.repeat(np.where(np.isinf(clip_norm), np.inf, clip_norm * shares), examples)
+    bounds = np.repeat(layer_bounds, examples)
     norms = norms_of(tensors, np.concatenate(groups), bounds.size, 2.0)
     factors = decide(norms, bounds, [FLOAT64], 1.0)
-    weights = factors.values(FLOAT64).reshape(shares.size, examples)
+    weights = factors.values(FLOAT64).reshape(layer_bounds.size, examples)
     sums = []
     for (rows, positions), entry, layer in zip(stored, entries, layers, strict=True):
         out = np.empty(entry.dense_shape[1:], entry.native.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ import numclip as nc
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from conftest import EMULATED
+from gpu import ready as ready
 
 from numclip.kernels.cuda import device
 
@@ -44,20 +43,6 @@ if not HARDWARE:
             return make_shared(self, shape, dtype)
 
     FakeCUDAShared.array = shared_array
-
-
-@pytest.fixture(autouse=True)
-def ready() -> None:
-    """Have a GPU, or simulate one; say so where there is none though one is asked for."""
-    if device.SIMULATED:
-        sys.setswitchinterval(1e-5)  # the simulator waits for its threads by polling
-        return
-    try:
-        device.require()
-    except device.DeviceError as error:
-        if os.environ.get("NUMCLIP_REQUIRE_GPU", "0") not in ("", "0"):
-            pytest.fail(f"NUMCLIP_REQUIRE_GPU is set: {error}")
-        pytest.skip(f"no GPU: {error}")
 
 
 hardware = pytest.mark.skipif(
@@ -157,6 +142,11 @@ class OnDevice:
 
     def adaptive_clip(self, grad: Any, param: Any, *arguments: Any, **options: Any) -> Any:
         return self._one("adaptive_clip", grad, send(param), *arguments, **options)
+
+    def clip_per_example(self, grads: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        summed, counts = nc.clip_per_example(each(send, grads), *arguments, **options)
+        counts = each(int, counts) if options.get("layerwise") else int(counts)
+        return each(fetch, summed), counts
 
     def clip_by_value(self, grad: Any, *arguments: Any, out: Any = None) -> Any:
         return self._one("clip_by_value", grad, *arguments, out=out)

@@ -55,6 +55,8 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     tile_scaling: {
         "scale_tiles": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
         "clamp_tiles": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
+        "clamp_tiles_between": (TABLE, LIKE),
+        "sum_examples": (TABLE, TABLE, NUMBERS, LIKE),
     },
     units: {
         "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),

@@ -63,7 +63,9 @@ def torch(monkeypatch):
     """A module that stands for PyTorch."""
     stream = SimpleNamespace(cuda_stream=0)
     cuda = SimpleNamespace(current_stream=lambda _: stream)
-    made = SimpleNamespace(cuda=cuda, empty_like=lambda tensor: Tensor(fetch(tensor.sent)))
+    like = lambda tensor: Tensor(fetch(tensor.sent))  # noqa: E731
+    nn = SimpleNamespace(Parameter=Tensor)
+    made = SimpleNamespace(cuda=cuda, Tensor=Tensor, nn=nn, empty_like=like)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made
 
@@ -147,7 +149,7 @@ def test_copies_wait_for_every_stream_where_none_is_named(monkeypatch):
     optimizer, array = nc.Adam(groups), groups.params["x"]
     waits = []
     monkeypatch.setattr(device, "synchronize", waits.append)
-    for copy in (lambda: np.asarray(array), lambda: optimizer._slots["g"].steps):
+    for copy in (lambda: np.asarray(array), lambda: optimizer._engine.slots["g"].steps):
         waits.clear()
         copy()
         assert waits[0] is None
@@ -290,6 +292,16 @@ def test_results_do_not_overlap():
     assert_same_bits(fetch(apart[0]), fetch(apart[1]))
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_results_that_are_in_place_in_part(step):
+    """Where nothing is clipped, what is not in place is copied all the same."""
+    grads = [normal(np.random.default_rng(k), (600,))[::step] for k in (0, 1)]
+    sent = [send(grad) for grad in grads]
+    other = send(np.zeros_like(grads[1]))
+    nc.clip_by_global_norm(sent, 1e9, out=[sent[0], other])
+    assert_same_bits(fetch(other), grads[1])
+
+
 def test_results_between_the_elements_of_others():
     memory = send(np.arange(12.0).reshape(3, 4))
     even, odd = (
@@ -311,21 +323,26 @@ def test_results_between_the_elements_of_others():
         nc.clip_by_global_norm([memory, send(np.ones((3, 2)))], 1.0, out=[memory, odd])
 
 
-@pytest.mark.parametrize("call", ["bounds", "complex"])
-def test_what_the_functions_do_not_take(call):
-    grad, odd = send(np.ones((2, 2))), send(np.ones(3, "D"))
-    calls: dict[str, Any] = {
-        "bounds": (lambda: nc.clip_by_value(grad, np.zeros(2), 1.0), "expected numbers for a grad"),
-        "complex": (lambda: nc.clip_by_value(odd, -1, 1), r"grad: expected real numbers to hold"),
-    }
-    run, message = calls[call]
-    with pytest.raises(TypeError, match=message):
-        run()
+def test_what_bounds_do_not_take():
+    grad = send(np.ones((2, 3), "f"))
+    for low, high, error, message in [
+        (send(np.full(3, math.nan)), 1.0, ValueError, "clip_value_min: expected numbers, got NaN"),
+        (0.0, send(np.ones(2)), ValueError, "clip_value_max: expected a shape that broadcasts"),
+        (np.ones(3), send(np.zeros(3)), ValueError, "clip_value_min: expected at most clip_value"),
+    ]:
+        with pytest.raises(error, match=message):
+            nc.clip_by_value(grad, low, high)
+    with pytest.raises(TypeError, match=r"grad: expected real numbers to hold between bounds"):
+        nc.clip_by_value(send(np.ones(3, "D")), -1, 1)
 
 
-def test_functions_that_are_not_on_the_gpu():
-    with pytest.raises(TypeError, match=r"grads: expected arrays on the host"):
-        nc.clip_per_example([send(np.ones((2, 2)))], 1.0)
+def test_examples_that_do_not_fit():
+    for odd, message in [
+        (np.ones((3, 2)), r"grads\[1\]: expected 2 examples along axis 0, as in grads\[0\], got 3"),
+        (np.ones(()), r"grads\[1\]: expected examples along axis 0, got a 0-d array"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nc.clip_per_example([send(np.ones((2, 2))), send(odd)], 1.0)
 
 
 @pytest.mark.parametrize(

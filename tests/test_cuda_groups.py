@@ -439,16 +439,23 @@ def test_reports_that_nobody_reads_go(monkeypatch):
     assert len(groups.history) == 2
 
 
-def test_a_fixed_number_of_launches(monkeypatch):
-    counts = []
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        (nc.ByGlobalNorm(1.0), 5),
+        (nc.ByNorm(1.0, ord=3), 9),
+        (nc.Adaptive(), 10),
+        (nc.ByValue(-1, 1), 8),
+    ],
+    ids=repr,
+)
+def test_a_fixed_number_of_launches(monkeypatch, rule, count):
     for tensors in (2, 40):
         params = {f"p{k}": np.ones(3, "f") for k in range(tensors)}
-        group = nc.Group("g", params, clip=nc.ByGlobalNorm(1.0))
-        groups = nc.ParamGroups([group], device="cuda")
+        groups = nc.ParamGroups([nc.Group("g", params, clip=rule)], device="cuda")
         optimizer = nc.Adam(groups)
         launches = []
         monkeypatch.setattr(device, "launch", lambda kernel, *_, own=launches: own.append(kernel))
         optimizer.step()
         monkeypatch.undo()
-        counts.append(len(launches))
-    assert counts == [5, 5]
+        assert len(launches) == count

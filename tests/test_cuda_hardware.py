@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from cases import normal
 from checks import assert_same_bits
 from devices import fetch, hardware, ready, send
-from reference import REAL_DTYPES
+from reference import DTYPES, REAL_DTYPES
 
 import numclip as nc
 
@@ -45,6 +46,45 @@ def test_agreement_with_the_cpu(dtype, size, offset):
     assert ulps(fetch(found[0]), wanted_grad[0]) <= (2 if dtype == "float64" else 1)
     held = nc.clip_by_value(sent, -0.5, 0.25, out=sent)
     assert_same_bits(fetch(held), nc.clip_by_value(grad, -0.5, 0.25))
+
+
+VIEWS = {
+    "columns": lambda x: x[:, 3:900],
+    "reversed": lambda x: x[::-1, ::-2],
+    "permuted": lambda x: x.reshape(1009, 5, 200).transpose(1, 2, 0)[:, ::2],
+    "few": lambda x: x[:, :3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_and_units(dtype, view):
+    whole, param = (normal(np.random.default_rng(k), (1009, 1000), dtype) for k in (0, 1))
+    grad, param = VIEWS[view](whole), VIEWS[view](param)
+    sent, bound = send(grad), 0.9 * nc.global_norm([grad])
+    assert_near(nc.clip_by_norm(sent, bound), nc.clip_by_norm(grad, bound))
+    for axes in [(0,), (grad.ndim - 1,)]:
+        middle = 1.001 * float(np.median(np.linalg.norm(grad.astype("D"), axis=axes[0])))
+        for ord in (2, 1, np.inf):
+            wanted = nc.clip_by_norm(grad, middle, axes, ord=ord)
+            assert_near(nc.clip_by_norm(sent, middle, axes, ord=ord), wanted)
+        wanted = nc.adaptive_clip(grad, param, 1.0, axes=axes)
+        assert_near(nc.adaptive_clip(sent, send(param), 1.0, axes=axes), wanted)
+    examples = grad.astype("D").reshape(len(grad), -1)
+    limit = 1.001 * float(np.median(np.linalg.norm(examples, axis=1)))
+    summed, count = nc.clip_per_example([grad], limit)
+    found, same = nc.clip_per_example([sent], limit)
+    assert same == count
+    np.testing.assert_allclose(fetch(found[0]).astype("D"), summed[0].astype("D"), rtol=0.01)
+    assert not fetch(nc.clip_by_norm(sent, 0.0, out=sent)).any()
+
+
+def assert_near(found: Any, wanted: np.ndarray) -> None:
+    """A few units apart at most: the norms' last bits, and those of the power function."""
+    pair = (np.ascontiguousarray(a).astype("D") for a in (fetch(found), wanted))
+    rounding = 8.0 * float(reference.unit_roundoff(wanted.dtype)) + 1e-12
+    smallest = float(reference.float_info(wanted.dtype).smallest_subnormal)
+    np.testing.assert_allclose(*pair, rtol=rounding, atol=smallest)
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 5e-324])

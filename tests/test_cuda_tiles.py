@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -107,3 +108,19 @@ def test_views(view, dtype):
     if view != "repeated":
         nc.clip_by_global_norm([sent], 0.5, out=[sent])
         assert_same_bits(fetch(sent), fetch(found[0]))
+
+
+@pytest.mark.parametrize("dtype", reference.REAL_DTYPES)
+def test_bounds_that_are_arrays(dtype):
+    rng = np.random.default_rng(5)
+    grad = normal(rng, (4, 3, 5), dtype, 3.0)
+    grad[0, 0, :2] = math.nan, math.inf
+    low, high = -np.abs(normal(rng, (3, 1), "float64")), np.abs(normal(rng, (5,), "float32"))
+    for given_low, given_high in [(low, high), (send(low), 1e300), (-7, send(high))]:
+        host = [fetch(b) if hasattr(b, "address") else b for b in (given_low, given_high)]
+        for made in (grad, grad[::-1, :, ::-1]):
+            sent = send(made)
+            found = nc.clip_by_value(sent, given_low, given_high)
+            assert_same_bits(fetch(found), nc.clip_by_value(made, *host))
+        assert nc.clip_by_value(sent, given_low, given_high, out=sent) is sent
+        assert_same_bits(fetch(sent), fetch(found))

@@ -157,6 +157,7 @@ LAYERS = [
         "cuda.values",
         "cuda.dlpack",
         "cuda.plans",
+        "cuda.tensors",
     },
     {"kernels.cuda.norms", "kernels.cuda.rows", "kernels.cuda.verdict", "kernels.cuda.scaling"},
     {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.chunks"},
@@ -168,10 +169,11 @@ LAYERS = [
     {"nonfinite", "outputs", "measuring", "rules", "history"},
     {"cuda.arrays", "kernels.cuda.update_plan", "kernels.cuda.unit_plan"},
     {"clipping", "group", "running_rules", "cuda.slices"},
-    {"units", "step", "cuda.clipping", "cuda.units", "cuda.group"},
-    {"functional", "general_step", "joint_step", "cuda.report", "cuda.sparse_group"},
-    {"groups", "cuda.clipper"},
-    {"optim", "cuda.clippers"},
+    {"units", "step", "cuda.clipping", "cuda.group"},
+    {"functional", "general_step", "joint_step", "cuda.report", "cuda.sparse_group", "cuda.units"},
+    {"updating", "cuda.clipper"},
+    {"groups", "cuda.clippers", "cuda.updating"},
+    {"optim"},
     {"diagnostics", "cuda.groups"},
 ]
 

@@ -63,6 +63,8 @@ def test_code(capability, tmp_path):
             assert_words(kernels[f"{kernel} {dtype}"], dtype, writes=writes)
         for kernel in ("sum_squares", "scale"):
             assert_loads_in_flight(kernels[f"{kernel} {dtype}"], dtype)
+        for kernel in ("sum_tile_squares", "scale_tiles"):
+            assert_elements_in_flight(kernels[f"{kernel} {dtype}"], dtype)
     # The errors of a sum would vanish if its subtractions were simplified.
     assert len(re.findall(r"sub\.f64|neg\.f64", kernels["sum_squares float32"])) >= 4
     # Whoever counts the last block also makes sure that the others' sums are seen.
@@ -86,6 +88,15 @@ def assert_loads_in_flight(code, dtype):
     loads = re.findall(rf"ld\.global\.{VECTORS[dtype]}|bra", code)
     runs = "".join("l" if found.startswith("ld") else " " for found in loads).split()
     assert max(map(len, runs)) >= words
+
+
+def assert_elements_in_flight(code, dtype):
+    """Four elements are read with no branch and no store between, which ptxas starts at once."""
+    assert not re.search(r"\.(approx|ftz)", code)
+    kind = {"float32": "f32", "float64": "f64"}.get(dtype, "[bu]16")
+    moves = re.findall(rf"ld\.global\.{kind}|st\.global|bra", code)
+    runs = "".join("l" if found.startswith("ld") else " " for found in moves).split()
+    assert max(map(len, runs)) >= 4
 
 
 def assert_nothing_spilled(name, code, target, folder):

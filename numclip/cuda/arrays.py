@@ -234,6 +234,10 @@ class DeviceEntry(NamedTuple):
         """Whether the elements fill their memory, in any order of the axes."""
         return self.strides is None or _is_dense(self.shape, self.strides, self.native.itemsize)
 
+    def lies_as(self, other: DeviceEntry) -> bool:
+        """Tell whether an array of the same shape and dtype has the same memory."""
+        return self.address == other.address and self.strides == other.strides
+
     @property
     def memory(self) -> Memory:
         """The address and the steps."""
@@ -310,7 +314,7 @@ def host_indices(indices: Any) -> Array:
             f"{shape}; pass a contiguous copy"
         )
     nbytes = math.prod(shape) * native.itemsize
-    copy: Array = device.read(told.address, nbytes, _stream_of(indices)).view(native)
+    copy: Array = device.read(told.address, nbytes, current_stream(indices)).view(native)
     return copy
 
 
@@ -412,10 +416,7 @@ def new_like(entry: DeviceEntry) -> DeviceEntry:
     elif package == "cupy":
         made = sys.modules[package].empty_like(entry.array, order="K" if entry.dense else "C")
     else:
-        memory = device.allocate(entry.nbytes)
-        made = DeviceArray(memory, 0, entry.shape, entry.native, strides)
-        if package == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, entry.shape, entry.native, strides)
+        made = _new(entry, entry.shape, strides)
     if entry.slices is not None:
         made = entry.slices.with_values(made)
     return describe("out", 0, made)
@@ -429,11 +430,17 @@ def new_of_shape(entry: DeviceEntry, shape: tuple[int, ...]) -> DeviceEntry:
     elif package == "cupy":
         made = sys.modules["cupy"].empty(shape, entry.array.dtype)
     else:
-        nbytes = math.prod(shape) * entry.native.itemsize
-        made = DeviceArray(device.allocate(nbytes), 0, shape, entry.native)
-        if package == "numba" and entry.native.name != "bfloat16":
-            made = device.as_array(made, shape, entry.native, None)
+        made = _new(entry, shape, None)
     return describe("out", 0, made)
+
+
+def _new(entry: DeviceEntry, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
+    """Return a new array of ours, or of numba's where another one is of numba."""
+    memory = device.allocate(math.prod(shape) * entry.native.itemsize)
+    made = DeviceArray(memory, 0, shape, entry.native, strides)
+    if _library(entry.array) == "numba" and entry.native.name != "bfloat16":
+        return device.as_array(made, shape, entry.native, strides)
+    return made
 
 
 def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
@@ -469,13 +476,13 @@ def stream_from(stream: Any) -> Any:
 
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
-    stream = _stream_of(entries[0].array if entries else None)
+    stream = current_stream(entries[0].array if entries else None)
     if device.handle_of(stream) and any(entry.lease is not None for entry in entries):
         device.order(stream, 0)  # which DLPack's producers were told to be ready for
     return stream
 
 
-def _stream_of(array: Any) -> Any:
+def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = _library(array)
     if package == "torch":
@@ -512,7 +519,7 @@ def target(entry: DeviceEntry, out: Any, name: str) -> DeviceEntry:
             raise ValueError(f"{name}: expected shape {entry.shape}, got {found.shape}")
         if found.native != entry.native:
             raise TypeError(f"{name}: expected dtype {entry.native}, got {found.native}")
-        steps = zip(found.shape, found.memory.steps, strict=True)
+        steps = zip(found.shape, found.strides or (), strict=False)
         if found.size and any(length > 1 and not step for length, step in steps):
             raise ValueError(f"{name}: expected distinct elements, got strides {found.strides}")
     if not found.writable:
@@ -531,10 +538,14 @@ def _check_slices(entry: DeviceEntry, found: DeviceEntry) -> None:
             raise ValueError(f"{found.name}: expected the indices and dense_shape of {entry.name}")
 
 
-def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+def refuse_overlaps(
+    entries: Sequence[DeviceEntry],
+    targets: Sequence[DeviceEntry],
+    advice: str = "pass out= the gradients themselves to work in place",
+) -> None:
     """Refuse results that would be written over one another or over a gradient still to read."""
     if not all(entry.dense for entry in (*entries, *targets)):
-        _refuse_interleaved(entries, targets)
+        _refuse_interleaved(entries, targets, advice)
         return
     spans = sorted((t.address, t.address + t.nbytes, t.name) for t in targets if t.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
@@ -542,14 +553,16 @@ def refuse_overlaps(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntr
             raise _shared(second, first)
     for entry, target in zip(entries, targets, strict=True):
         before = bisect.bisect_left(spans, (entry.address + entry.nbytes,))
-        if entry.memory == target.memory or not entry.nbytes or not before:
+        if entry.lies_as(target) or not entry.nbytes or not before:
             continue
         _, end, name = spans[before - 1]
         if entry.address < end:
-            raise _shared(name, entry.name, source=True)
+            raise _shared(name, entry.name, advice)
 
 
-def _refuse_interleaved(entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry]) -> None:
+def _refuse_interleaved(
+    entries: Sequence[DeviceEntry], targets: Sequence[DeviceEntry], advice: str
+) -> None:
     """Refuse what `refuse_overlaps` does, of arrays that can lie between another's elements."""
     views = {id(entry): _addresses(entry) for entry in (*entries, *targets)}
     for k, target in enumerate(targets):
@@ -557,14 +570,13 @@ def _refuse_interleaved(entries: Sequence[DeviceEntry], targets: Sequence[Device
             if np.shares_memory(views[id(target)], views[id(other)]):
                 raise _shared(target.name, other.name)
         for j, entry in enumerate(entries):
-            reads_itself = j == k and entry.memory == target.memory
+            reads_itself = j == k and entry.lies_as(target)
             if not reads_itself and np.shares_memory(views[id(target)], views[id(entry)]):
-                raise _shared(target.name, entry.name, source=True)
+                raise _shared(target.name, entry.name, advice)
 
 
-def _shared(name: str, other: str, *, source: bool = False) -> ValueError:
-    advice = "; pass out= the gradients themselves to work in place" if source else ""
-    return ValueError(f"{name}: shares memory with {other}{advice}")
+def _shared(name: str, other: str, advice: str = "") -> ValueError:
+    return ValueError(f"{name}: shares memory with {other}{advice and '; '}{advice}")
 
 
 def _addresses(entry: DeviceEntry) -> Array:

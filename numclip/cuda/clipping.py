@@ -6,24 +6,25 @@ Nothing here waits for the GPU but ``nonfinite="raise"`` and whoever reads a nor
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from numclip import inputs
+from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
-from numclip.cuda import arrays
+from numclip.cuda import arrays, plans, tensors
 from numclip.cuda.arrays import DeviceEntry
-from numclip.cuda.plans import kept
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
-from numclip.kernels.cuda.tiling import Strided
+from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
+from numclip.placement import on_device
 from numclip.slices import Grouping
 
 
@@ -42,11 +43,37 @@ def _plan(
     pairs = zip(entries, targets, strict=True)
     spans = [span(entry, target, policy, ord, duplicates) for entry, target in pairs]
     key = (policy, device.handle_of(stream), *spans)
-    kept_plan = kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
+    kept_plan = plans.kept(key, lambda: Plan(spans, [Pool(0, len(spans), 0, policy)], stream))
     rows = [span for span in spans if isinstance(span, RowSpan)]
     if rows:
         kept_plan[0].take_rows(rows, _groupings(entries, spans), stream)
     return kept_plan
+
+
+def _name_of(items: Sequence[Any], law: Law, policy: str, *, write: bool) -> tuple[Any, ...] | None:
+    """Return by what the plan for tensors of PyTorch, in place, is found without describing them.
+
+    None where there are others among the arrays, and where an error would have to name one. What
+    was only measured was not checked for writing.
+    """
+    told = None if policy == "raise" else tensors.facts(items)
+    if not told:
+        return None
+    stream = arrays.current_stream(next(item for item in items if item is not None))
+    return device.handle_of(stream), policy, law.ord, write, told
+
+
+def _again(name: Any, law: Law, policy: str, *, write: bool) -> DeviceFloat | None:
+    """Do what `clip` does with tensors that have a plan; None, and nothing done, with others."""
+    found = None if name is None else plans.find(name)
+    if found is None:
+        return None
+    stream = device.stream_at(name[0])
+    measure = law.given == ABSENT or policy != "propagate"
+    outcome, norm = _judge(found, law, stream, measure=measure)
+    if write:
+        found[0].scale(outcome, stream)
+    return norm
 
 
 def _groupings(entries: Sequence[DeviceEntry], spans: Sequence[Any]) -> list[Grouping]:
@@ -86,10 +113,11 @@ def clip(
     law: Law,
     policy: str = "propagate",
     duplicates: str = "sum",
+    name: Any = None,
 ) -> float | DeviceFloat:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
 
-    Without targets they are only measured.
+    Without targets they are only measured. The plan is found again by the `name`, if it has one.
     """
     device.require()
     if not entries:
@@ -99,20 +127,32 @@ def clip(
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
     places = entries if targets is None else targets
-    plan, free = _plan(entries, places, policy, duplicates, stream, law.ord)
-    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
-    plan.write_laws(law, stream)
-    if law.given == ABSENT or policy != "propagate" or summed:
-        plan.measure(law.ord, stream)
-    plan.judge(outcome, stream)
-    norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
-    weakref.finalize(norm, free.append, outcome).atexit = False
+    found = _plan(entries, places, policy, duplicates, stream, law.ord)
+    measure = law.given == ABSENT or policy != "propagate" or summed
+    outcome, norm = _judge(found, law, stream, measure=measure)
     if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
         given = None if law.given == ABSENT else law.given
         raise first_error([arrays.host_entry(e, stream) for e in entries], given)
     if targets is not None:
-        plan.scale(outcome, stream)
+        found[0].scale(outcome, stream)
+    if name is not None:
+        plans.keep(name, found)
     return norm
+
+
+def _judge(
+    found: tuple[Plan, list[Any]], law: Law, stream: Any, *, measure: bool
+) -> tuple[tuple[Any, Any], DeviceFloat]:
+    """Decide by a law, after measuring or not; return where the outcome is, and its norm."""
+    plan, free = found
+    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+    plan.write_laws(law, stream)
+    if measure:
+        plan.measure(law.ord, stream)
+    plan.judge(outcome, stream)
+    norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
+    weakref.finalize(norm, free.append, outcome).atexit = False
+    return outcome, norm
 
 
 def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
@@ -122,8 +162,14 @@ def _decided(outcome: tuple[Any, Any], column: int, stream: Any) -> float:
 
 def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     """Return the norm of all gradients together, as `functional.global_norm`."""
+    _, items, _ = inputs.structure(grads)
+    law = Law(math.inf, ord=ord)
+    name = _name_of(items, law, "propagate", write=False)
+    norm = _again(name, law, "propagate", write=False)
+    if norm is not None:
+        return norm
     described: Any = arrays.gradients(grads)
-    return clip(described.entries, None, Law(math.inf, ord=ord), duplicates=duplicates)
+    return clip(described.entries, None, law, duplicates=duplicates, name=name)
 
 
 def clip_by_global_norm(
@@ -137,12 +183,26 @@ def clip_by_global_norm(
     out: Any,
 ) -> tuple[Any, float | DeviceFloat]:
     """Scale all gradients by one factor, as `functional.clip_by_global_norm`."""
+    keys, items, rebuild = inputs.structure(grads)
+    law = Law(bound, given=ABSENT if given is None else given, ord=ord)
+    in_place = out is grads or _are_same(keys, items, out)
+    name = _name_of(items, law, nonfinite, write=True) if in_place else None
+    norm: float | DeviceFloat | None = _again(name, law, nonfinite, write=True)
+    if norm is not None:
+        return rebuild(items), norm
     described: Any = arrays.gradients(grads)
     device.require()
     targets = arrays.targets(described, grads, out)
-    law = Law(bound, given=ABSENT if given is None else given, ord=ord)
-    norm = clip(described.entries, targets, law, nonfinite, duplicates)
+    norm = clip(described.entries, targets, law, nonfinite, duplicates, name)
     return described.with_results([target.result for target in targets]), norm
+
+
+def _are_same(keys: list[inputs.Key], items: list[Any], out: Any) -> bool:
+    """Tell whether results go to the gradients themselves, in another list of them."""
+    if not isinstance(out, (list, tuple, dict)):
+        return False
+    others, targets, _ = inputs.structure(out, "out")
+    return others == keys and all(map(operator.is_, targets, items))
 
 
 def clip_whole(
@@ -156,15 +216,14 @@ def clip_whole(
 
 
 def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
-    """Hold each element between two numbers, as `functional.clip_by_value`."""
+    """Hold each element between two bounds, as `functional.clip_by_value`.
+
+    Arrays are rounded and checked on the host, which waits for those on the GPU.
+    """
     entry = arrays.describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
-    if getattr(low, "ndim", 0) or getattr(high, "ndim", 0):
-        raise TypeError(
-            "clip_value_min, clip_value_max: expected numbers for a gradient on the GPU, got "
-            "arrays; clip a copy on the host"
-        )
+    low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
@@ -175,17 +234,22 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     return target.result
 
 
-def _clamp(entry: DeviceEntry, target: DeviceEntry, low: float, high: float) -> None:
-    """Write each element held between two numbers."""
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any) -> None:
+    """Write each element held between two numbers, or arrays of the host."""
     stream = arrays.stream_of([entry])
+    if np.ndim(low) or np.ndim(high):
+        span = Strided(entry.dtype, entry.shape, entry.memory, target.memory)
+        least, most = _sent(low, entry, stream), _sent(high, entry, stream)
+        clamp_between(span, least[0], most[0], stream)
+        return
     plan, free = _plan([entry], [target], "propagate", "raw", stream)  # nothing is skipped
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
 
 
-def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float, out: Any) -> Any:
-    """Hold the sums of rows between two numbers: as new slices, or in the first row of each."""
+def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, out: Any) -> Any:
+    """Hold the sums of rows between two bounds: as new slices, or in the first row of each."""
     slices: Any = entry.slices
     merged = slices.coalesce()
     sums = arrays.describe("grad", 0, merged)
@@ -196,3 +260,23 @@ def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: float, high: float
     firsts = order[starts[:-1]]
     merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
     return target.result
+
+
+def _on_host(name: str, bound: Any) -> Any:
+    """Return a bound that is an array on the GPU as a copy on the host, any other as it is."""
+    if not on_device(bound):
+        return bound
+    entry = arrays.describe(name, 0, bound)
+    return arrays.host_copy(entry, arrays.stream_of([entry]))
+
+
+def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
+    """Return where a bound is after it is sent, broadcast to a gradient, and what holds it."""
+    with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
+        values = np.ascontiguousarray(foreign.to_numpy("bound", bound).astype(entry.native))
+    if entry.slices is not None:
+        values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
+    memory = device.allocate(values.nbytes)
+    made = arrays.DeviceArray(memory, 0, values.shape, values.dtype)
+    device.write(made.address, values.reshape(-1).view(np.uint8), stream)
+    return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +27,7 @@ from numclip.kernels.cuda.update_plan import Updates
 from numclip.kernels.cuda.updates import SETTINGS_COLUMNS
 from numclip.nonfinite import first_error
 from numclip.report import ClipReport
-
-if TYPE_CHECKING:
-    from numclip.optim import Optimizer
+from numclip.updating import Method
 
 KEPT = 64
 """How many steps' reports are kept on the GPU."""
@@ -234,8 +232,12 @@ class DeviceParamGroups(ParamGroups):
             self.step += 1
         return report
 
-    def optimizer_slots(self, states: int) -> dict[str, Any]:
-        """Return an optimizer's states and counts for each group; for `optim.Optimizer`."""
+    def engine(self, method: Method) -> Any:
+        """Return what updates the parameters by an optimizer's method."""
+        return DeviceGroupEngine(self, method)
+
+    def slots(self, states: int) -> dict[str, Any]:
+        """Return an optimizer's states and counts for each group; for `DeviceGroupEngine`."""
         with on_stream(None):
             slots = {group.name: Slots(group, states) for group in self}  # type: ignore[arg-type]
             for clipper in self._clippers:
@@ -251,26 +253,39 @@ class DeviceParamGroups(ParamGroups):
                     own.attach(updates, clipper.pools[group.name])
         return slots
 
-    def update(self, optimizer: Optimizer, rates: Mapping[str, float], unscale: float) -> Any:
-        """Clip and update in one pass more than measuring takes; for `optim.Optimizer`."""
+    def update(
+        self, method: Method, slots: Mapping[str, Any], rates: Mapping[str, float], unscale: float
+    ) -> Any:
+        """Clip and update in one pass more than measuring takes; for `DeviceGroupEngine`."""
         found = self._judge(unscale)
-        slots: dict[str, Any] = optimizer._slots
         for clipper, own in found:
             updates: Updates = slots[clipper.groups[0].name].updates
             settings = np.zeros((len(clipper.plan.pools), SETTINGS_COLUMNS))
             for group in clipper.groups:
-                settings[clipper.pools[group.name]] = optimizer.settings(rates[group.name])
+                settings[clipper.pools[group.name]] = method.settings(rates[group.name])
             updates.write_settings(settings, self.stream)
             outcome = clipper.write_rare(own, self.stream)
             if clipper.rows:
                 clipper.plan.sum_scaled(outcome, self.stream)
                 indices = [slices.distinct_indices for slices in clipper.rows]
                 updates.take_rows(indices, self.stream)
-            if len(optimizer.state_names) == 2:
+            if len(method.state_names) == 2:
                 updates.adam(outcome, self.stream)
             else:
-                updates.descend(outcome, len(optimizer.state_names) == 1, self.stream)
+                updates.descend(outcome, len(method.state_names) == 1, self.stream)
         return self._report(found, counts=True)
+
+
+class DeviceGroupEngine:
+    """Updates the parameters of groups on the GPU, as `updating.GroupEngine` does on the CPU."""
+
+    def __init__(self, groups: DeviceParamGroups, method: Method) -> None:
+        self._groups, self._method = groups, method
+        self.slots = groups.slots(len(method.state_names))
+
+    def step(self, rates: Mapping[str, float], unscale: float) -> Any:
+        """Clip every group, and update it at its rate."""
+        return self._groups.update(self._method, self.slots, rates, unscale)
 
 
 def _updated(entry: DeviceEntry, param: int) -> Span | RowSpan:

@@ -12,11 +12,26 @@ PLANS = 32
 _plans: OrderedDict[Any, tuple[Any, list[Any]]] = OrderedDict()
 
 
+def find(key: Any) -> tuple[Any, list[Any]] | None:
+    """Return the plan of a key and its free memory for outcomes, None where there is none."""
+    found = _plans.get(key)
+    if found is not None:
+        _plans.move_to_end(key)
+    return found
+
+
+def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
+    """Keep a plan as the one used last, and forget the one not used for longest."""
+    _plans[key] = found
+    _plans.move_to_end(key)
+    while len(_plans) > PLANS:
+        _plans.popitem(last=False)
+
+
 def kept(key: Any, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
     """Return the plan of a key, made where there is none, and its free memory for outcomes."""
-    if key not in _plans:
-        _plans[key] = make(), []
-        while len(_plans) > PLANS:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return _plans[key]
+    found = find(key)
+    if found is None:
+        found = make(), []
+        keep(key, found)
+    return found

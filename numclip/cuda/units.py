@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +11,12 @@ from numclip import inputs
 from numclip.cuda import arrays
 from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.plans import kept
-from numclip.kernels.cuda import device
-from numclip.kernels.cuda.tiling import Strided
+from numclip.cuda.values import DeviceInt
+from numclip.dtypes import Array
+from numclip.kernels.cuda import device, tables
+from numclip.kernels.cuda.tiling import Strided, Sums
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan
+from numclip.units import example_bounds
 
 
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
@@ -52,3 +57,54 @@ def _clip(
     plan.measure(stream)
     plan.decide(stream)
     plan.scale(stream)
+
+
+def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
+    """Add up examples, each clipped by its norm, as `functional.clip_per_example`."""
+    described: Any = arrays.gradients(grads)
+    entries: list[DeviceEntry] = described.entries
+    inputs.check_examples(described.entries)
+    device.require()
+    stream, sums = arrays.stream_of(entries), [_new_sum(entry) for entry in entries]
+    parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
+    shared = [tuple(parts)] if layerwise is None else [(part,) for part in parts]
+    families = tuple(Family(own, rounded=False) for own in shared)
+    handle = device.handle_of(stream)
+    plan, free = kept((handle, families), lambda: UnitPlan(families, 2.0, stream))
+    plan.write_laws(example_bounds(entries, bound, layerwise), stream)
+    plan.measure(stream)
+    plan.decide(stream)
+    counts = _counts(plan, free, stream)
+    pairs = list(zip(entries, sums, strict=True))
+    added = tuple(_strided(entry, _along_examples(total), (0,)) for entry, total in pairs)
+    adding, _ = kept((handle, added), lambda: Sums(dict(enumerate(added)), stream))
+    adding.write(plan.shared.tensors, plan.units, stream)
+    summed = described.with_results([total.array for total in sums])
+    return summed, described.with_results(counts) if layerwise else counts[0]
+
+
+def _new_sum(entry: DeviceEntry) -> DeviceEntry:
+    """Return a new array for the sum over a gradient's examples."""
+    return arrays.new_of_shape(entry, entry.shape[1:])
+
+
+def _along_examples(total: DeviceEntry) -> DeviceEntry:
+    """Return a sum as an array in which all examples are at one place."""
+    return total._replace(shape=(1, *total.shape), strides=(0, *total.memory.steps))
+
+
+def _counts(plan: UnitPlan, free: list[Any], stream: Any) -> list[DeviceInt]:
+    """Return how many units of each family are clipped, to be waited for by whoever asks."""
+    out = free.pop() if free else plan.summaries(1, stream)[0]
+    plan.summarize(out, stream)
+
+    @functools.cache
+    def summaries() -> Array:
+        found: Array = device.read_table(out, stream)
+        return found
+
+    def count(family: int) -> float:
+        return float(summaries()[family, tables.CLIPPED_COUNT])
+
+    weakref.finalize(summaries, free.append, out).atexit = False
+    return [DeviceInt(functools.partial(count, k)) for k in range(len(plan.families))]

@@ -9,14 +9,12 @@ from typing import Any
 
 from numclip.report import ClipReport
 
-Reader = Callable[[], float]
-
 
 @functools.total_ordering
-class DeviceFloat:
-    """A number that the GPU still works on, and that is a float to whoever asks.
+class DeviceNumber:
+    """A number that the GPU still works on, and that is a plain one to whoever asks.
 
-    Asking waits for the GPU, the first time: ``float(norm)``, comparing, formatting, printing,
+    Asking waits for the GPU, the first time: converting it, comparing, formatting, printing,
     arithmetic. Handing it on does not.
 
     Parameters
@@ -25,73 +23,104 @@ class DeviceFloat:
         Waits for the number and returns it.
     """
 
-    def __init__(self, read: Reader) -> None:
-        self._read: Reader | None = read
-        self._value = 0.0
+    kind: type[float] | type[int]
 
-    def __float__(self) -> float:
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read: Callable[[], Any] | None = read
+        self._value: Any = None
+
+    def item(self) -> Any:
+        """Return the number as a plain one."""
         if self._read is not None:
-            self._value = float(self._read())
+            self._value = self.kind(self._read())
             self._read = None  # and with it the memory
         return self._value
 
-    def item(self) -> float:
-        """Return the number as a float."""
-        return float(self)
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
 
     def __repr__(self) -> str:
-        return repr(float(self))
+        return repr(self.item())
 
     def __format__(self, spec: str) -> str:
-        return format(float(self), spec)
+        return format(self.item(), spec)
 
     def __bool__(self) -> bool:
-        return bool(float(self))
+        return bool(self.item())
 
     def __hash__(self) -> int:
-        return hash(float(self))
+        return hash(self.item())
 
     def __eq__(self, other: object) -> bool:
-        return float(self) == (float(other) if isinstance(other, DeviceFloat) else other)
+        return bool(self.item() == _plain(other))
 
     def __lt__(self, other: Any) -> bool:
-        return float(self) < float(other)
+        return bool(self.item() < _plain(other))
 
-    def __add__(self, other: Any) -> float:
-        return float(self) + float(other)
+    def __add__(self, other: Any) -> Any:
+        return self.item() + _plain(other)
 
-    def __sub__(self, other: Any) -> float:
-        return float(self) - float(other)
+    def __sub__(self, other: Any) -> Any:
+        return self.item() - _plain(other)
 
-    def __mul__(self, other: Any) -> float:
-        return float(self) * float(other)
+    def __mul__(self, other: Any) -> Any:
+        return self.item() * _plain(other)
 
-    def __truediv__(self, other: Any) -> float:
-        return float(self) / float(other)
+    def __truediv__(self, other: Any) -> Any:
+        return self.item() / _plain(other)
 
-    def __pow__(self, other: Any) -> float:
-        return float(float(self) ** float(other))
+    def __pow__(self, other: Any) -> Any:
+        return self.item() ** _plain(other)
 
-    def __neg__(self) -> float:
-        return -float(self)
+    def __neg__(self) -> Any:
+        return -self.item()
 
-    def __abs__(self) -> float:
-        return abs(float(self))
+    def __abs__(self) -> Any:
+        return abs(self.item())
 
-    def __round__(self, digits: int | None = None) -> float:
-        return round(float(self), digits)
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.item(), digits)
 
     __radd__ = __add__
     __rmul__ = __mul__
 
-    def __rsub__(self, other: Any) -> float:
-        return float(other) - float(self)
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.item()
 
-    def __rtruediv__(self, other: Any) -> float:
-        return float(other) / float(self)
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.item()
+
+
+def _plain(other: Any) -> Any:
+    return other.item() if isinstance(other, DeviceNumber) else other
+
+
+class DeviceFloat(DeviceNumber):
+    """A number that the GPU still works on, and that is a float to whoever asks.
+
+    See `DeviceNumber`.
+    """
+
+    kind = float
+
+
+class DeviceInt(DeviceNumber):
+    """A count that the GPU still works on, and that is an int to whoever asks.
+
+    See `DeviceNumber`.
+    """
+
+    kind = int
+
+    def __index__(self) -> int:
+        return int(self.item())
 
 
 numbers.Real.register(DeviceFloat)  # so that it is taken wherever a number is
+numbers.Integral.register(DeviceInt)
 
 
 class DeviceReport:

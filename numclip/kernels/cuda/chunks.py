@@ -65,6 +65,12 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
     return chunks, firsts, starts
 
 
+def copied_first(table: Array) -> Array:
+    """Return a table with what is in place last: there a block without work is done."""
+    in_place = table[:, tables.SOURCE] == table[:, tables.TARGET]
+    return table[np.argsort(in_place, kind="stable")]
+
+
 class Chunks:
     """The work on some of a plan's tensors, by their numbers, that lie in contiguous memory.
 
@@ -90,10 +96,9 @@ class Chunks:
 
     def _by_dtype(self, chosen: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the chosen chunks (a mask) of each dtype that has some."""
-        return {
-            dtype: self._table(self._chunks[chosen & (self._dtypes == dtype)], stream)
-            for dtype in dict.fromkeys(self._dtypes[chosen])
-        }
+        dtypes = dict.fromkeys(self._dtypes[chosen])
+        rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
+        return {dtype: self._table(copied_first(own), stream) for dtype, own in rows.items()}
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
         """Sum the squares of each chunk: one read."""

@@ -1,8 +1,12 @@
-"""What is written tile by tile, see `tiles`: elements times factors, or held between bounds."""
+"""What is written tile by tile, see `tiles`: elements times factors, or held between bounds.
+
+Or sums of weighted examples: their lines go from example to example.
+"""
 
 import numpy as np
 
-from numclip.kernels.cuda.device import cuda, inline, kernel
+from numclip.kernels.cuda.blocks import lane_sum
+from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.packets import as_computed, copy_element, load, size_of, store
 from numclip.kernels.cuda.scalars import clamped, truncated_product
 from numclip.kernels.cuda.tables import (
@@ -11,8 +15,14 @@ from numclip.kernels.cuda.tables import (
     COMPONENTS,
     COUNT,
     FACTOR,
+    HIGH,
+    HIGH_STEP,
+    HIGH_UNIT_STEP,
     LEAVE,
     LENGTH,
+    LOW,
+    LOW_STEP,
+    LOW_UNIT_STEP,
     MANTISSA,
     MODE,
     MULTIPLY,
@@ -30,7 +40,7 @@ from numclip.kernels.cuda.tables import (
     TARGET_UNIT_STEP,
     UNIT_STEP,
 )
-from numclip.kernels.cuda.tiles import parts_of, seat
+from numclip.kernels.cuda.tiles import parts_of, seat, sums_apart
 
 
 @inline
@@ -144,4 +154,75 @@ def clamp_tiles(tiles, tensors, decisions, low, high, like):
             while n < tiles[t, COUNT]:
                 clamp_line(tiles[t], n, low, high, like)
                 n += np.int64(1) << tiles[t, BITS]
+        t += cuda.gridDim.x
+
+
+@inline
+def clamp_line_between(tile, n, like):
+    """Write a line held between two bounds for each element."""
+    _, lane, lanes = seat(tile)
+    i = lane
+    while i < tile[LENGTH]:
+        value = load(tile[SOURCE] + n * tile[UNIT_STEP] + i * tile[STEP], like)
+        low = load(tile[LOW] + n * tile[LOW_UNIT_STEP] + i * tile[LOW_STEP], like)
+        high = load(tile[HIGH] + n * tile[HIGH_UNIT_STEP] + i * tile[HIGH_STEP], like)
+        target = tile[TARGET] + n * tile[TARGET_UNIT_STEP] + i * tile[TARGET_STEP]
+        store(target, clamped(value, low, high), like)
+        i += lanes
+
+
+@kernel
+def clamp_tiles_between(tiles, like):
+    """Hold each element between two of its own. Reads three arrays, writes one."""
+    t = np.int64(cuda.blockIdx.x)
+    while t < tiles.shape[0]:
+        n, _, _ = seat(tiles[t])
+        while n < tiles[t, COUNT]:
+            clamp_line_between(tiles[t], n, like)
+            n += np.int64(1) << tiles[t, BITS]
+        t += cuda.gridDim.x
+
+
+@inline
+def weighted_sum(place, step, length, lane, lanes, row, units, like):
+    """Return a thread's share of a sum over examples times their factors; two loads in flight."""
+    total = 0.0
+    i = lane
+    while i + lanes < length:
+        x, y = load(place + i * step, like), load(place + (i + lanes) * step, like)
+        total += np.float64(x) * units[row + i, FACTOR]
+        total += np.float64(y) * units[row + i + lanes, FACTOR]
+        i += 2 * lanes
+    if i < length:
+        total += np.float64(load(place + i * step, like)) * units[row + i, FACTOR]
+    return total
+
+
+@inline
+def sum_lines(tile, first, row, units, like, room):
+    """Write the sums of the lines that a block reads at a time."""
+    neighbour, lane, lanes = seat(tile)
+    n, place, apart = first + neighbour, (lane << tile[BITS]) + neighbour, sums_apart(tile)
+    k = 0
+    while k < tile[COMPONENTS]:
+        total = 0.0
+        if n < tile[COUNT]:
+            source = tile[SOURCE] + n * tile[UNIT_STEP] + k * size_of(like)
+            total = weighted_sum(source, tile[STEP], tile[LENGTH], lane, lanes, row, units, like)
+        total = lane_sum(total, 0.0, place, apart, room)
+        if place < apart and n < tile[COUNT]:
+            store(tile[TARGET] + n * tile[TARGET_UNIT_STEP] + k * size_of(like), total, like)
+        k += 1
+
+
+@kernel
+def sum_examples(tiles, tensors, units, like):
+    """Write the sums over examples, each times its factor, added in float64. One read."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    t = np.int64(cuda.blockIdx.x)
+    while t < tiles.shape[0]:
+        first, row = np.int64(0), tensors[tiles[t, OWNER], POOL]
+        while first < tiles[t, COUNT]:
+            sum_lines(tiles[t], first, row, units, like, room)
+            first += np.int64(1) << tiles[t, BITS]
         t += cuda.gridDim.x

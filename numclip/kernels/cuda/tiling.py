@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, tables, tile_scaling, tiles
-from numclip.kernels.cuda.chunks import Shared, like
+from numclip.kernels.cuda.chunks import Shared, copied_first, like
 
 SECTOR = 32  # bytes: memory is read in as many
 LINE = 128  # bytes: what a warp reads at its best
@@ -168,7 +168,7 @@ class Pieces(NamedTuple):
     bits: int
 
 
-def pieces(array: Strided, memories: Sequence[Memory]) -> Pieces:
+def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces:
     """Return how an array is cut; one without elements into tiles of empty lines."""
     none = Direction(1, (0,) * len(memories))
     found = directions(array, memories)
@@ -181,19 +181,19 @@ def pieces(array: Strided, memories: Sequence[Memory]) -> Pieces:
     bits = width_bits(along, across, array.itemsize)
     nbytes = array.size * array.dtype.storage.itemsize
     most = min(max(nbytes // TILES, LEAST_BYTES), MOST_BYTES) // array.itemsize
-    length, lines = max(min(most >> bits, along.length), 1), 1 << bits
+    length, lines = max(along.length if whole else min(most >> bits, along.length), 1), 1 << bits
     if across.kept and along.length <= length:
         lines *= max(most // (length << bits), 1)
     return Pieces(along, across, rest, length, lines, bits)
 
 
-def cut(array: Strided, memories: Sequence[Memory]) -> tuple[Array, int]:
+def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> tuple[Array, int]:
     """Return the table of an array's tiles, and how many sums each unit has.
 
     `memories` are those of the columns SOURCE, TARGET, LOW and HIGH, as many as there are. The
-    column PART counts from the array's first sum.
+    column PART counts from the array's first sum. Lines can be left `whole`.
     """
-    along, across, rest, length, lines, bits = pieces(array, memories)
+    along, across, rest, length, lines, bits = pieces(array, memories, whole=whole)
     starts, firsts = np.arange(0, max(along.length, 1), length), np.arange(0, across.length, lines)
     reduced = [1 if direction.kept else direction.length for direction in rest]
     radix = [math.prod(reduced[k + 1 :]) * (n > 1) for k, n in enumerate(reduced)]
@@ -242,25 +242,16 @@ class Tiles:
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
             found[k] = table
-        self._tables = self._by_dtype(found, stream)
+        self._tables = _by_dtype(self._arrays, found, stream, self._table)
         if all(array.read == array.written for array in self._arrays.values()):
             self._written[None] = self._tables
-
-    def _by_dtype(self, found: Mapping[int, Array], stream: Any) -> dict[DType, Any]:
-        """Return one table of the tiles of each dtype that has some."""
-        rows: dict[DType, list[Array]] = {}
-        for k, table in found.items():
-            table[:, tables.OWNER] = k
-            rows.setdefault(self._arrays[k].dtype, []).append(table)
-        joined = {dtype: np.concatenate(own) for dtype, own in rows.items()}
-        return {dtype: self._table(own, stream) for dtype, own in joined.items() if len(own)}
 
     def _written_tables(self, members: range | None, stream: Any) -> dict[DType, Any]:
         """Return the tables by which some tensors, or all, are written; made once."""
         if members not in self._written:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = self._by_dtype(found, stream)
+            self._written[members] = _by_dtype(self._arrays, found, stream, self._table)
         return self._written[members]
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
@@ -305,3 +296,36 @@ class Tiles:
         for dtype, table in self._written_tables(members, stream).items():
             arguments = shared.tensors, decisions, *bounds, like(dtype)
             device.launch(tile_scaling.clamp_tiles, table.shape[0], stream, table, *arguments)
+
+
+def _by_dtype(
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any, send: Any = device.table
+) -> dict[DType, Any]:
+    """Return one table of the tiles of each dtype that has some, sent to the GPU."""
+    rows: dict[DType, list[Array]] = {}
+    for k, table in found.items():
+        table[:, tables.OWNER] = k
+        rows.setdefault(arrays[k].dtype, []).append(table)
+    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
+    return {dtype: send(own, stream) for dtype, own in joined.items() if len(own)}
+
+
+def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
+    """Write an array held between others, of the same shape and dtype."""
+    table = device.table(cut(array, [array.read, array.written, low, high])[0], stream)
+    kernel = tile_scaling.clamp_tiles_between
+    device.launch(kernel, table.shape[0], stream, table, like(array.dtype))
+
+
+class Sums:
+    """The sums over the first axis of some tensors, by their numbers, each row times a factor."""
+
+    def __init__(self, arrays: Mapping[int, Strided], stream: Any) -> None:
+        found = {k: cut(a, [a.read, a.written], whole=True)[0] for k, a in arrays.items()}
+        self._tables = _by_dtype(arrays, found, stream)
+
+    def write(self, tensors: Any, units: Any, stream: Any) -> None:
+        """Write the sums, in float64, where the arrays are written; those have steps of 0."""
+        for dtype, table in self._tables.items():
+            arguments = tensors, units, like(dtype)
+            device.launch(tile_scaling.sum_examples, table.shape[0], stream, table, *arguments)

@@ -12,23 +12,61 @@ from numclip.kernels.cuda import device, updates
 from numclip.kernels.cuda.chunks import Span, like, split
 from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import HostTable, Plan
-from numclip.kernels.cuda.tables import LENGTH, OWNER, SOURCE
+from numclip.kernels.cuda.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
+
+KERNELS = updates.descend, updates.descend_with_momentum, updates.adam
+"""Of optimizers that keep no state, one and two."""
+
+
+class Places:
+    """Where parameters and their states are: what rows of tables of updates are made of.
+
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states.
+    """
+
+    def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
+        self._spans = list(spans)
+        self._addresses = np.array([[span.target for span in spans], *states], np.int64)
+
+    def whole(self) -> Array:
+        """Return the updates of whole tensors, chunk by chunk."""
+        whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
+        chunks, _, starts = split(list(whole.values()))
+        rows = self.filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
+        rows[:, updates.GRAD], rows[:, updates.LENGTH] = chunks[:, SOURCE], chunks[:, LENGTH]
+        return rows
+
+    def filled(self, owners: Array, starts: Array) -> Array:
+        """Return updates of the owners' parameters and states, from some numbers of them on."""
+        rows = np.zeros((owners.size, 6), np.int64)
+        for k, addresses in enumerate(self._addresses):
+            kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
+            sizes = np.array([kind.itemsize for kind in kinds], np.int64)
+            rows[:, updates.PARAM + k] = addresses[owners] + starts * sizes[owners]
+        rows[:, updates.OWNER] = owners
+        return rows
+
+    def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+        """Return tables of the updates of each dtype that has some."""
+        dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
+        return {
+            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+        }
 
 
 class Updates:
     """What the kernels need to update parameters by the gradients of a plan.
 
-    `spans` say where the gradients are read and the parameters written; `states` are the
-    addresses of each tensor's states. A row of settings and a count of steps stand for each pool.
-    Where rows can share an index, `take_rows` is told them before each step.
+    A row of settings and a count of steps stand for each pool. Where rows can share an index,
+    `take_rows` is told them before each step.
     """
 
     def __init__(
         self, plan: Plan, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]
     ) -> None:
-        self._plan, self._spans = plan, list(spans)
-        self._places = np.array([[span.target for span in spans], *states], np.int64)
-        self._updates = self._by_dtype(self._whole(), device.table, 0)
+        self._plan, self._places = plan, Places(spans, states)
+        self._updates = self._places.by_dtype(self._places.whole(), device.table, 0)
         self._row_updates: dict[DType, Any] = {}
         self._table = device.Tables()
         self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
@@ -38,31 +76,6 @@ class Updates:
         if any(isinstance(span, RowSpan) for span in spans):
             plan.keep_sums()
 
-    def _whole(self) -> Array:
-        """Return the updates of whole tensors, chunk by chunk."""
-        whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
-        chunks, _, starts = split(list(whole.values()))
-        rows = self._filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
-        rows[:, updates.GRAD], rows[:, updates.LENGTH] = chunks[:, SOURCE], chunks[:, LENGTH]
-        return rows
-
-    def _filled(self, owners: Array, starts: Array) -> Array:
-        """Return updates of the owners' parameters and states, from some numbers of them on."""
-        rows = np.zeros((owners.size, 6), np.int64)
-        for k, places in enumerate(self._places):
-            kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
-            sizes = np.array([kind.itemsize for kind in kinds], np.int64)
-            rows[:, updates.PARAM + k] = places[owners] + starts * sizes[owners]
-        rows[:, updates.OWNER] = owners
-        return rows
-
-    def _by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
-        """Return tables of the updates of each dtype that has some."""
-        dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
-        return {
-            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
-        }
-
     def take_rows(self, indices: Sequence[Array], stream: Any) -> None:
         """Let the next step update the rows at some indices, the distinct ones of each tensor."""
         made = [
@@ -70,7 +83,7 @@ class Updates:
             for found, own in zip(self._plan.row_sums(), indices, strict=True)
         ]
         self._table.begin()
-        self._row_updates = self._by_dtype(np.concatenate(made), self._table, stream)
+        self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
 
     def _rows(self, owner: int, span: RowSpan, sums: int, indices: Array) -> Array:
         """Return the updates of some rows of a tensor by their sums, cut where they are long."""
@@ -78,7 +91,7 @@ class Updates:
         limit = device.CHUNK_BYTES // itemsize
         starts = np.arange(0, span.length, limit)
         begins = (indices[:, None] * span.length + starts).reshape(-1)
-        rows = self._filled(np.full(begins.size, owner), begins)
+        rows = self._places.filled(np.full(begins.size, owner), begins)
         places = np.arange(indices.size)[:, None] * span.length + starts
         rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
@@ -91,8 +104,7 @@ class Updates:
     def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
         """Take a step of gradient descent; one launch to count it, one for each dtype."""
         device.launch(updates.advance, 1, stream, outcome[1], self.counts)
-        kernel = updates.descend_with_momentum if momentum else updates.descend
-        self._take(kernel, outcome, self._given.table, stream)
+        self._take(KERNELS[int(momentum)], outcome, self._given.table, stream)
 
     def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Take a step of Adam; one launch to prepare it, one for each dtype."""
@@ -105,3 +117,27 @@ class Updates:
             for dtype, rows in found.items():
                 arguments = self._plan.tensors, outcome[1], settings, like(dtype)
                 device.launch(kernel, rows.shape[0], stream, rows, *arguments)
+
+
+class PlainUpdates:
+    """What the kernels need to update parameters by gradients that are not clipped.
+
+    `spans` and `states` are as of `Places`. A row of numbers stands for each parameter.
+    """
+
+    def __init__(self, spans: Sequence[Span], states: Sequence[Sequence[int]], stream: Any) -> None:
+        self._kernel, places = KERNELS[len(states)], Places(spans, states)
+        self._updates = places.by_dtype(places.whole(), device.table, stream)
+        tensors = np.zeros((len(spans), POOL + 1), np.int64)
+        tensors[:, POOL] = np.arange(len(spans))
+        self._tensors = device.table(tensors, stream)
+        decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
+        self._decisions = device.table(decisions, stream)
+        self._numbers = HostTable((len(spans), updates.SETTINGS_COLUMNS), stream)
+
+    def take(self, numbers: Array, stream: Any) -> None:
+        """Update by a row of numbers for each parameter; one launch for each dtype."""
+        self._numbers.write(numbers, stream)
+        for dtype, rows in self._updates.items():
+            arguments = self._tensors, self._decisions, self._numbers.table, like(dtype)
+            device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)
