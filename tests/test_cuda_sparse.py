@@ -119,12 +119,8 @@ def test_shapes(shape, rows):
 @pytest.mark.parametrize("name", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("columns", [1, 3, 64, 300, 1500])
 def test_shares_of_large_blocks_cover_every_sum_once(monkeypatch, columns, name):
-    for constant, value in {
-        "THREADS": 256,
-        "ROW_SHARES": 512,
-        "LONG_GROUP": 16,
-        "SECTOR": 32,
-    }.items():
+    facts = {"THREADS": 256, "ROW_SHARES": 512, "LONG_GROUP": 16, "SECTOR": 32}
+    for constant, value in facts.items():
         monkeypatch.setattr(device, constant, value)
     dtype = lookup(np.dtype(name))
     for rows, most in ((0, 1), (1, 1), (50, 2), (200, 150), (3000, 4)):
@@ -185,10 +181,12 @@ class TestAsOnTheHost:
         suite.test_non_finite_rows(None)
 
 
-@pytest.mark.parametrize("duplicates", ["sum", "raw"])
 @pytest.mark.parametrize("policy", ["propagate", "raise", "skip", "zero"])
-@pytest.mark.parametrize(("name", "ord"), [("float64", 2), ("complex128", 3), ("float64", 1)])
-def test_policies(policy, duplicates, name, ord):
+@pytest.mark.parametrize(
+    ("name", "ord", "duplicates"),
+    [("float64", 2, "sum"), ("complex128", 3, "sum"), ("float32", 1, "raw")],
+)
+def test_policies(policy, name, ord, duplicates):
     grads = {"E": example(name), "w": cases.normal(np.random.default_rng(0), (9,))}
     grads["E"].values[3, 1], grads["E"].values[7, 2] = math.nan, -math.inf
     sent = {name: send(grad) for name, grad in grads.items()}
@@ -204,7 +202,7 @@ def test_policies(policy, duplicates, name, ord):
         np.testing.assert_allclose(float(same), norm, rtol=1e-13)
         for name, grad in wanted.items():
             pair = reference.stored(fetch(found[name])), reference.stored(grad)
-            np.testing.assert_allclose(*pair, rtol=1e-15 if ord == 2 else 1e-12)
+            np.testing.assert_allclose(*pair, rtol={1: 2e-7, 2: 1e-15, 3: 1e-12}[ord])
 
 
 @pytest.mark.parametrize("given", [0.0, 0.5, 70.0, math.inf, math.nan])
