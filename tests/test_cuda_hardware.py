@@ -109,6 +109,56 @@ def test_a_hundred_runs_agree():
     assert len(outcomes) == 1
 
 
+def zipfian(columns: int, dtype: str = "float32") -> nc.IndexedSlices:
+    """Rows as a batch of words has them: a few of many, and many of a few."""
+    rng = np.random.default_rng(columns)
+    indices = np.minimum(rng.zipf(1.3, 65_536), 20_000) - 1
+    return nc.IndexedSlices(normal(rng, (65_536, columns), dtype), indices, (20_000, columns))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("columns", [1, 3, 64, 1000])
+def test_rows_that_repeat(columns, dtype):
+    slices = zipfian(columns, dtype)
+    sent = send(slices)
+    norm = nc.global_norm([slices])
+    for order, wanted in ((2, norm), (3, nc.global_norm([slices], 3))):
+        assert abs(float(nc.global_norm([sent], order)) - wanted) <= 1e-13 * wanted
+    assert_same_bits(fetch(sent.coalesce()), slices.coalesce())
+    outcomes = set()
+    for _ in range(20):
+        (clipped,), same = nc.clip_by_global_norm([sent], 0.3 * norm)
+        outcomes.add((float(same), fetch(clipped).values.tobytes()))
+    assert len(outcomes) == 1
+    assert nc.global_norm([fetch(clipped)]) <= 0.3 * norm
+
+
+@pytest.mark.parametrize("kind", [nc.SGD, nc.Adam])
+def test_a_sparse_group(kind):
+    groups = [nc.Group("g", {"E": np.ones((20_000, 64), "f")}, clip=nc.ByNorm(1.0), sparse=True)]
+    cpu, gpu = nc.ParamGroups(groups), nc.ParamGroups(groups, device="cuda")
+    one, two = kind(cpu, 0.1), kind(gpu, 0.1)
+    for _ in range(3):
+        for managed, optimizer in ((cpu, one), (gpu, two)):
+            managed.grads["E"] = zipfian(64)
+            optimizer.step()
+    np.testing.assert_allclose(fetch(gpu.params["E"]), cpu.params["E"], rtol=1e-6, atol=1e-6)
+
+
+def test_slices_of_pytorch():
+    torch = pytest.importorskip("torch")
+    host = zipfian(64)
+    values = torch.from_numpy(host.values).cuda()
+    indices = torch.from_numpy(host.indices.copy()).cuda()
+    slices = nc.IndexedSlices(values, indices, (20_000, 64))
+    (clipped,), norm = nc.clip_by_global_norm([slices], 1.0)
+    assert norm == pytest.approx(nc.global_norm([host]), rel=1e-14)
+    assert isinstance(clipped.values, torch.Tensor)
+    dense = slices.to_dense()
+    wanted = torch.zeros_like(dense).index_add_(0, indices, values)
+    torch.testing.assert_close(dense, wanted, rtol=1e-4, atol=1e-2)
+
+
 def torch_gradients(torch: Any) -> list[Any]:
     generator = torch.Generator("cuda").manual_seed(0)
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -48,10 +48,11 @@ THREADS = 4 if SIMULATED else 256
 # Bytes a partial sum covers, and how many blocks a multiprocessor is given.
 CHUNK_BYTES = 512 if SIMULATED else 1 << 17
 BLOCKS_PER_MULTIPROCESSOR = 8
-# In how many shares the rows of a tensor are summed, and from how many rows on a sum is shared
-# by the lanes of a block.
-ROW_SHARES = 3 if SIMULATED else 512
+# In how many shares the rows of a tensor are summed, from how many rows on a sum is shared by the
+# lanes of a block, and the bytes that memory is read in. Reasoned, not measured yet.
+ROW_SHARES = 4 if SIMULATED else 512
 LONG_GROUP = 2 if SIMULATED else 16
+SECTOR = 8 if SIMULATED else 32
 
 
 def kernel(function: Function) -> Function:
