@@ -178,6 +178,47 @@ def test_pytorch_in_place():
     assert torch.cat([grad.double().reshape(-1) for grad in grads]).norm().item() <= 1 + 1e-14
 
 
+def test_pytorch_parameters_are_updated_where_they_lie():
+    torch = pytest.importorskip("torch")
+    own = [torch.nn.Parameter(grad.float()) for grad in torch_gradients(torch)]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in own]
+    ours = nc.Adam(None, 0.01, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, 0.01, weight_decay=0.1)
+    for step in range(1, 5):
+        grads = [param.detach() * step for param in theirs]
+        clipped, _ = nc.clip_by_global_norm(grads, 1.0, out=grads)
+        for param, grad in zip(theirs, clipped, strict=True):
+            param.grad = grad
+        ours.apply_gradients(zip(clipped, own, strict=True))
+        reference.step()
+    for param, wanted in zip(own, theirs, strict=True):
+        torch.testing.assert_close(param, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_dlpack_of_pytorch():
+    torch = pytest.importorskip("torch")
+
+    class Shared:
+        """A tensor that tells of itself by DLPack alone."""
+
+        def __init__(self, tensor: Any) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.tensor.__dlpack_device__()
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for grad in torch_gradients(torch):
+            for _ in range(20):
+                grad = grad * 1.5
+                wanted = torch.linalg.vector_norm(grad.double())
+                norm = nc.global_norm([Shared(grad)])
+                assert float(norm) == pytest.approx(wanted.item(), rel=1e-12)
+
+
 def test_pytorch_gets_tensors_back_on_its_stream():
     torch = pytest.importorskip("torch")
     stream = torch.cuda.Stream()
