@@ -37,7 +37,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "sum_row_squares": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
         "max_row_magnitude": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
         "sum_row_powers": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE, NUMBERS),
-        "sum_rows": (TABLE, TABLE, COUNTS, LIKE),
+        "sum_rows": (TABLE, TABLE, COUNTS, LIKE, types.float64),
         "sum_scaled_rows": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE),
     },
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},

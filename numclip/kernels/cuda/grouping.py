@@ -235,9 +235,12 @@ class Rows:
             work.clamp(shared, decisions, bounds, members, stream)
 
 
-def sum_rows(span: RowSpan, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to the target, as the row that is its place."""
+def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
+    """Write the sum of each group of rows to the target, as the row that is its place.
+
+    `to` is the dtype there, real or complex as that of the rows.
+    """
     if not span.size:
         return
     made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
-    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype))
+    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype), like(to))

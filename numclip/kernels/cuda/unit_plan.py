@@ -25,7 +25,8 @@ class Family(NamedTuple):
 
     Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
     that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
-    skipped. Without `rounded`, factors are for sums in float64.
+    skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
+    instead of the arrays, where these are its rounded copies.
     """
 
     arrays: tuple[Strided, ...]
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     zeroing: bool = False
     base: int = 0
     rounded: bool = True
+    measured: tuple[Strided, ...] = ()
 
     @property
     def units(self) -> int:
@@ -52,11 +54,16 @@ class UnitPlan:
         self.families, self._ord = list(families), ord
         arrays = [array for family in families for array in family.arrays]
         params = [family.param for family in families if family.param is not None]
-        self._works = Tiles(dict(enumerate(arrays))), Tiles(dict(enumerate(params, len(arrays))))
+        measured = [array for family in families for array in family.measured or family.arrays]
+        self._works = Tiles(dict(enumerate(measured))), Tiles(dict(enumerate(params, len(arrays))))
         counts = np.concatenate([work.counts for work in self._works])
         tensors = _tensor_table(self.families, counts)
         for work, rows in zip(self._works, np.split(tensors, [len(arrays)]), strict=True):
             work.send(rows[:, tables.FIRST], stream)
+        self._written = self._works[0]
+        if measured != arrays:
+            self._written = Tiles(dict(enumerate(arrays)))
+            self._written.send(np.zeros(len(arrays), np.int64), stream)
         made = _family_table(self.families)
         self._families, self._slabs = (
             device.table(table, stream) for table in (made, _slabs(made, tensors))
@@ -110,9 +117,14 @@ class UnitPlan:
         arguments = *inputs, self._tickets, self.units
         device.launch(units.decide_units, max(self._slabs.shape[0], 1), stream, *arguments)
 
+    def changes(self, stream: Any) -> bool:
+        """Tell whether some unit is scaled, after waiting for the decisions."""
+        last = device.read_table(self.units[self.units.shape[0] - 1], stream)
+        return bool(last[tables.MODE])
+
     def scale(self, stream: Any) -> None:
         """Write each unit times its factor; one read, one write, or none."""
-        self._works[0].scale(self.shared, self.units, stream)
+        self._written.scale(self.shared, self.units, stream)
 
     def summaries(self, count: int, stream: Any) -> list[Any]:
         """Return memory for what `summarize` tells, so often."""
@@ -181,4 +193,6 @@ def _facts(family: Family, ord: float) -> tuple[float, float, float]:
     size = sum(array.size // max(array.units, 1) for array in family.arrays)
     ones = formulas.root(float(size), ord) if family.rounded else 1.0
     coarse = ones * max(row.coarse for row in rows)
-    return max(row.roundoff for row in rows), coarse, max(row.tiny for row in rows)
+    roundings = 2.0 if family.measured else 1.0
+    roundoff = roundings * max(row.roundoff for row in rows)
+    return roundoff, coarse, max(row.tiny for row in rows)
