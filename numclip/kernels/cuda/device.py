@@ -246,8 +246,12 @@ def after_default(action: Callable[[], object]) -> None:
     event = cuda.event(timing=False)
     event.record(0)
     _waiting.append((event, action))
-    while _waiting and _waiting[0][0].query():
-        _waiting.popleft()[1]()
+    while _waiting:
+        first = _waiting.popleft()  # before asking: another thread, or the action, may come here
+        if not first[0].query():
+            _waiting.appendleft(first)
+            return
+        first[1]()
 
 
 def allocate(nbytes: int) -> Any:
