@@ -61,7 +61,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     units: {
         "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
         "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
-        "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
+        "summarize_units": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS),
     },
     updates: {
         "advance": (NUMBERS, COUNTS),
