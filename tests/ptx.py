@@ -45,7 +45,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
-        "add": (TABLE, LIKE),
+        "add": (types.int64, types.int64, types.int64, LIKE),
     },
     tiles: {
         "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),
@@ -61,7 +61,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     units: {
         "find_unit_peaks": (TABLE, TABLE, NUMBERS, NUMBERS, types.int64, NUMBERS),
         "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
-        "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
+        "summarize_units": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS),
     },
     updates: {
         "advance": (NUMBERS, COUNTS),

@@ -425,3 +425,20 @@ def test_collections_of_every_kind():
     assert nc.global_norm(iter(grads.values())) == 5.0
     with pytest.raises(TypeError, match=r"grads: expected a list, tuple or dict of gradients"):
         nc.global_norm(grads["a"])
+
+
+def test_copies_on_the_default_stream_do_not_make_the_host_wait(monkeypatch):
+    """numba's copies would, where a stream is 0."""
+    streams: list[Any] = []
+    memory = SimpleNamespace(copy_to_device=lambda _, stream: streams.append(stream))
+    driver = SimpleNamespace(device_memset=lambda *given: streams.append(given[-1]))
+    made = SimpleNamespace(default_stream=lambda: "default", cudadrv=SimpleNamespace(driver=driver))
+    monkeypatch.setattr(device, "SIMULATED", False)
+    monkeypatch.setattr(device, "cuda", made)
+    monkeypatch.setattr(device, "_bytes_at", lambda *_: memory)
+    for stream in (0, "other"):
+        device.update(memory, np.ones(3), stream)
+        device.write(1, np.ones(3), stream)
+        device.copy(1, 2, 3, stream)
+        device.clear(1, 2, stream)
+    assert streams == ["default"] * 4 + ["other"] * 4

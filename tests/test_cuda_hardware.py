@@ -260,6 +260,38 @@ def test_one_tensor_is_measured_on_two_streams():
     assert float(norms[0]) == pytest.approx(30_000_000**0.5, rel=1e-14)
 
 
+def test_the_host_does_not_wait_for_what_is_queued():
+    """New bounds and numbers of steps are sent, and rows' tables, while the GPU is busy."""
+    torch = pytest.importorskip("torch")
+    params = [torch.ones(1000, device="cuda") for _ in range(4)]
+    grads = [torch.ones(1000, device="cuda") for _ in params]
+    groups = nc.ParamGroups(
+        [
+            nc.Group("g", {"w": np.ones(1000, "f")}, clip=nc.ByGlobalNorm(lambda k: 1.0 + k)),
+            nc.Group("s", {"e": np.ones((9, 4), "f")}, clip=nc.ByNorm(1.0), sparse=True),
+        ],
+        device="cuda",
+    )
+    optimizer, own = nc.SGD(groups, 0.1), nc.Adam(None)
+    rows = nc.IndexedSlices(torch.ones(5, 4, device="cuda"), np.array([1, 1, 2, 8, 1]), (9, 4))
+
+    def work(turn: int) -> None:
+        nc.clip_by_global_norm(grads, 1.0 + turn, out=grads)
+        own.apply_gradients(zip(grads, params, strict=True))
+        groups.set_grads({"w": grads[0], "e": rows})
+        groups.accumulate({"w": grads[0]})
+        optimizer.step()
+
+    for turn in range(3):
+        work(turn)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    work(3)
+    assert not busy.query()
+
+
 def test_cupy_in_place_and_back():
     cupy = pytest.importorskip("cupy")
     grads = [cupy.arange(1000, dtype=name) for name in ("float16", "float32", "float64")]

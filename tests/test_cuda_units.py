@@ -181,6 +181,23 @@ def test_families_have_laws_of_their_own_and_tell_what_became_of_them():
         assert row[tables.CLIPPED_COUNT] == (norms > bound).sum()
 
 
+def test_many_blocks_tell_what_became_of_many_units():
+    """More than one takes; and a family of none, between two others."""
+    grads = [normal(RNG, shape, "float64") for shape in [(2, 70), (3, 0), (5, 41)]]
+    sent = [send(grad) for grad in grads]
+    plan = plan_for(sent, [])
+    for bound in (0.5, 1.5):
+        told = run(plan, bound)
+        for grad, row in zip(grads, told, strict=True):
+            norms = np.linalg.norm(grad, axis=0)
+            after = np.minimum(norms, bound)
+            assert row[tables.AFTER] == pytest.approx(np.linalg.norm(after), rel=1e-12)
+            assert row[tables.LEAST] == pytest.approx((after / norms).min(initial=1), rel=1e-12)
+            assert row[tables.CLIPPED_COUNT] == (norms > bound).sum()
+        for grad, there in zip(grads, sent, strict=True):
+            there.copy_from(grad)
+
+
 def test_what_a_base_skips_is_left():
     grads = [normal(RNG, (4, 3), "float32") for _ in range(2)]
     grads[1][0, 0] = math.inf

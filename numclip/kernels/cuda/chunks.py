@@ -9,7 +9,7 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, norms, scaling, tables
-from numclip.kernels.cuda.packets import WORD
+from numclip.kernels.cuda.packets import PACKET, WORD
 
 MOST_CHUNKS = 8192
 """Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
@@ -146,6 +146,7 @@ class Chunks:
 
 
 def add(span: Span, stream: Any) -> None:
-    """Add what is read to what is written to."""
-    chunks = device.table(split([span])[0], stream)
-    device.launch(scaling.add, chunks.shape[0], stream, chunks, like(span.dtype))
+    """Add what is read to what is written to; no table is needed."""
+    count = -(-span.size // (device.THREADS * PACKET))
+    numbers = [np.int64(number) for number in span[1:]]
+    device.launch(scaling.add, count, stream, *numbers, like(span.dtype))

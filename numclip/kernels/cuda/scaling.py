@@ -193,23 +193,28 @@ def added(value, other):
 
 
 @kernel
-def add(chunks, like):
-    """Add each chunk read to the one that is written to. Two reads, one write."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        source, target, length = chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH]
-        packets = whole_packets(source | target, length)
-        stride = packets * WORD
-        p = np.int64(cuda.threadIdx.x)
-        while p < packets:
-            x = load_packet(source + p * WORD, stride, like)
-            y = load_packet(target + p * WORD, stride, like)
-            store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
-            p += THREADS
-        i = packets * PACKET + cuda.threadIdx.x
-        while i < length:
-            place = i * size_of(like)
-            total = added(load(source + place, like), load(target + place, like))
-            store(target + place, total, like)
-            i += THREADS
-        c += cuda.gridDim.x
+def add(source, target, length, like):
+    """Add `length` elements read to those that are written to. Two reads, one write.
+
+    Words begin at multiples of 16 bytes where both can do so.
+    """
+    first = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    step = np.int64(cuda.gridDim.x) * THREADS
+    head = min((WORD - (source & (WORD - 1))) & (WORD - 1), length * size_of(like))
+    packets = whole_packets((source + head) | (target + head), length - head // size_of(like))
+    stride = packets * WORD
+    p = first
+    while p < packets:
+        word = head + p * WORD
+        x = load_packet(source + word, stride, like)
+        y = load_packet(target + word, stride, like)
+        store_packet(target + word, stride, each(added, (x, y), ()), like)
+        p += step
+    i = first
+    while i < length - packets * PACKET:
+        place = i * size_of(like)
+        if place >= head:
+            place += packets * PACKET * size_of(like)
+        total = added(load(source + place, like), load(target + place, like))
+        store(target + place, total, like)
+        i += step

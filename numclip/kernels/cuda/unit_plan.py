@@ -64,10 +64,10 @@ class UnitPlan:
         if measured != arrays:
             self._written = Tiles(dict(enumerate(arrays)))
             self._written.send(np.zeros(len(arrays), np.int64), stream)
-        made = _family_table(self.families)
-        self._families, self._slabs = (
-            device.table(table, stream) for table in (made, _slabs(made, tensors))
-        )
+        slabs, families_of = _slabs(_family_table(self.families), tensors)
+        self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
+        self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
+        self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
         partial = device.scratch((max(int(counts.sum()), 1), 3))
         self.shared = Shared(device.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
@@ -128,13 +128,16 @@ class UnitPlan:
 
     def summaries(self, count: int, stream: Any) -> list[Any]:
         """Return memory for what `summarize` tells, so often."""
-        made = device.table(np.zeros((count, len(self.families), 3)), stream)
+        table = np.zeros((count, len(self.families), 3))
+        table[..., tables.LEAST] = 1.0  # of families without units
+        made = device.table(table, stream)
         return [made[k] for k in range(count)]
 
     def summarize(self, out: Any, stream: Any) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
-        arguments = self._families, self._laws.table, self.units, out
-        device.launch(units.summarize_units, len(self.families), stream, *arguments)
+        inputs = self._slabs, self._families, self._laws.table, self.units
+        arguments = *inputs, self._arrived, self._summed, out
+        device.launch(units.summarize_units, self._slabs.shape[0], stream, *arguments)
 
 
 def _tensor_table(families: Sequence[Family], counts: Array) -> Array:
@@ -166,8 +169,11 @@ def _family_table(families: Sequence[Family]) -> Array:
     return table
 
 
-def _slabs(families: Array, tensors: Array) -> Array:
-    """Return the table of slabs; those whose units have many partial sums are narrow."""
+def _slabs(families: Array, tensors: Array) -> tuple[Array, Array]:
+    """Return the table of slabs, and where those of each family begin and end.
+
+    Those whose units have many partial sums are narrow.
+    """
     counts = tensors[:, tables.LAST] - tensors[:, tables.FIRST]
     slabs = []
     for row in families:
@@ -180,7 +186,8 @@ def _slabs(families: Array, tensors: Array) -> Array:
         own[:, tables.COUNT] = np.minimum(1 << bits, units - own[:, tables.NUMBER])
         own[:, tables.BITS] = bits
         slabs.append(own)
-    return np.concatenate(slabs)
+    ends = np.cumsum([len(own) for own in slabs])
+    return np.concatenate(slabs), np.stack([ends - [len(own) for own in slabs], ends], axis=1)
 
 
 def _dtypes(family: Family) -> set[Any]:
