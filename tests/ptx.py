@@ -45,7 +45,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
-        "add": (types.int64, types.int64, types.int64, LIKE),
+        "add": (types.int64,) * 5 + (LIKE,),
     },
     tiles: {
         "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),

@@ -9,11 +9,14 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, norms, scaling, tables
-from numclip.kernels.cuda.packets import PACKET, WORD
+from numclip.kernels.cuda.packets import WORD
 
 MOST_CHUNKS = 8192
 """Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
 measured yet: 32 turns of a block's threads take some 20 us, where 4 GB are read in 1000."""
+
+PIECE_BYTES = device.CHUNK_BYTES >> 2
+"""What a block adds at a time, where it has no sum to write."""
 
 
 class Shared(NamedTuple):
@@ -146,7 +149,12 @@ class Chunks:
 
 
 def add(span: Span, stream: Any) -> None:
-    """Add what is read to what is written to; no table is needed."""
-    count = -(-span.size // (device.THREADS * PACKET))
-    numbers = [np.int64(number) for number in span[1:]]
+    """Add what is read to what is written to; no table is needed.
+
+    Pieces but the first begin at multiples of 16 bytes where source and target can both do so.
+    """
+    itemsize = span.dtype.storage.itemsize
+    skew, limit = span.source % WORD // itemsize, PIECE_BYTES // itemsize
+    count = -(-(span.size + skew) // limit) if span.size else 0
+    numbers = [np.int64(number) for number in (*span[1:], skew, limit)]
     device.launch(scaling.add, count, stream, *numbers, like(span.dtype))

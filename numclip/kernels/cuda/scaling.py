@@ -192,29 +192,34 @@ def added(value, other):
     return value + other
 
 
-@kernel
-def add(source, target, length, like):
-    """Add `length` elements read to those that are written to. Two reads, one write.
-
-    Words begin at multiples of 16 bytes where both can do so.
-    """
-    first = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-    step = np.int64(cuda.gridDim.x) * THREADS
-    head = min((WORD - (source & (WORD - 1))) & (WORD - 1), length * size_of(like))
-    packets = whole_packets((source + head) | (target + head), length - head // size_of(like))
+@inline
+def add_piece(source, target, length, like):
+    """Add what is read to what is written to."""
+    packets = whole_packets(source | target, length)
     stride = packets * WORD
-    p = first
+    p = np.int64(cuda.threadIdx.x)
     while p < packets:
-        word = head + p * WORD
-        x = load_packet(source + word, stride, like)
-        y = load_packet(target + word, stride, like)
-        store_packet(target + word, stride, each(added, (x, y), ()), like)
-        p += step
-    i = first
-    while i < length - packets * PACKET:
+        x = load_packet(source + p * WORD, stride, like)
+        y = load_packet(target + p * WORD, stride, like)
+        store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
+        p += THREADS
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
         place = i * size_of(like)
-        if place >= head:
-            place += packets * PACKET * size_of(like)
         total = added(load(source + place, like), load(target + place, like))
         store(target + place, total, like)
-        i += step
+        i += THREADS
+
+
+@kernel
+def add(source, target, length, skew, limit, like):
+    """Add `length` elements read to those written to. Two reads, one write.
+
+    They are taken in pieces of `limit`, the first of them shorter by `skew`.
+    """
+    c = np.int64(cuda.blockIdx.x)
+    while c * limit < length + skew:
+        first, last = max(c * limit - skew, 0), min((c + 1) * limit - skew, length)
+        place = first * size_of(like)
+        add_piece(source + place, target + place, last - first, like)
+        c += cuda.gridDim.x
