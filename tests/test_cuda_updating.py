@@ -187,6 +187,7 @@ def test_pairs_that_are_not_taken():
         ((there, ordered), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
         ((first[0], first[1]), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
+        ((there, sent), TypeError, r"an array to update, got IndexedSlices"),
         ((sent, first[0]), ValueError, r"of shape \(3,\) and dtype float64, got \(2, 2\)"),
     ]:
         with pytest.raises(error, match=rf"grads_and_vars\[1\]: .*{message}"):

@@ -144,6 +144,8 @@ def _described(number: int, pair: Pair) -> tuple[DeviceEntry, DeviceEntry]:
     name, gradient, variable = pair
     param = arrays.describe(name, number, variable)
     grad = arrays.describe(name, number, gradient)
+    if param.slices is not None:
+        raise TypeError(f"{name}: expected an array to update, got IndexedSlices")
     if not param.writable:
         raise ValueError(f"{name}: expected a writeable array to update, got a read-only one")
     if grad.dense_shape != param.shape or grad.native != param.native:
