@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.clipper import Clipper, Found, Outcome
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.report import Columns, build, norms_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
@@ -182,7 +182,7 @@ def _family(group: Any, entry: DeviceEntry, base: int) -> Family:
     if isinstance(rule, Adaptive):
         axes = inputs.adaptive_axes(rule.axes, ndim)
         param = group.params[entry.key]
-        owner = _strided(arrays.describe(entry.name, entry.key, param), axes)
+        owner = _strided(describe(entry.name, entry.key, param), axes)
     else:
         axes = inputs.axes_of(rule.axes, ndim) or ()
     zeroing = group.nonfinite == "zero"

@@ -15,8 +15,11 @@ import numpy as np
 
 from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
-from numclip.cuda import arrays, plans, tensors
-from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda import outputs, plans, tensors
+from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.copies import host_copy, host_entry
+from numclip.cuda.entries import DeviceEntry, describe, gradients
+from numclip.cuda.streams import current_stream, stream_of
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
@@ -59,7 +62,7 @@ def _name_of(items: Sequence[Any], law: Law, policy: str, *, write: bool) -> tup
     told = None if policy == "raise" else tensors.facts(items)
     if not told:
         return None
-    stream = arrays.current_stream(next(item for item in items if item is not None))
+    stream = current_stream(next(item for item in items if item is not None))
     return device.handle_of(stream), policy, law.ord, write, told
 
 
@@ -122,7 +125,7 @@ def clip(
     device.require()
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
-    stream = arrays.stream_of(entries)
+    stream = stream_of(entries)
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
@@ -132,7 +135,7 @@ def clip(
     outcome, norm = _judge(found, law, stream, measure=measure)
     if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
         given = None if law.given == ABSENT else law.given
-        raise first_error([arrays.host_entry(e, stream) for e in entries], given)
+        raise first_error([host_entry(e, stream) for e in entries], given)
     if targets is not None:
         found[0].scale(outcome, stream)
     if name is not None:
@@ -168,7 +171,7 @@ def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     norm = _again(name, law, "propagate", write=False)
     if norm is not None:
         return norm
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     return clip(described.entries, None, law, duplicates=duplicates, name=name)
 
 
@@ -190,9 +193,9 @@ def clip_by_global_norm(
     norm: float | DeviceFloat | None = _again(name, law, nonfinite, write=True)
     if norm is not None:
         return rebuild(items), norm
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     device.require()
-    targets = arrays.targets(described, grads, out)
+    targets = outputs.targets(described, grads, out)
     norm = clip(described.entries, targets, law, nonfinite, duplicates, name)
     return described.with_results([target.result for target in targets]), norm
 
@@ -209,8 +212,8 @@ def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    entry = arrays.describe("grad", 0, grad)
-    target = arrays.place(entry, out)
+    entry = describe("grad", 0, grad)
+    target = outputs.place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
     return target.result
 
@@ -220,14 +223,14 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
 
     Arrays are rounded and checked on the host, which waits for those on the GPU.
     """
-    entry = arrays.describe("grad", 0, grad)
+    entry = describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
     low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
-    target = arrays.place(entry, out)
+    target = outputs.place(entry, out)
     if entry.repeated:
         return _clamp_sums(entry, target, low, high, out)
     _clamp(entry, target, low, high)
@@ -236,7 +239,7 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
 
 def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any) -> None:
     """Write each element held between two numbers, or arrays of the host."""
-    stream = arrays.stream_of([entry])
+    stream = stream_of([entry])
     if np.ndim(low) or np.ndim(high):
         span = Strided(entry.dtype, entry.shape, entry.memory, target.memory)
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
@@ -252,7 +255,7 @@ def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, ou
     """Hold the sums of rows between two bounds: as new slices, or in the first row of each."""
     slices: Any = entry.slices
     merged = slices.coalesce()
-    sums = arrays.describe("grad", 0, merged)
+    sums = describe("grad", 0, merged)
     _clamp(sums, sums, low, high)
     if out is None:
         return merged
@@ -266,8 +269,8 @@ def _on_host(name: str, bound: Any) -> Any:
     """Return a bound that is an array on the GPU as a copy on the host, any other as it is."""
     if not on_device(bound):
         return bound
-    entry = arrays.describe(name, 0, bound)
-    return arrays.host_copy(entry, arrays.stream_of([entry]))
+    entry = describe(name, 0, bound)
+    return host_copy(entry, stream_of([entry]))
 
 
 def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
@@ -277,6 +280,6 @@ def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
     if entry.slices is not None:
         values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
     memory = device.allocate(values.nbytes)
-    made = arrays.DeviceArray(memory, 0, values.shape, values.dtype)
+    made = DeviceArray(memory, 0, values.shape, values.dtype)
     device.write(made.address, values.reshape(-1).view(np.uint8), stream)
     return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.dtypes import Array, DType, lookup
 from numclip.group import Group
 from numclip.inputs import Entry
@@ -68,9 +68,7 @@ class DeviceGroupState:
 
     def entries(self) -> list[DeviceEntry]:
         """Return the descriptions of the gradients."""
-        return [
-            arrays.describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()
-        ]
+        return [describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()]
 
     def put(self, name: str, grad: Any, stream: Any) -> None:
         """Let a gradient that fits be a parameter's; None means zero."""
@@ -94,7 +92,7 @@ class DeviceGroupState:
         if grad is None:
             return None
         param, label, there = self.params[name], f"grads[{name!r}]", on_device(grad)
-        described: Any = (arrays.describe if there else inputs.entry)(label, name, grad)
+        described: Any = (describe if there else inputs.entry)(label, name, grad)
         if self.sparse != (described.slices is not None):
             wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
             raise TypeError(f"{label}: expected {wanted}, got {type(grad).__name__}")

@@ -6,8 +6,10 @@ from typing import Any, Never
 
 import numpy as np
 
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda import outputs
+from numclip.cuda.copies import host_indices
+from numclip.cuda.entries import DeviceEntry, describe_rows
+from numclip.cuda.streams import stream_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.grouping import RowSpan, sum_rows
@@ -38,7 +40,7 @@ class DeviceSlices(IndexedSlices):
         return tuple(entry.shape)
 
     def _on_host(self, indices: Any) -> Array:
-        return arrays.host_indices(indices) if on_device(indices) else np.asarray(indices)
+        return host_indices(indices) if on_device(indices) else np.asarray(indices)
 
     def coalesce(self) -> IndexedSlices:
         """Return the slices with repeated rows summed and the indices in ascending order.
@@ -62,7 +64,7 @@ class DeviceSlices(IndexedSlices):
     def _summed(self, shape: tuple[int, ...], places: Array) -> Any:
         """Return a new array of zeros but for the sums of rows, each in its place."""
         entry = _entry(self._values)
-        made = arrays.new_of_shape(entry, shape)
+        made = outputs.new_of_shape(entry, shape)
         self.sum_into(made, places)
         return made.array
 
@@ -70,7 +72,7 @@ class DeviceSlices(IndexedSlices):
         """Write the sums of rows to their places in an array, and 0 elsewhere."""
         device.require()
         entry = _entry(self._values)
-        stream = arrays.stream_of([entry])
+        stream = stream_of([entry])
         length = entry.size // max(entry.shape[0], 1)
         device.clear(made.address, made.nbytes, stream)
         span = RowSpan(entry.dtype, entry.address, made.address, entry.size, length)
@@ -86,4 +88,4 @@ class DeviceSlices(IndexedSlices):
 
 def _entry(values: Any) -> DeviceEntry:
     """Return the description of values, whose rows are contiguous."""
-    return arrays.rows("values", 0, values)
+    return describe_rows("values", 0, values)

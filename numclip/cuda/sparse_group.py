@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.group import DeviceGroupState
 from numclip.dtypes import Array
 from numclip.group import Group
@@ -29,8 +29,7 @@ class SparseGroupState(DeviceGroupState):
     def entries(self) -> list[DeviceEntry]:
         """Return the descriptions of the gradients, of no rows where there is none."""
         return [
-            arrays.describe(f"{self.name}.{name}", name, rows.slices)
-            for name, rows in self._rows.items()
+            describe(f"{self.name}.{name}", name, rows.slices) for name, rows in self._rows.items()
         ]
 
     def merged(self, name: str) -> IndexedSlices | None:

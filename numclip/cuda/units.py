@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda import outputs
+from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.plans import kept
+from numclip.cuda.streams import stream_of
 from numclip.cuda.values import DeviceInt
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
@@ -21,9 +22,9 @@ from numclip.units import example_bounds
 
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound, as `functional.clip_by_norm` with axes."""
-    entry = arrays.describe("grad", 0, grad)
+    entry = describe("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.shape)) or ()
-    target = arrays.place(entry, out)
+    target = outputs.place(entry, out)
     family = Family((_strided(entry, target, reduced),))
     _clip([entry], family, ord, bound)
     return target.array
@@ -31,13 +32,13 @@ def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> An
 
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters', as `functional`'s."""
-    entry, owner = arrays.describe("grad", 0, grad), arrays.describe("param", 0, param)
+    entry, owner = describe("grad", 0, grad), describe("param", 0, param)
     if owner.shape != entry.shape:
         raise ValueError(
             f"param: expected an array of the gradient's shape {entry.shape}, got {owner.shape}"
         )
     reduced = inputs.adaptive_axes(axes, len(entry.shape))
-    target = arrays.place(entry, out)
+    target = outputs.place(entry, out)
     family = Family((_strided(entry, target, reduced),), _strided(owner, owner, reduced))
     _clip([entry, owner], family, 2.0, factor, eps)
     return target.array
@@ -51,7 +52,7 @@ def _clip(
     entries: Sequence[DeviceEntry], family: Family, ord: float, bound: float, eps: float = 0.0
 ) -> None:
     """Scale each unit of a family by a factor of its own."""
-    stream = arrays.stream_of(entries)
+    stream = stream_of(entries)
     plan, _ = kept((device.handle_of(stream), ord, family), lambda: UnitPlan([family], ord, stream))
     plan.write_laws(bound, stream, eps)
     plan.measure(stream)
@@ -61,11 +62,11 @@ def _clip(
 
 def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
     """Add up examples, each clipped by its norm, as `functional.clip_per_example`."""
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     entries: list[DeviceEntry] = described.entries
     inputs.check_examples(described.entries)
     device.require()
-    stream, sums = arrays.stream_of(entries), [_new_sum(entry) for entry in entries]
+    stream, sums = stream_of(entries), [_new_sum(entry) for entry in entries]
     parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
     shared = [tuple(parts)] if layerwise is None else [(part,) for part in parts]
     families = tuple(Family(own, rounded=False) for own in shared)
@@ -85,7 +86,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
 
 def _new_sum(entry: DeviceEntry) -> DeviceEntry:
     """Return a new array for the sum over a gradient's examples."""
-    return arrays.new_of_shape(entry, entry.shape[1:])
+    return outputs.new_of_shape(entry, entry.shape[1:])
 
 
 def _along_examples(total: DeviceEntry) -> DeviceEntry:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.cuda import arrays, tensors
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda import outputs, tensors
+from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.entries import DeviceEntry, describe
+from numclip.cuda.streams import current_stream, stream_of
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.update_plan import PlainUpdates
@@ -75,9 +77,9 @@ class DeviceArrayEngine:
     def _plan(self, grads: list[Any], params: list[Any]) -> tuple[Planned, Any]:
         """Return what updates described pairs, and by what it is found again."""
         advice = "update one of them in a call of its own"
-        arrays.refuse_overlaps(grads, params, advice)
+        outputs.refuse_overlaps(grads, params, advice)
         slots = self._slots_of(params)
-        stream = arrays.stream_of([*params, *grads])
+        stream = stream_of([*params, *grads])
         spans = [
             Span(grad.dtype, grad.address, param.address, param.size)
             for grad, param in zip(grads, params, strict=True)
@@ -119,7 +121,7 @@ def _name_of(pairs: Sequence[Pair]) -> Any:
     told = tensors.facts([*(pair.gradient for pair in pairs), *variables])
     if told is None:
         return None
-    stream = arrays.current_stream(variables[0])
+    stream = current_stream(variables[0])
     return device.handle_of(stream), tuple(map(id, variables)), told
 
 
@@ -131,8 +133,8 @@ def _described(number: int, pair: Pair) -> tuple[DeviceEntry, DeviceEntry]:
             f"{name}: expected an array for a gradient on the GPU, got IndexedSlices; pass "
             "to_dense() of them"
         )
-    param = arrays.describe(name, number, variable)
-    grad = arrays.describe(name, number, gradient)
+    param = describe(name, number, variable)
+    grad = describe(name, number, gradient)
     if not param.writable:
         raise ValueError(f"{name}: expected a writeable array to update, got a read-only one")
     if grad.shape != param.shape or grad.native != param.native:
