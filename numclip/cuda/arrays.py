@@ -59,6 +59,11 @@ class DeviceArray:
         return math.prod(self.shape)
 
     @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.size * self.dtype.itemsize
@@ -139,6 +144,11 @@ class DeviceArray:
         return entry
 
     def _check(self, shape: Any, dtype: Any, *, c_order: bool = True) -> None:
+        if self._strides is not None:
+            raise ValueError(
+                f"array: expected one in C order to copy to, got strides {self._strides}; "
+                "copy to a new one"
+            )
         if shape != self.shape or dtype != self.dtype or not c_order:
             raise ValueError(
                 f"source: expected {self.dtype} of shape {self.shape} in C order, "

@@ -17,7 +17,7 @@ from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
 from numclip.cuda import outputs, plans, tensors
 from numclip.cuda.arrays import DeviceArray
-from numclip.cuda.copies import host_copy, host_entry
+from numclip.cuda.copies import host_entry, on_host
 from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.streams import current_stream, stream_of
 from numclip.cuda.values import DeviceFloat
@@ -27,7 +27,6 @@ from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
-from numclip.placement import on_device
 from numclip.slices import Grouping
 
 
@@ -226,7 +225,7 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     entry = describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
-    low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
+    low, high = on_host("clip_value_min", low), on_host("clip_value_max", high)
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
@@ -263,14 +262,6 @@ def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, ou
     firsts = order[starts[:-1]]
     merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
     return target.result
-
-
-def _on_host(name: str, bound: Any) -> Any:
-    """Return a bound that is an array on the GPU as a copy on the host, any other as it is."""
-    if not on_device(bound):
-        return bound
-    entry = describe(name, 0, bound)
-    return host_copy(entry, stream_of([entry]))
 
 
 def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda.entries import DeviceEntry, is_c_order
+from numclip.cuda.entries import DeviceEntry, describe, is_c_order
 from numclip.cuda.protocols import told
-from numclip.cuda.streams import current_stream
+from numclip.cuda.streams import current_stream, stream_of
 from numclip.dtypes import Array
 from numclip.inputs import Entry
 from numclip.kernels.cuda import device
+from numclip.placement import on_device
 from numclip.slices import IndexedSlices
 
 
@@ -23,6 +24,14 @@ def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
     memory = device.read(begin, end - begin, stream)
     offset, strides = entry.address - begin, entry.strides
     return np.ndarray(entry.shape, entry.native, memory, offset, strides)
+
+
+def on_host(name: str, array: Any) -> Any:
+    """Return an array on the GPU as a copy in the host's memory, any other as it is."""
+    if not on_device(array):
+        return array
+    entry = describe(name, name, array)
+    return host_copy(entry, stream_of([entry]))
 
 
 def host_entry(entry: DeviceEntry, stream: Any) -> Entry:

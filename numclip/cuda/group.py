@@ -11,6 +11,7 @@ import numpy as np
 
 from numclip import inputs
 from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.copies import on_host
 from numclip.cuda.entries import DeviceEntry, describe
 from numclip.dtypes import Array, DType, lookup
 from numclip.group import Group
@@ -57,7 +58,7 @@ class DeviceGroupState:
     def __init__(self, group: Group) -> None:
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
-        given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
+        given = {k: inputs.as_array(k, on_host(k, value)) for k, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
         self.flat_grads, grads = flat_buffers({} if self.sparse else native)

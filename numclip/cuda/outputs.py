@@ -18,6 +18,7 @@ from numclip.cuda.protocols import library_of
 from numclip.dtypes import Array
 from numclip.inputs import Gradients
 from numclip.kernels.cuda import device
+from numclip.outputs import check_keys
 
 
 def place(entry: DeviceEntry, out: Any) -> DeviceEntry:
@@ -38,9 +39,7 @@ def targets(grads: Gradients, given: Any, out: Any) -> list[DeviceEntry]:
     keys, items = grads.keys, grads.items
     if out is not given:
         keys, items, _ = inputs.structure(out, "out")
-    absent = [[item is None for item in those] for those in (items, grads.items)]
-    if keys != grads.keys or absent[0] != absent[1]:
-        raise ValueError(f"out: expected the {len(grads.keys)} keys of grads, None where they are")
+    check_keys(grads, keys, items)
     pairs = [(key, item) for key, item in zip(keys, items, strict=True) if item is not None]
     found = [
         target(entry, item, f"out[{key!r}]")
