@@ -129,7 +129,7 @@ class DeviceArray:
         """
         if not on_device(source):
             source = to_numpy("source", source)
-            sent = DeviceArray(device.allocate(source.nbytes), 0, source.shape, source.dtype)
+            sent = empty(source.shape, source.dtype)
             sent.copy_from(source, stream)
             source = sent
         entry = self._fitting(source)
@@ -174,3 +174,9 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype}, shape={self.shape})"
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+    """Return a new array in C order, which holds whatever its memory does."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return DeviceArray(device.allocate(nbytes), 0, shape, dtype)

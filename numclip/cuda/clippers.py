@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.clipper import Clipper, Found, Outcome
 from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.report import Columns, build, norms_of
@@ -95,10 +95,7 @@ class ValueClipper(Clipper):
         """Hold the elements, measure, and put the gradients back from copies."""
         flats = [flat for group in self.groups for flat in group.flat_grads.values()]
         if not self._kept_grads:
-            self._kept_grads = [
-                DeviceArray(device.allocate(flat.nbytes), 0, flat.shape, flat.dtype)
-                for flat in flats
-            ]
+            self._kept_grads = [empty(flat.shape, flat.dtype) for flat in flats]
         for flat, kept in zip(flats, self._kept_grads, strict=True):
             device.copy(kept.address, flat.address, flat.nbytes, stream)
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
 from numclip.cuda import outputs, plans, tensors
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import empty
 from numclip.cuda.copies import host_entry, on_host
 from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.streams import current_stream, stream_of
@@ -270,7 +270,6 @@ def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
         values = np.ascontiguousarray(foreign.to_numpy("bound", bound).astype(entry.native))
     if entry.slices is not None:
         values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
-    memory = device.allocate(values.nbytes)
-    made = DeviceArray(memory, 0, values.shape, values.dtype)
+    made = empty(values.shape, values.dtype)
     device.write(made.address, values.reshape(-1).view(np.uint8), stream)
     return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made

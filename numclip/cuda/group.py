@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.copies import on_host
 from numclip.cuda.entries import DeviceEntry, describe
 from numclip.dtypes import Array, DType, lookup
@@ -30,7 +30,7 @@ def flat_buffers(
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         members = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
         size = sum(tensor.size for tensor in members.values())
-        buffer = DeviceArray(device.allocate(size * dtype.itemsize), 0, (size,), dtype)
+        buffer = empty((size,), dtype)
         device.clear(buffer.address, buffer.nbytes, 0)
         flat[dtype.name] = buffer
         start = 0
