@@ -128,3 +128,42 @@ def test_clip_and_adam(benchmark, torch, timed_on_gpu, model, method):
     del grads, arrays
     step = nc.Adam(groups, weight_decay=0.01)
     timed_on_gpu(step.step, nbytes)
+
+
+@pytest.mark.parametrize("shape", [(1 << 14, 1 << 13), (1 << 21, 64), (4, 1 << 25)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("method", ["numclip", "torch"])
+def test_units(benchmark, torch, timed_on_gpu, shape, axis, method):
+    """Half of the units are clipped, by a bound that shrinks at every call."""
+    benchmark.group = f"GPU units, {shape} along axis {axis}"
+    grad = torch.randn((8, 8) if benchmark.disabled else shape, device="cuda")
+    bound = [float(grad.shape[axis]) ** 0.5]
+
+    def ours() -> None:
+        nc.clip_by_norm(grad, bound[0], axis, out=grad)
+
+    def theirs() -> None:
+        norms = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
+        grad.mul_(torch.clamp(bound[0] / norms, max=1.0))
+
+    def shrinking() -> None:
+        bound[0] *= 0.999
+        (ours if method == "numclip" else theirs)()
+
+    timed_on_gpu(shrinking, 3 * size_of([grad]))
+
+
+@pytest.mark.parametrize("method", ["numclip", "torch"])
+def test_per_example(benchmark, torch, timed_on_gpu, method):
+    benchmark.group = "GPU per example, 256 of 1 M"
+    shapes = [(4, 3)] if benchmark.disabled else [(256, 1000, 1000), (256, 1000), (256, 1000, 24)]
+    grads = [torch.randn(shape, device="cuda") for shape in shapes]
+
+    def theirs() -> None:
+        flat = [grad.flatten(1) for grad in grads]
+        norms = sum(torch.linalg.vector_norm(x, dim=1) ** 2 for x in flat) ** 0.5
+        factors = torch.clamp(100.0 / norms, max=1.0)
+        [factors @ x for x in flat]
+
+    calls = {"numclip": lambda: nc.clip_per_example(grads, 100.0), "torch": theirs}
+    timed_on_gpu(calls[method], 2 * size_of(grads))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -214,7 +214,8 @@ def clip_by_norm(
     -------
     array or IndexedSlices
         The clipped gradient. With `axes`, repeated rows are summed first: new slices are
-        coalesced, and `out` holds each sum in the first of its rows and 0 in the others.
+        coalesced, and `out` holds each sum in the first of its rows and 0 in the others; but
+        where no unit is clipped, rows are as they were, for which the GPU is waited for.
 
     Raises
     ------
@@ -225,7 +226,8 @@ def clip_by_norm(
     -----
     **Guarantees.** As `clip_by_global_norm`, for each unit. NaN or Inf makes its unit NaN.
     Axes in front or in the middle are summed where they stand; other arrangements, and orders
-    other than 2, work on a transposed copy. CUDA arrays are never copied.
+    other than 2, work on a transposed copy. CUDA arrays are never copied, but repeated rows are
+    summed in new memory.
 
     **Source.** ``tf.clip_by_norm``.
 
@@ -240,7 +242,6 @@ def clip_by_norm(
     bound = inputs.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
-    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         return _device_units().clip_by_norm(grad, bound, axes, order, out)
     entry = inputs.entry("grad", 0, grad)
@@ -416,7 +417,8 @@ def adaptive_clip(
     Returns
     -------
     array or IndexedSlices
-        The clipped gradient. Repeated rows are summed as in `clip_by_norm` with axes.
+        The clipped gradient. Repeated rows are summed as in `clip_by_norm` with axes. On a GPU,
+        the parameter's rows are copied for slices whose axis 0 is not reduced.
 
     Raises
     ------
@@ -438,7 +440,6 @@ def adaptive_clip(
     """
     factor = inputs.bound("clip_factor", clip_factor)
     least = inputs.bound("eps", eps)
-    _refuse_slices_there("grad", [grad])
     if on_device(grad):
         return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
     entry = inputs.entry("grad", 0, grad)
@@ -469,7 +470,8 @@ def clip_per_example(
     Parameters
     ----------
     grads : list, tuple, dict or iterator of gradients
-        Axis 0 of each is the example, of the same length in all. See `global_norm`.
+        Axis 0 of each is the example, of the same length in all. See `global_norm`. On a GPU,
+        `IndexedSlices` are made dense first.
     clip_norm : float
         The bound on the norm of all gradients of one example, >= 0.
     layerwise : {None, "uniform", "proportional"}, default None
@@ -508,7 +510,6 @@ def clip_per_example(
     inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
     grads = listed(grads)
     if any_on_device(grads):
-        _refuse_slices_there("grads", grads.values() if isinstance(grads, Mapping) else grads)
         on_gpu: tuple[Any, Any] = _device_units().clip_per_example(grads, bound, layerwise)
         return on_gpu
     described = inputs.gradients(grads)
@@ -533,15 +534,6 @@ def _device_units() -> Any:
     from numclip.cuda import units as device_units
 
     return device_units
-
-
-def _refuse_slices_there(name: str, grads: Iterable[Any]) -> None:
-    """Refuse slices on the GPU, of whose units there are no norms."""
-    if any(isinstance(grad, IndexedSlices) and grad.is_cuda for grad in grads):
-        raise TypeError(
-            f"{name}: expected arrays, or IndexedSlices on the host, for norms of units, got "
-            "IndexedSlices on the GPU; clip a copy on the host"
-        )
 
 
 def _clip_whole(

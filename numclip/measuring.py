@@ -166,7 +166,7 @@ def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum")
     if ord == 2.0:
         return sum_squares(entries, duplicates).norms(groups, 1)
     summed = [duplicates == "sum" and entry.repeated for entry in entries]
-    shift = HEADROOM if any(map(_may_overflow, entries, summed)) else 0
+    shift = HEADROOM if any(map(may_overflow, entries, summed)) else 0
     made = batches(_magnitudes(entries, summed, shift))
     norms = norms_of(made, groups, 1, ord)
     if any(summed):
@@ -175,7 +175,16 @@ def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum")
     return norms._replace(exponents=norms.exponents + shift)
 
 
-def _may_overflow(entry: Entry, summed: bool) -> bool:
+def over_power(array: Array, shift: int) -> Array:
+    """Return an array in double precision, over ``2**shift``."""
+    wide = array.astype(np.result_type(array.dtype, np.float64))
+    if shift:
+        parts = as_stored(wide)  # a complex product would make NaN of Inf
+        parts *= 2.0**-shift
+    return wide
+
+
+def may_overflow(entry: Entry, summed: bool) -> bool:
     """Tell whether a magnitude, or a sum of rows, could exceed float64."""
     if entry.dtype.digits < 53 or not (summed or entry.dtype.components == 2):
         return False
@@ -214,10 +223,7 @@ def _magnitudes(
         if not sums and entry.dtype.components == 1 and shift == 0:
             tensors.append(entry)
             continue
-        wide = entry.native.astype(np.result_type(entry.native.dtype, np.float64))
-        if shift:
-            parts = as_stored(wide)  # a complex product would make NaN of Inf
-            parts *= 2.0**-shift
+        wide = over_power(entry.native, shift)
         if sums and entry.slices is not None:
             wide = entry.slices.summed(np.abs(wide) if of_terms else wide)
         tensors.append(Numbers(FLOAT64, np.abs(wide).reshape(-1)))

@@ -96,8 +96,9 @@ class Optimizer(state.Saved):
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
             optimizer keeps a state for each that it has met, and the array with it: a new view
             is a new array. These states are not in `state_dict`. CUDA arrays are taken with
-            gradients that are CUDA arrays in C order, none in two pairs: one launch for each
-            dtype, whatever their number, on the stream of the first array's library.
+            gradients that are CUDA arrays in C order or slices of them, none in two pairs: one
+            launch for each dtype, whatever their number, on the stream of the first array's
+            library, after slices are coalesced.
 
         Raises
         ------

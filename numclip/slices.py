@@ -32,7 +32,7 @@ class IndexedSlices:
     """A sparse gradient: row ``indices[k]`` of a dense array receives ``values[k]``.
 
     Rows that repeat add up. Every function of numclip treats it as the dense array it stands
-    for, and allocates nothing of that size.
+    for, and allocates nothing of that size (but `clip_per_example` on a GPU).
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.inputs import Entry
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
-from numclip.measuring import Norms, norms_of
+from numclip.measuring import HEADROOM, Norms, may_overflow, norms_of, over_power
 from numclip.outputs import Place
 
 
@@ -80,12 +80,14 @@ class Units:
             if self.entry.dtype.digits < 53 or backend.is_safe(totals).all():
                 zeros = np.zeros(self.count, np.int64)
                 return Norms(np.sqrt(totals), zeros, np.ones(self.count))
-        rows = self.rows()
+        rows, shift = self.rows(), 0
         dtype, stored = self.entry.dtype, as_stored(rows.reshape(-1))
         if ord != 2.0 and dtype.components == 2:
-            dtype, stored = FLOAT64, np.abs(rows.astype(np.complex128)).reshape(-1)
+            shift = HEADROOM if may_overflow(self.entry, summed=False) else 0
+            dtype, stored = FLOAT64, np.abs(over_power(rows, shift)).reshape(-1)
         batch = backend.rows_of(dtype, stored, stored, self.count)
-        return norms_of([batch], np.arange(self.count), self.count, ord)
+        norms = norms_of([batch], np.arange(self.count), self.count, ord)
+        return norms._replace(exponents=norms.exponents + shift)
 
     def decide(self, norms: Norms, bound: float, ord: float) -> Factors:
         """Return the factors that hold the norms of the units to a bound."""

@@ -37,7 +37,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "sum_row_squares": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
         "max_row_magnitude": (TABLE, TABLE, COUNTS, TABLE, LIKE, NUMBERS),
         "sum_row_powers": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE, NUMBERS),
-        "sum_rows": (TABLE, TABLE, COUNTS, LIKE),
+        "sum_rows": (TABLE, TABLE, COUNTS, LIKE, types.float64),
         "sum_scaled_rows": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE),
     },
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
@@ -45,7 +45,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
-        "add": (TABLE, LIKE),
+        "add": (types.int64,) * 5 + (LIKE,),
     },
     tiles: {
         "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),
@@ -59,9 +59,9 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "sum_examples": (TABLE, TABLE, NUMBERS, LIKE),
     },
     units: {
-        "find_unit_peaks": (TABLE, TABLE, NUMBERS, types.int64, NUMBERS),
+        "find_unit_peaks": (TABLE, TABLE, NUMBERS, NUMBERS, types.int64, NUMBERS),
         "decide_units": (TABLE, TABLE, NUMBERS, NUMBERS, NUMBERS, TICKETS, NUMBERS),
-        "summarize_units": (TABLE, NUMBERS, NUMBERS, NUMBERS),
+        "summarize_units": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS),
     },
     updates: {
         "advance": (NUMBERS, COUNTS),

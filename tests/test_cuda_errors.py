@@ -366,10 +366,11 @@ def test_copying_between_host_and_device_is_checked():
         array[0] = np.ones(3)
     with pytest.raises(ValueError, match=r"copy: expected True or None"):
         np.asarray(array, copy=False)
-    strided = DeviceArray(device.allocate(48), 0, (2, 3), np.dtype("f8"), (8, 16))
-    with pytest.raises(ValueError, match=r"array: expected one in C order to copy to, got strides"):
-        strided.copy_from(np.ones((2, 3)))
     assert (repr(array), array.ndim) == ("DeviceArray(float64, shape=(2, 3))", 2)
+    clipped = nc.clip_by_norm(send(np.asfortranarray(np.ones((2, 3)))), 1.0)
+    for copy in (clipped.copy_from, clipped.add):
+        with pytest.raises(ValueError, match=r"array: expected one in C order to copy to, got str"):
+            copy(np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("policy", ["propagate", "raise", "skip", "zero"])
@@ -428,3 +429,20 @@ def test_collections_of_every_kind():
     assert nc.global_norm(iter(grads.values())) == 5.0
     with pytest.raises(TypeError, match=r"grads: expected a list, tuple or dict of gradients"):
         nc.global_norm(grads["a"])
+
+
+def test_copies_on_the_default_stream_do_not_make_the_host_wait(monkeypatch):
+    """numba's copies would, where a stream is 0."""
+    streams: list[Any] = []
+    memory = SimpleNamespace(copy_to_device=lambda _, stream: streams.append(stream))
+    driver = SimpleNamespace(device_memset=lambda *given: streams.append(given[-1]))
+    made = SimpleNamespace(default_stream=lambda: "default", cudadrv=SimpleNamespace(driver=driver))
+    monkeypatch.setattr(device, "SIMULATED", False)
+    monkeypatch.setattr(device, "cuda", made)
+    monkeypatch.setattr(device, "_bytes_at", lambda *_: memory)
+    for stream in (0, "other"):
+        device.update(memory, np.ones(3), stream)
+        device.write(1, np.ones(3), stream)
+        device.copy(1, 2, 3, stream)
+        device.clear(1, 2, stream)
+    assert streams == ["default"] * 4 + ["other"] * 4

@@ -375,6 +375,19 @@ def test_parameters_come_from_host_and_device():
         nc.Group("g", {"odd": send(np.arange(3))})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_add_up_wherever_they_lie(monkeypatch, dtype):
+    """No table is sent for it, nothing is allocated."""
+    item = np.dtype(dtype).itemsize
+    for size, here, there in [(1, 0, 0), (7, item, item), (200, 3 * item, 3 * item), (99, item, 0)]:
+        own, grad = (normal(np.random.default_rng(k), (size,), dtype) for k in (0, 1))
+        total, sent = send(own, here), send(grad, there)
+        with monkeypatch.context() as patched:
+            forbid(patched, MOVING)
+            total.add(sent, 0)
+        assert_same_bits(fetch(total), own + grad)
+
+
 def test_views_are_of_one_buffer():
     params = params_of("float32")
     groups = nc.ParamGroups([nc.Group("g", params)], device="cuda")

@@ -68,6 +68,8 @@ def test_steps_and_units(dtype, view):
         for ord in (2, 1, np.inf):
             wanted = nc.clip_by_norm(grad, middle, axes, ord=ord)
             assert_near(nc.clip_by_norm(sent, middle, axes, ord=ord), wanted)
+        twice = [fetch(nc.clip_by_norm(sent, middle, axes)) for _ in range(2)]
+        assert_same_bits(*twice)
         wanted = nc.adaptive_clip(grad, param, 1.0, axes=axes)
         assert_near(nc.adaptive_clip(sent, send(param), 1.0, axes=axes), wanted)
     examples = grad.astype("D").reshape(len(grad), -1)
@@ -107,6 +109,56 @@ def test_a_hundred_runs_agree():
     assert len(outcomes) == 1
 
 
+def zipfian(columns: int, dtype: str = "float32") -> nc.IndexedSlices:
+    """Rows as a batch of words has them: a few of many, and many of a few."""
+    rng = np.random.default_rng(columns)
+    indices = np.minimum(rng.zipf(1.3, 65_536), 20_000) - 1
+    return nc.IndexedSlices(normal(rng, (65_536, columns), dtype), indices, (20_000, columns))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("columns", [1, 3, 64, 1000])
+def test_rows_that_repeat(columns, dtype):
+    slices = zipfian(columns, dtype)
+    sent = send(slices)
+    norm = nc.global_norm([slices])
+    for order, wanted in ((2, norm), (3, nc.global_norm([slices], 3))):
+        assert abs(float(nc.global_norm([sent], order)) - wanted) <= 1e-13 * wanted
+    assert_same_bits(fetch(sent.coalesce()), slices.coalesce())
+    outcomes = set()
+    for _ in range(20):
+        (clipped,), same = nc.clip_by_global_norm([sent], 0.3 * norm)
+        outcomes.add((float(same), fetch(clipped).values.tobytes()))
+    assert len(outcomes) == 1
+    assert nc.global_norm([fetch(clipped)]) <= 0.3 * norm
+
+
+@pytest.mark.parametrize("kind", [nc.SGD, nc.Adam])
+def test_a_sparse_group(kind):
+    groups = [nc.Group("g", {"E": np.ones((20_000, 64), "f")}, clip=nc.ByNorm(1.0), sparse=True)]
+    cpu, gpu = nc.ParamGroups(groups), nc.ParamGroups(groups, device="cuda")
+    one, two = kind(cpu, 0.1), kind(gpu, 0.1)
+    for _ in range(3):
+        for managed, optimizer in ((cpu, one), (gpu, two)):
+            managed.grads["E"] = zipfian(64)
+            optimizer.step()
+    np.testing.assert_allclose(fetch(gpu.params["E"]), cpu.params["E"], rtol=1e-6, atol=1e-6)
+
+
+def test_slices_of_pytorch():
+    torch = pytest.importorskip("torch")
+    host = zipfian(64)
+    values = torch.from_numpy(host.values).cuda()
+    indices = torch.from_numpy(host.indices.copy()).cuda()
+    slices = nc.IndexedSlices(values, indices, (20_000, 64))
+    (clipped,), norm = nc.clip_by_global_norm([slices], 1.0)
+    assert norm == pytest.approx(nc.global_norm([host]), rel=1e-14)
+    assert isinstance(clipped.values, torch.Tensor)
+    dense = slices.to_dense()
+    wanted = torch.zeros_like(dense).index_add_(0, indices, values)
+    torch.testing.assert_close(dense, wanted, rtol=1e-4, atol=1e-2)
+
+
 def torch_gradients(torch: Any) -> list[Any]:
     generator = torch.Generator("cuda").manual_seed(0)
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -124,6 +176,47 @@ def test_pytorch_in_place():
     assert norm == pytest.approx(exact, rel=1e-12)
     assert [grad.data_ptr() for grad in clipped] == pointers
     assert torch.cat([grad.double().reshape(-1) for grad in grads]).norm().item() <= 1 + 1e-14
+
+
+def test_pytorch_parameters_are_updated_where_they_lie():
+    torch = pytest.importorskip("torch")
+    own = [torch.nn.Parameter(grad.float()) for grad in torch_gradients(torch)]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in own]
+    ours = nc.Adam(None, 0.01, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, 0.01, weight_decay=0.1)
+    for step in range(1, 5):
+        grads = [param.detach() * step for param in theirs]
+        clipped, _ = nc.clip_by_global_norm(grads, 1.0, out=grads)
+        for param, grad in zip(theirs, clipped, strict=True):
+            param.grad = grad
+        ours.apply_gradients(zip(clipped, own, strict=True))
+        reference.step()
+    for param, wanted in zip(own, theirs, strict=True):
+        torch.testing.assert_close(param, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_dlpack_of_pytorch():
+    torch = pytest.importorskip("torch")
+
+    class Shared:
+        """A tensor that tells of itself by DLPack alone."""
+
+        def __init__(self, tensor: Any) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.tensor.__dlpack_device__()
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for grad in torch_gradients(torch):
+            for _ in range(20):
+                grad = grad * 1.5
+                wanted = torch.linalg.vector_norm(grad.double())
+                norm = nc.global_norm([Shared(grad)])
+                assert float(norm) == pytest.approx(wanted.item(), rel=1e-12)
 
 
 def test_pytorch_gets_tensors_back_on_its_stream():
@@ -165,6 +258,38 @@ def test_one_tensor_is_measured_on_two_streams():
             norms.append(nc.global_norm([grad]))
     assert len(set(map(float, norms))) == 1
     assert float(norms[0]) == pytest.approx(30_000_000**0.5, rel=1e-14)
+
+
+def test_the_host_does_not_wait_for_what_is_queued():
+    """New bounds and numbers of steps are sent, and rows' tables, while the GPU is busy."""
+    torch = pytest.importorskip("torch")
+    params = [torch.ones(1000, device="cuda") for _ in range(4)]
+    grads = [torch.ones(1000, device="cuda") for _ in params]
+    groups = nc.ParamGroups(
+        [
+            nc.Group("g", {"w": np.ones(1000, "f")}, clip=nc.ByGlobalNorm(lambda k: 1.0 + k)),
+            nc.Group("s", {"e": np.ones((9, 4), "f")}, clip=nc.ByNorm(1.0), sparse=True),
+        ],
+        device="cuda",
+    )
+    optimizer, own = nc.SGD(groups, 0.1), nc.Adam(None)
+    rows = nc.IndexedSlices(torch.ones(5, 4, device="cuda"), np.array([1, 1, 2, 8, 1]), (9, 4))
+
+    def work(turn: int) -> None:
+        nc.clip_by_global_norm(grads, 1.0 + turn, out=grads)
+        own.apply_gradients(zip(grads, params, strict=True))
+        groups.set_grads({"w": grads[0], "e": rows})
+        groups.accumulate({"w": grads[0]})
+        optimizer.step()
+
+    for turn in range(3):
+        work(turn)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    work(3)
+    assert not busy.query()
 
 
 def test_cupy_in_place_and_back():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
+from numclip.cuda import plans
 from numclip.cuda import units as device_units
 from numclip.cuda.entries import describe
 from numclip.kernels.cuda import device, tables
@@ -132,6 +134,18 @@ def test_steps_allocate_nothing(monkeypatch):
     nc.clip_by_norm(grad, 2.0, 0, out=grad)
 
 
+def test_plans_that_hold_much_memory_are_not_kept(monkeypatch):
+    monkeypatch.setattr(plans, "_plans", OrderedDict())
+    monkeypatch.setattr(plans, "MOST_BYTES", 2000)
+    grads = [send(np.ones((2, 15), "f")) for _ in range(3)]  # of 1280 + 360 bytes
+    for grad in grads:
+        nc.clip_by_norm(grad, 0.5, 0, out=grad)
+        assert len(plans._plans) == 1
+    nc.clip_by_norm(grads[0], 0.5, 1, out=grads[0])
+    nc.clip_by_norm(grads[1], 0.5, 1, out=grads[1])
+    assert len(plans._plans) == 2
+
+
 def plan_for(grads: list[Any], params: list[Any], *, ord: float = 2.0, **options: Any) -> UnitPlan:
     def described(array: Any) -> Strided:
         entry = describe("grad", 0, array)
@@ -166,6 +180,23 @@ def test_families_have_laws_of_their_own_and_tell_what_became_of_them():
         assert row[tables.AFTER] == pytest.approx(np.linalg.norm(after), rel=1e-6)
         assert row[tables.LEAST] == pytest.approx((after / norms).min(), rel=1e-6)
         assert row[tables.CLIPPED_COUNT] == (norms > bound).sum()
+
+
+def test_many_blocks_tell_what_became_of_many_units():
+    """More than one takes; and a family of none, between two others."""
+    grads = [normal(RNG, shape, "float64") for shape in [(2, 70), (3, 0), (5, 41)]]
+    sent = [send(grad) for grad in grads]
+    plan = plan_for(sent, [])
+    for bound in (0.5, 1.5):
+        told = run(plan, bound)
+        for grad, row in zip(grads, told, strict=True):
+            norms = np.linalg.norm(grad, axis=0)
+            after = np.minimum(norms, bound)
+            assert row[tables.AFTER] == pytest.approx(np.linalg.norm(after), rel=1e-12)
+            assert row[tables.LEAST] == pytest.approx((after / norms).min(initial=1), rel=1e-12)
+            assert row[tables.CLIPPED_COUNT] == (norms > bound).sum()
+        for grad, there in zip(grads, sent, strict=True):
+            there.copy_from(grad)
 
 
 def test_what_a_base_skips_is_left():

@@ -142,6 +142,33 @@ def test_arrays_of_dlpack_are_held_until_they_are_used(monkeypatch):
     assert_same_bits(fetch(variable.sent), np.zeros(3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@plain_optim.kinds
+def test_slices_update_the_rows_that_they_have(kind, dtype):
+    rng = np.random.default_rng(0)
+    here = [normal(rng, (6, 150), dtype), normal(rng, (9,), dtype), normal(rng, (4,), dtype)]
+    there = [send(param) for param in here]
+    one, two = (plain_optim.made(kind, None)[0] for _ in range(2))
+    for indices in ([3, 0, 3], [], [5]):
+        values, grad = normal(rng, (len(indices), 150), dtype), normal(rng, (9,), dtype)
+        few = normal(rng, (2,), dtype)
+        one.apply_gradients(
+            [
+                (nc.IndexedSlices(values, indices, (6, 150)), here[0]),
+                (grad, here[1]),
+                (nc.IndexedSlices(few, [1, 1], (4,)), here[2]),
+            ]
+        )
+        two.apply_gradients(
+            [
+                (nc.IndexedSlices(send(values), indices, (6, 150)), there[0]),
+                (send(grad), there[1]),
+                (nc.IndexedSlices(send(few), [1, 1], (4,)), there[2]),
+            ]
+        )
+        assert_close(there, here)
+
+
 def test_pairs_that_are_not_taken():
     optimizer, ones, there = nc.SGD(None, 1.0), np.ones((2, 2)), send(np.ones((2, 2)))
     fixed = Foreign(np.ones((2, 2)), data=(there.address, True))
@@ -159,7 +186,7 @@ def test_pairs_that_are_not_taken():
         ((there, ordered), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
         ((first[0], first[1]), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
-        ((sent, there), TypeError, r"an array for a gradient on the GPU, got IndexedSlices; pass"),
+        ((sent, first[0]), ValueError, r"of shape \(3,\) and dtype float64, got \(2, 2\)"),
     ]:
         with pytest.raises(error, match=rf"grads_and_vars\[1\]: .*{message}"):
             optimizer.apply_gradients([first, pair])

@@ -382,3 +382,10 @@ def test_warmup_changes_no_result():
     assert before[1] == after[1]
     for one, other in zip(before[0], after[0], strict=True):
         checks.assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+def test_units_whose_magnitudes_exceed_float64(ord):
+    grad = np.full((3, 2), 1.5e308 + 1.5e308j)
+    wanted = 2.0**9 * nc.clip_by_norm(grad / 2.0**9, 1e308 / 2.0**9, 1, ord=ord)
+    np.testing.assert_allclose(nc.clip_by_norm(grad, 1e308, 1, ord=ord), wanted, rtol=1e-14)

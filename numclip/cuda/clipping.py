@@ -230,15 +230,20 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
     target = outputs.place(entry, out)
+    stream = stream_of([entry])
     if entry.repeated:
-        return _clamp_sums(entry, target, low, high, out)
-    _clamp(entry, target, low, high)
+
+        def clamp_sums(sums: DeviceEntry) -> bool:
+            _clamp(sums, sums, low, high, stream)
+            return True
+
+        return with_rows_summed(entry, target, out, stream, clamp_sums)
+    _clamp(entry, target, low, high, stream)
     return target.result
 
 
-def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any) -> None:
+def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, stream: Any) -> None:
     """Write each element held between two numbers, or arrays of the host."""
-    stream = stream_of([entry])
     if np.ndim(low) or np.ndim(high):
         span = Strided(entry.dtype, entry.shape, entry.memory, target.memory)
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
@@ -250,26 +255,39 @@ def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any) -> None
     free.append(outcome)
 
 
-def _clamp_sums(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, out: Any) -> Any:
-    """Hold the sums of rows between two bounds: as new slices, or in the first row of each."""
+def with_rows_summed(
+    entry: DeviceEntry,
+    target: DeviceEntry,
+    out: Any,
+    stream: Any,
+    operate: Callable[[DeviceEntry], bool],
+) -> Any:
+    """Run an operation that is not linear on the sums of rows, in place.
+
+    `operate` tells whether it changed anything. Returns new slices, or the target with the sums in
+    the first row of each; a copy of the slices as they are where nothing changed.
+    """
     slices: Any = entry.slices
-    merged = slices.coalesce()
-    sums = describe("grad", 0, merged)
-    _clamp(sums, sums, low, high)
+    merged = slices.coalesced_on(stream)
+    if not operate(describe(entry.name, entry.key, merged)):
+        if target.address != entry.address:
+            device.copy(target.address, entry.address, entry.nbytes, stream)
+        return target.result
     if out is None:
         return merged
     order, starts = slices.grouping
     firsts = order[starts[:-1]]
-    merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])])
+    merged.sum_into(target, firsts[np.argsort(slices.indices[firsts])], stream)
     return target.result
 
 
 def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
     """Return where a bound is after it is sent, broadcast to a gradient, and what holds it."""
     with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
-        values = np.ascontiguousarray(foreign.to_numpy("bound", bound).astype(entry.native))
+        values = foreign.to_numpy("bound", bound).astype(entry.native)
     if entry.slices is not None:
         values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
+    values = np.ascontiguousarray(values)
     made = empty(values.shape, values.dtype)
     device.write(made.address, values.reshape(-1).view(np.uint8), stream)
     return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made

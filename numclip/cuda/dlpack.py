@@ -76,17 +76,20 @@ _rename = ctypes.PYFUNCTYPE(ctypes.c_int, _capsule, _name)(("PyCapsule_SetName",
 class Lease:
     """The memory of an array, which its library keeps as long as this object is there.
 
-    And for what the default stream, and those that wait for it, still have to do with it. The
+    And for what the default stream, and `streams` beside it, still have to do with it. The
     library is told at the next time that some memory is given back.
     """
 
     def __init__(self, pointer: int, deleter: int | None) -> None:
+        self.streams: list[Any] = []
         if deleter:
-            give_back = weakref.finalize(self, _give_back, deleter, pointer)
+            give_back = weakref.finalize(self, _give_back, deleter, pointer, self.streams)
             give_back.atexit = False
 
 
-def _give_back(deleter: int, pointer: int) -> None:
+def _give_back(deleter: int, pointer: int, streams: list[Any]) -> None:
+    for stream in streams:  # the default one waits for none that was made to wait for no other
+        device.order(0, stream)
     device.after_default(lambda: _deleter(deleter)(pointer))
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 PLANS = 32
-"""How many plans are kept."""
+"""How many plans are kept, at most."""
+
+MOST_BYTES = 1 << 28
+"""How many bytes of the GPU's memory the kept plans of units may hold, but for one alone."""
 
 _plans: OrderedDict[Any, tuple[Any, list[Any]]] = OrderedDict()
 
@@ -24,7 +27,7 @@ def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
     """Keep a plan as the one used last, and forget the one not used for longest."""
     _plans[key] = found
     _plans.move_to_end(key)
-    while len(_plans) > PLANS:
+    while len(_plans) > PLANS or (len(_plans) > 1 and _nbytes() > MOST_BYTES):
         _plans.popitem(last=False)
 
 
@@ -35,3 +38,7 @@ def kept(key: Any, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
         found = make(), []
         keep(key, found)
     return found
+
+
+def _nbytes() -> int:
+    return sum(getattr(plan, "nbytes", 0) for plan, _ in _plans.values())

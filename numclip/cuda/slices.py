@@ -50,33 +50,45 @@ class DeviceSlices(IndexedSlices):
         IndexedSlices
             New arrays on the GPU, of which nothing is waited for.
         """
-        first = self.distinct_indices
-        ascending = np.argsort(first, kind="stable")
-        places = np.empty_like(ascending)
-        places[ascending] = np.arange(first.size)
-        sums = self._summed((first.size, *self.dense_shape[1:]), places)
-        return DeviceSlices(sums, first[ascending], self.dense_shape)
+        return self.coalesced_on(self._stream)
+
+    def coalesced_on(self, stream: Any) -> DeviceSlices:
+        """Return the coalesced slices, whose values are summed on a stream."""
+        indices = np.sort(self.distinct_indices)
+        shape = indices.size, *self.dense_shape[1:]
+        return DeviceSlices(self._summed(shape, self.ranks, stream), indices, self.dense_shape)
+
+    @property
+    def ranks(self) -> Array:
+        """Where the distinct indices, in the order they first appear, are in ascending order."""
+        return np.argsort(np.argsort(self.distinct_indices))
 
     def to_dense(self) -> Any:
         """Return the dense array of shape `dense_shape` that the slices stand for, on the GPU."""
-        return self._summed(self.dense_shape, self.distinct_indices)
+        return self.dense_on(self._stream)
 
-    def _summed(self, shape: tuple[int, ...], places: Array) -> Any:
+    def dense_on(self, stream: Any) -> Any:
+        """Return the dense array, which is made on a stream."""
+        return self._summed(self.dense_shape, self.distinct_indices, stream)
+
+    @property
+    def _stream(self) -> Any:
+        return stream_of([_entry(self._values)])
+
+    def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
         """Return a new array of zeros but for the sums of rows, each in its place."""
-        entry = _entry(self._values)
-        made = outputs.new_of_shape(entry, shape)
-        self.sum_into(made, places)
+        made = outputs.new_of_shape(_entry(self._values), shape)
+        self.sum_into(made, places, stream)
         return made.array
 
-    def sum_into(self, made: DeviceEntry, places: Array) -> None:
-        """Write the sums of rows to their places in an array, and 0 elsewhere."""
+    def sum_into(self, made: DeviceEntry, places: Array, stream: Any) -> None:
+        """Write the sums of rows to their places in an array, of any precision; 0 elsewhere."""
         device.require()
         entry = _entry(self._values)
-        stream = stream_of([entry])
         length = entry.size // max(entry.shape[0], 1)
         device.clear(made.address, made.nbytes, stream)
         span = RowSpan(entry.dtype, entry.address, made.address, entry.size, length)
-        sum_rows(span, self.grouping, places, stream)
+        sum_rows(span, made.dtype, self.grouping, places, stream)
 
     def to_scipy(self) -> Never:
         """Refuse: SciPy's matrices are in the host's memory."""

@@ -30,8 +30,11 @@ def stream_from(stream: Any) -> Any:
 def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     """Return the stream that the library of the first array works on at present."""
     stream = current_stream(entries[0].array if entries else None)
-    if device.handle_of(stream) and any(entry.lease is not None for entry in entries):
+    leases = [entry.lease for entry in entries if entry.lease is not None]
+    if device.handle_of(stream) and leases:
         device.order(stream, 0)  # which DLPack's producers were told to be ready for
+        for lease in leases:
+            lease.streams.append(stream)
     return stream
 
 

@@ -3,70 +3,140 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from numclip import inputs
 from numclip.cuda import outputs
+from numclip.cuda.arrays import empty
+from numclip.cuda.clipping import with_rows_summed
 from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.plans import kept
 from numclip.cuda.streams import stream_of
 from numclip.cuda.values import DeviceInt
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
+from numclip.kernels.cuda.grouping import RowSpan, sum_rows
 from numclip.kernels.cuda.tiling import Strided, Sums
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan
 from numclip.units import example_bounds
+
+
+class Limit(NamedTuple):
+    """What units are held to: a bound on the norm over some axes, or that over the owner's norm."""
+
+    axes: tuple[int, ...]
+    bound: float
+    ord: float = 2.0
+    owner: DeviceEntry | None = None
+    eps: float = 0.0
 
 
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound, as `functional.clip_by_norm` with axes."""
     entry = describe("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.shape)) or ()
-    target = outputs.place(entry, out)
-    family = Family((_strided(entry, target, reduced),))
-    _clip([entry], family, ord, bound)
-    return target.array
+    return _clip(entry, out, Limit(reduced, bound, ord))
 
 
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters', as `functional`'s."""
     entry, owner = describe("grad", 0, grad), describe("param", 0, param)
-    if owner.shape != entry.shape:
+    if owner.slices is not None or owner.shape != entry.dense_shape:
         raise ValueError(
-            f"param: expected an array of the gradient's shape {entry.shape}, got {owner.shape}"
+            f"param: expected an array of the gradient's shape {entry.dense_shape}, "
+            f"got {'IndexedSlices' if owner.slices is not None else owner.shape}"
         )
     reduced = inputs.adaptive_axes(axes, len(entry.shape))
+    return _clip(entry, out, Limit(reduced, factor, owner=owner, eps=eps))
+
+
+def _clip(entry: DeviceEntry, out: Any, limit: Limit) -> Any:
+    """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
     target = outputs.place(entry, out)
-    family = Family((_strided(entry, target, reduced),), _strided(owner, owner, reduced))
-    _clip([entry, owner], family, 2.0, factor, eps)
-    return target.array
+    stream = stream_of([entry] if limit.owner is None else [entry, limit.owner])
+    if not entry.repeated:
+        _clip_units(entry, target, limit, stream)
+        return target.result
+
+    def clip_sums(sums: DeviceEntry) -> bool:
+        return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
+
+    return with_rows_summed(entry, target, out, stream, clip_sums)
+
+
+def _clip_units(
+    entry: DeviceEntry,
+    target: DeviceEntry,
+    limit: Limit,
+    stream: Any,
+    unrounded: DeviceEntry | None = None,
+) -> bool:
+    """Scale units, in a plan of their own where it is not of the user's arrays alone.
+
+    What a gradient was `unrounded` is measured, and waited for: tells if any unit is scaled.
+    """
+    owner = _owner_of(entry, limit, stream)
+    strided = functools.partial(_strided, axes=limit.axes)
+    family = Family(
+        (strided(entry, target),),
+        None if owner is None else strided(owner, owner),
+        measured=() if unrounded is None else (strided(unrounded, unrounded),),
+    )
+    make = functools.partial(UnitPlan, [family], limit.ord, stream)
+    passing = unrounded is not None or owner is not limit.owner
+    key = device.handle_of(stream), limit.ord, family
+    plan = make() if passing else kept(key, make)[0]
+    plan.write_laws(limit.bound, stream, limit.eps)
+    plan.measure(stream)
+    plan.decide(stream)
+    if unrounded is not None and not plan.changes(stream):
+        return False
+    plan.scale(stream)
+    return True
+
+
+def _unrounded(entry: DeviceEntry, shape: tuple[int, ...], stream: Any) -> DeviceEntry:
+    """Return the sums of rows, by ascending indices, in float64."""
+    slices: Any = entry.slices
+    dtype = np.result_type(entry.native, np.float64)
+    made = describe(entry.name, entry.key, empty(shape, dtype))
+    slices.sum_into(made, slices.ranks, stream)
+    return made
+
+
+def _owner_of(entry: DeviceEntry, limit: Limit, stream: Any) -> DeviceEntry | None:
+    """Return the parameter whose units are a gradient's: of slices with units in rows, its rows."""
+    owner, slices = limit.owner, entry.slices
+    if owner is None or slices is None or 0 in limit.axes:
+        return owner
+    if not owner.c_order:
+        copy = outputs.new_of_shape(owner, owner.shape)
+        _clip_units(owner, copy, Limit(limit.axes, math.inf), stream)
+        owner = copy
+    made = outputs.new_of_shape(owner, entry.shape)
+    length = math.prod(owner.shape[1:]) * owner.dtype.components
+    span = RowSpan(owner.dtype, owner.address, made.address, made.size, length)
+    turns = np.arange(slices.indices.size + 1)
+    sum_rows(span, owner.dtype, (slices.indices, turns), turns[:-1], stream)  # of one row each
+    return made
 
 
 def _strided(entry: DeviceEntry, target: DeviceEntry, axes: tuple[int, ...]) -> Strided:
     return Strided(entry.dtype, entry.shape, entry.memory, target.memory, axes)
 
 
-def _clip(
-    entries: Sequence[DeviceEntry], family: Family, ord: float, bound: float, eps: float = 0.0
-) -> None:
-    """Scale each unit of a family by a factor of its own."""
-    stream = stream_of(entries)
-    plan, _ = kept((device.handle_of(stream), ord, family), lambda: UnitPlan([family], ord, stream))
-    plan.write_laws(bound, stream, eps)
-    plan.measure(stream)
-    plan.decide(stream)
-    plan.scale(stream)
-
-
 def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
     """Add up examples, each clipped by its norm, as `functional.clip_per_example`."""
     described: Any = gradients(grads)
-    entries: list[DeviceEntry] = described.entries
     inputs.check_examples(described.entries)
     device.require()
-    stream, sums = stream_of(entries), [_new_sum(entry) for entry in entries]
+    stream = stream_of(described.entries)
+    entries = [_dense(entry, stream) for entry in described.entries]
+    sums = [_new_sum(entry) for entry in entries]
     parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
     shared = [tuple(parts)] if layerwise is None else [(part,) for part in parts]
     families = tuple(Family(own, rounded=False) for own in shared)
@@ -82,6 +152,14 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     adding.write(plan.shared.tensors, plan.units, stream)
     summed = described.with_results([total.array for total in sums])
     return summed, described.with_results(counts) if layerwise else counts[0]
+
+
+def _dense(entry: DeviceEntry, stream: Any) -> DeviceEntry:
+    """Return a gradient as an array: slices as a dense one."""
+    slices: Any = entry.slices
+    if slices is None:
+        return entry
+    return describe(entry.name, entry.key, slices.dense_on(stream))
 
 
 def _new_sum(entry: DeviceEntry) -> DeviceEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.cuda import outputs, tensors
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import empty
 from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.streams import current_stream, stream_of
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span
+from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.update_plan import PlainUpdates
 from numclip.slices import IndexedSlices
 from numclip.updating import Method, Pair
@@ -34,10 +36,7 @@ class Slot:
         self.variable, self.kind = entry.array, _kind_of(entry)
         self.steps = 0
         dtype = entry.dtype.compute
-        nbytes = entry.size * dtype.itemsize
-        self.states = [
-            DeviceArray(device.allocate(nbytes), 0, (entry.size,), dtype) for _ in range(states)
-        ]
+        self.states = [empty((entry.size,), dtype) for _ in range(states)]
         for state in self.states:
             device.clear(state.address, state.nbytes, 0)
 
@@ -68,11 +67,16 @@ class DeviceArrayEngine:
             self._held = [_described(number, pair) for number, pair in enumerate(pairs)]
             found, key = self._plan(*map(list, zip(*self._held, strict=True)))
             name = name or key
-        self._planned[name] = found
+        if not any(isinstance(pair.gradient, IndexedSlices) for pair in pairs):
+            self._keep(name, found)
+        return found
+
+    def _keep(self, name: Any, planned: Planned) -> None:
+        """Keep what was used last, and forget what was not used for longest."""
+        self._planned[name] = planned
         self._planned.move_to_end(name)
         while len(self._planned) > KEPT:
             self._planned.popitem(last=False)
-        return found
 
     def _plan(self, grads: list[Any], params: list[Any]) -> tuple[Planned, Any]:
         """Return what updates described pairs, and by what it is found again."""
@@ -80,16 +84,14 @@ class DeviceArrayEngine:
         outputs.refuse_overlaps(grads, params, advice)
         slots = self._slots_of(params)
         stream = stream_of([*params, *grads])
-        spans = [
-            Span(grad.dtype, grad.address, param.address, param.size)
-            for grad, param in zip(grads, params, strict=True)
-        ]
+        spans = [_span(grad, param) for grad, param in zip(grads, params, strict=True)]
         key = device.handle_of(stream), tuple(map(id, slots)), *spans
-        if key in self._planned:
+        if key in self._planned:  # where there are no rows
             return self._planned[key], key
         kept = range(len(self._method.state_names))
         states = [[slot.states[k].address for slot in slots] for k in kept]
-        return Planned(stream, slots, PlainUpdates(spans, states, stream)), key
+        indices = [grad.slices.indices for grad in grads if grad.slices is not None]
+        return Planned(stream, slots, PlainUpdates(spans, states, indices, stream)), key
 
     def _slots_of(self, params: Sequence[DeviceEntry]) -> list[Slot]:
         """Return what is kept for each array, made anew where it is not as it was."""
@@ -125,26 +127,34 @@ def _name_of(pairs: Sequence[Pair]) -> Any:
     return device.handle_of(stream), tuple(map(id, variables)), told
 
 
+def _span(grad: DeviceEntry, param: DeviceEntry) -> Span | RowSpan:
+    """Return where a gradient is read and its array written."""
+    places = grad.dtype, grad.address, param.address, grad.size
+    if grad.slices is None:
+        return Span(*places)
+    return RowSpan(*places, math.prod(grad.shape[1:]) * grad.dtype.components)
+
+
 def _described(number: int, pair: Pair) -> tuple[DeviceEntry, DeviceEntry]:
-    """Return the gradient and the array of a pair, after checking that they fit."""
+    """Return the gradient and the array of a pair, after checking that they fit.
+
+    Slices are coalesced: each row is updated once, by the sum of its gradients.
+    """
     name, gradient, variable = pair
-    if isinstance(gradient, IndexedSlices):
-        raise TypeError(
-            f"{name}: expected an array for a gradient on the GPU, got IndexedSlices; pass "
-            "to_dense() of them"
-        )
     param = describe(name, number, variable)
     grad = describe(name, number, gradient)
     if not param.writable:
         raise ValueError(f"{name}: expected a writeable array to update, got a read-only one")
-    if grad.shape != param.shape or grad.native != param.native:
+    if grad.dense_shape != param.shape or grad.native != param.native:
         raise ValueError(
             f"{name}: expected a gradient of shape {param.shape} and dtype {param.native}, "
-            f"got {grad.shape} and {grad.native}"
+            f"got {grad.dense_shape} and {grad.native}"
         )
     if not (grad.c_order and param.c_order):
         raise ValueError(
             f"{name}: expected C order on the GPU, got strides {grad.strides} of the gradient "
             f"and {param.strides} of the array; pass contiguous ones"
         )
+    if grad.slices is not None:
+        grad = describe(name, number, grad.slices.coalesce())
     return grad, param

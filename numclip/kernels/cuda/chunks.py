@@ -15,6 +15,9 @@ MOST_CHUNKS = 8192
 """Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
 measured yet: 32 turns of a block's threads take some 20 us, where 4 GB are read in 1000."""
 
+PIECE_BYTES = device.CHUNK_BYTES >> 2
+"""What a block adds at a time, where it has no sum to write."""
+
 
 class Shared(NamedTuple):
     """The tables that all works of a plan share."""
@@ -146,6 +149,12 @@ class Chunks:
 
 
 def add(span: Span, stream: Any) -> None:
-    """Add what is read to what is written to."""
-    chunks = device.table(split([span])[0], stream)
-    device.launch(scaling.add, chunks.shape[0], stream, chunks, like(span.dtype))
+    """Add what is read to what is written to; no table is needed.
+
+    Pieces but the first begin at multiples of 16 bytes where source and target can both do so.
+    """
+    itemsize = span.dtype.storage.itemsize
+    skew, limit = span.source % WORD // itemsize, PIECE_BYTES // itemsize
+    count = -(-(span.size + skew) // limit) if span.size else 0
+    numbers = [np.int64(number) for number in (*span[1:], skew, limit)]
+    device.launch(scaling.add, count, stream, *numbers, like(span.dtype))

@@ -48,10 +48,11 @@ THREADS = 4 if SIMULATED else 256
 # Bytes a partial sum covers, and how many blocks a multiprocessor is given.
 CHUNK_BYTES = 512 if SIMULATED else 1 << 17
 BLOCKS_PER_MULTIPROCESSOR = 8
-# In how many shares the rows of a tensor are summed, and from how many rows on a sum is shared
-# by the lanes of a block.
-ROW_SHARES = 3 if SIMULATED else 512
+# In how many shares the rows of a tensor are summed, from how many rows on a sum is shared by the
+# lanes of a block, and the bytes that memory is read in. Reasoned, not measured yet.
+ROW_SHARES = 4 if SIMULATED else 512
 LONG_GROUP = 2 if SIMULATED else 16
+SECTOR = 8 if SIMULATED else 32
 
 
 def kernel(function: Function) -> Function:
@@ -126,9 +127,22 @@ def table(array: Any, stream: Any) -> Any:
     return made
 
 
+def scratch(shape: tuple[int, ...]) -> Any:
+    """Return a table of float64 on the GPU that kernels are to fill."""
+    return cuda.device_array(shape, np.float64)
+
+
 def update(to: Any, array: Any, stream: Any) -> None:
     """Write a table that is on the GPU, in the order of the stream."""
-    to.copy_to_device(np.ascontiguousarray(array), stream=stream)
+    to.copy_to_device(np.ascontiguousarray(array), stream=_queue(stream))
+
+
+def _queue(stream: Any) -> Any:
+    """Return a stream as copies take it: the default one as an object.
+
+    With 0 a copy from the host would first wait for all that this stream still has to do.
+    """
+    return stream if SIMULATED or stream else cuda.default_stream()
 
 
 class Room:
@@ -238,8 +252,12 @@ def after_default(action: Callable[[], object]) -> None:
     event = cuda.event(timing=False)
     event.record(0)
     _waiting.append((event, action))
-    while _waiting and _waiting[0][0].query():
-        _waiting.popleft()[1]()
+    while _waiting:
+        first = _waiting.popleft()  # before asking: another thread, or the action, may come here
+        if not first[0].query():
+            _waiting.appendleft(first)
+            return
+        first[1]()
 
 
 def allocate(nbytes: int) -> Any:
@@ -286,13 +304,14 @@ def read(address: int, nbytes: int, stream: Any) -> Any:
 def write(address: int, source: Any, stream: Any) -> None:
     """Copy bytes of the host to the GPU."""
     if source.size:
-        _bytes_at(address, source.size).copy_to_device(source, stream=stream)
+        _bytes_at(address, source.size).copy_to_device(source, stream=_queue(stream))
 
 
 def copy(target: int, source: int, nbytes: int, stream: Any) -> None:
     """Copy bytes within the GPU."""
     if nbytes:
-        _bytes_at(target, nbytes).copy_to_device(_bytes_at(source, nbytes), stream=stream)
+        made = _bytes_at(source, nbytes)
+        _bytes_at(target, nbytes).copy_to_device(made, stream=_queue(stream))
 
 
 def clear(address: int, nbytes: int, stream: Any) -> None:
@@ -302,4 +321,4 @@ def clear(address: int, nbytes: int, stream: Any) -> None:
     if SIMULATED:
         write(address, np.zeros(nbytes, np.uint8), stream)
     else:
-        cuda.cudadrv.driver.device_memset(_bytes_at(address, nbytes), 0, nbytes, stream)
+        cuda.cudadrv.driver.device_memset(_bytes_at(address, nbytes), 0, nbytes, _queue(stream))

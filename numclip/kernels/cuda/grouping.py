@@ -48,16 +48,31 @@ def _flat(span: RowSpan) -> Strided:
     return Strided(span.dtype, (span.size // span.dtype.components,), *memories)
 
 
-def _strips(span: RowSpan) -> tuple[int, int]:
-    """Return how many columns a block takes, a power of two, and how many strips there are."""
-    columns = max(span.length // span.dtype.components, 1)
-    width = min(1 << (columns - 1).bit_length(), device.THREADS)
-    return width, -(-columns // width)
+def _columns(span: RowSpan) -> int:
+    """Return the elements of a row, at least one."""
+    return max(span.length // span.dtype.components, 1)
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is at least a number."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def count(span: RowSpan) -> int:
-    """Return how many shares a tensor has."""
-    return max(device.ROW_SHARES, _strips(span)[1])
+    """Return how many shares a tensor has: one at least for each strip of columns."""
+    return max(device.ROW_SHARES, -(-_columns(span) // device.THREADS))
+
+
+def _widths(span: RowSpan) -> tuple[int, int]:
+    """Return how many columns a block takes, powers of two: of groups of few rows, and of many.
+
+    These are shared by lanes, the more of them the fewer columns there are, but for those of a
+    sector of memory.
+    """
+    wide = min(_power(_columns(span)), device.THREADS)
+    itemsize = span.dtype.storage.itemsize * span.dtype.components
+    narrow = max(_power(device.SECTOR // itemsize), _power(8 * _columns(span) // count(span)))
+    return wide, min(wide, narrow)
 
 
 def _cut(counts: Array, parts: int) -> Array:
@@ -68,30 +83,44 @@ def _cut(counts: Array, parts: int) -> Array:
     return cuts
 
 
+def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> Array:
+    """Return at most so many shares of some groups, in strips of `width` columns."""
+    strips = -(-columns // width)
+    cuts = _cut(counts, max(most // strips, 1))
+    shares = np.zeros((strips * (cuts.size - 1), tables.SHARE_COLUMNS), np.int64)
+    shares[:, tables.BEGIN], shares[:, tables.END] = np.tile([cuts[:-1], cuts[1:]], strips)
+    shares[:, tables.COLUMN] = np.repeat(width * np.arange(strips), cuts.size - 1)
+    shares[:, tables.WIDTH], shares[:, tables.LANES] = _exponent(width), _exponent(lanes)
+    return shares
+
+
+def _exponent(power: int) -> int:
+    return power.bit_length() - 1
+
+
 def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
     """Return the tables of one tensor; groups of many rows come first, and are shared by lanes."""
     order, starts = grouping
-    sizes = np.diff(starts)
-    width, strips = _strips(span)
-    lanes = device.THREADS // width
-    long = (sizes > device.LONG_GROUP) & (lanes > 1)
-    turns = np.argsort(~long, kind="stable")
-    groups = np.stack([starts[:-1], sizes, places], axis=1)[turns]
+    sizes, columns, most = np.diff(starts), _columns(span), count(span)
+    wide, narrow = _widths(span)
+    lanes, least = device.THREADS // narrow, -(-columns // narrow)
+    long = sizes > device.LONG_GROUP if lanes > 1 and 2 * least <= most else sizes < 0
+    groups = np.stack([starts[:-1], sizes, places], axis=1)[np.argsort(~long, kind="stable")]
     many = int(np.count_nonzero(long))
-    parts = count(span) // strips
-    share = int(parts * sizes[long].sum() // max(order.size, 1))
-    own = min(max(share, int(many > 0)), parts - int(many < sizes.size))
-    cuts = [_cut(groups[:many, 1], own), many + _cut(groups[many:, 1], parts - own)]
-    begins, ends = (np.concatenate([cut[s] for cut in cuts]) for s in (slice(-1), slice(1, None)))
-    shares = np.zeros((count(span), tables.SHARE_COLUMNS), np.int64)
-    used = shares[: strips * parts]
-    used[:, tables.BEGIN], used[:, tables.END] = np.tile([begins, ends], strips)
-    used[:, tables.LANES] = np.tile(np.arange(parts) < own, strips) * (lanes.bit_length() - 1)
-    used[:, tables.COLUMN] = np.repeat(width * np.arange(strips), parts)
+    own = 0
+    if many:
+        share = most * int(sizes[long].sum()) // order.size
+        own = min(max(share, least), most - least * (many < sizes.size))
+    parts = [_shares(groups[:many, 1], columns, narrow, lanes, own)] if many else []
+    if many < sizes.size:
+        parts.append(_shares(groups[many:, 1], columns, wide, 1, most - own))
+        parts[-1][:, [tables.BEGIN, tables.END]] += many
+    found = np.concatenate([np.zeros((0, tables.SHARE_COLUMNS), np.int64), *parts])
+    shares = np.zeros((most, tables.SHARE_COLUMNS), np.int64)
+    shares[: len(found)] = found
     shares[:, tables.SOURCE], shares[:, tables.TARGET] = span.source, span.target
     shares[:, tables.LENGTH], shares[:, tables.OWNER] = span.length, owner
-    shares[:, tables.PART] = part + np.arange(len(shares))
-    shares[:, tables.WIDTH] = width.bit_length() - 1
+    shares[:, tables.PART] = part + np.arange(most)
     shares[:, tables.COMPONENTS] = span.dtype.components
     return _Mapped(shares, groups, order)
 
@@ -206,9 +235,12 @@ class Rows:
             work.clamp(shared, decisions, bounds, members, stream)
 
 
-def sum_rows(span: RowSpan, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to the target, as the row that is its place."""
+def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
+    """Write the sum of each group of rows to the target, as the row that is its place.
+
+    `to` is the dtype there, real or complex as that of the rows.
+    """
     if not span.size:
         return
     made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
-    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype))
+    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype), like(to))

@@ -285,8 +285,11 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
 
 
 @inline
-def write_sums(share, groups, order, how, room):
-    """Write the sums of a share's groups of rows, each rounded once, as the rows in their place."""
+def write_sums(share, groups, order, how, to, room):
+    """Write the sums of a share's groups of rows, each rounded once, as the rows in their place.
+
+    They are stored as `to` is.
+    """
     g = share[BEGIN]
     while g < share[END]:
         own, part = g + team_of(share), np.int64(0)
@@ -295,18 +298,18 @@ def write_sums(share, groups, order, how, room):
             number = number_of(share, part)
             if own < share[END] and number < share[LENGTH] and lane_of(share) == 0:
                 place = groups[own, PLACE] * share[LENGTH] + number
-                store(share[TARGET] + place * size_of(how[2]), value, how[2])
+                store(share[TARGET] + place * size_of(to), value, to)
             part += 1
         g += teams_of(share)
 
 
 @kernel
-def sum_rows(shares, groups, order, like):
-    """Write the sum of each group of rows. Reads all rows once."""
+def sum_rows(shares, groups, order, like, to):
+    """Write the sum of each group of rows, stored as `to` is. Reads all rows once."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
-        write_sums(shares[s], groups, order, (False, 1.0, like), room)
+        write_sums(shares[s], groups, order, (False, 1.0, like), to, room)
         s += cuda.gridDim.x
 
 
@@ -322,5 +325,5 @@ def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
         decision = decisions[tensors[shares[s, OWNER], POOL]]
         if decision[SKIPPED] == 0.0:
             factor = decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
-            write_sums(shares[s], groups, order, (False, factor, like), room)
+            write_sums(shares[s], groups, order, (False, factor, like), like, room)
         s += cuda.gridDim.x

@@ -192,24 +192,34 @@ def added(value, other):
     return value + other
 
 
+@inline
+def add_piece(source, target, length, like):
+    """Add what is read to what is written to."""
+    packets = whole_packets(source | target, length)
+    stride = packets * WORD
+    p = np.int64(cuda.threadIdx.x)
+    while p < packets:
+        x = load_packet(source + p * WORD, stride, like)
+        y = load_packet(target + p * WORD, stride, like)
+        store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
+        p += THREADS
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        place = i * size_of(like)
+        total = added(load(source + place, like), load(target + place, like))
+        store(target + place, total, like)
+        i += THREADS
+
+
 @kernel
-def add(chunks, like):
-    """Add each chunk read to the one that is written to. Two reads, one write."""
+def add(source, target, length, skew, limit, like):
+    """Add `length` elements read to those written to. Two reads, one write.
+
+    They are taken in pieces of `limit`, the first of them shorter by `skew`.
+    """
     c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        source, target, length = chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH]
-        packets = whole_packets(source | target, length)
-        stride = packets * WORD
-        p = np.int64(cuda.threadIdx.x)
-        while p < packets:
-            x = load_packet(source + p * WORD, stride, like)
-            y = load_packet(target + p * WORD, stride, like)
-            store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
-            p += THREADS
-        i = packets * PACKET + cuda.threadIdx.x
-        while i < length:
-            place = i * size_of(like)
-            total = added(load(source + place, like), load(target + place, like))
-            store(target + place, total, like)
-            i += THREADS
+    while c * limit < length + skew:
+        first, last = max(c * limit - skew, 0), min((c + 1) * limit - skew, length)
+        place = first * size_of(like)
+        add_piece(source + place, target + place, last - first, like)
         c += cuda.gridDim.x

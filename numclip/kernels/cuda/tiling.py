@@ -106,7 +106,8 @@ def patch(found: Sequence[Direction], none: Direction) -> tuple[Direction, Direc
     """Return the direction of a tile's lines, and that of their neighbours, `none` for neither.
 
     Lines go along what is reduced. What lies closest in memory is one of the two, unless it
-    is too short to matter; the other is long.
+    is too short to matter, or a tile had fewer elements than a block has threads: there could be
+    a tile for every few elements. The other is long.
     """
     kept = [direction for direction in found if direction.kept]
     reduced = [direction for direction in found if not direction.kept]
@@ -114,8 +115,9 @@ def patch(found: Sequence[Direction], none: Direction) -> tuple[Direction, Direc
     closest = (wide or found or [none])[-1]
     along = _longest(reduced, none)
     if kept:
-        along = along if closest.kept else closest
-        return along, closest if closest.kept else _longest(kept, none)
+        longest = along, _longest(kept, none)
+        chosen = (along, closest) if closest.kept else (closest, longest[1])
+        return longest if chosen[0].length * chosen[1].length < device.THREADS else chosen
     others = [direction for direction in reduced if direction is not along]
     return along, closest if closest in others else _longest(others, none)
 

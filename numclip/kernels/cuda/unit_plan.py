@@ -25,7 +25,8 @@ class Family(NamedTuple):
 
     Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
     that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
-    skipped. Without `rounded`, factors are for sums in float64.
+    skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
+    instead of the arrays, where these are its rounded copies.
     """
 
     arrays: tuple[Strided, ...]
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     zeroing: bool = False
     base: int = 0
     rounded: bool = True
+    measured: tuple[Strided, ...] = ()
 
     @property
     def units(self) -> int:
@@ -45,26 +47,32 @@ class UnitPlan:
 
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
+    That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
         self.families, self._ord = list(families), ord
         arrays = [array for family in families for array in family.arrays]
         params = [family.param for family in families if family.param is not None]
-        self._works = Tiles(dict(enumerate(arrays))), Tiles(dict(enumerate(params, len(arrays))))
+        measured = [array for family in families for array in family.measured or family.arrays]
+        self._works = Tiles(dict(enumerate(measured))), Tiles(dict(enumerate(params, len(arrays))))
         counts = np.concatenate([work.counts for work in self._works])
         tensors = _tensor_table(self.families, counts)
         for work, rows in zip(self._works, np.split(tensors, [len(arrays)]), strict=True):
             work.send(rows[:, tables.FIRST], stream)
-        made = _family_table(self.families)
-        self._families, self._slabs = (
-            device.table(table, stream) for table in (made, _slabs(made, tensors))
-        )
-        partial = device.table(np.zeros((max(int(counts.sum()), 1), 3)), stream)
+        self._written = self._works[0]
+        if measured != arrays:
+            self._written = Tiles(dict(enumerate(arrays)))
+            self._written.send(np.zeros(len(arrays), np.int64), stream)
+        slabs, families_of = _slabs(_family_table(self.families), tensors)
+        self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
+        self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
+        self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
+        partial = device.scratch((max(int(counts.sum()), 1), 3))
         self.shared = Shared(device.table(tensors, stream), partial)
-        rows = np.zeros((sum(family.units for family in families) + 1, tables.UNIT_COLUMNS))
-        rows[:, tables.RATIO], rows[:, tables.ORD] = 1.0, ord
-        self.units = device.table(rows, stream)
+        count = sum(family.units for family in families) + 1
+        self.units = device.scratch((count, tables.UNIT_COLUMNS))
+        self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
@@ -98,8 +106,9 @@ class UnitPlan:
 
     def _find(self, column: int, stream: Any) -> None:
         """Take the largest of each unit's partial maxima into a column."""
-        arguments = self._slabs, self.shared.tensors, self.shared.partial, np.int64(column)
-        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments, self.units)
+        tensors, partial = self.shared
+        arguments = self._slabs, tensors, self._laws.table, partial, np.int64(column), self.units
+        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments)
 
     def decide(self, stream: Any, base: Any = None) -> None:
         """Find the factor of every unit; `base` are decisions that can say to skip all."""
@@ -108,19 +117,27 @@ class UnitPlan:
         arguments = *inputs, self._tickets, self.units
         device.launch(units.decide_units, max(self._slabs.shape[0], 1), stream, *arguments)
 
+    def changes(self, stream: Any) -> bool:
+        """Tell whether some unit is scaled, after waiting for the decisions."""
+        last = device.read_table(self.units[self.units.shape[0] - 1], stream)
+        return bool(last[tables.MODE])
+
     def scale(self, stream: Any) -> None:
         """Write each unit times its factor; one read, one write, or none."""
-        self._works[0].scale(self.shared, self.units, stream)
+        self._written.scale(self.shared, self.units, stream)
 
     def summaries(self, count: int, stream: Any) -> list[Any]:
         """Return memory for what `summarize` tells, so often."""
-        made = device.table(np.zeros((count, len(self.families), 3)), stream)
+        table = np.zeros((count, len(self.families), 3))
+        table[..., tables.LEAST] = 1.0  # of families without units
+        made = device.table(table, stream)
         return [made[k] for k in range(count)]
 
     def summarize(self, out: Any, stream: Any) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
-        arguments = self._families, self._laws.table, self.units, out
-        device.launch(units.summarize_units, len(self.families), stream, *arguments)
+        inputs = self._slabs, self._families, self._laws.table, self.units
+        arguments = *inputs, self._arrived, self._summed, out
+        device.launch(units.summarize_units, self._slabs.shape[0], stream, *arguments)
 
 
 def _tensor_table(families: Sequence[Family], counts: Array) -> Array:
@@ -152,8 +169,11 @@ def _family_table(families: Sequence[Family]) -> Array:
     return table
 
 
-def _slabs(families: Array, tensors: Array) -> Array:
-    """Return the table of slabs; those whose units have many partial sums are narrow."""
+def _slabs(families: Array, tensors: Array) -> tuple[Array, Array]:
+    """Return the table of slabs, and where those of each family begin and end.
+
+    Those whose units have many partial sums are narrow.
+    """
     counts = tensors[:, tables.LAST] - tensors[:, tables.FIRST]
     slabs = []
     for row in families:
@@ -166,7 +186,8 @@ def _slabs(families: Array, tensors: Array) -> Array:
         own[:, tables.COUNT] = np.minimum(1 << bits, units - own[:, tables.NUMBER])
         own[:, tables.BITS] = bits
         slabs.append(own)
-    return np.concatenate(slabs)
+    ends = np.cumsum([len(own) for own in slabs])
+    return np.concatenate(slabs), np.stack([ends - [len(own) for own in slabs], ends], axis=1)
 
 
 def _dtypes(family: Family) -> set[Any]:
@@ -179,4 +200,6 @@ def _facts(family: Family, ord: float) -> tuple[float, float, float]:
     size = sum(array.size // max(array.units, 1) for array in family.arrays)
     ones = formulas.root(float(size), ord) if family.rounded else 1.0
     coarse = ones * max(row.coarse for row in rows)
-    return max(row.roundoff for row in rows), coarse, max(row.tiny for row in rows)
+    roundings = 2.0 if family.measured else 1.0
+    roundoff = roundings * max(row.roundoff for row in rows)
+    return roundoff, coarse, max(row.tiny for row in rows)

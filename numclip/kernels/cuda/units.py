@@ -12,9 +12,10 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import arrives_last, block_max, block_sum, lane_max
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
-from numclip.kernels.cuda.scalars import larger, scale_by_power, two_sum
+from numclip.kernels.cuda.scalars import binned_square, joined_bins, larger, scale_by_power
 from numclip.kernels.cuda.tables import (
     AFTER,
+    BAD,
     BASE,
     BITS,
     BOUND,
@@ -23,6 +24,7 @@ from numclip.kernels.cuda.tables import (
     COARSE,
     COUNT,
     EPS,
+    EXPONENT,
     FIRST,
     LAST,
     LAW,
@@ -42,11 +44,12 @@ from numclip.kernels.cuda.tables import (
     ROW,
     SCALE,
     SKIPPED,
+    TERMS,
     TOTAL,
     UNITS,
     UNSCALE,
 )
-from numclip.kernels.cuda.verdict import EMPTY, add_rows, joined, norm_of, write_factor
+from numclip.kernels.cuda.verdict import EMPTY, add_rows, join, joined, norm_of, write_factor
 
 
 @inline
@@ -77,8 +80,8 @@ def unit_total(slab, first, last, tensors, partial, room):
 
 
 @kernel
-def find_unit_peaks(slabs, tensors, partial, column, out):
-    """Write the largest of each unit's partial maxima to a column."""
+def find_unit_peaks(slabs, tensors, laws, partial, column, out):
+    """Write the largest of each unit's partial maxima to a column; PEAK is the first one."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
@@ -93,7 +96,10 @@ def find_unit_peaks(slabs, tensors, partial, column, out):
             t += 1
         largest = lane_max(largest, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
         if is_told(slab, u, lane):
-            out[slab[ROW] + u, column] = largest
+            own = out[slab[ROW] + u]
+            own[column] = largest
+            if column == PEAK:
+                own[RATIO], own[ORD] = 1.0, laws[slab[LAW], ORD]
         s += cuda.gridDim.x
 
 
@@ -162,39 +168,46 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
 
 
 @inline
-def norm_after(family, largest, units, room):
-    """Return the norm of what clipping makes of a family's norms, of which one is the largest."""
-    if not 0.0 < largest < math.inf:
-        return largest
-    total, error = 0.0, 0.0
-    u = family[ROW] + cuda.threadIdx.x
-    while u < family[ROW] + family[UNITS]:
-        ratio = units[u, CLIPPED] / largest
-        total, rest = two_sum(total, ratio * ratio)
-        error += rest
-        u += THREADS
-    return largest * math.sqrt(block_sum(total, error, room))
+def sum_slab(slab, bound, units, out, room):
+    """Write the squares of a slab's norms after clipping, as sums are written.
+
+    In place of what is not finite, how many units exceed the bound; in place of terms, the
+    smallest factor, negative.
+    """
+    i = np.int64(cuda.threadIdx.x)
+    small, middle, large, least, count = 0.0, 0.0, 0.0, -1.0, 0.0
+    if i < slab[COUNT]:
+        unit = units[slab[ROW] + slab[NUMBER] + i]
+        small, middle, large = binned_square(unit[CLIPPED])
+        least, count = -unit[SCALE], (1.0 if unit[NORM] > bound else 0.0)
+    small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
+    total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
+    count, least = block_sum(count, 0.0, room), block_max(least, room)
+    if i == 0:
+        out[TOTAL], out[EXPONENT], out[BAD], out[TERMS] = total, exponent, count, least
 
 
 @kernel
-def summarize_units(families, laws, units, out):
+def summarize_units(slabs, families, laws, units, tickets, partial, out):
     """Write each family's norm after clipping, smallest factor, and how many exceed the bound.
 
-    A block takes a family at a time; their columns are those of slabs.
+    `families` tells FIRST and LAST of each one's slabs, `partial` has a row for each slab.
+    `tickets` counts the slabs of each family that are done; all are 0 again in the end.
     """
     room = cuda.shared.array((2, THREADS), np.float64)
-    f = np.int64(cuda.blockIdx.x)
-    while f < families.shape[0]:
-        family, bound = families[f], laws[families[f, LAW], BOUND]
-        largest, least, count = 0.0, -1.0, 0.0
-        u = family[ROW] + cuda.threadIdx.x
-        while u < family[ROW] + family[UNITS]:
-            largest = larger(largest, units[u, CLIPPED])
-            least = larger(least, -units[u, SCALE])
-            count += 1.0 if units[u, NORM] > bound else 0.0
-            u += THREADS
-        largest, least = block_max(largest, room), block_max(least, room)
-        count, after = block_sum(count, 0.0, room), norm_after(family, largest, units, room)
-        if cuda.threadIdx.x == 0:
-            out[f, AFTER], out[f, LEAST], out[f, CLIPPED_COUNT] = after, -least, count
-        f += cuda.gridDim.x
+    s = np.int64(cuda.blockIdx.x)
+    while s < slabs.shape[0]:
+        f = slabs[s, LAW]
+        sum_slab(slabs[s], laws[f, BOUND], units, partial[s], room)
+        first, last = families[f, FIRST], families[f, LAST]
+        if arrives_last(tickets, f, last - first, room):
+            total, exponent, count = join(partial, TOTAL, first, last, room)
+            least, k = -1.0, first + cuda.threadIdx.x
+            while k < last:
+                least = larger(least, partial[k, TERMS])
+                k += THREADS
+            least = block_max(least, room)
+            if cuda.threadIdx.x == 0:
+                out[f, AFTER] = scale_by_power(math.sqrt(total), int(exponent))
+                out[f, LEAST], out[f, CLIPPED_COUNT] = -least, count
+        s += cuda.gridDim.x

@@ -47,6 +47,19 @@ class Places:
         rows[:, updates.OWNER] = owners
         return rows
 
+    def rows(self, owner: int, sums: int, indices: Array) -> Array:
+        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
+        span: Any = self._spans[owner]
+        itemsize = span.dtype.storage.itemsize
+        limit = device.CHUNK_BYTES // itemsize
+        starts = np.arange(0, span.length, limit)
+        begins = (indices[:, None] * span.length + starts).reshape(-1)
+        rows = self.filled(np.full(begins.size, owner), begins)
+        places = np.arange(indices.size)[:, None] * span.length + starts
+        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
+        rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
+        return rows
+
     def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
@@ -79,23 +92,11 @@ class Updates:
     def take_rows(self, indices: Sequence[Array], stream: Any) -> None:
         """Let the next step update the rows at some indices, the distinct ones of each tensor."""
         made = [
-            self._rows(*found, own)
-            for found, own in zip(self._plan.row_sums(), indices, strict=True)
+            self._places.rows(owner, sums, own)
+            for (owner, _, sums), own in zip(self._plan.row_sums(), indices, strict=True)
         ]
         self._table.begin()
         self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
-
-    def _rows(self, owner: int, span: RowSpan, sums: int, indices: Array) -> Array:
-        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
-        itemsize = span.dtype.storage.itemsize
-        limit = device.CHUNK_BYTES // itemsize
-        starts = np.arange(0, span.length, limit)
-        begins = (indices[:, None] * span.length + starts).reshape(-1)
-        rows = self._places.filled(np.full(begins.size, owner), begins)
-        places = np.arange(indices.size)[:, None] * span.length + starts
-        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
-        rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
-        return rows
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -122,12 +123,23 @@ class Updates:
 class PlainUpdates:
     """What the kernels need to update parameters by gradients that are not clipped.
 
-    `spans` and `states` are as of `Places`. A row of numbers stands for each parameter.
+    `spans` and `states` are as of `Places`; `indices` are those of the rows, each once, that
+    each `RowSpan` reads. A row of numbers stands for each parameter.
     """
 
-    def __init__(self, spans: Sequence[Span], states: Sequence[Sequence[int]], stream: Any) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        indices: Sequence[Array],
+        stream: Any,
+    ) -> None:
         self._kernel, places = KERNELS[len(states)], Places(spans, states)
-        self._updates = places.by_dtype(places.whole(), device.table, stream)
+        sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        pairs = zip(sparse, indices, strict=True)
+        rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
+        everything = np.concatenate([places.whole(), *rows])
+        self._updates = places.by_dtype(everything, device.table, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = device.table(tensors, stream)
