@@ -64,8 +64,11 @@ def as_numpy(name: str, array: Any) -> Array | None:
         return None
     if library(array.__class__) == "torch":
         return _tensor_as_numpy(name, array)
-    if int(array.__dlpack_device__()[0]) == CUDA:
-        raise _elsewhere(name, array)
+    where = getattr(array, "__dlpack_device__", None)  # what JAX traces has no memory
+    if where is None:
+        return None
+    if int(where()[0]) == CUDA:
+        raise elsewhere(name, array)
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -98,7 +101,7 @@ def _tensor_as_numpy(name: str, tensor: Any) -> Array:
 def _refuse_tensor(name: str, tensor: Any) -> None:
     """Say why NumPy cannot view a tensor, where that is known."""
     if tensor.is_cuda:
-        raise _elsewhere(name, tensor)
+        raise elsewhere(name, tensor)
     if str(tensor.layout).startswith("torch.sparse"):
         raise TypeError(
             f"{name}: expected a dense tensor or IndexedSlices, got {tensor.layout}; pass "
@@ -107,7 +110,8 @@ def _refuse_tensor(name: str, tensor: Any) -> None:
     refuse_lazy(name, tensor)
 
 
-def _elsewhere(name: str, array: Any) -> TypeError:
+def elsewhere(name: str, array: Any) -> TypeError:
+    """Return the error for an array on the GPU where one of the host's memory is wanted."""
     return TypeError(
         f"{name}: expected an array or IndexedSlices in the host's memory, got "
         f"{type(array).__name__} on the GPU; copy it to the host, or pass arrays of the GPU alone"

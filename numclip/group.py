@@ -15,6 +15,7 @@ from numclip.inputs import POLICIES, Entry
 from numclip.kernels.backend import Batch
 from numclip.layout import flat_buffers
 from numclip.measuring import batches
+from numclip.placement import on_device
 from numclip.report import WHOLE
 from numclip.rules import Adaptive, ByNorm, Rule
 from numclip.slices import IndexedSlices
@@ -30,8 +31,8 @@ class Group:
         The group's name, of which no other group has the same.
     params : mapping of str to array
         The initial parameters by name, of float16, bfloat16, float32, float64, complex64 or
-        complex128, of NumPy, PyTorch or with DLPack, in the host's memory. Copied into the
-        group's buffers when `ParamGroups` is made.
+        complex128, of NumPy, PyTorch or with DLPack; for ``device="cuda"`` also CUDA arrays.
+        Copied into the group's buffers when `ParamGroups` is made.
     clip : rule, optional
         How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -71,7 +72,7 @@ class Group:
             name = f"params[{key!r}]"
             if isinstance(value, IndexedSlices):
                 raise TypeError(f"{name}: expected an array, got IndexedSlices")
-            ndim = len(inputs.entry(name, key, value).dense_shape)
+            ndim = len(_described(key, value).dense_shape)
             if self.sparse and ndim == 0:
                 raise ValueError(f"{name}: expected rows for a sparse group, got a 0-d array")
         inputs.choice("nonfinite", self.nonfinite, POLICIES)
@@ -87,12 +88,21 @@ class Group:
         if self.sparse and rule.scope in ("element", "unit"):
             raise ValueError(f"clip: expected a rule that scales for a sparse group, got {rule!r}")
         for key, value in self.params.items():
-            entry = inputs.entry(f"params[{key!r}]", key, value)
+            entry = _described(key, value)
             if isinstance(rule, (ByNorm, Adaptive)):
                 inputs.axes_of(rule.axes, len(entry.dense_shape))
             if rule.scope == "element" and entry.dtype.components == 2:
                 wanted = f"real numbers for {rule!r}"
                 raise TypeError(f"{entry.name}: expected {wanted}, got {entry.dtype.name}")
+
+
+def _described(key: str, value: Any) -> Any:
+    """Return the description of a parameter, in the host's memory or on the GPU."""
+    if on_device(value):
+        from numclip.cuda.entries import describe
+
+        return describe(f"params[{key!r}]", key, value)
+    return inputs.entry(f"params[{key!r}]", key, value)
 
 
 def shared_key(name: str, rule: Rule | None) -> tuple[str, object]:
@@ -120,7 +130,7 @@ class GroupState:
     def __init__(self, group: Group) -> None:
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.sparse, self.lr = group.nonfinite, group.sparse, group.lr
-        arrays = {name: inputs.as_array(name, value) for name, value in group.params.items()}
+        arrays = {k: inputs.as_array(f"params[{k!r}]", value) for k, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in arrays.items()}
         self.flat_params, params = flat_buffers(native)
         self.params = MappingProxyType(params)

@@ -190,8 +190,9 @@ class ParamGroups(state.Saved):
         ----------
         grads : mapping of str to array, IndexedSlices or None
             Gradients by parameter, of its shape and a dtype that casts to its kind, of any
-            library that `global_norm` takes in the host's memory. None means zero. Parameters
-            that are not named keep the gradients they have.
+            library that `global_norm` takes in the host's memory; on the GPU also CUDA arrays
+            of its very dtype in C order. None means zero. Parameters that are not named keep
+            the gradients they have.
 
         Raises
         ------

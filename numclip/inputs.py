@@ -13,6 +13,7 @@ import numpy as np
 
 from numclip import foreign
 from numclip.dtypes import NAMES, Array, DType, as_stored, lookup, refusal
+from numclip.placement import on_device
 from numclip.slices import IndexedSlices
 
 Key = int | str
@@ -287,6 +288,8 @@ def as_array(name: str, values: Any) -> Array:
     if isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
         return np.asarray(values)
     found = foreign.as_numpy(name, values)
+    if found is None and on_device(values):
+        raise foreign.elsewhere(name, values)
     if found is None:
         kind = f"{type(values).__name__}; {_advice(values)}"
         raise TypeError(_expect(name, "an array or IndexedSlices", kind))

@@ -157,14 +157,8 @@ def place_one(entry: Entry, out: Any) -> Place:
     return place
 
 
-def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
-    """Return where the results of several gradients go; `given` is what the user passed."""
-    if out is None:
-        return [_new(entry) for entry in grads.entries]
-    items, keys = grads.items, grads.keys
-    if out is not given:
-        other = gradients(out, "out")
-        items, keys = other.items, other.keys
+def check_keys(grads: Gradients, keys: Sequence[Any], items: Sequence[Any]) -> None:
+    """Refuse results that are not, key for key, where the gradients are."""
     if keys != grads.keys:
         differing = [key for key in (*grads.keys, *keys) if (key in keys) != (key in grads.keys)]
         raise ValueError(
@@ -175,6 +169,17 @@ def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
         if (target is None) != (source is None):
             wanted = "None" if source is None else f"an array, as in grads[{key!r}]"
             raise ValueError(f"out[{key!r}]: expected {wanted}, got {type(target).__name__}")
+
+
+def places(grads: Gradients, given: Any, out: Any) -> list[Place]:
+    """Return where the results of several gradients go; `given` is what the user passed."""
+    if out is None:
+        return [_new(entry) for entry in grads.entries]
+    items, keys = grads.items, grads.keys
+    if out is not given:
+        other = gradients(out, "out")
+        items, keys = other.items, other.keys
+    check_keys(grads, keys, items)
     names = [f"out[{key!r}]" for key, item in zip(keys, items, strict=True) if item is not None]
     targets = [item for item in items if item is not None]
     found = [

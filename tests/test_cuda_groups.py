@@ -362,6 +362,19 @@ def test_gradients_come_from_host_and_device():
     assert not any(fetch(grad).any() for grad in groups.grads.values())
 
 
+def test_parameters_come_from_host_and_device():
+    params = params_of("float32")
+    params["turned"] = np.arange(6.0).reshape(2, 3).T
+    sent = {name: send(array) for name, array in params.items()}
+    groups = nc.ParamGroups([nc.Group("g", sent, clip=nc.ByNorm(1.0))], device="cuda")
+    for name, array in params.items():
+        assert_same_bits(fetch(groups.params[name]), array)
+    with pytest.raises(TypeError, match=r"params\['turned'\]: .* got DeviceArray on the GPU"):
+        nc.ParamGroups([nc.Group("g", {"turned": sent["turned"]})])
+    with pytest.raises(TypeError, match=r"params\['odd'\]: expected an array of .* got int64"):
+        nc.Group("g", {"odd": send(np.arange(3))})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_add_up_wherever_they_lie(monkeypatch, dtype):
     """No table is sent for it, nothing is allocated."""

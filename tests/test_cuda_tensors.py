@@ -12,7 +12,7 @@ from devices import fetch, ready, send
 from test_cuda_errors import Tensor, torch
 
 import numclip as nc
-from numclip.cuda import arrays, tensors
+from numclip.cuda import entries, tensors
 from numclip.kernels.cuda import device
 
 __all__ = ["ready", "torch"]
@@ -27,13 +27,13 @@ pytestmark = [
 def described(monkeypatch):
     """The names of the arrays that are described."""
     names: list[str] = []
-    describe = arrays.describe
+    describe = entries.describe
 
     def noting(name: str, key: Any, array: Any) -> Any:
         names.append(name)
         return describe(name, key, array)
 
-    monkeypatch.setattr(arrays, "describe", noting)
+    monkeypatch.setattr(entries, "describe", noting)
     return names
 
 

@@ -16,8 +16,9 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
-from numclip.cuda import arrays, plans
+from numclip.cuda import plans
 from numclip.cuda import units as device_units
+from numclip.cuda.entries import describe
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.tiling import Strided
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan
@@ -147,7 +148,7 @@ def test_plans_that_hold_much_memory_are_not_kept(monkeypatch):
 
 def plan_for(grads: list[Any], params: list[Any], *, ord: float = 2.0, **options: Any) -> UnitPlan:
     def described(array: Any) -> Strided:
-        entry = arrays.describe("grad", 0, array)
+        entry = describe("grad", 0, array)
         return device_units._strided(entry, entry, (0,))
 
     pairs = itertools.zip_longest(grads, params)

@@ -16,7 +16,6 @@ from test_cuda_dlpack import Producer, settle
 from test_cuda_errors import Foreign, Tensor, torch
 
 import numclip as nc
-from numclip.cuda import arrays
 from numclip.cuda import updating as device_updating
 from numclip.kernels.cuda import device
 
@@ -95,7 +94,7 @@ def test_tensors_of_pytorch_are_not_described_again(monkeypatch, torch):  # noqa
     one, two = nc.Adam(None, 0.1), nc.Adam(None, 0.1)
     one.apply_gradients([(grad, here)])
     two.apply_gradients([(sent, variable)])
-    monkeypatch.setattr(arrays, "describe", None)
+    monkeypatch.setattr(device_updating, "describe", None)
     one.apply_gradients([(grad, here)])
     two.apply_gradients([(sent, variable)])
     monkeypatch.undo()

@@ -343,6 +343,14 @@ class Silent(Sharing):
         raise BufferError("kept to itself")
 
 
+class Traced(Silent):
+    """An array that has no memory, as JAX's within a function to be compiled."""
+
+    @property
+    def __dlpack_device__(self) -> Any:
+        raise AttributeError("no memory")
+
+
 class OnGpu(Sharing):
     """An array in the memory of a GPU."""
 
@@ -356,6 +364,8 @@ def test_what_cannot_be_viewed():
         nc.global_norm([Silent(ones)])
     with pytest.raises(TypeError, match=r"grads\[1\]: .* host's memory, got OnGpu on the GPU"):
         nc.global_norm([ones, OnGpu(ones)])
+    with pytest.raises(TypeError, match=r"grads\[0\]: expected an array or .*, got Traced"):
+        nc.global_norm([Traced(ones)])
     with pytest.raises(TypeError, match=r"out: expected an array to write to, got list"):
         nc.clip_by_norm(ones, 1.0, out=[0.0] * 3)
 

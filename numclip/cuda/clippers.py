@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.clipper import Clipper, Found, Outcome
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.report import Columns, build, norms_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
@@ -95,10 +95,7 @@ class ValueClipper(Clipper):
         """Hold the elements, measure, and put the gradients back from copies."""
         flats = [flat for group in self.groups for flat in group.flat_grads.values()]
         if not self._kept_grads:
-            self._kept_grads = [
-                DeviceArray(device.allocate(flat.nbytes), 0, flat.shape, flat.dtype)
-                for flat in flats
-            ]
+            self._kept_grads = [empty(flat.shape, flat.dtype) for flat in flats]
         for flat, kept in zip(flats, self._kept_grads, strict=True):
             device.copy(kept.address, flat.address, flat.nbytes, stream)
         try:
@@ -182,7 +179,7 @@ def _family(group: Any, entry: DeviceEntry, base: int) -> Family:
     if isinstance(rule, Adaptive):
         axes = inputs.adaptive_axes(rule.axes, ndim)
         param = group.params[entry.key]
-        owner = _strided(arrays.describe(entry.name, entry.key, param), axes)
+        owner = _strided(describe(entry.name, entry.key, param), axes)
     else:
         axes = inputs.axes_of(rule.axes, ndim) or ()
     zeroing = group.nonfinite == "zero"

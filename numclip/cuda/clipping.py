@@ -15,8 +15,11 @@ import numpy as np
 
 from numclip import foreign, inputs
 from numclip.clipping import repeated_loss
-from numclip.cuda import arrays, plans, tensors
-from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda import outputs, plans, tensors
+from numclip.cuda.arrays import empty
+from numclip.cuda.copies import host_entry, on_host
+from numclip.cuda.entries import DeviceEntry, describe, gradients
+from numclip.cuda.streams import current_stream, stream_of
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
@@ -24,7 +27,6 @@ from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
 from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
-from numclip.placement import on_device
 from numclip.slices import Grouping
 
 
@@ -59,7 +61,7 @@ def _name_of(items: Sequence[Any], law: Law, policy: str, *, write: bool) -> tup
     told = None if policy == "raise" else tensors.facts(items)
     if not told:
         return None
-    stream = arrays.current_stream(next(item for item in items if item is not None))
+    stream = current_stream(next(item for item in items if item is not None))
     return device.handle_of(stream), policy, law.ord, write, told
 
 
@@ -122,7 +124,7 @@ def clip(
     device.require()
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
-    stream = arrays.stream_of(entries)
+    stream = stream_of(entries)
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
@@ -132,7 +134,7 @@ def clip(
     outcome, norm = _judge(found, law, stream, measure=measure)
     if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
         given = None if law.given == ABSENT else law.given
-        raise first_error([arrays.host_entry(e, stream) for e in entries], given)
+        raise first_error([host_entry(e, stream) for e in entries], given)
     if targets is not None:
         found[0].scale(outcome, stream)
     if name is not None:
@@ -168,7 +170,7 @@ def global_norm(grads: Any, ord: float, duplicates: str) -> float | DeviceFloat:
     norm = _again(name, law, "propagate", write=False)
     if norm is not None:
         return norm
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     return clip(described.entries, None, law, duplicates=duplicates, name=name)
 
 
@@ -190,9 +192,9 @@ def clip_by_global_norm(
     norm: float | DeviceFloat | None = _again(name, law, nonfinite, write=True)
     if norm is not None:
         return rebuild(items), norm
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     device.require()
-    targets = arrays.targets(described, grads, out)
+    targets = outputs.targets(described, grads, out)
     norm = clip(described.entries, targets, law, nonfinite, duplicates, name)
     return described.with_results([target.result for target in targets]), norm
 
@@ -209,8 +211,8 @@ def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    entry = arrays.describe("grad", 0, grad)
-    target = arrays.place(entry, out)
+    entry = describe("grad", 0, grad)
+    target = outputs.place(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
     return target.result
 
@@ -220,15 +222,15 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
 
     Arrays are rounded and checked on the host, which waits for those on the GPU.
     """
-    entry = arrays.describe("grad", 0, grad)
+    entry = describe("grad", 0, grad)
     if entry.dtype.components == 2:
         raise TypeError(f"grad: expected real numbers to hold between bounds, got {entry.native}")
-    low, high = _on_host("clip_value_min", low), _on_host("clip_value_max", high)
+    low, high = on_host("clip_value_min", low), on_host("clip_value_max", high)
     low, high = inputs.value_bounds(low, high, entry.dense_shape)
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
-    target = arrays.place(entry, out)
-    stream = arrays.stream_of([entry])
+    target = outputs.place(entry, out)
+    stream = stream_of([entry])
     if entry.repeated:
 
         def clamp_sums(sums: DeviceEntry) -> bool:
@@ -267,7 +269,7 @@ def with_rows_summed(
     """
     slices: Any = entry.slices
     merged = slices.coalesced_on(stream)
-    if not operate(arrays.describe(entry.name, entry.key, merged)):
+    if not operate(describe(entry.name, entry.key, merged)):
         if target.address != entry.address:
             device.copy(target.address, entry.address, entry.nbytes, stream)
         return target.result
@@ -279,14 +281,6 @@ def with_rows_summed(
     return target.result
 
 
-def _on_host(name: str, bound: Any) -> Any:
-    """Return a bound that is an array on the GPU as a copy on the host, any other as it is."""
-    if not on_device(bound):
-        return bound
-    entry = arrays.describe(name, 0, bound)
-    return arrays.host_copy(entry, arrays.stream_of([entry]))
-
-
 def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
     """Return where a bound is after it is sent, broadcast to a gradient, and what holds it."""
     with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
@@ -294,7 +288,6 @@ def _sent(bound: Any, entry: DeviceEntry, stream: Any) -> tuple[Memory, Any]:
     if entry.slices is not None:
         values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
     values = np.ascontiguousarray(values)
-    memory = device.allocate(values.nbytes)
-    made = arrays.DeviceArray(memory, 0, values.shape, values.dtype)
+    made = empty(values.shape, values.dtype)
     device.write(made.address, values.reshape(-1).view(np.uint8), stream)
     return Memory(made.address, np.broadcast_to(values, entry.shape).strides), made

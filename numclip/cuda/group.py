@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray, empty
+from numclip.cuda.copies import on_host
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.dtypes import Array, DType, lookup
 from numclip.group import Group
 from numclip.inputs import Entry
@@ -29,7 +30,7 @@ def flat_buffers(
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         members = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
         size = sum(tensor.size for tensor in members.values())
-        buffer = DeviceArray(device.allocate(size * dtype.itemsize), 0, (size,), dtype)
+        buffer = empty((size,), dtype)
         device.clear(buffer.address, buffer.nbytes, 0)
         flat[dtype.name] = buffer
         start = 0
@@ -57,7 +58,7 @@ class DeviceGroupState:
     def __init__(self, group: Group) -> None:
         self.name, self.clip = group.name, group.clip
         self.nonfinite, self.lr = group.nonfinite, group.lr
-        given = {name: inputs.as_array(name, value) for name, value in group.params.items()}
+        given = {k: inputs.as_array(k, on_host(k, value)) for k, value in group.params.items()}
         native = {k: a.astype(a.dtype.newbyteorder("="), copy=False) for k, a in given.items()}
         self.flat_params, params = flat_buffers(native)
         self.flat_grads, grads = flat_buffers({} if self.sparse else native)
@@ -68,9 +69,7 @@ class DeviceGroupState:
 
     def entries(self) -> list[DeviceEntry]:
         """Return the descriptions of the gradients."""
-        return [
-            arrays.describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()
-        ]
+        return [describe(f"{self.name}.{name}", name, grad) for name, grad in self.grads.items()]
 
     def put(self, name: str, grad: Any, stream: Any) -> None:
         """Let a gradient that fits be a parameter's; None means zero."""
@@ -94,7 +93,7 @@ class DeviceGroupState:
         if grad is None:
             return None
         param, label, there = self.params[name], f"grads[{name!r}]", on_device(grad)
-        described: Any = (arrays.describe if there else inputs.entry)(label, name, grad)
+        described: Any = (describe if there else inputs.entry)(label, name, grad)
         if self.sparse != (described.slices is not None):
             wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
             raise TypeError(f"{label}: expected {wanted}, got {type(grad).__name__}")

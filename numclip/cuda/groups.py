@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceEntry
 from numclip.cuda.clipper import Clipper, Found
 from numclip.cuda.clippers import clippers
 from numclip.cuda.clipping import row_span
+from numclip.cuda.copies import host_entry
+from numclip.cuda.entries import DeviceEntry
 from numclip.cuda.group import DeviceGroupState, Slots
 from numclip.cuda.report import build
 from numclip.cuda.sparse_group import SparseGroupState
+from numclip.cuda.streams import stream_from
 from numclip.cuda.values import DeviceReport
 from numclip.group import Group
 from numclip.groups import ParamGroups
@@ -100,7 +101,7 @@ class DeviceParamGroups(ParamGroups):
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        self._stream = arrays.stream_from(stream)
+        self._stream = stream_from(stream)
         self._held = stream  # some libraries destroy a stream that nobody holds
 
     @property
@@ -210,7 +211,7 @@ class DeviceParamGroups(ParamGroups):
         members: Any = iter(self)
         for group in members:
             if group in refused:
-                entries = [arrays.host_entry(entry, self.stream) for entry in group.entries()]
+                entries = [host_entry(entry, self.stream) for entry in group.entries()]
                 raise first_error(entries, None)
 
     def _built(self, step: int, found: Judged) -> ClipReport:

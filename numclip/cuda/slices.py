@@ -6,8 +6,10 @@ from typing import Any, Never
 
 import numpy as np
 
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceEntry
+from numclip.cuda import outputs
+from numclip.cuda.copies import host_indices
+from numclip.cuda.entries import DeviceEntry, describe_rows
+from numclip.cuda.streams import stream_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.grouping import RowSpan, sum_rows
@@ -38,7 +40,7 @@ class DeviceSlices(IndexedSlices):
         return tuple(entry.shape)
 
     def _on_host(self, indices: Any) -> Array:
-        return arrays.host_indices(indices) if on_device(indices) else np.asarray(indices)
+        return host_indices(indices) if on_device(indices) else np.asarray(indices)
 
     def coalesce(self) -> IndexedSlices:
         """Return the slices with repeated rows summed and the indices in ascending order.
@@ -71,11 +73,11 @@ class DeviceSlices(IndexedSlices):
 
     @property
     def _stream(self) -> Any:
-        return arrays.stream_of([_entry(self._values)])
+        return stream_of([_entry(self._values)])
 
     def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
         """Return a new array of zeros but for the sums of rows, each in its place."""
-        made = arrays.new_of_shape(_entry(self._values), shape)
+        made = outputs.new_of_shape(_entry(self._values), shape)
         self.sum_into(made, places, stream)
         return made.array
 
@@ -98,4 +100,4 @@ class DeviceSlices(IndexedSlices):
 
 def _entry(values: Any) -> DeviceEntry:
     """Return the description of values, whose rows are contiguous."""
-    return arrays.rows("values", 0, values)
+    return describe_rows("values", 0, values)

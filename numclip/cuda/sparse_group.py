@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda.arrays import DeviceArray, empty
+from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.group import DeviceGroupState
 from numclip.dtypes import Array
 from numclip.group import Group
@@ -29,8 +29,7 @@ class SparseGroupState(DeviceGroupState):
     def entries(self) -> list[DeviceEntry]:
         """Return the descriptions of the gradients, of no rows where there is none."""
         return [
-            arrays.describe(f"{self.name}.{name}", name, rows.slices)
-            for name, rows in self._rows.items()
+            describe(f"{self.name}.{name}", name, rows.slices) for name, rows in self._rows.items()
         ]
 
     def merged(self, name: str) -> IndexedSlices | None:
@@ -69,7 +68,7 @@ class HeldRows:
         self._length = math.prod(param.shape[1:])
         self.indices: list[Array] = []
         self._count = 0
-        self._memory = DeviceArray(device.allocate(0), 0, (0,), param.dtype)
+        self._memory = empty((0,), param.dtype)
         self._slices: IndexedSlices | None = None
 
     def clear(self) -> None:
@@ -91,7 +90,7 @@ class HeldRows:
             return
         size = 2 * rows * self._length
         dtype, kept = self._memory.dtype, self._count * self._length
-        made = DeviceArray(device.allocate(size * dtype.itemsize), 0, (size,), dtype)
+        made = empty((size,), dtype)
         device.copy(made.address, self._memory.address, kept * dtype.itemsize, stream)
         self._memory = made
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip import inputs
-from numclip.cuda import arrays
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda import outputs
+from numclip.cuda.arrays import empty
 from numclip.cuda.clipping import with_rows_summed
+from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.plans import kept
+from numclip.cuda.streams import stream_of
 from numclip.cuda.values import DeviceInt
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
@@ -35,14 +37,14 @@ class Limit(NamedTuple):
 
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound, as `functional.clip_by_norm` with axes."""
-    entry = arrays.describe("grad", 0, grad)
+    entry = describe("grad", 0, grad)
     reduced = inputs.axes_of(axes, len(entry.shape)) or ()
     return _clip(entry, out, Limit(reduced, bound, ord))
 
 
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters', as `functional`'s."""
-    entry, owner = arrays.describe("grad", 0, grad), arrays.describe("param", 0, param)
+    entry, owner = describe("grad", 0, grad), describe("param", 0, param)
     if owner.slices is not None or owner.shape != entry.dense_shape:
         raise ValueError(
             f"param: expected an array of the gradient's shape {entry.dense_shape}, "
@@ -54,8 +56,8 @@ def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, o
 
 def _clip(entry: DeviceEntry, out: Any, limit: Limit) -> Any:
     """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
-    target = arrays.place(entry, out)
-    stream = arrays.stream_of([entry] if limit.owner is None else [entry, limit.owner])
+    target = outputs.place(entry, out)
+    stream = stream_of([entry] if limit.owner is None else [entry, limit.owner])
     if not entry.repeated:
         _clip_units(entry, target, limit, stream)
         return target.result
@@ -101,8 +103,7 @@ def _unrounded(entry: DeviceEntry, shape: tuple[int, ...], stream: Any) -> Devic
     """Return the sums of rows, by ascending indices, in float64."""
     slices: Any = entry.slices
     dtype = np.result_type(entry.native, np.float64)
-    memory = device.allocate(math.prod(shape) * dtype.itemsize)
-    made = arrays.describe(entry.name, entry.key, DeviceArray(memory, 0, shape, dtype))
+    made = describe(entry.name, entry.key, empty(shape, dtype))
     slices.sum_into(made, slices.ranks, stream)
     return made
 
@@ -113,10 +114,10 @@ def _owner_of(entry: DeviceEntry, limit: Limit, stream: Any) -> DeviceEntry | No
     if owner is None or slices is None or 0 in limit.axes:
         return owner
     if not owner.c_order:
-        copy = arrays.new_of_shape(owner, owner.shape)
+        copy = outputs.new_of_shape(owner, owner.shape)
         _clip_units(owner, copy, Limit(limit.axes, math.inf), stream)
         owner = copy
-    made = arrays.new_of_shape(owner, entry.shape)
+    made = outputs.new_of_shape(owner, entry.shape)
     length = math.prod(owner.shape[1:]) * owner.dtype.components
     span = RowSpan(owner.dtype, owner.address, made.address, made.size, length)
     turns = np.arange(slices.indices.size + 1)
@@ -130,10 +131,10 @@ def _strided(entry: DeviceEntry, target: DeviceEntry, axes: tuple[int, ...]) -> 
 
 def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
     """Add up examples, each clipped by its norm, as `functional.clip_per_example`."""
-    described: Any = arrays.gradients(grads)
+    described: Any = gradients(grads)
     inputs.check_examples(described.entries)
     device.require()
-    stream = arrays.stream_of(described.entries)
+    stream = stream_of(described.entries)
     entries = [_dense(entry, stream) for entry in described.entries]
     sums = [_new_sum(entry) for entry in entries]
     parts = [_strided(entry, entry, tuple(range(1, len(entry.shape)))) for entry in entries]
@@ -158,12 +159,12 @@ def _dense(entry: DeviceEntry, stream: Any) -> DeviceEntry:
     slices: Any = entry.slices
     if slices is None:
         return entry
-    return arrays.describe(entry.name, entry.key, slices.dense_on(stream))
+    return describe(entry.name, entry.key, slices.dense_on(stream))
 
 
 def _new_sum(entry: DeviceEntry) -> DeviceEntry:
     """Return a new array for the sum over a gradient's examples."""
-    return arrays.new_of_shape(entry, entry.shape[1:])
+    return outputs.new_of_shape(entry, entry.shape[1:])
 
 
 def _along_examples(total: DeviceEntry) -> DeviceEntry:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.cuda import arrays, tensors
-from numclip.cuda.arrays import DeviceArray, DeviceEntry
+from numclip.cuda import outputs, tensors
+from numclip.cuda.arrays import empty
+from numclip.cuda.entries import DeviceEntry, describe
+from numclip.cuda.streams import current_stream, stream_of
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
@@ -34,10 +36,7 @@ class Slot:
         self.variable, self.kind = entry.array, _kind_of(entry)
         self.steps = 0
         dtype = entry.dtype.compute
-        nbytes = entry.size * dtype.itemsize
-        self.states = [
-            DeviceArray(device.allocate(nbytes), 0, (entry.size,), dtype) for _ in range(states)
-        ]
+        self.states = [empty((entry.size,), dtype) for _ in range(states)]
         for state in self.states:
             device.clear(state.address, state.nbytes, 0)
 
@@ -82,9 +81,9 @@ class DeviceArrayEngine:
     def _plan(self, grads: list[Any], params: list[Any]) -> tuple[Planned, Any]:
         """Return what updates described pairs, and by what it is found again."""
         advice = "update one of them in a call of its own"
-        arrays.refuse_overlaps(grads, params, advice)
+        outputs.refuse_overlaps(grads, params, advice)
         slots = self._slots_of(params)
-        stream = arrays.stream_of([*params, *grads])
+        stream = stream_of([*params, *grads])
         spans = [_span(grad, param) for grad, param in zip(grads, params, strict=True)]
         key = device.handle_of(stream), tuple(map(id, slots)), *spans
         if key in self._planned:  # where there are no rows
@@ -124,7 +123,7 @@ def _name_of(pairs: Sequence[Pair]) -> Any:
     told = tensors.facts([*(pair.gradient for pair in pairs), *variables])
     if told is None:
         return None
-    stream = arrays.current_stream(variables[0])
+    stream = current_stream(variables[0])
     return device.handle_of(stream), tuple(map(id, variables)), told
 
 
@@ -142,8 +141,8 @@ def _described(number: int, pair: Pair) -> tuple[DeviceEntry, DeviceEntry]:
     Slices are coalesced: each row is updated once, by the sum of its gradients.
     """
     name, gradient, variable = pair
-    param = arrays.describe(name, number, variable)
-    grad = arrays.describe(name, number, gradient)
+    param = describe(name, number, variable)
+    grad = describe(name, number, gradient)
     if param.slices is not None:
         raise TypeError(f"{name}: expected an array to update, got IndexedSlices")
     if not param.writable:
@@ -159,5 +158,5 @@ def _described(number: int, pair: Pair) -> tuple[DeviceEntry, DeviceEntry]:
             f"and {param.strides} of the array; pass contiguous ones"
         )
     if grad.slices is not None:
-        grad = arrays.describe(name, number, grad.slices.coalesce())
+        grad = describe(name, number, grad.slices.coalesce())
     return grad, param

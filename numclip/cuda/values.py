@@ -7,6 +7,9 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from numclip.dtypes import Array
 from numclip.report import ClipReport
 
 
@@ -35,6 +38,12 @@ class DeviceNumber:
             self._value = self.kind(self._read())
             self._read = None  # and with it the memory
         return self._value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Return the number as a 0-d array."""
+        if copy is False:
+            raise ValueError("copy: expected True or None, as the number is on the GPU")
+        return np.array(self.item(), dtype)
 
     def __float__(self) -> float:
         return float(self.item())

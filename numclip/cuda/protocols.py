@@ -1,0 +1,71 @@
+"""What arrays on the GPU tell of themselves: PyTorch's own way, CUDA's interface, or DLPack."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from numclip.cuda import dlpack
+from numclip.cuda.dlpack import Told
+from numclip.foreign import bfloat16, library, refuse_lazy
+from numclip.kernels.cuda import device
+
+
+def told(name: str, array: Any) -> Told:
+    """Return what an array on the GPU tells of itself, which is to be the GPU in use."""
+    if library_of(array) == "torch":
+        found = _tensor(name, array)
+    else:
+        found = _interface(array) or dlpack.read(name, array)
+    if found.gpu is not None and found.gpu != device.ordinal():
+        raise ValueError(
+            f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {found.gpu}; a "
+            "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
+        )
+    return found
+
+
+def library_of(array: Any) -> str:
+    """Return the name of the package an array is of."""
+    return library(array.__class__)
+
+
+def _tensor(name: str, array: Any) -> Told:
+    """Return what a tensor of PyTorch tells: its own description knows none with a graph."""
+    refuse_lazy(name, array)
+    native = _torch_dtype(array.dtype)
+    strides = None if array.is_contiguous() else array.stride()
+    if strides is not None and native is not None:
+        strides = tuple(step * native.itemsize for step in strides)
+    shape, address, gpu = tuple(array.shape), array.data_ptr(), array.get_device()
+    return Told(native, shape, strides, address, gpu=gpu)
+
+
+@functools.cache
+def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """Return a dtype of PyTorch's as NumPy's."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return bfloat16("dtype") if name == "bfloat16" else np.dtype(name)
+    except TypeError:
+        return None
+
+
+def _interface(array: Any) -> Told | None:
+    """Return what ``__cuda_array_interface__`` tells, None where there is none."""
+    interface = device.interface_of(array)
+    if interface is None:
+        return None
+    address, read_only = interface["data"]
+    native, shape = _native(interface, array), tuple(interface["shape"])
+    gpu = array.device.id if library_of(array) == "cupy" else None
+    return Told(native, shape, interface.get("strides"), address or 0, bool(read_only), gpu)
+
+
+def _native(interface: Any, array: Any) -> np.dtype[Any]:
+    """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
+    if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
+        return bfloat16("dtype")
+    return np.dtype(str(interface["typestr"]))

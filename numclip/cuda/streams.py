@@ -1,0 +1,64 @@
+"""Streams: the one a user gives, the one a library works on, and the order between them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from numclip.cuda.entries import DeviceEntry
+from numclip.cuda.protocols import library_of
+from numclip.kernels.cuda import device
+
+
+def stream_from(stream: Any) -> Any:
+    """Return a stream that a user gives: of numba, CuPy or PyTorch, or a handle."""
+    for name in ("cuda_stream", "ptr"):
+        handle = getattr(stream, name, None)
+        if isinstance(handle, int):
+            return device.stream_at(handle)
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return device.stream_at(stream)
+    if stream is None or hasattr(stream, "begin_building"):  # a graph builder of cuda.core
+        return stream or 0
+    if hasattr(stream, "__cuda_stream__"):
+        return device.stream_at(int(stream.__cuda_stream__()[1]))
+    raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
+
+
+def stream_of(entries: Sequence[DeviceEntry]) -> Any:
+    """Return the stream that the library of the first array works on at present."""
+    stream = current_stream(entries[0].array if entries else None)
+    leases = [entry.lease for entry in entries if entry.lease is not None]
+    if device.handle_of(stream) and leases:
+        device.order(stream, 0)  # which DLPack's producers were told to be ready for
+        for lease in leases:
+            lease.streams.append(stream)
+    return stream
+
+
+def current_stream(array: Any) -> Any:
+    """Return the stream that the library of an array works on at present."""
+    package = library_of(array)
+    if package == "torch":
+        return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+    if package == "cupy":
+        return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
+    return device.stream_at(_told_stream(array))
+
+
+def _told_stream(array: Any) -> int:
+    """Return the stream an array names; 1 is the default one, and so is none."""
+    interface = device.interface_of(array) or {}
+    handle = interface.get("stream") or 0
+    return 0 if handle == 1 else int(handle)
+
+
+@contextlib.contextmanager
+def in_order(stream: Any, entries: Sequence[DeviceEntry]) -> Iterator[None]:
+    """Do something after what the arrays' library was told, and before what it will be told."""
+    theirs = stream_of(entries)
+    device.order(stream, theirs)
+    yield
+    device.order(theirs, stream)
