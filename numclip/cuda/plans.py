@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +20,15 @@ def find(key: Any) -> tuple[Any, list[Any]] | None:
     """Return the plan of a key and its free memory for outcomes, None where there is none."""
     found = _plans.get(key)
     if found is not None:
-        _plans.move_to_end(key)
+        with contextlib.suppress(KeyError):  # another thread can have let it go by now
+            _plans.move_to_end(key)
     return found
 
 
 def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
     """Keep a plan as the one used last, and forget the one not used for longest."""
+    _plans.pop(key, None)
     _plans[key] = found
-    _plans.move_to_end(key)
     while len(_plans) > PLANS or (len(_plans) > 1 and _nbytes() > MOST_BYTES):
         _plans.popitem(last=False)
 

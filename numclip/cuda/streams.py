@@ -44,7 +44,8 @@ def current_stream(array: Any) -> Any:
     if package == "torch":
         return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     if package == "cupy":
-        return device.stream_at(sys.modules["cupy"].cuda.get_current_stream().ptr)
+        theirs = sys.modules["cupy"].cuda.get_current_stream()
+        return device.held(device.stream_at(theirs.ptr), theirs)
     return device.stream_at(_told_stream(array))
 
 

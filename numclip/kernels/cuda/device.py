@@ -225,6 +225,16 @@ def stream_at(handle: int) -> Any:
     return 0 if SIMULATED or handle == 0 else cuda.external_stream(handle)
 
 
+def held(stream: Any, owner: Any) -> Any:
+    """Return a stream that keeps the one it is made of: CuPy destroys one that nobody holds.
+
+    A norm can be read, and so waited for on its stream, long after.
+    """
+    if stream:
+        stream.owner = owner
+    return stream
+
+
 def handle_of(stream: Any) -> int:
     """Return the handle of a stream, as other libraries take it."""
     return 0 if SIMULATED or not stream else int(stream.handle or 0)
