@@ -178,8 +178,9 @@ def install() -> None:
     assert not device.SIMULATED, "the emulator needs NUMBA_ENABLE_CUDASIM to be unset"
     cuda_paths._get_nvrtc_path = lambda: None  # NVVM is all that is needed
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITY)
-    device.THREADS, device.CHUNK_BYTES = THREADS, 512
-    from numclip.kernels.cuda import plan, unit_plan, update_plan  # noqa: F401 - with their real intrinsics
+    device.THREADS, device.CHUNK_BYTES = THREADS, 512  # as small as in the simulator
+    device.ROW_SHARES, device.LONG_GROUP, device.SECTOR = 4, 2, 8
+    from numclip.kernels.cuda import plan, unit_plan, update_plan  # noqa: F401 - real intrinsics
 
     device.SIMULATED, device.FakeCUDAArray = True, FakeCUDAArray
     device.cuda = SimpleNamespace(device_array=lambda *a: FakeCUDAArray(np.empty(*a)))

@@ -11,7 +11,7 @@ import pytest
 from cases import normal, slices
 from checks import assert_same_bits
 from devices import HARDWARE, fetch, ready, send
-from grouped import frozen
+from grouped import NORM_RULES, frozen
 from test_cuda_groups import FOLLOWING, forbid, numbers, pair
 
 import numclip as nc
@@ -23,19 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
 ]
 SHAPES = {"e": (9, 3), "v": (7,), "wide": (5, 2, 4)}
-RULES = [
-    None,
-    nc.ByGlobalNorm(0.5),
-    nc.ByGlobalNorm(1e9),
-    nc.ByGlobalNorm(0.7, ord=3),
-    nc.ByNorm(0.4),
-    nc.ByNorm(0.3, ord=math.inf),
-    nc.ByAverageNorm(0.05),
-    nc.ByBlockRMS(0.2),
-    nc.AutoClip(percentile=50, window=9),
-    nc.ZClip(alpha=0.9, warmup=2, z=0.5),
-    nc.AdaGC(relative=0.9, absolute=0.5, warmup=2),
-]
 KINDS = [("decay", "float16"), ("nesterov", "float32"), ("adamw", "float64"), ("adam", "complex64")]
 if HARDWARE:
     KINDS = [(kind, dtype) for kind in plain_optim.KINDS for _, dtype in KINDS]
@@ -72,7 +59,7 @@ def assert_same(cpu: nc.ParamGroups, gpu: Any, roundoff: float) -> None:
             np.testing.assert_array_equal(gpu.grads[name].indices, grad.indices)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", NORM_RULES, ids=repr)
 def test_rules(rule):
     cpu, gpu = pair(group_of(clip=rule))
     for step, unscale in enumerate((1.0, 3.0, 1.0)):
