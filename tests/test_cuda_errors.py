@@ -20,8 +20,8 @@ from devices import fetch, ready, send
 from reference import DTYPES
 
 import numclip as nc
-from numclip.cuda import arrays
 from numclip.cuda import clipping as device_clipping
+from numclip.cuda import streams
 from numclip.cuda.arrays import DeviceArray
 from numclip.kernels.cuda import device
 
@@ -450,11 +450,11 @@ def test_copies_on_the_default_stream_do_not_make_the_host_wait(monkeypatch):
 
 
 def test_a_stream_of_cupy_is_kept_as_long_as_a_norm_can_be_read(monkeypatch):
-    theirs, streams = SimpleNamespace(ptr=71), {0: 0, 71: SimpleNamespace(handle=71)}
+    theirs, known = SimpleNamespace(ptr=71), {0: 0, 71: SimpleNamespace(handle=71)}
     cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: theirs))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(device, "stream_at", streams.get)
+    monkeypatch.setattr(device, "stream_at", known.get)
     array = type("ndarray", (), {"__module__": "cupy"})()
-    assert arrays.current_stream(array).owner is theirs
+    assert streams.current_stream(array).owner is theirs
     theirs.ptr = 0  # the default one is no object
-    assert arrays.current_stream(array) == 0
+    assert streams.current_stream(array) == 0
