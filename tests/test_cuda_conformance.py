@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_conformance as suite
 from cases import CASES, DENSE_CASES, Case
-from devices import COMPILED, OnDevice, ready
+from devices import COMPILED, HARDWARE, OnDevice, ready
 
 import numclip as nc
 
@@ -18,15 +18,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
 ]
-# The simulator takes a tenth of a second a call: it sees every case, but fewer bounds.
-ORDERS = [1, 1.5, 3, math.inf] if COMPILED else [1.5, math.inf]
-RATIOS = suite.RATIOS if COMPILED else [0.1, 1 + 2**-20]
+# Without a GPU every case is seen, but fewer bounds: a call takes a tenth of a second.
+ORDERS = [1, 1.5, 3, math.inf] if HARDWARE else [1.5, math.inf]
+RATIOS = suite.RATIOS if HARDWARE else [0.1, 1 + 2**-20]
 # The layouts that lie on no GPU, or are refused there (see test_cuda_errors).
 ELSEWHERE = ("misaligned", "byte_swapped", "read_only")
-# Strided arrays and units are many calls: the simulator sees some, test_cuda_tiles has others.
+# Strided arrays and units are many calls: some are seen here, test_cuda_tiles has others.
 FEW = ["scalar-float64", "vector-float16", "empty_rows-float32", "strided-float64"]
 FEW += ["negative-bfloat16", "fortran-complex64"]
-UNITS = [case for case in DENSE_CASES if COMPILED or case.name in FEW]
+UNITS = [case for case in DENSE_CASES if HARDWARE or case.name in FEW]
 
 
 def lies_there(case: Case) -> bool:

@@ -11,7 +11,7 @@ import reference
 import strategies
 import test_magnitudes as magnitudes
 import test_properties as properties
-from devices import COMPILED, OnDevice, ready
+from devices import COMPILED, HARDWARE, OnDevice, ready
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ import numclip as nc
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 some = settings(
-    max_examples=100 if COMPILED else 12,
+    max_examples=200 if HARDWARE else 25 if COMPILED else 5,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -37,7 +37,7 @@ def on_device(monkeypatch):
         monkeypatch.setattr(magnitudes, "LENGTHS", (33,))
 
 
-@pytest.mark.parametrize("first", magnitudes.NAMES if COMPILED else ("tiny", "safmax"))
+@pytest.mark.parametrize("first", magnitudes.NAMES if HARDWARE else ("tiny", "safmax"))
 @pytest.mark.parametrize("name", reference.DTYPES)
 def test_pairs_of_magnitudes(name, first):
     magnitudes.test_pairs_of_magnitudes(name, first)
