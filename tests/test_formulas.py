@@ -175,3 +175,8 @@ def test_adam_rate_corrects_both_biases():
     rate, bias = formulas.adam_rate(0.1, 1.0, 0.9, 0.99)
     assert rate == pytest.approx(0.1 * math.sqrt(0.01) / 0.1)
     assert bias == pytest.approx(0.1)
+
+
+def test_magnitudes_are_divided_by_a_largest_one_that_is_a_positive_number():
+    assert formulas.usable(0.25) == 0.25
+    assert [formulas.usable(peak) for peak in (0.0, math.inf, math.nan)] == [1.0, 1.0, 1.0]
