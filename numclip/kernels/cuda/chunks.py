@@ -26,13 +26,6 @@ class Shared(NamedTuple):
     partial: Any
 
 
-class Span(NamedTuple):
-    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
-
-    dtype: DType
-    source: int
-    target: int
-    size: int
 
 
 def like(dtype: DType) -> Any:

@@ -23,14 +23,6 @@ Groups = tuple[Array, Array]
 """The rows in an order that brings equal indices together, and where each group starts."""
 
 
-class RowSpan(NamedTuple):
-    """Contiguous rows of `length` stored numbers, `size` in all, of which some add up."""
-
-    dtype: DType
-    source: int
-    target: int
-    size: int
-    length: int
 
 
 class _Mapped(NamedTuple):

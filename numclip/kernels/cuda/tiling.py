@@ -20,45 +20,8 @@ TILES = 2048  # that an array is cut into between the two
 TURNS = 16  # elements a thread reads before lanes are added up, where there are so many
 
 
-class Memory(NamedTuple):
-    """Where the elements of an array are: the address of the first one, and steps in bytes."""
-
-    address: int
-    steps: tuple[int, ...]
 
 
-class Strided(NamedTuple):
-    """An array of any steps: where it is read, and where written.
-
-    `axes` are those a unit's norm is taken over; without them, all is one unit.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
-    read: Memory
-    written: Memory
-    axes: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """The stored numbers, two for each complex element."""
-        return math.prod(self.shape) * self.dtype.components
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The axes that tell units apart."""
-        every = range(len(self.shape))
-        return () if self.axes is None else tuple(k for k in every if k not in self.axes)
-
-    @property
-    def units(self) -> int:
-        """How many units there are."""
-        return math.prod(self.shape[k] for k in self.kept)
-
-    @property
-    def itemsize(self) -> int:
-        """The bytes of an element."""
-        return self.dtype.storage.itemsize * self.dtype.components
 
 
 class Direction(NamedTuple):

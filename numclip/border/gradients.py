@@ -1,0 +1,181 @@
+"""Gradients as a user passes them, checked and described once; nothing behind it checks again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import engine as engines
+from numclip import libraries
+from numclip.errors import expected
+from numclip.border.structures import Key, Structure, structure
+from numclip.dtypes import NAMES, DType, lookup, refusal
+from numclip.engine import Engine
+from numclip.facts import Facts
+from numclip.memory import Memory, is_dense, strides_of
+from numclip.slices import IndexedSlices
+
+
+class Gradient(NamedTuple):
+    """One gradient, in the host's memory or on a GPU.
+
+    `source` is the user's object: an array, or `slices`, of which shape and memory are the
+    values'.
+    """
+
+    name: str
+    key: Key
+    dtype: DType
+    facts: Facts
+    source: Any
+    engine: Engine
+    slices: IndexedSlices | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array, or of the values of slices."""
+        return self.facts.shape
+
+    @property
+    def native(self) -> np.dtype[Any]:
+        """The dtype, as NumPy knows it."""
+        return self.facts.native
+
+    @property
+    def address(self) -> int:
+        """Where the first element is."""
+        return self.facts.address
+
+    @property
+    def repeated(self) -> bool:
+        """Whether rows of the dense array are stored more than once."""
+        return self.slices is not None and self.slices.has_duplicates
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.shape if self.slices is None else self.slices.dense_shape
+
+    @property
+    def size(self) -> int:
+        """The stored numbers, two for each complex element."""
+        return math.prod(self.shape) * self.dtype.components
+
+    @property
+    def dense_size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.dense_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * self.dtype.storage.itemsize
+
+    @property
+    def row_length(self) -> int:
+        """The stored numbers of a row."""
+        return math.prod(self.shape[1:]) * self.dtype.components
+
+    @property
+    def c_order(self) -> bool:
+        """Whether the elements lie in C order."""
+        return self.facts.strides is None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every element is where its type may be."""
+        step = self.dtype.storage.itemsize
+        return not any(number % step for number in (self.address, *(self.facts.strides or ())))
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill their memory, in any order of the axes."""
+        strides = self.facts.strides
+        return strides is None or is_dense(self.shape, strides, self.native.itemsize)
+
+    @property
+    def memory(self) -> Memory:
+        """The address and the steps."""
+        strides = self.facts.strides
+        return Memory(self.address, strides or strides_of(self.shape, self.native.itemsize))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses between which the elements lie."""
+        if self.dense or not self.size:
+            return self.address, self.address + self.nbytes
+        steps = self.memory.steps
+        ways = [step * (n - 1) for n, step in zip(self.shape, steps, strict=True)]
+        least, most = (sum(pick(way, 0) for way in ways) for pick in (min, max))
+        return self.address + least, self.address + most + self.native.itemsize
+
+    def lies_as(self, other: Gradient) -> bool:
+        """Tell whether an array of the same shape and dtype has the same memory."""
+        return self.address == other.address and self.facts.strides == other.facts.strides
+
+
+def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -> Gradient:
+    """Return the description of one gradient, which is where the engine works, if one is given."""
+    slices = gradient if isinstance(gradient, IndexedSlices) else None
+    values = gradient if slices is None else slices.values
+    own = engines.of(values)
+    if engine is not None and own is not engine:
+        raise _elsewhere(name, gradient, engine)
+    facts = own.facts(name, values)
+    dtype = lookup(facts.native)
+    if dtype is None:
+        raise TypeError(expected(name, f"an array of {NAMES}", refusal(facts.native)))
+    return Gradient(name, key, dtype, facts, gradient, own, slices)
+
+
+def _elsewhere(name: str, gradient: Any, engine: Engine) -> TypeError:
+    """Return the error for a gradient that is not where the others are."""
+    if engine.device == "cpu":
+        return libraries.elsewhere(name, gradient)
+    kind = type(gradient).__name__
+    return TypeError(expected(name, "a CUDA array, as the others are", kind))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Several gradients of one engine: those that are not None, and the user's structure."""
+
+    entries: list[Gradient]
+    structure: Structure
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that they are for; the host's where there is none."""
+        return self.entries[0].engine if self.entries else engines.named("cpu")
+
+    def with_results(self, results: Sequence[Any]) -> Any:
+        """Return the user's structure with a result for each gradient, None where None was."""
+        remaining = iter(results)
+        items = [None if item is None else next(remaining) for item in self.structure.items]
+        return self.structure.rebuild(items)
+
+
+def gradients(grads: Any, name: str = "grads") -> Gradients:
+    """Return the description of a structure of gradients, all in one place."""
+    found = structure(grads, name)
+    entries: list[Gradient] = []
+    for key, item in zip(found.keys, found.items, strict=True):
+        if item is not None:
+            engine = entries[0].engine if entries else None
+            entries.append(describe(found.name_of(key), key, item, engine))
+    return Gradients(entries, found)
+
+
+def check_examples(entries: Sequence[Gradient]) -> None:
+    """Refuse gradients whose first axes, the examples, differ."""
+    for entry in entries:
+        if not entry.dense_shape:
+            raise ValueError(expected(entry.name, "examples along axis 0", "a 0-d array"))
+        wanted = entries[0].dense_shape[0]
+        if entry.dense_shape[0] != wanted:
+            text = f"{wanted} examples along axis 0, as in {entries[0].name}"
+            raise ValueError(expected(entry.name, text, entry.dense_shape[0]))

@@ -1,0 +1,178 @@
+"""What an engine must offer, and which one is for an array: in the host's memory, or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from numclip import libraries
+from numclip.dtypes import Array, DType
+from numclip.facts import Facts
+from numclip.law import Law, Pool
+from numclip.memory import AnySpan, Memory, Strided
+
+Outcome = tuple[Any, Any]
+"""The sums of a plan's tensors, and the decisions for its pools: tables of `numclip.tables`."""
+
+Groups = tuple[Array, Array]
+"""The rows in an order that brings equal indices together, and where each group starts."""
+
+
+class Plan(Protocol):
+    """How some tensors are measured and written; made once, and used for many steps.
+
+    `stream` is where in order an engine that has streams does it.
+    """
+
+    spans: list[Any]
+    pools: list[Pool]
+
+    def outcomes(self, count: int, stream: Any) -> list[Outcome]:
+        """Return memory for what is decided, so often."""
+
+    def take_rows(self, spans: Sequence[Any], groupings: Sequence[Groups], stream: Any) -> None:
+        """Let the tensors whose rows can share an index be these."""
+
+    def write_laws(self, law: Law, stream: Any) -> None:
+        """Let decisions obey a law."""
+
+    def measure(self, ord: float, stream: Any) -> None:
+        """Take the partial sums: one read, two where `ord` is neither 2 nor infinite."""
+
+    def decide(self, outcome: Outcome, stream: Any) -> None:
+        """Add the sums up, and decide for every pool."""
+
+    def scale(self, outcome: Outcome, stream: Any) -> None:
+        """Write each tensor times the factor that was decided; one read, one write, or none."""
+
+    def write_exceptional(self, outcome: Outcome, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+
+    def clamp(
+        self, outcome: Outcome, low: float, high: float, stream: Any, members: range
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+
+
+class UnitPlan(Protocol):
+    """How the units of some families of arrays are measured and written."""
+
+    def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
+        """Let decisions obey bounds, one or one for each family; of ratios where params are."""
+
+    def measure(self, stream: Any) -> None:
+        """Take the partial sums of gradients and parameters."""
+
+    def decide(self, stream: Any, base: Any = None) -> None:
+        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+
+    def changes(self, stream: Any) -> bool:
+        """Tell whether some unit is scaled, after waiting for the decisions."""
+
+    def scale(self, stream: Any) -> None:
+        """Write each unit times its factor; one read, one write, or none."""
+
+    def summaries(self, count: int, stream: Any) -> list[Any]:
+        """Return memory for what `summarize` tells, so often."""
+
+    def summarize(self, out: Any, stream: Any) -> None:
+        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+
+
+class Engine(Protocol):
+    """A way to walk memory: the module `numclip.host.engine`, or `numclip.cuda.engine`.
+
+    Neither decides anything: what is measured and written follows from plans and laws.
+    """
+
+    device: str
+    takes_any_rows: bool  # slices whose values are not in C order, and misaligned arrays
+
+    def require(self) -> None:
+        """Raise DeviceError where the engine cannot work."""
+
+    def facts(self, name: str, array: Any) -> Facts:
+        """Return what an array tells of itself."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return a new array of the engine's own, 64-byte aligned, in C order."""
+
+    def new_like(self, facts: Facts, source: Any) -> Any:
+        """Return a new array of the library of `source`, in memory like that one, if it is dense."""
+
+    def new_of_shape(self, facts: Facts, source: Any, shape: tuple[int, ...]) -> Any:
+        """Return a new array in C order of the dtype and the library of another one."""
+
+    def stream_of(self, facts: Sequence[Facts], sources: Sequence[Any]) -> Any:
+        """Return the stream that the arrays' libraries work on at present."""
+
+    def stream_from(self, stream: Any) -> Any:
+        """Return a stream that a user gives."""
+
+    def plan(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> Plan:
+        """Return a new plan."""
+
+    def kept_plan(
+        self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any
+    ) -> tuple[Plan, list[Outcome]]:
+        """Return a plan, one there was if there was one like it, and its free memory."""
+
+    def unit_plan(self, families: Sequence[Any], ord: float, stream: Any) -> UnitPlan:
+        """Return a new plan of units."""
+
+    def read(self, table: Any, stream: Any) -> Array:
+        """Return a table in the host's memory, after waiting for it."""
+
+    def number(self, read: Callable[[], float], kind: type) -> Any:
+        """Return a number to come: the number itself, or what reads it when asked."""
+
+    def copy(self, target: Facts, source: Facts, stream: Any) -> None:
+        """Copy an array into one of the same shape and dtype."""
+
+    def clear(self, array: Any, stream: Any) -> None:
+        """Set an array of `empty` to zeros."""
+
+    def on_host(self, facts: Facts, stream: Any) -> Array:
+        """Return an array of NumPy with the same elements, a copy if they are elsewhere."""
+
+    def sum_rows(
+        self, span: Any, to: DType, grouping: Groups, places: Array, stream: Any
+    ) -> None:
+        """Write the sum of each group of rows to the target, as the row that is its place."""
+
+    def clamp_between(self, array: Strided, low: Memory, high: Memory, stream: Any) -> None:
+        """Write an array held between others, of the same shape and dtype."""
+
+    def sum_examples(
+        self, spans: Sequence[Strided], outs: Sequence[Any], plan: Any, stream: Any
+    ) -> None:
+        """Write the sum over the first axis of each array, each row times its unit's factor."""
+
+
+def of(array: Any) -> Engine:
+    """Return the engine for an array."""
+    if type(array) is np.ndarray:
+        return named("cpu")
+    return named("cuda" if libraries.on_device(array) else "cpu")
+
+
+_named: dict[str, Engine] = {}
+
+
+def named(device: str) -> Engine:
+    """Return the engine of a device, which is loaded when first asked for."""
+    found = _named.get(device)
+    if found is None:
+        found = _named[device] = _loaded(device)
+    return found
+
+
+def _loaded(device: str) -> Engine:
+    made: Any
+    if device == "cuda":
+        from numclip.cuda import engine as made
+    else:
+        from numclip.host import engine as made
+    return made  # type: ignore[no-any-return]
