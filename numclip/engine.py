@@ -87,7 +87,7 @@ class Engine(Protocol):
     Neither decides anything: what is measured and written follows from plans and laws.
     """
 
-    device: str
+    name: str
     takes_any_rows: bool  # slices whose values are not in C order, and misaligned arrays
 
     def require(self) -> None:
@@ -99,13 +99,19 @@ class Engine(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Return a new array of the engine's own, 64-byte aligned, in C order."""
 
-    def new_like(self, facts: Facts, source: Any) -> Any:
-        """Return a new array of the library of `source`, in memory like that one, if it is dense."""
+    def span(self, dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Any:
+        """Return where an array is read and written, a `Span` or `Strided`.
 
-    def new_of_shape(self, facts: Facts, source: Any, shape: tuple[int, ...]) -> Any:
+        `parts` says that the two of a complex element count together.
+        """
+
+    def new_like(self, like: Facts) -> Any:
+        """Return a new array of the library of another, in memory as that one if it is dense."""
+
+    def new_of_shape(self, like: Facts, shape: tuple[int, ...]) -> Any:
         """Return a new array in C order of the dtype and the library of another one."""
 
-    def stream_of(self, facts: Sequence[Facts], sources: Sequence[Any]) -> Any:
+    def stream_of(self, facts: Sequence[Facts]) -> Any:
         """Return the stream that the arrays' libraries work on at present."""
 
     def stream_from(self, stream: Any) -> Any:
@@ -121,6 +127,11 @@ class Engine(Protocol):
 
     def unit_plan(self, families: Sequence[Any], ord: float, stream: Any) -> UnitPlan:
         """Return a new plan of units."""
+
+    def kept_unit_plan(
+        self, families: Sequence[Any], ord: float, stream: Any
+    ) -> tuple[UnitPlan, list[Any]]:
+        """Return a plan of units likewise."""
 
     def read(self, table: Any, stream: Any) -> Array:
         """Return a table in the host's memory, after waiting for it."""
@@ -145,9 +156,7 @@ class Engine(Protocol):
     def clamp_between(self, array: Strided, low: Memory, high: Memory, stream: Any) -> None:
         """Write an array held between others, of the same shape and dtype."""
 
-    def sum_examples(
-        self, spans: Sequence[Strided], outs: Sequence[Any], plan: Any, stream: Any
-    ) -> None:
+    def sum_examples(self, arrays: Sequence[Strided], units: Any, stream: Any) -> None:
         """Write the sum over the first axis of each array, each row times its unit's factor."""
 
 

@@ -16,7 +16,6 @@ from numclip.border.structures import Key, Structure, structure
 from numclip.dtypes import NAMES, DType, lookup, refusal
 from numclip.engine import Engine
 from numclip.facts import Facts
-from numclip.memory import Memory, is_dense, strides_of
 from numclip.slices import IndexedSlices
 
 
@@ -80,42 +79,9 @@ class Gradient(NamedTuple):
         """The stored numbers of a row."""
         return math.prod(self.shape[1:]) * self.dtype.components
 
-    @property
-    def c_order(self) -> bool:
-        """Whether the elements lie in C order."""
-        return self.facts.strides is None
-
-    @property
-    def aligned(self) -> bool:
-        """Whether every element is where its type may be."""
-        step = self.dtype.storage.itemsize
-        return not any(number % step for number in (self.address, *(self.facts.strides or ())))
-
-    @property
-    def dense(self) -> bool:
-        """Whether the elements fill their memory, in any order of the axes."""
-        strides = self.facts.strides
-        return strides is None or is_dense(self.shape, strides, self.native.itemsize)
-
-    @property
-    def memory(self) -> Memory:
-        """The address and the steps."""
-        strides = self.facts.strides
-        return Memory(self.address, strides or strides_of(self.shape, self.native.itemsize))
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """The addresses between which the elements lie."""
-        if self.dense or not self.size:
-            return self.address, self.address + self.nbytes
-        steps = self.memory.steps
-        ways = [step * (n - 1) for n, step in zip(self.shape, steps, strict=True)]
-        least, most = (sum(pick(way, 0) for way in ways) for pick in (min, max))
-        return self.address + least, self.address + most + self.native.itemsize
-
     def lies_as(self, other: Gradient) -> bool:
         """Tell whether an array of the same shape and dtype has the same memory."""
-        return self.address == other.address and self.facts.strides == other.facts.strides
+        return self.facts.lies_as(other.facts)
 
 
 def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -> Gradient:
@@ -129,12 +95,15 @@ def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -
     dtype = lookup(facts.native)
     if dtype is None:
         raise TypeError(expected(name, f"an array of {NAMES}", refusal(facts.native)))
+    if slices is not None and not (facts.c_order or own.takes_any_rows):
+        got = f"strides {facts.strides} for shape {facts.shape}; pass a contiguous copy"
+        raise ValueError(expected(name, "rows in C order on the GPU", got))
     return Gradient(name, key, dtype, facts, gradient, own, slices)
 
 
 def _elsewhere(name: str, gradient: Any, engine: Engine) -> TypeError:
     """Return the error for a gradient that is not where the others are."""
-    if engine.device == "cpu":
+    if engine.name == "cpu":
         return libraries.elsewhere(name, gradient)
     kind = type(gradient).__name__
     return TypeError(expected(name, "a CUDA array, as the others are", kind))

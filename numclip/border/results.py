@@ -70,18 +70,14 @@ def new_like(gradient: Gradient) -> Gradient:
 
     It is in memory as the gradient is; one that does not fill its memory gives one in C order.
     """
-    made = gradient.engine.new_like(gradient.facts, _array(gradient))
+    made = gradient.engine.new_like(gradient.facts)
     return _made(gradient, made if gradient.slices is None else gradient.slices.with_values(made))
 
 
 def new_of_shape(gradient: Gradient, shape: tuple[int, ...]) -> Gradient:
     """Return a new array in C order of the dtype and the library of a gradient."""
-    made = gradient.engine.new_of_shape(gradient.facts, _array(gradient), shape)
+    made = gradient.engine.new_of_shape(gradient.facts, shape)
     return _made(gradient, made)
-
-
-def _array(gradient: Gradient) -> Any:
-    return gradient.source if gradient.slices is None else gradient.slices.values
 
 
 def _made(gradient: Gradient, made: Any) -> Gradient:
@@ -116,9 +112,9 @@ def check_writable(found: Gradient) -> None:
 
 def overlaps_itself(found: Gradient) -> bool:
     """Tell whether two elements share memory."""
-    if found.dense or not found.size:
+    if found.facts.dense or not found.size:
         return False
-    pairs = zip(found.memory.steps, found.shape, strict=True)
+    pairs = zip(found.facts.memory.steps, found.shape, strict=True)
     ways = sorted((abs(step), length) for step, length in pairs if length > 1)
     reach = found.native.itemsize
     for step, length in ways:
@@ -157,8 +153,8 @@ def refuse_overlaps(
     """Refuse results that would be written over one another or over a gradient still to read."""
     pairs = list(zip(gradients, targets, strict=True))
     read = [gradient for gradient, target in pairs if not gradient.lies_as(target)]
-    members = [(*own.extent, True, own) for own in targets]
-    members += [(*own.extent, False, own) for own in read]
+    members = [(*own.facts.extent, True, own) for own in targets]
+    members += [(*own.facts.extent, False, own) for own in read]
     for first, second in _touching(members):
         if first[2] and second[2]:
             raise ValueError(f"{second[3].name}: shares memory with {first[3].name}")
@@ -193,13 +189,13 @@ def _woven(gradients: Sequence[Gradient]) -> list[int]:
     """
     sets: dict[Any, list[int]] = {}
     for k, own in enumerate(gradients):
-        key = k if own.dense else (own.memory.steps, own.native.itemsize)
+        key = k if own.facts.dense else (own.facts.memory.steps, own.native.itemsize)
         sets.setdefault(key, []).append(k)
     numbers = list(range(len(gradients)))
     for members in sets.values():
         if len(members) > 1:
             first = gradients[members[0]]
-            step = math.gcd(*first.memory.steps)
+            step = math.gcd(*first.facts.memory.steps)
             places = np.sort([gradients[k].address % step for k in members])
             gaps = np.diff(places, append=places[0] + step)
             if step and (gaps >= first.native.itemsize).all():
@@ -210,9 +206,9 @@ def _woven(gradients: Sequence[Gradient]) -> list[int]:
 
 def _share_memory(a: Gradient, b: Gradient) -> bool:
     """Tell whether two arrays whose extents overlap have an element in common."""
-    return (a.dense and b.dense) or bool(np.shares_memory(_addresses(a), _addresses(b)))
+    return (a.facts.dense and b.facts.dense) or bool(np.shares_memory(_addresses(a), _addresses(b)))
 
 
 def _addresses(gradient: Gradient) -> Any:
     """Return an array of NumPy's at the same addresses, which is not read."""
-    return view_of(gradient.memory, gradient.shape, np.dtype(f"V{gradient.native.itemsize}"))
+    return view_of(gradient.facts.memory, gradient.shape, np.dtype(f"V{gradient.native.itemsize}"))

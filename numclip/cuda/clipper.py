@@ -20,7 +20,9 @@ from numclip.cuda.report import Columns, Told, norms_of, scaled, tell
 from numclip.dtypes import Array
 from numclip.group import shared_key
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.plan import AnySpan, Law, Plan, Pool
+from numclip.kernels.cuda.plan import Plan
+from numclip.law import Law, Pool
+from numclip.memory import AnySpan
 from numclip.rules import Rule
 from numclip.slices import IndexedSlices
 
@@ -91,7 +93,7 @@ class Clipper:
         self._take_rows(stream)
         self.plan.write_laws(self.law(found), stream)
         self.plan.measure(2.0, stream)
-        self.plan.judge(self.outcomes[found.turn], stream)
+        self.plan.decide(self.outcomes[found.turn], stream)
 
     def _take_rows(self, stream: Any) -> None:
         """Let the plan know the rows that the sparse groups have at present."""
@@ -128,7 +130,7 @@ class Clipper:
 
     def write_rare(self, found: Found, stream: Any) -> Outcome:
         """Write what an update cannot do on its way; return what it is to obey."""
-        self.plan.scale_rare(self.outcomes[found.turn], stream)
+        self.plan.write_exceptional(self.outcomes[found.turn], stream)
         return self.outcomes[found.turn]
 
     def foresee(self, found: Found, stream: Any) -> None:

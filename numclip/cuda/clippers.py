@@ -15,7 +15,8 @@ from numclip.cuda.entries import DeviceEntry, describe
 from numclip.cuda.report import Columns, build, norms_of
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.plan import HostTable, Law
+from numclip.kernels.cuda.plan import HostTable
+from numclip.law import Law
 from numclip.kernels.cuda.tiling import Strided
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan
 from numclip.rules import Adaptive, Rule
@@ -36,7 +37,7 @@ class FollowingClipper(Clipper):
             rule, state = group.clip, group.rule_state
             found.bounds[group.name] = rule.thresholds(norms, total, found.step, state)
         self.plan.write_laws(self.law(found), stream)
-        self.plan.judge(self.outcomes[found.turn], stream)
+        self.plan.decide(self.outcomes[found.turn], stream)
 
     def observe(self, found: Found, report: Any) -> None:
         """Let the rules know the norms before and after."""
@@ -56,7 +57,7 @@ class OrderClipper(Clipper):
     def decide(self, found: Found, stream: Any) -> None:
         """Measure by the order, and decide again by that."""
         self.plan.measure(self.ord, stream)
-        self.plan.judge((self._powers, self.outcomes[found.turn][1]), stream)
+        self.plan.decide((self._powers, self.outcomes[found.turn][1]), stream)
 
     def _columns(
         self, group: Any, norms: Array, decisions: Array, found: Found, stream: Any
@@ -84,7 +85,7 @@ class ValueClipper(Clipper):
         law = self.law(found)._replace(unscale=1.0)
         self.plan.write_laws(law, stream, self._laws_after)
         self.plan.measure(2.0, stream)
-        self.plan.judge(self._after[found.turn], stream, self._laws_after)
+        self.plan.decide(self._after[found.turn], stream, self._laws_after)
 
     def write_rare(self, found: Found, stream: Any) -> Outcome:
         """Write all: an update has no factor to take."""

@@ -24,7 +24,8 @@ from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
-from numclip.kernels.cuda.plan import ABSENT, Law, Plan, Pool
+from numclip.kernels.cuda.plan import Plan
+from numclip.law import ABSENT, Law, Pool
 from numclip.kernels.cuda.tiling import Memory, Strided, clamp_between
 from numclip.nonfinite import first_error
 from numclip.slices import Grouping
@@ -151,7 +152,7 @@ def _judge(
     plan.write_laws(law, stream)
     if measure:
         plan.measure(law.ord, stream)
-    plan.judge(outcome, stream)
+    plan.decide(outcome, stream)
     norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
     weakref.finalize(norm, free.append, outcome).atexit = False
     return outcome, norm

@@ -182,7 +182,8 @@ def scale_truncating(batch: Batch, mantissas: Array, powers: Array) -> None:
 def clamp(batch: Batch, low: float, high: float) -> None:
     """Write each element held between two bounds."""
     as_computed = batch.dtype.compute.type
-    arguments = batch.chunks, as_computed(low), as_computed(high), batch.dtype.like
+    beyond = np.zeros(len(batch.chunks), np.bool_)
+    arguments = batch.chunks, as_computed(low), as_computed(high), batch.dtype.like, beyond
     threads.run(cpu.clamp, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays)
 
 

@@ -302,16 +302,23 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
 
 @inline
 def hold(x, low, high):
-    """Hold each element of an array between `low` and `high`, in place."""
+    """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
+    beyond = 0
     for i in range(x.size):
-        x[i] = narrow(clamped(widen(x[i]), low, high), x[i])
+        value = widen(x[i])
+        beyond |= int(value < low) | int(value > high)
+        x[i] = narrow(clamped(value, low, high), x[i])
+    return beyond != 0
 
 
 @kernel
-def clamp(begin, end, chunks, low, high, like):
-    """Hold each element between `low` and `high`. Reads and writes every element once."""
+def clamp(begin, end, chunks, low, high, like, beyond):
+    """Hold each element between `low` and `high`. Reads and writes every element once.
+
+    `beyond` tells of each chunk if an element was beyond them.
+    """
     for c in range(begin, end):
-        hold(written(chunks[c], like), low, high)
+        beyond[c] = hold(written(chunks[c], like), low, high)
 
 
 @inline

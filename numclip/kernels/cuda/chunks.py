@@ -10,6 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, norms, scaling, tables
 from numclip.kernels.cuda.packets import WORD
+from numclip.memory import Span
 
 MOST_CHUNKS = 8192
 """Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not

@@ -14,8 +14,9 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, rows, tables
-from numclip.kernels.cuda.chunks import Chunks, Shared, Span, like
-from numclip.kernels.cuda.tiling import Memory, Strided, Tiles
+from numclip.kernels.cuda.chunks import Chunks, Shared, like
+from numclip.kernels.cuda.tiling import Tiles
+from numclip.memory import Memory, RowSpan, Span, Strided
 
 ALIGNMENT = 64  # bytes between the sums of tensors
 

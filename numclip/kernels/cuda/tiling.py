@@ -11,6 +11,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, tables, tile_scaling, tiles
 from numclip.kernels.cuda.chunks import Shared, copied_first, like
+from numclip.memory import Memory, Strided
 
 SECTOR = 32  # bytes: memory is read in as many
 LINE = 128  # bytes: what a warp reads at its best

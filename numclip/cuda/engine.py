@@ -1,0 +1,129 @@
+"""The engine of NVIDIA GPUs, see `numclip.engine`; nothing here waits but what reads values."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.cuda import arrays, plans, streams
+from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.facts import facts_of
+from numclip.cuda.protocols import library_of
+from numclip.cuda.values import DeviceFloat, DeviceInt
+from numclip.dtypes import Array, DType
+from numclip.engine import Outcome
+from numclip.facts import Facts
+from numclip.kernels.cuda import device, grouping, tiling
+from numclip.kernels.cuda.plan import Plan
+from numclip.kernels.cuda.tiling import Sums
+from numclip.kernels.cuda.unit_plan import UnitPlan
+from numclip.law import Pool
+from numclip.memory import AnySpan, Span, Strided
+
+takes_any_rows = False
+require = device.require
+facts = facts_of
+empty = arrays.empty
+stream_of = streams.stream_of
+stream_from = streams.stream_from
+read = device.read_table
+plan = Plan
+unit_plan = UnitPlan
+sum_rows = grouping.sum_rows
+clamp_between = tiling.clamp_between
+name = "cuda"
+
+
+def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | Strided:
+    """Return where an array is and goes: contiguous memory where it is that, in one order.
+
+    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, where
+    these count together.
+    """
+    if source.strides == target.strides and source.dense and not parts:
+        size = source.nbytes // dtype.storage.itemsize
+        return Span(dtype, source.address, target.address, size)
+    return Strided(dtype, source.shape, source.memory, target.memory)
+
+
+def new_like(like: Facts) -> Any:
+    """Return a new array of the library of another, in memory as that one if it is dense."""
+    package, strides = library_of(like.array), like.strides if like.dense else None
+    if package == "torch":
+        torch = sys.modules[package]
+        options = {} if like.dense else {"memory_format": torch.contiguous_format}
+        return torch.empty_like(like.array, **options)
+    if package == "cupy":
+        order = "K" if like.dense else "C"
+        return sys.modules[package].empty_like(like.array, order=order)
+    return _new(like, like.shape, strides)
+
+
+def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
+    """Return a new array in C order of the dtype and the library of another one."""
+    package = library_of(like.array)
+    if package == "torch":
+        return like.array.new_empty(shape)
+    if package == "cupy":
+        return sys.modules["cupy"].empty(shape, like.array.dtype)
+    return _new(like, shape, None)
+
+
+def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
+    """Return a new array of ours, or of numba's where another one is of numba."""
+    memory = device.allocate(math.prod(shape) * like.native.itemsize)
+    made = DeviceArray(memory, 0, shape, like.native, strides)
+    if library_of(like.array) == "numba" and like.native.name != "bfloat16":
+        return device.as_array(made, shape, like.native, strides)
+    return made
+
+
+def kept_plan(
+    spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any
+) -> tuple[Any, list[Outcome]]:
+    """Return a plan for a stream, one there was if there was one like it, and its free memory.
+
+    Each stream has its own: two could use a plan's memory at the same time.
+    """
+    key = (device.handle_of(stream), *pools, *spans)
+    return plans.kept(key, lambda: Plan(spans, pools, stream))
+
+
+def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[Any, list[Any]]:
+    """Return a plan of units likewise."""
+    key = (device.handle_of(stream), ord, *families)
+    return plans.kept(key, lambda: UnitPlan(families, ord, stream))
+
+
+def number(read: Callable[[], float], kind: type) -> Any:
+    """Return a number to come, which waits for the GPU when its value is asked for."""
+    return DeviceInt(read) if kind is int else DeviceFloat(read)
+
+
+def copy(target: Facts, source: Facts, stream: Any) -> None:
+    """Copy memory to an array that lies as another one does."""
+    device.copy(target.address, source.address, source.nbytes, stream)
+
+
+def clear(array: Any, stream: Any) -> None:
+    """Set an array of `empty` to zeros."""
+    device.clear(array.address, array.nbytes, stream)
+
+
+def on_host(source: Facts, stream: Any) -> Array:
+    """Return a copy in the host's memory, after waiting for it."""
+    begin, end = source.extent
+    memory = device.read(begin, end - begin, stream)
+    return np.ndarray(source.shape, source.native, memory, source.address - begin, source.strides)
+
+
+def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
+    """Write the sums over the first axis of arrays, in float64, each row times its factor."""
+    tensors, table = units.shared.tensors, units.units
+    key = (device.handle_of(stream), "examples", *arrays)
+    adding, _ = plans.kept(key, lambda: Sums(dict(enumerate(arrays)), stream))
+    adding.write(tensors, table, stream)

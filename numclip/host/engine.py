@@ -1,0 +1,101 @@
+"""The engine of the host's memory, see `numclip.engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import Array, DType
+from numclip.engine import Outcome
+from numclip.errors import expected
+from numclip.facts import Facts
+from numclip.host import arrays, rows, units
+from numclip.host.plan import Plan
+from numclip.host.strided import elements
+from numclip.host.units import UnitPlan
+from numclip.law import Pool
+from numclip.memory import AnySpan, Memory, Span, Strided
+
+name = "cpu"
+takes_any_rows = True
+facts = arrays.facts_of
+empty = arrays.empty
+new_like = arrays.new_like
+new_of_shape = arrays.new_of_shape
+plan = Plan
+unit_plan = UnitPlan
+sum_rows = rows.sum_rows
+sum_examples = units.sum_examples
+
+
+def require() -> None:
+    """Raise nothing: a host is always there."""
+
+
+def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | Strided:  # noqa: ARG001
+    """Return where an array is and goes: contiguous memory where it is that, in one order."""
+    step = dtype.storage.itemsize
+    aligned = not (source.address % step or target.address % step)
+    if source.strides == target.strides and source.dense and aligned:
+        size = source.nbytes // step
+        return Span(dtype, source.address, target.address, size)
+    return Strided(dtype, source.shape, source.memory, target.memory)
+
+
+def stream_of(_facts: Sequence[Facts]) -> None:
+    """Return nothing: the host has no streams."""
+
+
+def stream_from(stream: Any) -> None:
+    """Refuse a stream."""
+    if stream is not None:
+        raise ValueError(expected("stream", 'None for device="cpu"', "a stream"))
+
+
+def kept_plan(
+    spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any
+) -> tuple[Plan, list[Outcome]]:
+    """Return a new plan: one of the host costs as little as finding an old one."""
+    return Plan(spans, pools), []
+
+
+def kept_unit_plan(families: Sequence[Any], ord: float, _stream: Any) -> tuple[UnitPlan, list[Any]]:
+    """Return a new plan of units likewise."""
+    return UnitPlan(families, ord), []
+
+
+def read(table: Array, _stream: Any = None) -> Array:
+    """Return the table."""
+    return table
+
+
+def number(read: Callable[[], float], kind: type) -> Any:
+    """Return the number."""
+    return kind(read())
+
+
+def copy(target: Facts, source: Facts, _stream: Any = None) -> None:
+    """Copy an array into one of the same shape and dtype."""
+    np.copyto(target.array, source.array)
+
+
+def clear(array: Array, _stream: Any = None) -> None:
+    """Set an array to zeros."""
+    array.fill(0)
+
+
+def on_host(source: Facts, _stream: Any = None) -> Array:
+    """Return the array itself."""
+    array: Array = source.array
+    return array
+
+
+def clamp_between(array: Strided, low: Memory, high: Memory, _stream: Any = None) -> None:
+    """Write an array held between others, of the same shape and dtype."""
+    own, least, most, target = (
+        elements(array.dtype, array.shape, memory)
+        for memory in (array.read, low, high, array.written)
+    )
+    target[...] = np.maximum(np.minimum(own, most), least)

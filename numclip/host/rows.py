@@ -1,0 +1,82 @@
+"""Rows that share an index, in the host's memory: their sums, and the norms of these."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from numclip.dtypes import FLOAT64, Array, DType, as_stored
+from numclip.engine import Groups
+from numclip.host import batches
+from numclip.host.strided import elements
+from numclip.kernels import backend
+from numclip.kernels.formulas import scale_by_power
+from numclip.memory import Memory, RowSpan, Span, strides_of
+from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
+from numclip.views import view_of
+
+
+def repeats(grouping: Groups) -> bool:
+    """Tell whether an index appears more than once."""
+    order, starts = grouping
+    return starts.size - 1 < order.size
+
+
+def rows_of(span: RowSpan) -> Array:
+    """Return rows as elements, where they are, 2-d; a copy where they are not contiguous."""
+    if span.strided is not None:
+        found = elements(span.dtype, span.strided.shape, span.strided.read)
+        return np.ascontiguousarray(found).reshape(found.shape[0], -1)
+    shape = span.size // max(span.length, 1), span.length // span.dtype.components
+    steps = strides_of(shape, span.dtype.native.itemsize)
+    return elements(span.dtype, shape, Memory(span.source, steps))
+
+
+def write_squares(span: RowSpan, grouping: Groups, out: Array) -> None:
+    """Write the sums of squares of summed rows and of summed magnitudes, as rows of sums are."""
+    total, terms, exponent = _squares(span, grouping)
+    out[TOTAL], out[EXPONENT] = total, exponent
+    out[TERMS], out[TERMS_EXPONENT] = terms, exponent
+    out[BAD] = 0.0 if np.isfinite(total) else 1.0
+
+
+def _squares(span: RowSpan, grouping: Groups) -> tuple[float, float, int]:
+    """Return the squared norms of summed rows and of summed magnitudes, over ``4**exponent``."""
+    rows = as_stored(rows_of(span))
+    total, terms = backend.grouped_squares(*grouping, rows)
+    if span.dtype.digits < 53 or (backend.is_safe(terms) and backend.is_safe(total)):
+        return total, terms, 0
+    if backend.is_safe(terms):  # rows cancel and leave what is too small to be squared
+        sums = np.zeros((1, SUM_COLUMNS))
+        merged = summed(rows, grouping).reshape(-1)
+        span64 = Span(FLOAT64, merged.ctypes.data, merged.ctypes.data, merged.size)
+        for batch in batches.batches({0: span64}):
+            batches.write_squares(batch, sums)
+        exponent = int(sums[0, EXPONENT])
+        return float(sums[0, TOTAL]), scale_by_power(terms, -2 * exponent), exponent
+    peak = np.abs(rows).max()
+    if peak == 0.0 or not np.isfinite(peak):
+        return total, terms, 0
+    exponent = int(np.frexp(peak)[1]) - 1
+    return *backend.grouped_squares(*grouping, np.ldexp(rows, -exponent)), exponent
+
+
+def summed(rows: Array, grouping: Groups) -> Array:
+    """Return the sums of the rows that share an index, as stored numbers or as elements."""
+    sums = np.empty((grouping[1].size - 1, rows.shape[1]), rows.dtype)
+    backend.merge_rows(*grouping, as_stored(rows), as_stored(sums))
+    return sums
+
+
+def sum_rows(
+    span: RowSpan, to: DType, grouping: Groups, places: Array, _stream: object = None
+) -> None:
+    """Write the sum of each group of rows to the target, as the row that is its place.
+
+    `to` is the dtype there, real or complex as that of the rows; it holds them.
+    """
+    if not span.size:
+        return
+    sums = summed(rows_of(span).astype(to.native), grouping)
+    shape = int(places.max()) + 1, sums.shape[1]
+    steps = strides_of(shape, to.native.itemsize)
+    view_of(Memory(span.target, steps), shape, to.native)[places] = sums
