@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from numclip import tables
-from numclip.clipping.clip import repeated_loss, row_span, span
+from numclip.clipping.clip import repeated_loss, row_span, span_of
 from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of, scaled_norms
 from numclip.dtypes import Array
 from numclip.engine import Engine, Outcome
@@ -64,7 +64,7 @@ class Clipper:
         self._losses: float | Array = 0.0
         self.bounds = np.full(len(self._pool_list), math.inf)
         self._scheduled: list[Any] = []
-        self._written: tuple[Any, ...] = ()
+        self._written: tuple[Array, float, Any] | None = None
         self._set_bounds()
         self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
 
@@ -136,6 +136,7 @@ class Clipper:
             self._take_bounds(bounds)
         if self._sparse:
             self._take_rows(stream)
+        self._unscale = unscale
         self._write_law(unscale, stream)
 
     def _take_bounds(self, bounds: Array) -> None:
@@ -150,7 +151,7 @@ class Clipper:
             return
         self.rows = rows
         groupings = [slices.grouping for slices in rows]
-        self.plan.take_rows([row_span(entry) for _, entry in entries], groupings, stream)
+        self.plan.take_rows([row_span(entry, entry) for _, entry in entries], groupings, stream)
         losses = np.zeros(len(self._pool_list))
         places = {group.name: iter(self.pools[group.name]) for group in self.groups}
         pool = 0
@@ -161,13 +162,16 @@ class Clipper:
 
     def _write_law(self, unscale: float, stream: Any) -> None:
         """Let decisions obey the bounds; nothing is sent where they do already."""
-        known = (self.bounds, unscale, self._losses)
-        if len(self._written) == 3 and all(a is b or a == b for a, b in _pairs(known, self._written)):
-            return
-        law = Law(self.bounds, self.divisors, unscale=unscale, ord=self.ord, loss=self._losses)
-        self.plan.write_laws(law, stream)
-        self._written = known
-        self._unscale = unscale
+        written = self._written
+        if (
+            written is None
+            or written[0] is not self.bounds
+            or written[1] != unscale
+            or written[2] is not self._losses
+        ):
+            law = Law(self.bounds, self.divisors, unscale=unscale, ord=self.ord, loss=self._losses)
+            self.plan.write_laws(law, stream)
+            self._written = self.bounds, unscale, self._losses
 
     def measure(self, place: int, stream: Any) -> None:
         """Take the L2 norms and find what is not finite; decide."""
@@ -209,14 +213,6 @@ class Clipper:
         return Columns(norms, clipped, scales, np.broadcast_to(bounds, norms.shape))
 
 
-def _pairs(known: tuple[Any, ...], written: tuple[Any, ...]) -> Any:
-    """Return what was written beside what is known, arrays being what they are."""
-    return (
-        (a, b if isinstance(a, np.ndarray) == isinstance(b, np.ndarray) else None)
-        for a, b in zip(known, written, strict=True)
-    )
-
-
 def shared_key(group: Any) -> tuple[str, Any]:
     """Return what is the same for groups that are clipped by one norm."""
     if group.clip is not None and group.clip.shared is not None:
@@ -227,5 +223,5 @@ def shared_key(group: Any) -> tuple[str, Any]:
 def _spans(group: Any, ord: float) -> list[AnySpan]:
     """Return where a group's gradients are, which are written in place."""
     if group.sparse:
-        return [row_span(entry) for entry in group.gradients()]
-    return [span(entry, entry, group.nonfinite, ord) for entry in group.gradients()]
+        return [row_span(entry, entry) for entry in group.gradients()]
+    return [span_of(entry, entry, group.nonfinite, ord) for entry in group.gradients()]

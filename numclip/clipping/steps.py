@@ -117,12 +117,10 @@ class Steps:
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
         self.engine, self.stream = engine, stream
         tensors = sum(len(group.names) for group in groups)
-        self._kept = KEPT if engine.device != "cpu" else max(1, min(KEPT, 16384 // tensors))
+        self._kept = KEPT if engine.name != "cpu" else max(1, min(KEPT, 16384 // tensors))
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
-        self._following = [
-            (k, own) for k, own in enumerate(self.clippers) if own.follows
-        ]
+        self._following = [clipper for clipper in self.clippers if clipper.follows]
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
 
@@ -146,7 +144,7 @@ class Steps:
     def _refuse(self, clipper: Any, place: int) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         for group in clipper.refused(place, self.stream):
-            raise first_error(group.gradients(), self.stream)
+            raise first_error(group.gradients(), None, self.stream)
 
     def write(self, turn: Turn) -> None:
         """Write the gradients, clipped."""
@@ -162,8 +160,8 @@ class Steps:
         """Keep a step; if it counts, let the rules that follow norms know, and the history."""
         turn.counts = counts
         if counts:
-            for k, clipper in self._following:
-                clipper.observe(turn, k)
+            for clipper in self._following:
+                clipper.observe(turn.place, turn.step, self.stream)
         del self._block.turns[turn.place :]
         self._block.turns.append(turn)
 

@@ -1,9 +1,10 @@
 """Optimizer steps on the CPU: gradient, parameter and state are read and written once.
 
 A table of updates has a row for each chunk: the addresses of the gradient, the parameter and
-up to two states, the number of elements, the tensor that owns them. The clip's factor is
-applied on the way; the clipped gradient is never written. `settings` are in the type the
-elements are computed in, and so are the states.
+up to two states, the number of elements, the pool that owns them. The clip's factor is applied
+on the way; the clipped gradient is never written. A pool has a factor, which is 0 or more, NaN,
+or less than 0 where it is left as it is, and a row of settings; both are in the type the elements
+are computed in, and so are the states.
 """
 
 import numpy as np
@@ -11,21 +12,73 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import inline, kernel
+from numclip.tables import FACTOR, MODE, MULTIPLY, SKIPPED
 
-GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = 0, 1, 2, 3, 4, 5
+GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
+# Of the settings that an optimizer gives for each pool.
+LR, DECAY = 0, 1
+BETA, BETA_SQUARE, EPS = 2, 3, 4  # of Adam
+
+LEFT = -1.0  # the factor of a pool that is left as it is
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
 moment = inline(formulas.moment)
 adam_step = inline(formulas.adam_step)
+adam_rate = inline(formulas.adam_rate)
+
+
+@inline
+def factor_of(decision):
+    """Return the factor that an update is to take; what is no plain number is taken already."""
+    if decision[SKIPPED] != 0.0:
+        return LEFT
+    return decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
+
+
+@kernel
+def advance(decisions, counts, counted, given, factors, settings):
+    """Count a step for each pool that is not skipped; write its factor and settings.
+
+    Nothing is added to `counts` where they are `counted` already.
+    """
+    for p in range(counts.size):
+        factor = factor_of(decisions[p])
+        factors[p] = factor
+        if factor != LEFT:
+            counts[p] += 0 if counted else 1
+            for k in range(given.shape[1]):
+                settings[p, k] = given[p, k]
+
+
+@kernel
+def advance_adam(decisions, counts, counted, given, factors, settings):
+    """Do the same, and correct the biases of the pools' moments.
+
+    Settings are then the share that decays, the weights of the gradient and of its square in
+    their averages, the rate and eps, see `formulas.adam_step`.
+    """
+    for p in range(counts.size):
+        factor = factor_of(decisions[p])
+        factors[p] = factor
+        if factor != LEFT:
+            counts[p] += 0 if counted else 1
+            lr, first, second = given[p, LR], given[p, BETA], given[p, BETA_SQUARE]
+            rate, root_bias = adam_rate(lr, float(counts[p]), first, second)
+            settings[p, 0] = lr * given[p, DECAY]
+            settings[p, 1], settings[p, 2] = 1.0 - first, 1.0 - second
+            settings[p, 3], settings[p, 4] = rate, given[p, EPS] * root_bias
 
 
 @kernel
 def descend(begin, end, updates, factors, settings, like):
-    """Take a plain gradient step: `settings` are the rate and the L2 penalty. Three passes."""
-    rate, decay = settings[0], settings[1]
+    """Take a plain gradient step: settings are the rate and the L2 penalty. Three passes."""
     for c in range(begin, end):
-        factor = factors[updates[c, OWNER]]
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        rate, decay = settings[p, 0], settings[p, 1]
         grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
         param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
         for i in range(param.size):
@@ -38,16 +91,19 @@ def descend(begin, end, updates, factors, settings, like):
 def descend_with_momentum(begin, end, updates, factors, settings, like):
     """Take a step with momentum. Five passes.
 
-    `settings` are the rate, the L2 penalty, the momentum, and the weights that the gradient
+    Settings are the rate, the L2 penalty, the momentum, and the weights that the gradient
     and the velocity have in the step: (0, 1), or Nesterov's (1, momentum).
     """
-    rate, decay, momentum = settings[0], settings[1], settings[2]
-    own, lookahead = settings[3], settings[4]
     for c in range(begin, end):
-        factor = factors[updates[c, OWNER]]
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        rate, decay, momentum = settings[p, 0], settings[p, 1], settings[p, 2]
+        own, lookahead = settings[p, 3], settings[p, 4]
         grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
         param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
-        velocity = array_at(updates[c, FIRST], updates[c, LENGTH], settings)
+        velocity = array_at(updates[c, FIRST], updates[c, LENGTH], factors)
         for i in range(param.size):
             value = widen(param[i])
             slope = widen(grad[i]) * factor + decay * value
@@ -60,17 +116,19 @@ def descend_with_momentum(begin, end, updates, factors, settings, like):
 def adam(begin, end, updates, factors, settings, like):
     """Take a step of Adam with decoupled weight decay. Seven passes.
 
-    `settings` are the share of the parameter that decays, the weights of the gradient and of
-    its square in their averages, the rate and eps, see `formulas.adam_step`.
+    Settings are those of `advance_adam`.
     """
-    decay, weight, square_weight = settings[0], settings[1], settings[2]
-    rate, eps = settings[3], settings[4]
     for c in range(begin, end):
-        factor = factors[updates[c, OWNER]]
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        decay, weight, square_weight = settings[p, 0], settings[p, 1], settings[p, 2]
+        rate, eps = settings[p, 3], settings[p, 4]
         grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
         param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
-        mean = array_at(updates[c, FIRST], updates[c, LENGTH], settings)
-        square = array_at(updates[c, SECOND], updates[c, LENGTH], settings)
+        mean = array_at(updates[c, FIRST], updates[c, LENGTH], factors)
+        square = array_at(updates[c, SECOND], updates[c, LENGTH], factors)
         for i in range(param.size):
             slope = widen(grad[i]) * factor
             mean[i] = moment(slope, mean[i], weight)
