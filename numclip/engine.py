@@ -136,8 +136,33 @@ class Engine(Protocol):
     def read(self, table: Any, stream: Any) -> Array:
         """Return a table in the host's memory, after waiting for it."""
 
-    def number(self, read: Callable[[], float], kind: type) -> Any:
-        """Return a number to come: the number itself, or what reads it when asked."""
+    def number(
+        self, read: Callable[[], float], kind: type, release: Callable[[], object]
+    ) -> Any:
+        """Return a number to come: the number itself, or what reads it when asked.
+
+        `release` is called when nobody can ask any more, by an engine that waits.
+        """
+
+    def numbers(
+        self, table: Any, column: int, count: int, stream: Any, release: Callable[[], object]
+    ) -> list[Any]:
+        """Return the integers of a column likewise."""
+
+    def key_of(self, items: Sequence[Any], ord: float, policy: str, *, written: bool) -> Any:
+        """Return by what the plan for arrays is found without describing them, or None."""
+
+    def find_plan(self, key: Any) -> tuple[Plan, list[Outcome], Any] | None:
+        """Return the plan of a key, its free memory for outcomes and its stream, if any."""
+
+    def keep_plan(self, key: Any, plan: Plan, free: list[Outcome]) -> None:
+        """Let a plan be found by a key."""
+
+    def sent(self, array: Array, stream: Any) -> Any:
+        """Return an array of the host where kernels can read it."""
+
+    def indices_on_host(self, indices: Any) -> Array:
+        """Return a copy of a 1-d array of integers, after waiting for it."""
 
     def copy(self, target: Facts, source: Facts, stream: Any) -> None:
         """Copy an array into one of the same shape and dtype."""
@@ -149,9 +174,9 @@ class Engine(Protocol):
         """Return an array of NumPy with the same elements, a copy if they are elsewhere."""
 
     def sum_rows(
-        self, span: Any, to: DType, grouping: Groups, places: Array, stream: Any
+        self, source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any
     ) -> None:
-        """Write the sum of each group of rows to the target, as the row that is its place."""
+        """Write the sum of each group of rows to the row that is its place, 0 to the others."""
 
     def clamp_between(self, array: Strided, low: Memory, high: Memory, stream: Any) -> None:
         """Write an array held between others, of the same shape and dtype."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from numclip import clipping, inputs
-from numclip.clipping import Factors
+from numclip import inputs
+from numclip import old_clipping as clipping
+from numclip.old_clipping import Factors
 from numclip.dtypes import FLOAT64, Array
 from numclip.group import GroupState
 from numclip.inputs import LARGEST, Entry

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from numclip.clipping import Factors, apply, decide
+from numclip.old_clipping import Factors, apply, decide
 from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.inputs import Entry
 from numclip.kernels import backend, formulas

@@ -12,7 +12,7 @@ import numpy as np
 from numclip import engine as engines
 from numclip import libraries
 from numclip.errors import expected
-from numclip.border.structures import Key, Structure, structure
+from numclip.border.structures import Key, Structure
 from numclip.dtypes import NAMES, DType, lookup, refusal
 from numclip.engine import Engine
 from numclip.facts import Facts
@@ -128,9 +128,8 @@ class Gradients:
         return self.structure.rebuild(items)
 
 
-def gradients(grads: Any, name: str = "grads") -> Gradients:
+def gradients(found: Structure) -> Gradients:
     """Return the description of a structure of gradients, all in one place."""
-    found = structure(grads, name)
     entries: list[Gradient] = []
     for key, item in zip(found.keys, found.items, strict=True):
         if item is not None:

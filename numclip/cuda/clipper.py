@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip.clipping import repeated_loss
+from numclip.old_clipping import repeated_loss
 from numclip.cuda.clipping import row_span, span
 from numclip.cuda.report import Columns, Told, norms_of, scaled, tell
 from numclip.dtypes import Array

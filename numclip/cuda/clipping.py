@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from numclip import foreign, inputs
-from numclip.clipping import repeated_loss
+from numclip.old_clipping import repeated_loss
 from numclip.cuda import outputs, plans, tensors
 from numclip.cuda.arrays import empty
 from numclip.cuda.copies import host_entry, on_host

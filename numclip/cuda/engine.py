@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from numclip.cuda import arrays, plans, streams
+from numclip.cuda import arrays, copies, plans, streams, tensors
 from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.facts import facts_of
 from numclip.cuda.protocols import library_of
 from numclip.cuda.values import DeviceFloat, DeviceInt
-from numclip.dtypes import Array, DType
-from numclip.engine import Outcome
+from numclip.dtypes import Array, DType, lookup
+from numclip.engine import Groups, Outcome
 from numclip.facts import Facts
-from numclip.kernels.cuda import device, grouping, tiling
+from numclip.kernels.cuda import device, tiling
+from numclip.kernels.cuda import grouping as grouping_module
 from numclip.kernels.cuda.plan import Plan
 from numclip.kernels.cuda.tiling import Sums
 from numclip.kernels.cuda.unit_plan import UnitPlan
 from numclip.law import Pool
-from numclip.memory import AnySpan, Span, Strided
+from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 takes_any_rows = False
 require = device.require
@@ -33,7 +36,6 @@ stream_from = streams.stream_from
 read = device.read_table
 plan = Plan
 unit_plan = UnitPlan
-sum_rows = grouping.sum_rows
 clamp_between = tiling.clamp_between
 name = "cuda"
 
@@ -99,9 +101,80 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
-def number(read: Callable[[], float], kind: type) -> Any:
-    """Return a number to come, which waits for the GPU when its value is asked for."""
-    return DeviceInt(read) if kind is int else DeviceFloat(read)
+def number(read: Callable[[], float], kind: type, release: Callable[[], object]) -> Any:
+    """Return a number to come, which waits for the GPU when its value is asked for.
+
+    `release` is called when nobody can ask any more.
+    """
+    made = DeviceInt(read) if kind is int else DeviceFloat(read)
+    weakref.finalize(made, release).atexit = False
+    return made
+
+
+def numbers(
+    table: Any, column: int, count: int, stream: Any, release: Callable[[], object]
+) -> list[DeviceInt]:
+    """Return the numbers of a column to come; the first one asked for waits for all."""
+
+    @functools.cache
+    def found() -> Array:
+        rows: Array = device.read_table(table, stream)
+        return rows
+
+    def number(row: int) -> float:
+        return float(found()[row, column])
+
+    weakref.finalize(found, release).atexit = False
+    return [DeviceInt(functools.partial(number, row)) for row in range(count)]
+
+
+def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> Any:
+    """Return by what the plan for tensors of PyTorch is found without describing them.
+
+    None where there are others among the arrays, and where an error would have to name one. What
+    was only measured was not checked for writing.
+    """
+    told = None if policy == "raise" else tensors.facts(items)
+    if not told:
+        return None
+    stream = streams.current_stream(next(item for item in items if item is not None))
+    return device.handle_of(stream), policy, ord, written, told
+
+
+def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
+    """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
+    found = None if key is None else plans.find(key)
+    return None if found is None else (*found, device.stream_at(key[0]))
+
+
+def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
+    """Let a plan be found by a key."""
+    if key is not None:
+        plans.keep(key, (plan, free))
+
+
+def sent(array: Array, stream: Any) -> DeviceArray:
+    """Return a copy of an array of the host on the GPU."""
+    made = arrays.empty(array.shape, array.dtype)
+    device.write(made.address, array.reshape(-1).view(np.uint8), stream)
+    return made
+
+
+def sum_rows(
+    source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any
+) -> None:
+    """Write the sum of each group of rows to the row that is its place, and 0 to the others."""
+    row, to = lookup(source.native), lookup(target.native)
+    assert row is not None
+    assert to is not None
+    device.clear(target.address, target.nbytes, stream)
+    length = math.prod(source.shape[1:]) * row.components
+    size = source.nbytes // row.storage.itemsize
+    span = RowSpan(row, source.address, target.address, size, length)
+    grouping_module.sum_rows(span, to, grouping, places, stream)
+
+
+indices_on_host = copies.host_indices
 
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:

@@ -71,9 +71,33 @@ def read(table: Array, _stream: Any = None) -> Array:
     return table
 
 
-def number(read: Callable[[], float], kind: type) -> Any:
+def number(read: Callable[[], float], kind: type, _release: Callable[[], object]) -> Any:
     """Return the number."""
     return kind(read())
+
+
+def numbers(
+    table: Array, column: int, count: int, _stream: Any, _release: Callable[[], object]
+) -> list[int]:
+    """Return the numbers of a column."""
+    return [int(number) for number in table[:count, column]]
+
+
+def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:  # noqa: ARG001
+    """Return nothing: plans of the host are not kept."""
+
+
+def find_plan(_key: Any) -> None:
+    """Return nothing likewise."""
+
+
+def keep_plan(_key: Any, _plan: Plan, _free: list[Outcome]) -> None:
+    """Keep nothing likewise."""
+
+
+def sent(array: Array, _stream: Any = None) -> Array:
+    """Return an array of the host where kernels can read it."""
+    return array
 
 
 def copy(target: Facts, source: Facts, _stream: Any = None) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from numclip.dtypes import FLOAT64, Array, DType, as_stored
+from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.engine import Groups
+from numclip.facts import Facts
 from numclip.host import batches
 from numclip.host.strided import elements
 from numclip.kernels import backend
 from numclip.kernels.formulas import scale_by_power
 from numclip.memory import Memory, RowSpan, Span, strides_of
 from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
-from numclip.views import view_of
 
 
 def repeats(grouping: Groups) -> bool:
@@ -68,15 +68,14 @@ def summed(rows: Array, grouping: Groups) -> Array:
 
 
 def sum_rows(
-    span: RowSpan, to: DType, grouping: Groups, places: Array, _stream: object = None
+    source: Facts, target: Facts, grouping: Groups, places: Array, _stream: object = None
 ) -> None:
-    """Write the sum of each group of rows to the target, as the row that is its place.
+    """Write the sum of each group of rows to the row that is its place, and 0 to the others.
 
-    `to` is the dtype there, real or complex as that of the rows; it holds them.
+    The dtype of the target holds the rows; sums are rounded once to it.
     """
-    if not span.size:
-        return
-    sums = summed(rows_of(span).astype(to.native), grouping)
-    shape = int(places.max()) + 1, sums.shape[1]
-    steps = strides_of(shape, to.native.itemsize)
-    view_of(Memory(span.target, steps), shape, to.native)[places] = sums
+    target.array[...] = 0
+    if source.nbytes:
+        rows = np.ascontiguousarray(source.array, target.native)
+        sums = summed(rows.reshape(rows.shape[0], -1), grouping)
+        target.array[places] = sums.reshape(places.size, *target.shape[1:])
