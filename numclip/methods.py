@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from numclip.errors import expected
+from numclip.kernels import formulas
 
 SETTINGS_COLUMNS = 5
 """Of the numbers that the user has chosen for a step, a row for each pool."""
@@ -27,3 +28,11 @@ def check(kernel: str, states: Sequence[str], kernels: Collection[str], device: 
     if not least <= len(states) <= MOST_STATES:
         wanted = f"from {least} to {MOST_STATES} names for the kernel {kernel!r}"
         raise ValueError(expected("state_names", wanted, repr(tuple(states))))
+
+
+def numbers(kernel: str, settings: Sequence[float], count: int) -> Sequence[float]:
+    """Return the numbers that a kernel takes in the `count`-th step, from an optimizer's."""
+    if kernel == "adam":
+        lr, decay, first, second, eps = settings
+        return formulas.adam_numbers(lr, decay, first, second, eps, float(count))
+    return settings

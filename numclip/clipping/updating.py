@@ -104,7 +104,7 @@ class GroupUpdater:
                 [engine.facts("state", view[k]).address for view in views]
                 for k in range(len(self._method.state_names))
             ]
-            made = engine.updates(self._method.kernel, clipper.plan, spans, kept, stream)
+            made = engine.updates_of_groups(self._method.kernel, clipper.plan, spans, kept, stream)
             for group, slots in zip(clipper.groups, own, strict=True):
                 slots.updates, slots.pools = made, clipper.pools[group.name]
                 slots.steps = counts[group.name]
@@ -229,7 +229,7 @@ class ArrayUpdater:
             [engine.facts("state", own.states[k]).address for own in kept]
             for k in range(len(self._method.state_names))
         ]
-        updates = engine.array_updates(self._method.kernel, spans, addresses, indices, stream)
+        updates = engine.updates_of_arrays(self._method.kernel, spans, addresses, indices, stream)
         made = Planned(stream, kept, updates)
         return made if key is None else self._kept_planned(key, made)
 

@@ -9,23 +9,20 @@ are computed in, and so are the states.
 
 import numpy as np
 
+from numclip.decisions import compiled
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import inline, kernel
 from numclip.tables import FACTOR, MODE, MULTIPLY, SKIPPED
 
 GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
-# Of the settings that an optimizer gives for each pool.
-LR, DECAY = 0, 1
-BETA, BETA_SQUARE, EPS = 2, 3, 4  # of Adam
-
 LEFT = -1.0  # the factor of a pool that is left as it is
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
 moment = inline(formulas.moment)
 adam_step = inline(formulas.adam_step)
-adam_rate = inline(formulas.adam_rate)
+adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).adam_numbers
 
 
 @inline
@@ -53,21 +50,16 @@ def advance(decisions, counts, counted, given, factors, settings):
 
 @kernel
 def advance_adam(decisions, counts, counted, given, factors, settings):
-    """Do the same, and correct the biases of the pools' moments.
-
-    Settings are then the share that decays, the weights of the gradient and of its square in
-    their averages, the rate and eps, see `formulas.adam_step`.
-    """
+    """Do the same, with the settings that `formulas.adam_numbers` returns."""
     for p in range(counts.size):
         factor = factor_of(decisions[p])
         factors[p] = factor
         if factor != LEFT:
             counts[p] += 0 if counted else 1
-            lr, first, second = given[p, LR], given[p, BETA], given[p, BETA_SQUARE]
-            rate, root_bias = adam_rate(lr, float(counts[p]), first, second)
-            settings[p, 0] = lr * given[p, DECAY]
-            settings[p, 1], settings[p, 2] = 1.0 - first, 1.0 - second
-            settings[p, 3], settings[p, 4] = rate, given[p, EPS] * root_bias
+            own = given[p]
+            found = adam_numbers(own[0], own[1], own[2], own[3], own[4], float(counts[p]))
+            for k in range(len(found)):
+                settings[p, k] = found[k]
 
 
 @kernel
@@ -116,7 +108,7 @@ def descend_with_momentum(begin, end, updates, factors, settings, like):
 def adam(begin, end, updates, factors, settings, like):
     """Take a step of Adam with decoupled weight decay. Seven passes.
 
-    Settings are those of `advance_adam`.
+    Settings are what `formulas.adam_numbers` returns.
     """
     for c in range(begin, end):
         p = updates[c, OWNER]
