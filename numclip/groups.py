@@ -120,6 +120,7 @@ class ParamGroups(state.Saved):
                 )
                 for number, member in enumerate(members)
             }
+        self._states = tuple(self._groups.values())
         self._owners = {name: member.name for member in members for name in member.params}
         self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
@@ -172,7 +173,7 @@ class ParamGroups(state.Saved):
         steps = self._steps
         if steps is None:
             with self._engine.on_stream(None) as own:
-                steps = self._steps = Steps(list(self), self._engine, own)
+                steps = self._steps = Steps(self._states, self._engine, own)
         steps.stream = self._stream
         return steps
 
@@ -187,7 +188,7 @@ class ParamGroups(state.Saved):
         return self._groups[name]
 
     def __iter__(self) -> Iterator[GroupState]:
-        return iter(self._groups.values())
+        return iter(self._states)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -298,7 +299,7 @@ class ParamGroups(state.Saved):
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
-        return GroupUpdater(self._made_steps(), list(self), method)
+        return GroupUpdater(self._made_steps(), self._states, method)
 
     def update(
         self, updater: GroupUpdater, rates: Sequence[float], unscale: float

@@ -46,6 +46,7 @@ class Plan:
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
         self._shifts = np.zeros(len(pools), np.int64)
+        self._shifted = False
         self._groupings: dict[int, Groups] = {}
         self._order: float | None = None  # of what is to be measured
         self._lay_out()
@@ -120,13 +121,15 @@ class Plan:
 
     def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""
-        self._shifts[:] = 0
-        like = batch.dtype.like
-        tables = self._pools, self._law, self._shifts
-        safe = kernels.measure_and_decide(batch.chunks, like, *tables, sums, decisions)
+        if self._shifted:
+            self._shifts[:] = 0
+            self._shifted = False
+        safe = kernels.measure_and_decide(
+            batch.chunks, batch.dtype.like, self._pools, self._law, self._shifts, sums, decisions
+        )
         if self._zeroing and sums[:, BAD].any():
             return False
-        return bool(safe) or batch.dtype.digits < 53
+        return safe or batch.dtype.digits < 53  # type: ignore[no-any-return]
 
     def _measure(self, order: float) -> None:
         """Take the sums of all tensors; of some, with 0 for what is not finite."""
@@ -147,6 +150,7 @@ class Plan:
     def _take_sums(self, order: float, spans: Mapping[int, Span]) -> None:
         """Take the sums of tensors that are read where some spans say."""
         self._shifts[:] = 0
+        self._shifted = True
         summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
         if order != 2.0:
             tables = self._law, self._shifts, self._sums
