@@ -17,8 +17,8 @@ from numclip.functional import global_norm as global_norm
 from numclip.group import Group as Group
 from numclip.groups import ParamGroups as ParamGroups
 from numclip.history import History as History
-from numclip.kernels.missing import DeviceError as DeviceError
-from numclip.nonfinite import NonFiniteGradientError as NonFiniteGradientError
+from numclip.errors import DeviceError as DeviceError
+from numclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from numclip.optim import SGD as SGD
 from numclip.optim import Adam as Adam
 from numclip.report import ClipReport as ClipReport

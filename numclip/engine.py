@@ -112,7 +112,10 @@ class Engine(Protocol):
         """Return a new array in C order of the dtype and the library of another one."""
 
     def stream_of(self, facts: Sequence[Facts]) -> Any:
-        """Return the stream that the arrays' libraries work on at present."""
+        """Return the stream to work on, after all that the arrays' libraries have begun."""
+
+    def give_back(self, stream: Any, facts: Sequence[Facts]) -> None:
+        """Let the arrays' libraries go on only after what a stream was given."""
 
     def stream_from(self, stream: Any) -> Any:
         """Return a stream that a user gives."""

@@ -7,33 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from numclip.inputs import Entry, Key
-
-
-class NonFiniteGradientError(ArithmeticError):
-    """A gradient holds NaN or Inf, and the policy is ``"raise"``.
-
-    Attributes
-    ----------
-    name : int, str or None
-        The position or key of the first bad gradient; None where ``use_norm`` is what is bad.
-    index : int
-        The flat index of its first bad element, in C order (among the values, if sparse).
-    value : float or complex
-        That element.
-    count : int
-        How many of that gradient's elements are not finite.
-    """
-
-    def __init__(
-        self, message: str, name: Key | None, index: int, value: float | complex, count: int
-    ) -> None:
-        super().__init__(message)
-        self.name, self.index, self.value, self.count = name, index, value, count
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        arguments = (str(self), self.name, self.index, self.value, self.count)
-        return type(self), arguments
+from numclip.errors import NonFiniteGradientError as NonFiniteGradientError
+from numclip.inputs import Entry
 
 
 def first_error(entries: Sequence[Entry], use_norm: float | None) -> NonFiniteGradientError:

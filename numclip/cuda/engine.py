@@ -33,6 +33,7 @@ facts = facts_of
 empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
+give_back = streams.give_back
 read = device.read_table
 plan = Plan
 unit_plan = UnitPlan
@@ -50,6 +51,7 @@ def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | S
         size = source.nbytes // dtype.storage.itemsize
         return Span(dtype, source.address, target.address, size)
     return Strided(dtype, source.shape, source.memory, target.memory)
+
 
 
 def new_like(like: Facts) -> Any:

@@ -38,6 +38,12 @@ def stream_of(entries: Sequence[DeviceEntry]) -> Any:
     return stream
 
 
+def give_back(stream: Any, entries: Sequence[Any]) -> None:
+    """Let the streams of arrays' libraries go on only after what a stream was given."""
+    for entry in entries:
+        device.order(current_stream(entry.array), stream)
+
+
 def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = library_of(array)

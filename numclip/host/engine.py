@@ -48,6 +48,10 @@ def stream_of(_facts: Sequence[Facts]) -> None:
     """Return nothing: the host has no streams."""
 
 
+def give_back(_stream: None, _facts: Sequence[Facts]) -> None:
+    """Do nothing likewise."""
+
+
 def stream_from(stream: Any) -> None:
     """Refuse a stream."""
     if stream is not None:
