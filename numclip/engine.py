@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +80,32 @@ class UnitPlan(Protocol):
 
     def summarize(self, out: Any, stream: Any) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+
+
+class GroupUpdates(Protocol):
+    """How parameters are updated by the gradients of a plan; pools have settings and counts."""
+
+    def counts(self) -> Array:
+        """Return how often each pool was updated, after waiting for it."""
+
+    def set_counts(self, counts: Array) -> None:
+        """Let pools have been updated so often."""
+
+    def write_settings(self, settings: Array, stream: Any) -> None:
+        """Let the following steps use some settings, a row for each pool."""
+
+    def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
+        """Let the next step update the rows of some slices."""
+
+    def step(self, outcome: Outcome, stream: Any) -> None:
+        """Update by the gradients times the factors that were decided."""
+
+
+class ArrayUpdates(Protocol):
+    """How arrays are updated by gradients that are not clipped."""
+
+    def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
+        """Update each array for the time that its count says."""
 
 
 class Engine(Protocol):
@@ -172,6 +199,47 @@ class Engine(Protocol):
 
     def clear(self, array: Any, stream: Any) -> None:
         """Set an array of `empty` to zeros."""
+
+    def part(self, array: Any, start: int, shape: tuple[int, ...]) -> Any:
+        """Return the view of some elements of a 1-d array of `empty`, from one of them on."""
+
+    def put(self, array: Any, source: Any, stream: Any) -> None:
+        """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
+
+    def add(self, array: Any, source: Any, stream: Any) -> None:
+        """Add an array likewise."""
+
+    def table(self, shape: tuple[int, ...], stream: Any) -> Any:
+        """Return a new table of zeros."""
+
+    def hand_over(self, table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
+        """Return what reads a table as it is now, and the one to write to from now on.
+
+        Nothing waits until it is read.
+        """
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """Do something on a stream; without one, after all others and before what follows."""
+
+    def is_capturing(self, stream: Any) -> bool:
+        """Tell whether what is done on a stream is only written down, for a graph."""
+
+    def check_kernel(self, kernel: str, states: Sequence[str]) -> None:
+        """Refuse an update kernel that there is not, or that has not the states it needs."""
+
+    def updates_of_groups(
+        self, kernel: str, plan: Plan, spans: Sequence[Any], states: Sequence[Sequence[int]], stream: Any
+    ) -> GroupUpdates:
+        """Return what updates parameters by the gradients of a plan.
+
+        `spans` say where gradients are read and parameters written, `states` where each state
+        of every parameter is.
+        """
+
+    def updates_of_arrays(
+        self, kernel: str, spans: Sequence[Any], states: Sequence[Sequence[int]], indices: Sequence[Array], stream: Any
+    ) -> ArrayUpdates:
+        """Return what updates arrays; `indices` are of the rows, each once, of each `RowSpan`."""
 
     def on_host(self, facts: Facts, stream: Any) -> Array:
         """Return an array of NumPy with the same elements, a copy if they are elsewhere."""

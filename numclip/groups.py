@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from numclip import inputs, state
+from numclip import state
+from numclip.border import arguments
+from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.steps import Steps, Told, Turn
+from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
-from numclip.general_step import GeneralStep, judge
-from numclip.group import Group, GroupState
+from numclip.engine import named
+from numclip.group import Group
 from numclip.history import History
-from numclip.joint_step import attempt
 from numclip.report import WHOLE, ClipReport
-from numclip.step import Step, report
-from numclip.updating import GroupEngine, Method
 
 
 class _Grads(MutableMapping[str, Any]):
@@ -26,8 +27,7 @@ class _Grads(MutableMapping[str, Any]):
         self._groups = groups
 
     def __getitem__(self, name: str) -> Any:
-        group = self._groups._owner(name)
-        return group.merged(name) if group.sparse else group.grads[name]
+        return self._groups._owner(name).gradient_of(name)
 
     def __setitem__(self, name: str, grad: Any) -> None:
         self._groups.set_grads({name: grad})
@@ -101,17 +101,6 @@ class ParamGroups(state.Saved):
            [0.3, 0.3]])
     """
 
-    device = "cpu"
-
-    def __new__(cls, *_groups: Any, device: str = "cpu", **_options: Any) -> ParamGroups:
-        """Return groups of the kind that the device wants."""
-        inputs.choice("device", device, ("cpu", "cuda"))
-        if device == "cuda" and cls is ParamGroups:
-            from numclip.cuda.groups import DeviceParamGroups
-
-            return object.__new__(DeviceParamGroups)
-        return object.__new__(cls)
-
     def __init__(
         self,
         groups: Sequence[Group],
@@ -120,38 +109,72 @@ class ParamGroups(state.Saved):
         device: str = "cpu",
         stream: Any = None,
     ) -> None:
-        if stream is not None and device == "cpu":
-            raise ValueError('stream: expected None for device="cpu", got a stream')
-        members = list(groups)
-        for member in members:
-            if not isinstance(member, Group):
-                raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
-        if not members:
-            raise ValueError("groups: expected at least one group")
-        self._groups: dict[str, GroupState] = {}
-        self._owners: dict[str, str] = {}
-        for member in members:
-            if member.name in self._groups:
-                raise ValueError(f"groups: the name {member.name!r} appears twice")
-            for name in member.params:
-                if name in self._owners:
-                    owner = self._owners[name]
-                    raise ValueError(
-                        f"groups: the parameter {name!r} is in {owner!r} and {member.name!r}"
-                    )
-                self._owners[name] = member.name
-            self._groups[member.name] = self._state_of(member)
-        _check_shared(members)
-        self.params: Mapping[str, Array] = MappingProxyType(
+        self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
+        engine.require()
+        self.stream = stream
+        members = _checked(groups)
+        with engine.on_stream(None) as own:
+            self._groups = {
+                member.name: (SparseGroupState if member.sparse else GroupState)(
+                    member, number, engine, own, self._change
+                )
+                for number, member in enumerate(members)
+            }
+        self._owners = {name: member.name for member in members for name in member.params}
+        self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
         )
         self.grads = _Grads(self)
+        self._steps: Steps | None = None
         self.history = History(history)
         self.step = 0
+        self._made_steps()
 
-    def _state_of(self, group: Group) -> GroupState:
-        """Return a group at run time."""
-        return GroupState(group)
+    @property
+    def device(self) -> str:
+        """Where parameters and gradients are, "cpu" or "cuda"."""
+        return self._engine.name
+
+    @property
+    def stream(self) -> Any:
+        """The stream on which everything is done, in order; None in the host's memory."""
+        return self._stream
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        self._stream = self._engine.stream_from(stream)
+        self._held = stream  # some libraries destroy a stream that nobody holds
+
+    @property
+    def history(self) -> History:
+        """The record of the steps; what it holds is waited for when it is asked."""
+        return self._history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        if self._steps is not None:  # what was found before is not of this record
+            for _ in self._steps.told():
+                pass
+        self._history = history
+        history.follow(self._told)
+
+    def _told(self) -> Iterator[Told]:
+        return iter(()) if self._steps is None else self._steps.told()
+
+    def _change(self) -> None:
+        """Let the next step make other clippers: a group has another rule."""
+        for told in self._told():
+            self._history.take(told)
+        self._steps = None
+
+    def _made_steps(self) -> Steps:
+        """Return what takes steps, made anew where a group has another rule."""
+        steps = self._steps
+        if steps is None:
+            with self._engine.on_stream(None) as own:
+                steps = self._steps = Steps(list(self), self._engine, own)
+        steps.stream = self._stream
+        return steps
 
     def _owner(self, name: str) -> GroupState:
         if name not in self._owners:
@@ -199,12 +222,8 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        with np.errstate(all="ignore"):  # a cast that overflows must not stop half way
-            for group, name, grad in self._fitting(grads):
-                if group.sparse:
-                    group.slices[name] = [] if grad is None else [grad]
-                else:
-                    group.grads[name][...] = 0 if grad is None else grad
+        for group, name, grad in self._fitting(grads):
+            group.put(name, grad, self._stream)
 
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; sparse ones are appended.
@@ -219,25 +238,20 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        with np.errstate(all="ignore"):
-            for group, name, grad in self._fitting(grads):
-                if grad is None:
-                    continue
-                if group.sparse:
-                    group.slices[name].append(grad)
-                else:
-                    np.add(group.grads[name], grad, out=group.grads[name], casting="same_kind")
+        for group, name, grad in self._fitting(grads):
+            if grad is not None:
+                group.add(name, grad, self._stream)
 
     def _fitting(self, grads: Mapping[str, Any]) -> list[tuple[GroupState, str, Any]]:
         if not isinstance(grads, Mapping):
             raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
         owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
-        return [(group, name, group.fitting(name, grad)) for group, name, grad in owners]
+        return [(own, name, own.fitting(name, grad, self._stream)) for own, name, grad in owners]
 
     def zero_grads(self) -> None:
         """Set every gradient to zero; sparse ones lose their rows."""
         for group in self:
-            group.zero()
+            group.zero(self._stream)
 
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
@@ -263,34 +277,36 @@ class ParamGroups(state.Saved):
         TypeError, ValueError
             Where `unscale` does not fit, or a bound that is a function gives no bound.
         """
-        scale = inputs.positive("unscale", unscale)
-        found = self.judged(scale, write=apply)
-        if not apply:
-            return report(found, self.step, written=False)
-        for step in found:
-            step.apply()
-        return self.commit(found)
+        scale = arguments.positive("unscale", unscale)
+        steps = self._made_steps()
+        turn = steps.decided(self.step, scale)
+        if apply:
+            steps.write(turn)
+        else:
+            steps.preview(turn)
+        return self._reported(steps, turn, counts=apply)
 
-    def judged(self, unscale: float, *, write: bool) -> list[Step]:
-        """Read the gradients of every group and find their factors."""
-        found = [
-            attempt(group, unscale, self.step) or GeneralStep(group, unscale) for group in self
-        ]
-        judge([step for step in found if isinstance(step, GeneralStep)], self.step, write=write)
-        return found
+    def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
+        """Return the report of a step; where it counts, let rules and history know."""
+        steps.take(turn, counts=counts)
+        if steps.full():
+            for told in steps.turn_over():
+                self._history.take(told)
+        if counts:
+            self.step += 1
+        return ClipReport.of(turn)
 
-    def commit(self, found: Sequence[Step]) -> ClipReport:
-        """Let the rules and the history know, count the step, and return its report."""
-        told = report(found, self.step, written=True)
-        for step in found:
-            step.group.rule_state = step.observe(self.step)
-        self.history.record(told)
-        self.step += 1
-        return told
-
-    def engine(self, method: Method) -> GroupEngine:
+    def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
-        return GroupEngine(self, method)
+        return GroupUpdater(self._made_steps(), list(self), method)
+
+    def update(
+        self, updater: GroupUpdater, rates: Sequence[float], unscale: float
+    ) -> ClipReport:
+        """Clip every group and update it at its rate, in one pass more than measuring takes."""
+        steps = self._made_steps()
+        turn = updater.step(steps, self.step, rates, unscale)
+        return self._reported(steps, turn, counts=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""
@@ -354,6 +370,30 @@ def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
+
+
+def _checked(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups, after refusing those whose names or shared norms do not fit."""
+    members = list(groups)
+    for member in members:
+        if not isinstance(member, Group):
+            raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
+    if not members:
+        raise ValueError("groups: expected at least one group")
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for member in members:
+        if member.name in names:
+            raise ValueError(f"groups: the name {member.name!r} appears twice")
+        names.add(member.name)
+        for name in member.params:
+            other = owners.setdefault(name, member.name)
+            if other != member.name:
+                raise ValueError(
+                    f"groups: the parameter {name!r} is in {other!r} and {member.name!r}"
+                )
+    _check_shared(members)
+    return members
 
 
 def _check_shared(groups: Sequence[Group]) -> None:

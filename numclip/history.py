@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numclip import inputs
+from numclip.border import arguments
 from numclip.dtypes import Array
 from numclip.report import WHOLE, ClipReport, Outcome, cell, table
 
@@ -55,6 +55,16 @@ class _Ring:
             self.rows = rows = grown
         rows[position] = row
         self.total += 1
+
+    def extend(self, added: Array) -> None:
+        """Append many rows likewise."""
+        added = added[-self.capacity :]
+        if self.total + added.size <= self.rows.size:
+            self.rows[self.total : self.total + added.size] = added
+            self.total += added.size
+            return
+        for row in added:
+            self.add(row)
 
     def ordered(self) -> Array:
         """Return a copy of the rows, oldest first."""
@@ -102,8 +112,38 @@ class History:
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self.capacity = inputs.count("capacity", capacity)
+        self.capacity = arguments.count("capacity", capacity)
         self._rings: dict[str, _Ring] = {WHOLE: _Ring(self.capacity)}
+        self._source: Callable[[], Iterable[Any]] | None = None
+
+    def follow(self, source: Callable[[], Iterable[Any]]) -> None:
+        """Take up what a source has to tell whenever the record is asked for."""
+        self._source = source
+
+    def _caught_up(self) -> dict[str, _Ring]:
+        """Return the rings, after asking the source."""
+        if self._source is not None:
+            for told in self._source():
+                self.take(told)
+        return self._rings
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "_rings": self._caught_up(), "_source": None}
+
+    def take(self, told: Any) -> None:
+        """Append many steps, see `numclip.clipping.steps.Told`."""
+        outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}
+        for name, own in outcomes.items():
+            rows = np.empty(told.steps.size, ROW)
+            rows["step"] = told.steps
+            for column in COLUMNS[1:]:
+                rows[column] = getattr(own, column)
+            self._ring(name).extend(rows[told.counts])
+
+    def _ring(self, name: str) -> _Ring:
+        if name not in self._rings:
+            self._rings[name] = _Ring(self.capacity)
+        return self._rings[name]
 
     def record(self, report: ClipReport) -> None:
         """Append what a step found and did; where full, the oldest step goes.
@@ -120,19 +160,19 @@ class History:
         """
         if WHOLE in report.groups:
             raise ValueError(f"groups: expected names other than {WHOLE!r}, which is all of them")
-        self._rings[WHOLE].add(_row(report.step, report))
+        self._caught_up()
+        self._ring(WHOLE).add(_row(report.step, report))
         for name, group in report.groups.items():
-            if name not in self._rings:
-                self._rings[name] = _Ring(self.capacity)
-            self._rings[name].add(_row(report.step, group))
+            self._ring(name).add(_row(report.step, group))
 
     def __len__(self) -> int:
-        return min(self._rings[WHOLE].total, self.capacity)
+        return min(self._caught_up()[WHOLE].total, self.capacity)
 
     def _ordered(self) -> dict[str, Array]:
         """Return the rows of each group, oldest first, those of all together last."""
-        names = [name for name in self._rings if name != WHOLE]
-        return {name: self._rings[name].ordered() for name in [*names, WHOLE]}
+        rings = self._caught_up()
+        names = [name for name in rings if name != WHOLE]
+        return {name: rings[name].ordered() for name in [*names, WHOLE]}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return figures for each group, and for the whole under "all".
@@ -225,6 +265,7 @@ class History:
         """
         if not isinstance(state, Mapping) or WHOLE not in state:
             raise ValueError(f"history: expected a mapping of groups with {WHOLE!r} among them")
+        self._caught_up()
         names = [WHOLE, *(name for name in state if name != WHOLE)]
         self._rings = {name: _Ring(self.capacity, _rows(name, state[name])) for name in names}
 

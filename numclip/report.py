@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
@@ -46,22 +47,19 @@ class TensorReport(NamedTuple):
     threshold: float
 
 
-Rows = Callable[[], Iterable[Sequence[float]]]
-
-
 class TensorReports(Mapping[str, TensorReport]):
     """The reports of many gradients by name, made when the first is looked up."""
 
-    def __init__(self, parts: Sequence[tuple[Sequence[str], Rows]]) -> None:
-        """Take names, and what makes the fields of their reports."""
-        self._parts = parts
+    def __init__(self, groups: Iterable[Any]) -> None:
+        """Take what became of groups, see `numclip.clipping.outcome`."""
+        self._groups = groups
 
     @cached_property
     def _made(self) -> dict[str, TensorReport]:
         return {
-            name: TensorReport(*map(float, row))
-            for names, rows in self._parts
-            for name, row in zip(names, rows(), strict=True)
+            name: TensorReport(*row)
+            for own in self._groups
+            for name, row in zip(own.names, own.tensor_rows, strict=True)
         }
 
     def __getitem__(self, name: str) -> TensorReport:
@@ -80,8 +78,34 @@ class TensorReports(Mapping[str, TensorReport]):
         return dict, (self._made,)
 
 
+class ToCome:
+    """What can be made before its fields are known: each is asked of a source when it is read."""
+
+    __slots__ = ("_source",)
+
+    @classmethod
+    def of(cls, source: Any) -> Self:
+        """Return one whose fields are the attributes of a source, which is kept."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "_source", source)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field that has not been read before."""
+        if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = self._asked(object.__getattribute__(self, "_source"), name)
+        object.__setattr__(self, name, value)
+        return value
+
+    def _asked(self, source: Any, name: str) -> Any:
+        """Return a field from what became of one step, an array of one number."""
+        value = getattr(source, name).item()
+        return None if name == "threshold" and math.isnan(value) else value
+
+
 @dataclass(frozen=True, slots=True)
-class Outcome(ABC):
+class Outcome(ToCome, ABC):
     """What a group and the whole have in common."""
 
     norm: float
@@ -174,6 +198,15 @@ class ClipReport(Outcome):
     step: int
     groups: dict[str, GroupReport]
     tensors: Mapping[str, TensorReport]
+
+    def _asked(self, source: Any, name: str) -> Any:
+        if name == "step":
+            return source.step
+        if name == "groups":
+            return {own.name: GroupReport.of(own) for own in source.outcome.groups}
+        if name == "tensors":
+            return TensorReports(source.outcome.groups)
+        return super(ClipReport, self)._asked(source.outcome, name)
 
     @property
     def state(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from numclip import methods
 from numclip.cuda import arrays, copies, plans, streams, tensors
 from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.facts import facts_of
@@ -19,12 +20,13 @@ from numclip.cuda.values import DeviceFloat, DeviceInt
 from numclip.dtypes import Array, DType, lookup
 from numclip.engine import Groups, Outcome
 from numclip.facts import Facts
-from numclip.kernels.cuda import device, tiling
+from numclip.kernels.cuda import device, tiling, update_plan
 from numclip.kernels.cuda import grouping as grouping_module
 from numclip.kernels.cuda.plan import Plan
 from numclip.kernels.cuda.tiling import Sums
 from numclip.kernels.cuda.unit_plan import UnitPlan
 from numclip.law import Pool
+from numclip.libraries import on_device
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 takes_any_rows = False
@@ -202,3 +204,44 @@ def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
     key = (device.handle_of(stream), "examples", *arrays)
     adding, _ = plans.kept(key, lambda: Sums(dict(enumerate(arrays)), stream))
     adding.write(tensors, table, stream)
+
+
+def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
+    """Return the view of some elements of a 1-d array, from the one numbered `start`."""
+    return array.part(start, shape)
+
+
+def put(array: DeviceArray, source: Any, stream: Any) -> None:
+    """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
+    array.copy_from(_sendable(array, source), stream)
+
+
+def add(array: DeviceArray, source: Any, stream: Any) -> None:
+    """Add an array to one of the same shape likewise."""
+    array.add(_sendable(array, source), stream)
+
+
+@np.errstate(all="ignore")
+def _sendable(array: DeviceArray, source: Any) -> Any:
+    return source if on_device(source) else source.astype(array.dtype, copy=False)
+
+
+def table(shape: tuple[int, ...], stream: Any) -> Any:
+    """Return a new table of zeros."""
+    return device.table(np.zeros(shape), stream)
+
+
+def hand_over(table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
+    """Return what reads a table as it is now, without waiting yet, and the one to write to."""
+    return device.read_later(table, stream), table
+
+
+on_stream = device.on_stream
+is_capturing = device.is_capturing
+updates_of_groups = update_plan.GroupUpdates
+updates_of_arrays = update_plan.ArrayUpdates
+
+
+def check_kernel(kernel: str, states: Sequence[str]) -> None:
+    """Refuse an update kernel that there is not, or that has not the states it needs."""
+    methods.check(kernel, states, update_plan.KERNELS, name)

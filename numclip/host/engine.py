@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from numclip import methods
 from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, rows, units
+from numclip.host import arrays, rows, units, updates
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
 from numclip.host.units import UnitPlan
@@ -28,6 +31,8 @@ plan = Plan
 unit_plan = UnitPlan
 sum_rows = rows.sum_rows
 sum_examples = units.sum_examples
+updates_of_groups = updates.GroupUpdates
+updates_of_arrays = updates.ArrayUpdates
 
 
 def require() -> None:
@@ -127,3 +132,45 @@ def clamp_between(array: Strided, low: Memory, high: Memory, _stream: Any = None
         for memory in (array.read, low, high, array.written)
     )
     target[...] = np.maximum(np.minimum(own, most), least)
+
+
+def part(array: Array, start: int, shape: tuple[int, ...]) -> Array:
+    """Return the view of some elements of a 1-d array, from the one numbered `start`."""
+    return array[start : start + math.prod(shape)].reshape(shape)
+
+
+@np.errstate(all="ignore")  # a cast that overflows must not stop half way
+def put(array: Array, source: Array, _stream: Any = None) -> None:
+    """Copy an array into one of the same shape, cast to its dtype."""
+    array[...] = source
+
+
+@np.errstate(all="ignore")
+def add(array: Array, source: Array, _stream: Any = None) -> None:
+    """Add an array to one of the same shape."""
+    np.add(array, source, out=array, casting="same_kind")
+
+
+def table(shape: tuple[int, ...], _stream: Any = None) -> Array:
+    """Return a new table of zeros."""
+    return np.zeros(shape)
+
+
+def hand_over(table: Array, _stream: Any = None) -> tuple[Callable[[], Array], Array]:
+    """Return what reads a table as it is now, and the one to write to from now on."""
+    return lambda: table, np.zeros_like(table)
+
+
+def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
+    """Do something in order with all that was done and will be."""
+    return contextlib.nullcontext(stream)
+
+
+def is_capturing(_stream: Any) -> bool:
+    """Tell whether what is done is only written down."""
+    return False
+
+
+def check_kernel(kernel: str, states: Sequence[str]) -> None:
+    """Refuse an update kernel that there is not, or that has not the states it needs."""
+    methods.check(kernel, states, updates.KERNELS, name)

@@ -332,3 +332,33 @@ def clear(address: int, nbytes: int, stream: Any) -> None:
         write(address, np.zeros(nbytes, np.uint8), stream)
     else:
         cuda.cudadrv.driver.device_memset(_bytes_at(address, nbytes), 0, nbytes, _queue(stream))
+
+
+_pinned: dict[Any, list[Any]] = {}
+
+
+def read_later(array: Any, stream: Any) -> Callable[[], Any]:
+    """Return what waits for a copy of a table as it is now; the copy itself begins at once."""
+    if SIMULATED:
+        copy = array.copy_to_host()
+        return lambda: copy
+    free = _pinned.setdefault((array.shape, array.dtype), [])
+    pinned = free.pop() if free else cuda.pinned_array(array.shape, array.dtype)
+    array.copy_to_host(pinned, stream=_queue(stream))
+    event = cuda.event(timing=False)
+    event.record(stream)
+
+    def read() -> Any:
+        event.synchronize()
+        found = pinned.copy()
+        free.append(pinned)
+        return found
+
+    return read
+
+
+def is_capturing(stream: Any) -> bool:
+    """Tell whether what a stream is given is only written down, for a graph."""
+    if SIMULATED or not handle_of(stream):
+        return False
+    return bool(int(cuda.cudadrv.driver.driver.cuStreamIsCapturing(stream.handle)))
