@@ -24,6 +24,10 @@ class Structure(NamedTuple):
     items: list[Any]
     rebuild: Rebuild
 
+    def named(self, name: str) -> Structure:
+        """Return the structure under another name."""
+        return self._replace(name=name)
+
     def name_of(self, key: Key) -> str:
         """Return what errors call an item."""
         path = key if isinstance(key, tuple) else (key,)

@@ -30,9 +30,7 @@ def span_of(
     if duplicates == "sum" and gradient.repeated:
         return row_span(gradient, target)
     parts = gradient.dtype.components == 2 and (ord != 2.0 or policy == "zero")
-    found: AnySpan = gradient.engine.span(
-        gradient.dtype, gradient.facts, target.facts, parts=parts
-    )
+    found: AnySpan = gradient.engine.span(gradient.dtype, gradient.facts, target.facts, parts=parts)
     return found
 
 
@@ -79,9 +77,7 @@ def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
     return clip(described.entries, None, law, duplicates=duplicates, key=key)
 
 
-def clip_together(
-    grads: Any, law: Law, policy: str, duplicates: str, out: Any
-) -> tuple[Any, Any]:
+def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) -> tuple[Any, Any]:
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
     found = structure(grads)
     engine = _engine_of(found)
@@ -192,9 +188,7 @@ def _are_same(found: Structure, out: Any) -> bool:
     return other.keys == found.keys and all(map(operator.is_, other.items, found.items))
 
 
-def _decide(
-    plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool
-) -> Outcome:
+def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
     """Decide by a law, after measuring or not; return where the outcome is."""
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)

@@ -81,7 +81,8 @@ class OrderClipper(Clipper):
             return columns
         left = found.skipped[:, None]
         norms, clipped = (
-            found.decisions[:, :, column] * found.divisors for column in (tables.NORM, tables.CLIPPED)
+            found.decisions[:, :, column] * found.divisors
+            for column in (tables.NORM, tables.CLIPPED)
         )
         return columns._replace(
             norms=np.where(left, columns.norms, norms),

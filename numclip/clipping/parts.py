@@ -187,7 +187,7 @@ def _families(
         some = any(number is not None for number in own)
         arrays = tuple(parts[k] for k in members)
         gaps = (tuple(own), examples) if some else ((), None)
-        made.append(Family(arrays, rounded=False, numbers=gaps[0], count=gaps[1]))
+        made.append(Family(arrays, rounded=False, numbers=gaps[0], known=gaps[1]))
     return made
 
 

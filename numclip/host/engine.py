@@ -92,7 +92,7 @@ def numbers(
     return [int(number) for number in table[:count, column]]
 
 
-def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:  # noqa: ARG001
+def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:
     """Return nothing: plans of the host are not kept."""
 
 
