@@ -6,6 +6,8 @@ from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
 from numclip.diagnostics import show_versions as show_versions
 from numclip.diagnostics import warmup as warmup
+from numclip.errors import DeviceError as DeviceError
+from numclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from numclip.functional import adaptive_clip as adaptive_clip
 from numclip.functional import clip_by_average_norm as clip_by_average_norm
 from numclip.functional import clip_by_block_rms as clip_by_block_rms
@@ -17,8 +19,6 @@ from numclip.functional import global_norm as global_norm
 from numclip.group import Group as Group
 from numclip.groups import ParamGroups as ParamGroups
 from numclip.history import History as History
-from numclip.kernels.missing import DeviceError as DeviceError
-from numclip.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from numclip.optim import SGD as SGD
 from numclip.optim import Adam as Adam
 from numclip.report import ClipReport as ClipReport

@@ -51,13 +51,13 @@ from numclip.tables import (
 Parts = Sequence[Callable[..., Any]]
 
 
-def compiled(functions: Parts, compile: Callable[[Any], Any]) -> SimpleNamespace:
+def compiled(functions: Parts, compiler: Callable[[Any], Any]) -> SimpleNamespace:
     """Return functions compiled for a target, each calling those before it as compiled there."""
     made: dict[str, Any] = {}
     for function in functions:
         own: Any = function
         names = own.__globals__ | made
-        made[own.__name__] = compile(FunctionType(own.__code__, names, own.__name__))
+        made[own.__name__] = compiler(FunctionType(own.__code__, names, own.__name__))
     return SimpleNamespace(**made)
 
 
@@ -109,9 +109,7 @@ def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type:
     if scale_by_power(norm, power) <= bound:
         return 1.0, 0, False
     mantissa, exponent = clip_factor(aim, norm, power, roundoff, digits)
-    small = 0.0 < mantissa < 1.0 and (
-        aim < coarse or scale_by_power(mantissa, exponent) < tiny
-    )
+    small = 0.0 < mantissa < 1.0 and (aim < coarse or scale_by_power(mantissa, exponent) < tiny)
     return mantissa, exponent, small
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from numclip import functional, inputs
+from numclip import functional
+from numclip.border.arguments import count
+from numclip.border.gradients import describe
 from numclip.dtypes import Array
 from numclip.group import Group
 from numclip.groups import ParamGroups
@@ -33,7 +35,7 @@ def set_num_threads(n: int | None) -> None:
     TypeError, ValueError
         Where `n` is no such number.
     """
-    threads.set_limit(None if n is None else inputs.count("n", n, alternative=" or None"))
+    threads.set_limit(None if n is None else count("n", n, alternative=" or None"))
 
 
 def get_num_threads() -> int:
@@ -67,7 +69,7 @@ def warmup(dtypes: str | Iterable[Any] = ("float32", "float64")) -> None:
         dtypes = [dtypes]
     for number, wanted in enumerate(dtypes):
         grad = np.ones((2, 2), np.dtype(wanted))
-        inputs.entry(f"dtypes[{number}]", number, grad)
+        describe(f"dtypes[{number}]", number, grad)
         _functions(grad)
         _groups(grad)
 

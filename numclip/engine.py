@@ -51,9 +51,7 @@ class Plan(Protocol):
     def write_exceptional(self, outcome: Outcome, stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
 
-    def clamp(
-        self, outcome: Outcome, low: float, high: float, stream: Any, members: range
-    ) -> None:
+    def clamp(self, outcome: Outcome, low: float, high: float, stream: Any, members: range) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
 
 
@@ -139,7 +137,10 @@ class Engine(Protocol):
         """Return a new array in C order of the dtype and the library of another one."""
 
     def stream_of(self, facts: Sequence[Facts]) -> Any:
-        """Return the stream that the arrays' libraries work on at present."""
+        """Return the stream to work on, after all that the arrays' libraries have begun."""
+
+    def give_back(self, stream: Any, facts: Sequence[Facts]) -> None:
+        """Let the arrays' libraries go on only after what a stream was given."""
 
     def stream_from(self, stream: Any) -> Any:
         """Return a stream that a user gives."""
@@ -163,9 +164,7 @@ class Engine(Protocol):
     def read(self, table: Any, stream: Any) -> Array:
         """Return a table in the host's memory, after waiting for it."""
 
-    def number(
-        self, read: Callable[[], float], kind: type, release: Callable[[], object]
-    ) -> Any:
+    def number(self, read: Callable[[], float], kind: type, release: Callable[[], object]) -> Any:
         """Return a number to come: the number itself, or what reads it when asked.
 
         `release` is called when nobody can ask any more, by an engine that waits.
@@ -225,7 +224,12 @@ class Engine(Protocol):
         """Refuse an update kernel that there is not, or that has not the states it needs."""
 
     def updates_of_groups(
-        self, kernel: str, plan: Plan, spans: Sequence[Any], states: Sequence[Sequence[int]], stream: Any
+        self,
+        kernel: str,
+        plan: Plan,
+        spans: Sequence[Any],
+        states: Sequence[Sequence[int]],
+        stream: Any,
     ) -> GroupUpdates:
         """Return what updates parameters by the gradients of a plan.
 
@@ -234,7 +238,12 @@ class Engine(Protocol):
         """
 
     def updates_of_arrays(
-        self, kernel: str, spans: Sequence[Any], states: Sequence[Sequence[int]], indices: Sequence[Array], stream: Any
+        self,
+        kernel: str,
+        spans: Sequence[Any],
+        states: Sequence[Sequence[int]],
+        indices: Sequence[Array],
+        stream: Any,
     ) -> ArrayUpdates:
         """Return what updates arrays; `indices` are of the rows, each once, of each `RowSpan`."""
 

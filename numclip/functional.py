@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from numclip import libraries, plain
+from numclip import libraries
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.gradients import describe
 from numclip.clipping import clip, parts
+from numclip.host import lists
 from numclip.law import ABSENT, Law
 
 
@@ -66,7 +67,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = plain.global_norm(grads)
+        known = lists.global_norm(grads)
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -154,7 +155,7 @@ def clip_by_global_norm(
     (5.0, True)
     """
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = plain.clip_by_global_norm(grads, float(clip_norm), out)
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out)
         if done is not None:
             return done
     order = arguments.order(ord)
@@ -335,7 +336,9 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     """
 
     def bounds(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        low, high = map(_on_host, ("clip_value_min", "clip_value_max"), (clip_value_min, clip_value_max))
+        low, high = map(
+            _on_host, ("clip_value_min", "clip_value_max"), (clip_value_min, clip_value_max)
+        )
         return arguments.value_bounds(low, high, shape)
 
     return clip.clip_by_value(grad, bounds, out)
@@ -461,7 +464,7 @@ def _clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     if ord == 2.0 and type(grad) is np.ndarray and grad.size:
-        result = plain.clip(grad, bound, out, divisor(grad.size))
+        result = lists.clip(grad, bound, out, divisor(grad.size))
         if result is not None:
             return result
     return clip.clip_whole(grad, bound, out, divisor, ord)

@@ -301,9 +301,7 @@ class ParamGroups(state.Saved):
         """Return what updates the parameters by an optimizer's method."""
         return GroupUpdater(self._made_steps(), self._states, method)
 
-    def update(
-        self, updater: GroupUpdater, rates: Sequence[float], unscale: float
-    ) -> ClipReport:
+    def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
         steps = self._made_steps()
         turn = updater.step(steps, self.step, rates, unscale)

@@ -53,7 +53,8 @@ class Family(NamedTuple):
     that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
     skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
     instead of the arrays, where these are its rounded copies. `numbers` are the units of the rows
-    of each array, where an array lacks some; only the host's engine takes these.
+    of each array, where an array lacks some; only the host's engine takes these. `known` is how many
+    units there are then.
     """
 
     arrays: tuple[Strided, ...]
@@ -63,12 +64,12 @@ class Family(NamedTuple):
     rounded: bool = True
     measured: tuple[Strided, ...] = ()
     numbers: tuple[Array | None, ...] = ()
-    count: int | None = None
+    known: int | None = None
 
     @property
     def units(self) -> int:
         """How many units there are."""
-        return self.arrays[0].units if self.count is None else self.count
+        return self.arrays[0].units if self.known is None else self.known
 
     @property
     def dtypes(self) -> set[DType]:

@@ -278,7 +278,11 @@ class ByGlobalNorm(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        put(self, max_norm=bound_or_schedule("max_norm", self.max_norm), ord=arguments.order(self.ord))
+        put(
+            self,
+            max_norm=bound_or_schedule("max_norm", self.max_norm),
+            ord=arguments.order(self.ord),
+        )
         try:
             hash(self.shared)
         except TypeError:

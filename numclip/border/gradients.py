@@ -11,10 +11,10 @@ import numpy as np
 
 from numclip import engine as engines
 from numclip import libraries
-from numclip.errors import expected
 from numclip.border.structures import Key, Structure
 from numclip.dtypes import NAMES, DType, lookup, refusal
 from numclip.engine import Engine
+from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.slices import IndexedSlices
 

@@ -5,7 +5,6 @@ Everything is checked before anything is written.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -40,7 +39,11 @@ def targets_of(grads: Gradients, given: Any, out: Any) -> list[Gradient]:
     other = grads.structure if out is given else structure(out, "out")
     _check_keys(grads.structure, other)
     wanted = zip(other.keys, other.items, strict=True)
-    pairs = [("out" + other.name_of(key)[len(other.name) :], item) for key, item in wanted if item is not None]
+    pairs = [
+        ("out" + other.name_of(key)[len(other.name) :], item)
+        for key, item in wanted
+        if item is not None
+    ]
     found = [
         _given(gradient, item, name)
         for gradient, (name, item) in zip(grads.entries, pairs, strict=True)
@@ -59,9 +62,9 @@ def _check_keys(grads: Structure, out: Structure) -> None:
         raise ValueError(expected("out", wanted, got))
     for key, target, source in zip(out.keys, out.items, grads.items, strict=True):
         if (target is None) != (source is None):
-            where = grads._replace(name="grads").name_of(key)
+            where = grads.name_of(key)
             wanted = "None" if source is None else f"an array, as in {where}"
-            name = out._replace(name="out").name_of(key)
+            name = out.named("out").name_of(key)
             raise ValueError(expected(name, wanted, type(target).__name__))
 
 

@@ -24,6 +24,10 @@ class Structure(NamedTuple):
     items: list[Any]
     rebuild: Rebuild
 
+    def named(self, name: str) -> Structure:
+        """Return the structure under another name."""
+        return self._replace(name=name)
+
     def name_of(self, key: Key) -> str:
         """Return what errors call an item."""
         path = key if isinstance(key, tuple) else (key,)
@@ -79,12 +83,12 @@ def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -
     parts: list[tuple[int, Rebuild | None]] = []
     for key, item in zip(keys, items, strict=True):
         if not _is_nested(item):
-            paths.append((key,))
+            paths.append(key)
             flat.append(item)
             parts.append((1, None))
             continue
         inner = _flattened(name, *_level(item))
-        paths += [(key, *path) for path in inner.keys if isinstance(path, tuple)]
+        paths += [(key, *path) if type(path) is tuple else (key, path) for path in inner.keys]
         flat += inner.items
         parts.append((len(inner.items), inner.rebuild))
 

@@ -188,9 +188,7 @@ class SparseGroupState(GroupState):
 
     def __init__(self, group: Any, *arguments: Any) -> None:
         super().__init__(group, *arguments)
-        self._rows = {
-            name: HeldRows(param, self._engine) for name, param in self.params.items()
-        }
+        self._rows = {name: HeldRows(param, self._engine) for name, param in self.params.items()}
 
     def gradients(self) -> list[Gradient]:
         """Return the gradient of each parameter, of no rows where there is none."""

@@ -30,9 +30,7 @@ def span_of(
     if duplicates == "sum" and gradient.repeated:
         return row_span(gradient, target)
     parts = gradient.dtype.components == 2 and (ord != 2.0 or policy == "zero")
-    found: AnySpan = gradient.engine.span(
-        gradient.dtype, gradient.facts, target.facts, parts=parts
-    )
+    found: AnySpan = gradient.engine.span(gradient.dtype, gradient.facts, target.facts, parts=parts)
     return found
 
 
@@ -79,9 +77,7 @@ def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
     return clip(described.entries, None, law, duplicates=duplicates, key=key)
 
 
-def clip_together(
-    grads: Any, law: Law, policy: str, duplicates: str, out: Any
-) -> tuple[Any, Any]:
+def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) -> tuple[Any, Any]:
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
     found = structure(grads)
     engine = _engine_of(found)
@@ -123,11 +119,13 @@ def clip(
         return 0.0 if law.given == ABSENT else law.given
     engine = entries[0].engine
     engine.require()
-    stream = engine.stream_of([entry.facts for entry in entries])
+    used = entries if targets is None else [*entries, *targets]
+    stream = engine.stream_of([gradient.facts for gradient in used])
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
-    plan, free = _plan(entries, entries if targets is None else targets, law, policy, duplicates)
+    places = entries if targets is None else targets
+    plan, free = _plan(entries, places, law, policy, duplicates, stream)
     measures = law.given == ABSENT or policy != "propagate" or summed
     outcome = _decide(plan, free, law, stream, measures=measures)
     if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
@@ -135,6 +133,7 @@ def clip(
         raise first_error(entries, None if law.given == ABSENT else law.given, stream)
     if targets is not None:
         plan.scale(outcome, stream)
+    engine.give_back(stream, [gradient.facts for gradient in used])
     engine.keep_plan(key, plan, free)
     return _norm(engine, free, outcome, stream)
 
@@ -145,10 +144,10 @@ def _plan(
     law: Law,
     policy: str,
     duplicates: str,
+    stream: Any,
 ) -> tuple[Plan, list[Outcome]]:
     """Return a plan for one norm of some gradients, and its free memory for outcomes."""
     engine = entries[0].engine
-    stream = engine.stream_of([entry.facts for entry in entries])
     pairs = zip(entries, targets, strict=True)
     spans = [span_of(entry, target, policy, law.ord, duplicates) for entry, target in pairs]
     plan, free = engine.kept_plan(spans, [Pool(0, len(spans), 0, policy)], stream)
@@ -189,9 +188,7 @@ def _are_same(found: Structure, out: Any) -> bool:
     return other.keys == found.keys and all(map(operator.is_, other.items, found.items))
 
 
-def _decide(
-    plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool
-) -> Outcome:
+def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
     """Decide by a law, after measuring or not; return where the outcome is."""
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.write_laws(law, stream)
@@ -225,27 +222,31 @@ def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any)
     if entry.slices is not None:
         refuse_excluding_zero(low, high)
     target = target_of(entry, out)
-    if not entry.repeated:
-        _clamp(entry, target, low, high)
-        return target.source
+    used = [entry.facts, target.facts]
+    stream = entry.engine.stream_of(used)
 
     def clamp_sums(sums: Gradient) -> bool:
-        _clamp(sums, sums, low, high)
+        _clamp(sums, sums, low, high, stream)
         return True
 
-    return with_rows_summed(entry, target, out, clamp_sums)
+    if entry.repeated:
+        result = with_rows_summed(entry, target, out, clamp_sums, stream)
+    else:
+        _clamp(entry, target, low, high, stream)
+        result = target.source
+    entry.engine.give_back(stream, used)
+    return result
 
 
-def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any) -> None:
+def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) -> None:
     """Write each element held between two numbers, or arrays of the host."""
     engine = entry.engine
-    stream = engine.stream_of([entry.facts])
     if np.ndim(low) or np.ndim(high):
         array = Strided(entry.dtype, entry.shape, entry.facts.memory, target.facts.memory)
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
         engine.clamp_between(array, least[0], most[0], stream)
         return
-    plan, free = _plan([entry], [target], Law(math.inf), "propagate", "raw")
+    plan, free = _plan([entry], [target], Law(math.inf), "propagate", "raw", stream)
     outcome = free.pop() if free else plan.outcomes(1, stream)[0]
     plan.clamp(outcome, low, high, stream, range(1))
     free.append(outcome)
@@ -264,7 +265,11 @@ def _sent(bound: Any, entry: Gradient, stream: Any) -> tuple[Memory, Any]:
 
 
 def with_rows_summed(
-    entry: Gradient, target: Gradient, out: Any, operate: Callable[[Gradient], bool]
+    entry: Gradient,
+    target: Gradient,
+    out: Any,
+    operate: Callable[[Gradient], bool],
+    stream: Any,
 ) -> Any:
     """Run an operation that is not linear on the sums of rows, in place.
 
@@ -273,7 +278,6 @@ def with_rows_summed(
     """
     slices: Any = entry.slices
     engine = entry.engine
-    stream = engine.stream_of([entry.facts])
     merged = slices.coalesced_on(stream)
     described = describe(entry.name, entry.key, merged, engine)
     if not operate(described):

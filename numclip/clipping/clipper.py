@@ -69,7 +69,7 @@ class Clipper:
         self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
 
     def _lay_out(self, groups: Sequence[Any]) -> None:
-        """Number tensors and pools: those of one norm follow one another."""
+        """Give tensors and pools their numbers: those of one norm follow one another."""
         sharing: dict[Any, list[Any]] = {}
         for group in groups:
             sharing.setdefault(self.keys[group.name], []).append(group)

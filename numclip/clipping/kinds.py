@@ -82,7 +82,8 @@ class OrderClipper(Clipper):
             return columns
         left = np.expand_dims(found.skipped, -1)
         norms, clipped = (
-            found.decisions[..., column] * found.divisors for column in (tables.NORM, tables.CLIPPED)
+            found.decisions[..., column] * found.divisors
+            for column in (tables.NORM, tables.CLIPPED)
         )
         return columns._replace(
             norms=np.where(left, columns.norms, norms),

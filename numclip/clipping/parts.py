@@ -54,26 +54,33 @@ def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, o
 def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
     """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
     target = target_of(entry, out)
-    if not entry.repeated:
-        _clip_units(entry, target, limit)
-        return target.source
+    used = [each.facts for each in (entry, target, limit.owner) if each is not None]
+    stream = entry.engine.stream_of(used)
 
     def clip_sums(sums: Gradient) -> bool:
-        return _clip_units(sums, sums, limit, _unrounded(entry, sums.shape))
+        return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
 
-    return with_rows_summed(entry, target, out, clip_sums)
+    if entry.repeated:
+        result = with_rows_summed(entry, target, out, clip_sums, stream)
+    else:
+        _clip_units(entry, target, limit, stream)
+        result = target.source
+    entry.engine.give_back(stream, used)
+    return result
 
 
 def _clip_units(
-    entry: Gradient, target: Gradient, limit: Limit, unrounded: Gradient | None = None
+    entry: Gradient,
+    target: Gradient,
+    limit: Limit,
+    stream: Any,
+    unrounded: Gradient | None = None,
 ) -> bool:
     """Scale units, in a plan of their own where it is not of the user's arrays alone.
 
     What a gradient was `unrounded` is measured, and waited for: tells if any unit is scaled.
     """
     engine = entry.engine
-    known = [entry.facts] if limit.owner is None else [entry.facts, limit.owner.facts]
-    stream = engine.stream_of(known)
     owner = _owner_of(entry, limit, stream)
     strided = functools.partial(_strided, axes=limit.axes)
     family = Family(
@@ -96,11 +103,10 @@ def _clip_units(
     return True
 
 
-def _unrounded(entry: Gradient, shape: tuple[int, ...]) -> Gradient:
+def _unrounded(entry: Gradient, shape: tuple[int, ...], stream: Any) -> Gradient:
     """Return the sums of rows, by ascending indices, in float64."""
     slices: Any = entry.slices
     engine = entry.engine
-    stream = engine.stream_of([entry.facts])
     made = describe(entry.name, entry.key, engine.empty(shape, entry.dtype.wide.native), engine)
     engine.sum_rows(entry.facts, made.facts, slices.grouping, slices.ranks, stream)
     return made
@@ -113,7 +119,7 @@ def _owner_of(entry: Gradient, limit: Limit, stream: Any) -> Gradient | None:
         return owner
     if not owner.facts.c_order and not entry.engine.takes_any_rows:
         copy = new_of_shape(owner, owner.shape)
-        _clip_units(owner, copy, Limit(limit.axes, math.inf))
+        _clip_units(owner, copy, Limit(limit.axes, math.inf), stream)
         owner = copy
     made = new_of_shape(owner, entry.shape)
     turns = np.arange(slices.indices.size + 1)
@@ -164,6 +170,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     plan.summarize(out, stream)
     pairs = [(entry, total) for (entry, _), total in zip(rows, sums, strict=True)]
     engine.sum_examples([_added(*pair) for pair in pairs], plan, stream)
+    engine.give_back(stream, [gradient.facts for gradient in (*entries, *sums)])
     counts = engine.numbers(out, CLIPPED_COUNT, len(families), stream, lambda: free.append(out))
     summed = described.with_results([total.source for total in sums])
     return summed, described.with_results(counts) if layerwise else counts[0]
@@ -180,7 +187,7 @@ def _families(
         some = any(number is not None for number in own)
         arrays = tuple(parts[k] for k in members)
         gaps = (tuple(own), examples) if some else ((), None)
-        made.append(Family(arrays, rounded=False, numbers=gaps[0], count=gaps[1]))
+        made.append(Family(arrays, rounded=False, numbers=gaps[0], known=gaps[1]))
     return made
 
 

@@ -188,7 +188,7 @@ class ArrayUpdater:
         self._held: list[Any] = []  # whose memory is used until the update is under way
 
     def describe(self, pairs: Sequence[Pair]) -> list[Planned]:
-        """Return what updates pairs, in rounds of different arrays, after checking that each fits."""
+        """Return what updates pairs in rounds of different arrays, after checking each."""
         if not pairs:
             return []
         engine = engines.of(pairs[0].variable)

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda.copies import host_copy
-from numclip.cuda.entries import DeviceEntry, describe
+from numclip.cuda.facts import facts_of
 from numclip.cuda.streams import in_order
-from numclip.dtypes import Array
-from numclip.foreign import to_numpy
+from numclip.dtypes import Array, lookup
+from numclip.facts import Facts
 from numclip.kernels.cuda import device
-from numclip.kernels.cuda.chunks import Span, add
-from numclip.placement import on_device
+from numclip.kernels.cuda.chunks import add
+from numclip.libraries import on_device, to_numpy
+from numclip.memory import Span
 
 
 def _address(memory: Any) -> int:
@@ -83,7 +84,7 @@ class DeviceArray:
     def copy_to_host(self, stream: Any = None) -> Array:
         """Return a copy in the host's memory, after what the stream, or all, still have to do."""
         with device.on_stream(stream) as own:
-            return host_copy(describe("array", 0, self), own)
+            return host_copy(facts_of("array", self), own)
 
     def copy_from(self, source: Any, stream: Any = None) -> None:
         """Copy an array of the same shape and dtype in, from the host or the GPU.
@@ -133,13 +134,16 @@ class DeviceArray:
             sent.copy_from(source, stream)
             source = sent
         entry = self._fitting(source)
-        span = Span(entry.dtype, entry.address, self.address, entry.size)
+        row = lookup(entry.native)
+        assert row is not None
+        size = entry.nbytes // row.storage.itemsize
+        span = Span(row, entry.address, self.address, size)
         with device.on_stream(stream) as own, in_order(own, [entry]):
             add(span, own)
 
-    def _fitting(self, source: Any) -> DeviceEntry:
+    def _fitting(self, source: Any) -> Facts:
         """Return the description of an array on the GPU that fits this one."""
-        entry = describe("source", 0, source)
+        entry = facts_of("source", source)
         self._check(entry.shape, entry.native, c_order=entry.c_order)
         return entry
 

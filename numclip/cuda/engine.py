@@ -35,6 +35,7 @@ facts = facts_of
 empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
+give_back = streams.give_back
 read = device.read_table
 plan = Plan
 unit_plan = UnitPlan
@@ -162,9 +163,7 @@ def sent(array: Array, stream: Any) -> DeviceArray:
     return made
 
 
-def sum_rows(
-    source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any
-) -> None:
+def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any) -> None:
     """Write the sum of each group of rows to the row that is its place, and 0 to the others."""
     row, to = lookup(source.native), lookup(target.native)
     assert row is not None
@@ -177,6 +176,7 @@ def sum_rows(
 
 
 indices_on_host = copies.host_indices
+on_host = copies.host_copy
 
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:
@@ -187,13 +187,6 @@ def copy(target: Facts, source: Facts, stream: Any) -> None:
 def clear(array: Any, stream: Any) -> None:
     """Set an array of `empty` to zeros."""
     device.clear(array.address, array.nbytes, stream)
-
-
-def on_host(source: Facts, stream: Any) -> Array:
-    """Return a copy in the host's memory, after waiting for it."""
-    begin, end = source.extent
-    memory = device.read(begin, end - begin, stream)
-    return np.ndarray(source.shape, source.native, memory, source.address - begin, source.strides)
 
 
 def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:

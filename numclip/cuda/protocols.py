@@ -9,8 +9,8 @@ import numpy as np
 
 from numclip.cuda import dlpack
 from numclip.cuda.dlpack import Told
-from numclip.foreign import bfloat16, library, refuse_lazy
 from numclip.kernels.cuda import device
+from numclip.libraries import bfloat16, library, refuse_lazy
 
 
 def told(name: str, array: Any) -> Told:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from numclip.cuda.entries import DeviceEntry
 from numclip.cuda.protocols import library_of
+from numclip.facts import Facts
 from numclip.kernels.cuda import device
 
 
@@ -27,7 +27,7 @@ def stream_from(stream: Any) -> Any:
     raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
 
 
-def stream_of(entries: Sequence[DeviceEntry]) -> Any:
+def stream_of(entries: Sequence[Facts]) -> Any:
     """Return the stream that the library of the first array works on at present."""
     stream = current_stream(entries[0].array if entries else None)
     leases = [entry.lease for entry in entries if entry.lease is not None]
@@ -36,6 +36,12 @@ def stream_of(entries: Sequence[DeviceEntry]) -> Any:
         for lease in leases:
             lease.streams.append(stream)
     return stream
+
+
+def give_back(stream: Any, entries: Sequence[Any]) -> None:
+    """Let the streams of arrays' libraries go on only after what a stream was given."""
+    for entry in entries:
+        device.order(current_stream(entry.array), stream)
 
 
 def current_stream(array: Any) -> Any:
@@ -57,7 +63,7 @@ def _told_stream(array: Any) -> int:
 
 
 @contextlib.contextmanager
-def in_order(stream: Any, entries: Sequence[DeviceEntry]) -> Iterator[None]:
+def in_order(stream: Any, entries: Sequence[Facts]) -> Iterator[None]:
     """Do something after what the arrays' library was told, and before what it will be told."""
     theirs = stream_of(entries)
     device.order(stream, theirs)

@@ -70,5 +70,3 @@ def new_like(like: Facts) -> Array:
 def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Array:
     """Return a new array in C order of the dtype of another one."""
     return np.empty(shape, like.native)
-
-

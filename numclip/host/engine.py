@@ -53,6 +53,10 @@ def stream_of(_facts: Sequence[Facts]) -> None:
     """Return nothing: the host has no streams."""
 
 
+def give_back(_stream: None, _facts: Sequence[Facts]) -> None:
+    """Do nothing likewise."""
+
+
 def stream_from(stream: Any) -> None:
     """Refuse a stream."""
     if stream is not None:
@@ -88,7 +92,7 @@ def numbers(
     return [int(number) for number in table[:count, column]]
 
 
-def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:  # noqa: ARG001
+def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:
     """Return nothing: plans of the host are not kept."""
 
 

@@ -40,7 +40,9 @@ class Plan:
     Strided arrays are copied when the plan is made, and written back when they are written.
     """
 
-    def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None) -> None:
+    def __init__(
+        self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None
+    ) -> None:
         self.spans, self.pools = list(spans), list(pools)
         self.pool_of = np.repeat(np.arange(len(pools)), [pool.last - pool.first for pool in pools])
         self._zeroing = any(pool.policy == "zero" for pool in pools)
@@ -154,7 +156,8 @@ class Plan:
         summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
         if order != 2.0:
             tables = self._law, self._shifts, self._sums
-            orders.write_powers(dict(spans) | summed, self._groupings, self.pools, order, *tables)
+            known: dict[int, Span | RowSpan] = {**spans, **summed}
+            orders.write_powers(known, self._groupings, self.pools, order, *tables)
             return
         for batch in self._plain(spans) if spans is not self._own else self._measured:
             batches.write_squares(batch, self._sums)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
@@ -38,7 +36,9 @@ class Copied:
         self._back |= bool(written.address % array.dtype.storage.itemsize)
         if not self._back:
             target = written.address
-        self.span = Span(array.dtype, source, target, math.prod(array.shape) * array.dtype.components)
+        self.span = Span(
+            array.dtype, source, target, math.prod(array.shape) * array.dtype.components
+        )
 
     @property
     def in_place(self) -> bool:

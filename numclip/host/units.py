@@ -187,9 +187,7 @@ def _scale(cut: Cut, decided: Array) -> None:
         cut.result(out.view(cut.array.dtype.native))
 
 
-def _scale_rows(
-    dtype: DType, rows: Array, decided: Array, out: Array, *, truncates: bool
-) -> None:
+def _scale_rows(dtype: DType, rows: Array, decided: Array, out: Array, *, truncates: bool) -> None:
     """Write contiguous rows times their factors."""
     factors = decided[:, FACTOR].astype(dtype.compute)
     if not truncates and rows.shape[1] < LONG_ROW:

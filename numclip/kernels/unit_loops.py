@@ -5,7 +5,6 @@ Shares and types are as in `cpu`.
 
 import math
 
-
 from numclip.kernels.cpu import array_of_squares, copy, multiply, multiply_into
 from numclip.kernels.jit import kernel
 from numclip.kernels.pools import _parts, settled, two_sum

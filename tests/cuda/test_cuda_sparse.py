@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numclip.cuda.slices import DeviceSlices
 
 import numclip as nc
 from numclip.cuda.arrays import DeviceArray
-from numclip.cuda.slices import DeviceSlices
 from numclip.dtypes import lookup
 from numclip.kernels import backend
 from numclip.kernels.cuda import device, grouping, tables

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numclip.cuda.entries import describe
 
 import numclip as nc
 from numclip.cuda import plans
 from numclip.cuda import units as device_units
-from numclip.cuda.entries import describe
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.tiling import Strided
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan

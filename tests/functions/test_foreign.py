@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip import foreign, plain
+from numclip import libraries as foreign
+from numclip.host import lists as plain
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import BFLOAT16, DTYPES

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numclip.joint_step import JointStep, attempt
 
 import numclip as nc
 from numclip import groups as manager
-from numclip.joint_step import JointStep, attempt
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
-from numclip import plain
+from numclip.host import lists as plain
 from numclip.kernels import arrays
 from numclip.kernels.tuning import CHUNK
 from tests.oracle.cases import LAYOUTS, normal

@@ -27,8 +27,6 @@ class Shared(NamedTuple):
     partial: Any
 
 
-
-
 def like(dtype: DType) -> Any:
     """Return what tells a kernel how elements are stored."""
     return dtype.storage.type(0)

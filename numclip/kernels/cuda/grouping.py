@@ -24,8 +24,6 @@ Groups = tuple[Array, Array]
 """The rows in an order that brings equal indices together, and where each group starts."""
 
 
-
-
 class _Mapped(NamedTuple):
     """The tables of some tensors of one dtype, see `rows`."""
 

@@ -20,6 +20,7 @@ from numclip.kernels.cuda.tiling import Tiles
 from numclip.law import Law, Laws, Pool
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
+
 class HostTable:
     """A table of zeros that the host may write to; it is sent only where it differs."""
 

@@ -21,10 +21,6 @@ TILES = 2048  # that an array is cut into between the two
 TURNS = 16  # elements a thread reads before lanes are added up, where there are so many
 
 
-
-
-
-
 class Direction(NamedTuple):
     """An axis, or some that are gone along as one: bytes a step, and how units are numbered."""
 

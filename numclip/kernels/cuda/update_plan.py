@@ -12,7 +12,6 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.kernels.cuda import device, updates
 from numclip.kernels.cuda.chunks import like, split
-
 from numclip.kernels.cuda.plan import HostTable, Plan
 from numclip.kernels.cuda.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
 from numclip.memory import RowSpan, Span

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType, lookup
-from numclip.foreign import as_numpy
 from numclip.kernels import arrays, backend, cpu
 from numclip.kernels.backend import Batch
+from numclip.libraries import as_numpy
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
