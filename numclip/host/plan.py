@@ -22,6 +22,7 @@ from numclip.tables import (
     CLEAN,
     DECISION_COLUMNS,
     FACTOR,
+    FINE,
     LAW_COLUMNS,
     LEAVE,
     MANTISSA,
@@ -186,7 +187,7 @@ class Plan:
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
             for batch in written:
-                batches.scale(batch, own[:, FACTOR])
+                batches.scale(batch, own[:, FINE if batch.dtype.digits == 53 else FACTOR])
             return
         cleaned = own[:, MODE] == CLEAN
         for t in np.flatnonzero(cleaned).tolist():

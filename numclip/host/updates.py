@@ -14,7 +14,7 @@ from numclip.kernels import threads, updates
 from numclip.kernels.tuning import CHUNK
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
-from numclip.tables import DECISION_COLUMNS, FACTOR, MODE, MULTIPLY, SKIPPED
+from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED
 
 KERNELS = {
     "descend": (updates.advance, updates.descend),
@@ -78,6 +78,7 @@ class Numbers:
     def __init__(self, pools: int, compute: np.dtype[Any]) -> None:
         self.factors = np.zeros(pools, compute)
         self.settings = np.zeros((pools, SETTINGS_COLUMNS), compute)
+        self.column = FINE if compute == np.float64 else FACTOR
 
 
 class Updates:
@@ -116,7 +117,7 @@ class Updates:
         """Count a step for each pool that is not skipped, and find its factor and settings."""
         for own in self._numbers.values():
             tables = self._counts, counted, self._given, own.factors, own.settings
-            self._advance(decisions, *tables)
+            self._advance(decisions, own.column, *tables)
             counted = True
 
     def _take(self, dtype: DType, chunks: Array, keep: Any = None) -> None:
@@ -173,13 +174,14 @@ class GroupUpdates(Updates):
         span = self._plan.spans[k]
         if decision[SKIPPED] or not span.size:
             return
-        copy = as_stored(rows.rows_of(span)).copy()
+        copy = rows.rows_of(span).copy()
         if decision[MODE] == MULTIPLY:
             address = copy.ctypes.data
             own: Mapping[int, Span] = {0: Span(span.dtype, address, address, span.size)}
             for batch in batches.batches(own):
-                batches.scale(batch, decision[FACTOR : FACTOR + 1])
-        sums = rows.summed(copy, slices.grouping)
+                column = self._numbers[span.dtype.compute].column
+                batches.scale(batch, decision[column : column + 1])
+        sums = as_stored(rows.summed(copy, slices.grouping))
         owner = int(self._pool_of[k])
         chunks = self._places.of_rows(k, owner, sums, slices.distinct_indices)
         own_numbers = self._numbers[span.dtype.compute]
