@@ -43,7 +43,8 @@ class Plan:
     def __init__(
         self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None
     ) -> None:
-        self.spans, self.pools = list(spans), list(pools)
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
         self.pool_of = np.repeat(np.arange(len(pools)), [pool.last - pool.first for pool in pools])
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
