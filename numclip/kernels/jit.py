@@ -14,6 +14,8 @@ from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
 
+from numclip.kernels.entries import KernelCompiler
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 INTERPRETED = bool(vars(config)["DISABLE_JIT"])
@@ -71,7 +73,7 @@ def kernel_with_gil(function: Function) -> Function:
 def _cached(function: Function, options: dict[str, Any]) -> Function:
     if INTERPRETED:
         return np.errstate(all="ignore")(function)  # compiled code does not warn
-    compiled: Any = njit(**options)(function)
+    compiled: Any = njit(pipeline_class=KernelCompiler, **options)(function)
     with contextlib.suppress(AttributeError, RuntimeError):  # no writable directory
         compiled._cache = _Cache(compiled.py_func)
     return compiled  # type: ignore[no-any-return]
