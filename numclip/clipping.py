@@ -10,8 +10,10 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.inputs import Entry
+from numclip.isolation import isolated
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
+from numclip.kernels.threads import Call
 from numclip.measuring import Norms, batches, measure
 from numclip.nonfinite import first_error
 from numclip.outputs import Place
@@ -113,13 +115,20 @@ def together(parts: Sequence[Factors]) -> Factors:
 
 
 def apply(tensors: Sequence[Batch], factors: Factors) -> None:
-    """Write each tensor times its factor, in one pass."""
+    """Write each tensor times its factor, in one pass and one native call."""
+    backend.make(_scaling(tensors, factors))
+
+
+def _scaling(tensors: Sequence[Batch], factors: Factors) -> list[Call]:
+    """Return the calls that write each tensor times its factor."""
+    calls = []
     for batch in tensors:
         own = factors.take(batch.places)
         if factors.truncate:
-            backend.scale_truncating(batch, own.mantissas, own.powers)
+            calls.append(backend.truncating(batch, own.mantissas, own.powers))
         else:
-            backend.scale(batch, own.values(batch.dtype))
+            calls.append(backend.scaling(batch, own.values(batch.dtype)))
+    return calls
 
 
 def write(entries: Sequence[Entry], places: Sequence[Place], factors: Factors) -> None:
@@ -128,21 +137,32 @@ def write(entries: Sequence[Entry], places: Sequence[Place], factors: Factors) -
         copy(entries, places)
         return
     all_alike = np.zeros(len(entries), np.int64)
-    apply(batches(entries, [place.flat for place in places]), factors.take(all_alike))
-    for place in places:
-        place.finish()
+    tensors = batches(entries, [place.flat for place in places])
+    scale = backend.ready(_scaling(tensors, factors.take(all_alike)))
+
+    def finish() -> None:
+        scale()
+        for place in places:
+            place.finish()
+
+    backend.whole(finish)
 
 
 def copy(entries: Sequence[Entry], places: Sequence[Place]) -> None:
     """Copy each gradient to where its result goes, unless that is where it is."""
-    for entry, place in zip(entries, places, strict=True):
-        if place.in_place:
-            continue
-        if place.flat is not entry.flat:
-            np.copyto(place.flat, entry.flat)
-        place.finish()
+
+    def finish() -> None:
+        for entry, place in zip(entries, places, strict=True):
+            if place.in_place:
+                continue
+            if place.flat is not entry.flat:
+                np.copyto(place.flat, entry.flat)
+            place.finish()
+
+    backend.whole(finish)
 
 
+@isolated
 def clip(
     entries: Sequence[Entry],
     places: Sequence[Place],
@@ -195,18 +215,17 @@ def _given(norm: float, measured: Norms | None = None) -> Norms:
 def _without_bad(
     entries: Sequence[Entry], places: Sequence[Place]
 ) -> tuple[list[Entry], list[Place]]:
-    """Write the gradients with 0 for what is not finite; return those as the ones to clip."""
+    """Return copies with 0 for what is not finite as the gradients to clip."""
     cleaned, rewritten = [], []
     for entry, place in zip(entries, places, strict=True):
-        if place.flat is not entry.flat:
-            np.copyto(place.flat, entry.flat)
-        entry = entry._replace(flat=place.flat)
+        entry = entry._replace(flat=entry.flat.copy())
         entry.native[~np.isfinite(entry.native)] = 0
         cleaned.append(entry)
         rewritten.append(place._replace(in_place=False))
     return cleaned, rewritten
 
 
+@isolated
 def clamp(entry: Entry, place: Place, low: Any, high: Any) -> None:
     """Write a gradient held between two bounds: floats, or arrays in NumPy's slower way."""
     dtype = entry.native.dtype

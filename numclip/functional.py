@@ -10,6 +10,7 @@ import numpy as np
 
 from numclip import clipping, inputs, measuring, plain
 from numclip.inputs import DUPLICATES, POLICIES, Entry
+from numclip.isolation import isolated
 from numclip.outputs import Place, place_one, places
 from numclip.placement import any_on_device, listed, on_device
 from numclip.slices import IndexedSlices
@@ -552,6 +553,7 @@ def _clip_whole(
     return place.result
 
 
+@isolated
 def _with_rows_summed(entry: Entry, out: Any, operate: Operation) -> Any:
     """Run an operation that is not linear, on slices after their repeated rows are summed.
 
@@ -572,6 +574,11 @@ def _with_rows_summed(entry: Entry, out: Any, operate: Operation) -> Any:
     slices = cast(IndexedSlices, entry.slices)
     order, starts = slices.grouping
     firsts = order[starts[:-1]]
-    place.array[...] = 0
-    place.array[firsts[np.argsort(slices.indices[firsts])]] = merged.values
+    rows = firsts[np.argsort(slices.indices[firsts])]
+
+    def finish() -> None:
+        place.array[...] = 0
+        place.array[rows] = merged.values
+
+    backend.whole(finish)
     return place.result

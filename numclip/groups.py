@@ -14,6 +14,7 @@ from numclip.general_step import GeneralStep, judge
 from numclip.group import Group, GroupState
 from numclip.history import History
 from numclip.joint_step import attempt
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 from numclip.step import Step, report
 from numclip.updating import GroupEngine, Method
@@ -239,6 +240,7 @@ class ParamGroups(state.Saved):
         for group in self:
             group.zero()
 
+    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from numclip.dtypes import FLOAT64, Array, DType, as_stored
 from numclip.inputs import Entry
+from numclip.isolation import isolated
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
 
@@ -160,6 +161,7 @@ def _norms_of_order(tensors: Sequence[Batch], groups: Array, count: int, ord: fl
     return Norms(roots, np.where(usable, exponents, 0), np.ones(count))
 
 
+@isolated
 def measure(entries: Sequence[Entry], ord: float = 2.0, duplicates: str = "sum") -> Norms:
     """Return the joint norm of some gradients."""
     groups = np.zeros(len(entries), np.int64)

@@ -64,8 +64,12 @@ def _written_array(entry: Entry, out: Any, name: str) -> Array:
     if entry.slices is not None:
         if not isinstance(out, IndexedSlices):
             raise TypeError(f"{name}: expected IndexedSlices, got {type(out).__name__}")
-        same = out.dense_shape == entry.slices.dense_shape
-        if not (same and np.array_equal(out.indices, entry.slices.indices)):
+        same = (out.dense_shape, out.indices.shape) == (
+            entry.slices.dense_shape,
+            entry.slices.indices.shape,
+        )
+        # Not `numpy.array_equal`, which takes a signal's exception for a difference.
+        if not (same and bool((out.indices == entry.slices.indices).all())):
             raise ValueError(f"{name}: expected the indices and dense_shape of {entry.name}")
         out = out.values
     array = out if isinstance(out, np.ndarray) else foreign.as_numpy(name, out)

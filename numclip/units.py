@@ -12,6 +12,7 @@ import numpy as np
 from numclip.clipping import Factors, apply, decide
 from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.inputs import Entry
+from numclip.isolation import isolated
 from numclip.kernels import backend, formulas
 from numclip.kernels.backend import Batch
 from numclip.measuring import HEADROOM, Norms, may_overflow, norms_of, over_power
@@ -170,6 +171,7 @@ def example_bounds(layers: Sequence[Layer], clip_norm: float, layerwise: str | N
     return np.where(np.isinf(clip_norm), np.inf, clip_norm * shares)
 
 
+@isolated
 def clip_examples(
     entries: Sequence[Entry], clip_norm: float, layerwise: str | None
 ) -> tuple[list[Array], list[int]]:

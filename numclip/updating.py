@@ -11,6 +11,7 @@ from numclip import foreign, inputs
 from numclip.dtypes import Array, DType, as_stored
 from numclip.general_step import GeneralStep
 from numclip.inputs import Entry
+from numclip.isolation import isolated
 from numclip.kernels import backend
 from numclip.layout import aligned
 from numclip.outputs import check_writeable
@@ -103,6 +104,7 @@ class GroupEngine:
             if not group.sparse:
                 self._dense[group.name] = slots.dense(group.gradients()[0])
 
+    @isolated
     def step(self, rates: Mapping[str, float], unscale: float) -> ClipReport:
         """Clip every group, and update it at its rate."""
         found = self._groups.judged(unscale, write=True)
@@ -151,6 +153,7 @@ class ArrayEngine:
         """Return pairs as they are updated, after checking that each fits."""
         return [_described(number, pair) for number, pair in enumerate(pairs)]
 
+    @isolated
     def update(self, pairs: Sequence[Described], lr: float) -> None:
         """Update the array of each pair."""
         for pair in pairs:

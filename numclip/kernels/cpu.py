@@ -37,17 +37,19 @@ def slot_of(key, slots):
 
 
 @kernel
-def split(spans, itemsize, limit):
-    """Return tensors, rows of (source, target, length), cut into chunks of `limit` elements.
-
-    The number of elements in all comes second.
-    """
+def count_chunks(spans, limit):
+    """Return how many chunks `split` makes of tensors, and the number of elements in all."""
     count = 0
     elements = 0
     for t in range(spans.shape[0]):
         count += -(-spans[t, LENGTH] // limit)
         elements += spans[t, LENGTH]
-    chunks = np.empty((count, 4), np.int64)
+    return count, elements
+
+
+@kernel
+def split(spans, itemsize, limit, chunks):
+    """Write tensors, rows of (source, target, length), cut into chunks of `limit` elements."""
     c = 0
     for t in range(spans.shape[0]):
         for start in range(0, spans[t, LENGTH], limit):
@@ -56,7 +58,6 @@ def split(spans, itemsize, limit):
             chunks[c, LENGTH] = min(limit, spans[t, LENGTH] - start)
             chunks[c, OWNER] = t
             c += 1
-    return chunks, elements
 
 
 @block_sum

@@ -1,6 +1,5 @@
 """How kernels are entered: in the ordinary floating-point environment, at once or as a job.
 
-A thread can be set to flush subnormal numbers to zero or to round otherwise than to nearest.
 The entry of a kernel sets the ordinary environment and restores the caller's afterwards, so that
 results depend on neither. The kernel's body is a function of its own that is never inlined: the
 compiler may move arithmetic past the instructions that set the environment.
@@ -13,12 +12,14 @@ code that knows nothing of types (see `team`).
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import lowering, types
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.errors import LoweringError
 from numba.core.typed_passes import NativeLowering
+
+from numclip.kernels.registers import call_in_ordinary_environment
 
 PACK = -1
 """The `end` that asks for a job."""
@@ -27,103 +28,7 @@ SHARE, COUNT, SIZE, NEXT, FAILED, ARGUMENTS, JOB_WORDS = 0, 1, 2, 3, 4, 8, 96
 """Words of a job: the function's address, how many items there are, how many a share has, the
 first item that no thread has taken, whether a share failed; where arguments begin, all words."""
 
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_TRIPLE = binding.get_process_triple()
-# Round to nearest, keep subnormal numbers, mask exceptions; the lowest six bits only record.
-_MXCSR, _MXCSR_MODES = 0x1F80, 0xFFC0
-
-
-class _X86:
-    """The register MXCSR of x86-64."""
-
-    @staticmethod
-    def read(builder: ir.IRBuilder) -> Any:
-        """Emit the register's value."""
-        slot = builder.alloca(_I32)
-        _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(slot, _pointer()))
-        return builder.load(slot)
-
-    @staticmethod
-    def is_odd(builder: ir.IRBuilder, value: Any) -> Any:
-        """Emit whether a value says another environment than the ordinary one."""
-        modes = builder.and_(value, ir.Constant(_I32, _MXCSR_MODES))
-        return builder.icmp_unsigned("!=", modes, ir.Constant(_I32, _MXCSR))
-
-    @staticmethod
-    def write(builder: ir.IRBuilder, value: Any) -> None:
-        """Emit an assignment to the register; None stands for the ordinary value."""
-        slot = builder.alloca(_I32)
-        builder.store(ir.Constant(_I32, _MXCSR) if value is None else value, slot)
-        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(slot, _pointer()))
-
-    @staticmethod
-    def pause(builder: ir.IRBuilder) -> None:
-        """Emit a hint that this is a loop that waits."""
-        _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-
-
-class _Arm:
-    """The register FPCR of AArch64, ordinarily 0."""
-
-    @staticmethod
-    def read(builder: ir.IRBuilder) -> Any:
-        """Emit the register's value."""
-        return _call(builder, "llvm.aarch64.get.fpcr", _I64)
-
-    @staticmethod
-    def is_odd(builder: ir.IRBuilder, value: Any) -> Any:
-        """Emit whether a value says another environment than the ordinary one."""
-        return builder.icmp_unsigned("!=", value, ir.Constant(_I64, 0))
-
-    @staticmethod
-    def write(builder: ir.IRBuilder, value: Any) -> None:
-        """Emit an assignment to the register; None stands for the ordinary value."""
-        _call(
-            builder,
-            "llvm.aarch64.set.fpcr",
-            ir.VoidType(),
-            ir.Constant(_I64, 0) if value is None else value,
-        )
-
-    @staticmethod
-    def pause(builder: ir.IRBuilder) -> None:
-        """Emit a hint that this is a loop that waits."""
-        _call(builder, "llvm.aarch64.hint", ir.VoidType(), ir.Constant(_I32, 1))
-
-
-def _register() -> type[_X86] | type[_Arm] | None:
-    if _TRIPLE.startswith("x86_64"):
-        return _X86
-    return _Arm if _TRIPLE.startswith(("aarch64", "arm64")) else None
-
-
-REGISTER = _register()
-"""The processor's register of the environment; None on others, where the caller's holds."""
-
-
-def _pointer() -> ir.PointerType:
-    return _I8.as_pointer()
-
-
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: Any) -> Any:
-    """Emit a call of an intrinsic function."""
-    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
-    function = builder.module.declare_intrinsic(name, fnty=function_type)
-    return builder.call(function, arguments)
-
-
-def _call_in_ordinary_environment(builder: ir.IRBuilder, function: Any, arguments: Any) -> Any:
-    """Emit a call; reading the register takes 3 ns, setting it twice is rare and takes 20."""
-    if REGISTER is None:
-        return builder.call(function, arguments)
-    before = REGISTER.read(builder)
-    odd = REGISTER.is_odd(builder, before)
-    with builder.if_then(odd, likely=False):
-        REGISTER.write(builder, None)
-    code = builder.call(function, arguments)
-    with builder.if_then(odd, likely=False):
-        REGISTER.write(builder, before)
-    return code
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 class _EntryLower(lowering.Lower):  # type: ignore[misc]
@@ -131,6 +36,10 @@ class _EntryLower(lowering.Lower):  # type: ignore[misc]
 
     def setup_function(self, fndesc: Any) -> None:
         """Begin the body where numba begins the kernel."""
+        results = getattr(fndesc.restype, "types", (fndesc.restype,))
+        if any(isinstance(result, types.Array) for result in results):
+            # numba runs Python code to return one: a signal's exception there is a SystemError.
+            raise LoweringError("a kernel returns numbers; it writes to arrays it is given")
         self.entry = self.context.declare_function(self.module, fndesc)
         self.function = ir.Function(
             self.module, self.entry.function_type, f"{self.entry.name}.body"
@@ -150,7 +59,7 @@ class _EntryLower(lowering.Lower):  # type: ignore[misc]
         builder = ir.IRBuilder(self.entry.append_basic_block("entry"))
         if fndesc.args[:2] == ("begin", "end") and fndesc.argtypes[:2] == (types.int64,) * 2:
             self._emit_pack(builder, fndesc.argtypes)
-        builder.ret(_call_in_ordinary_environment(builder, self.function, self.entry.args))
+        builder.ret(call_in_ordinary_environment(builder, self.function, self.entry.args))
 
     def _emit_pack(self, builder: ir.IRBuilder, argtypes: Any) -> None:
         """Emit what `PACK` asks for."""
@@ -197,7 +106,7 @@ class _EntryLower(lowering.Lower):  # type: ignore[misc]
         result, error = self.entry.args[:2]
         results = [builder.alloca(result.type.pointee), builder.alloca(error.type.pointee)]
         arguments = [*results, *pack.as_arguments(builder, [begin, end, *values])]
-        code = _call_in_ordinary_environment(builder, self.function, arguments)
+        code = call_in_ordinary_environment(builder, self.function, arguments)
         builder.ret(builder.sext(code, _I64))
         return share
 

@@ -16,8 +16,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from numclip.kernels.entries import COUNT, FAILED, NEXT, REGISTER, SIZE
+from numclip.kernels.entries import COUNT, FAILED, NEXT, SIZE
 from numclip.kernels.jit import inline, kernel
+from numclip.kernels.registers import REGISTER
 
 # Words of a team: whether a caller uses it, its current job, threads inside that job, whether
 # the caller sleeps, the lock that wakes it, the generation of its threads. Each that is often

@@ -28,6 +28,9 @@ SHARES = 8
 RETRY_SECONDS = 10.0
 """How long calls work alone after a thread could not be started."""
 
+ATTEMPTS = 8
+"""How often writing is tried again after an exception."""
+
 
 class Call(NamedTuple):
     """A call ``kernel(0, count, *arguments)`` of a kernel, over `nbytes` of memory.
@@ -133,6 +136,37 @@ def run_all(calls: Sequence[Call]) -> None:
             call.kernel(0, call.count, *call.arguments)
         return
     Jobs(calls).perform()
+
+
+def ready(calls: Sequence[Call]) -> Callable[[], None]:
+    """Return a function that makes calls, each once however often it is called."""
+    if INTERPRETED:
+        remaining = list(calls)
+
+        def make() -> None:
+            while remaining:
+                run_all([remaining.pop(0)])
+
+        return make
+    return Jobs(calls).perform
+
+
+def whole(write: Callable[[], None]) -> None:
+    """Call `write`, which may be repeated; where an exception ends it early, call it again.
+
+    The exception of a signal's handler is let through when all is written. What `write` itself
+    raises comes again at each attempt, and is let through, too.
+    """
+    try:
+        write()
+    except BaseException:
+        for _ in range(ATTEMPTS):
+            try:
+                write()
+                break
+            except BaseException:  # noqa: S112 - the first one is raised
+                continue
+        raise
 
 
 class Jobs:
