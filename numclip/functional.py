@@ -11,6 +11,7 @@ import numpy as np
 from numclip import clipping, inputs, measuring, plain
 from numclip.inputs import DUPLICATES, POLICIES, Entry
 from numclip.isolation import isolated
+from numclip.kernels import backend
 from numclip.outputs import Place, place_one, places
 from numclip.placement import any_on_device, listed, on_device
 from numclip.slices import IndexedSlices

@@ -13,8 +13,8 @@ from numclip.dtypes import Array
 from numclip.general_step import GeneralStep, judge
 from numclip.group import Group, GroupState
 from numclip.history import History
-from numclip.joint_step import attempt
 from numclip.isolation import isolated
+from numclip.joint_step import attempt
 from numclip.report import WHOLE, ClipReport
 from numclip.step import Step, report
 from numclip.updating import GroupEngine, Method

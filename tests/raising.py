@@ -1,6 +1,6 @@
 """A plugin: every public call of numclip is made under ``np.errstate(all="raise")``.
 
-``pytest -p tests.raising`` runs the tests so. What numclip computes on the way to a result is no
+``pytest -p raising`` runs the tests so. What numclip computes on the way to a result is no
 affair of the caller's error state.
 """
 

@@ -31,7 +31,7 @@ first item that no thread has taken, whether a share failed; where arguments beg
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-class _EntryLower(lowering.Lower):  # type: ignore[misc]
+class _EntryLower(lowering.Lower):
     """Lowers a kernel to a body and the entry that has the kernel's name."""
 
     def setup_function(self, fndesc: Any) -> None:
@@ -99,9 +99,7 @@ class _EntryLower(lowering.Lower):  # type: ignore[misc]
         builder = ir.IRBuilder(share.append_basic_block("entry"))
         job, begin, end = share.args
         words = builder.inttoptr(job, _I64.as_pointer())
-        values = [
-            builder.load(_field(builder, words, packed, k)) for k in range(len(argtypes) - 2)
-        ]
+        values = [builder.load(_field(builder, words, packed, k)) for k in range(len(argtypes) - 2)]
         pack = self.call_conv._get_arg_packer(argtypes)
         result, error = self.entry.args[:2]
         results = [builder.alloca(result.type.pointee), builder.alloca(error.type.pointee)]
@@ -119,7 +117,7 @@ def _field(builder: ir.IRBuilder, words: Any, packed: ir.Type, k: int) -> Any:
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class _EntryLowering(NativeLowering):  # type: ignore[misc]
+class _EntryLowering(NativeLowering):
     """numba's pass that emits native code, with entries."""
 
     _name = "numclip_entry_lowering"
@@ -130,7 +128,7 @@ class _EntryLowering(NativeLowering):  # type: ignore[misc]
         return _EntryLower
 
 
-class KernelCompiler(CompilerBase):  # type: ignore[misc]
+class KernelCompiler(CompilerBase):
     """numba's compiler, but for entries."""
 
     def define_pipelines(self) -> list[Any]:

@@ -33,7 +33,7 @@ def _read(_typing):
 
 
 @intrinsic
-def _write(_typing, value):
+def _write(_typing, _value):
     """Set the register to a value."""
 
     def emit(context, builder, _signature, arguments):

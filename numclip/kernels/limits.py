@@ -59,9 +59,10 @@ def _groups() -> list[Path]:
 
 def _holds(mount: list[str], controllers: str) -> bool:
     """Tell whether a line of mountinfo mounts the groups with these controllers."""
-    if "-" not in mount:
+    described = mount[mount.index("-") + 1 :] if "-" in mount else []
+    if len(described) < 3:
         return False
-    kind, _, options = mount[mount.index("-") + 1 :][:3]
+    kind, _, options = described[:3]
     if not controllers:
         return kind == "cgroup2"
     return kind == "cgroup" and "cpu" in controllers.split(",") and "cpu" in options.split(",")

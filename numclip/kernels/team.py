@@ -11,7 +11,6 @@ which need no GIL. Words are read and written in one order that all threads see,
 threads which each write one word and then read the other's, one sees what the other wrote.
 """
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -42,7 +41,7 @@ def _at(builder, address):
 
 
 @intrinsic
-def load(_typing, address):
+def load(_typing, _address):
     """Return a word."""
 
     def emit(_context, builder, _signature, arguments):
@@ -52,7 +51,7 @@ def load(_typing, address):
 
 
 @intrinsic
-def store(_typing, address, value):
+def store(_typing, _address, _value):
     """Write a word."""
 
     def emit(context, builder, _signature, arguments):
@@ -63,7 +62,7 @@ def store(_typing, address, value):
 
 
 @intrinsic
-def swap(_typing, address, value):
+def swap(_typing, _address, _value):
     """Write a word and return what it was."""
 
     def emit(_context, builder, _signature, arguments):
@@ -73,7 +72,7 @@ def swap(_typing, address, value):
 
 
 @intrinsic
-def add(_typing, address, value):
+def add(_typing, _address, _value):
     """Add to a word and return what it was."""
 
     def emit(_context, builder, _signature, arguments):
@@ -83,7 +82,7 @@ def add(_typing, address, value):
 
 
 @intrinsic
-def call_share(_typing, job, begin, end):
+def call_share(_typing, _job, _begin, _end):
     """Compute items of a job; return 0, or that the kernel failed."""
 
     def emit(_context, builder, _signature, arguments):

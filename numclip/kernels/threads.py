@@ -33,13 +33,13 @@ ATTEMPTS = 8
 
 
 class Call(NamedTuple):
-    """A call ``kernel(0, count, *arguments)`` of a kernel, over `nbytes` of memory.
+    """A call ``kernel(0, items, *arguments)`` of a kernel, over `nbytes` of memory.
 
     `keep` is the memory that the arguments hold addresses of.
     """
 
     kernel: Callable[..., Any]
-    count: int
+    items: int
     nbytes: int
     arguments: tuple[Any, ...]
     keep: Any = None
@@ -77,9 +77,7 @@ class _Team:
             return False
         try:
             while self.started < threads:
-                _thread.start_new_thread(
-                    team.serve, (self.words, self.started, self.generation)
-                )
+                _thread.start_new_thread(team.serve, (self.words, self.started, self.generation))
                 self.started += 1
         except (RuntimeError, MemoryError):  # no more threads, or the interpreter ends
             team.dismiss(self.words, self.started)
@@ -133,7 +131,7 @@ def run_all(calls: Sequence[Call]) -> None:
     threads = max((_threads_for(call) for call in calls), default=1)
     if INTERPRETED or (threads <= 1 and len(calls) == 1):
         for call in calls:
-            call.kernel(0, call.count, *call.arguments)
+            call.kernel(0, call.items, *call.arguments)
         return
     Jobs(calls).perform()
 
@@ -164,7 +162,7 @@ def whole(write: Callable[[], None]) -> None:
             try:
                 write()
                 break
-            except BaseException:  # noqa: S112 - the first one is raised
+            except BaseException:
                 continue
         raise
 
@@ -180,8 +178,8 @@ class Jobs:
         address = self._jobs.__array_interface__["data"][0]
         for k, call in enumerate(calls):
             call.kernel(address + k * JOB_WORDS * team.WORD, PACK, *call.arguments)
-            self._jobs[k, COUNT] = call.count
-            self._jobs[k, SIZE] = max(1, call.count // (SHARES * int(self._threads[k])))
+            self._jobs[k, COUNT] = call.items
+            self._jobs[k, SIZE] = max(1, call.items // (SHARES * int(self._threads[k])))
 
     def perform(self) -> None:
         """Make the calls; those that were made already are not made again."""
@@ -191,7 +189,7 @@ class Jobs:
 
 
 def _threads_for(call: Call) -> int:
-    return min(get_limit(), call.count, MOST + 1) if call.nbytes >= PARALLEL_BYTES else 1
+    return min(get_limit(), call.items, MOST + 1) if call.nbytes >= PARALLEL_BYTES else 1
 
 
 def _words(threads: int) -> int:
