@@ -17,6 +17,7 @@ from numclip.dtypes import Array
 from numclip.engine import named
 from numclip.group import Group
 from numclip.history import History
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
 
@@ -253,6 +254,7 @@ class ParamGroups(state.Saved):
         for group in self:
             group.zero(self._stream)
 
+    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 
