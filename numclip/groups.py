@@ -17,6 +17,8 @@ from numclip.dtypes import Array
 from numclip.engine import named
 from numclip.group import Group
 from numclip.history import History
+from numclip.isolation import isolated
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
 
@@ -207,6 +209,7 @@ class ParamGroups(state.Saved):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
         raise TypeError("ParamGroups cannot be copied; make new groups and load_state_dict")
 
+    @isolated
     def set_grads(self, grads: Mapping[str, Any]) -> None:
         """Copy gradients in.
 
@@ -226,6 +229,7 @@ class ParamGroups(state.Saved):
         for group, name, grad in self._fitting(grads):
             group.put(name, grad, self._stream)
 
+    @isolated
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; sparse ones are appended.
 
@@ -254,6 +258,8 @@ class ParamGroups(state.Saved):
         for group in self:
             group.zero(self._stream)
 
+    @isolated
+    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 

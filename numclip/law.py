@@ -53,8 +53,8 @@ class Family(NamedTuple):
     that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
     skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
     instead of the arrays, where these are its rounded copies. `numbers` are the units of the rows
-    of each array, where an array lacks some; only the host's engine takes these. `known` is how many
-    units there are then.
+    of each array, where an array lacks some; only the host's engine takes these. `known` is
+    how many units there are then.
     """
 
     arrays: tuple[Strided, ...]

@@ -38,12 +38,8 @@ def targets_of(grads: Gradients, given: Any, out: Any) -> list[Gradient]:
         return [new_like(gradient) for gradient in grads.entries]
     other = grads.structure if out is given else structure(out, "out")
     _check_keys(grads.structure, other)
-    wanted = zip(other.keys, other.items, strict=True)
-    pairs = [
-        ("out" + other.name_of(key)[len(other.name) :], item)
-        for key, item in wanted
-        if item is not None
-    ]
+    named = zip(map(other.named("out").name_of, other.keys), other.items, strict=True)
+    pairs = [(name, item) for name, item in named if item is not None]
     found = [
         _given(gradient, item, name)
         for gradient, (name, item) in zip(grads.entries, pairs, strict=True)

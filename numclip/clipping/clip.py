@@ -18,6 +18,7 @@ from numclip.border.structures import Structure, structure
 from numclip.clipping.nonfinite import first_error
 from numclip.engine import Engine, Outcome, Plan
 from numclip.errors import expected
+from numclip.isolation import isolated
 from numclip.kernels import formulas
 from numclip.law import ABSENT, Law, Pool
 from numclip.memory import AnySpan, Memory, RowSpan, Strided
@@ -64,6 +65,7 @@ def _counts(entry: Gradient, ord: float) -> float:
     return float((counts**ord).sum()) * numbers
 
 
+@isolated
 def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
     """Return the norm of all gradients together."""
     found = structure(grads)
@@ -77,6 +79,7 @@ def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
     return clip(described.entries, None, law, duplicates=duplicates, key=key)
 
 
+@isolated
 def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) -> tuple[Any, Any]:
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
     found = structure(grads)
@@ -93,6 +96,7 @@ def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) 
     return described.with_results([target.source for target in targets]), norm
 
 
+@isolated
 def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
@@ -212,6 +216,7 @@ def _decided(engine: Engine, outcome: Outcome, column: int, stream: Any) -> floa
     return float(engine.read(outcome[1], stream)[0, column])
 
 
+@isolated
 def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any) -> Any:
     """Hold each element between two bounds, which `bounds` checks for a shape."""
     entry = describe("grad", 0, grad)

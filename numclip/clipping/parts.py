@@ -17,6 +17,7 @@ from numclip.clipping.clip import with_rows_summed
 from numclip.dtypes import Array
 from numclip.engine import UnitPlan
 from numclip.errors import expected
+from numclip.isolation import isolated
 from numclip.law import Family
 from numclip.memory import Strided
 from numclip.tables import CLIPPED_COUNT
@@ -32,6 +33,7 @@ class Limit(NamedTuple):
     eps: float = 0.0
 
 
+@isolated
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound."""
     entry = describe("grad", 0, grad)
@@ -39,6 +41,7 @@ def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> An
     return _clip(entry, out, Limit(reduced, bound, ord))
 
 
+@isolated
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters'."""
     entry = describe("grad", 0, grad)
@@ -146,6 +149,7 @@ def example_bounds(
     return np.where(np.isinf(clip_norm), np.inf, clip_norm * shares)
 
 
+@isolated
 def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
     """Add up examples, each clipped by its norm; return the sums and how many were clipped."""
     described = gradients(structure(grads))

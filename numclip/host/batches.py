@@ -10,6 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels import cpu, pools, threads
 from numclip.kernels.formulas import is_safe
+from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK
 from numclip.memory import Span
 from numclip.tables import BAD, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
@@ -37,9 +38,13 @@ class Batch(NamedTuple):
         chunks[own, cpu.SOURCE] = chunks[own, cpu.TARGET]
         return self._replace(chunks=chunks)
 
+    def call(self, kernel: Any, *arguments: Any) -> Call:
+        """Return the call of a kernel on all chunks."""
+        return Call(kernel, len(self.chunks), self.nbytes, (self.chunks, *arguments))
+
     def run(self, kernel: Any, *arguments: Any) -> None:
         """Call a kernel on shares of the chunks."""
-        threads.run(kernel, len(self.chunks), self.nbytes, self.chunks, *arguments)
+        threads.run_all([self.call(kernel, *arguments)])
 
 
 def batches(spans: Mapping[int, Span]) -> list[Batch]:
@@ -53,7 +58,9 @@ def batches(spans: Mapping[int, Span]) -> list[Batch]:
 def _batch(dtype: DType, numbers: list[int], spans: Mapping[int, Span]) -> Batch:
     table = np.array([spans[number][1:4] for number in numbers], np.int64)
     itemsize = dtype.storage.itemsize
-    chunks, elements = cpu.split(table, itemsize, CHUNK)
+    count, elements = cpu.count_chunks(table, CHUNK)
+    chunks = np.empty((count, 4), np.int64)
+    cpu.split(table, itemsize, CHUNK, chunks)
     if numbers[-1] != len(numbers) - 1:
         chunks[:, cpu.OWNER] = np.array(numbers)[chunks[:, cpu.OWNER]]
     return Batch(dtype, chunks, elements * itemsize)
@@ -107,22 +114,19 @@ def powers(batch: Batch, scales: Array, ord: float, count: int) -> Array:
     return totals
 
 
-def scale(batch: Batch, factors: Array) -> None:
-    """Write each tensor times its factor, in one pass; those of factor 1 are copied."""
-    batch.run(cpu.scale, factors.astype(batch.dtype.compute), batch.dtype.like)
+def scaling(batch: Batch, factors: Array) -> Call:
+    """Return the call that writes each tensor times its factor; those of factor 1 are copied."""
+    return batch.call(cpu.scale, factors.astype(batch.dtype.compute), batch.dtype.like)
 
 
-def scale_truncating(batch: Batch, mantissas: Array, exponents: Array) -> None:
-    """Write each tensor times its factor, subnormal results rounded toward zero; slow."""
+def truncating(batch: Batch, mantissas: Array, exponents: Array) -> Call:
+    """Return the call that rounds subnormal results toward zero; slow."""
     precision = np.array(batch.dtype.precision, np.int64)
-    batch.run(cpu.scale_truncating, mantissas, exponents, precision, batch.dtype.like)
+    like = batch.dtype.like
+    return batch.call(cpu.scale_truncating, mantissas.copy(), exponents, precision, like)
 
 
-def clamp(batch: Batch, low: float, high: float, count: int) -> Array:
-    """Write each element held between two bounds; tell which tensors had one beyond them."""
+def clamping(batch: Batch, beyond: Array, low: float, high: float) -> Call:
+    """Return the call that holds elements between two bounds; `beyond` tells of each chunk."""
     as_computed = batch.dtype.compute.type
-    beyond = np.zeros(len(batch.chunks), np.bool_)
-    batch.run(cpu.clamp, as_computed(low), as_computed(high), batch.dtype.like, beyond)
-    found = np.zeros(count, np.bool_)
-    np.logical_or.at(found, batch.chunks[:, cpu.OWNER], beyond)
-    return found
+    return batch.call(cpu.clamp, as_computed(low), as_computed(high), batch.dtype.like, beyond)

@@ -12,6 +12,7 @@ from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
 from numclip.host.batches import Batch
 from numclip.host.strided import Copied
+from numclip.kernels import cpu, threads
 from numclip.kernels import pools as kernels
 from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.law import Law, Laws, Pool
@@ -44,7 +45,8 @@ class Plan:
     def __init__(
         self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None
     ) -> None:
-        self.spans, self.pools = list(spans), list(pools)
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
         self.pool_of = np.repeat(np.arange(len(pools)), [pool.last - pool.first for pool in pools])
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
@@ -170,50 +172,64 @@ class Plan:
         decisions = outcome[1]
         if self._in_place and decisions[-1, MODE] == LEAVE:
             return
-        self._scale(decisions, self._written)
         modes = decisions[self.pool_of, MODE]
-        for t, copied in self._copied.items():
-            if modes[t] != LEAVE or not copied.in_place:
-                copied.write_back()
+        written = [t for t, own in self._copied.items() if modes[t] != LEAVE or not own.in_place]
+        self._write(self._scaling(decisions, self._written), written)
 
     def write_exceptional(self, outcome: Outcome, _stream: Any = None) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
         decisions = outcome[1]
         if decisions[-1, RARE] != 0.0:
             chosen = decisions[self.pool_of, MODE] > MULTIPLY
-            self._scale(decisions, [batch.of(chosen) for batch in self._written])
+            written = [batch.of(chosen) for batch in self._written]
+            self._write(self._scaling(decisions, written), ())
 
-    def _scale(self, decisions: Array, written: Sequence[Batch]) -> None:
+    def _scaling(self, decisions: Array, written: Sequence[Batch]) -> list[threads.Call]:
+        """Return the calls that multiply by the factors, after cleaning what is to be cleaned."""
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
-            for batch in written:
-                batches.scale(batch, own[:, FINE if batch.dtype.digits == 53 else FACTOR])
-            return
+            fine = [FINE if batch.dtype.digits == 53 else FACTOR for batch in written]
+            pairs = zip(written, fine, strict=True)
+            return [batches.scaling(batch, own[:, column]) for batch, column in pairs]
         cleaned = own[:, MODE] == CLEAN
-        for t in np.flatnonzero(cleaned).tolist():
-            self._clean(self._own[t])
+        calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
         powers = own[:, POWER].astype(np.int64)
-        for batch in written:
-            in_place = batch.in_place(cleaned)
-            batches.scale_truncating(in_place, own[:, MANTISSA].copy(), powers)
+        return calls + [
+            batches.truncating(batch.in_place(cleaned), own[:, MANTISSA], powers)
+            for batch in written
+        ]
 
-    def _clean(self, span: Span) -> None:
-        """Write 0 for what is not finite where a tensor is read, in the memory it goes to."""
-        values = orders.values_of(span)
-        target = orders.values_of(span._replace(source=span.target))
-        target[...] = np.where(np.isfinite(values), values, values.dtype.type(0))
+    def _cleaning(self, span: Span) -> threads.Call:
+        """Return the call that copies a tensor to where it goes, with 0 for what is not finite."""
+        (batch,) = batches.batches({0: span})
+        return batch.call(cpu.clean, span.dtype.components, span.dtype.like)
+
+    def _write(self, calls: Sequence[threads.Call], copied: Sequence[int]) -> None:
+        """Make calls and write copies back: all of it, whatever exception comes from outside."""
+        if not copied:
+            threads.run_all(calls)
+            return
+        make = threads.ready(calls)
+
+        def write() -> None:
+            make()
+            for t in copied:
+                self._copied[t].write_back()
+
+        threads.whole(write)
 
     def clamp(
         self, outcome: Outcome, low: float, high: float, _stream: Any, members: range
     ) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
-        decisions, count = outcome[1], len(self.spans)
-        chosen = np.zeros(count, np.bool_)
+        decisions = outcome[1]
+        chosen = np.zeros(len(self.spans), np.bool_)
         chosen[members.start : members.stop] = True
         chosen &= decisions[self.pool_of, SKIPPED] == 0.0
-        for batch in self._written:
-            beyond = batches.clamp(batch.of(chosen), low, high, count)
-            decisions[self.pool_of[beyond], CLAMPED] = 1.0
-        for t, copied in self._copied.items():
-            if chosen[t]:
-                copied.write_back()
+        own = [batch.of(chosen) for batch in self._written]
+        flags = [np.zeros(len(batch.chunks), np.bool_) for batch in own]
+        calls = [batches.clamping(*each, low, high) for each in zip(own, flags, strict=True)]
+        self._write(calls, [t for t in self._copied if chosen[t]])
+        for batch, beyond in zip(own, flags, strict=True):
+            tensors = batch.chunks[beyond, cpu.OWNER]
+            decisions[self.pool_of[tensors], CLAMPED] = 1.0

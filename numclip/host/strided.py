@@ -36,9 +36,7 @@ class Copied:
         self._back |= bool(written.address % array.dtype.storage.itemsize)
         if not self._back:
             target = written.address
-        self.span = Span(
-            array.dtype, source, target, math.prod(array.shape) * array.dtype.components
-        )
+        self.span = Span(array.dtype, source, target, array.size)
 
     @property
     def in_place(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numclip.host import batches, orders
 from numclip.host.strided import elements
 from numclip.kernels import backend, threads, unit_loops
 from numclip.kernels.formulas import is_safe
+from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK
 from numclip.law import Family, unit_laws
 from numclip.memory import Span, Strided, strides_of
@@ -167,38 +169,37 @@ def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], 
         out[0] += np.where(np.isfinite(out[0]), errors, 0.0)
 
 
-def _scale(cut: Cut, decided: Array) -> None:
-    """Write each unit times its factor."""
+def _scaling(cut: Cut, decided: Array) -> tuple[Call, Callable[[], None] | None]:
+    """Return the call that multiplies each unit by its factor, and what brings copies back."""
     truncates = bool((decided[:, MODE] > MULTIPLY).any())
     columns, target = cut.columns(), cut.target()
     if columns is not None and not truncates:
         factors = decided[:, FACTOR].astype(cut.array.dtype.compute)
         factors = np.repeat(factors, cut.array.dtype.components).reshape(columns.shape[0], -1)
         out = np.empty_like(columns) if target is None else target.reshape(columns.shape)
-        backend.scale_columns(columns, factors, out)
-        if target is None:
-            cut.write(out)
-        return
+        call = backend.scaling_columns(columns, factors, out)
+        return call, None if target is not None else functools.partial(cut.write, out)
     rows = as_stored(cut.rows())
     direct = target is not None and cut.in_order
     out = target.reshape(rows.shape) if target is not None and direct else np.empty_like(rows)
-    _scale_rows(cut.array.dtype, rows, decided, out, truncates=truncates)
-    if not direct:
-        cut.result(out.view(cut.array.dtype.native))
+    call = _scaling_rows(cut.array.dtype, rows, decided, out, truncates=truncates)
+    values = out.view(cut.array.dtype.native)
+    return call, None if direct else functools.partial(cut.result, values)
 
 
-def _scale_rows(dtype: DType, rows: Array, decided: Array, out: Array, *, truncates: bool) -> None:
-    """Write contiguous rows times their factors."""
+def _scaling_rows(
+    dtype: DType, rows: Array, decided: Array, out: Array, *, truncates: bool
+) -> Call:
+    """Return the call that multiplies contiguous rows by their factors."""
     factors = decided[:, FACTOR].astype(dtype.compute)
     if not truncates and rows.shape[1] < LONG_ROW:
-        threads.run(unit_loops.scale_rows, len(rows), rows.nbytes, rows, factors, out)
-        return
-    for batch in batches.batches(_spans(dtype, rows, out)):
-        if truncates:
-            mantissas, powers = decided[:, MANTISSA], decided[:, POWER]
-            batches.scale_truncating(batch, mantissas.copy(), powers.astype(np.int64))
-        else:
-            batches.scale(batch, factors)
+        return Call(unit_loops.scale_rows, len(rows), rows.nbytes, (rows, factors, out))
+    (batch,) = batches.batches(_spans(dtype, rows, out))
+    keep = rows, out
+    if not truncates:
+        return batches.scaling(batch, factors)._replace(keep=keep)
+    powers = decided[:, POWER].astype(np.int64)
+    return batches.truncating(batch, decided[:, MANTISSA], powers)._replace(keep=keep)
 
 
 class UnitPlan:
@@ -263,12 +264,21 @@ class UnitPlan:
 
     def scale(self, _stream: Any = None) -> None:
         """Write each unit times its factor, in one pass, or none."""
-        for f, family in enumerate(self.families):
-            decided = self.units[self._rows[f]]
+        made = []
+        for family, rows in zip(self.families, self._rows, strict=True):
+            decided = self.units[rows]
             active = bool((decided[:, MODE] != LEAVE).any())
-            for array in family.arrays:
-                if active or array.read != array.written:
-                    _scale(Cut(array), decided)
+            arrays = [a for a in family.arrays if a.size and (active or a.read != a.written)]
+            made += [_scaling(Cut(array), decided) for array in arrays]
+        make = threads.ready([call for call, _ in made])
+
+        def write() -> None:
+            make()
+            for _, back in made:
+                if back is not None:
+                    back()
+
+        threads.whole(write)
 
     def summaries(self, count: int, _stream: Any = None) -> list[Array]:
         """Return memory for what `summarize` tells, so often."""

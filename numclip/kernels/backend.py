@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,9 @@ class Batch(NamedTuple):
 def batch(dtype: DType, places: Array, spans: Array, arrays: Any) -> Batch:
     """Return a batch of contiguous tensors: `spans` has their (source, target, length)."""
     itemsize = dtype.storage.itemsize
-    chunks, elements = cpu.split(spans, itemsize, CHUNK)
+    count, elements = cpu.count_chunks(spans, CHUNK)
+    chunks = np.empty((count, 4), np.int64)
+    cpu.split(spans, itemsize, CHUNK, chunks)
     return Batch(dtype, places, chunks, elements * itemsize, arrays)
 
 
@@ -166,17 +168,36 @@ def divided_factors(
 
 def scale(batch: Batch, factors: Array) -> None:
     """Write each tensor times its factor, in one pass."""
+    threads.run_all([scaling(batch, factors)])
+
+
+def scaling(batch: Batch, factors: Array) -> threads.Call:
+    """Return the call that writes each tensor times its factor, in one pass."""
     arguments = batch.chunks, factors, batch.dtype.like
-    threads.run(cpu.scale, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays)
+    return threads.Call(cpu.scale, len(batch.chunks), batch.nbytes, arguments, batch.arrays)
 
 
-def scale_truncating(batch: Batch, mantissas: Array, powers: Array) -> None:
-    """Write each tensor times its factor, subnormal results rounded toward zero; slow."""
+def truncating(batch: Batch, mantissas: Array, powers: Array) -> threads.Call:
+    """Return the call that rounds subnormal results toward zero; slow."""
     precision = np.array(batch.dtype.precision, np.int64)
     arguments = batch.chunks, mantissas, powers, precision, batch.dtype.like
-    threads.run(
-        cpu.scale_truncating, len(batch.chunks), batch.nbytes, *arguments, keep=batch.arrays
-    )
+    count = len(batch.chunks)
+    return threads.Call(cpu.scale_truncating, count, batch.nbytes, arguments, batch.arrays)
+
+
+def make(calls: Sequence[threads.Call]) -> None:
+    """Make calls, all of them or none, whatever exception comes from outside."""
+    threads.run_all(calls)
+
+
+def ready(calls: Sequence[threads.Call]) -> Callable[[], None]:
+    """Return a function that makes calls, each once however often it is called."""
+    return threads.ready(calls)
+
+
+def whole(write: Callable[[], None]) -> None:
+    """Call what may be repeated until it ended, then let an exception from outside through."""
+    threads.whole(write)
 
 
 def clamp(batch: Batch, low: float, high: float) -> None:
@@ -196,9 +217,10 @@ def column_squares(x: Array) -> Array:
     return out
 
 
-def scale_columns(x: Array, factors: Array, out: Array) -> None:
-    """Write `x` times factors of the shape (outer, inner), in their type's precision."""
-    threads.run(columns.scale_columns, x.shape[0] * x.shape[1], x.nbytes, x, factors, out)
+def scaling_columns(x: Array, factors: Array, out: Array) -> threads.Call:
+    """Return the call that writes `x` times factors of the shape (outer, inner)."""
+    count = x.shape[0] * x.shape[1]
+    return threads.Call(columns.scale_columns, count, x.nbytes, (x, factors, out))
 
 
 def sum_examples(x: Array, factors: Array, out: Array) -> None:

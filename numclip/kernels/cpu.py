@@ -37,17 +37,19 @@ def slot_of(key, slots):
 
 
 @kernel
-def split(spans, itemsize, limit):
-    """Return tensors, rows of (source, target, length), cut into chunks of `limit` elements.
-
-    The number of elements in all comes second.
-    """
+def count_chunks(spans, limit):
+    """Return how many chunks `split` makes of tensors, and the number of elements in all."""
     count = 0
     elements = 0
     for t in range(spans.shape[0]):
         count += -(-spans[t, LENGTH] // limit)
         elements += spans[t, LENGTH]
-    chunks = np.empty((count, 4), np.int64)
+    return count, elements
+
+
+@kernel
+def split(spans, itemsize, limit, chunks):
+    """Write tensors, rows of (source, target, length), cut into chunks of `limit` elements."""
     c = 0
     for t in range(spans.shape[0]):
         for start in range(0, spans[t, LENGTH], limit):
@@ -56,7 +58,6 @@ def split(spans, itemsize, limit):
             chunks[c, LENGTH] = min(limit, spans[t, LENGTH] - start)
             chunks[c, OWNER] = t
             c += 1
-    return chunks, elements
 
 
 @block_sum
@@ -298,6 +299,23 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
             value = np.float64(widen(x[i]))
             product = truncated_product(value, mantissa, power, digits, lowest)
             x[i] = narrow(product, x[i])
+
+
+@kernel
+def clean(begin, end, chunks, components, like):
+    """Copy each chunk to where it goes, with 0 for elements that are not finite.
+
+    An element of two components is finite if both are.
+    """
+    for c in range(begin, end):
+        x = written(chunks[c], like)
+        for i in range(0, x.size, components):
+            finite = True
+            for k in range(components):
+                finite &= math.isfinite(widen(x[i + k]))
+            for k in range(components):
+                if not finite:
+                    x[i + k] = 0
 
 
 @inline

@@ -13,6 +13,9 @@ import numpy as np
 from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
+from numba.core.compiler import Compiler
+
+from numclip.kernels.entries import KernelCompiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,12 +63,17 @@ class _Cache(FunctionCache):
 
 def kernel(function: Function) -> Function:
     """Compile `function` at its first call and keep the code on disk where that is possible."""
-    return _cached(function, _OPTIONS)
+    return _cached(function, {**_OPTIONS, "pipeline_class": KernelCompiler})
 
 
 def kernel_with_gil(function: Function) -> Function:
     """Compile a kernel that reads Python objects, which no other thread may change meanwhile."""
-    return _cached(function, {**_OPTIONS, "nogil": False})
+    return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": KernelCompiler})
+
+
+def without_entry(function: Function) -> Function:
+    """Compile a function that reads or sets the floating-point environment, see `entries`."""
+    return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": Compiler})
 
 
 def _cached(function: Function, options: dict[str, Any]) -> Function:

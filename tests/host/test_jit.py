@@ -1,6 +1,5 @@
 """Compilation: the cache survives what happens to files, kernels vectorise, imports point down."""
 
-import ast
 import os
 import re
 import subprocess
@@ -142,64 +141,3 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
     small = np.abs(values) < 2.0**-14
     rounded[small] = np.trunc(values[small] * 2.0**24) * 2.0**-24
     np.testing.assert_array_equal(bits.view(np.float16), rounded)
-
-
-LAYERS = [
-    {"kernels.tuning", "kernels.formulas", "kernels.jit", "kernels.missing"},
-    {"dtypes", "kernels.elements", "kernels.threads", "kernels.cuda.device", "kernels.cuda.tables"},
-    {"foreign", "layout", "state", "plotting", "report", "kernels.cpu", "kernels.updates"},
-    {"kernels.cuda.packets", "kernels.cuda.scalars", "placement"},
-    {
-        "kernels.joint",
-        "kernels.columns",
-        "kernels.grouping",
-        "kernels.cuda.blocks",
-        "cuda.values",
-        "cuda.dlpack",
-        "cuda.plans",
-        "cuda.tensors",
-    },
-    {
-        "cuda.protocols",
-        "kernels.cuda.norms",
-        "kernels.cuda.rows",
-        "kernels.cuda.verdict",
-        "kernels.cuda.scaling",
-    },
-    {"kernels.backend", "kernels.arrays", "kernels.cuda.updates", "kernels.cuda.chunks"},
-    {"kernels.cuda.tiles", "kernels.cuda.units"},
-    {"kernels.cuda.tile_scaling"},
-    {"kernels.cuda.tiling"},
-    {"slices", "plain", "kernels.cuda.grouping"},
-    {"inputs", "kernels.cuda.plan"},
-    {"nonfinite", "outputs", "measuring", "rules", "history"},
-    {"cuda.entries", "kernels.cuda.update_plan", "kernels.cuda.unit_plan"},
-    {"clipping", "group", "running_rules", "cuda.streams"},
-    {"cuda.copies"},
-    {"cuda.arrays"},
-    {"cuda.outputs"},
-    {"cuda.slices"},
-    {"units", "step", "cuda.clipping", "cuda.group"},
-    {"functional", "general_step", "joint_step", "cuda.report", "cuda.sparse_group", "cuda.units"},
-    {"updating", "cuda.clipper"},
-    {"groups", "cuda.clippers", "cuda.updating"},
-    {"optim"},
-    {"diagnostics", "cuda.groups"},
-]
-
-
-def test_imports_point_down():
-    level = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-    seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if module.endswith("__init__") or module.startswith("examples"):
-            continue
-        seen.add(module)
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numclip"):
-                origin = node.module.removeprefix("numclip").removeprefix(".")
-                names = [f"{origin}.{alias.name}".strip(".") for alias in node.names]
-                for target in [origin, *names]:
-                    assert level.get(target, -1) < level[module], f"{module} imports {target}"
-    assert seen == set(level)

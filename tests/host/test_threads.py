@@ -1,7 +1,6 @@
-"""Our own threads: shares, errors, forks, concurrent callers, the environment."""
+"""Our own threads: shares, errors, forks, concurrent callers, shutdown, refused threads."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +12,11 @@ import pytest
 
 import numclip as nc
 from numclip.kernels import threads
+from numclip.kernels.jit import INTERPRETED, kernel
 
 LARGE = threads.PARALLEL_BYTES
+alone_when_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels run alone")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -23,46 +25,92 @@ def restore():
     nc.set_num_threads(None)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 17])
+@kernel
+def count_visits(begin, end, visits):
+    """Count how often each item is computed."""
+    for k in range(begin, end):
+        visits[k] += 1
+
+
+@kernel
+def visit_slowly(begin, end, visits, rounds):
+    """Count visits, after a long computation for each."""
+    for k in range(begin, end):
+        x = 1.0
+        for _ in range(rounds):
+            x = np.sqrt(x + 1.0)
+        visits[k] += 1.0 if x > 0.0 else 0.0
+
+
+@kernel
+def ask_for_memory(begin, end, sizes):
+    """Fail where there is not as much memory as the items ask for."""
+    for k in range(begin, end):
+        sizes[k] = np.empty(sizes[k], np.int64).size
+
+
+def program(code, *arguments, **options):
+    """Run a program of its own."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, timeout=240, check=False, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 17, 1000])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
-def test_shares_make_up_the_whole(limit, count):
+def test_every_item_is_computed_once(limit, count):
     nc.set_num_threads(limit)
-    shares, names = [], set()
-
-    def kernel(begin, end, tag):
-        assert tag == "argument"
-        shares.append((begin, end))
-        names.add(threading.current_thread().name)
-
-    threads.run(kernel, count, LARGE, "argument")
-    assert [k for share in sorted(shares) for k in range(*share)] == list(range(count))
-    assert len(shares) == max(1, min(limit, count))
-    assert threading.current_thread().name in names
+    visits = np.zeros(count)
+    for round_ in range(1, 21):
+        threads.run(count_visits, count, LARGE, visits)
+        assert (visits == round_).all()
 
 
-def test_small_work_stays_with_the_caller():
-    nc.set_num_threads(4)
-    shares = []
-    threads.run(lambda begin, end: shares.append((begin, end)), 9, LARGE - 1)
-    assert shares == [(0, 9)]
-
-
-@pytest.mark.parametrize("failing", [0, 5])
-def test_an_error_reaches_the_caller_after_all_shares_are_done(failing):
+@alone_when_interpreted
+def test_several_calls_are_made_once_each():
     nc.set_num_threads(2)
-    done = []
+    visits = [np.zeros(k + 3) for k in range(5)]
+    calls = [
+        threads.Call(count_visits, part.size, LARGE if k % 2 else 10, (part,))
+        for k, part in enumerate(visits)
+    ]
+    make = threads.ready(calls)
+    assert not np.concatenate(visits).any()
+    for _ in range(3):
+        make()
+    assert (np.concatenate(visits) == 1.0).all()
 
-    def kernel(begin, _end):
-        if begin == failing:
-            raise ValueError("share failed")
-        time.sleep(0.02)
-        done.append(begin)
 
-    with pytest.raises(ValueError, match="share failed"):
-        threads.run(kernel, 10, LARGE)
-    assert done == [5 - failing]
-    assert threads._free.acquire(blocking=False)
-    threads._free.release()
+@alone_when_interpreted
+def test_two_threads_share_the_work():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores < 2:
+        pytest.skip("there is one core")
+    visits = np.zeros(64)
+    ratios = []
+    for _ in range(15):
+        seconds = []
+        for limit in (1, 2):
+            nc.set_num_threads(limit)
+            start = time.perf_counter()
+            threads.run(visit_slowly, 64, LARGE, visits, 30_000)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    assert min(ratios) < 0.75, ratios
+
+
+@alone_when_interpreted
+@pytest.mark.parametrize("limit", [1, 2])
+def test_memory_that_runs_out_reaches_the_caller_and_the_team_stays(limit):
+    nc.set_num_threads(limit)
+    sizes = np.full(40, 5, np.int64)
+    sizes[33] = 1 << 58
+    with pytest.raises(MemoryError):
+        threads.run(ask_for_memory, 40, LARGE, sizes)
+    visits = np.zeros(50)
+    threads.run(count_visits, 50, LARGE, visits)
+    assert (visits == 1.0).all()
 
 
 def test_concurrent_callers_get_their_own_results():
@@ -84,54 +132,153 @@ def test_concurrent_callers_get_their_own_results():
     assert found == [[norm] * 5 for norm in wanted]
 
 
+@alone_when_interpreted
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_forked_child_makes_threads_of_its_own(busy):
     code = """
-import os, sys, threading, warnings
+import ctypes, os, sys, warnings
 import numpy as np, numclip as nc
-from numclip.kernels import threads
+from numclip.kernels import team, threads
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 nc.set_num_threads(2)
 g = [np.ones(threads.PARALLEL_BYTES // 8)]
 norm = nc.global_norm(g)
-assert threading.active_count() == 2
+assert threads._team.started == 1
 if sys.argv[1] == "True":
-    threads._free.acquire()
+    ctypes.c_int64.from_address(threads._team.words + team.BUSY * team.WORD).value = 1
 child = os.fork()
 if child == 0:
-    ok = threading.active_count() == 1 and nc.global_norm(g) == norm
-    os._exit(0 if ok and threading.active_count() == 2 else 1)
+    ok = threads._team is None and nc.global_norm(g) == norm
+    os._exit(0 if ok and threads._team.started == 1 else 1)
+assert nc.global_norm(g) == norm
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    command = [sys.executable, "-c", code, str(busy)]
-    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+    result = program(code, str(busy))
+    assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
-def test_an_interrupt_waits_for_the_shares(error):
-    nc.set_num_threads(2)
-    done = []
+@alone_when_interpreted
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_children_of_a_process_whose_threads_work_get_their_results():
+    code = """
+import os, sys, threading, warnings
+import numpy as np, numclip as nc
+warnings.simplefilter("ignore", DeprecationWarning)
+nc.set_num_threads(2)
+x = [np.full(1_500_000, 0.5, np.float32)]
+norm, going = nc.global_norm(x), True
+def work():
+    while going:
+        nc.global_norm(x)
+callers = [threading.Thread(target=work) for _ in range(2)]
+for caller in callers:
+    caller.start()
+bad = 0
+for k in range(20):
+    child = os.fork()
+    if child == 0:
+        inner = os.fork() if k % 2 else 0
+        ok = nc.global_norm(x) == norm
+        if inner:
+            ok = ok and os.waitpid(inner, 0)[1] == 0
+        os._exit(0 if ok else 1)
+    bad += os.waitpid(child, 0)[1] != 0
+going = False
+for caller in callers:
+    caller.join()
+sys.exit(bad)
+"""
+    result = program(code)
+    assert result.returncode == 0, result.stderr
 
-    def kernel(begin, _end):
-        if begin:
-            time.sleep(0.3)
-            done.append(begin)
 
-    def interrupt(*_):
-        raise error
+@alone_when_interpreted
+@pytest.mark.parametrize("warm", [False, True])
+def test_calls_work_while_the_interpreter_ends(warm):
+    code = """
+import atexit, sys
+import numpy as np, numclip as nc
+nc.set_num_threads(2)
+grads = [np.ones(1_500_000, np.float32)]
+nc.clip_by_global_norm(grads, 1e9, out=grads)
+nc.clip_by_global_norm([np.ones(1_500_000, np.float32)], 0.5)
+if sys.argv[1] == "False":
+    from numclip.kernels import threads
+    threads._team = None  # the end of the process has to start its threads
+def last(bound):
+    norm = nc.clip_by_global_norm(grads, bound, out=grads)[1]
+    print(norm <= 2 * bound, flush=True)
+atexit.register(last, 700.0)
+class Late:
+    def __del__(self):
+        last(400.0)
+kept = Late()
+"""
+    result = program(code, str(warm))
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["True", "True"], "")
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    try:
-        with pytest.raises(error):
-            threads.run(kernel, 2, LARGE)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert done == [1]
-    threads.run(lambda _, end: done.append(end), 2, LARGE)
-    assert sorted(done[1:]) == [1, 2]
+
+@alone_when_interpreted
+@on_linux
+def test_where_no_thread_can_be_started_the_caller_works_alone():
+    code = """
+import os, threading
+import numpy as np, numclip as nc
+nc.set_num_threads(2)
+x = [np.ones(2_000_000, np.float32)]
+before = len(os.listdir("/proc/self/task"))
+threading.stack_size(1 << 46)  # more than there are addresses
+for _ in range(3):
+    assert nc.global_norm(x) == 2_000_000**0.5
+assert len(os.listdir("/proc/self/task")) == before
+threading.stack_size(0)
+from numclip.kernels import threads
+assert threads._team.started == 0
+threads._team.retry = 0.0
+assert nc.global_norm(x) == 2_000_000**0.5
+assert threads._team.started == 1
+"""
+    result = program(code)
+    assert result.returncode == 0, result.stderr
+
+
+@alone_when_interpreted
+@on_linux
+def test_threads_that_did_start_end_where_others_are_refused():
+    code = """
+import _thread, os, time
+import numpy as np, numclip as nc
+from numclip.kernels import threads
+nc.set_num_threads(9)
+x = [np.ones(9_000_000, np.float32)]
+norm = nc.global_norm(x)
+assert threads._team.started == 8
+alive = lambda: len(os.listdir("/proc/self/task"))
+def settled(wanted):
+    deadline = time.monotonic() + 30
+    while alive() != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return alive() == wanted
+before = alive() - 8
+start, starts = _thread.start_new_thread, []
+def refuse(*arguments):
+    starts.append(arguments)
+    if len(starts) > 5:
+        raise RuntimeError("can't start new thread")
+    return start(*arguments)
+_thread.start_new_thread = refuse
+nc.set_num_threads(19)
+assert nc.global_norm(x) == norm and len(starts) == 6
+assert settled(before), (alive(), before)
+assert nc.global_norm(x) == norm and len(starts) == 6  # it is not tried again at once
+_thread.start_new_thread = start
+threads._team.retry = 0.0
+assert nc.global_norm(x) == norm
+assert settled(before + 18), (alive(), before)
+"""
+    result = program(code)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -147,54 +294,12 @@ def test_environment_sets_the_default(monkeypatch, wish, wanted):
         assert nc.get_num_threads() == wanted
 
 
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", None), ("250000 100000", 2), ("5 10", 1)]
-)
-def test_control_group_bounds_the_default(monkeypatch, tmp_path, text, cores):
-    file = tmp_path / "cpu.max"
-    file.write_text(text)
-    monkeypatch.setattr(threads, "CGROUP_QUOTA", str(file))
-    assert threads._cgroup_cores() == cores
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "TimeoutError"])
-def test_interrupts_at_any_time_lose_no_thread(error):
-    code = f"""
-import random, signal
-import numpy as np, numclip as nc
-nc.set_num_threads(2)
-x = np.ones(1 << 18)
-norm = nc.global_norm([x])
-def interrupt(*_):
-    raise {error}
-signal.signal(signal.SIGALRM, interrupt)
-random.seed(3)
-for _ in range(1000):
-    try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-5, 5e-4))
-        while True:
-            assert nc.global_norm([x]) == norm
-    except ({error}, SystemError):  # numba, if it is interrupted as it returns an array
-        pass
-signal.signal(signal.SIGALRM, signal.SIG_IGN)
-assert nc.global_norm([x]) == norm
-"""
-    # What CPython says on stderr of a thread interrupted as it is started does not matter.
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 def test_threads_let_go_of_the_arrays():
     nc.set_num_threads(2)
     array = np.ones(threads.PARALLEL_BYTES)
     nc.global_norm([array])
     gone = weakref.ref(array)
     del array
-    deadline = time.monotonic() + 5
-    while gone() is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
     assert gone() is None
 
 
