@@ -259,7 +259,6 @@ class ParamGroups(state.Saved):
             group.zero(self._stream)
 
     @isolated
-    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 

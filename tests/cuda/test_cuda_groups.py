@@ -459,7 +459,7 @@ def test_no_step_is_lost(monkeypatch, rule):
     reports = []
     for step in range(11):
         for groups in (cpu, gpu):
-            groups.set_grads({"x": np.full(3, step)})
+            groups.set_grads({"x": np.full(3, float(step))})
             if step % 4 == 1:
                 groups.clip(apply=False)
             reports.append(groups.clip())
