@@ -300,7 +300,7 @@ class ParamGroups(state.Saved):
                 self._history.take(told)
         if counts:
             self.step += 1
-        return ClipReport.of(turn)
+        return ClipReport.of((turn, None))
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""

@@ -208,14 +208,17 @@ class ClipReport(Outcome):
     tensors: Mapping[str, TensorReport]
 
     def _asked(self, name: str) -> Any:
-        source = self._source
+        turn, outcome = self._source
         if name == "step":
-            return source.step
+            return turn.step
+        if outcome is None:  # not kept with the turn, which lives longer
+            outcome = turn.outcome()
+            object.__setattr__(self, "_source", (turn, outcome))
         if name == "groups":
-            return {own.name: GroupReport.of(own) for own in source.outcome.groups}
+            return {own.name: GroupReport.of(own) for own in outcome.groups}
         if name == "tensors":
-            return TensorReports(source.outcome.groups)
-        return _number(source.outcome, name)
+            return TensorReports(outcome.groups)
+        return _number(outcome, name)
 
     @property
     def state(self) -> str:
