@@ -10,6 +10,10 @@ from typing import Any, NamedTuple, Self
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
+FIELDS = frozenset(
+    ["norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"]
+    + ["step", "groups", "tensors"]
+)
 
 
 def cell(value: float | None) -> str:
@@ -92,7 +96,7 @@ class ToCome(ABC):
 
     def __getattr__(self, name: str) -> Any:
         """Return a field that has not been read before."""
-        if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        if name not in FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = self._asked(name)
         object.__setattr__(self, name, value)
