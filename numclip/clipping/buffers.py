@@ -152,19 +152,20 @@ class GroupState:
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""
-        if own.engine is not self._engine or own.facts.lies_as(self._facts[name]):
-            return own.facts.array
         begin, end = own.facts.extent
-        if not any(begin < last and first < end for first, last in self._extents):
-            return own.facts.array
-        return copied(own, stream)
+        for first, last in self._extents:
+            if begin < last and first < end and own.engine is self._engine:
+                alike = own.facts.lies_as(self._facts[name])
+                return own.facts.array if alike else copied(own, stream)
+        return own.facts.array
 
 
 def _given(label: str, name: str, grad: Any, engine: Engine) -> Gradient:
     """Return the description of a gradient, which is where the engine works or on the host."""
-    values = grad.values if isinstance(grad, IndexedSlices) else grad
-    there = engines.of(values) is engine and engine.name != "cpu"
-    return describe(label, name, grad, engine if there else engines.named("cpu"))
+    if engine.name != "cpu":
+        values = grad.values if isinstance(grad, IndexedSlices) else grad
+        engine = engines.of(values)
+    return describe(label, name, grad, engine)
 
 
 def copied(own: Gradient, stream: Any) -> Any:

@@ -127,6 +127,8 @@ class GroupOutcome:
     @kept
     def nonfinite(self) -> Any:
         """Whether a gradient held NaN or Inf."""
+        if self._own:
+            return self._decision[tables.BROKEN] != 0.0
         return self.sums[..., tables.BAD].any(axis=-1)
 
     @kept

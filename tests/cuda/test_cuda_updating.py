@@ -95,8 +95,8 @@ def test_tensors_of_pytorch_are_not_described_again(monkeypatch, torch):  # noqa
     one, two = nc.Adam(None, 0.1), nc.Adam(None, 0.1)
     one.apply_gradients([(grad, here)])
     two.apply_gradients([(sent, variable)])
-    monkeypatch.setattr(updating, "describe", None)
     one.apply_gradients([(grad, here)])
+    monkeypatch.setattr(updating, "describe", None)
     two.apply_gradients([(sent, variable)])
     monkeypatch.undo()
     assert_close([variable.sent], [here])
@@ -182,9 +182,17 @@ def test_pairs_that_are_not_taken():
         ((there, ones), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
         ((send(np.ones(4)), there), ValueError, r"a gradient of shape \(2, 2\) and dtype float64"),
         ((send(np.ones((2, 2), "f")), there), ValueError, r"float64, got \(2, 2\) and float32"),
-        ((there, fixed), ValueError, r"a writeable array to update, got a read-only one"),
-        ((ordered, there), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
-        ((there, ordered), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
+        ((there, fixed), ValueError, r"a writeable array, got a read-only one"),
+        (
+            (ordered, there),
+            ValueError,
+            r"expected C order for device='cuda', .*pass contiguous ones",
+        ),
+        (
+            (there, ordered),
+            ValueError,
+            r"expected C order for device='cuda', .*pass contiguous ones",
+        ),
         ((first[0], overlapping), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
         ((there, sent), TypeError, r"an array to update, got IndexedSlices"),
