@@ -70,16 +70,16 @@ def new_like(gradient: Gradient) -> Gradient:
     It is in memory as the gradient is; one that does not fill its memory gives one in C order.
     """
     made = gradient.engine.new_like(gradient.facts)
-    return _made(gradient, made if gradient.slices is None else gradient.slices.with_values(made))
+    facts = gradient.engine.facts("out", made)
+    if gradient.slices is None:
+        return gradient._replace(name="out", facts=facts, source=made)
+    slices = gradient.slices.with_values(made)
+    return gradient._replace(name="out", facts=facts, source=slices, slices=slices)
 
 
 def new_of_shape(gradient: Gradient, shape: tuple[int, ...]) -> Gradient:
     """Return a new array in C order of the dtype and the library of a gradient."""
     made = gradient.engine.new_of_shape(gradient.facts, shape)
-    return _made(gradient, made)
-
-
-def _made(gradient: Gradient, made: Any) -> Gradient:
     return describe("out", gradient.key, made, gradient.engine)
 
 
