@@ -22,6 +22,7 @@ from numclip.tables import (
     DIVISOR,
     EPS,
     FACTOR,
+    FINE,
     GIVEN,
     LEAVE,
     MANTISSA,
@@ -151,6 +152,11 @@ def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
     out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
     limits = law[BOUND], law[AIM], law[COARSE], roundoff
     write_factor(law, limits, norm, norm, leaves, digits, out)
+    out[FINE] = out[FACTOR]
+    if law[UNSCALE] != 1.0 and digits < 53 and not leaves:
+        mantissa, power = math.frexp(out[SCALE])
+        mantissa, power = factor_over(mantissa, power, law[UNSCALE], 53)
+        out[FINE] = scale_by_power(mantissa, power)
     if bad and policy == ZERO:
         out[MODE] = CLEAN
 

@@ -18,6 +18,7 @@ from numclip.engine import named
 from numclip.group import Group
 from numclip.history import History
 from numclip.isolation import isolated
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
 
@@ -121,6 +122,7 @@ class ParamGroups(state.Saved):
                 )
                 for number, member in enumerate(members)
             }
+        self._states = tuple(self._groups.values())
         self._owners = {name: member.name for member in members for name in member.params}
         self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
@@ -173,7 +175,7 @@ class ParamGroups(state.Saved):
         steps = self._steps
         if steps is None:
             with self._engine.on_stream(None) as own:
-                steps = self._steps = Steps(list(self), self._engine, own)
+                steps = self._steps = Steps(self._states, self._engine, own)
         steps.stream = self._stream
         return steps
 
@@ -188,7 +190,7 @@ class ParamGroups(state.Saved):
         return self._groups[name]
 
     def __iter__(self) -> Iterator[GroupState]:
-        return iter(self._groups.values())
+        return iter(self._states)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -207,6 +209,7 @@ class ParamGroups(state.Saved):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
         raise TypeError("ParamGroups cannot be copied; make new groups and load_state_dict")
 
+    @isolated
     def set_grads(self, grads: Mapping[str, Any]) -> None:
         """Copy gradients in.
 
@@ -226,6 +229,7 @@ class ParamGroups(state.Saved):
         for group, name, grad in self._fitting(grads):
             group.put(name, grad, self._stream)
 
+    @isolated
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; sparse ones are appended.
 
@@ -254,6 +258,7 @@ class ParamGroups(state.Saved):
         for group in self:
             group.zero(self._stream)
 
+    @isolated
     @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
@@ -300,7 +305,7 @@ class ParamGroups(state.Saved):
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
-        return GroupUpdater(self._made_steps(), list(self), method)
+        return GroupUpdater(self._made_steps(), self._states, method)
 
     def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""

@@ -48,23 +48,27 @@ class _Ring:
 
     def add(self, row: tuple[Any, ...]) -> None:
         """Append a row in place of the oldest, where the ring is full."""
-        position, rows = self.total % self.capacity, self.rows
-        if position >= rows.size:  # beyond it after a race of threads
-            grown = np.zeros(min(self.capacity, 2 * position), ROW)
-            grown[: rows.size] = rows
-            self.rows = rows = grown
-        rows[position] = row
+        position = self.total % self.capacity
+        if position >= self.rows.size:  # beyond it after a race of threads
+            self._grow(position + 1)
+        self.rows[position] = row
         self.total += 1
 
     def extend(self, added: Array) -> None:
         """Append many rows likewise."""
         added = added[-self.capacity :]
-        if self.total + added.size <= self.rows.size:
-            self.rows[self.total : self.total + added.size] = added
-            self.total += added.size
-            return
-        for row in added:
-            self.add(row)
+        last = self.total + added.size
+        if last > self.rows.size and self.rows.size < self.capacity:
+            self._grow(last)
+        places = np.arange(self.total, last) % self.capacity
+        self.rows[places] = added
+        self.total = last
+
+    def _grow(self, size: int) -> None:
+        """Have memory for so many rows, or for as many as there can be."""
+        grown = np.zeros(min(self.capacity, max(2 * self.rows.size, size)), ROW)
+        grown[: self.rows.size] = self.rows
+        self.rows = grown
 
     def ordered(self) -> Array:
         """Return a copy of the rows, oldest first."""

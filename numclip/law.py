@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ class Laws:
         )
         self._sizes = [sum(span.size for span in own) for own in self._members]
         self._ones: dict[float, Array] = {}
+        self._rest: tuple[Any, ...] | None = None
 
     def pool_table(self, pools: Sequence[Pool]) -> Array:
         """Return the table of pools."""
@@ -128,14 +130,23 @@ class Laws:
 
     def table(self, law: Law) -> Array:
         """Return the table that decisions obey, a row for each pool."""
+        rest = law[1:]
+        if self._rest is None or not all(map(operator.is_, rest, self._rest)):
+            self._rest, self._base = rest, self._unbounded(law)
+        table = self._base.copy()
+        table[:, tables.BOUND] = law.bound
+        table[:, tables.AIM] = np.maximum(law.bound - law.loss / law.divisor, 0.0)
+        return table
+
+    def _unbounded(self, law: Law) -> Array:
+        """Return the table without the bounds, which is kept while only these change."""
         table = np.zeros((len(self._members), tables.LAW_COLUMNS))
-        table[:, tables.BOUND], table[:, tables.DIVISOR] = law.bound, law.divisor
+        table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
         table[:, tables.ROUNDOFF], table[:, tables.TINY] = self._roundoffs, self._tiny
         table[:, tables.COARSE] = self._roots(law.ord) / law.divisor * self._coarse
         table[:, tables.UNSCALE] = law.unscale
         table[:, [tables.RATIO, tables.TERMS_RATIO]] = 1.0
-        table[:, tables.AIM] = np.maximum(law.bound - law.loss / law.divisor, 0.0)
         return table
 
     def _roots(self, ord: float) -> Array:

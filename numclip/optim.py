@@ -13,6 +13,7 @@ from numclip.border import arguments
 from numclip.clipping.updating import ArrayUpdater, GroupUpdater, Pair
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
+from numclip.isolation import isolated
 from numclip.report import ClipReport
 
 Rate = float | Callable[[int], float]
@@ -49,6 +50,7 @@ class Optimizer(state.Saved):
             return arguments.finite_bound(f"lr(step={number})", self.lr(number))
         return arguments.finite_bound("lr", self.lr)
 
+    @isolated
     def step(self, *, unscale: float = 1.0) -> ClipReport:
         """Clip every group by its rule and update its parameters.
 
@@ -82,6 +84,7 @@ class Optimizer(state.Saved):
             raise ValueError("groups: expected ParamGroups to step, got None; see apply_gradients")
         return self.groups, self._updater
 
+    @isolated
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Array]]) -> None:
         """Update arrays of the user's own, in place; nothing is clipped.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -78,10 +77,11 @@ class TensorReports(Mapping[str, TensorReport]):
         return dict, (self._made,)
 
 
-class ToCome:
+class ToCome(ABC):
     """What can be made before its fields are known: each is asked of a source when it is read."""
 
     __slots__ = ("_source",)
+    _source: Any
 
     @classmethod
     def of(cls, source: Any) -> Self:
@@ -94,18 +94,23 @@ class ToCome:
         """Return a field that has not been read before."""
         if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = self._asked(object.__getattribute__(self, "_source"), name)
+        value = self._asked(name)
         object.__setattr__(self, name, value)
         return value
 
-    def _asked(self, source: Any, name: str) -> Any:
-        """Return a field from what became of one step, an array of one number."""
-        value = getattr(source, name).item()
-        return None if name == "threshold" and math.isnan(value) else value
+    @abstractmethod
+    def _asked(self, name: str) -> Any:
+        """Return a field from the source."""
+
+
+def _number(source: Any, name: str) -> Any:
+    """Return what became of one step as a plain number; no threshold is NaN there."""
+    value = getattr(source, name).item()
+    return None if name == "threshold" and value != value else value
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(ToCome, ABC):
+class Outcome(ToCome):
     """What a group and the whole have in common."""
 
     norm: float
@@ -144,6 +149,9 @@ class GroupReport(Outcome):
     nonfinite : bool
         Whether a gradient held NaN or Inf.
     """
+
+    def _asked(self, name: str) -> Any:
+        return _number(self._source, name)
 
     @property
     def state(self) -> str:
@@ -199,14 +207,15 @@ class ClipReport(Outcome):
     groups: dict[str, GroupReport]
     tensors: Mapping[str, TensorReport]
 
-    def _asked(self, source: Any, name: str) -> Any:
+    def _asked(self, name: str) -> Any:
+        source = self._source
         if name == "step":
             return source.step
         if name == "groups":
             return {own.name: GroupReport.of(own) for own in source.outcome.groups}
         if name == "tensors":
             return TensorReports(source.outcome.groups)
-        return super(ClipReport, self)._asked(source.outcome, name)
+        return _number(source.outcome, name)
 
     @property
     def state(self) -> str:

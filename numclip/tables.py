@@ -23,7 +23,8 @@ LAW_COLUMNS = 14
 # Of the decision for each pool: the factor, what to do, and what is told. A last row counts.
 FACTOR, MANTISSA, POWER, MODE, NORM, CLIPPED, SCALE = range(7)
 SKIPPED, ROOT, ROOT_EXPONENT, BROKEN, CLAMPED, SPREAD = range(7, 13)
-DECISION_COLUMNS = 13
+FINE = 13  # the factor for those tensors of a pool that have 53 digits
+DECISION_COLUMNS = 14
 RARE = POWER  # of the last row
 # Of units: the first columns of decisions, and PEAK, RATIO and ORD as laws have them.
 UNIT_COLUMNS = 10

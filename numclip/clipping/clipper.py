@@ -140,7 +140,7 @@ class Clipper:
         self._write_law(unscale, stream)
 
     def _take_bounds(self, bounds: Array) -> None:
-        if not np.array_equal(bounds, self.bounds):
+        if (bounds != self.bounds).any():
             self.bounds = bounds
 
     def _take_rows(self, stream: Any) -> None:
@@ -207,8 +207,9 @@ class Clipper:
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002
         """Return what became of each tensor of a group in some steps."""
         norms = norms_of(found.sums, read.unscale)
-        scales = np.broadcast_to(found.decisions[:, :, tables.SCALE], norms.shape)
-        bounds = np.where(found.skipped[:, None], math.inf, found.bounds * found.divisors)
+        left = np.expand_dims(found.skipped, -1)
+        scales = np.broadcast_to(found.decisions[..., tables.SCALE], norms.shape)
+        bounds = np.where(left, math.inf, found.bounds * found.divisors)
         clipped = scaled_norms(found.sums, found.decisions, read.unscale)
         return Columns(norms, clipped, scales, np.broadcast_to(bounds, norms.shape))
 

@@ -31,13 +31,14 @@ class FollowingClipper(Clipper):
 
         Until then, norms are found whatever the bounds.
         """
+        self._unbounded = self.bounds
 
     def decide(self, place: int, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
-        bounds = np.full(len(self.bounds), math.inf)
+        bounds = self._unbounded.copy()
         for group, found in self._found(place, stream):
             rule, pools = self.rules[group.name], self.pools[group.name]
-            if not found.skipped[0]:
+            if not found.skipped:
                 own = rule.thresholds(*_norms(found), step, group.rule_state)
                 bounds[pools.start : pools.stop] = own
         self._take_bounds(bounds)
@@ -46,16 +47,16 @@ class FollowingClipper(Clipper):
 
     def _found(self, place: int, stream: Any) -> Iterable[tuple[Any, GroupOutcome]]:
         """Yield what is decided for each group, after waiting for it."""
-        own = [self.engine.read(table[place], stream)[None] for table in self.tables]
-        read = Read(own, self.bounds[None], np.array([self._unscale]))
+        own = [self.engine.read(table[place], stream) for table in self.tables]
+        read = Read(own, self.bounds, self._unscale)
         return ((group, GroupOutcome(self, group, read)) for group in self.groups)
 
     def observe(self, place: int, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
         for group, found in self._found(place, stream):
-            if not found.nonfinite[0]:
+            if not found.nonfinite:
                 norms, total = _norms(found)
-                clipped = norms * (found.scale if found.jointly else found.columns.scales[0])
+                clipped = norms * (found.scale if found.jointly else found.columns.scales)
                 rule, state = self.rules[group.name], group.rule_state
                 group.rule_state = rule.observe(norms, clipped, total, step, state)
 
@@ -79,9 +80,9 @@ class OrderClipper(Clipper):
         columns = super().columns(group, found, read)
         if found.jointly:
             return columns
-        left = found.skipped[:, None]
+        left = np.expand_dims(found.skipped, -1)
         norms, clipped = (
-            found.decisions[:, :, column] * found.divisors
+            found.decisions[..., column] * found.divisors
             for column in (tables.NORM, tables.CLIPPED)
         )
         return columns._replace(
@@ -137,12 +138,12 @@ class ValueClipper(Clipper):
         """Return the norms that were measured: there is no factor."""
         columns = super().columns(group, found, read)
         tensors = self.tensors[group.name]
-        sums = read.tables[2][:, tensors.start : tensors.stop]
-        later = norms_of(sums, np.ones(len(sums)))
+        sums = read.tables[2][..., tensors.start : tensors.stop, :]
+        later = norms_of(sums, 1.0)
         with np.errstate(invalid="ignore"):
             ratios = later / np.where(columns.norms == 0.0, 1.0, columns.norms)
-        clamped = found.decisions[:, :, tables.CLAMPED] != 0.0
-        left = found.skipped[:, None]
+        clamped = found.decisions[..., tables.CLAMPED] != 0.0
+        left = np.expand_dims(found.skipped, -1)
         return columns._replace(
             clipped=np.where(left, columns.norms, later),
             scales=np.where(clamped & ~left, ratios, 1.0),
@@ -223,13 +224,13 @@ class UnitClipper(Clipper):
         """Return the norms of what all units have become, and the smallest factors."""
         columns = super().columns(group, found, read)
         tensors = self.tensors[group.name]
-        rows = read.tables[2][:, tensors.start : tensors.stop]
+        rows = read.tables[2][..., tensors.start : tensors.stop, :]
         units = [self._units.families[t].units for t in tensors]
-        left = found.skipped[:, None]
-        least = np.where(np.array(units) == 0, 1.0, rows[:, :, tables.LEAST])
+        left = np.expand_dims(found.skipped, -1)
+        least = np.where(np.array(units) == 0, 1.0, rows[..., tables.LEAST])
         return Columns(
             columns.norms,
-            np.where(left, columns.norms, rows[:, :, tables.AFTER]),
+            np.where(left, columns.norms, rows[..., tables.AFTER]),
             np.where(left, 1.0, least),
             np.full_like(columns.norms, math.inf),
         )
@@ -256,12 +257,15 @@ def _floor(rule: Any) -> float:
 
 def _norms(found: GroupOutcome) -> tuple[Array, float]:
     """Return the norms a rule is told, and the group's: NaN as 0, Inf as the largest number."""
-    total = np.nan_to_num(found.norm, nan=0.0, posinf=LARGEST)
-    norms = total
-    if not found.jointly:
-        own = found.columns.norms[0] / found.divisors
-        norms = np.nan_to_num(own, nan=0.0, posinf=LARGEST)
-    return norms, float(total[0])
+    total = _finite(found.norm.item())
+    if found.jointly:
+        return np.array([total]), total
+    norms = found.columns.norms / found.divisors
+    return np.nan_to_num(norms, nan=0.0, posinf=LARGEST), total
+
+
+def _finite(norm: float) -> float:
+    return 0.0 if norm != norm else min(norm, LARGEST)
 
 
 def check(rule: Any) -> None:

@@ -19,8 +19,11 @@ from numclip.clipping.outcome import GroupOutcome, Outcome, Read
 from numclip.dtypes import Array
 from numclip.engine import Engine
 
-KEPT = 64
-"""How many steps a block has memory for."""
+KEPT = 256
+"""How many steps a block has memory for; fewer where there are many tensors."""
+
+MOST_ROWS = 1 << 16
+"""How many rows of sums a block has at most, of 40 bytes each."""
 
 
 class Block:
@@ -51,29 +54,50 @@ class Block:
         assert self._readers is not None
         return [[read() for read in own] for own in self._readers]
 
-    def _read(self, k: int, first: int, last: int) -> list[Array]:
-        """Return the rows of some steps of a clipper's tables."""
+    def _read(self, k: int, at: Any) -> list[Array]:
+        """Return some rows of a clipper's tables."""
         if self._readers is not None:
-            return [table[first:last] for table in self._handed[k]]
-        return [self._engine.read(table[first:last], self.stream) for table in self._tables[k]]
+            return [table[at] for table in self._handed[k]]
+        return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
 
-    def outcome(self, turns: Sequence[Turn], first: int) -> Outcome:
-        """Return what became of the groups in some turns, after waiting for it."""
-        last = first + len(turns)
+    def outcome_of(self, turn: Turn) -> Outcome:
+        """Return what became of the groups in one step, after waiting for it."""
+        reads = [
+            Read(self._read(k, turn.place), bounds, turn.unscale)
+            for k, bounds in enumerate(turn.bounds)
+        ]
+        return self._outcome(reads, turn.unscale)
+
+    def outcome(self, turns: Sequence[Turn]) -> Outcome:
+        """Return what became of the groups in steps that follow one another."""
+        at = slice(turns[0].place, turns[0].place + len(turns))
         unscale = np.array([turn.unscale for turn in turns])
-        found: dict[str, GroupOutcome] = {}
-        for k, clipper in enumerate(self.clippers):
-            bounds = np.stack([turn.bounds[k] for turn in turns])
-            read = Read(self._read(k, first, last), bounds, unscale)
-            for group in clipper.groups:
-                found[group.name] = GroupOutcome(clipper, group, read)
-        return Outcome([found[name] for name in self._names], unscale)
+        reads = [
+            Read(self._read(k, at), _stacked([turn.bounds[k] for turn in turns]), unscale)
+            for k in range(len(self.clippers))
+        ]
+        return self._outcome(reads, unscale)
+
+    def _outcome(self, reads: Sequence[Read], unscale: Any) -> Outcome:
+        found = [
+            GroupOutcome(clipper, group, read)
+            for clipper, read in zip(self.clippers, reads, strict=True)
+            for group in clipper.groups
+        ]
+        return Outcome([found[k] for k in self._order], unscale)
 
     @cached_property
-    def _names(self) -> list[str]:
-        """The names of the groups, in the order that the user gave them."""
-        groups = [group for clipper in self.clippers for group in clipper.groups]
-        return [group.name for group in sorted(groups, key=lambda group: group.number)]
+    def _order(self) -> list[int]:
+        """Where the groups are, in the order that the user gave them."""
+        numbers = [group.number for clipper in self.clippers for group in clipper.groups]
+        return np.argsort(numbers).tolist()  # type: ignore[no-any-return]
+
+
+def _stacked(bounds: Sequence[Array]) -> Array:
+    """Return bounds as rows; most often they are the same ones."""
+    if all(own is bounds[0] for own in bounds):
+        return np.broadcast_to(bounds[0], (len(bounds), bounds[0].size))
+    return np.stack(bounds)
 
 
 class Turn:
@@ -91,7 +115,7 @@ class Turn:
     def outcome(self) -> Outcome:
         """What became of the groups, after waiting for it."""
         if self._outcome is None:
-            self._outcome = self.block.outcome([self], self.place)
+            self._outcome = self.block.outcome_of(self)
         return self._outcome
 
 
@@ -117,7 +141,7 @@ class Steps:
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
         self.engine, self.stream = engine, stream
         tensors = sum(len(group.names) for group in groups)
-        self._kept = KEPT if engine.name != "cpu" else max(1, min(KEPT, 16384 // tensors))
+        self._kept = max(1, min(KEPT, MOST_ROWS // tensors))
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
@@ -192,9 +216,9 @@ class Steps:
 
 def _told(block: Block) -> Iterator[Told]:
     """Yield the steps of a block that the history does not have yet, if there are some."""
-    first, turns = block.told, block.turns[block.told :]
+    turns = block.turns[block.told :]
     block.told += len(turns)
     if any(turn.counts for turn in turns):
         steps = np.array([turn.step for turn in turns])
         counts = np.array([turn.counts for turn in turns])
-        yield Told(steps, block.outcome(turns, first), counts)
+        yield Told(steps, block.outcome(turns), counts)

@@ -23,6 +23,7 @@ from numclip.tables import (
     CLEAN,
     DECISION_COLUMNS,
     FACTOR,
+    FINE,
     LAW_COLUMNS,
     LEAVE,
     MANTISSA,
@@ -50,6 +51,7 @@ class Plan:
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
         self._shifts = np.zeros(len(pools), np.int64)
+        self._shifted = False
         self._groupings: dict[int, Groups] = {}
         self._order: float | None = None  # of what is to be measured
         self._lay_out()
@@ -124,13 +126,15 @@ class Plan:
 
     def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""
-        self._shifts[:] = 0
-        like = batch.dtype.like
-        tables = self._pools, self._law, self._shifts
-        safe = kernels.measure_and_decide(batch.chunks, like, *tables, sums, decisions)
+        if self._shifted:
+            self._shifts[:] = 0
+            self._shifted = False
+        safe = kernels.measure_and_decide(
+            batch.chunks, batch.dtype.like, self._pools, self._law, self._shifts, sums, decisions
+        )
         if self._zeroing and sums[:, BAD].any():
             return False
-        return bool(safe) or batch.dtype.digits < 53
+        return safe or batch.dtype.digits < 53  # type: ignore[no-any-return]
 
     def _measure(self, order: float) -> None:
         """Take the sums of all tensors; of some, with 0 for what is not finite."""
@@ -153,6 +157,7 @@ class Plan:
     def _take_sums(self, order: float, spans: Mapping[int, Span]) -> None:
         """Take the sums of tensors that are read where some spans say."""
         self._shifts[:] = 0
+        self._shifted = True
         summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
         if order != 2.0:
             tables = self._law, self._shifts, self._sums
@@ -185,7 +190,9 @@ class Plan:
         """Return the calls that multiply by the factors, after cleaning what is to be cleaned."""
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
-            return [batches.scaling(batch, own[:, FACTOR]) for batch in written]
+            fine = [FINE if batch.dtype.digits == 53 else FACTOR for batch in written]
+            pairs = zip(written, fine, strict=True)
+            return [batches.scaling(batch, own[:, column]) for batch, column in pairs]
         cleaned = own[:, MODE] == CLEAN
         calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
         powers = own[:, POWER].astype(np.int64)

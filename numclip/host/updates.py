@@ -11,10 +11,11 @@ from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
 from numclip.host import batches, rows
 from numclip.kernels import threads, updates
+from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
-from numclip.tables import DECISION_COLUMNS, FACTOR, MODE, MULTIPLY, SKIPPED
+from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED
 
 KERNELS = {
     "descend": (updates.advance, updates.descend),
@@ -78,6 +79,7 @@ class Numbers:
     def __init__(self, pools: int, compute: np.dtype[Any]) -> None:
         self.factors = np.zeros(pools, compute)
         self.settings = np.zeros((pools, SETTINGS_COLUMNS), compute)
+        self.column = FINE if compute == np.float64 else FACTOR
 
 
 class Updates:
@@ -116,16 +118,15 @@ class Updates:
         """Count a step for each pool that is not skipped, and find its factor and settings."""
         for own in self._numbers.values():
             tables = self._counts, counted, self._given, own.factors, own.settings
-            self._advance(decisions, *tables)
+            self._advance(decisions, own.column, *tables)
             counted = True
 
-    def _take(self, dtype: DType, chunks: Array, keep: Any = None) -> None:
+    def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
+        """Return the call that updates what some chunks say."""
         own = self._numbers[dtype.compute]
         nbytes = len(chunks) * CHUNK * self._passes * dtype.storage.itemsize
-        if len(chunks) == 1:
-            nbytes = 0  # which no threads can share
         arguments = chunks, own.factors, own.settings, dtype.like
-        threads.run(self._kernel, len(chunks), nbytes, *arguments, keep=keep)
+        return Call(self._kernel, len(chunks), nbytes, arguments, keep)
 
 
 class GroupUpdates(Updates):
@@ -163,30 +164,32 @@ class GroupUpdates(Updates):
         """Take a step."""
         decisions = outcome[1]
         self._prepare(decisions)
-        for dtype, chunks in self._dense:
-            self._take(dtype, chunks)
+        calls = [self._call(*dense) for dense in self._dense]
         for k, slices in zip(self._sparse, self._rows, strict=True):
-            self._step_rows(k, slices, decisions[self._pool_of[k]])
+            calls += self._row_calls(k, slices, decisions[self._pool_of[k]])
+        threads.run_all(calls)
 
-    def _step_rows(self, k: int, slices: Any, decision: Array) -> None:
-        """Update rows by their sums: of rows that are scaled first, as theirs could overflow."""
+    def _row_calls(self, k: int, slices: Any, decision: Array) -> list[Call]:
+        """Return the call that updates rows by their sums.
+
+        They are scaled first, as sums of rows that are not could overflow.
+        """
         span = self._plan.spans[k]
         if decision[SKIPPED] or not span.size:
-            return
-        copy = as_stored(rows.rows_of(span)).copy()
+            return []
+        copy = rows.rows_of(span).copy()
         if decision[MODE] == MULTIPLY:
             address = copy.ctypes.data
             own: Mapping[int, Span] = {0: Span(span.dtype, address, address, span.size)}
             for batch in batches.batches(own):
-                batches.scale(batch, decision[FACTOR : FACTOR + 1])
-        sums = rows.summed(copy, slices.grouping)
+                column = self._numbers[span.dtype.compute].column
+                threads.run_all([batches.scaling(batch, decision[column : column + 1])])
+        sums = as_stored(rows.summed(copy, slices.grouping))
         owner = int(self._pool_of[k])
         chunks = self._places.of_rows(k, owner, sums, slices.distinct_indices)
-        own_numbers = self._numbers[span.dtype.compute]
-        factor = own_numbers.factors[owner]
-        own_numbers.factors[owner] = 1.0
-        self._take(span.dtype, chunks, sums)
-        own_numbers.factors[owner] = factor
+        call = self._call(span.dtype, chunks, sums)
+        chunks, factors, *rest = call.arguments
+        return [call._replace(arguments=(chunks, np.ones_like(factors), *rest))]
 
 
 class ArrayUpdates(Updates):
@@ -216,5 +219,4 @@ class ArrayUpdates(Updates):
         self._given[:, : len(settings)] = settings
         self._counts = np.array(counts, np.int64)
         self._prepare(self._decisions, counted=True)
-        for dtype, chunks in self._dense:
-            self._take(dtype, chunks)
+        threads.run_all([self._call(*dense) for dense in self._dense])

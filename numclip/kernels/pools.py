@@ -70,7 +70,9 @@ def add_tensors(pool, column, largest, sums):
             exponent, empty = sums[t, column + 1], False
     total = error = 0.0
     for t in range(pool[FIRST], pool[LAST]):
-        value = scale_by_power(sums[t, column], 2 * int(sums[t, column + 1] - exponent))
+        value, apart = sums[t, column], sums[t, column + 1] - exponent
+        if apart != 0.0:
+            value = scale_by_power(value, 2 * int(apart))
         if largest:
             total = larger(total, value)
         else:

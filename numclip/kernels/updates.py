@@ -13,7 +13,7 @@ from numclip.decisions import compiled
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import inline, kernel
-from numclip.tables import FACTOR, MODE, MULTIPLY, SKIPPED
+from numclip.tables import MODE, MULTIPLY, SKIPPED
 
 GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
 LEFT = -1.0  # the factor of a pool that is left as it is
@@ -26,21 +26,21 @@ adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).ada
 
 
 @inline
-def factor_of(decision):
+def factor_of(decision, column):
     """Return the factor that an update is to take; what is no plain number is taken already."""
     if decision[SKIPPED] != 0.0:
         return LEFT
-    return decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
+    return decision[column] if decision[MODE] == MULTIPLY else 1.0
 
 
 @kernel
-def advance(decisions, counts, counted, given, factors, settings):
-    """Count a step for each pool that is not skipped; write its factor and settings.
+def advance(decisions, column, counts, counted, given, factors, settings):
+    """Count a step for each pool that is not skipped; write its factor, a column, and settings.
 
     Nothing is added to `counts` where they are `counted` already.
     """
     for p in range(counts.size):
-        factor = factor_of(decisions[p])
+        factor = factor_of(decisions[p], column)
         factors[p] = factor
         if factor != LEFT:
             counts[p] += 0 if counted else 1
@@ -49,10 +49,10 @@ def advance(decisions, counts, counted, given, factors, settings):
 
 
 @kernel
-def advance_adam(decisions, counts, counted, given, factors, settings):
+def advance_adam(decisions, column, counts, counted, given, factors, settings):
     """Do the same, with the settings that `formulas.adam_numbers` returns."""
     for p in range(counts.size):
-        factor = factor_of(decisions[p])
+        factor = factor_of(decisions[p], column)
         factors[p] = factor
         if factor != LEFT:
             counts[p] += 0 if counted else 1

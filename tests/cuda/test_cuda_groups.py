@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import groups as device_groups
-from numclip.cuda.values import DeviceFloat, DeviceReport
+from numclip.clipping import steps as kept_steps
+from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device
 from tests.cuda.devices import OnDevice, fetch, hardware, ready, send
 from tests.oracle import plain_optim
@@ -403,16 +403,12 @@ def test_reports_and_norms_are_read_when_asked_for(monkeypatch):
     groups = nc.ParamGroups([nc.Group("g", params_of(), clip=nc.ByNorm(0.1))], device="cuda")
     optimizer = nc.Adam(groups, 0.1)
     grad = send(np.ones(9))
-    reads = []
-    read = device_groups.build
-    monkeypatch.setattr(device_groups, "build", lambda *a: reads.append(1) or read(*a))
     forbid(monkeypatch)
     reports = [groups.clip(), optimizer.step()]
     clipped, norm = nc.clip_by_global_norm([grad], 1.0)
-    assert not reads
     monkeypatch.undo()
     assert isinstance(norm, DeviceFloat)
-    assert isinstance(reports[0], DeviceReport)
+    assert isinstance(reports[0], nc.ClipReport)
     assert norm == 3.0
     assert fetch(clipped[0]) @ fetch(clipped[0]) <= 1.0
     assert [report.step for report in reports] == [0, 1]
@@ -455,14 +451,32 @@ def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypat
     assert len(groups.history) == 4
 
 
-def test_reports_that_nobody_reads_go(monkeypatch):
-    monkeypatch.setattr(device_groups, "KEPT", 2)
+@pytest.mark.parametrize("rule", [None, nc.ByGlobalNorm(3.0), nc.ByValue(-1, 1)], ids=repr)
+def test_no_step_is_lost(monkeypatch, rule):
+    """Memory for what steps have found is used again; reports and the history have it all."""
+    monkeypatch.setattr(kept_steps, "KEPT", 3)
+    cpu, gpu = pair(nc.Group("g", {"x": np.ones(3)}, clip=rule))
+    reports = []
+    for step in range(11):
+        for groups in (cpu, gpu):
+            groups.set_grads({"x": np.full(3, step)})
+            if step % 4 == 1:
+                groups.clip(apply=False)
+            reports.append(groups.clip())
+    assert [numbers(r) for r in reports[::2]] == [numbers(r) for r in reports[1::2]]
+    assert len(gpu.history) == len(cpu.history) == 11
+    assert gpu.history.to_dict() == cpu.history.to_dict()
+
+
+def test_a_full_block_of_steps_is_handed_over_without_waiting(monkeypatch):
+    monkeypatch.setattr(kept_steps, "KEPT", 2)
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda")
-    reports = [groups.clip() for _ in range(4)]
-    with pytest.raises(ValueError, match=r"report: that of step 0 is gone; read .* within 2 steps"):
-        assert reports[0].norm
-    assert reports[3].norm == 0.0
-    assert len(groups.history) == 2
+    groups.clip()
+    with monkeypatch.context() as patched:
+        forbid(patched, (*WAITING, "table", "allocate", "update", "write", "clear"))
+        groups.clip()
+        groups.clip()
+    assert len(groups.history) == 3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import updating as device_updating
+from numclip.clipping import updating
+from numclip.cuda import engine
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.test_cuda_dlpack import Producer, settle
@@ -77,8 +78,8 @@ def test_dtypes_side_by_side_and_a_launch_for_each(monkeypatch, make):
 def test_nothing_is_made_for_the_same_arrays_again(monkeypatch):
     grads, variables = [send(np.ones(3)) for _ in range(2)], [send(np.ones(3)) for _ in range(2)]
     made: list[int] = []
-    tables = device_updating.PlainUpdates
-    monkeypatch.setattr(device_updating, "PlainUpdates", lambda *a: made.append(1) or tables(*a))
+    tables = engine.updates_of_arrays
+    monkeypatch.setattr(engine, "updates_of_arrays", lambda *a: made.append(1) or tables(*a))
     optimizer = nc.Adam(None, 0.1)
     for expected in (1, 1):
         optimizer.apply_gradients(zip(grads, variables, strict=True))
@@ -94,7 +95,7 @@ def test_tensors_of_pytorch_are_not_described_again(monkeypatch, torch):  # noqa
     one, two = nc.Adam(None, 0.1), nc.Adam(None, 0.1)
     one.apply_gradients([(grad, here)])
     two.apply_gradients([(sent, variable)])
-    monkeypatch.setattr(device_updating, "describe", None)
+    monkeypatch.setattr(updating, "describe", None)
     one.apply_gradients([(grad, here)])
     two.apply_gradients([(sent, variable)])
     monkeypatch.undo()
@@ -102,12 +103,11 @@ def test_tensors_of_pytorch_are_not_described_again(monkeypatch, torch):  # noqa
 
 
 def test_sets_of_arrays_that_are_not_used_are_forgotten(monkeypatch):
-    monkeypatch.setattr(device_updating, "KEPT", 2)
+    monkeypatch.setattr(updating, "KEPT", 2)
     optimizer, variable = nc.SGD(None, 1.0), send(np.ones(3))
     for grad in [send(np.ones(3)) for _ in range(4)]:
         optimizer.apply_gradients([(grad, variable)])
-    (engine,) = optimizer._own.values()
-    assert len(engine._planned) == 2
+    assert len(optimizer._arrays._planned) == 2
     assert_same_bits(fetch(variable), np.full(3, -3.0))
 
 
@@ -176,15 +176,16 @@ def test_pairs_that_are_not_taken():
     slices = nc.IndexedSlices(np.ones((1, 2)), [0], (2, 2))
     sent = nc.IndexedSlices(send(np.ones((1, 2))), [0], (2, 2))
     first = (send(np.ones(3)), send(np.ones(3)))
+    overlapping = Foreign(np.ones(3), data=(first[1].address, False))
     for pair, error, message in [
         ((ones, there), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
         ((there, ones), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
         ((send(np.ones(4)), there), ValueError, r"a gradient of shape \(2, 2\) and dtype float64"),
         ((send(np.ones((2, 2), "f")), there), ValueError, r"float64, got \(2, 2\) and float32"),
         ((there, fixed), ValueError, r"a writeable array to update, got a read-only one"),
-        ((ordered, there), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
-        ((there, ordered), ValueError, r"expected C order on the GPU, .*pass contiguous ones"),
-        ((first[0], first[1]), ValueError, r"shares memory with grads_and_vars\[0\]"),
+        ((ordered, there), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
+        ((there, ordered), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
+        ((first[0], overlapping), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
         ((there, sent), TypeError, r"an array to update, got IndexedSlices"),
         ((sent, first[0]), ValueError, r"of shape \(3,\) and dtype float64, got \(2, 2\)"),
