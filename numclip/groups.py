@@ -18,7 +18,6 @@ from numclip.engine import named
 from numclip.group import Group
 from numclip.history import History
 from numclip.isolation import isolated
-from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from numclip import libraries
 from numclip.border.gradients import Gradient, Gradients, describe
 from numclip.border.structures import Structure, structure
 from numclip.errors import expected
+from numclip.slices import IndexedSlices
 from numclip.views import view_of
 
 ADVICE = "pass out= the gradients themselves to work in place"
@@ -87,6 +89,8 @@ def _given(gradient: Gradient, out: Any, name: str) -> Gradient:
     """Return where a result goes that the user gives, after checking that it fits."""
     if out is gradient.source:
         found = gradient._replace(name=name)
+    elif not (isinstance(out, IndexedSlices) or libraries.is_array(out)):
+        raise TypeError(expected(name, "an array to write to", type(out).__name__))
     else:
         found = describe(name, gradient.key, out, gradient.engine)
         _check_slices(gradient, found)

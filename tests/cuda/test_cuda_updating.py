@@ -183,8 +183,16 @@ def test_pairs_that_are_not_taken():
         ((send(np.ones(4)), there), ValueError, r"a gradient of shape \(2, 2\) and dtype float64"),
         ((send(np.ones((2, 2), "f")), there), ValueError, r"float64, got \(2, 2\) and float32"),
         ((there, fixed), ValueError, r"a writeable array to update, got a read-only one"),
-        ((ordered, there), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
-        ((there, ordered), ValueError, r"expected C order for device='cuda', .*pass contiguous ones"),
+        (
+            (ordered, there),
+            ValueError,
+            r"expected C order for device='cuda', .*pass contiguous ones",
+        ),
+        (
+            (there, ordered),
+            ValueError,
+            r"expected C order for device='cuda', .*pass contiguous ones",
+        ),
         ((first[0], overlapping), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
         ((there, sent), TypeError, r"an array to update, got IndexedSlices"),
