@@ -107,16 +107,16 @@ def dispatchers():
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in this run")
 def test_all_kernels_have_digests_of_their_own():
     digests = {name: digest.of(kernel.py_func) for name, kernel in dispatchers()}
-    assert len(set(digests.values())) == len(digests) > 50
+    assert len(set(digests.values())) == len(digests) > 20
 
 
 LISTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numclip
-from numclip.kernels import arrays, columns, digest, updates
+from numclip.kernels import arrays, cpu, digest, updates
 assert numclip.__file__.startswith(sys.argv[1]), numclip.__file__
-for kernel in arrays.clip_little, columns.sum_examples, updates.adam:
+for kernel in arrays.clip_little, cpu.merge, updates.adam:
     print(digest.of(kernel.py_func))
 """
 
