@@ -51,10 +51,8 @@ def test_the_second_process_takes_what_the_first_one_compiled(tmp_path):
     assert run(tmp_path).stdout == "5.0\n"
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
     assert len(files) >= 1
-    loaded = (
-        CLIP
-        + "; import sys; print([m for m in sys.modules if m in ('scipy.linalg', 'numba.np.linalg')])"
-    )
+    heavy = "'scipy.linalg', 'numba.np.linalg'"
+    loaded = f"{CLIP}; import sys; print([m for m in sys.modules if m in ({heavy})])"
     again = run(tmp_path, loaded)
     assert (again.stdout, again.stderr) == ("5.0\n[]\n", "")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == files
@@ -223,6 +221,28 @@ def test_halves_are_computed_alike_on_any_target(tmp_path, halves_here, environm
     assert result.stdout.split()[:2] == halves_here[:2]
     if native is not None:
         assert result.stdout.split()[2] == str(native)
+
+
+@compiled_only
+@pytest.mark.parametrize("used", ["", "whole(1.0);"])
+def test_a_part_of_kernels_is_not_called_from_python(tmp_path, used):
+    """It has no way in from there; numba would call address 0."""
+    code = f"""
+from numclip.kernels.jit import inline, kernel
+@inline
+def part(x):
+    return 2.0 * x
+@kernel
+def whole(x):
+    return part(x)
+{used}
+try:
+    part(1.0)
+except TypeError as error:
+    print(error, whole(1.0))
+"""
+    result = run(tmp_path, code)
+    assert result.stdout == "part is a part of kernels: only they can call it 2.0\n"
 
 
 def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):

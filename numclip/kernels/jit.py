@@ -181,15 +181,31 @@ def _cached(function: Function, options: dict[str, Any]) -> Function:
 
 
 def inline(function: Function) -> Function:
-    """Compile `function` as a part of the kernels that call it; Python cannot call it."""
-    return njit(**_PART_OPTIONS)(function)  # type: ignore[no-any-return]
+    """Compile `function` as a part of the kernels that call it."""
+    return _part(function)
 
 
 def expanded(function: Function) -> Function:
     """Write `function` out where kernels call it: a call costs 3 ns, as much as 250 bytes read."""
-    return njit(inline="always", **_PART_OPTIONS)(function)  # type: ignore[no-any-return]
+    return _part(function, inline="always")
 
 
 def block_sum(function: Function) -> Function:
     """Compile a plain sum over a slice, vectorised by reassociation, as a part of kernels."""
-    return njit(fastmath=_SUM_FLAGS, **_PART_OPTIONS)(function)  # type: ignore[no-any-return]
+    return _part(function, fastmath=_SUM_FLAGS)
+
+
+def _part(function: Function, **options: Any) -> Function:
+    """Compile a function that only kernels call; from Python there is no way into its code."""
+    compiled: Any = njit(**_PART_OPTIONS, **options)(function)
+    if INTERPRETED:
+        return compiled  # type: ignore[no-any-return]
+
+    def refuse(*_arguments: Any, **_names: Any) -> None:
+        raise TypeError(f"{function.__qualname__} is a part of kernels: only they can call it")
+
+    def add(result: Any) -> None:  # numba's own also lets Python call it
+        compiled.overloads[tuple(result.signature.args)] = result
+
+    compiled._compile_for_args, compiled.add_overload = refuse, add
+    return compiled  # type: ignore[no-any-return]
