@@ -64,7 +64,7 @@ def test_broken_cache_files_are_replaced(tmp_path):
     assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
     (file,) = tmp_path.rglob("*.nbc")
     whole = file.read_bytes()
-    for broken in (b"", whole[:40], whole[:-1], whole[:-1] + b"."):
+    for broken in (b"", whole[:40], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         file.write_bytes(broken)
         again = run(tmp_path, KERNEL)
         assert (again.stdout, again.stderr) == ("42.0\n", "")
