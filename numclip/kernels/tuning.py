@@ -17,6 +17,12 @@ STRIP = 504
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the
 first-level cache. Not 512: 4096 bytes apart, the three took a fifth longer in some runs."""
 
+AHEAD = 4096
+"""Bytes of rows that are asked for before they are summed, where they lie apart in memory."""
+
+LINE = 64
+"""Bytes of a line of the caches."""
+
 PARALLEL_BYTES = 4 << 20
 """Bytes under which one thread is faster than two: waking a second costs 20 to 50 us."""
 
