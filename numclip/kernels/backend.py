@@ -10,7 +10,13 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels import columns, cpu, grouping, joint, threads, updates
 from numclip.kernels.formulas import is_safe as is_safe
-from numclip.kernels.tuning import CHUNK, COLUMNS, EXAMPLE_COLUMNS, PARALLEL_BYTES
+from numclip.kernels.tuning import (
+    CHUNK,
+    COLUMN_ROWS,
+    COLUMNS,
+    EXAMPLE_COLUMNS,
+    PARALLEL_BYTES,
+)
 
 CANCELLATION = 2.0**20
 """How often the rows' magnitudes may exceed their sums for sums of four rows to be rounded: their
@@ -195,11 +201,14 @@ def clamp(batch: Batch, low: float, high: float) -> None:
 
 def column_squares(x: Array) -> Array:
     """Return the sums of squares over the middle axis of a 3-d array of storage."""
-    outer, _, inner = x.shape
-    out = np.zeros((outer, inner))
-    count = outer * -(-inner // COLUMNS)
-    threads.run(columns.column_squares, count, x.nbytes, x, COLUMNS, out)
-    return out
+    outer, reduced, inner = x.shape
+    parts = max(1, -(-reduced // COLUMN_ROWS))
+    out = np.empty((outer, parts, inner))
+    count = outer * parts * -(-inner // COLUMNS)
+    threads.run(columns.column_squares, count, x.nbytes, x, COLUMN_ROWS, out)
+    if parts > 1:
+        columns.add_parts(out)
+    return out[:, 0]
 
 
 def scale_columns(x: Array, factors: Array, out: Array) -> None:
@@ -230,7 +239,7 @@ def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, 
     ``2 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
     ``2 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
     the terms of a result (see `formulas`): 2 for the norm, 2 for that of the result measured
-    again, and M's own. Where ``M`` exceeds the norm by more than `CANCELLATION`, nothing is rounded.
+    again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
     """
     if values.dtype != np.float64:
         total, terms = _grouped_squares(order, starts, values, exact=False)
