@@ -119,6 +119,21 @@ def _word_at(_typing, address):
 
 
 @intrinsic
+def _prefetch(_typing, address):
+    """Ask for the cache line of an address, which need not be readable, before it is used."""
+
+    def emit(context, builder, _signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        read, keep, data = _int(0), _int(3), _int(1)
+        builder.call(ask, [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(address), emit
+
+
+@intrinsic
 def _widen(_typing, value):
     """Return the value of a stored element in the type it is computed in."""
     if value not in (types.float32, types.float64, types.uint16, types.int16):
@@ -177,6 +192,10 @@ def _word_at_interpreted(address):
     return ctypes.c_int64.from_address(int(address)).value
 
 
+def _prefetch_interpreted(_address):
+    pass
+
+
 def _widen_interpreted(value):
     if value.dtype == np.uint16:
         return np.float32(value.view(np.float16))
@@ -208,6 +227,7 @@ def _narrow_interpreted(value, like):
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, _widen_interpreted, _narrow_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
+    prefetch = _prefetch_interpreted
 else:
     array_at, widen, narrow = inline(_array_at), _widen, _narrow
-    as_computed, word_at = _as_computed, _word_at
+    as_computed, word_at, prefetch = _as_computed, _word_at, _prefetch
