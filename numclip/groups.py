@@ -258,7 +258,6 @@ class ParamGroups(state.Saved):
             group.zero(self._stream)
 
     @isolated
-    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 
@@ -300,7 +299,7 @@ class ParamGroups(state.Saved):
                 self._history.take(told)
         if counts:
             self.step += 1
-        return ClipReport.of(turn)
+        return ClipReport.of((turn, None))
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""

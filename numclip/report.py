@@ -10,6 +10,10 @@ from typing import Any, NamedTuple, Self
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
+FIELDS = frozenset(
+    ["norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"]
+    + ["step", "groups", "tensors"]
+)
 
 
 def cell(value: float | None) -> str:
@@ -92,7 +96,7 @@ class ToCome(ABC):
 
     def __getattr__(self, name: str) -> Any:
         """Return a field that has not been read before."""
-        if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        if name not in FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = self._asked(name)
         object.__setattr__(self, name, value)
@@ -208,14 +212,17 @@ class ClipReport(Outcome):
     tensors: Mapping[str, TensorReport]
 
     def _asked(self, name: str) -> Any:
-        source = self._source
+        turn, outcome = self._source
         if name == "step":
-            return source.step
+            return turn.step
+        if outcome is None:  # not kept with the turn, which lives longer
+            outcome = turn.outcome()
+            object.__setattr__(self, "_source", (turn, outcome))
         if name == "groups":
-            return {own.name: GroupReport.of(own) for own in source.outcome.groups}
+            return {own.name: GroupReport.of(own) for own in outcome.groups}
         if name == "tensors":
-            return TensorReports(source.outcome.groups)
-        return _number(source.outcome, name)
+            return TensorReports(outcome.groups)
+        return _number(outcome, name)
 
     @property
     def state(self) -> str:

@@ -38,13 +38,17 @@ class Clipper:
         The plan's tensors and pools that are a group's.
     bounds, divisors : array
         The bound on the norm of each pool at present, and what that norm is divided by.
+    found : pair of tables
+        Where the sums and decisions of the present step are.
     tables : list
         What is found, a row for each step: sums, decisions, and what kinds add.
-    strict, follows : bool
-        Whether the policy of a group is to raise, and whether rules follow the norms.
+    strict, follows, decides_again : bool
+        Whether the policy of a group is to raise, whether rules follow the norms, and whether
+        more is to be decided than `measure` decides.
     """
 
-    follows = False
+    follows = decides_again = False
+    found: Outcome
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -124,8 +128,8 @@ class Clipper:
 
     def outcome(self, place: int) -> Outcome:
         """Return where the sums and decisions of a step go."""
-        sums, decisions = self.tables[:2]
-        return sums[place], decisions[place]
+        tables = self.tables
+        return tables[0][place], tables[1][place]
 
     def obey(self, step: int, unscale: float, stream: Any) -> None:
         """Let decisions obey the rules at a step; refuse a bad bound."""
@@ -176,7 +180,8 @@ class Clipper:
     def measure(self, place: int, stream: Any) -> None:
         """Take the L2 norms and find what is not finite; decide."""
         self.plan.measure(2.0, stream)
-        self.plan.decide(self.outcome(place), stream)
+        self.found = outcome = self.outcome(place)
+        self.plan.decide(outcome, stream)
 
     def refused(self, place: int, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
@@ -192,13 +197,12 @@ class Clipper:
 
     def write(self, place: int, stream: Any) -> None:
         """Write the gradients, clipped."""
-        self.plan.scale(self.outcome(place), stream)
+        self.plan.scale(self.found, stream)
 
     def write_exceptional(self, place: int, stream: Any) -> Outcome:
         """Write what an update cannot do on its way; return what it is to obey."""
-        outcome = self.outcome(place)
-        self.plan.write_exceptional(outcome, stream)
-        return outcome
+        self.plan.write_exceptional(self.found, stream)
+        return self.found
 
     def preview(self, place: int, stream: Any) -> None:
         """Find out what `write` would make of the norms; the gradients stay as they are."""

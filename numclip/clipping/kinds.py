@@ -24,7 +24,7 @@ SCOPES = "element", "unit", "tensor", "group"
 class FollowingClipper(Clipper):
     """Clips by rules whose bounds follow the norms, for which the host waits."""
 
-    follows = True
+    follows = decides_again = True
 
     def _set_bounds(self) -> None:
         """Leave all bounds infinite: they are found when norms are.
@@ -43,7 +43,7 @@ class FollowingClipper(Clipper):
                 bounds[pools.start : pools.stop] = own
         self._take_bounds(bounds)
         self._write_law(self._unscale, stream)
-        self.plan.decide(self.outcome(place), stream)
+        self.plan.decide(self.found, stream)
 
     def _found(self, place: int, stream: Any) -> Iterable[tuple[Any, GroupOutcome]]:
         """Yield what is decided for each group, after waiting for it."""
@@ -64,6 +64,8 @@ class FollowingClipper(Clipper):
 class OrderClipper(Clipper):
     """Clips by norms of one order other than 2; L2 norms are told beside them."""
 
+    decides_again = True
+
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
     ) -> None:
@@ -73,7 +75,7 @@ class OrderClipper(Clipper):
     def decide(self, place: int, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure by the order, and decide again by that."""
         self.plan.measure(self.ord, stream)
-        self.plan.decide((self._powers, self.outcome(place)[1]), stream)
+        self.plan.decide((self._powers, self.found[1]), stream)
 
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
         """Return what became of each tensor, by the norms of the order where each has one."""
@@ -114,7 +116,7 @@ class ValueClipper(Clipper):
         self._write(self.plan, self._later, place, stream)
 
     def _write(self, plan: Any, later: Any, place: int, stream: Any) -> None:
-        outcome = self.outcome(place)
+        outcome = self.found
         plan.scale(outcome, stream)
         for group in self.groups:
             bounds = self.rules[group.name].element_bounds
@@ -178,6 +180,8 @@ class UnitClipper(Clipper):
     What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
     """
 
+    decides_again = True
+
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
     ) -> None:
@@ -207,7 +211,7 @@ class UnitClipper(Clipper):
     def decide(self, place: int, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure units and parameters, and find a factor for each unit."""
         self._units.measure(stream)
-        self._units.decide(stream, self.outcome(place)[1])
+        self._units.decide(stream, self.found[1])
         self._units.summarize(self.tables[2][place], stream)
 
     def write(self, place: int, stream: Any) -> None:

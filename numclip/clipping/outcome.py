@@ -58,17 +58,54 @@ class GroupOutcome:
 
     def __init__(self, clipper: Any, group: Any, read: Read) -> None:
         self._clipper, self._group, self._read = clipper, group, read
-        self.name, self.names = group.name, group.names
-        rule = clipper.rules[group.name]
-        self._measures_only = rule is None
-        self.jointly = rule is not None and rule.scope == "group"
-        self.key = clipper.keys[group.name]
-        self._own = self.key[0] == "group" and clipper.ord == 2.0  # the decision's norm is its own
-        tensors, pools = clipper.tensors[group.name], clipper.pools[group.name]
-        self.sums = read.tables[0][..., tensors.start : tensors.stop, :]
-        self.decisions = read.tables[1][..., pools.start : pools.stop, :]
-        self.bounds = read.bounds[..., pools.start : pools.stop]
-        self.divisors = clipper.divisors[pools.start : pools.stop]
+        self.name, self._rule = group.name, clipper.rules[group.name]
+        self.jointly = self._rule is not None and self._rule.scope == "group"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the group's tensors."""
+        return self._group.names  # type: ignore[no-any-return]
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """What is the same for groups that are clipped by one norm."""
+        return self._clipper.keys[self.name]  # type: ignore[no-any-return]
+
+    @kept
+    def _own(self) -> bool:
+        """Whether the decision is for the L2 norm of this group alone."""
+        return self.jointly and self._clipper.ord == 2.0 and self.key[0] == "group"
+
+    @kept
+    def sums(self) -> Array:
+        """The sums of the group's tensors."""
+        own = self._clipper.tensors[self.name]
+        return self._read.tables[0][..., own.start : own.stop, :]
+
+    @property
+    def _pools(self) -> slice:
+        own = self._clipper.pools[self.name]
+        return slice(own.start, own.stop)
+
+    @kept
+    def decisions(self) -> Array:
+        """The decisions for the group's pools."""
+        return self._read.tables[1][..., self._pools, :]
+
+    @kept
+    def _decision(self) -> Array:
+        """The one decision for the group, columns first."""
+        return self._read.tables[1][..., self._pools.start, :].T
+
+    @property
+    def bounds(self) -> Array:
+        """The bounds on the norms of the group's pools."""
+        return self._read.bounds[..., self._pools]
+
+    @property
+    def divisors(self) -> Array:
+        """What these norms are divided by."""
+        return self._clipper.divisors[self._pools]  # type: ignore[no-any-return]
 
     @kept
     def columns(self) -> Columns:
@@ -84,7 +121,7 @@ class GroupOutcome:
     def skipped(self) -> Any:
         """Whether the group was left as it is."""
         if self.jointly:
-            return self.decisions[..., 0, tables.SKIPPED] != 0.0
+            return self._decision[tables.SKIPPED] != 0.0
         return self.decisions[..., tables.SKIPPED].any(axis=-1)
 
     @kept
@@ -96,7 +133,7 @@ class GroupOutcome:
     def scale(self) -> Any:
         """The smallest factor, NaN where one is."""
         if self.jointly:
-            return self.decisions[..., 0, tables.SCALE]
+            return self._decision[tables.SCALE]
         return self.columns.scales.min(axis=-1)
 
     @kept
@@ -109,7 +146,7 @@ class GroupOutcome:
     @kept
     def own_norm(self) -> Any:
         """The L2 norm of the group's own gradients."""
-        if self.jointly and self._own:
+        if self._own:
             return self._decided(tables.NORM)
         return joined(self.sums, self._read.unscale)
 
@@ -123,7 +160,7 @@ class GroupOutcome:
     @kept
     def clipped_norm(self) -> Any:
         """That norm after clipping."""
-        if self._measures_only:
+        if self._rule is None:
             return self.norm
         if not self.jointly:
             return hypotenuses(self.columns.clipped)
@@ -145,7 +182,7 @@ class GroupOutcome:
         return np.where(self.skipped, math.nan, self.bounds[..., 0] * self.divisors[0])
 
     def _decided(self, column: int) -> Any:
-        return self.decisions[..., 0, column] * self.divisors[0]
+        return self._decision[column] * self.divisors[0]
 
 
 class Outcome:

@@ -103,20 +103,17 @@ def _stacked(bounds: Sequence[Array]) -> Array:
 class Turn:
     """One step: its number, the bounds of each clipper's pools, and where its outcome is."""
 
-    __slots__ = ("_outcome", "block", "bounds", "counts", "place", "step", "unscale")
+    __slots__ = ("block", "bounds", "counts", "place", "step", "unscale")
 
-    def __init__(self, block: Block, place: int, step: int, unscale: float) -> None:
+    def __init__(
+        self, block: Block, place: int, step: int, unscale: float, bounds: list[Array]
+    ) -> None:
         self.block, self.place, self.step, self.unscale = block, place, step, unscale
-        self.bounds: list[Array] = []
-        self.counts = False
-        self._outcome: Outcome | None = None
+        self.bounds, self.counts = bounds, False
 
-    @property
     def outcome(self) -> Outcome:
-        """What became of the groups, after waiting for it."""
-        if self._outcome is None:
-            self._outcome = self.block.outcome_of(self)
-        return self._outcome
+        """Return what became of the groups, after waiting for it."""
+        return self.block.outcome_of(self)
 
 
 class Told(NamedTuple):
@@ -145,25 +142,24 @@ class Steps:
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
+        self._again = [clipper for clipper in self.clippers if clipper.decides_again]
+        self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
 
     def decided(self, step: int, unscale: float) -> Turn:
         """Measure and decide; refuse before anything is written."""
-        block, stream = self._block, self.stream
-        block.stream = stream
-        place = min(len(block.turns), self._kept - 1)
+        block, stream, place = self._block, self.stream, self._place
         for clipper in self.clippers:
             clipper.obey(step, unscale, stream)
         for clipper in self.clippers:
             clipper.measure(place, stream)
         for clipper in self._strict:
             self._refuse(clipper, place)
-        turn = Turn(block, place, step, unscale)
-        for clipper in self.clippers:
+        for clipper in self._again:
             clipper.decide(place, step, stream)
-            turn.bounds.append(clipper.bounds)
-        return turn
+        block.stream = stream
+        return Turn(block, place, step, unscale, [clipper.bounds for clipper in self.clippers])
 
     def _refuse(self, clipper: Any, place: int) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
@@ -186,19 +182,22 @@ class Steps:
         if counts:
             for clipper in self._following:
                 clipper.observe(turn.place, turn.step, self.stream)
-        del self._block.turns[turn.place :]
-        self._block.turns.append(turn)
+        turns = self._block.turns
+        if turn.place < len(turns):
+            turns.pop()
+        turns.append(turn)
+        self._place = min(len(turns), self._kept - 1)
 
     def full(self) -> bool:
         """Tell whether the block is to be handed over, and can be."""
-        full = len(self._block.turns) >= self._kept
+        full = len(self._block.turns) == self._kept
         return full and not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
         """Go on with an empty block; yield what the one before that is to tell the history."""
         before, self._full = self._full, self._block
         self._full.hand_over()
-        self._block = Block(self.clippers, self.engine, self.stream)
+        self._block, self._place = Block(self.clippers, self.engine, self.stream), 0
         if before is not None:
             yield from self._told_last(before)
 

@@ -12,7 +12,7 @@ from numclip.engine import Outcome
 from numclip.host import batches, rows
 from numclip.kernels import threads, updates
 from numclip.kernels.threads import Call
-from numclip.kernels.tuning import CHUNK
+from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED
@@ -124,7 +124,8 @@ class Updates:
     def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
         """Return the call that updates what some chunks say."""
         own = self._numbers[dtype.compute]
-        nbytes = len(chunks) * CHUNK * self._passes * dtype.storage.itemsize
+        elements = int(chunks[:, updates.LENGTH].sum())
+        nbytes = elements * self._passes * dtype.storage.itemsize
         arguments = chunks, own.factors, own.settings, dtype.like
         return Call(self._kernel, len(chunks), nbytes, arguments, keep)
 
@@ -147,6 +148,14 @@ class GroupUpdates(Updates):
         self._plan = plan
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
+        self._small = self._found_small()
+
+    def _found_small(self) -> tuple[Any, ...] | None:
+        """Return what the kernel takes, where one call is all and no threads can share it."""
+        if self._sparse or len(self._dense) != 1:
+            return None
+        call = self._call(*self._dense[0])
+        return (call.items, *call.arguments) if call.nbytes < PARALLEL_BYTES else None
 
     def counts(self) -> Array:
         """Return how often each pool was updated."""
@@ -164,6 +173,9 @@ class GroupUpdates(Updates):
         """Take a step."""
         decisions = outcome[1]
         self._prepare(decisions)
+        if self._small is not None:
+            self._kernel(0, *self._small)
+            return
         calls = [self._call(*dense) for dense in self._dense]
         for k, slices in zip(self._sparse, self._rows, strict=True):
             calls += self._row_calls(k, slices, decisions[self._pool_of[k]])

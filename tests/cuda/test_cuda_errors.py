@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import clipping as device_clipping
+from numclip.cuda import engine as device_clipping
 from numclip.cuda import streams
 from numclip.cuda.arrays import DeviceArray
 from numclip.kernels.cuda import device

@@ -459,13 +459,13 @@ def test_no_step_is_lost(monkeypatch, rule):
     reports = []
     for step in range(11):
         for groups in (cpu, gpu):
-            groups.set_grads({"x": np.full(3, step)})
+            groups.set_grads({"x": np.full(3, float(step))})
             if step % 4 == 1:
                 groups.clip(apply=False)
             reports.append(groups.clip())
     assert [numbers(r) for r in reports[::2]] == [numbers(r) for r in reports[1::2]]
     assert len(gpu.history) == len(cpu.history) == 11
-    assert gpu.history.to_dict() == cpu.history.to_dict()
+    assert repr(gpu.history.to_dict()) == repr(cpu.history.to_dict())  # with NaNs
 
 
 def test_a_full_block_of_steps_is_handed_over_without_waiting(monkeypatch):
