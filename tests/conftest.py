@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,6 @@ os.environ["NUMBA_CACHE_DIR"] = str(CACHE)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import rings  # noqa: E402
-from tests.oracle.targets import Host  # noqa: E402
 
 # The items of a run before the ring chose among them.
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What is marked gpu runs on the simulator unless the GPU, or the emulator of its compiled
     # code, is asked for; numba reads this once.
     if ring != "gpu" and not rings.EMULATED:
+        assert "numba" not in sys.modules, "numba is imported before it is told to simulate a GPU"
         os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     for name, meaning in rings.MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
@@ -99,7 +100,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Any:
     """numclip's functions on the gradients of a suite: where they are, or on the GPU."""
+    # Imported here: numba, which these import, reads at import whether to simulate.
     if request.param == "host":
+        from tests.oracle.targets import Host
+
         return Host(rings.examples(rings.ring_of(request.config)))
     from tests.cuda import devices, gpu
 
