@@ -45,6 +45,7 @@ def run(cache, code=CLIP, **environment):
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 @compiled_only
 def test_the_second_process_takes_what_the_first_one_compiled(tmp_path):
     assert run(tmp_path).stdout == "5.0\n"
@@ -89,6 +90,7 @@ jit.dumps = spoil
     assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
+@pytest.mark.full
 @compiled_only
 def test_no_directory_for_the_cache(tmp_path):
     blocked = tmp_path / "a file"
@@ -98,6 +100,7 @@ def test_no_directory_for_the_cache(tmp_path):
     assert [*tmp_path.iterdir()] == [blocked]
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize(
     ("old", "new", "result"),
@@ -244,6 +247,7 @@ except TypeError as error:
     assert result.stdout == "part is a part of kernels: only they can call it 2.0\n"
 
 
+@pytest.mark.full
 def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
     code = (
         "import sys, threading, numclip;"
@@ -258,7 +262,13 @@ def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
 
 
 @compiled_only
-@pytest.mark.parametrize("storage", [np.float32, np.float64, np.uint16, np.int16])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        np.float32,
+        *(pytest.param(t, marks=pytest.mark.full) for t in (np.float64, np.uint16, np.int16)),
+    ],
+)
 def test_streaming_kernels_vectorise(storage):
     like = np.ones(64, storage)
     chunks = np.array([[like.ctypes.data, like.ctypes.data, like.size, 0]])

@@ -132,6 +132,7 @@ def test_concurrent_callers_get_their_own_results():
     assert found == [[norm] * 5 for norm in wanted]
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("busy", [False, True])
