@@ -15,6 +15,8 @@ from numba.core import config
 
 from numclip.kernels import cache
 
+pytestmark = pytest.mark.full  # child processes, or minutes
+
 resource = pytest.importorskip("resource", reason="owners and modes are those of POSIX")
 
 NAME = "module.kernel"

@@ -58,6 +58,7 @@ def test_the_second_process_takes_what_the_first_one_compiled(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == files
 
 
+@pytest.mark.full
 @compiled_only
 def test_broken_cache_files_are_replaced(tmp_path):
     assert run(tmp_path, KERNEL).stdout == "42.0\n"
@@ -71,6 +72,7 @@ def test_broken_cache_files_are_replaced(tmp_path):
         assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("payload", ["b'no pickle'", "dumps(5)", "dumps(([], (1, 2)))", "ended"])
 def test_code_that_cannot_be_loaded_is_compiled(tmp_path, payload):
@@ -112,6 +114,7 @@ def test_code_is_stale_when_what_it_is_made_of_changes(tmp_path, old, new, resul
     assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize(
     "environment",
@@ -147,6 +150,7 @@ def test_versions_arguments_and_options_are_in_the_description(monkeypatch):
     assert described(flags[0], []) == described(flags[1], [])
 
 
+@pytest.mark.full
 @compiled_only
 def test_the_first_compilation_is_announced_once(tmp_path):
     twice = KERNEL + "double(1)"
@@ -158,6 +162,7 @@ def test_the_first_compilation_is_announced_once(tmp_path):
     assert run(tmp_path, twice.replace("2.0", "5.0")).stderr == ""
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("stream", ["None", "open('/dev/full', 'w')", "open('/dev/null')"])
 def test_a_lost_stderr_is_no_fault(tmp_path, stream):
@@ -165,6 +170,7 @@ def test_a_lost_stderr_is_no_fault(tmp_path, stream):
     assert run(tmp_path, code, NUMCLIP_QUIET="").stdout == "42.0\n"
 
 
+@pytest.mark.full
 @compiled_only
 def test_nowhere_to_keep_code_is_announced_with_the_reason(tmp_path):
     (tmp_path / "open").mkdir()
@@ -204,6 +210,7 @@ def halves_here():
     return result.stdout.split()
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
 @pytest.mark.parametrize(
@@ -225,6 +232,7 @@ def test_halves_are_computed_alike_on_any_target(tmp_path, halves_here, environm
         assert result.stdout.split()[2] == str(native)
 
 
+@pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("used", ["", "whole(1.0);"])
 def test_a_part_of_kernels_is_not_called_from_python(tmp_path, used):
