@@ -15,7 +15,7 @@ from numclip.border.gradients import describe
 from numclip.dtypes import Array
 from numclip.group import Group
 from numclip.groups import ParamGroups
-from numclip.kernels import threads
+from numclip.kernels import cache, threads
 from numclip.optim import SGD, Adam
 from numclip.rules import ByGlobalNorm
 from numclip.slices import IndexedSlices
@@ -95,7 +95,12 @@ def _groups(grad: Array) -> None:
 
 
 def show_versions() -> None:
-    """Print the versions and settings that a report of a fault should tell."""
+    """Print the versions and settings that a report of a fault should tell.
+
+    The last line says in which folder compiled code is kept, or why in none. It is never read
+    from a folder, or written to one, that another user owns or can write, or that lies in one;
+    see `numclip.kernels.cache` for which are looked at. ``NUMBA_CACHE_DIR`` names one.
+    """
     from numclip import __version__
 
     print(f"numclip   {__version__}")
@@ -108,3 +113,4 @@ def show_versions() -> None:
     print(f"python    {platform.python_version()} ({platform.python_implementation()})")
     print(f"platform  {platform.platform()}")
     print(f"threads   {get_num_threads()}")
+    print(f"cache     {cache.status()}")

@@ -18,7 +18,6 @@ from numclip.engine import named
 from numclip.group import Group
 from numclip.history import History
 from numclip.isolation import isolated
-from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
 
@@ -287,9 +286,9 @@ class ParamGroups(state.Saved):
         steps = self._made_steps()
         turn = steps.decided(self.step, scale)
         if apply:
-            steps.write(turn)
+            steps.write()
         else:
-            steps.preview(turn)
+            steps.preview()
         return self._reported(steps, turn, counts=apply)
 
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:

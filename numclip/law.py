@@ -109,16 +109,15 @@ class Laws:
     def __init__(self, spans: Sequence[Any], pools: Sequence[Pool]) -> None:
         self._members = [spans[pool.first : pool.last] for pool in pools]
         self._dtypes: list[set[DType]] = [{span.dtype for span in own} for own in self._members]
-        self._roundoffs = self._each(max, "roundoff")
-        self._tiny = self._each(max, "tiny")
-        self._coarse = self._each(max, "coarse")
+        self._roundoffs, self._tiny, self._coarse = (
+            np.array(
+                [max([getattr(row, name) for row in own], default=0.0) for own in self._dtypes]
+            )
+            for name in ("roundoff", "tiny", "coarse")
+        )
         self._sizes = [sum(span.size for span in own) for own in self._members]
         self._ones: dict[float, Array] = {}
         self._rest: tuple[Any, ...] | None = None
-
-    def _each(self, pick: Any, name: str) -> Array:
-        rows = [[getattr(dtype, name) for dtype in own] for own in self._dtypes]
-        return np.array([pick(row, default=0.0) for row in rows])
 
     def pool_table(self, pools: Sequence[Pool]) -> Array:
         """Return the table of pools."""

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple, Self
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
-FIELDS = frozenset(
-    ["norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"]
-    + ["step", "groups", "tensors"]
-)
+NUMBERS = "norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"
+FIELDS = frozenset([*NUMBERS, "step", "groups", "tensors"])
 
 
 def cell(value: float | None) -> str:

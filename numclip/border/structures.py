@@ -47,7 +47,10 @@ def structure(grads: Any, name: str = "grads") -> Structure:
 
 
 def _is_nested(item: Any) -> bool:
-    return isinstance(item, (list, tuple, Mapping))
+    """Tell whether an item holds gradients; a list of numbers is one that is no array yet."""
+    if isinstance(item, (list, tuple)):
+        return not any(isinstance(inner, (int, float, complex)) for inner in item)
+    return isinstance(item, Mapping)
 
 
 def _level(grads: Any) -> tuple[list[Key], list[Any], Rebuild]:

@@ -66,7 +66,8 @@ class GroupState:
     ) -> None:
         """Copy the parameters; `changed` is told of another rule or policy."""
         self.name, self.number, self.lr = group.name, number, group.lr
-        self._clip, self._nonfinite, self._changed = group.clip, group.nonfinite, changed
+        self._clip, self._nonfinite = group.clip, str(group.nonfinite)
+        self._changed = changed
         self._engine = engine
         given = {
             name: _given(f"params[{name!r}]", name, value, engine)

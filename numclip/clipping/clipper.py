@@ -38,8 +38,8 @@ class Clipper:
         The plan's tensors and pools that are a group's.
     bounds, divisors : array
         The bound on the norm of each pool at present, and what that norm is divided by.
-    found : pair of tables
-        Where the sums and decisions of the present step are.
+    place, found : int, pair of tables
+        Which row of the tables is of the present step, and its sums and decisions.
     tables : list
         What is found, a row for each step: sums, decisions, and what kinds add.
     strict, follows, decides_again : bool
@@ -48,6 +48,7 @@ class Clipper:
     """
 
     follows = decides_again = False
+    place: int
     found: Outcome
 
     def __init__(
@@ -126,7 +127,7 @@ class Clipper:
         pools, tensors = len(self._pool_list), sum(map(len, self.tensors.values()))
         return [(tensors, tables.SUM_COLUMNS), (pools + 1, tables.DECISION_COLUMNS)]
 
-    def outcome(self, place: int) -> Outcome:
+    def _outcome(self, place: int) -> Outcome:
         """Return where the sums and decisions of a step go."""
         tables = self.tables
         return tables[0][place], tables[1][place]
@@ -180,32 +181,35 @@ class Clipper:
     def measure(self, place: int, stream: Any) -> None:
         """Take the L2 norms and find what is not finite; decide."""
         self.plan.measure(2.0, stream)
-        self.found = outcome = self.outcome(place)
-        self.plan.decide(outcome, stream)
+        self.place, self.found = place, self._outcome(place)
+        self.plan.decide(self.found, stream)
 
-    def refused(self, place: int, stream: Any) -> list[Any]:
+    def refused(self, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
-        sums = self.engine.read(self.tables[0][place], stream)
+        sums = self.engine.read(self.found[0], stream)
         return [
             group
             for group in self.groups
             if group.nonfinite == "raise" and sums[self.tensors[group.name], tables.BAD].any()
         ]
 
-    def decide(self, place: int, step: int, stream: Any) -> None:
+    def decide(self, step: int, stream: Any) -> None:
         """Decide where more is needed than `measure` took."""
 
-    def write(self, place: int, stream: Any) -> None:
+    def write(self, stream: Any) -> None:
         """Write the gradients, clipped."""
         self.plan.scale(self.found, stream)
 
-    def write_exceptional(self, place: int, stream: Any) -> Outcome:
+    def write_exceptional(self, stream: Any) -> Outcome:
         """Write what an update cannot do on its way; return what it is to obey."""
         self.plan.write_exceptional(self.found, stream)
         return self.found
 
-    def preview(self, place: int, stream: Any) -> None:
+    def preview(self, stream: Any) -> None:
         """Find out what `write` would make of the norms; the gradients stay as they are."""
+
+    def observe(self, step: int, stream: Any) -> None:
+        """Let rules that follow the norms know those before and after."""
 
     @np.errstate(invalid="ignore")
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002

@@ -33,10 +33,10 @@ class FollowingClipper(Clipper):
         """
         self._unbounded = self.bounds
 
-    def decide(self, place: int, step: int, stream: Any) -> None:
+    def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
         bounds = self._unbounded.copy()
-        for group, found in self._found(place, stream):
+        for group, found in self._found(stream):
             rule, pools = self.rules[group.name], self.pools[group.name]
             if not found.skipped:
                 own = rule.thresholds(*_norms(found), step, group.rule_state)
@@ -45,15 +45,15 @@ class FollowingClipper(Clipper):
         self._write_law(self._unscale, stream)
         self.plan.decide(self.found, stream)
 
-    def _found(self, place: int, stream: Any) -> Iterable[tuple[Any, GroupOutcome]]:
+    def _found(self, stream: Any) -> Iterable[tuple[Any, GroupOutcome]]:
         """Yield what is decided for each group, after waiting for it."""
-        own = [self.engine.read(table[place], stream) for table in self.tables]
+        own = [self.engine.read(table[self.place], stream) for table in self.tables]
         read = Read(own, self.bounds, self._unscale)
         return ((group, GroupOutcome(self, group, read)) for group in self.groups)
 
-    def observe(self, place: int, step: int, stream: Any) -> None:
+    def observe(self, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
-        for group, found in self._found(place, stream):
+        for group, found in self._found(stream):
             if not found.nonfinite:
                 norms, total = _norms(found)
                 clipped = norms * (found.scale if found.jointly else found.columns.scales)
@@ -72,7 +72,7 @@ class OrderClipper(Clipper):
         super().__init__(groups, ord, engine, stream, kept)
         ((self._powers, _),) = self.plan.outcomes(1, stream)
 
-    def decide(self, place: int, step: int, stream: Any) -> None:  # noqa: ARG002
+    def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure by the order, and decide again by that."""
         self.plan.measure(self.ord, stream)
         self.plan.decide((self._powers, self.found[1]), stream)
@@ -108,33 +108,33 @@ class ValueClipper(Clipper):
         own = super()._shapes()
         return [*own, *own]
 
-    def _outcome_after(self, place: int) -> Outcome:
-        return self.tables[2][place], self.tables[3][place]
+    def _outcome_after(self) -> Outcome:
+        return self.tables[2][self.place], self.tables[3][self.place]
 
-    def write(self, place: int, stream: Any) -> None:
+    def write(self, stream: Any) -> None:
         """Take the loss scale out, hold the elements, and measure."""
-        self._write(self.plan, self._later, place, stream)
+        self._write(self.plan, self._later, stream)
 
-    def _write(self, plan: Any, later: Any, place: int, stream: Any) -> None:
+    def _write(self, plan: Any, later: Any, stream: Any) -> None:
         outcome = self.found
         plan.scale(outcome, stream)
         for group in self.groups:
             bounds = self.rules[group.name].element_bounds
             plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
         later.measure(2.0, stream)
-        later.decide(self._outcome_after(place), stream)
+        later.decide(self._outcome_after(), stream)
 
-    def write_exceptional(self, place: int, stream: Any) -> Outcome:
+    def write_exceptional(self, stream: Any) -> Outcome:
         """Write all: an update has no factor to take."""
-        self.write(place, stream)
-        return self._outcome_after(place)
+        self.write(stream)
+        return self._outcome_after()
 
-    def preview(self, place: int, stream: Any) -> None:
+    def preview(self, stream: Any) -> None:
         """Hold the elements of copies, and measure these."""
         if self._copies is None:
             self._copies = _Copies(self, stream)
         self._copies.take(stream)
-        self._write(self._copies.plan, self._copies.later, place, stream)
+        self._write(self._copies.plan, self._copies.later, stream)
 
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
         """Return the norms that were measured: there is no factor."""
@@ -192,6 +192,7 @@ class UnitClipper(Clipper):
             for k, entry in enumerate(group.gradients())
         ]
         self._units = engine.unit_plan(families, ord, stream)
+        self._counts = np.array([family.units for family in families])
         floors = [[_floor(group.clip)] * len(group.names) for group in self.groups]
         self._floors = np.concatenate(floors)
         self._obeyed: tuple[Array, float] | None = None
@@ -208,30 +209,31 @@ class UnitClipper(Clipper):
             self._units.write_laws(self.bounds, stream, self._floors, unscale)
             self._obeyed = self.bounds, unscale
 
-    def decide(self, place: int, step: int, stream: Any) -> None:  # noqa: ARG002
+    def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure units and parameters, and find a factor for each unit."""
         self._units.measure(stream)
         self._units.decide(stream, self.found[1])
-        self._units.summarize(self.tables[2][place], stream)
+        self._units.summarize(self.tables[2][self.place], stream)
 
-    def write(self, place: int, stream: Any) -> None:
+    def write(self, stream: Any) -> None:
         """Write each unit times its factor; what is not finite is cleaned after that."""
         self._units.scale(stream)
-        super().write(place, stream)
+        super().write(stream)
 
-    def write_exceptional(self, place: int, stream: Any) -> Outcome:
+    def write_exceptional(self, stream: Any) -> Outcome:
         """Write all: an update takes one factor for a tensor."""
         self._units.scale(stream)
-        return super().write_exceptional(place, stream)
+        return super().write_exceptional(stream)
 
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
         """Return the norms of what all units have become, and the smallest factors."""
         columns = super().columns(group, found, read)
         tensors = self.tensors[group.name]
         rows = read.tables[2][..., tensors.start : tensors.stop, :]
-        units = [self._units.families[t].units for t in tensors]
         left = np.expand_dims(found.skipped, -1)
-        least = np.where(np.array(units) == 0, 1.0, rows[..., tables.LEAST])
+        least = np.where(
+            self._counts[tensors.start : tensors.stop] == 0, 1.0, rows[..., tables.LEAST]
+        )
         return Columns(
             columns.norms,
             np.where(left, columns.norms, rows[..., tables.AFTER]),

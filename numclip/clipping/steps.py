@@ -155,33 +155,33 @@ class Steps:
         for clipper in self.clippers:
             clipper.measure(place, stream)
         for clipper in self._strict:
-            self._refuse(clipper, place)
+            self._refuse(clipper)
         for clipper in self._again:
-            clipper.decide(place, step, stream)
+            clipper.decide(step, stream)
         block.stream = stream
         return Turn(block, place, step, unscale, [clipper.bounds for clipper in self.clippers])
 
-    def _refuse(self, clipper: Any, place: int) -> None:
+    def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
-        for group in clipper.refused(place, self.stream):
+        for group in clipper.refused(self.stream):
             raise first_error(group.gradients(), None, self.stream)
 
-    def write(self, turn: Turn) -> None:
+    def write(self) -> None:
         """Write the gradients, clipped."""
         for clipper in self.clippers:
-            clipper.write(turn.place, self.stream)
+            clipper.write(self.stream)
 
-    def preview(self, turn: Turn) -> None:
+    def preview(self) -> None:
         """Find out what `write` would make of the norms; the gradients stay as they are."""
         for clipper in self.clippers:
-            clipper.preview(turn.place, self.stream)
+            clipper.preview(self.stream)
 
     def take(self, turn: Turn, *, counts: bool) -> None:
         """Keep a step; if it counts, let the rules that follow norms know, and the history."""
         turn.counts = counts
         if counts:
             for clipper in self._following:
-                clipper.observe(turn.place, turn.step, self.stream)
+                clipper.observe(turn.step, self.stream)
         turns = self._block.turns
         if turn.place < len(turns):
             turns.pop()

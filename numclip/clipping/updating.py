@@ -28,8 +28,13 @@ KEPT = 8
 class Method(Protocol):
     """What is asked of an optimizer."""
 
-    kernel: str
-    state_names: tuple[str, ...]
+    @property
+    def kernel(self) -> str:
+        """The name of the update kernel."""
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of what is kept for each parameter."""
 
     def settings(self, lr: float) -> list[float]:
         """Return the numbers that the user has chosen for a step."""
@@ -124,7 +129,7 @@ class GroupUpdater:
             if self._written[k] != settings:
                 updates.write_settings(self._table(clipper, settings), stream)
                 self._written[k] = settings
-            outcome = clipper.write_exceptional(turn.place, stream)
+            outcome = clipper.write_exceptional(stream)
             if clipper.rows:
                 updates.take_rows(clipper.rows, stream)
             updates.step(outcome, stream)

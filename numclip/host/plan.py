@@ -134,12 +134,14 @@ class Plan:
         )
         if self._zeroing and sums[:, BAD].any():
             return False
-        return safe or batch.dtype.digits < 53  # type: ignore[no-any-return]
+        return safe or batch.dtype.digits < 53
 
     def _measure(self, order: float) -> None:
         """Take the sums of all tensors; of some, with 0 for what is not finite."""
         self._sums = np.zeros_like(self._sums)
         self._take_sums(order, self._own)
+        if not self._zeroing:
+            return
         bad = self._sums[:, BAD] != 0.0
         zeroing = np.array([pool.policy == "zero" for pool in self.pools], np.bool_)[self.pool_of]
         if (bad & zeroing).any():

@@ -152,8 +152,11 @@ def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], 
     `numbers` are the units of an array that lacks some.
     """
     chosen = [slice(None) if own is None else own for own in numbers] or [slice(None)] * len(parts)
-    for units, (_, exponents) in zip(chosen, parts, strict=True):
-        out[1, units] = np.maximum(out[1, units], exponents)
+    out[1] = -np.inf
+    for units, (totals, exponents) in zip(chosen, parts, strict=True):
+        own = np.where(totals != 0.0, exponents, -np.inf)
+        out[1, units] = np.maximum(out[1, units], own)
+    out[1] = np.where(np.isfinite(out[1]), out[1], 0.0)
     if len(parts) == 1:
         out[0, chosen[0]] = parts[0][0]
         return

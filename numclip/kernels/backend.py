@@ -10,7 +10,20 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels import columns, cpu, grouping, joint, threads, updates
 from numclip.kernels.formulas import is_safe as is_safe
-from numclip.kernels.tuning import CHUNK, COLUMNS, EXAMPLE_COLUMNS, PARALLEL_BYTES
+from numclip.kernels.tuning import (
+    CHUNK,
+    COLUMN_ROWS,
+    COLUMNS,
+    EXAMPLE_COLUMNS,
+    PARALLEL_BYTES,
+)
+
+CANCELLATION = 2.0**20
+"""How often the rows' magnitudes may exceed their sums for sums of four rows to be rounded: their
+norm is then right to 2**-32."""
+
+TERMS_MARGIN = 1.0 + 2.0**-25
+"""What the magnitudes are multiplied by then, see `grouped_squares`."""
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -210,11 +223,14 @@ def clamp(batch: Batch, low: float, high: float) -> None:
 
 def column_squares(x: Array) -> Array:
     """Return the sums of squares over the middle axis of a 3-d array of storage."""
-    outer, _, inner = x.shape
-    out = np.zeros((outer, inner))
-    count = outer * -(-inner // COLUMNS)
-    threads.run(columns.column_squares, count, x.nbytes, x, COLUMNS, out)
-    return out
+    outer, reduced, inner = x.shape
+    parts = max(1, -(-reduced // COLUMN_ROWS))
+    out = np.empty((outer, parts, inner))
+    count = outer * parts * -(-inner // COLUMNS)
+    threads.run(columns.column_squares, count, x.nbytes, x, COLUMN_ROWS, out)
+    if parts > 1:
+        columns.add_parts(out)
+    return out[:, 0]
 
 
 def scaling_columns(x: Array, factors: Array, out: Array) -> threads.Call:
@@ -231,29 +247,39 @@ def sum_examples(x: Array, factors: Array, out: Array) -> None:
 
 def group(indices: Array) -> tuple[Array, Array]:
     """Return the order that brings equal indices together, and where each group starts."""
-    table = np.full(1 << (2 * indices.size).bit_length(), -1, np.int64)
-    groups = np.empty(indices.size, np.int64)
-    starts = np.zeros(indices.size + 1, np.int64)
-    count = grouping.group_rows(indices, table, groups, starts)
-    starts = starts[: count + 1]
+    row = np.uint32 if indices.size < 1 << 32 else np.int64
+    table = np.zeros(1 << (2 * indices.size - 1).bit_length(), row)
     order = np.empty(indices.size, np.int64)
-    grouping.order_rows(groups, starts, order)
-    return order, starts
+    starts = np.empty(indices.size + 1, np.int64)
+    count = grouping.group_rows(indices, table, order, starts)
+    return order, starts[: count + 1]
 
 
 def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
-    """Return the squared norms of the summed rows and of the rows' summed magnitudes."""
+    """Return the squared norms of the summed rows and of the rows' summed magnitudes.
+
+    Of elements under 64 bits the sums of four rows are rounded to float64, by at most
+    ``2 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
+    ``2 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
+    the terms of a result (see `formulas`): 2 for the norm, 2 for that of the result measured
+    again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
+    """
+    if values.dtype != np.float64:
+        total, terms = _grouped_squares(order, starts, values, exact=False)
+        if terms <= CANCELLATION**2 * total:
+            return total, terms * TERMS_MARGIN**2
+    return _grouped_squares(order, starts, values, exact=True)
+
+
+def _grouped_squares(
+    order: Array, starts: Array, values: Array, *, exact: bool
+) -> tuple[float, float]:
     rows = max(1, CHUNK // max(values.shape[1], 1))  # of a share, but for longer groups
     count = -(-order.size // rows)
-    shares = np.searchsorted(starts[:-1], rows * np.arange(count + 1))
     partial = np.empty((count, 2))
-    arguments = shares, order, starts, values, partial
+    arguments = rows, order, starts, values, exact, partial
     threads.run(grouping.grouped_squares, count, values.nbytes, *arguments)
-    chunks = np.zeros((2 * count, 4), np.int64)
-    chunks[1::2, cpu.OWNER] = 1
-    totals = np.zeros(2)
-    cpu.merge(chunks, partial.reshape(-1), totals)
-    return float(totals[0]), float(totals[1])
+    return grouping.total(partial)  # type: ignore[no-any-return]
 
 
 def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:

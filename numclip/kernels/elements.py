@@ -5,6 +5,8 @@ Both are computed in float32. Interpreted, the same names are plain NumPy.
 """
 
 import ctypes
+import functools
+import re
 
 import numpy as np
 from llvmlite import binding, ir
@@ -22,23 +24,33 @@ _HALF_NORMAL = 113 << 23  # 2**-14, the smallest normal float16, as a float32's 
 _REBIAS = 112 << 23  # difference of the exponents' biases
 
 
-def _host_converts_halves() -> bool:
-    """Tell whether the processor converts float16; without F16C, LLVM calls a missing symbol."""
-    if binding.get_process_triple().startswith(("x86_64", "i386", "i686")):
-        return bool(binding.get_host_cpu_features().get("f16c", False))
-    return binding.get_process_triple().startswith(("aarch64", "arm64"))
+@functools.cache
+def converts_halves(codegen) -> bool:
+    """Tell whether the processor that code is made for converts float16 by itself.
 
-
-NATIVE_HALVES = _host_converts_halves()
+    For others, as `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` can ask for, LLVM calls a function
+    that no process has, and ends it. So LLVM is asked what it would make of two conversions.
+    """
+    module = ir.Module()
+    module.triple = binding.get_process_triple()
+    for name, made, taken, convert in (
+        ("narrower", ir.HalfType(), _F32, ir.IRBuilder.fptrunc),
+        ("wider", _F32, ir.HalfType(), ir.IRBuilder.fpext),
+    ):
+        function = ir.Function(module, ir.FunctionType(made, [taken]), name)
+        builder = ir.IRBuilder(function.append_basic_block())
+        builder.ret(convert(builder, function.args[0], made))
+    parsed = binding.parse_assembly(str(module))
+    return not re.search("hfsf|sfhf|h2f|f2h", codegen._tm.emit_assembly(parsed))
 
 
 def _int(value: int) -> ir.Constant:
     return ir.Constant(_I32, value)
 
 
-def _half_to_float(builder, half):
+def _half_to_float(builder, half, *, native):
     """Emit the exact float32 of float16 bits."""
-    if NATIVE_HALVES:
+    if native:
         return builder.fpext(builder.bitcast(half, ir.HalfType()), _F32)
     wide = builder.zext(half, _I32)
     shifted = builder.shl(builder.and_(wide, _int(0x7FFF)), _int(13))
@@ -50,12 +62,12 @@ def _half_to_float(builder, half):
     return builder.bitcast(builder.or_(bits, sign), _F32)
 
 
-def _float_to_half(builder, value):
+def _float_to_half(builder, value, *, native):
     """Emit float16 bits: to nearest even, below the normal numbers toward zero."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _int(_MAGNITUDE))
     positive = builder.bitcast(magnitude, _F32)
-    if NATIVE_HALVES:
+    if native:
         rounded = builder.bitcast(builder.fptrunc(positive, ir.HalfType()), _I16)
         rounded = builder.zext(rounded, _I32)
     else:
@@ -107,14 +119,30 @@ def _word_at(_typing, address):
 
 
 @intrinsic
+def _prefetch(_typing, address):
+    """Ask for the cache line of an address, which need not be readable, before it is used."""
+
+    def emit(context, builder, _signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        read, keep, data = _int(0), _int(3), _int(1)
+        builder.call(ask, [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(address), emit
+
+
+@intrinsic
 def _widen(_typing, value):
     """Return the value of a stored element in the type it is computed in."""
     if value not in (types.float32, types.float64, types.uint16, types.int16):
         raise TypingError(f"no gradient element is stored as {value}")
 
-    def emit(_context, builder, _signature, arguments):
+    def emit(context, builder, _signature, arguments):
         if value == types.uint16:
-            return _half_to_float(builder, arguments[0])
+            native = converts_halves(context.codegen())
+            return _half_to_float(builder, arguments[0], native=native)
         if value == types.int16:
             wide = builder.shl(builder.zext(arguments[0], _I32), _int(16))
             return builder.bitcast(wide, _F32)
@@ -132,7 +160,9 @@ def _narrow(_typing, value, like):
         if like in (types.float32, types.float64):
             return context.cast(builder, arguments[0], signature.args[0], like)
         number = context.cast(builder, arguments[0], signature.args[0], types.float32)
-        return (_float_to_half if like == types.uint16 else _float_to_bfloat)(builder, number)
+        if like == types.uint16:
+            return _float_to_half(builder, number, native=converts_halves(context.codegen()))
+        return _float_to_bfloat(builder, number)
 
     return like(value, like), emit
 
@@ -160,6 +190,10 @@ def _array_at_interpreted(address, length, like):
 
 def _word_at_interpreted(address):
     return ctypes.c_int64.from_address(int(address)).value
+
+
+def _prefetch_interpreted(_address):
+    pass
 
 
 def _widen_interpreted(value):
@@ -193,6 +227,7 @@ def _narrow_interpreted(value, like):
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, _widen_interpreted, _narrow_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
+    prefetch = _prefetch_interpreted
 else:
     array_at, widen, narrow = inline(_array_at), _widen, _narrow
-    as_computed, word_at = _as_computed, _word_at
+    as_computed, word_at, prefetch = _as_computed, _word_at, _prefetch

@@ -173,8 +173,6 @@ ENTRIES = {
     "longdouble": (np.ones(2, np.longdouble), "longdouble|float128"),
     "clongdouble": (np.ones(2, np.clongdouble), "clongdouble|complex256"),
     "list": ([1.0, 2.0], "list.*asarray|asarray.*list"),
-    "nested": ([ONES, ONES], "list"),
-    "tuple": ((ONES,), "tuple"),
     "number": (1.5, "float.*asarray|asarray.*float"),
     "text": ("abc", "str"),
     "sparse_matrix": (scipy.sparse.csr_array(np.eye(2)), "csr_array|from_scipy"),

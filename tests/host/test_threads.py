@@ -57,6 +57,7 @@ def program(code, *arguments, **options):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 17, 1000])
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
 def test_every_item_is_computed_once(limit, count):
@@ -82,6 +83,7 @@ def test_several_calls_are_made_once_each():
     assert (np.concatenate(visits) == 1.0).all()
 
 
+@pytest.mark.full
 @alone_when_interpreted
 def test_two_threads_share_the_work():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -100,6 +102,7 @@ def test_two_threads_share_the_work():
     assert min(ratios) < 0.75, ratios
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @pytest.mark.parametrize("limit", [1, 2])
 def test_memory_that_runs_out_reaches_the_caller_and_the_team_stays(limit):
@@ -132,6 +135,7 @@ def test_concurrent_callers_get_their_own_results():
     assert found == [[norm] * 5 for norm in wanted]
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("busy", [False, True])
@@ -158,6 +162,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_children_of_a_process_whose_threads_work_get_their_results():
@@ -225,8 +230,10 @@ def test_where_no_thread_can_be_started_the_caller_works_alone():
     code = """
 import os, threading
 import numpy as np, numclip as nc
-nc.set_num_threads(2)
+nc.set_num_threads(1)
 x = [np.ones(2_000_000, np.float32)]
+nc.global_norm(x)
+nc.set_num_threads(2)
 before = len(os.listdir("/proc/self/task"))
 threading.stack_size(1 << 46)  # more than there are addresses
 for _ in range(3):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.work import Bound, Call
+from bench.workload import Bound, Call
 from numclip.kernels import threads
-from numclip.kernels.jit import block_sum, inline
+from numclip.kernels.jit import block_sum, kernel
 
 SHARE = 16_384
 
@@ -21,27 +21,27 @@ def total(x):
     return result
 
 
-@inline
+@kernel
 def read(begin, end, x, out):
     for share in range(begin, end):
         out[share] = total(x[share * SHARE : (share + 1) * SHARE])
 
 
-@inline
+@kernel
 def scale(begin, end, x):
     y = x[begin * SHARE : end * SHARE]
     for i in range(y.size):
         y[i] *= np.float32(-1)
 
 
-@inline
+@kernel
 def descend(begin, end, g, p):
     g, p = g[begin * SHARE : end * SHARE], p[begin * SHARE : end * SHARE]
     for i in range(p.size):
         p[i] -= g[i]
 
 
-@inline
+@kernel
 def adam(begin, end, g, p, m, v):
     g, p = g[begin * SHARE : end * SHARE], p[begin * SHARE : end * SHARE]
     m, v = m[begin * SHARE : end * SHARE], v[begin * SHARE : end * SHARE]
