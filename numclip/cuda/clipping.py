@@ -152,7 +152,10 @@ def _judge(
     if measure:
         plan.measure(law.ord, stream)
     plan.judge(outcome, stream)
-    norm = DeviceFloat(lambda: _decided(outcome, tables.NORM, stream))
+    norm = DeviceFloat(
+        lambda: _decided(outcome, tables.NORM, stream),
+        lambda: int(device.interface_of(outcome[1])["data"][0]) + 8 * tables.NORM,
+    )
     weakref.finalize(norm, free.append, outcome).atexit = False
     return outcome, norm
 
