@@ -35,3 +35,9 @@ from numclip.running_rules import AutoClip as AutoClip
 from numclip.running_rules import ZClip as ZClip
 from numclip.slices import IndexedSlices as IndexedSlices
 from numclip.state import StateError as StateError
+
+__all__ = [
+    name
+    for name, value in globals().items()
+    if getattr(value, "__module__", "").startswith("numclip.")
+]

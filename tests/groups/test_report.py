@@ -484,6 +484,19 @@ def test_picture_shows_thresholds_where_there_are_any():
     # One point makes no line: a dash stands for it.
     dashes = [line for line in spikes.get_lines() if line.get_marker() == "_"]
     assert [(list(d.get_xdata()), list(d.get_ydata())) for d in dashes] == [([4], [2.0])]
+    # And a drop joins it to the norm that was clipped to it.
+    (drops,) = spikes.collections
+    assert [drop.tolist() for drop in drops.get_segments()] == [[[4, 2], [4, 3]]]
+    assert not fixed.collections
+
+
+def test_groups_with_one_norm_are_drawn_once():
+    joint = [clipped_at(float(norm)) for norm in range(1, 9)]
+    steps = [{"a": one, "alone": clipped_at(7.0), "b": one} for one in joint]
+    figure = recorded(steps).plot()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a, b", "alone"]
+    steps[3]["b"] = clipped_at(77.0)
+    assert len(recorded(steps).plot().axes) == 3
 
 
 def test_steps_clipped_from_beyond_float64_are_marked_at_the_edge():
