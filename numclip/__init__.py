@@ -21,6 +21,7 @@ from numclip.kernels.missing import DeviceError as DeviceError
 from numclip.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from numclip.optim import SGD as SGD
 from numclip.optim import Adam as Adam
+from numclip.optim import Optimizer as Optimizer
 from numclip.report import ClipReport as ClipReport
 from numclip.report import GroupReport as GroupReport
 from numclip.report import TensorReport as TensorReport

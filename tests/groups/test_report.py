@@ -433,6 +433,22 @@ def test_a_bad_state_changes_nothing(case):
     assert_same_state(history.state_dict(), before)
 
 
+def test_suggested_bounds_would_have_clipped_the_share():
+    norms = 1.0 + np.random.default_rng(8).permutation(300)
+    steps = [clipped_at(float(norm), None) for norm in norms]
+    overflowed = GroupReport(math.inf, math.nan, math.nan, False, True, None, True)
+    history = recorded([{"g": step} for step in [*steps, overflowed]])
+    for share in (0.0, 0.1, 0.5, 1.0):
+        bound = history.suggest(share)["g"]
+        assert abs(np.mean(norms > bound) - share) <= 1.01 / 300
+    assert history.suggest(0.0)["g"] == 300.0
+    assert history.suggest() == history.suggest(0.1)
+    assert math.isnan(History().suggest()["all"])
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"clip_fraction: expected a number in \[0, 1\]"):
+            history.suggest(wrong)
+
+
 # ---- the picture
 
 
