@@ -1,6 +1,6 @@
 """Gradient clipping for NumPy training code."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
