@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import numclip as nc
-from bench import limits
-from bench.work import Bound, Call, Kind, copied, library, norm_of
+from bench import memory_speed
+from bench.workload import Bound, Call, Workload, copied, library, norm_of
 
 
 def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:
@@ -124,10 +124,10 @@ def tf_function(source: list[np.ndarray], bound: Bound) -> Call:
     return call
 
 
-CLIP = Kind(
+CLIP = Workload(
     exact,
     {
-        "limit": limits.clip,
+        "limit": memory_speed.clip,
         "numclip": numclip,
         "numclip, flat": flat,
         "NumPy loop": numpy_loop,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 import numclip as nc
-from bench import limits
+from bench import memory_speed
 from bench.clips import tensorflow
-from bench.work import Bound, Call, Kind, library, norm_of
+from bench.workload import Bound, Call, Workload, library, norm_of
 
 Rows = tuple[np.ndarray, np.ndarray]
 ROWS = 1_000_000
@@ -140,10 +140,10 @@ def tf_unmerged(source: Rows, bound: Bound) -> Call:
     return lambda: clip(values, indices, np.float32(bound()))
 
 
-SPARSE = Kind(
+SPARSE = Workload(
     exact,
     {
-        "limit": lambda source, bound: limits.clip([source[0]], bound),
+        "limit": lambda source, bound: memory_speed.clip([source[0]], bound),
         "numclip": numclip,
         "NumPy add.at": numpy_add_at,
         "NumPy reduceat": numpy_reduceat,

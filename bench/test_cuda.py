@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from bench.models import MODELS
 from tests.cuda.gpu import ready
+from tests.oracle.models import MODELS
 
 __all__ = ["ready"]
 pytestmark = pytest.mark.gpu

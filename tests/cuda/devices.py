@@ -14,8 +14,8 @@ import numclip as nc
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from numclip.kernels.cuda import device
-from tests.conftest import EMULATED
 from tests.cuda.gpu import ready as ready
+from tests.rings import EMULATED, EXAMPLES_ON_GPU, gpu
 
 if EMULATED:
     from tests.cuda import emulator
@@ -99,6 +99,12 @@ def leaves(grads: Any) -> list[Any]:
 
 class OnDevice:
     """numclip's functions for gradients of the host, carried out on the device."""
+
+    examples = EXAMPLES_ON_GPU[gpu()]
+
+    def few(self, values: Any) -> Any:
+        """Return what a loop of a test goes over: in the simulator once."""
+        return values if COMPILED else values[-1:]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(nc, name)

@@ -10,8 +10,7 @@ import pytest
 import numclip as nc
 
 
-@pytest.fixture(autouse=True)
-def ready() -> None:
+def require() -> None:
     """Have a GPU, or simulate one; say so where there is none though one is asked for."""
     try:
         from numclip.kernels.cuda import device
@@ -24,3 +23,8 @@ def ready() -> None:
         if os.environ.get("NUMCLIP_REQUIRE_GPU", "0") not in ("", "0"):
             pytest.fail(f"NUMCLIP_REQUIRE_GPU is set: {error}")
         pytest.skip(f"no GPU: {error}")
+
+
+@pytest.fixture(autouse=True)
+def ready() -> None:
+    require()

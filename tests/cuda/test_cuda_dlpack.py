@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import struct
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -17,68 +14,13 @@ from numclip.cuda import dlpack
 from numclip.cuda.arrays import DeviceArray
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
+from tests.cuda.foreign import Producer, settle
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-
-CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5}
-TENSOR = "QiiiBBHQQQ"  # of dlpack.h: DLTensor
-new_capsule = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
-)(("PyCapsule_New", ctypes.pythonapi))
-NAMES = {True: b"dltensor_versioned", False: b"dltensor"}
-
-
-class Producer:
-    """An array of a library that speaks DLPack alone, of the newer protocol or the older one."""
-
-    def __init__(self, array: np.ndarray, *, versioned: bool = True, **told: Any) -> None:
-        self.sent, self.array, self.versioned, self.told = send(array), array, versioned, told
-        self.asked: list[dict[str, Any]] = []
-        self.returned: list[int] = []
-        self.kept: list[Any] = []
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.told.get("gpu", 0)
-
-    def tensor(self) -> bytes:
-        dtype = self.array.dtype
-        steps = [step // dtype.itemsize for step in self.array.strides]
-        both = (ctypes.c_int64 * (2 * len(steps)))(*self.array.shape, *steps)
-        self.kept.append(both)
-        shape, offset = ctypes.addressof(both), self.told.get("offset", 0)
-        strides = shape + 8 * len(steps) if self.told.get("strides", True) else 0
-        code = self.told.get("code", CODES[dtype.kind])
-        kind = code, self.told.get("bits", 8 * dtype.itemsize), self.told.get("lanes", 1)
-        place = self.sent.address - offset, 2, self.told.get("gpu", 0), len(steps)
-        return struct.pack(TENSOR, *place, *kind, shape, strides, offset)
-
-    def __dlpack__(self, *, stream: Any, **newer: Any) -> Any:
-        if newer and not self.versioned:
-            raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
-        self.asked.append({"stream": stream, **newer})
-        back = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.returned.append)
-        deleter = ctypes.cast(back, ctypes.c_void_p).value
-        if self.versioned:
-            version = self.told.get("major", 1), 0
-            head = struct.pack("IIQQQ", *version, 0, deleter, self.told.get("flags", 0))
-            content = head + self.tensor()
-        else:
-            content = self.tensor() + struct.pack("QQ", 0, deleter)
-        managed = ctypes.create_string_buffer(content, len(content))
-        self.kept += [back, managed]
-        self.pointer = ctypes.addressof(managed)
-        return new_capsule(self.pointer, NAMES[self.versioned], None)
-
-
-def settle() -> None:
-    """Let memory that is no longer used be given back."""
-    gc.collect()
-    device.synchronize(None)
-    device.after_default(lambda: None)
 
 
 @pytest.mark.parametrize("versioned", [True, False])

@@ -19,66 +19,16 @@ from numclip.cuda import clipping as device_clipping
 from numclip.cuda import streams
 from numclip.cuda.arrays import DeviceArray
 from numclip.kernels.cuda import device
-from tests.conftest import EMULATED
 from tests.cuda.devices import fetch, ready, send
+from tests.cuda.foreign import Foreign, Tensor, torch
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
+from tests.rings import EMULATED
 
-__all__ = ["ready"]
+__all__ = ["ready", "torch"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 GROUPS = "import numpy as np, numclip as nc; nc.ParamGroups([nc.Group('g', {'x': np.ones(3)})]"
-
-
-class Tensor:
-    """What numclip asks of PyTorch's tensors."""
-
-    __module__ = "torch"
-    is_cuda = True
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.sent, self.shape, self.device = send(array), array.shape, "cuda"
-        self.dtype = f"torch.{array.dtype.name}"
-        self.steps = tuple(step // array.itemsize for step in array.strides)
-
-    def data_ptr(self) -> int:
-        return self.sent.address
-
-    def stride(self) -> tuple[int, ...]:
-        return self.steps
-
-    def is_conj(self) -> bool:
-        return False
-
-    is_neg = is_conj
-
-    def get_device(self) -> int:
-        return 0
-
-    def is_contiguous(self) -> bool:
-        return self.sent._strides is None
-
-
-@pytest.fixture
-def torch(monkeypatch):
-    """A module that stands for PyTorch."""
-    stream = SimpleNamespace(cuda_stream=0)
-    cuda = SimpleNamespace(current_stream=lambda _: stream)
-    like = lambda tensor: Tensor(fetch(tensor.sent))  # noqa: E731
-    nn = SimpleNamespace(Parameter=Tensor)
-    made = SimpleNamespace(cuda=cuda, Tensor=Tensor, nn=nn, empty_like=like)
-    monkeypatch.setitem(sys.modules, "torch", made)
-    return made
-
-
-class Foreign:
-    """What another library's array tells of itself."""
-
-    def __init__(self, array: np.ndarray, **other: Any) -> None:
-        sent = send(np.ascontiguousarray(array))
-        self.kept, self.dtype = sent, array.dtype
-        interface = {**sent.__cuda_array_interface__, "strides": array.strides, **other}
-        self.__cuda_array_interface__ = interface
 
 
 def without_gpu(code: str, before: str = "") -> str:

@@ -1,4 +1,4 @@
-"""clip_per_example on the GPU: the suite of the CPU, and what only a GPU has."""
+"""clip_per_example on the GPU: what only a GPU has."""
 
 from __future__ import annotations
 
@@ -9,48 +9,13 @@ import pytest
 
 import numclip as nc
 from numclip.kernels.cuda import device
-from tests.cuda.devices import HARDWARE, OnDevice, fetch, ready, send
-from tests.functions import test_per_example as suite
-from tests.oracle import reference
+from tests.cuda.devices import fetch, ready, send
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 layerwise = pytest.mark.parametrize("layerwise", [None, "uniform", "proportional"])
-
-
-@pytest.fixture(autouse=True)
-def on_device(monkeypatch):
-    monkeypatch.setattr(suite, "nc", OnDevice())
-
-
-@layerwise
-@pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_sums_and_counts(dtype, layerwise):
-    for clip_norm in [1e-2, 3.0, 1e3] if HARDWARE else [3.0]:
-        suite.test_sums_and_counts(clip_norm=clip_norm, dtype=dtype, layerwise=layerwise)
-
-
-def test_structure_and_counts():
-    suite.test_structure_and_counts()
-
-
-def test_without_examples():
-    suite.test_without_examples()
-
-
-def test_keeps_every_example_within_the_bound():
-    suite.test_keeps_every_example_within_the_bound()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_example_that_is_not_finite_spoils_the_sums(bad):
-    suite.test_an_example_that_is_not_finite_spoils_the_sums(bad)
-
-
-def test_extreme_magnitudes():
-    suite.test_extreme_magnitudes()
 
 
 @layerwise

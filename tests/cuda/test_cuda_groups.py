@@ -12,6 +12,7 @@ import numclip as nc
 from numclip.cuda import groups as device_groups
 from numclip.cuda.values import DeviceFloat, DeviceReport
 from numclip.kernels.cuda import device
+from tests.cuda.compared import FOLLOWING, MOVING, WAITING, forbid, numbers, pair
 from tests.cuda.devices import OnDevice, fetch, hardware, ready, send
 from tests.oracle import plain_optim
 from tests.oracle.cases import normal
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # plain Python's on overflow
 ]
 SHAPES = {"w": (5, 3), "b": (3,), "scalar": (), "none": (0, 2), "long": (141,)}
-FOLLOWING = nc.AutoClip, nc.ZClip, nc.AdaGC
 RULES = [
     None,
     nc.ByGlobalNorm(0.5),
@@ -56,10 +56,6 @@ def grads_of(groups: nc.ParamGroups, seed: int = 1) -> dict[str, np.ndarray]:
     return {name: normal(rng, p.shape, p.dtype) for name, p in groups.params.items()}
 
 
-def pair(*groups: nc.Group) -> tuple[nc.ParamGroups, Any]:
-    return nc.ParamGroups(groups), nc.ParamGroups(groups, device="cuda")
-
-
 def assert_close(found: Any, wanted: Any, ulps: int = 4) -> None:
     """Equal but for units in the last place: of the norm, of the factor, of the product."""
     here = fetch(found) if not isinstance(found, np.ndarray) else found
@@ -67,19 +63,6 @@ def assert_close(found: Any, wanted: Any, ulps: int = 4) -> None:
     here, wanted = (np.atleast_1d(a.astype(np.longdouble)) for a in (here, wanted))
     digits = {2: 8, 4: 24, 8: 53}[np.dtype(found.dtype).itemsize]
     np.testing.assert_allclose(here, wanted, rtol=ulps * 2.0 ** (1 - digits), atol=1e-300)
-
-
-def numbers(report: Any) -> dict[str, Any]:
-    """A report, its norms rounded to what two ways of adding agree on."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: rounded(part) for key, part in value.items()}
-        if isinstance(value, float) and math.isfinite(value):
-            return float(f"{value:.11g}")
-        return repr(value)
-
-    return rounded(report.to_dict())
 
 
 def assert_same(cpu: nc.ParamGroups, gpu: Any, ulps: int = 4) -> None:
@@ -417,20 +400,6 @@ def test_reports_and_norms_are_read_when_asked_for(monkeypatch):
     assert fetch(clipped[0]) @ fetch(clipped[0]) <= 1.0
     assert [report.step for report in reports] == [0, 1]
     assert repr(reports[1]).startswith("step 1:")
-
-
-WAITING = "synchronize", "read_table", "read"
-MOVING = "table", "allocate", "update", "write", "copy", "clear"
-
-
-def forbid(monkeypatch, names=WAITING):
-    """Let whatever waits for the device fail, or whatever is named."""
-
-    def refuse(*_):
-        raise AssertionError("the host waits for the device, or moves something")
-
-    for name in names:
-        monkeypatch.setattr(device, name, refuse)
 
 
 @pytest.mark.parametrize("make", [nc.SGD, nc.Adam])

@@ -17,7 +17,6 @@ from numclip.kernels import backend
 from numclip.kernels.cuda import device, grouping, tables
 from numclip.kernels.cuda.grouping import RowSpan
 from tests.cuda.devices import HARDWARE, OnDevice, fetch, ready, send
-from tests.functions import test_slices as suite
 from tests.oracle import cases, checks, reference
 
 __all__ = ["ready"]
@@ -25,10 +24,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarnin
 DTYPES = reference.DTYPES if HARDWARE else ("bfloat16", "float32", "float64", "complex64")
 
 
-@pytest.fixture
-def on_device(monkeypatch):
-    """The functions that the tests of the host's slices call."""
-    monkeypatch.setattr(suite, "nc", OnDevice())
+ROWS = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]], np.float32)
+INDICES = np.array([4, 1, 4, 0])
+DENSE = np.array([[7.0, 8], [3, 4], [0, 0], [0, 0], [6, 8]], np.float32)
+
+
+def few_rows() -> nc.IndexedSlices:
+    return nc.IndexedSlices(ROWS.copy(), INDICES.copy(), (5, 2))
 
 
 def example(name: str = "float32", seed: int = 8) -> nc.IndexedSlices:
@@ -49,16 +51,16 @@ def integers(indices: Any, dtype: Any = np.int64) -> DeviceArray:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint64])
 def test_construction(dtype):
-    values = send(suite.ROWS)
-    slices = nc.IndexedSlices(values, integers(suite.INDICES, dtype), [5, 2])
+    values = send(ROWS)
+    slices = nc.IndexedSlices(values, integers(INDICES, dtype), [5, 2])
     assert type(slices) is DeviceSlices
     assert slices.values is values
     assert slices.is_cuda
     assert (slices.dtype, slices.dense_shape) == (np.float32, (5, 2))
     assert repr(slices) == "IndexedSlices(4 rows of float32, dense_shape=(5, 2))"
-    np.testing.assert_array_equal(slices.indices, suite.INDICES)
-    np.testing.assert_array_equal(fetch(slices.to_dense()), suite.DENSE)
-    assert nc.global_norm([slices]) == reference.norm([suite.DENSE])
+    np.testing.assert_array_equal(slices.indices, INDICES)
+    np.testing.assert_array_equal(fetch(slices.to_dense()), DENSE)
+    assert nc.global_norm([slices]) == reference.norm([DENSE])
 
 
 @pytest.mark.parametrize(
@@ -73,21 +75,21 @@ def test_construction(dtype):
 def test_construction_errors(indices, dense_shape, error, message):
     for given in (indices, integers(indices)):
         with pytest.raises(error, match=message):
-            nc.IndexedSlices(send(suite.ROWS), given, dense_shape)
+            nc.IndexedSlices(send(ROWS), given, dense_shape)
 
 
 def test_what_slices_are_not_made_of():
-    values = send(suite.ROWS)
+    values = send(ROWS)
     with pytest.raises(TypeError, match=r"indices: expected integers, got float64"):
         nc.IndexedSlices(values, send(np.ones(4)), (5, 2))
     with pytest.raises(ValueError, match=r"indices: expected a contiguous 1-d CUDA array, got str"):
-        nc.IndexedSlices(values, integers([suite.INDICES]), (5, 2))
+        nc.IndexedSlices(values, integers([INDICES]), (5, 2))
     with pytest.raises(ValueError, match=r"values: expected rows in C order on the GPU, got str"):
-        nc.IndexedSlices(send(np.asfortranarray(suite.ROWS)), suite.INDICES, (5, 2))
+        nc.IndexedSlices(send(np.asfortranarray(ROWS)), INDICES, (5, 2))
     with pytest.raises(TypeError, match=r"values: expected an array of float16.* got int64"):
-        nc.IndexedSlices(integers(suite.ROWS), suite.INDICES, (5, 2))
+        nc.IndexedSlices(integers(ROWS), INDICES, (5, 2))
     with pytest.raises(TypeError, match=r"to_scipy: expected values in the host's memory, got a"):
-        nc.IndexedSlices(values, suite.INDICES, (5, 2)).to_scipy()
+        nc.IndexedSlices(values, INDICES, (5, 2)).to_scipy()
 
 
 # ---- merging
@@ -138,50 +140,6 @@ def test_shares_of_large_blocks_cover_every_sum_once(monkeypatch, columns, name)
 
 
 # ---- clipping
-
-
-@pytest.mark.usefixtures("on_device")
-class TestAsOnTheHost:
-    """The tests of the host's slices, with functions that work on the device."""
-
-    def test_repeated_rows_are_summed(self):
-        suite.test_repeated_rows_are_summed()
-
-    @pytest.mark.parametrize("name", DTYPES)
-    def test_rows_that_cancel(self, name):
-        suite.test_rows_that_cancel(name)
-
-    def test_rows_that_cancel_entirely(self):
-        suite.test_rows_that_cancel_entirely()
-
-    @pytest.mark.parametrize(("big", "small", "count"), [(100.0, -0.5, 150), (10.0, -0.33, 20)])
-    def test_many_small_rows_against_a_large_one(self, big, small, count):
-        suite.test_many_small_rows_against_a_large_one("float16", big, small, count, 1e-3)
-
-    @pytest.mark.parametrize("axes", [None, 0, 1])
-    @pytest.mark.parametrize("name", DTYPES)
-    def test_sums_are_not_rounded_before_they_are_measured(self, name, axes):
-        suite.test_sums_are_not_rounded_before_they_are_measured(name, axes)
-
-    def test_sums_beyond_the_range_of_the_dtype(self):
-        suite.test_sums_beyond_the_range_of_the_dtype()
-
-    @pytest.mark.parametrize("rule", [rule for rule in suite.RULES if rule != "order_1"])
-    def test_same_as_dense(self, rule):
-        suite.test_same_as_dense(rule, "float32")
-
-    def test_untriggered_is_untouched(self):
-        suite.test_untriggered_is_untouched()
-
-    def test_clip_by_value_merges(self):
-        suite.test_clip_by_value_merges()
-
-    def test_clip_by_value_keeps_the_rows_that_are_not_stored(self):
-        suite.test_clip_by_value_keeps_the_rows_that_are_not_stored(0.5, 1.0)
-
-    @pytest.mark.parametrize("axes", [None, (1,), (0,)])
-    def test_non_finite_rows(self, axes):
-        suite.test_non_finite_rows(axes)
 
 
 @pytest.mark.parametrize("policy", ["propagate", "raise", "skip", "zero"])
@@ -261,23 +219,23 @@ def test_clip_by_value_between_arrays(repeated):
 
 
 def test_clip_by_value_into_other_slices():
-    slices = suite.example()
-    for other in (None, suite.example()):
+    slices = few_rows()
+    for other in (None, few_rows()):
         sent = send(slices)
         out = sent if other is None else send(other)
         assert nc.clip_by_value(sent, -1.0, 6.5, out=out) is out
-        wanted = suite.example()
+        wanted = few_rows()
         nc.clip_by_value(slices, -1.0, 6.5, out=wanted)
         checks.assert_same_bits(fetch(out), wanted)
 
 
 def test_results_are_checked():
-    sent = send(suite.example())
+    sent = send(few_rows())
     others = {
         r"out\[0\]: expected IndexedSlices, got DeviceArray": (TypeError, sent.values),
         r"out\[0\]: expected the indices and dense_shape of grads\[0\]": (
             ValueError,
-            nc.IndexedSlices(sent.values, suite.INDICES[::-1], (5, 2)),
+            nc.IndexedSlices(sent.values, INDICES[::-1], (5, 2)),
         ),
     }
     for message, (error, out) in others.items():
@@ -288,7 +246,7 @@ def test_results_are_checked():
 
 
 def test_tables_are_sent_once_for_the_same_rows(monkeypatch):
-    sent, other = send(suite.example()), send(suite.example())
+    sent, other = send(few_rows()), send(few_rows())
     norm = nc.global_norm([sent])
     monkeypatch.setattr(device.Tables, "__call__", None)
     assert nc.global_norm([sent]) == norm
@@ -296,7 +254,7 @@ def test_tables_are_sent_once_for_the_same_rows(monkeypatch):
         nc.global_norm([nc.IndexedSlices(sent.values, sent.indices, (5, 2))])
     monkeypatch.undo()
     again = nc.IndexedSlices(sent.values, np.array([0, 1, 2, 3]), (5, 2))
-    assert nc.global_norm([again]) == pytest.approx(reference.norm([suite.ROWS]), rel=1e-15)
+    assert nc.global_norm([again]) == pytest.approx(reference.norm([ROWS]), rel=1e-15)
     assert nc.global_norm([sent]) == norm == nc.global_norm([other])
 
 

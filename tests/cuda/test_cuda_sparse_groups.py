@@ -10,8 +10,8 @@ import pytest
 
 import numclip as nc
 from numclip.kernels.cuda import device
+from tests.cuda.compared import FOLLOWING, forbid, numbers, pair
 from tests.cuda.devices import HARDWARE, fetch, ready, send
-from tests.cuda.test_cuda_groups import FOLLOWING, forbid, numbers, pair
 from tests.oracle import plain_optim
 from tests.oracle.cases import normal, slices
 from tests.oracle.checks import assert_same_bits

@@ -12,8 +12,8 @@ import pytest
 
 import numclip as nc
 from numclip.kernels.cuda import device
+from tests.cuda.compared import assert_as_on_the_cpu
 from tests.cuda.devices import COMPILED, fetch, ready, send
-from tests.cuda.test_cuda_units import assert_as_on_the_cpu
 from tests.oracle import reference
 from tests.oracle.cases import normal, slices, strided
 from tests.oracle.checks import assert_same_bits

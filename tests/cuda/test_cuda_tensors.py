@@ -12,7 +12,7 @@ import numclip as nc
 from numclip.cuda import entries, tensors
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
-from tests.cuda.test_cuda_errors import Tensor, torch
+from tests.cuda.foreign import Tensor, torch
 from tests.oracle.checks import assert_same_bits
 
 __all__ = ["ready", "torch"]

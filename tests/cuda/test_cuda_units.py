@@ -17,6 +17,7 @@ from numclip.cuda.entries import describe
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.tiling import Strided
 from numclip.kernels.cuda.unit_plan import Family, UnitPlan
+from tests.cuda.compared import assert_as_on_the_cpu
 from tests.cuda.devices import fetch, ready, send
 from tests.oracle import reference
 from tests.oracle.cases import fortran, normal, strided
@@ -27,17 +28,6 @@ __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 SHAPE = (3, 2, 7)
 RNG = np.random.default_rng(8)
-
-
-def assert_as_on_the_cpu(found: np.ndarray, wanted: np.ndarray) -> None:
-    """The same bits, but for float64, whose norms may differ in the last ones."""
-    assert found.shape == wanted.shape
-    assert found.dtype == wanted.dtype
-    if reference.PRECISION[wanted.dtype.name] < 53:
-        assert_same_bits(found, wanted)
-        return
-    pair = (np.ascontiguousarray(a).reshape(-1).view(np.float64) for a in (found, wanted))
-    assert reference.ulp_distance(*pair).max(initial=0) <= 4
 
 
 @pytest.mark.parametrize("axes", [(), 0, (1,), 2, (0, 2), (1, 2)])

@@ -12,8 +12,7 @@ import numclip as nc
 from numclip.cuda import updating as device_updating
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
-from tests.cuda.test_cuda_dlpack import Producer, settle
-from tests.cuda.test_cuda_errors import Foreign, Tensor, torch
+from tests.cuda.foreign import Foreign, Producer, Tensor, settle, torch
 from tests.oracle import plain_optim
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits

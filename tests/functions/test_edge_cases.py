@@ -364,6 +364,7 @@ def test_threads_can_be_set_and_restored():
     assert nc.get_num_threads() == default
 
 
+@pytest.mark.full  # asks the system in a child process
 def test_show_versions(capsys):
     assert nc.show_versions() is None
     printed = capsys.readouterr().out
@@ -372,6 +373,7 @@ def test_show_versions(capsys):
     assert np.__version__ in printed
 
 
+@pytest.mark.full
 @pytest.mark.jit_only
 def test_warmup_changes_no_result():
     before = nc.clip_by_global_norm(grads(), 0.5)

@@ -28,6 +28,7 @@ from tests.oracle.reference import DTYPES
 # ---- clipping
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("dtypes", [("float32",), ("float16", "float64"), tuple(DTYPES)], ids=len)
 def test_clips_have_the_bits_of_the_functions(rule, dtypes):

@@ -43,6 +43,7 @@ def assert_near(actual, expected, tolerance):
 # ---- against plain NumPy and PyTorch
 
 
+@pytest.mark.each_value
 @kinds
 @pytest.mark.parametrize(
     ("dtype", "rule"),
@@ -99,6 +100,7 @@ def test_fifty_steps_against_torch(kind, dtype):
         assert_near(param, tensor.detach().numpy().astype(float), TOLERANCES[dtype])
 
 
+@pytest.mark.each_value
 @kinds
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bit_parameters_are_rounded_once_a_step(kind, dtype):

@@ -554,6 +554,7 @@ SERIES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", SERIES)
 def test_any_series_can_be_drawn(case, tmp_path):
     path = tmp_path / "picture.png"
@@ -575,6 +576,7 @@ def test_picture_of_an_empty_history():
     assert figure.legends == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
 )
@@ -595,6 +597,7 @@ def test_captions():
     assert axes.get_title(loc="right") == "4 steps, 50.0% clipped, 1 skipped"
 
 
+@pytest.mark.full
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never():
     program = """
 import sys

@@ -293,6 +293,7 @@ def autoclip_oracle(norms, percentile, window, warmup):
     return expected
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("window", [1, 2, 37, 1000])
 @pytest.mark.parametrize(("percentile", "warmup"), [(10, 0), (0, 1), (100, 3), (50, 60), (97.5, 0)])
 def test_autoclip_against_an_oracle(percentile, window, warmup):
@@ -327,6 +328,7 @@ def zclip_oracle(norms, alpha, z, warmup, max_norm):
     return expected
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-310, 1e8, 1e305])
 @pytest.mark.parametrize(
     ("alpha", "z", "warmup", "max_norm"),
@@ -383,6 +385,7 @@ def adagc_oracle(rows, relative, absolute, beta, warmup):
     return expected
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e304])
 @pytest.mark.parametrize(
     ("relative", "absolute", "beta", "warmup"),
@@ -406,6 +409,7 @@ def test_adagc_at_extremes():
     assert run(AdaGC(absolute=0.0, warmup=1), [[3.0], [3.0]]) == [[0.0], [0.0]]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rule", REMEMBERING, ids=repr)
 @pytest.mark.parametrize("cut", [0, 2, 15, 700])
 def test_a_copied_state_continues_bit_for_bit(rule, cut):

@@ -29,6 +29,7 @@ def run(cache, code=CLIP, **environment):
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 @compiled_only
 def test_broken_cache_files_are_replaced(tmp_path):
     assert run(tmp_path).stdout == "5.0\n"
@@ -42,6 +43,7 @@ def test_broken_cache_files_are_replaced(tmp_path):
     assert all(path.read_bytes() != content for path, content in broken.items())
 
 
+@pytest.mark.full
 @compiled_only
 def test_no_directory_for_the_cache(tmp_path):
     blocked = tmp_path / "a file"
@@ -54,6 +56,7 @@ def test_no_directory_for_the_cache(tmp_path):
     assert (result.stdout, result.stderr) == ("5.0\n", "")
 
 
+@pytest.mark.full
 @compiled_only
 def test_code_is_stale_when_any_kernel_source_changes(tmp_path):
     assert run(tmp_path).stdout == "5.0\n"
@@ -68,6 +71,7 @@ def test_code_is_stale_when_any_kernel_source_changes(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} != written
 
 
+@pytest.mark.full
 def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
     code = (
         "import sys, threading, numclip;"
@@ -82,7 +86,13 @@ def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
 
 
 @compiled_only
-@pytest.mark.parametrize("storage", [np.float32, np.float64, np.uint16, np.int16])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        np.float32,
+        *(pytest.param(t, marks=pytest.mark.full) for t in (np.float64, np.uint16, np.int16)),
+    ],
+)
 def test_streaming_kernels_vectorise(storage):
     like = np.ones(64, storage)
     chunks = np.array([[like.ctypes.data, like.ctypes.data, like.size, 0]])

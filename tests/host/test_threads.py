@@ -84,6 +84,7 @@ def test_concurrent_callers_get_their_own_results():
     assert found == [[norm] * 5 for norm in wanted]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_forked_child_makes_threads_of_its_own(busy):
@@ -157,6 +158,7 @@ def test_control_group_bounds_the_default(monkeypatch, tmp_path, text, cores):
     assert threads._cgroup_cores() == cores
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "TimeoutError"])
 def test_interrupts_at_any_time_lose_no_thread(error):

@@ -1,15 +1,16 @@
-"""One table of gradients, shared by the tests and the benches."""
+"""The table of gradients that tests try; its models are those that benches measure."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import numclip as nc
+from tests.oracle.models import MODELS, Shape
 from tests.oracle.reference import DTYPES
 
 Builder = Callable[[np.random.Generator], Any]
@@ -26,6 +27,8 @@ class Case:
 
     name: str
     build: Builder = field(repr=False)
+    # What pairs are made of: the name of the shape or of the whole, of the dtype, of the layout.
+    facets: tuple[str, str, str]
     # Whether the gradients can be written: contiguous or strided, aligned, in native byte order.
     writable: bool = True
     # Too large for kernels that run as plain Python.
@@ -33,6 +36,17 @@ class Case:
 
     def gradients(self, seed: int = 0) -> Any:
         return self.build(np.random.default_rng([zlib.crc32(self.name.encode()), seed]))
+
+    def fits(self, gpu: str, *, many_calls: bool) -> bool:
+        """Whether a test can have it there; in the simulator a call takes a tenth of a second."""
+        layout = self.facets[2]
+        if layout in NOT_ON_A_GPU:
+            return False
+        if gpu != "simulator":
+            return True
+        if self.large or self.name in {"many_small", *MODELS}:  # seconds a call
+            return False
+        return self.name in SIMULATED or not (many_calls or layout in ("strided", "negative"))
 
 
 # ---- values
@@ -114,6 +128,10 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "byte_swapped": byte_swapped,
 }
 UNWRITABLE = {"read_only", "byte_swapped"}
+NOT_ON_A_GPU = {"misaligned", *UNWRITABLE}  # lie on none, or are refused there
+# Of each kind one, for tests of many calls.
+SIMULATED = {"scalar-float64", "vector-float16", "empty_rows-float32", "strided-float64"}
+SIMULATED |= {"negative-bfloat16", "fortran-complex64"}
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -139,6 +157,19 @@ def laid_out(layout: str, dtype: str) -> Builder:
 def layers(rng: np.random.Generator) -> list[np.ndarray]:
     shapes = [(33, 17), (17,), (2, 3, 4), (), (0, 5), (1,)]
     return [normal(rng, shape) for shape in shapes]
+
+
+def of_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def cut(shapes: Sequence[Shape]) -> list[Shape]:
+    """The first shapes of a model, no side over 8."""
+    return [tuple(min(side, 8) for side in shape) for shape in shapes[:20]]
+
+
+def model(name: str) -> Builder:
+    return lambda rng: of_shapes(rng, cut(MODELS[name]))
 
 
 def mixed(rng: np.random.Generator) -> list[np.ndarray]:
@@ -172,19 +203,25 @@ CONTAINERS: dict[str, Builder] = {
         "w": normal(rng, (8, 8)),
         "b": normal(rng, (8,), "float64"),
     },
+    **{name: model(name) for name in MODELS},
 }
 
 DENSE_CASES = [
     *(
-        Case(f"{name}-{dtype}", single(shape, dtype), large=name == "chunks")
+        Case(f"{name}-{dtype}", single(shape, dtype), (name, dtype, "C"), large=name == "chunks")
         for name, shape in SHAPES.items()
         for dtype in DTYPES
     ),
     *(
-        Case(f"{layout}-{dtype}", laid_out(layout, dtype), writable=layout not in UNWRITABLE)
+        Case(
+            f"{layout}-{dtype}",
+            laid_out(layout, dtype),
+            ("matrix", dtype, layout),
+            writable=layout not in UNWRITABLE,
+        )
         for layout in LAYOUTS
         for dtype in DTYPES
         if (layout, dtype) != ("byte_swapped", "bfloat16")  # ml_dtypes has one byte order only
     ),
 ]
-CASES = [*DENSE_CASES, *(Case(name, build) for name, build in CONTAINERS.items())]
+CASES = [*DENSE_CASES, *(Case(name, build, (name, "", "C")) for name, build in CONTAINERS.items())]

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numclip as nc
 from tests.oracle import reference
 from tests.oracle.reference import DTYPES
+
+
+def drawn(*strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Like hypothesis.given, for a test of a target: as many examples as a target has time for.
+
+    The strategies give the last arguments of the test; its others are the target and what it is
+    parametrised with.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(test)
+        own = list(signature.parameters.values())[: -len(strategies)]
+        names = list(signature.parameters)[-len(strategies) :]
+
+        @functools.wraps(test)
+        def for_every_example(target: Any, **fixed: Any) -> None:
+            def example(values: Any) -> None:
+                test(target=target, **fixed, **dict(zip(names, values, strict=True)))
+
+            example.__name__ = test.__name__  # the random numbers follow from it
+            settings(max_examples=target.examples)(given(st.tuples(*strategies))(example))()
+
+        for_every_example.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        for_every_example.is_property = True  # type: ignore[attr-defined]
+        return for_every_example
+
+    return decorate
+
 
 names = st.sampled_from(sorted(DTYPES))
 seeds = st.integers(0, 2**32 - 1)

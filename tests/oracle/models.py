@@ -1,4 +1,4 @@
-"""Shapes of the gradients that benches are run over."""
+"""Shapes of the gradients of models: the benches clip them whole, the tests cut to few numbers."""
 
 from __future__ import annotations
 

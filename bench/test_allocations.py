@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import WAYS
+from bench.allocations import WAYS
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("way", WAYS)
 def test_memory(benchmark, way):
     nbytes = 64 << 20 if benchmark.disabled else 1 << 30
-    command = [sys.executable, "-m", "bench.memory", way, str(nbytes)]
+    command = [sys.executable, "-m", "bench.allocations", way, str(nbytes)]
     benchmark.group = "memory"
     printed = benchmark.pedantic(subprocess.check_output, (command,), {"cwd": ROOT}, rounds=1)
     peak, traced = map(int, printed.split())

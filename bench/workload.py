@@ -28,7 +28,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Workload:
     """One kind of work, and the ways to do it.
 
     `norm` is what bounds are set by. `exact` returns the float64 results and the norm for a

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.cases import CASES, data
-from bench.work import Bound, Call, Kind, error_of
+from bench.workload import Bound, Call, Workload, error_of
 
 BLOCK = 4e-3  # seconds, as the others
 # PyTorch's OpenMP threads spin for 10 ms after their work, on cores that others are timed on.
@@ -49,7 +49,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Race:
+class Times:
     """What was found for each way, and why the others are missing."""
 
     nbytes: int
@@ -65,18 +65,18 @@ class Race:
         return median(one / other for one, other in pairs)
 
 
-def level(kind: Kind, result: Any) -> float:
+def level(kind: Workload, result: Any) -> float:
     """Return the logarithm of a result's first element."""
     return math.log(abs(np.asarray(next(iter(kind.arrays(result)))).flat[0]))
 
 
-def errors_of(kind: Kind, made: Any, bound: float, result: Any, norm: Any) -> dict[str, float]:
+def errors_of(kind: Workload, made: Any, bound: float, result: Any, norm: Any) -> dict[str, float]:
     exact, right = kind.exact(made, bound)
     error = error_of(kind.arrays(result), exact)
     return {"norm error": abs(float(norm) / right - 1) if right else 0.0, "result error": error}
 
 
-def prepared(kind: Kind, made: Any, norm: float, clips: bool) -> tuple[dict[str, Runner], Any]:
+def prepared(kind: Workload, made: Any, norm: float, clips: bool) -> tuple[dict[str, Runner], Any]:
     """Return the ways that are installed, and why others are missing."""
     runners, missing = {}, {}
     for way, prepare in kind.ways.items():
@@ -108,7 +108,7 @@ def fill_time(runners: Iterable[Runner]) -> None:
 
 
 @lru_cache(maxsize=1)
-def race(name: str, clips: bool, small: bool) -> Race:
+def time_in_turns(name: str, clips: bool, small: bool) -> Times:
     """Run a case's ways in turns; once, on little data, where `small`."""
     kind = next(case.kind for case in CASES if case.name == name)
     made, nbytes, norm = data(name, small)
@@ -126,4 +126,4 @@ def race(name: str, clips: bool, small: bool) -> Race:
     for way, (bound, first) in before.items():
         last = level(kind, runners[way].call()[0])
         runners[way].fallen = math.log(runners[way].bound.value) - bound, last - first
-    return Race(nbytes, runners, missing)
+    return Times(nbytes, runners, missing)

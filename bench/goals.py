@@ -1,4 +1,4 @@
-"""Print where numclip stands against what it aims at: ``python -m bench.aims``."""
+"""Print where numclip stands against its goals: ``python -m bench.goals``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from bench.cases import CASES
 
 
 def main() -> None:
-    """Print a line for each measured case: ratios, and the aims in brackets."""
-    aims = {case.name: case for case in CASES}
+    """Print a line for each measured case: ratios, and the goals in brackets."""
+    goals = {case.name: case for case in CASES}
     for name, case in results.load()["cases"].items():
-        aim, peer, ways = aims[case["case"]], results.fastest_peer(case), case["ways"]
+        goal, peer, ways = goals[case["case"]], results.fastest_peer(case), case["ways"]
         line = f"{name:<30}{ways['numclip']['microseconds']:>10.1f} us"
         if peer:
             faster = ways[peer]["over numclip"]
             line += f"  {peer:<15}{ways[peer]['microseconds']:>10.1f} us"
-            line += f"{faster:>7.2f}x faster ({aim.faster}{missed(faster < aim.faster)})"
-        for way, most in (("numclip", aim.limit), ("numclip, flat", aim.flat)):
+            line += f"{faster:>7.2f}x faster ({goal.faster}{missed(faster < goal.faster)})"
+        for way, most in (("numclip", goal.limit), ("numclip, flat", goal.flat)):
             if most and way in ways:
                 found = ways[way]["of the limit"]
                 line += f"  {way}: {found:.2f} of the limit ({most}{missed(found > most)})"

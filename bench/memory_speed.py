@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.work import Bound, Call
+from bench.workload import Bound, Call
 from numclip.kernels import threads
 from numclip.kernels.jit import block_sum, inline
 
