@@ -1,6 +1,6 @@
 """Gradient clipping for NumPy training code."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
@@ -21,6 +21,7 @@ from numclip.groups import ParamGroups as ParamGroups
 from numclip.history import History as History
 from numclip.optim import SGD as SGD
 from numclip.optim import Adam as Adam
+from numclip.optim import Optimizer as Optimizer
 from numclip.report import ClipReport as ClipReport
 from numclip.report import GroupReport as GroupReport
 from numclip.report import TensorReport as TensorReport
@@ -35,3 +36,9 @@ from numclip.running_rules import AutoClip as AutoClip
 from numclip.running_rules import ZClip as ZClip
 from numclip.slices import IndexedSlices as IndexedSlices
 from numclip.state import StateError as StateError
+
+__all__ = [
+    name
+    for name, value in globals().items()
+    if getattr(value, "__module__", "").startswith("numclip.")
+]

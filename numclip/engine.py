@@ -164,8 +164,8 @@ class Engine(Protocol):
     def read(self, table: Any, stream: Any) -> Array:
         """Return a table in the host's memory, after waiting for it."""
 
-    def number(self, read: Callable[[], float], kind: type, release: Callable[[], object]) -> Any:
-        """Return a number to come: the number itself, or what reads it when asked.
+    def number(self, table: Any, column: int, stream: Any, release: Callable[[], object]) -> Any:
+        """Return a float to come, of a table's first row: itself, or what reads it when asked.
 
         `release` is called when nobody can ask any more, by an engine that waits.
         """

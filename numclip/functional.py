@@ -14,6 +14,7 @@ from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.gradients import describe
 from numclip.clipping import clip, parts
 from numclip.host import lists
+from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
 
 
@@ -293,7 +294,7 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = arguments.bound("threshold", threshold)
-    return _clip_whole(grad, bound, out, math.sqrt)
+    return _clip_whole(grad, bound, out, _root)
 
 
 def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: Any = None) -> Any:
@@ -457,6 +458,9 @@ def _on_host(name: str, bound: Any) -> Any:
         return bound
     found = describe(name, 0, bound)
     return found.engine.on_host(found.facts, found.engine.stream_of([found.facts]))
+
+
+_root = in_ordinary_environment(math.sqrt)
 
 
 def _clip_whole(

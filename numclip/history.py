@@ -191,6 +191,46 @@ class History:
         """
         return {name: _summary(rows) for name, rows in self._ordered().items()}
 
+    def suggest(self, clip_fraction: float = 0.1) -> dict[str, float]:
+        """Return the bound on the norm that would have clipped a share of the steps.
+
+        For a run that only measured (``clip=None``), to choose a bound by.
+
+        Parameters
+        ----------
+        clip_fraction : float, default 0.1
+            The share of the steps, in [0, 1].
+
+        Returns
+        -------
+        dict of str to float
+            For each group, and for the whole under "all", the quantile of the finite norms
+            before clipping; NaN where there are none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where `clip_fraction` is no such number.
+
+        Examples
+        --------
+        >>> import numpy as np, numclip as nc
+        >>> groups = nc.ParamGroups([nc.Group("model", {"w": np.zeros(1)})])  # clip=None
+        >>> for norm in range(101):
+        ...     groups.set_grads({"w": np.array([norm], float)})
+        ...     report = groups.clip()
+        >>> groups.history.suggest(0.25)["model"]
+        75.0
+        """
+        share = inputs.real("clip_fraction", clip_fraction)
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"clip_fraction: expected a number in [0, 1], got {clip_fraction}")
+        found = {}
+        for name, rows in self._ordered().items():
+            finite = rows["norm"][np.isfinite(rows["norm"])]
+            found[name] = float(np.quantile(finite, 1.0 - share)) if finite.size else math.nan
+        return found
+
     def to_dict(self) -> dict[str, dict[str, list[Any]]]:
         """Return plain Python, ready for JSON.
 

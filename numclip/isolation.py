@@ -35,6 +35,16 @@ def _silent_copy() -> contextvars.Context:
     return context
 
 
+def in_ordinary_environment(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a function that tells NumPy nothing round as it should, whatever the thread does."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        return environment.run(function, args, kwargs)
+
+    return call
+
+
 def isolated(function: Callable[P, Result]) -> Callable[P, Result]:
     """Let a function compute under settings of ours, whatever the caller's are."""
 

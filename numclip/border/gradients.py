@@ -88,9 +88,9 @@ def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -
     """Return the description of one gradient, which is where the engine works, if one is given."""
     slices = gradient if isinstance(gradient, IndexedSlices) else None
     values = gradient if slices is None else slices.values
-    own = engines.of(values)
-    if engine is not None and own is not engine:
+    if engine is not None and (engine.name == "cuda") != libraries.on_device(values):
         raise _elsewhere(name, gradient, engine)
+    own = engines.of(values) if engine is None else engine
     facts = own.facts(name, values)
     dtype = lookup(facts.native)
     if dtype is None:

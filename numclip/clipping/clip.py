@@ -204,11 +204,7 @@ def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures:
 
 def _norm(engine: Engine, free: list[Outcome], outcome: Outcome, stream: Any) -> Any:
     """Return the norm that a decision tells; its memory is free when nobody asks any more."""
-
-    def read() -> float:
-        return _decided(engine, outcome, tables.NORM, stream)
-
-    return engine.number(read, float, lambda: free.append(outcome))
+    return engine.number(outcome[1], tables.NORM, stream, lambda: free.append(outcome))
 
 
 def _decided(engine: Engine, outcome: Outcome, column: int, stream: Any) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from numclip import tables
 from numclip.dtypes import Array
+from numclip.isolation import isolated
 
 SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
 
@@ -23,7 +24,7 @@ class kept:  # noqa: N801 - a decorator, as functools.cached_property, which tak
     """A property that is found once."""
 
     def __init__(self, find: Callable[[Any], Any]) -> None:
-        self._find, self.__doc__ = find, find.__doc__
+        self._find, self.__doc__ = isolated(find), find.__doc__
 
     def __set_name__(self, _owner: type, name: str) -> None:
         self._name = name

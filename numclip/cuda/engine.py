@@ -104,12 +104,17 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
-def number(read: Callable[[], float], kind: type, release: Callable[[], object]) -> Any:
-    """Return a number to come, which waits for the GPU when its value is asked for.
+def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
+    """Return a float of a table's first row to come, which is waited for by who asks for it.
 
     `release` is called when nobody can ask any more.
     """
-    made = DeviceInt(read) if kind is int else DeviceFloat(read)
+
+    def locate() -> int:
+        begin: int = device.interface_of(table)["data"][0]
+        return begin + 8 * column
+
+    made = DeviceFloat(lambda: device.read_table(table, stream)[0, column], locate)
     weakref.finalize(made, release).atexit = False
     return made
 

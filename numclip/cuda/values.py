@@ -109,10 +109,30 @@ def _plain(other: Any) -> Any:
 class DeviceFloat(DeviceNumber):
     """A number that the GPU still works on, and that is a float to whoever asks.
 
-    See `DeviceNumber`.
+    See `DeviceNumber`. What takes arrays by ``__cuda_array_interface__`` (``torch.as_tensor(...,
+    device="cuda")``, ``cupy.asarray``) takes it as a 0-d float64 array, and waits for nothing.
+
+    Parameters
+    ----------
+    read : function
+        Waits for the number and returns it.
+    locate : function, optional
+        Returns the address on the GPU where it is, as long as this object lives.
     """
 
     kind = float
+
+    def __init__(self, read: Callable[[], Any], locate: Callable[[], int] | None = None) -> None:
+        super().__init__(read)
+        self._locate = locate
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The description that other libraries read."""
+        if self._locate is None:
+            raise AttributeError("__cuda_array_interface__: the number has no address")
+        data = self._locate(), False  # PyTorch takes no array that is only to be read
+        return {"shape": (), "typestr": "<f8", "data": data, "strides": None, "version": 2}
 
 
 class DeviceInt(DeviceNumber):

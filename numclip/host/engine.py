@@ -80,9 +80,9 @@ def read(table: Array, _stream: Any = None) -> Array:
     return table
 
 
-def number(read: Callable[[], float], kind: type, _release: Callable[[], object]) -> Any:
-    """Return the number."""
-    return kind(read())
+def number(table: Array, column: int, _stream: Any, _release: Callable[[], object]) -> float:
+    """Return a float of a table's first row."""
+    return float(table[0, column])
 
 
 def numbers(

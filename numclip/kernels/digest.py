@@ -92,6 +92,9 @@ def _value(value: Any, names: set[str], seen: set[int]) -> Iterator[str]:
         yield f"{getattr(value, '__module__', None)} {_name(value)}"
     elif isinstance(value, types.FunctionType):
         yield from _function(value, seen)
+    elif isinstance(value, type):
+        yield f"{value.__module__} {value.__qualname__}"
+        yield from _defined(value, value.__module__)
     elif hasattr(value, "__wrapped__"):  # functools.cache
         yield from _value(value.__wrapped__, names, seen)
     else:

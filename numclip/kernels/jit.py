@@ -6,7 +6,6 @@
 import contextlib
 import os
 import pickle
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -87,7 +86,7 @@ def description(function: Callable[..., Any], options: Any, kinds: Any, target: 
             "numba": numba.__version__,
             "llvmlite": (llvmlite.__version__, binding.llvm_version_info),
             "numpy": np.__version__,
-            "python": (sys.version, platform.python_implementation(), getattr(sys, "abiflags", "")),
+            "python": (sys.version, sys.implementation.name, getattr(sys, "abiflags", "")),
         }.items()
     )
 

@@ -195,6 +195,30 @@ def test_pytorch_parameters_are_updated_where_they_lie():
         torch.testing.assert_close(param, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_pytorchs_own_call_waits_for_nothing():
+    torch = pytest.importorskip("torch")
+    from numclip.torch import clip_grad_norm_
+
+    params = [torch.nn.Parameter(grad.clone()) for grad in torch_gradients(torch)]
+    for param in params:
+        param.grad = param.detach().clone()
+    clip_grad_norm_(params, 1.0)  # compiles
+    for param in params:
+        param.grad = param.detach().clone()
+    exact = torch.cat([param.double().reshape(-1) for param in params]).norm().item()
+    busy = torch.ones(8192, 8192, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy
+    done = torch.cuda.Event()
+    done.record()
+    norm = clip_grad_norm_(params, 1.0)
+    assert not done.query()
+    assert (norm.device.type, norm.dtype, norm.shape) == ("cuda", torch.float64, ())
+    assert norm.item() == pytest.approx(exact, rel=1e-12)
+    total = torch.cat([param.grad.double().reshape(-1) for param in params]).norm()
+    assert total.item() <= 1 + 1e-14
+
+
 def test_dlpack_of_pytorch():
     torch = pytest.importorskip("torch")
 

@@ -138,3 +138,16 @@ def test_new_results_are_new_every_time():
         assert clipped[0] is not items[0]
         for item, before in zip((items[0], items[2]), wanted, strict=True):
             assert_same_bits(fetch(item.sent), before)
+
+
+def test_other_libraries_take_a_norm_by_its_address(monkeypatch):
+    _, norm = nc.clip_by_global_norm(grads(), 1.0)
+    read = device.read_table
+    monkeypatch.setattr(device, "read_table", lambda *_: pytest.fail("waited"))
+    taken = norm.__cuda_array_interface__
+    assert (taken["shape"], taken["typestr"]) == ((), "<f8")
+    assert nc.clip_by_global_norm([norm], 2.5)[0][0].shape == ()  # as an array on the GPU
+    monkeypatch.setattr(device, "read_table", read)
+    (clipped,), same = nc.clip_by_global_norm([norm], 2.5)
+    assert (norm, same) == (5.0, 5.0)
+    assert float(fetch(clipped)) == pytest.approx(2.5)

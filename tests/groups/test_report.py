@@ -433,6 +433,22 @@ def test_a_bad_state_changes_nothing(case):
     assert_same_state(history.state_dict(), before)
 
 
+def test_suggested_bounds_would_have_clipped_the_share():
+    norms = 1.0 + np.random.default_rng(8).permutation(300)
+    steps = [clipped_at(float(norm), None) for norm in norms]
+    overflowed = GroupReport(math.inf, math.nan, math.nan, False, True, None, True)
+    history = recorded([{"g": step} for step in [*steps, overflowed]])
+    for share in (0.0, 0.1, 0.5, 1.0):
+        bound = history.suggest(share)["g"]
+        assert abs(np.mean(norms > bound) - share) <= 1.01 / 300
+    assert history.suggest(0.0)["g"] == 300.0
+    assert history.suggest() == history.suggest(0.1)
+    assert math.isnan(History().suggest()["all"])
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"clip_fraction: expected a number in \[0, 1\]"):
+            history.suggest(wrong)
+
+
 # ---- the picture
 
 
@@ -484,6 +500,19 @@ def test_picture_shows_thresholds_where_there_are_any():
     # One point makes no line: a dash stands for it.
     dashes = [line for line in spikes.get_lines() if line.get_marker() == "_"]
     assert [(list(d.get_xdata()), list(d.get_ydata())) for d in dashes] == [([4], [2.0])]
+    # And a drop joins it to the norm that was clipped to it.
+    (drops,) = spikes.collections
+    assert [drop.tolist() for drop in drops.get_segments()] == [[[4, 2], [4, 3]]]
+    assert not fixed.collections
+
+
+def test_groups_with_one_norm_are_drawn_once():
+    joint = [clipped_at(float(norm)) for norm in range(1, 9)]
+    steps = [{"a": one, "alone": clipped_at(7.0), "b": one} for one in joint]
+    figure = recorded(steps).plot()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a, b", "alone"]
+    steps[3]["b"] = clipped_at(77.0)
+    assert len(recorded(steps).plot().axes) == 3
 
 
 def test_steps_clipped_from_beyond_float64_are_marked_at_the_edge():

@@ -279,13 +279,13 @@ def test_links_of_another_user_are_not_followed(folder, tmp_path):
     assert cache.folder().path != str(tmp_path / "mine" / "numclip")
 
 
-@pytest.mark.parametrize("target", ["real", "{}/real", "./real/../real", "../../{}/real"])
-def test_own_links_are_followed_to_a_folder_that_is_looked_at(folder, tmp_path, target):
+@pytest.mark.parametrize("link", ["real", "{}/real", "./real/../real", "../../{}/real"])
+def test_own_links_are_followed_to_a_folder_that_is_looked_at(folder, tmp_path, link):
     real = tmp_path / "real"
     real.mkdir()
-    up = target.startswith("..")
+    up = link.startswith("..")
     place = f"{tmp_path.parent.name}/{tmp_path.name}" if up else str(tmp_path)
-    folder.parent.symlink_to(target.format(place))
+    folder.parent.symlink_to(link.format(place))
     cache.write(NAME, WANTED, CODE)
     assert cache.folder().path == str(real / "numclip")
     real.chmod(0o777)

@@ -14,9 +14,12 @@ from numclip.kernels import environment
 from numclip.kernels.jit import INTERPRETED
 from numclip.kernels.registers import REGISTER
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or REGISTER is None, reason="kernels compute as the caller does"
-)
+pytestmark = [
+    pytest.mark.full,  # child processes, or minutes
+    pytest.mark.skipif(
+        INTERPRETED or REGISTER is None, reason="kernels compute as the caller does"
+    ),
+]
 
 # Bits of the processor's register.
 X86 = {"down": 0x3F80, "up": 0x5F80, "zero": 0x7F80, "flush": 0x1F80 | 0x8040}

@@ -7,9 +7,12 @@ import pytest
 
 from numclip.kernels.jit import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or sys.platform == "win32", reason="needs kernels and interval timers"
-)
+pytestmark = [
+    pytest.mark.full,  # child processes, or minutes
+    pytest.mark.skipif(
+        INTERPRETED or sys.platform == "win32", reason="needs kernels and interval timers"
+    ),
+]
 
 PROGRAM = """
 import signal, sys, time

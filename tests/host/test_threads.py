@@ -198,6 +198,7 @@ sys.exit(bad)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @pytest.mark.parametrize("warm", [False, True])
 def test_calls_work_while_the_interpreter_ends(warm):
@@ -224,6 +225,7 @@ kept = Late()
     assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["True", "True"], "")
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @on_linux
 def test_where_no_thread_can_be_started_the_caller_works_alone():
@@ -250,6 +252,7 @@ assert threads._team.started == 1
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 @alone_when_interpreted
 @on_linux
 def test_threads_that_did_start_end_where_others_are_refused():

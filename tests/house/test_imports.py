@@ -26,7 +26,7 @@ STOREYS = {
         "state",
     },
     CLIPPING: {"clipping"},
-    BORDER: {"border", "slices"},
+    BORDER: {"border", "isolation", "slices"},
     ENGINE: {"engine"},
     ENGINES: {"host", "cuda", "kernels"},
     GROUND: {

@@ -39,6 +39,7 @@ def test_table_and_picture(capsys, tmp_path):
     assert first[0] == first[1]
     assert last[1] < first[1] < last[0]
     assert_drawn(picture, "without clipping", "clipped at 0.1", "square root of the loss", "10^{-")
+    assert_drawn(picture, "thrown off, to (6.28, 2.48)", "start")
 
 
 def test_options_out_of_range_are_refused(capsys):

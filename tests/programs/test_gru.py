@@ -46,6 +46,9 @@ def test_blows_up_without_clipping_and_learns_with_it(capsys, tmp_path, text, se
     assert clipped[-1] < clipped[0] - 0.5
     assert clipped.max() < 4.0
     assert "blown up at paragraph 25" in lines[-3]
+    assert f"cost {lines[-4].split()[1]} in its last row" in lines[-3]
+    assert f"{unclipped.min():#.4g} in its lowest" in lines[-3]
+    assert f"cost {lines[-4].split()[3]} in its last row" in lines[-2]
     assert "of the steps clipped" in lines[-2]
     assert_drawn(picture, "without clipping", "clipped at 25", "threshold", "10^{3}")
 
@@ -76,13 +79,27 @@ def test_blown_up_is_ten_times_the_lowest_mean():
     assert not wild.finished
     late = run_of([3.0] * 100 + [4000.0])
     assert late.blown_up == 101
-    late.costs += [4000.0] * 999
+    late.costs += [4000.0] * (program.AFTERMATH - 1)
     assert not late.finished
     late.costs.append(4000.0)
     assert late.finished
     broken = run_of([3.0, np.nan])
     assert broken.blown_up == 2
     assert broken.finished
+
+
+def test_columns_of_a_run_that_ended_are_empty_and_its_last_row_is_named(capsys, text, monkeypatch):
+    monkeypatch.setattr(program, "WINDOW", 5)
+    monkeypatch.setattr(program, "AFTERMATH", 10)
+    argv = "--quiet", "--no-picture", "--hidden", "8", "--paragraphs", "100", "--text", str(text)
+    assert program.main([*argv, "--learning-rate", "3", "--max-norm", "0.1"]) == 0
+    *table, first, second = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [cells[1:3] for cells in table[-3:]] == [["-", "-"]] * 3
+    blown_up, ended = (int(first[k].rstrip(",")) for k in (6, 9))
+    assert ended == blown_up + 10
+    last = next(cells for cells in table if int(cells[0]) >= ended)
+    assert last[1] == first[first.index("cost") + 1]
+    assert table[-1][3] == second[second.index("cost") + 1]
 
 
 def test_first_guess_is_how_frequent_each_character_is(text):
@@ -187,7 +204,8 @@ def test_a_missing_package_is_named_with_the_cure(capsys, monkeypatch, tmp_path,
 
 def test_help_shows_every_option(capsys):
     text = help_text(capsys, program)
-    for option in ("--paragraphs N", "--hidden N", "--learning-rate X", "--seed N"):
+    assert "--paragraphs N how many to read; some 50 take a second (default: 2500)" in text
+    for option in ("--hidden N", "--learning-rate X", "--seed N"):
         assert f"{option} default: " in text
     assert "(default: 100.0, a usual norm)" in text
     for option in ("--text FILE", "--picture FILE", "--no-picture", "--quiet"):

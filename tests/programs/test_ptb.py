@@ -78,7 +78,8 @@ def test_table_has_every_epoch_and_the_test(capsys, folder):
     assert len(fractions) == 30
     assert fractions[9::10] == ["1.000"] * 3
     assert lines.pop() == f"picture: {folder / 'p.svg'}"
-    assert_drawn(folder / "p.svg", "norm before clipping", "threshold", "81 steps", "layers")
+    assert_drawn(folder / "p.svg", "norm before clipping", "threshold", "81 steps")
+    assert_drawn(folder / "p.svg", "embedding, layers")
     rows = [line.split() for line in lines[-5:-2]]
     assert [row[:2] for row in rows] == [["epoch", "1"], ["epoch", "2"], ["epoch", "3"]]
     assert [len(row) for row in rows] == [4, 4, 5]

@@ -42,7 +42,7 @@ def table(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ((), [TF_OPTIMIZER, TF_OPTIMIZER, TF_FORMULA]),
+        (("--clip-norm", "inf"), [TF_OPTIMIZER, TF_OPTIMIZER, TF_FORMULA]),
         (("--clip-norm", "0.1", "--methods", "optimizer", "gradients"), [TF_CLIPPED] * 2),
     ],
     ids=["unclipped", "clipped"],
@@ -54,6 +54,18 @@ def test_costs_and_accuracy_are_tensorflows(capsys, argv, expected):
         assert all(len(cost.partition(".")[2]) == 9 for cost in printed)
         np.testing.assert_allclose(np.array(printed, dtype=float), costs, rtol=0, atol=1e-5)
         assert rows["Accuracy"][column] == f"{accuracy:.4f}"
+
+
+def test_the_default_bound_makes_steps_of_sums_and_of_means_alike(capsys):
+    rows = table(capsys)
+    costs = np.array(rows["0010"], dtype=float)
+    assert costs.max() - costs.min() < 0.002
+    clipped = np.array(rows["Clipped steps"]).reshape(3, 3)[:, 0].astype(int)
+    assert clipped[:2].tolist() == [144, 144]
+    assert clipped[2] == 150
+    assert len(set(rows["Accuracy"])) == 1
+    apart = np.array(table(capsys, "--clip-norm", "inf")["0010"], dtype=float)
+    assert apart.max() > 5 * apart.min()
 
 
 def test_summary_says_what_clipping_did(capsys):
@@ -91,7 +103,7 @@ def test_methods_are_printed_once_in_the_order_given(capsys):
 
 
 def test_examples_that_fill_no_batch_are_left_out(capsys):
-    argv = "--epochs", "1", "--learning-rate", "1e-6", "--batch-size"
+    argv = "--epochs", "1", "--learning-rate", "1e-6", "--clip-norm", "inf", "--batch-size"
     assert table(capsys, *argv, "751")["Clipped steps"][:3] == ["0", "of", "1"]
     costs = table(capsys, *argv, "1500")["0001"]
     assert np.array(costs, dtype=float) == pytest.approx(np.log(10), abs=1e-6)
@@ -200,7 +212,8 @@ def test_mnist_files_plain_and_compressed(mnist, changes):
 
 def test_training_on_mnist_needs_no_scikit_learn(capsys, monkeypatch, mnist):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    rows = table(capsys, "--mnist", str(mnist), "--batch-size", "10", "--epochs", "2")
+    argv = "--mnist", str(mnist), "--batch-size", "10", "--epochs", "2", "--clip-norm", "inf"
+    rows = table(capsys, *argv)
     assert list(rows)[1:3] == ["0001", "0002"]
     assert np.all(np.array(rows["0002"], dtype=float) < np.array(rows["0001"], dtype=float))
     assert rows["Clipped steps"] == ["0", "of", "6"] * 3
@@ -327,12 +340,15 @@ def test_help_shows_every_option_without_the_extra_packages(capsys, monkeypatch)
     assert "--epochs N default: 10" in text
     assert "--batch-size N default: 100" in text
     assert "--learning-rate X default: 0.01" in text
-    assert "(default: inf)" in text
+    assert "(default: 0.5)" in text
     for option in ("--clip-norm X", "--methods METHOD", "--mnist DIR", "--picture FILE", "--quiet"):
         assert option in text
 
 
-def test_progress_bar_is_on_stderr(capsys):
+def test_progress_bar_is_on_stderr_where_that_is_a_terminal(capsys, monkeypatch):
+    assert program.main(["--epochs", "1", "--no-picture"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert program.main(["--epochs", "1", "--no-picture"]) == 0
     assert "/45 [" in capsys.readouterr().err
 
