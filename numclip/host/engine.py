@@ -139,13 +139,11 @@ def part(array: Array, start: int, shape: tuple[int, ...]) -> Array:
     return array[start : start + math.prod(shape)].reshape(shape)
 
 
-@np.errstate(all="ignore")  # a cast that overflows must not stop half way
 def put(array: Array, source: Array, _stream: Any = None) -> None:
     """Copy an array into one of the same shape, cast to its dtype."""
     array[...] = source
 
 
-@np.errstate(all="ignore")
 def add(array: Array, source: Array, _stream: Any = None) -> None:
     """Add an array to one of the same shape."""
     np.add(array, source, out=array, casting="same_kind")
