@@ -222,7 +222,7 @@ class History:
         >>> groups.history.suggest(0.25)["model"]
         75.0
         """
-        share = inputs.real("clip_fraction", clip_fraction)
+        share = arguments.real("clip_fraction", clip_fraction)
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"clip_fraction: expected a number in [0, 1], got {clip_fraction}")
         found = {}

@@ -24,6 +24,7 @@ STOREYS = {
         "rules",
         "running_rules",
         "state",
+        "torch",
     },
     CLIPPING: {"clipping"},
     BORDER: {"border", "isolation", "slices"},
