@@ -40,6 +40,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from numclip import functional
+from numclip.border import arguments
 from numclip.errors import NonFiniteGradientError
 from numclip.slices import IndexedSlices
 
