@@ -35,6 +35,7 @@ STOREYS = {
         "dtypes",
         "errors",
         "facts",
+        "halves",
         "kernels.formulas",
         "law",
         "libraries",
