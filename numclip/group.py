@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numclip.border import arguments
 from numclip.border.gradients import describe
-from numclip.clipping import kinds
+from numclip.clipping.asking import check
 from numclip.dtypes import Array
 from numclip.errors import expected
 from numclip.report import WHOLE
@@ -81,7 +81,7 @@ class Group:
             raise TypeError(f"clip: expected a rule or None, got {rule!r}")
         if self.sparse and rule.scope in ("element", "unit"):
             raise ValueError(f"clip: expected a rule that scales for a sparse group, got {rule!r}")
-        kinds.check(rule)
+        check(rule)
         for key, value in self.params.items():
             param: Any = describe(f"params[{key!r}]", key, value)
             if rule.scope == "unit":
@@ -89,3 +89,40 @@ class Group:
             if rule.scope == "element" and param.dtype.components == 2:
                 wanted = f"real numbers for {rule!r}"
                 raise TypeError(expected(param.name, wanted, param.dtype.name))
+
+
+def checked(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups, after refusing those whose names or shared norms do not fit."""
+    members = list(groups)
+    for member in members:
+        if not isinstance(member, Group):
+            raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
+    if not members:
+        raise ValueError("groups: expected at least one group")
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for member in members:
+        if member.name in names:
+            raise ValueError(f"groups: the name {member.name!r} appears twice")
+        names.add(member.name)
+        for name in member.params:
+            other = owners.setdefault(name, member.name)
+            if other != member.name:
+                raise ValueError(
+                    f"groups: the parameter {name!r} is in {other!r} and {member.name!r}"
+                )
+    _check_shared(members)
+    return members
+
+
+def _check_shared(groups: Sequence[Group]) -> None:
+    """Refuse groups that share a norm but not the bound or the policy."""
+    first: dict[Any, Group] = {}
+    for group in groups:
+        if group.clip is not None and group.clip.shared is not None:
+            other = first.setdefault(group.clip.shared, group)
+            if (other.clip, other.nonfinite) != (group.clip, group.nonfinite):
+                raise ValueError(
+                    f"groups: {other.name!r} and {group.name!r} share the norm "
+                    f"{group.clip.shared!r}, but not clip= and nonfinite="
+                )

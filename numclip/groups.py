@@ -15,7 +15,7 @@ from numclip.clipping.steps import Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
 from numclip.engine import named
-from numclip.group import Group
+from numclip.group import Group, checked
 from numclip.history import History
 from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
@@ -53,21 +53,23 @@ class ParamGroups(state.Saved):
     history : int, default 10_000
         How many steps `history` remembers.
     device : {"cpu", "cuda"}, default "cpu"
-        Where parameters and gradients are: in the host's memory or on an NVIDIA GPU. There,
-        `params` and `grads` are `DeviceArray`, and reports are read when something asks for
-        them, see `DeviceParamGroups`.
+        Where parameters and gradients are: in the host's memory or on an NVIDIA GPU.
     stream : stream, optional
         The CUDA stream to work on, of numba, CuPy or PyTorch; the default stream otherwise.
 
     Attributes
     ----------
     params : mapping of str to array
-        Each parameter, a NumPy view into its group's buffer; write to it in place.
+        Each parameter, a view into its group's buffer: of NumPy, to be written to in place, or
+        a `DeviceArray`, which CuPy, PyTorch and numba take without a copy.
     grads : mapping of str to array or IndexedSlices
-        Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, or None.
-        Assigning copies in.
+        Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, whose values are
+        a view until the next ones are copied in, or None. Assigning copies in.
     history : History
-        What the clips did, see `History`.
+        What the clips did, see `History`. On a GPU, asking what it holds waits.
+    stream : stream or None
+        Where in order everything is done. May be set, once what was started on the stream
+        before is done: the new one does not wait for it.
     step : int
         How many times the gradients were clipped.
 
@@ -75,14 +77,27 @@ class ParamGroups(state.Saved):
     ------
     TypeError, ValueError
         Where a name appears twice or a group does not fit; the message names it.
+    DeviceError
+        Where there is no GPU, no driver or no numba-cuda; the message says which.
 
     Notes
     -----
     **Guarantees.** The same gradients give the same bits as the functions. Every group is read
     before any is written: an error leaves all as they were. A dense group allocates no memory
-    of its gradients' size after it is made (unless its rule reduces axes in the middle).
+    of its gradients' size after it is made (unless its rule reduces axes in the middle, and
+    for the first ``clip(apply=False)`` by `ByValue`). Reports stay valid, and the history holds
+    as many steps, whatever the device.
 
     **Threads.** One manager is for one thread at a time; different ones are independent.
+
+    **CUDA.** Nothing waits for the GPU but what reads values: a report's attributes, what the
+    history holds, `state_dict`, ``copy_to_host()``; a group whose policy is ``"raise"``; rules
+    that follow the norms (`AutoClip`, `ZClip`, `AdaGC`), whose bounds are found on the host.
+    After the first step nothing is allocated, so that a step (with rules and policies that do
+    not wait, and bounds and rates that are no functions) can be captured in a CUDA graph: set
+    `stream` to the one that is captured. What is captured writes its report to the memory of
+    that step. Sparse groups send tables of their rows in each step, and have memory that grows
+    with the rows: steps with them cannot be captured.
 
     Examples
     --------
@@ -113,7 +128,7 @@ class ParamGroups(state.Saved):
         self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
         engine.require()
         self.stream = stream
-        members = _checked(groups)
+        members = checked(groups)
         with engine.on_stream(None) as own:
             self._groups = {
                 member.name: (SparseGroupState if member.sparse else GroupState)(
@@ -128,7 +143,8 @@ class ParamGroups(state.Saved):
         )
         self.grads = _Grads(self)
         self._steps: Steps | None = None
-        self.history = History(history)
+        self._history = History(history)
+        self._history.follow(self._told)
         self.step = 0
         self._made_steps()
 
@@ -154,9 +170,9 @@ class ParamGroups(state.Saved):
 
     @history.setter
     def history(self, history: History) -> None:
-        if self._steps is not None:  # what was found before is not of this record
-            for _ in self._steps.told():
-                pass
+        for told in self._told():  # what was found before is of the record before
+            self._history.take(told)
+        self._history.follow(None)
         self._history = history
         history.follow(self._told)
 
@@ -217,8 +233,8 @@ class ParamGroups(state.Saved):
         grads : mapping of str to array, IndexedSlices or None
             Gradients by parameter, of its shape and a dtype that casts to its kind, of any
             library that `global_norm` takes in the host's memory; on the GPU also CUDA arrays
-            of its very dtype in C order. None means zero. Parameters that are not named keep
-            the gradients they have.
+            of its very dtype in C order. `IndexedSlices` are for sparse groups. None means
+            zero. Parameters that are not named keep the gradients they have.
 
         Raises
         ------
@@ -272,13 +288,13 @@ class ParamGroups(state.Saved):
         Returns
         -------
         ClipReport
-            What was found and done.
+            What was found and done, read when asked for: on a GPU the host does not wait.
 
         Raises
         ------
         NonFiniteGradientError
-            Where a group's policy is "raise"; the message names group, parameter and index.
-            Nothing is modified in any group.
+            Where a group's policy is "raise", for which the host waits; the message names
+            group, parameter and index. Nothing is modified in any group.
         TypeError, ValueError
             Where `unscale` does not fit, or a bound that is a function gives no bound.
         """
@@ -373,40 +389,3 @@ def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
-
-
-def _checked(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups, after refusing those whose names or shared norms do not fit."""
-    members = list(groups)
-    for member in members:
-        if not isinstance(member, Group):
-            raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
-    if not members:
-        raise ValueError("groups: expected at least one group")
-    names: set[str] = set()
-    owners: dict[str, str] = {}
-    for member in members:
-        if member.name in names:
-            raise ValueError(f"groups: the name {member.name!r} appears twice")
-        names.add(member.name)
-        for name in member.params:
-            other = owners.setdefault(name, member.name)
-            if other != member.name:
-                raise ValueError(
-                    f"groups: the parameter {name!r} is in {other!r} and {member.name!r}"
-                )
-    _check_shared(members)
-    return members
-
-
-def _check_shared(groups: Sequence[Group]) -> None:
-    """Refuse groups that share a norm but not the bound or the policy."""
-    first: dict[Any, Group] = {}
-    for group in groups:
-        if group.clip is not None and group.clip.shared is not None:
-            other = first.setdefault(group.clip.shared, group)
-            if (other.clip, other.nonfinite) != (group.clip, group.nonfinite):
-                raise ValueError(
-                    f"groups: {other.name!r} and {group.name!r} share the norm "
-                    f"{group.clip.shared!r}, but not clip= and nonfinite="
-                )

@@ -120,8 +120,8 @@ class History:
         self._rings: dict[str, _Ring] = {WHOLE: _Ring(self.capacity)}
         self._source: Callable[[], Iterable[Any]] | None = None
 
-    def follow(self, source: Callable[[], Iterable[Any]]) -> None:
-        """Take up what a source has to tell whenever the record is asked for."""
+    def follow(self, source: Callable[[], Iterable[Any]] | None) -> None:
+        """Take up what a source has to tell whenever the record is asked for; None has nothing."""
         self._source = source
 
     def _caught_up(self) -> dict[str, _Ring]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
-from numclip.clipping.updating import ArrayUpdater, GroupUpdater, Pair
+from numclip.clipping.array_updating import ArrayUpdater, Pair
+from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
 from numclip.isolation import isolated
@@ -94,10 +95,11 @@ class Optimizer(state.Saved):
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
             optimizer keeps a state for each that it has met, and the array with it: a new view
-            is a new array. These states are not in `state_dict`. CUDA arrays are taken with
-            gradients that are CUDA arrays in C order or slices of them, none in two pairs: one
-            launch for each dtype, whatever their number, on the stream of the first array's
-            library, after slices are coalesced.
+            is a new array. These states are not in `state_dict`. An array that comes twice is
+            updated twice; apart from that, arrays share no memory with one another or with
+            others' gradients. CUDA arrays are taken with gradients that are CUDA arrays in C
+            order or slices of them: one launch for each dtype, whatever their number, on the
+            stream of the first array's library, after slices are coalesced.
 
         Raises
         ------

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.clipping import updating
+from numclip.clipping import array_updating as updating
 from numclip.cuda import engine
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
-from tests.cuda.test_cuda_dlpack import Producer, settle
-from tests.cuda.test_cuda_errors import Foreign, Tensor, torch
+from tests.cuda.foreign import Foreign, Producer, Tensor, settle, torch
 from tests.oracle import plain_optim
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits

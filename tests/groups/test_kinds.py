@@ -3,9 +3,7 @@ themselves; what they cannot ask for is refused."""
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,25 +13,17 @@ import pytest
 import numclip as nc
 from numclip.optim import Optimizer
 from numclip.rules import Rule
-from tests.cuda.gpu import ready
-
-__all__ = ["ready"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-devices = pytest.mark.parametrize("device", DEVICES)
 
 
 @pytest.fixture
-def made(request: pytest.FixtureRequest) -> Callable[..., nc.ParamGroups]:
-    """What makes groups of two tensors on a device; the simulator is looked for where needed."""
+def device(target: Any) -> str:
+    """The device of the target."""
+    return "cpu" if type(target).__name__ == "Host" else "cuda"
 
-    def make(device: str, rule: Rule | None, **settings: Any) -> nc.ParamGroups:
-        if device == "cuda":
-            importlib.import_module("tests.cuda.devices")  # mends the simulator
-            request.getfixturevalue("ready")
-        params = {"w": PARAMS["w"], "b": PARAMS["b"]}
-        return nc.ParamGroups([nc.Group("g", params, clip=rule, **settings)], device=device)
 
-    return make
+def made(device: str, rule: Rule | None) -> nc.ParamGroups:
+    """Groups of two tensors."""
+    return nc.ParamGroups([nc.Group("g", PARAMS, clip=rule)], device=device)
 
 
 RNG = np.random.default_rng(5)
@@ -173,9 +163,8 @@ RULES = [
 ]
 
 
-@devices
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_a_rule_works_by_what_it_says_of_itself(made, device, rule):
+def test_a_rule_works_by_what_it_says_of_itself(device, rule):
     groups = made(device, rule)
     for step, grads in enumerate(GRADS):
         groups.set_grads(grads)
@@ -197,8 +186,7 @@ def test_a_rule_works_by_what_it_says_of_itself(made, device, rule):
     assert len(groups.history) == len(GRADS)
 
 
-@devices
-def test_a_rule_that_remembers_is_told(made, device):
+def test_a_rule_that_remembers_is_told(device):
     groups = made(device, Remembering(most=1.0))
     for grads in GRADS:
         groups.set_grads(grads)
@@ -206,8 +194,7 @@ def test_a_rule_that_remembers_is_told(made, device):
     np.testing.assert_allclose(groups["g"].rule_state["largest"], [1.0, 1.0], rtol=1e-12)
 
 
-@devices
-def test_a_group_follows_the_rule_it_is_given_later(made, device):
+def test_a_group_follows_the_rule_it_is_given_later(device):
     groups = made(device, None)
     optimizer = nc.SGD(groups, 0.1, momentum=0.5)
     groups.set_grads(GRADS[0])
@@ -300,8 +287,7 @@ class Bare(Heavy):
     state_names = ("mean",)
 
 
-@devices
-def test_an_optimizer_is_run_by_the_kernel_it_names(made, device):
+def test_an_optimizer_is_run_by_the_kernel_it_names(device):
     """Not by how many states it has: two are Adam's, too."""
     one, two = (made(device, nc.ByGlobalNorm(0.5)) for _ in range(2))
     heavy, plain = Heavy(one, 0.1), nc.SGD(two, 0.1, momentum=0.9)
@@ -318,8 +304,7 @@ def test_an_optimizer_is_run_by_the_kernel_it_names(made, device):
     assert not states["spare"].any()
 
 
-@devices
-def test_kernels_that_an_engine_does_not_have_are_refused(made, device):
+def test_kernels_that_an_engine_does_not_have_are_refused(device):
     groups = made(device, None)
     with pytest.raises(ValueError, match=rf"kernel: .*'adam', which device='{device}' has, got 'l"):
         Lion(groups, 0.1)
