@@ -39,8 +39,9 @@ import warnings
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from numclip import functional, inputs
-from numclip.nonfinite import NonFiniteGradientError
+from numclip import functional
+from numclip.border import arguments
+from numclip.errors import NonFiniteGradientError
 from numclip.slices import IndexedSlices
 
 __all__ = [
@@ -129,7 +130,7 @@ def clip_grad_norm_(
     tensor(True)
     """
     del foreach
-    bound = inputs.bound("max_norm", max_norm)
+    bound = arguments.bound("max_norm", max_norm)
     order = _order(norm_type)
     grads = _gradients(parameters)
     if not grads and isinstance(parameters, Generator):
@@ -173,7 +174,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     tensor([-1.0000,  0.5000,  1.0000])
     """
     del foreach
-    bound = inputs.bound("clip_value", clip_value)
+    bound = arguments.bound("clip_value", clip_value)
     grads = _gradients(parameters)
     for number, grad in enumerate(grads):
         if grad is not None and not grad.is_floating_point():
@@ -273,8 +274,8 @@ def clip_grads_with_norm_(
     tensor([0.3000, 0.4000])
     """
     del foreach
-    bound = inputs.bound("max_norm", max_norm)
-    norm = inputs.real("total_norm", total_norm.item() if _is_tensor(total_norm) else total_norm)
+    bound = arguments.bound("max_norm", max_norm)
+    norm = arguments.real("total_norm", total_norm.item() if _is_tensor(total_norm) else total_norm)
     if norm < 0.0:
         raise ValueError(f"total_norm: expected a norm, which is >= 0, got {norm}")
     grads = _gradients(parameters)
@@ -340,7 +341,9 @@ def _complaint(order: float, what: str) -> str:
 
 def _order(norm_type: Any) -> float:
     """Return the order of a norm: any real number, or a string for infinity."""
-    return inputs.real("norm_type", float(norm_type) if isinstance(norm_type, str) else norm_type)
+    return arguments.real(
+        "norm_type", float(norm_type) if isinstance(norm_type, str) else norm_type
+    )
 
 
 def _norm_of_low_order(tensors: list[Tensor], order: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Elements in memory: addresses as arrays, and 16-bit floats, which numba does not know.
+"""Elements in memory: addresses as arrays, and elements as they are computed.
 
 float16 travels as uint16 and bfloat16 as int16, so that the array's type tells them apart.
 Both are computed in float32. Interpreted, the same names are plain NumPy.
@@ -14,14 +14,16 @@ from numba import carray, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from numclip.halves import (
+    float_to_bfloat,
+    float_to_half,
+    half_to_float,
+    narrow_interpreted,
+    widen_interpreted,
+)
 from numclip.kernels.jit import INTERPRETED, inline
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_MAGNITUDE, _SIGN = 0x7FFF_FFFF, 0x8000
-_INFINITY, _QUIET = 0x7F80_0000, 0x0040_0000
-_HALF_INFINITY, _HALF_NAN = 0x7C00, 0x7E00
-_HALF_NORMAL = 113 << 23  # 2**-14, the smallest normal float16, as a float32's bits
-_REBIAS = 112 << 23  # difference of the exponents' biases
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 @functools.cache
@@ -42,60 +44,6 @@ def converts_halves(codegen) -> bool:
         builder.ret(convert(builder, function.args[0], made))
     parsed = binding.parse_assembly(str(module))
     return not re.search("hfsf|sfhf|h2f|f2h", codegen._tm.emit_assembly(parsed))
-
-
-def _int(value: int) -> ir.Constant:
-    return ir.Constant(_I32, value)
-
-
-def _half_to_float(builder, half, *, native):
-    """Emit the exact float32 of float16 bits."""
-    if native:
-        return builder.fpext(builder.bitcast(half, ir.HalfType()), _F32)
-    wide = builder.zext(half, _I32)
-    shifted = builder.shl(builder.and_(wide, _int(0x7FFF)), _int(13))
-    scaled = builder.fmul(builder.bitcast(shifted, _F32), ir.Constant(_F32, 2.0**112))
-    bits = builder.bitcast(scaled, _I32)
-    special = builder.icmp_unsigned(">=", shifted, _int(_HALF_INFINITY << 13))
-    bits = builder.select(special, builder.or_(bits, _int(_INFINITY)), bits)
-    sign = builder.shl(builder.and_(wide, _int(_SIGN)), _int(16))
-    return builder.bitcast(builder.or_(bits, sign), _F32)
-
-
-def _float_to_half(builder, value, *, native):
-    """Emit float16 bits: to nearest even, below the normal numbers toward zero."""
-    bits = builder.bitcast(value, _I32)
-    magnitude = builder.and_(bits, _int(_MAGNITUDE))
-    positive = builder.bitcast(magnitude, _F32)
-    if native:
-        rounded = builder.bitcast(builder.fptrunc(positive, ir.HalfType()), _I16)
-        rounded = builder.zext(rounded, _I32)
-    else:
-        odd = builder.and_(builder.lshr(magnitude, _int(13)), _int(1))
-        biased = builder.add(builder.add(magnitude, _int(0xFFF)), odd)
-        rounded = builder.lshr(builder.sub(biased, _int(_REBIAS)), _int(13))
-        over = builder.icmp_unsigned(">", rounded, _int(_HALF_INFINITY))
-        rounded = builder.select(over, _int(_HALF_INFINITY), rounded)
-        is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
-        rounded = builder.select(is_nan, _int(_HALF_NAN), rounded)
-    count = builder.fptosi(builder.fmul(positive, ir.Constant(_F32, 2.0**24)), _I32)
-    small = builder.icmp_unsigned("<", magnitude, _int(_HALF_NORMAL))
-    rounded = builder.select(small, count, rounded)
-    sign = builder.and_(builder.lshr(bits, _int(16)), _int(_SIGN))
-    return builder.trunc(builder.or_(rounded, sign), _I16)
-
-
-def _float_to_bfloat(builder, value):
-    """Emit bfloat16 bits: to nearest even, below the normal numbers toward zero."""
-    bits = builder.bitcast(value, _I32)
-    magnitude = builder.and_(bits, _int(_MAGNITUDE))
-    odd = builder.and_(builder.lshr(bits, _int(16)), _int(1))
-    rounded = builder.add(builder.add(bits, _int(0x7FFF)), odd)
-    small = builder.icmp_unsigned("<", magnitude, _int(1 << 23))
-    rounded = builder.select(small, bits, rounded)
-    is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
-    rounded = builder.select(is_nan, builder.or_(bits, _int(_QUIET)), rounded)
-    return builder.trunc(builder.lshr(rounded, _int(16)), _I16)
 
 
 @intrinsic
@@ -126,7 +74,7 @@ def _prefetch(_typing, address):
         pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-        read, keep, data = _int(0), _int(3), _int(1)
+        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
         builder.call(ask, [pointer, read, keep, data])
         return context.get_dummy_value()
 
@@ -142,9 +90,9 @@ def _widen(_typing, value):
     def emit(context, builder, _signature, arguments):
         if value == types.uint16:
             native = converts_halves(context.codegen())
-            return _half_to_float(builder, arguments[0], native=native)
+            return half_to_float(builder, arguments[0], native=native)
         if value == types.int16:
-            wide = builder.shl(builder.zext(arguments[0], _I32), _int(16))
+            wide = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
             return builder.bitcast(wide, _F32)
         return arguments[0]
 
@@ -161,8 +109,8 @@ def _narrow(_typing, value, like):
             return context.cast(builder, arguments[0], signature.args[0], like)
         number = context.cast(builder, arguments[0], signature.args[0], types.float32)
         if like == types.uint16:
-            return _float_to_half(builder, number, native=converts_halves(context.codegen()))
-        return _float_to_bfloat(builder, number)
+            return float_to_half(builder, number, native=converts_halves(context.codegen()))
+        return float_to_bfloat(builder, number)
 
     return like(value, like), emit
 
@@ -196,36 +144,12 @@ def _prefetch_interpreted(_address):
     pass
 
 
-def _widen_interpreted(value):
-    if value.dtype == np.uint16:
-        return np.float32(value.view(np.float16))
-    if value.dtype == np.int16:
-        return np.uint32(int(value.view(np.uint16)) << 16).view(np.float32)
-    return value
-
-
 def _as_computed_interpreted(value, like):
     return np.float64(value) if like.dtype == np.float64 else np.float32(value)
 
 
-def _narrow_interpreted(value, like):
-    if like.dtype.kind == "f":
-        return like.dtype.type(value)
-    number = np.float32(value)
-    bits = int(number.view(np.uint32))
-    if like.dtype == np.uint16:
-        if abs(number) < 2.0**-14:
-            return np.uint16(int(abs(number) * 2.0**24) | bits >> 16 & _SIGN)
-        return np.float16(number).view(np.uint16)
-    if np.isnan(number):
-        bits |= _QUIET
-    elif bits & _MAGNITUDE >= 1 << 23:
-        bits += 0x7FFF + (bits >> 16 & 1)
-    return np.uint16(bits >> 16).view(np.int16)
-
-
 if INTERPRETED:
-    array_at, widen, narrow = _array_at_interpreted, _widen_interpreted, _narrow_interpreted
+    array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
     prefetch = _prefetch_interpreted
 else:

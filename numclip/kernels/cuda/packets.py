@@ -10,13 +10,13 @@ import ctypes
 import numpy as np
 from llvmlite import ir
 
-from numclip.kernels.cuda.device import SIMULATED, inline
-from numclip.kernels.elements import (
-    _float_to_bfloat,
-    _float_to_half,
-    _narrow_interpreted,
-    _widen_interpreted,
+from numclip.halves import (
+    float_to_bfloat,
+    float_to_half,
+    narrow_interpreted,
+    widen_interpreted,
 )
+from numclip.kernels.cuda.device import SIMULATED, inline
 
 PACKET = 8
 WORD = 16  # bytes of the widest load and store
@@ -32,11 +32,11 @@ def _read(address, like, count):
 
 
 def _load_simulated(address, like):
-    return _widen_interpreted(_read(address, like, 1)[0])
+    return widen_interpreted(_read(address, like, 1)[0])
 
 
 def _store_simulated(address, value, like):
-    _read(address, like, 1)[0] = _narrow_interpreted(value, like)
+    _read(address, like, 1)[0] = narrow_interpreted(value, like)
 
 
 def _size_of_simulated(like):
@@ -48,7 +48,7 @@ def _as_computed_simulated(value, like):
 
 
 def _rounded_simulated(value, like):
-    return _widen_interpreted(_narrow_interpreted(_as_computed_simulated(value, like), like))
+    return widen_interpreted(narrow_interpreted(_as_computed_simulated(value, like), like))
 
 
 def _word_addresses(address, stride, like):
@@ -58,7 +58,7 @@ def _word_addresses(address, stride, like):
 def _load_packet_simulated(address, stride, like):
     words = [_read(a, like, WORD // like.itemsize) for a in _word_addresses(address, stride, like)]
     assert all(a % WORD == 0 for a in _word_addresses(address, stride, like))
-    return tuple(_widen_interpreted(element) for word in words for element in word)
+    return tuple(widen_interpreted(element) for word in words for element in word)
 
 
 def _store_packet_simulated(address, stride, values, like):
@@ -144,9 +144,9 @@ else:
 
     def _narrowed(builder, value, like):
         if like == types.uint16:
-            return _float_to_half(builder, value)
+            return float_to_half(builder, value, native=True)
         if like == types.int16:
-            return _float_to_bfloat(builder, value)
+            return float_to_bfloat(builder, value)
         return value
 
     @intrinsic
