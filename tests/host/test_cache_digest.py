@@ -129,6 +129,7 @@ def listed(place, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in this run")
 def test_the_digest_is_that_of_the_code_wherever_it_was_imported_from(tmp_path):
     """A zip has no files, and a newer version of it has the same name."""
