@@ -13,7 +13,6 @@ from numclip.cuda.slices import DeviceSlices
 import numclip as nc
 from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import lookup
-from numclip.kernels import backend
 from numclip.kernels.cuda import device, grouping, tables
 from numclip.kernels.cuda.grouping import RowSpan
 from tests.cuda.devices import HARDWARE, OnDevice, fetch, ready, send
@@ -125,7 +124,7 @@ def test_shares_of_large_blocks_cover_every_sum_once(monkeypatch, columns, name)
     dtype = lookup(np.dtype(name))
     for rows, most in ((0, 1), (1, 1), (50, 2), (200, 150), (3000, 4)):
         indices = np.random.default_rng(rows).integers(0, most, rows)
-        groups = backend.group(indices)
+        groups = rows.group(indices)
         span = RowSpan(dtype, 0, 0, rows * columns, columns * dtype.components)
         distinct = groups[1].size - 1
         mapped = grouping._mapped(span, groups, 0, 0, np.arange(distinct))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels import backend, grouping
+from numclip.kernels import grouping
 from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS
 
 
@@ -24,7 +24,7 @@ def test_equal_indices_come_together_as_they_first_appear(rows, most, row):
         members.setdefault(index, []).append(k)
     groups = [order[starts[g] : starts[g + 1]].tolist() for g in range(count)]
     assert groups == list(members.values())
-    for made, own in zip(backend.group(indices), (order, starts[: count + 1]), strict=True):
+    for made, own in zip(group(indices), (order, starts[: count + 1]), strict=True):
         np.testing.assert_array_equal(made, own)
 
 
@@ -49,17 +49,17 @@ def test_negative_zeros_add_up_to_zero():
 def test_column_squares(shape, name):
     x = np.random.default_rng(5).standard_normal(shape).astype(name)
     stored = x.view(np.uint16) if name == "float16" else x
-    check_columns(x, backend.column_squares(stored))
+    check_columns(x, host_columns.column_squares(stored))
 
 
 @pytest.mark.jit_only
 def test_columns_of_several_blocks_and_parts():
     x = np.random.default_rng(6).standard_normal((1, 2 * COLUMN_ROWS + 13, COLUMNS + 3))
-    once = backend.column_squares(x)
+    once = host_columns.column_squares(x)
     check_columns(x[..., -9:], once[..., -9:])
     nc.set_num_threads(1)
     try:
-        assert backend.column_squares(x).tobytes() == once.tobytes()
+        assert host_columns.column_squares(x).tobytes() == once.tobytes()
     finally:
         nc.set_num_threads(None)
 
