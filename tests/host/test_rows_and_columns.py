@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip.host import columns as host_columns
+from numclip.host.rows import group
 from numclip.kernels import grouping
 from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS
 
