@@ -1,6 +1,7 @@
 """The measurements behind numclip/kernels/tuning.py."""
 
 import numpy as np
+from numba import njit
 import pytest
 
 from numclip.host import rows
@@ -115,7 +116,7 @@ def test_ahead(benchmark, monkeypatch, normal, timed, ahead):
     timed(lambda: kernel(0, 1, len(x), order, starts, x, False, out), x.nbytes)
 
 
-@jit.kernel
+@njit
 def by_radix(indices, digits):
     """Return the order that sorts indices below ``2 ** (11 * digits)``, stable."""
     order = np.arange(indices.size)
