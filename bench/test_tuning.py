@@ -1,8 +1,8 @@
 """The measurements behind numclip/kernels/tuning.py."""
 
 import numpy as np
-from numba import njit
 import pytest
+from numba import njit
 
 from numclip.host import rows
 from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
