@@ -9,8 +9,10 @@ from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
 
 
 def chunks_of(x, length):
-    address = x.ctypes.data
-    return cpu.split(np.array([[address, address, x.size]]), x.itemsize, length)[0]
+    spans = np.array([[x.ctypes.data, x.ctypes.data, x.size]])
+    chunks = np.empty((cpu.count_chunks(spans, length)[0], 4), np.int64)
+    cpu.split(spans, x.itemsize, length, chunks)
+    return chunks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
