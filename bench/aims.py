@@ -1,9 +1,9 @@
-"""Print where numclip stands against what it aims at: ``python bench/aims.py``."""
+"""Print where numclip stands against what it aims at: ``python -m bench.aims``."""
 
 from __future__ import annotations
 
-import results
-from cases import CASES
+from bench import results
+from bench.cases import CASES
 
 
 def main() -> None:

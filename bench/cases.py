@@ -7,12 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from clips import CLIP
-from models import MODELS, Shape
-from per_example import PER_EXAMPLE
-from sparse import ROWS, SPARSE
-from steps import ADAM, SGD
-from work import Kind
+
+from bench.clips import CLIP
+from bench.models import MODELS, Shape
+from bench.per_example import PER_EXAMPLE
+from bench.sparse import ROWS, SPARSE
+from bench.steps import ADAM, SGD
+from bench.work import Kind
 
 EXAMPLES = 64
 

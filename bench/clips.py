@@ -6,11 +6,11 @@ import math
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from work import Bound, Call, Kind, copied, library, norm_of
 
 import numclip as nc
+from bench import limits
+from bench.work import Bound, Call, Kind, copied, library, norm_of
 
 
 def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:

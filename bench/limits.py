@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from work import Bound, Call
 
+from bench.work import Bound, Call
 from numclip.kernels import threads
 from numclip.kernels.jit import block_sum, inline
 

@@ -1,4 +1,4 @@
-"""Print the bytes that a clip in place allocates: ``python bench/memory.py WAY NBYTES``.
+"""Print the bytes that a clip in place allocates: ``python -m bench.memory WAY NBYTES``.
 
 Two figures: the growth of the process's peak memory, and Python's own count.
 """

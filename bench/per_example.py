@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from work import Bound, Call, Kind, library
 
 import numclip as nc
+from bench import limits
+from bench.work import Bound, Call, Kind, library
 
 
 def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:

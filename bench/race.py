@@ -11,8 +11,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from cases import CASES, data
-from work import Bound, Call, Kind, error_of
+
+from bench.cases import CASES, data
+from bench.work import Bound, Call, Kind, error_of
 
 BLOCK = 4e-3  # seconds, as the others
 # PyTorch's OpenMP threads spin for 10 ms after their work, on cores that others are timed on.

@@ -1,6 +1,6 @@
 """Run the exploding-gradients example on five seeds; exit with 1 unless all go as it says.
 
-Run ``python bench/seeds.py`` (needs numclip[examples]; some minutes).
+Run ``python -m bench.seeds`` (needs numclip[examples]; some minutes).
 """
 
 from __future__ import annotations

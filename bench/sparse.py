@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from clips import tensorflow
-from work import Bound, Call, Kind, library, norm_of
 
 import numclip as nc
+from bench import limits
+from bench.clips import tensorflow
+from bench.work import Bound, Call, Kind, library, norm_of
 
 Rows = tuple[np.ndarray, np.ndarray]
 ROWS = 1_000_000

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import limits
 import numpy as np
-from clips import clip_loop, grouped, optax_clip, torch_parameters
-from work import Bound, Call, Kind, copied, library, norm_of
 
 import numclip as nc
+from bench import limits
+from bench.clips import clip_loop, grouped, optax_clip, torch_parameters
+from bench.work import Bound, Call, Kind, copied, library, norm_of
 
 # The parameters are the gradients' own values: what matters is that they are other memory.
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8

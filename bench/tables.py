@@ -1,6 +1,6 @@
 """Write the README's section on speed and its picture from measured figures.
 
-Run ``python -m pytest bench --benchmark-json=raw.json`` and ``python bench/tables.py raw.json``.
+Run ``python -m pytest bench --benchmark-json=raw.json`` and ``python -m bench.tables raw.json``.
 What raw.json has takes its place in bench/results.json, all of which is written out; more files
 may be given, and none. ``--check`` writes nothing, and fails where README.md is not up to date.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import results
+from bench import results
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- /speed -->)", re.DOTALL)
@@ -112,9 +112,9 @@ def main() -> None:
     found = results.load()
     if options.check:
         is_current = filled(found) == README.read_text()
-        raise SystemExit(0 if is_current else "README.md: run python bench/tables.py")
-    from bars import draw
-    from cases import CASES
+        raise SystemExit(0 if is_current else "README.md: run python -m bench.tables")
+    from bench.bars import draw
+    from bench.cases import CASES
 
     for path in options.raw:
         found = results.merged(found, results.compact(json.loads(path.read_text())))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu import ready
-from models import MODELS
 
 import numclip as nc
+from bench.models import MODELS
+from tests.cuda.gpu import ready
 
 __all__ = ["ready"]
 pytestmark = pytest.mark.gpu

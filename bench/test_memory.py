@@ -5,16 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory import WAYS
+
+from bench.memory import WAYS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process's peak")
 @pytest.mark.parametrize("way", WAYS)
 def test_memory(benchmark, way):
     nbytes = 64 << 20 if benchmark.disabled else 1 << 30
-    command = [sys.executable, str(Path(__file__).with_name("memory.py")), way, str(nbytes)]
+    command = [sys.executable, "-m", "bench.memory", way, str(nbytes)]
     benchmark.group = "memory"
-    printed = benchmark.pedantic(subprocess.check_output, args=(command,), rounds=1)
+    printed = benchmark.pedantic(subprocess.check_output, (command,), {"cwd": ROOT}, rounds=1)
     peak, traced = map(int, printed.split())
     benchmark.extra_info.update(way=way, nbytes=nbytes, peak=peak, traced=traced)
     assert peak < 1e6

@@ -5,8 +5,9 @@ changes: so all ways of a case are timed in turns, see race.py, and replayed to 
 """
 
 import pytest
-from cases import CASES
-from race import race
+
+from bench.cases import CASES
+from bench.race import race
 
 
 class Clock:

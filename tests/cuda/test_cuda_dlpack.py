@@ -1,0 +1,231 @@
+"""Arrays on the GPU that DLPack alone describes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import struct
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import numclip as nc
+from numclip.cuda import dlpack
+from numclip.cuda.arrays import DeviceArray
+from numclip.kernels.cuda import device
+from tests.cuda.devices import fetch, ready, send
+from tests.oracle.cases import normal
+from tests.oracle.checks import assert_same_bits
+from tests.oracle.reference import DTYPES
+
+__all__ = ["ready"]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5}
+TENSOR = "QiiiBBHQQQ"  # of dlpack.h: DLTensor
+new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
+NAMES = {True: b"dltensor_versioned", False: b"dltensor"}
+
+
+class Producer:
+    """An array of a library that speaks DLPack alone, of the newer protocol or the older one."""
+
+    def __init__(self, array: np.ndarray, *, versioned: bool = True, **told: Any) -> None:
+        self.sent, self.array, self.versioned, self.told = send(array), array, versioned, told
+        self.asked: list[dict[str, Any]] = []
+        self.returned: list[int] = []
+        self.kept: list[Any] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.told.get("gpu", 0)
+
+    def tensor(self) -> bytes:
+        dtype = self.array.dtype
+        steps = [step // dtype.itemsize for step in self.array.strides]
+        both = (ctypes.c_int64 * (2 * len(steps)))(*self.array.shape, *steps)
+        self.kept.append(both)
+        shape, offset = ctypes.addressof(both), self.told.get("offset", 0)
+        strides = shape + 8 * len(steps) if self.told.get("strides", True) else 0
+        code = self.told.get("code", CODES[dtype.kind])
+        kind = code, self.told.get("bits", 8 * dtype.itemsize), self.told.get("lanes", 1)
+        place = self.sent.address - offset, 2, self.told.get("gpu", 0), len(steps)
+        return struct.pack(TENSOR, *place, *kind, shape, strides, offset)
+
+    def __dlpack__(self, *, stream: Any, **newer: Any) -> Any:
+        if newer and not self.versioned:
+            raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
+        self.asked.append({"stream": stream, **newer})
+        back = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.returned.append)
+        deleter = ctypes.cast(back, ctypes.c_void_p).value
+        if self.versioned:
+            version = self.told.get("major", 1), 0
+            head = struct.pack("IIQQQ", *version, 0, deleter, self.told.get("flags", 0))
+            content = head + self.tensor()
+        else:
+            content = self.tensor() + struct.pack("QQ", 0, deleter)
+        managed = ctypes.create_string_buffer(content, len(content))
+        self.kept += [back, managed]
+        self.pointer = ctypes.addressof(managed)
+        return new_capsule(self.pointer, NAMES[self.versioned], None)
+
+
+def settle() -> None:
+    """Let memory that is no longer used be given back."""
+    gc.collect()
+    device.synchronize(None)
+    device.after_default(lambda: None)
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clipping(dtype, versioned):
+    rng = np.random.default_rng(0)
+    grads = [normal(rng, (5, 7), dtype), normal(rng, (), dtype), normal(rng, (0, 3), dtype)]
+    items = [Producer(grad, versioned=versioned) for grad in grads]
+    wanted, norm = nc.clip_by_global_norm(grads, 0.5)
+    clipped, same = nc.clip_by_global_norm(items, 0.5)
+    assert float(same) == pytest.approx(norm, rel=1e-14)
+    if versioned:
+        again, _ = nc.clip_by_global_norm(items, 0.5, out=items)
+        assert all(result is item for result, item in zip(again, items, strict=True))
+    for new, item, expected in zip(clipped, items, wanted, strict=True):
+        assert type(new) is DeviceArray
+        found = fetch(new)
+        assert_same_bits(fetch(item.sent), found if versioned else item.array)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(
+            found.astype("D"), expected.astype("D"), rtol=1e-15 if expected.itemsize > 4 else 0
+        )
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_memory_is_given_back_once_and_streams_are_told(versioned):
+    item = Producer(np.ones(4), versioned=versioned)
+    assert nc.global_norm([item]) == 2.0
+    settle()
+    assert item.returned == [item.pointer]
+    newer = {"max_version": (1, 0)} if versioned else {}
+    assert item.asked == [{"stream": 1, **newer}]
+
+
+def test_memory_is_given_back_after_what_the_default_stream_does(monkeypatch):
+    events: list[SimpleNamespace] = []
+
+    def made(**_: Any) -> Any:
+        events.append(SimpleNamespace(done=False, streams=[]))
+        own = events[-1]
+        own.query, own.record = lambda: own.done, own.streams.append
+        return own
+
+    monkeypatch.setattr(device, "SIMULATED", False)
+    monkeypatch.setattr(device, "cuda", SimpleNamespace(event=made))
+    done: list[int] = []
+    device.after_default(lambda: done.append(1))
+    assert not done
+    events[0].done = True
+    device.after_default(lambda: done.append(2))
+    assert done == [1]
+    events[1].done = True
+    device.after_default(lambda: done.append(3))
+    assert done == [1, 2]
+    assert [event.streams for event in events] == [[0]] * 3
+    device._waiting.clear()
+
+
+def test_a_stream_waits_for_what_producers_were_told(monkeypatch):
+    """They were told the default one; the array before them can say another."""
+    orders: list[Any] = []
+    monkeypatch.setattr(device, "handle_of", lambda _: 71)
+    monkeypatch.setattr(device, "order", lambda *streams: orders.append(streams))
+    nc.global_norm([send(np.array([3.0]))])
+    assert not orders
+    nc.global_norm([send(np.array([3.0])), Producer(np.array([4.0]))])
+    settle()
+    assert orders == [(0, 0), (0, 0)]  # and the default one for it, before memory is given back
+
+
+@pytest.mark.parametrize("told", [{"flags": 1}, {"flags": 2}, {"versioned": False}], ids=str)
+def test_what_is_read_only_or_copied_is_not_written(told):
+    """Capsules of the older protocol cannot tell: those of JAX, whose arrays do not change."""
+    item = Producer(np.array([3.0, 4.0]), **told)
+    assert nc.global_norm([item]) == 5.0
+    with pytest.raises(ValueError, match=r"out: expected a writeable array, got a read-only one"):
+        nc.clip_by_norm(item, 1.0, out=item)
+    assert fetch(nc.clip_by_norm(item, 10.0)).tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "message"),
+    [
+        ({"gpu": 1}, ValueError, r"on GPU 0, got one on GPU 1; a process uses one GPU"),
+        ({"code": 0}, TypeError, r"expected an array of .*, got int32; convert it"),
+        ({"code": 10, "bits": 8}, TypeError, r"expected an array of .*, got Producer"),
+        ({"lanes": 4}, TypeError, r"expected an array of .*, got Producer"),
+        ({"major": 2}, TypeError, r"expected DLPack of version 1, got 2\.0"),
+    ],
+)
+def test_what_is_not_taken(told, error, message):
+    item = Producer(np.ones(4, "f"), **told)
+    with pytest.raises(error, match=rf"grads\[0\]: .*{message}"):
+        nc.global_norm([item])
+    settle()
+    assert item.returned == [item.pointer]
+
+
+def test_no_capsule():
+    item = Producer(np.ones(4))
+    item.versioned = False
+    given = item.__dlpack__(stream=1)
+    odd = SimpleNamespace(__dlpack__=lambda **_: given, __dlpack_device__=lambda: (2, 0))
+    assert nc.global_norm([odd]) == 2.0
+    with pytest.raises(TypeError, match=r"grads\[0\]: expected a DLPack capsule, got <capsule"):
+        nc.global_norm([odd])  # it was used
+
+
+def test_offsets_and_missing_strides():
+    grad = np.arange(4.0)
+    for told in ({"offset": 64}, {"strides": False}):
+        assert nc.global_norm([Producer(grad, **told)]) == 14**0.5
+    ordered = np.asfortranarray(normal(np.random.default_rng(0), (3, 4)))
+    found = fetch(nc.clip_by_norm(Producer(ordered), 0.5))
+    assert_same_bits(found, nc.clip_by_norm(ordered, 0.5))
+
+
+class Told:
+    """NumPy's own capsules, which are of the host."""
+
+    def __init__(self, array: Any, *, versioned: bool) -> None:
+        self.array, self.versioned = array, versioned
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if "max_version" in options and not self.versioned:
+            raise TypeError
+        return self.array.__dlpack__(**{k: o for k, o in options.items() if k != "stream"})
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_capsules_of_numpy_are_read(versioned):
+    for array in (np.ones((3, 4), "f"), np.ones((2, 3, 4), "D")[:, ::2], np.float16([[1.0]]).T):
+        count = sys.getrefcount(array)
+        told = dlpack.read("x", Told(array, versioned=versioned))
+        assert sys.getrefcount(array) == count + 1
+        assert told[:4] == (array.dtype, array.shape, array.strides, array.ctypes.data)
+        assert told.read_only is not versioned
+        del told
+        assert sys.getrefcount(array) == count
+    fixed = np.ones(3)
+    fixed.flags.writeable = False
+    assert dlpack.read("x", Told(fixed, versioned=True)).read_only
+
+
+def test_groups_take_them():
+    grad = normal(np.random.default_rng(0), (3, 4))
+    groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros((3, 4), "f")})], device="cuda")
+    groups.set_grads({"w": Producer(grad)})
+    groups.accumulate({"w": Producer(grad)})
+    assert_same_bits(fetch(groups.grads["w"]), 2 * grad)
