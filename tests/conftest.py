@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-EMULATED = os.environ.get("NUMCLIP_EMULATE_GPU", "0") not in ("", "0")
 
 
 def kernel_digest() -> str:
@@ -46,13 +45,10 @@ settings.load_profile("numclip")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What is marked gpu runs on the simulator unless the GPU, or the emulator of its compiled
-    # code, is asked for; numba reads this once.
-    if config.option.markexpr != "gpu" and not EMULATED:
-        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
-    config.addinivalue_line(
-        "markers", "gpu: runs on the GPU with -m gpu, else in the simulator, where it can"
-    )
+    # What is marked gpu runs on a stand-in for one, unless -m gpu asks for the GPU there is.
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("NUMCLIP_ASK_FOR_GPU", "1")
+    config.addinivalue_line("markers", "gpu: runs on the GPU with -m gpu, or on a stand-in for one")
     config.addinivalue_line(
         "markers", "jit_only: too much data for kernels run as plain Python (NUMBA_DISABLE_JIT=1)"
     )

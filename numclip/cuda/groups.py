@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from numclip import inputs
+from numclip.cuda.arrays import DeviceArray, add_all, copy_all
 from numclip.cuda.clipper import Clipper, Found
 from numclip.cuda.clippers import clippers
 from numclip.cuda.clipping import row_span
@@ -27,6 +28,7 @@ from numclip.kernels.cuda.grouping import RowSpan
 from numclip.kernels.cuda.update_plan import Updates
 from numclip.kernels.cuda.updates import SETTINGS_COLUMNS
 from numclip.nonfinite import first_error
+from numclip.placement import on_device
 from numclip.report import ClipReport
 from numclip.updating import Method
 
@@ -133,8 +135,10 @@ class DeviceParamGroups(ParamGroups):
             Where one does not fit; the message names it. Nothing is copied then.
         """
         fitting: list[Any] = self._fitting(grads)
+        copy_all(self._pairs(fitting), self.stream)
         for group, name, grad in fitting:
-            group.put(name, grad, self.stream)
+            if not _lies_as_dense(group, grad):
+                group.put(name, grad, self.stream)
 
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; rows of sparse ones are appended.
@@ -150,9 +154,18 @@ class DeviceParamGroups(ParamGroups):
             Where one does not fit; the message names it. Nothing is added then.
         """
         fitting: list[Any] = self._fitting(grads)
+        add_all(self._pairs(fitting), self.stream)
         for group, name, grad in fitting:
-            if grad is not None:
+            if grad is not None and not _lies_as_dense(group, grad):
                 group.add(name, grad, self.stream)
+
+    def _pairs(self, fitting: list[Any]) -> list[tuple[DeviceArray, Any]]:
+        """Return the gradients that lie on the GPU, each with the array of ours it is for."""
+        return [
+            (group.grads[name], grad)
+            for group, name, grad in fitting
+            if _lies_as_dense(group, grad)
+        ]
 
     def zero_grads(self) -> None:
         """Set every gradient to zero."""
@@ -275,6 +288,11 @@ class DeviceParamGroups(ParamGroups):
             else:
                 updates.descend(outcome, len(method.state_names) == 1, self.stream)
         return self._report(found, counts=True)
+
+
+def _lies_as_dense(group: Any, grad: Any) -> bool:
+    """Tell whether a gradient is a dense array on the GPU, which is taken together with others."""
+    return not group.sparse and grad is not None and on_device(grad)
 
 
 class DeviceGroupEngine:

@@ -115,7 +115,7 @@ def _new(entry: DeviceEntry, shape: tuple[int, ...], strides: tuple[int, ...] | 
     memory = device.allocate(math.prod(shape) * entry.native.itemsize)
     made = DeviceArray(memory, 0, shape, entry.native, strides)
     if library_of(entry.array) == "numba" and entry.native.name != "bfloat16":
-        return device.as_array(made, shape, entry.native, strides)
+        return device.as_array(made)
     return made
 
 

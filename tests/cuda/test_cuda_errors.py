@@ -18,9 +18,9 @@ import numclip as nc
 from numclip.cuda import clipping as device_clipping
 from numclip.cuda import streams
 from numclip.cuda.arrays import DeviceArray
-from numclip.kernels.cuda import device
-from tests.conftest import EMULATED
+from numclip.kernels.cuda import device, driver
 from tests.cuda.devices import fetch, ready, send
+from tests.cuda.gpu import new_stream
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
@@ -74,17 +74,16 @@ def torch(monkeypatch):
 class Foreign:
     """What another library's array tells of itself."""
 
-    def __init__(self, array: np.ndarray, **other: Any) -> None:
-        sent = send(np.ascontiguousarray(array))
+    def __init__(self, array: np.ndarray, sent: Any = None, **other: Any) -> None:
+        sent = send(np.ascontiguousarray(array)) if sent is None else sent
         self.kept, self.dtype = sent, array.dtype
         interface = {**sent.__cuda_array_interface__, "strides": array.strides, **other}
         self.__cuda_array_interface__ = interface
 
 
 def without_gpu(code: str, before: str = "") -> str:
-    """The last line a process prints that simulates no GPU and has none."""
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    """The last line a process prints that has no GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", f"{before}\n{code}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
@@ -123,7 +122,7 @@ def test_a_stream_is_held_as_long_as_it_is_used():
     """CuPy's and numba's are destroyed with their objects."""
 
     class Stream:
-        ptr = 5
+        ptr = new_stream()
 
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda", stream=Stream())
     held = weakref.ref(groups._held)
@@ -139,17 +138,17 @@ def test_streams_share_no_memory(monkeypatch):
     made = []
     plan = device_clipping.Plan
     monkeypatch.setattr(device_clipping, "Plan", lambda *a: made.append(handle) or plan(*a))
-    for handle in (71, 72, 71):
-        monkeypatch.setattr(device, "handle_of", lambda _, own=handle: own)
-        assert nc.global_norm([grad]) == 3.0
-    assert made == [71, 72]
+    one, two = new_stream(), new_stream()
+    for handle in (one, two, one):
+        assert nc.global_norm([Foreign(np.ones(9), grad, version=3, stream=handle)]) == 3.0
+    assert made == [one, two]
 
 
 def test_copies_wait_for_every_stream_where_none_is_named(monkeypatch):
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda")
     optimizer, array = nc.Adam(groups), groups.params["x"]
     waits = []
-    monkeypatch.setattr(device, "synchronize", waits.append)
+    monkeypatch.setattr(driver, "synchronize", waits.append)
     for copy in (lambda: np.asarray(array), lambda: optimizer._engine.slots["g"].steps):
         waits.clear()
         copy()
@@ -244,7 +243,6 @@ def test_tensors_whose_memory_is_not_their_values(torch, told, value, message): 
         nc.global_norm([odd])
 
 
-@pytest.mark.skipif(EMULATED, reason="the emulator makes no arrays of numba's")
 def test_arrays_of_numba_come_back_as_such():
     from numba import cuda
 
@@ -432,29 +430,11 @@ def test_collections_of_every_kind():
         nc.global_norm(grads["a"])
 
 
-def test_copies_on_the_default_stream_do_not_make_the_host_wait(monkeypatch):
-    """numba's copies would, where a stream is 0."""
-    streams: list[Any] = []
-    memory = SimpleNamespace(copy_to_device=lambda _, stream: streams.append(stream))
-    driver = SimpleNamespace(device_memset=lambda *given: streams.append(given[-1]))
-    made = SimpleNamespace(default_stream=lambda: "default", cudadrv=SimpleNamespace(driver=driver))
-    monkeypatch.setattr(device, "SIMULATED", False)
-    monkeypatch.setattr(device, "cuda", made)
-    monkeypatch.setattr(device, "_bytes_at", lambda *_: memory)
-    for stream in (0, "other"):
-        device.update(memory, np.ones(3), stream)
-        device.write(1, np.ones(3), stream)
-        device.copy(1, 2, 3, stream)
-        device.clear(1, 2, stream)
-    assert streams == ["default"] * 4 + ["other"] * 4
-
-
 def test_a_stream_of_cupy_is_kept_as_long_as_a_norm_can_be_read(monkeypatch):
-    theirs, known = SimpleNamespace(ptr=71), {0: 0, 71: SimpleNamespace(handle=71)}
+    theirs = SimpleNamespace(ptr=new_stream())
     cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: theirs))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(device, "stream_at", known.get)
     array = type("ndarray", (), {"__module__": "cupy"})()
     assert streams.current_stream(array).owner is theirs
-    theirs.ptr = 0  # the default one is no object
+    theirs.ptr = 0
     assert streams.current_stream(array) == 0

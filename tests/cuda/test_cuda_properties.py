@@ -1,4 +1,4 @@
-"""Every magnitude and random gradients on the GPU, or in its simulator: the bound holds exactly."""
+"""Every magnitude and random gradients on the GPU, or its stand-in: the bound holds exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import numclip as nc
-from tests.cuda.devices import COMPILED, HARDWARE, OnDevice, ready
+from tests.cuda.devices import HARDWARE, OnDevice, ready
 from tests.functions import test_magnitudes as magnitudes
 from tests.functions import test_properties as properties
 from tests.oracle import checks, reference, strategies
@@ -18,7 +18,7 @@ from tests.oracle import checks, reference, strategies
 __all__ = ["ready"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 some = settings(
-    max_examples=200 if HARDWARE else 25 if COMPILED else 5,
+    max_examples=200 if HARDWARE else 25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -31,8 +31,6 @@ def on_device(monkeypatch):
     for rule in ("norm", "average_norm", "block_rms"):
         clip = getattr(functions, f"clip_by_{rule}")
         monkeypatch.setitem(magnitudes.RULES, rule, (clip, *magnitudes.RULES[rule][1:]))
-    if not COMPILED:
-        monkeypatch.setattr(magnitudes, "LENGTHS", (33,))
 
 
 @pytest.mark.parametrize("first", magnitudes.NAMES if HARDWARE else ("tiny", "safmax"))

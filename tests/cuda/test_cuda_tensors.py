@@ -10,8 +10,8 @@ import pytest
 
 import numclip as nc
 from numclip.cuda import entries, tensors
-from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
+from tests.cuda.gpu import new_stream
 from tests.cuda.test_cuda_errors import Tensor, torch
 from tests.oracle.checks import assert_same_bits
 
@@ -88,11 +88,10 @@ def test_whatever_else_a_tensor_tells_it_is_described(described, change):
     assert described[0] == "grads[0]"
 
 
-def test_every_way_to_clip_has_its_own_plan(described, monkeypatch):
+def test_every_way_to_clip_has_its_own_plan(described, torch):
     items = grads()
-    for handle in (71, 72):
-        monkeypatch.setattr(device, "handle_of", lambda _, own=handle: own)
-        monkeypatch.setattr(device, "stream_at", lambda _: 0)
+    for _ in range(2):
+        torch.cuda.current_stream(None).cuda_stream = new_stream()
         for options in ({"nonfinite": "skip"}, {"nonfinite": "zero"}, {"ord": 3}, {}):
             for count in (2, 0):
                 described.clear()

@@ -68,10 +68,10 @@ class UnitPlan:
         self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
         self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
         self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
-        partial = device.scratch((max(int(counts.sum()), 1), 3))
+        partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
         self.shared = Shared(device.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
-        self.units = device.scratch((count, tables.UNIT_COLUMNS))
+        self.units = device.scratch((count, tables.UNIT_COLUMNS), stream)
         self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)

@@ -60,11 +60,12 @@ class Places:
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
         return rows
 
-    def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+    def by_dtype(self, rows: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
-            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+            dtype: device.table(rows[dtypes == dtype], stream)
+            for dtype in dict.fromkeys(dtypes.tolist())
         }
 
 
@@ -79,9 +80,8 @@ class Updates:
         self, plan: Plan, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]
     ) -> None:
         self._plan, self._places = plan, Places(spans, states)
-        self._updates = self._places.by_dtype(self._places.whole(), device.table, 0)
+        self._updates = self._places.by_dtype(self._places.whole(), 0)
         self._row_updates: dict[DType, Any] = {}
-        self._table = device.Tables()
         self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
         shape = len(plan.pools), updates.SETTINGS_COLUMNS
         self._given = HostTable(shape, 0)
@@ -95,8 +95,7 @@ class Updates:
             self._places.rows(owner, sums, own)
             for (owner, _, sums), own in zip(self._plan.row_sums(), indices, strict=True)
         ]
-        self._table.begin()
-        self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
+        self._row_updates = self._places.by_dtype(np.concatenate(made), stream)
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -139,7 +138,7 @@ class PlainUpdates:
         pairs = zip(sparse, indices, strict=True)
         rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
         everything = np.concatenate([places.whole(), *rows])
-        self._updates = places.by_dtype(everything, device.table, stream)
+        self._updates = places.by_dtype(everything, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = device.table(tensors, stream)

@@ -50,10 +50,10 @@ def missing() -> str | None:
     return None
 
 
-def _folder() -> Path:
-    """Where what is built is kept, by what it is built of."""
+def _folder(pattern: str) -> Path:
+    """Where what is built is kept, by what it is built by."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.[ch]")):
+    for path in sorted(SOURCES.glob(pattern)):
         digest.update(path.read_bytes())
     user = os.getuid()
     folder = Path(tempfile.gettempdir(), f"numclip-standin-{user}-{digest.hexdigest()[:16]}")
@@ -80,15 +80,15 @@ def install() -> None:
         return
     from . import host
 
-    folder = _folder()
+    folder, kernels = _folder("*.[ch]"), _folder("host.py")
     for name, sources in LIBRARIES.items():
         loaded = ctypes.CDLL(str(_built(folder, name, sources)), ctypes.RTLD_GLOBAL)
         if name.startswith("libcuda"):
             _driver = loaded
 
-    def compile_kernel(code: bytes, name: bytes, path: int, room: int) -> int:
+    def compile_kernel(code: bytes, name: bytes, path: int, _room: int) -> int:
         try:
-            found = host.compiled(code.decode(), name.decode(), folder, str(c_compiler()))
+            found = host.compiled(code.decode(), name.decode(), kernels, str(c_compiler()))
             ctypes.memmove(path, os.fsencode(found) + b"\0", len(os.fsencode(found)) + 1)
         except Exception:
             traceback.print_exc()
@@ -104,6 +104,12 @@ def install() -> None:
     lazy(os.environ.get("NUMCLIP_STANDIN_LAZY", "0") not in ("", "0"))
     random_order(int(os.environ.get("NUMCLIP_STANDIN_SEED", "0")))
     _driver.standin_devices(int(os.environ.get("NUMCLIP_STANDIN_DEVICES", "1")))
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that is to work on the stand-in, whatever this one works on."""
+    asked = ("NUMCLIP_ASK_FOR_GPU", "NUMCLIP_REQUIRE_GPU")
+    return {name: value for name, value in os.environ.items() if name not in asked}
 
 
 def lazy(on: bool) -> None:

@@ -61,7 +61,8 @@ static int (*compile)(const char *code, const char *name, char *path, int room);
 /* Streams and events. */
 
 enum kind { COPY, FILL, LAUNCH, RECORD, WAIT, FREE };
-struct event { long recorded, done; struct stream *on; };
+/* The last place that was recorded: what a stream was given up to a number. */
+struct event { struct stream *on; long number; };
 struct operation {
     enum kind kind;
     void *target;
@@ -74,8 +75,8 @@ struct operation {
     unsigned grid, block;
     void **arguments;  /* one block of memory with what they point to */
     int device;
-    struct event *event;
-    long turn, number;
+    struct event event;  /* to be waited for */
+    long number;
     struct operation *next;
 };
 struct stream {
@@ -88,6 +89,7 @@ struct graph { struct operation *first, *last; };
 static struct stream legacy = {.blocking = 1, .alive = 1};
 static struct stream *streams[MOST_STREAMS];
 static int stream_count, capturing;
+static __thread int relaxed;  /* whether this thread may do what a capture has no part in */
 static long next_number;
 
 static struct stream *stream_at(void *handle) {
@@ -188,12 +190,16 @@ static void run_everything(void) {
         run_all(streams[k]);
 }
 
-static void reach(struct event *event, long turn) {
-    while (event->done < turn && event->on && event->on->first) {
-        struct operation *own = event->on->first;
-        run_before(event->on, own->number);
-        if (event->on->first == own)
-            run_first(event->on);
+static int is_reached(struct event event) {
+    return !event.on || !event.on->first || event.on->first->number > event.number;
+}
+
+static void reach(struct event event) {
+    while (!is_reached(event)) {
+        struct operation *own = event.on->first;
+        run_before(event.on, own->number);
+        if (event.on->first == own)
+            run_first(event.on);
     }
 }
 
@@ -222,10 +228,9 @@ static void carry_out(struct operation *own) {
             standin_run_kernel(own->kernel->function, own->grid, own->block, own->arguments);
         break;
     case RECORD:
-        own->event->done = own->turn > own->event->done ? own->turn : own->event->done;
         break;
     case WAIT:
-        reach(own->event, own->turn);
+        reach(own->event);
         break;
     case FREE:
         give_back((address)own->target);
@@ -409,11 +414,11 @@ result cuMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 result cuMemAlloc(address *place, size_t size) {
     CALLED();
-    return capturing ? CAPTURE_UNSUPPORTED : take((void **)place, size, 0);
+    return capturing && !relaxed ? CAPTURE_UNSUPPORTED : take((void **)place, size, 0);
 }
 result cuMemFree(address place) {
     CALLED();
-    if (capturing)
+    if (capturing && !relaxed)
         return CAPTURE_UNSUPPORTED;
     pthread_mutex_lock(&lock);
     waits++;
@@ -570,7 +575,7 @@ result cuStreamWaitEvent(void *stream, struct event *event, unsigned flags) {
     CALLED();
     (void)flags;
     struct operation *own = operation(WAIT);
-    own->event = event, own->turn = event->recorded;
+    own->event = *event;
     return queue(stream_at(stream), own);
 }
 
@@ -582,20 +587,19 @@ result cuEventCreate(struct event **event, unsigned flags) {
 result cuEventRecord(struct event *event, void *stream) {
     CALLED();
     pthread_mutex_lock(&lock);
-    struct operation *own = operation(RECORD);
-    own->event = event, own->turn = ++event->recorded;
-    event->on = stream_at(stream);
+    result found = queue(stream_at(stream), operation(RECORD));
+    *event = (struct event){stream_at(stream), next_number};
     pthread_mutex_unlock(&lock);
-    return queue(stream_at(stream), own);
+    return found;
 }
 result cuEventQuery(struct event *event) {
-    return CALLED(), event->done >= event->recorded ? OK : NOT_READY;
+    return CALLED(), is_reached(*event) ? OK : NOT_READY;
 }
 result cuEventSynchronize(struct event *event) {
     CALLED();
     pthread_mutex_lock(&lock);
     waits++;
-    reach(event, event->recorded);
+    reach(*event);
     pthread_mutex_unlock(&lock);
     return OK;
 }
@@ -619,7 +623,14 @@ result cuStreamEndCapture(void *stream, struct graph **graph) {
     capturing--;
     return OK;
 }
-result cuGraphInstantiate(struct graph **made, struct graph *graph, uint64_t flags) {
+result cuThreadExchangeStreamCaptureMode(int *mode) {
+    CALLED();
+    int before = relaxed ? 2 : 0;
+    relaxed = *mode == 2;
+    *mode = before;
+    return OK;
+}
+result cuGraphInstantiateWithFlags(struct graph **made, struct graph *graph, uint64_t flags) {
     return CALLED(), (void)flags, *made = graph, OK;
 }
 result cuGraphLaunch(struct graph *graph, void *stream) {

@@ -123,7 +123,7 @@ def _linked(code: str, name: str, machine: Any) -> Any:
 
 def compiled(code: str, name: str, folder: Path, compiler: str) -> Path:
     """The shared object of a kernel; made once, and kept for every process of these tests."""
-    kind = llvm.get_host_cpu_name(), name, DEFINITIONS, code
+    kind = llvm.get_host_cpu_name(), name, code
     target = folder / f"{hashlib.sha256(repr(kind).encode()).hexdigest()[:32]}.so"
     if not target.exists():
         machine = _machine()
