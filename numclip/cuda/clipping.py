@@ -19,7 +19,7 @@ from numclip.cuda import outputs, plans, tensors
 from numclip.cuda.arrays import empty
 from numclip.cuda.copies import host_entry, on_host
 from numclip.cuda.entries import DeviceEntry, describe, gradients
-from numclip.cuda.streams import current_stream, stream_of
+from numclip.cuda.streams import current_stream, give_back, stream_of
 from numclip.cuda.values import DeviceFloat
 from numclip.kernels.cuda import device, tables
 from numclip.kernels.cuda.chunks import Span
@@ -124,11 +124,11 @@ def clip(
     device.require()
     if not entries:
         return 0.0 if law.given == ABSENT else law.given
-    stream = stream_of(entries)
+    places = entries if targets is None else targets
+    stream = stream_of([*entries, *places])
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
-    places = entries if targets is None else targets
     found = _plan(entries, places, policy, duplicates, stream, law.ord)
     measure = law.given == ABSENT or policy != "propagate" or summed
     outcome, norm = _judge(found, law, stream, measure=measure)
@@ -137,6 +137,7 @@ def clip(
         raise first_error([host_entry(e, stream) for e in entries], given)
     if targets is not None:
         found[0].scale(outcome, stream)
+    give_back(stream, [*entries, *places])
     if name is not None:
         plans.keep(name, found)
     return norm
@@ -230,16 +231,19 @@ def clip_by_value(grad: Any, low: Any, high: Any, out: Any) -> Any:
     if entry.slices is not None:
         inputs.refuse_excluding_zero(low, high)
     target = outputs.place(entry, out)
-    stream = stream_of([entry])
+    stream = stream_of([entry, target])
     if entry.repeated:
 
         def clamp_sums(sums: DeviceEntry) -> bool:
             _clamp(sums, sums, low, high, stream)
             return True
 
-        return with_rows_summed(entry, target, out, stream, clamp_sums)
-    _clamp(entry, target, low, high, stream)
-    return target.result
+        found = with_rows_summed(entry, target, out, stream, clamp_sums)
+    else:
+        _clamp(entry, target, low, high, stream)
+        found = target.result
+    give_back(stream, [entry, target])
+    return found
 
 
 def _clamp(entry: DeviceEntry, target: DeviceEntry, low: Any, high: Any, stream: Any) -> None:

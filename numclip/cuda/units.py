@@ -15,7 +15,7 @@ from numclip.cuda.arrays import empty
 from numclip.cuda.clipping import with_rows_summed
 from numclip.cuda.entries import DeviceEntry, describe, gradients
 from numclip.cuda.plans import kept
-from numclip.cuda.streams import stream_of
+from numclip.cuda.streams import give_back, stream_of
 from numclip.cuda.values import DeviceInt
 from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables
@@ -57,15 +57,19 @@ def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, o
 def _clip(entry: DeviceEntry, out: Any, limit: Limit) -> Any:
     """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
     target = outputs.place(entry, out)
-    stream = stream_of([entry] if limit.owner is None else [entry, limit.owner])
+    used = [each for each in (entry, target, limit.owner) if each is not None]
+    stream = stream_of(used)
     if not entry.repeated:
         _clip_units(entry, target, limit, stream)
+        give_back(stream, used)
         return target.result
 
     def clip_sums(sums: DeviceEntry) -> bool:
         return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
 
-    return with_rows_summed(entry, target, out, stream, clip_sums)
+    found = with_rows_summed(entry, target, out, stream, clip_sums)
+    give_back(stream, used)
+    return found
 
 
 def _clip_units(
@@ -150,6 +154,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     added = tuple(_strided(entry, _along_examples(total), (0,)) for entry, total in pairs)
     adding, _ = kept((handle, added), lambda: Sums(dict(enumerate(added)), stream))
     adding.write(plan.shared.tensors, plan.units, stream)
+    give_back(stream, [*described.entries, *sums])
     summed = described.with_results([total.array for total in sums])
     return summed, described.with_results(counts) if layerwise else counts[0]
 

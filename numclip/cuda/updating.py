@@ -12,7 +12,7 @@ import numpy as np
 from numclip.cuda import outputs, tensors
 from numclip.cuda.arrays import empty
 from numclip.cuda.entries import DeviceEntry, describe
-from numclip.cuda.streams import current_stream, stream_of
+from numclip.cuda.streams import current_stream, give_back, stream_of
 from numclip.kernels.cuda import device
 from numclip.kernels.cuda.chunks import Span
 from numclip.kernels.cuda.grouping import RowSpan
@@ -114,6 +114,7 @@ class DeviceArrayEngine:
         counts = [slot.steps for slot in planned.slots]
         numbers = {count: self._method.numbers(lr, count) for count in set(counts)}
         planned.updates.take(np.array([numbers[count] for count in counts]), planned.stream)
+        give_back(planned.stream, [entry for pair in self._held for entry in pair if entry])
         self._held = []
 
 
