@@ -72,9 +72,10 @@ def _again(name: Any, law: Law, policy: str, *, write: bool) -> DeviceFloat | No
         return None
     stream = device.stream_at(name[0])
     measure = law.given == ABSENT or policy != "propagate"
-    outcome, norm = _judge(found, law, stream, measure=measure)
-    if write:
-        found[0].scale(outcome, stream)
+    with found[0].lock:
+        outcome, norm = _judge(found, law, stream, measure=measure)
+        if write:
+            found[0].scale(outcome, stream)
     return norm
 
 
@@ -131,12 +132,13 @@ def clip(
         law = law._replace(loss=repeated_loss(entries, law.ord))
     found = _plan(entries, places, policy, duplicates, stream, law.ord)
     measure = law.given == ABSENT or policy != "propagate" or summed
-    outcome, norm = _judge(found, law, stream, measure=measure)
-    if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
-        given = None if law.given == ABSENT else law.given
-        raise first_error([host_entry(e, stream) for e in entries], given)
-    if targets is not None:
-        found[0].scale(outcome, stream)
+    with found[0].lock:
+        outcome, norm = _judge(found, law, stream, measure=measure)
+        if policy == "raise" and _decided(outcome, tables.BROKEN, stream):
+            given = None if law.given == ABSENT else law.given
+            raise first_error([host_entry(e, stream) for e in entries], given)
+        if targets is not None:
+            found[0].scale(outcome, stream)
     give_back(stream, [*entries, *places])
     if name is not None:
         plans.keep(name, found)

@@ -94,12 +94,13 @@ def _clip_units(
     passing = unrounded is not None or owner is not limit.owner
     key = device.handle_of(stream), limit.ord, family
     plan = make() if passing else kept(key, make)[0]
-    plan.write_laws(limit.bound, stream, limit.eps)
-    plan.measure(stream)
-    plan.decide(stream)
-    if unrounded is not None and not plan.changes(stream):
-        return False
-    plan.scale(stream)
+    with plan.lock:
+        plan.write_laws(limit.bound, stream, limit.eps)
+        plan.measure(stream)
+        plan.decide(stream)
+        if unrounded is not None and not plan.changes(stream):
+            return False
+        plan.scale(stream)
     return True
 
 
@@ -146,14 +147,15 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     families = tuple(Family(own, rounded=False) for own in shared)
     handle = device.handle_of(stream)
     plan, free = kept((handle, families), lambda: UnitPlan(families, 2.0, stream))
-    plan.write_laws(example_bounds(entries, bound, layerwise), stream)
-    plan.measure(stream)
-    plan.decide(stream)
-    counts = _counts(plan, free, stream)
     pairs = list(zip(entries, sums, strict=True))
     added = tuple(_strided(entry, _along_examples(total), (0,)) for entry, total in pairs)
     adding, _ = kept((handle, added), lambda: Sums(dict(enumerate(added)), stream))
-    adding.write(plan.shared.tensors, plan.units, stream)
+    with plan.lock:
+        plan.write_laws(example_bounds(entries, bound, layerwise), stream)
+        plan.measure(stream)
+        plan.decide(stream)
+        counts = _counts(plan, free, stream)
+        adding.write(plan.shared.tensors, plan.units, stream)
     give_back(stream, [*described.entries, *sums])
     summed = described.with_results([total.array for total in sums])
     return summed, described.with_results(counts) if layerwise else counts[0]

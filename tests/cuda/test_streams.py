@@ -170,6 +170,29 @@ def test_two_threads():
         assert found[number] == pytest.approx([(1 + number) * 1000**0.5] * 20)
 
 
+def test_threads_with_the_same_arrays_take_turns(monkeypatch):
+    """One plan is theirs, with one law: what one decides, the other is not to write by."""
+    grad, other = send(np.full(9, 2.0)), send(np.zeros(9))
+    clip = lambda bound: nc.clip_by_global_norm([grad], bound, out=[other])  # noqa: E731
+    clip(1.0)
+    second = threading.Thread(target=clip, args=(4.0,))
+    turns: list[int] = []
+    launch = device.launch
+
+    def noting(*arguments: Any) -> None:
+        turns.append(threading.get_ident())
+        launch(*arguments)
+        if len(turns) == 1:
+            second.start()
+            second.join(0.3)  # which it does where nothing holds it up
+
+    monkeypatch.setattr(device, "launch", noting)
+    clip(2.0)
+    second.join()
+    assert turns == sorted(turns, key=turns.index)
+    assert len(turns) == 6
+
+
 @on_standin
 def test_a_thread_works_on_the_gpu_that_was_current_at_first():
     code = """

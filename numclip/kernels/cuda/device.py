@@ -7,6 +7,7 @@ module starts no driver.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import warnings
@@ -156,15 +157,16 @@ def ordinal() -> int:
 _functions: dict[Any, Any] = {}
 
 
-def _type_of(argument: Any) -> Any:
-    if isinstance(argument, Table):
-        return types.Array(getattr(types, argument.dtype.name), len(argument.shape), "C")
-    return getattr(types, argument.dtype.name)
+@functools.cache
+def _type(dtype: Any, ndim: int) -> Any:
+    """Return numba's type of a scalar, or of a table with so many axes."""
+    element = getattr(types, dtype.name)
+    return types.Array(element, ndim, "C") if ndim else element
 
 
 def _function(compiled: Any, arguments: tuple[Any, ...]) -> Any:
     """Return the driver's handle of a kernel for some types of arguments."""
-    signature = tuple(map(_type_of, arguments))
+    signature = tuple(_type(argument.dtype, len(argument.shape)) for argument in arguments)
     found = _functions.get((compiled, signature))
     if found is None:
         found = compiled.compile(signature).library.get_cufunc().handle

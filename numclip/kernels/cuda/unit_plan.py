@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,10 +49,12 @@ class UnitPlan:
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
     That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
+    Threads that share a plan hold `lock` from the law to the last launch.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
         self.families, self._ord = list(families), ord
+        self.lock = threading.RLock()
         arrays = [array for family in families for array in family.arrays]
         params = [family.param for family in families if family.param is not None]
         measured = [array for family in families for array in family.measured or family.arrays]
