@@ -104,6 +104,15 @@ def test_no_numba_cuda():
     assert 'pip install "numclip[cuda12]"' in message
 
 
+def test_numba_cuda_that_is_not_in_the_place_of_numbas_own():
+    """Where no .pth file runs: with PYTHONPATH, in a zip file, or without `site`."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; import numclip.kernels.cuda.device"
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'DeviceError: device: "cuda" needs numba-cuda in place of numba\'s own' in last
+
+
 def test_the_error_can_be_named():
     assert issubclass(nc.DeviceError, RuntimeError)
 

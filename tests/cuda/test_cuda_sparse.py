@@ -1,4 +1,4 @@
-"""IndexedSlices on the GPU, or in its simulator, against those of the host."""
+"""IndexedSlices on the GPU, or on its stand-in, against those of the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse groups on the GPU, or in its simulator, against those of the CPU."""
+"""Sparse groups on the GPU, or on its stand-in, against those of the CPU."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def numbers(array: np.ndarray) -> np.ndarray:
     return flat.view(reference.real_dtype(flat.dtype))
 
 
-# Two dtypes for each view in the simulator: each of them is seen twice.
+# Two dtypes for each view on the stand-in: each of them is seen twice.
 PAIRS = [(view, dtype) for view in VIEWS for dtype in DTYPES]
 SEEN = PAIRS if HARDWARE else [PAIRS[6 * k + (k + 3 * j) % 6] for k in range(6) for j in range(2)]
 
