@@ -18,7 +18,8 @@ def has_gpu() -> bool:
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count))
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        return not failed and count.value > 0
     except (OSError, AttributeError):
         return False
 

@@ -41,7 +41,8 @@ def test_a_clip_at_known_addresses_is_three_launches(torch, count):  # noqa: ARG
     clip()
     assert calls_of(clip) == {"cuLaunchKernelEx": 3}
     assert not standin.waits()
-    assert calls_of(lambda: nc.global_norm(items)) == {"cuLaunchKernelEx": 2} or True
+    nc.global_norm(items)
+    assert calls_of(lambda: nc.global_norm(items)) == {"cuLaunchKernelEx": 2}
 
 
 def test_another_bound_is_sent_and_nothing_waits(torch):  # noqa: ARG001
