@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from numclip.kernels import backend, columns, cpu, grouping, jit, threads
+from numclip.host import rows
+from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
 
 
 def chunks_of(x, length):
@@ -19,7 +20,7 @@ def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
     monkeypatch.setattr(cpu, "array_of_squares", jit.expanded(cpu.array_of_squares.py_func))
     kernel = jit.inline(cpu.sum_squares.py_func)
     x = normal(256 << 10, dtype)
-    chunks = chunks_of(x, backend.CHUNK)
+    chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: kernel(0, out.size, chunks, x[:0], out), x.nbytes)
 
@@ -47,10 +48,10 @@ def test_columns(benchmark, monkeypatch, normal, timed, width):
     benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32, 8192 columns"
     kernel = sums_of_columns(monkeypatch, width)
     x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
-    parts = -(-x.shape[1] // backend.COLUMN_ROWS)
+    parts = -(-x.shape[1] // tuning.COLUMN_ROWS)
     out = np.empty((1, parts, x.shape[2]))
     count = parts * -(-x.shape[2] // width)
-    timed(lambda: threads.run(kernel, count, x.nbytes, x, backend.COLUMN_ROWS, out), x.nbytes)
+    timed(lambda: threads.run(kernel, count, x.nbytes, x, tuning.COLUMN_ROWS, out), x.nbytes)
 
 
 @pytest.mark.parametrize("rows", [248, 1016, 1024, 4072])
@@ -80,7 +81,7 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
     monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(threads, "_limit", count)
     x = normal(nbytes, "float32")
-    chunks = chunks_of(x, backend.CHUNK)
+    chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
 
@@ -109,7 +110,7 @@ def test_ahead(benchmark, monkeypatch, normal, timed, ahead):
     benchmark.group = "AHEAD: summed rows of 64 float32, 16 MB, Zipf(1.3)"
     kernel = sums_of_groups(monkeypatch, "AHEAD", ahead)
     x = normal(16 << 20, "float32").reshape(-1, 64)
-    order, starts = backend.group(np.random.default_rng(3).zipf(1.3, len(x)) % 1_000_000)
+    order, starts = rows.group(np.random.default_rng(3).zipf(1.3, len(x)) % 1_000_000)
     out = np.empty((1, 2))
     timed(lambda: kernel(0, 1, len(x), order, starts, x, False, out), x.nbytes)
 
@@ -138,7 +139,7 @@ def test_grouping(benchmark, timed, way):
     benchmark.group = "grouping 65,536 indices, Zipf(1.3), into 1,000,000 rows"
     indices = np.random.default_rng(3).zipf(1.3, 65_536) % 1_000_000
     ways = {
-        "hash": lambda: backend.group(indices)[0],
+        "hash": lambda: rows.group(indices)[0],
         "radix": lambda: by_radix(indices, 2),
         "argsort": lambda: np.argsort(indices, kind="stable"),
     }

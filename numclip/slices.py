@@ -15,7 +15,7 @@ from numclip.dtypes import NAMES, Array, lookup, refusal
 from numclip.engine import Engine
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.kernels import backend
+from numclip.host.rows import group
 
 
 class Grouping(NamedTuple):
@@ -171,7 +171,7 @@ class IndexedSlices:
     @cached_property
     def grouping(self) -> Grouping:
         """The rows by index, in the order the indices first appear; made at first use."""
-        order, starts = backend.group(self.indices)
+        order, starts = group(self.indices)
         return Grouping(order, starts)
 
     @property

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType, lookup
-from numclip.kernels import arrays, backend, cpu
-from numclip.kernels.backend import Batch
+from numclip.host import batches
+from numclip.host.batches import Batch
+from numclip.kernels import arrays, cpu, joint, threads
 from numclip.libraries import as_numpy
 
 Items = tuple[Any, ...]
@@ -171,12 +172,12 @@ def _clip_much(
     batch, apart = _batch(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or _are_apart(batch))):
         return None
-    found = _judge(batch, bound, divisor)
+    found = _decided(batch, len(items), bound, divisor)
     if found is None:
         return None
     norm, factor = found
     if factor != 1.0:
-        backend.scale(batch, np.full(len(items), factor, kind.row.compute))
+        _scale(batch, items, factor)
     return norm
 
 
@@ -191,7 +192,7 @@ def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
     if needed < 0:
         return None, False
     nbytes = elements * kind.row.storage.itemsize
-    return Batch(kind.row, np.arange(len(items)), chunks[:needed], nbytes, items), apart
+    return Batch(kind.row, chunks[:needed], nbytes), apart
 
 
 def _are_apart(batch: Batch) -> bool:
@@ -201,11 +202,24 @@ def _are_apart(batch: Batch) -> bool:
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
-def _judge(batch: Batch, bound: float, divisor: float) -> tuple[float, float] | None:
-    """Return the norm over `divisor` and the factor, None where they need care."""
-    norm, right, _ = backend.joint_norm(batch)
-    factor, truncate = backend.joint_factor(batch, norm / divisor, bound, divisor)
-    return (norm / divisor, factor) if right and not truncate else None
+def _decided(batch: Batch, count: int, bound: float, divisor: float) -> tuple[float, float] | None:
+    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care."""
+    partial = np.empty(len(batch.chunks))
+    batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    limits = batch.dtype.limits
+    norm, right = joint.joined(batch.chunks, partial, limits, np.zeros(count))
+    norm /= divisor
+    if not right or norm <= bound:
+        return (norm, 1.0) if right else None
+    elements = batch.nbytes // batch.dtype.storage.itemsize
+    factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
+    return None if truncate else (norm, factor)
+
+
+def _scale(batch: Batch, items: Items, factor: float) -> None:
+    """Write arrays, which live as long as the items, times a factor."""
+    factors = np.full(len(items), factor)
+    threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
 
 
 def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
@@ -219,7 +233,7 @@ def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Ite
             state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
         return (results, norm) if state == arrays.DONE else None
     batch, _ = _batch(items, kind, kind.readable)
-    found = None if batch is None else _judge(batch, bound, divisor)
+    found = None if batch is None else _decided(batch, len(items), bound, divisor)
     if batch is None or found is None:
         return None
     norm, factor = found
@@ -229,5 +243,5 @@ def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Ite
     targets, _ = _batch(results, kind, kind.writeable)
     assert targets is not None
     batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
-    backend.scale(batch, np.full(len(items), factor, kind.row.compute))
+    _scale(batch, results, factor)
     return results, norm

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
-from numclip.host import batches, orders
+from numclip.host import batches, columns, orders
 from numclip.host.strided import elements
-from numclip.kernels import backend, threads, unit_loops
+from numclip.kernels import threads, unit_loops
 from numclip.kernels.formulas import is_safe
 from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK
@@ -109,9 +109,9 @@ class Cut:
 
 def squares(cut: Cut) -> tuple[Array, Array]:
     """Return the sum of squares of each unit as ``total * 4**exponent``."""
-    dtype, columns = cut.array.dtype, cut.columns()
-    if columns is not None:
-        totals = backend.column_squares(columns)
+    dtype, held = cut.array.dtype, cut.columns()
+    if held is not None:
+        totals = columns.column_squares(held)
         totals = totals.reshape(cut.array.units, dtype.components).sum(axis=1)
         if dtype.digits < 53 or is_safe(totals).all():
             return totals, np.zeros(totals.size)
@@ -176,12 +176,12 @@ def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], 
 def _scaling(cut: Cut, decided: Array) -> tuple[Call, Callable[[], None] | None]:
     """Return the call that multiplies each unit by its factor, and what brings copies back."""
     truncates = bool((decided[:, MODE] > MULTIPLY).any())
-    columns, target = cut.columns(), cut.target()
-    if columns is not None and not truncates:
+    held, target = cut.columns(), cut.target()
+    if held is not None and not truncates:
         factors = decided[:, FACTOR].astype(cut.array.dtype.compute)
-        factors = np.repeat(factors, cut.array.dtype.components).reshape(columns.shape[0], -1)
-        out = np.empty_like(columns) if target is None else target.reshape(columns.shape)
-        call = backend.scaling_columns(columns, factors, out)
+        factors = np.repeat(factors, cut.array.dtype.components).reshape(held.shape[0], -1)
+        out = np.empty_like(held) if target is None else target.reshape(held.shape)
+        call = columns.scaling_columns(held, factors, out)
         return call, None if target is not None else functools.partial(cut.write, out)
     rows = as_stored(cut.rows())
     direct = target is not None and cut.in_order
@@ -317,4 +317,4 @@ def sum_examples(arrays: Sequence[Strided], units: UnitPlan, _stream: Any = None
         steps = strides_of(shape, array.itemsize)
         out = elements(array.dtype, shape, array.written._replace(steps=steps))
         rows = as_stored(values.reshape(array.shape[0], math.prod(shape)))
-        backend.sum_examples(rows, units.factors_of(k), as_stored(out.reshape(-1)))
+        columns.sum_examples(rows, units.factors_of(k), as_stored(out.reshape(-1)))

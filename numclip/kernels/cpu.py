@@ -21,11 +21,6 @@ GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
 
 two_sum = inline(formulas.two_sum)
 power_term = inline(formulas.power_term)
-scale_by_power = inline(formulas.scale_by_power)
-larger = inline(formulas.larger)
-root = inline(formulas.root)
-clip_factor = inline(formulas.clip_factor)
-factor_over = inline(formulas.factor_over)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
 
@@ -151,80 +146,6 @@ def merge(chunks, partial, out):
         out[t] = total
         errors[t] += rest
     settle(out, errors)
-
-
-@kernel
-def join(totals, exponents, groups, ord, roots, powers):
-    """Write the norm of each group of tensors, ``root * 2**power``, from sums of powers.
-
-    A sum stands for ``total * 2**(ord * exponent)``; those of a group are brought to its
-    largest exponent (which differ for ``ord=2`` alone) and added in order.
-    """
-    empty = np.ones(roots.size, np.bool_)
-    for t in range(totals.size):
-        g = groups[t]
-        if totals[t] != 0.0 and (empty[g] or exponents[t] > powers[g]):
-            powers[g] = exponents[t]
-            empty[g] = False
-    errors = np.zeros(roots.size)
-    for t in range(totals.size):
-        g = groups[t]
-        value = scale_by_power(totals[t], 2 * int(exponents[t] - powers[g]))
-        if ord == math.inf:
-            roots[g] = larger(roots[g], value)
-            continue
-        roots[g], rest = two_sum(roots[g], value)
-        errors[g] += rest
-    settle(roots, errors)
-    for g in range(roots.size):
-        roots[g] = root(roots[g], ord)
-
-
-@inline
-def factor_of(norm, exponent, bound, target, coarse, roundoff, limits):
-    """Return the factor of a norm that exceeds its bound, and whether to truncate results.
-
-    `bound` triggers, `target` is the one to reach; under `coarse` the grain (see `formulas`)
-    demands that subnormal results are rounded toward zero, as does a factor so small that it
-    is not exact. `limits` are a factor's digits, and the smallest exact in so many.
-    """
-    if scale_by_power(norm, exponent) <= bound:
-        return 1.0, 0, False
-    mantissa, power = clip_factor(target, norm, exponent, roundoff, int(limits[0]))
-    truncate = False
-    if 0.0 < mantissa < 1.0:
-        truncate = target < coarse or scale_by_power(mantissa, power) < limits[1]
-    return mantissa, power, truncate
-
-
-@kernel
-def factors(norms, bounds, roundoffs, limits, mantissas, powers):
-    """Write the factor of each norm; tell whether one is not 1, and whether to truncate.
-
-    `norms` are roots and exponents, `bounds` those that `factor_of` takes.
-    """
-    active = truncate = False
-    for t in range(roundoffs.size):
-        mantissas[t], powers[t], cuts = factor_of(
-            norms[0][t],
-            int(norms[1][t]),
-            bounds[0][t],
-            bounds[1][t],
-            bounds[2][t],
-            roundoffs[t],
-            limits,
-        )
-        active |= mantissas[t] != 1.0
-        truncate |= cuts
-    return active, truncate
-
-
-@kernel
-def divide_factors(mantissas, powers, scale, digits):
-    """Divide factors by a loss scale, in place, each rounded down to its digits."""
-    for t in range(mantissas.size):
-        power, precision = int(powers[t]), int(digits[t])
-        mantissas[t], powers[t] = factor_over(mantissas[t], power, scale, precision)
 
 
 @inline

@@ -33,7 +33,7 @@ from numclip.tables import (
 
 _parts = compiled((*SCALARS, *DECISIONS), inline)
 two_sum, settled, is_safe = _parts.two_sum, _parts.settled, _parts.is_safe
-scale_by_power, larger = _parts.scale_by_power, _parts.larger
+scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
 write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
 
 
