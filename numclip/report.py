@@ -213,6 +213,11 @@ class ClipReport(Outcome):
         turn, outcome = self._source
         if name == "step":
             return turn.step
+        column = turn.block.columns.get(name)
+        if column is not None:
+            return turn.block.decided(turn, column)
+        if name == "clipped" and turn.block.columns:
+            return self.scale < 1.0
         if outcome is None:  # not kept with the turn, which lives longer
             outcome = turn.outcome()
             object.__setattr__(self, "_source", (turn, outcome))

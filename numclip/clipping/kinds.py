@@ -13,7 +13,7 @@ from numclip.border.arguments import LARGEST
 from numclip.border.gradients import Gradient, describe
 from numclip.clipping.asking import check
 from numclip.clipping.clipper import Clipper
-from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of
+from numclip.clipping.outcome import Columns, GroupOutcome, Read, joined, norms_of
 from numclip.dtypes import Array
 from numclip.engine import Engine, Outcome
 from numclip.law import Family, Law
@@ -34,30 +34,51 @@ class FollowingClipper(Clipper):
 
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
-        bounds = self._unbounded.copy()
-        for group, found in self._found(stream):
-            rule, pools = self.rules[group.name], self.pools[group.name]
-            if not found.skipped:
-                own = rule.thresholds(*_norms(found), step, group.rule_state)
+        sums, decisions = (self.engine.read(table, stream) for table in self.found)
+        bounds, self._seen = self._unbounded.copy(), []
+        for group in self.groups:
+            seen = self._norms_of(group, sums, decisions)
+            self._seen.append(seen)
+            pools = self.pools[group.name]
+            if not decisions[pools.start, tables.SKIPPED]:
+                norms, total, _ = seen
+                own = self.rules[group.name].thresholds(norms, total, step, group.rule_state)
                 bounds[pools.start : pools.stop] = own
         self._take_bounds(bounds)
         self._write_law(self._unscale, stream)
         self.plan.decide(self.found, stream)
 
-    def _found(self, stream: Any) -> Iterable[tuple[Any, GroupOutcome]]:
-        """Yield what is decided for each group, after waiting for it."""
-        own = [self.engine.read(table[self.place], stream) for table in self.tables]
-        read = Read(own, self.bounds, self._unscale)
-        return ((group, GroupOutcome(self, group, read)) for group in self.groups)
+    def _norms_of(self, group: Any, sums: Array, decisions: Array) -> tuple[Array, float, bool]:
+        """Return the norms a rule is told, the group's, and whether a gradient is not finite.
+
+        NaN is told as 0, Inf as the largest number.
+        """
+        pools = self.pools[group.name]
+        divisors = self.divisors[pools.start : pools.stop]
+        if self.rules[group.name].scope == "group":
+            own = decisions[pools.start]
+            total = _finite(float(own[tables.NORM] * divisors[0]))
+            return np.array([total]), total, bool(own[tables.BROKEN])
+        tensors = self.tensors[group.name]
+        own = sums[tensors.start : tensors.stop]
+        norms = norms_of(own, self._unscale) / divisors
+        total = _finite(float(joined(own, self._unscale)))
+        found = np.nan_to_num(norms, nan=0.0, posinf=LARGEST)
+        return found, total, bool(own[:, tables.BAD].any())
 
     def observe(self, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
-        for group, found in self._found(stream):
-            if not found.nonfinite:
-                norms, total = _norms(found)
-                clipped = norms * (found.scale if found.jointly else found.columns.scales)
-                rule, state = self.rules[group.name], group.rule_state
+        scales = self.engine.read(self.found[1], stream)[:, tables.SCALE]
+        for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
+            if not bad:
+                pools, state = self.pools[group.name], group.rule_state
+                clipped = norms * scales[pools.start : pools.stop]
+                rule = self.rules[group.name]
                 group.rule_state = rule.observe(norms, clipped, total, step, state)
+
+
+def _finite(norm: float) -> float:
+    return 0.0 if norm != norm else min(norm, LARGEST)
 
 
 class OrderClipper(Clipper):
@@ -258,19 +279,6 @@ def _strided(entry: Gradient, axes: tuple[int, ...]) -> Strided:
 
 def _floor(rule: Any) -> float:
     return 0.0 if rule.floor is None else float(rule.floor)
-
-
-def _norms(found: GroupOutcome) -> tuple[Array, float]:
-    """Return the norms a rule is told, and the group's: NaN as 0, Inf as the largest number."""
-    total = _finite(found.norm.item())
-    if found.jointly:
-        return np.array([total]), total
-    norms = found.columns.norms / found.divisors
-    return np.nan_to_num(norms, nan=0.0, posinf=LARGEST), total
-
-
-def _finite(norm: float) -> float:
-    return 0.0 if norm != norm else min(norm, LARGEST)
 
 
 def _kind(rule: Any) -> tuple[type[Clipper], float]:

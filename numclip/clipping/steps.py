@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import tables
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
@@ -38,6 +39,7 @@ class Block:
         self.told = 0
         self._tables = [clipper.tables for clipper in clippers]
         self._readers: list[list[Any]] | None = None
+        self.columns = _columns(clippers)
 
     def hand_over(self) -> None:
         """Begin to bring the tables to the host; clippers go on with free ones."""
@@ -59,6 +61,12 @@ class Block:
         if self._readers is not None:
             return [table[at] for table in self._handed[k]]
         return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
+
+    def decided(self, turn: Turn, column: int) -> float:
+        """Return what was decided for the only pool in one step, after waiting for it."""
+        if self._readers is not None:
+            return float(self._handed[0][1][turn.place, 0, column])
+        return float(self._engine.read(self._tables[0][1][turn.place], self.stream)[0, column])
 
     def outcome_of(self, turn: Turn) -> Outcome:
         """Return what became of the groups in one step, after waiting for it."""
@@ -91,6 +99,16 @@ class Block:
         """Where the groups are, in the order that the user gave them."""
         numbers = [group.number for clipper in self.clippers for group in clipper.groups]
         return np.argsort(numbers).tolist()  # type: ignore[no-any-return]
+
+
+def _columns(clippers: Sequence[Any]) -> dict[str, int]:
+    """Return the columns of the decision that tells all: that of one group by its L2 norm."""
+    first = clippers[0]
+    ((rule, (kind, _)), *others) = zip(first.rules.values(), first.keys.values(), strict=True)
+    alone = len(clippers) == 1 and not others and kind == "group" and first.ord == 2.0
+    if not alone or rule is None or rule.scope != "group" or first.divisors[0] != 1.0:
+        return {}
+    return {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
 
 
 def _stacked(bounds: Sequence[Array]) -> Array:

@@ -139,7 +139,6 @@ def part(array: Array, start: int, shape: tuple[int, ...]) -> Array:
     return array[start : start + math.prod(shape)].reshape(shape)
 
 
-@np.errstate(all="ignore")  # a cast that overflows must not stop half way
 def put(array: Array, source: Array, _stream: Any = None) -> None:
     """Copy an array into one of the same shape, cast to its dtype."""
     array[...] = source
@@ -151,7 +150,6 @@ def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
         put(array, source)
 
 
-@np.errstate(all="ignore")
 def add_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
     """Add arrays likewise."""
     for array, source in pairs:

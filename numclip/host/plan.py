@@ -83,6 +83,9 @@ class Plan:
         self._measured = self._plain(self._own)
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self._fused = self._measured[0] if small and not self._groupings else None
+        self._column = FACTOR
+        if self._fused is not None and self._fused.dtype.digits == 53:
+            self._column = FINE
 
     def _plain(self, spans: Mapping[int, Span]) -> list[Batch]:
         """Return the batches of tensors in which no rows repeat."""
@@ -176,6 +179,11 @@ class Plan:
         """Write each tensor times the factor that was decided, in one pass, or none."""
         decisions = outcome[1]
         if self._in_place and decisions[-1, MODE] == LEAVE:
+            return
+        alone = self._in_place and not self._copied and decisions[-1, RARE] == 0.0
+        if self._fused is not None and alone:
+            tables = self.pool_of, decisions, self._column
+            kernels.scale_decided(self._fused.chunks, *tables, self._fused.dtype.like)
             return
         modes = decisions[self.pool_of, MODE]
         written = [t for t, own in self._copied.items() if modes[t] != LEAVE or not own.in_place]

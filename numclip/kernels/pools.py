@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from numclip.decisions import DECISIONS, SCALARS, compiled
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares
-from numclip.kernels.elements import array_at
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, array_of_squares, multiply
+from numclip.kernels.elements import array_at, as_computed
 from numclip.kernels.jit import inline, kernel
 from numclip.tables import (
     BAD,
@@ -136,3 +136,12 @@ def measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions):
     safe = add_chunks(chunks, partial, sums)
     decide_all(pools, laws, shifts, sums, decisions)
     return safe
+
+
+@kernel
+def scale_decided(chunks, pool_of, decisions, column, like):
+    """Multiply tensors in place by the factors that are decided, a column of the decisions."""
+    for c in range(chunks.shape[0]):
+        factor = as_computed(decisions[pool_of[chunks[c, OWNER]], column], like)
+        if factor != 1.0:
+            multiply(array_at(chunks[c, TARGET], chunks[c, LENGTH], like), factor)

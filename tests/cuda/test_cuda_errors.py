@@ -40,7 +40,7 @@ def without_gpu(code: str, before: str = "") -> str:
 
 def test_no_gpu():
     message = without_gpu(f"{GROUPS}, device='cuda')")
-    assert message.startswith('numclip.kernels.missing.DeviceError: device: "cuda" needs an NVIDIA')
+    assert message.startswith('numclip.errors.DeviceError: device: "cuda" needs an NVIDIA')
     assert 'pip install "numclip[cuda12]"' in message
 
 

@@ -322,3 +322,21 @@ def test_arrays_that_come_twice_are_updated_twice():
     with pytest.raises(ValueError, match=r"grads_and_vars\[1\]: shares memory with grads_and_vars"):
         optimizer.apply_gradients([(np.ones(3), variable), (np.ones(2), variable[1:])])
     assert variable.tolist() == [-1.0] * 3
+
+
+def test_measuring_by_value_works_on_copies(device, monkeypatch):
+    groups = made(device, nc.ByValue(-0.1, 0.2))
+    groups.set_grads(GRADS[0])
+    (clipper,) = groups._made_steps().clippers
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the gradients are written")
+
+    with monkeypatch.context() as patched:
+        for name in ("scale", "clamp", "write_exceptional"):
+            patched.setattr(clipper.plan, name, refuse)
+        found = [groups.clip(apply=False) for _ in range(2)]
+    for name, grad in GRADS[0].items():
+        np.testing.assert_array_equal(np.asarray(groups.grads[name]), grad)
+    clipped = groups.clip()
+    assert found[0] == found[1] == clipped
