@@ -165,11 +165,16 @@ class Table:
         """The number of bytes."""
         return int(self.size * self.dtype.itemsize)
 
-    def __getitem__(self, row: int) -> Table:
-        """Return the row of a number."""
+    def __getitem__(self, at: int | slice) -> Table:
+        """Return the row of a number, or the table of rows that follow one another."""
         rest = self.shape[1:]
-        step = math.prod(rest) * self.dtype.itemsize
-        return Table(self._block, self.address + row * step, rest, self.dtype)
+        if isinstance(at, slice):
+            first, last, _ = at.indices(self.shape[0])
+            shape: tuple[int, ...] = (max(last - first, 0), *rest)
+        else:
+            first, shape = at, rest
+        place = self.address + first * math.prod(rest) * self.dtype.itemsize
+        return Table(self._block, place, shape, self.dtype)
 
     def used_on(self, stream: Any) -> None:
         """Note that it is used on a stream."""
