@@ -36,7 +36,6 @@ empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
 give_back = streams.give_back
-read = device.read_table
 plan = Plan
 unit_plan = UnitPlan
 clamp_between = tiling.clamp_between
@@ -104,14 +103,18 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
+def read(table: Any, stream: Any) -> Array:
+    """Return a table in the host's memory, after waiting for it."""
+    found: Array = device.read_table(table, stream)
+    return found
+
+
 def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
     """Return a float of a table's first row to come, which is waited for by who asks for it.
 
     `release` is called when nobody can ask any more.
     """
-    made = DeviceFloat(
-        lambda: device.read_table(table, stream)[0, column], lambda: table.address + 8 * column
-    )
+    made = DeviceFloat(lambda: read(table, stream)[0, column], lambda: table.address + 8 * column)
     weakref.finalize(made, release).atexit = False
     return made
 
@@ -123,8 +126,7 @@ def numbers(
 
     @functools.cache
     def found() -> Array:
-        rows: Array = device.read_table(table, stream)
-        return rows
+        return read(table, stream)
 
     def number(row: int) -> float:
         return float(found()[row, column])

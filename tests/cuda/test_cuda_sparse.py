@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numclip.cuda.slices import DeviceSlices
 
 import numclip as nc
 from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import lookup
-from numclip.kernels import backend
+from numclip.host.rows import group
 from numclip.kernels.cuda import device, grouping, tables
-from numclip.kernels.cuda.grouping import RowSpan
+from numclip.memory import RowSpan
 from tests.cuda.devices import HARDWARE, OnDevice, fetch, ready, send
 from tests.oracle import cases, checks, reference
 
@@ -53,7 +52,7 @@ def integers(indices: Any, dtype: Any = np.int64) -> DeviceArray:
 def test_construction(dtype):
     values = send(ROWS)
     slices = nc.IndexedSlices(values, integers(INDICES, dtype), [5, 2])
-    assert type(slices) is DeviceSlices
+    assert type(slices) is nc.IndexedSlices
     assert slices.values is values
     assert slices.is_cuda
     assert (slices.dtype, slices.dense_shape) == (np.float32, (5, 2))
@@ -122,7 +121,7 @@ def test_shares_cover_every_sum_once(columns, name):
     dtype = lookup(np.dtype(name))
     for rows, most in ((0, 1), (1, 1), (50, 2), (200, 150), (3000, 4)):
         indices = np.random.default_rng(rows).integers(0, most, rows)
-        groups = backend.group(indices)
+        groups = group(indices)
         span = RowSpan(dtype, 0, 0, rows * columns, columns * dtype.components)
         distinct = groups[1].size - 1
         mapped = grouping._mapped(span, groups, 0, 0, np.arange(distinct))
@@ -238,7 +237,7 @@ def test_results_are_checked():
     for message, (error, out) in others.items():
         with pytest.raises(error, match=message):
             nc.clip_by_global_norm([sent], 1.0, out=[out])
-    with pytest.raises(TypeError, match=r"out\[0\]: expected an array, got DeviceSlices"):
+    with pytest.raises(TypeError, match=r"out\[0\]: expected an array, got IndexedSlices"):
         nc.clip_by_global_norm([sent.values], 1.0, out=[sent])
 
 
