@@ -28,7 +28,8 @@ def set_num_threads(n: int | None) -> None:
     ----------
     n : int or None
         At least 1; 1 starts no thread at all. None restores the default: the environment's
-        ``NUMCLIP_NUM_THREADS``, else the cores that affinity and control group allow.
+        ``NUMCLIP_NUM_THREADS``, else the cores that this process is bound to, at most the
+        quotas of its control groups and ``OMP_NUM_THREADS``.
 
     Raises
     ------

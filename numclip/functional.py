@@ -335,6 +335,10 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
+    if type(grad) is np.ndarray:
+        result = lists.clamp(grad, clip_value_min, clip_value_max, out)
+        if result is not None:
+            return result
 
     def bounds(shape: tuple[int, ...]) -> tuple[Any, Any]:
         low, high = map(

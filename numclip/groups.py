@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -148,6 +149,7 @@ class ParamGroups(state.Saved):
         self._steps: Steps | None = None
         self._history = History(history)
         self._history.follow(self._told)
+        self._lock = threading.RLock()  # threads that race take their steps one after another
         self.step = 0
         self._made_steps()
 
@@ -180,7 +182,8 @@ class ParamGroups(state.Saved):
         history.follow(self._told)
 
     def _told(self) -> Iterator[Told]:
-        return iter(()) if self._steps is None else self._steps.told()
+        with self._lock:
+            return iter(()) if self._steps is None else iter(list(self._steps.told()))
 
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
@@ -306,13 +309,14 @@ class ParamGroups(state.Saved):
             Where `unscale` does not fit, or a bound that is a function gives no bound.
         """
         scale = arguments.positive("unscale", unscale)
-        steps = self._made_steps()
-        turn = steps.decided(self.step, scale)
-        if apply:
-            steps.write()
-        else:
-            steps.preview()
-        return self._reported(steps, turn, counts=apply)
+        with self._lock:
+            steps = self._made_steps()
+            turn = steps.decided(self.step, scale)
+            if apply:
+                steps.write()
+            else:
+                steps.preview()
+            return self._reported(steps, turn, counts=apply)
 
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
@@ -330,9 +334,10 @@ class ParamGroups(state.Saved):
 
     def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
-        steps = self._made_steps()
-        turn = updater.step(steps, self.step, rates, unscale)
-        return self._reported(steps, turn, counts=True)
+        with self._lock:
+            steps = self._made_steps()
+            turn = updater.step(steps, self.step, rates, unscale)
+            return self._reported(steps, turn, counts=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""

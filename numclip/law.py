@@ -13,6 +13,8 @@ from numclip.dtypes import FLOAT64, Array, DType
 from numclip.kernels import formulas
 from numclip.memory import RowSpan, Strided
 
+silent = np.errstate(all="ignore")  # numbers may overflow or underflow: then they are far enough
+
 ABSENT = -1.0  # a norm that was not given
 POLICIES = {
     "propagate": tables.PROPAGATE,
@@ -91,6 +93,7 @@ class Family(NamedTuple):
         return roundoff, coarse, max(row.tiny for row in self.dtypes)
 
 
+@silent
 def unit_laws(
     families: Sequence[Family], ord: float, bound: Any, eps: Any = 0.0, unscale: float = 1.0
 ) -> Array:
@@ -128,6 +131,7 @@ class Laws:
             table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits, repeated
         return table
 
+    @silent
     def table(self, law: Law) -> Array:
         """Return the table that decisions obey, a row for each pool."""
         rest = law[1:]

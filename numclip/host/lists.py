@@ -120,6 +120,30 @@ def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
     return None if found is None else found[0][0]
 
 
+def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
+    """Hold an array's elements between two floats, in place or in a copy; return that."""
+    numbers = type(low) is float and type(high) is float and low <= high
+    kind = _kind((grad,)) if numbers and _takes(grad, out) else None
+    if kind is None or kind.row.components == 2:
+        return None
+    with np.errstate(all="ignore"):
+        bounds = np.array([low, high]).astype(grad.dtype).astype(np.float64).tolist()
+    if bounds != [low, high]:  # how they are rounded is not to depend on the thread
+        return None
+    facts = kind.readable if out is None else kind.writeable
+    batch, _ = _batch((grad,), kind, facts)
+    if batch is None:
+        return None
+    result = grad if out is grad else grad.copy("K")
+    if result is not grad:
+        batch, _ = _batch((result,), kind, kind.writeable)
+    assert batch is not None
+    beyond = np.empty(len(batch.chunks), np.bool_)
+    call = batches.clamping(batch, beyond, low, high)
+    threads.run_all([call._replace(keep=(result,))])
+    return result
+
+
 def _takes(grads: Any, out: Any) -> bool:
     return out is grads or out is None
 

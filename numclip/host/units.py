@@ -152,6 +152,9 @@ def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], 
 
     `numbers` are the units of an array that lacks some.
     """
+    if len(parts) == 1 and not numbers:
+        out[:] = parts[0]
+        return
     chosen = [slice(None) if own is None else own for own in numbers] or [slice(None)] * len(parts)
     out[1] = -np.inf
     for units, (totals, exponents) in zip(chosen, parts, strict=True):
@@ -228,9 +231,12 @@ class UnitPlan:
     def measure(self, _stream: Any = None) -> None:
         """Take the sums of gradients and parameters."""
         self._sums = []
-        for family, rows in zip(self.families, self._rows, strict=True):
+        for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
             sums = np.zeros((2, family.units))
-            cuts = [Cut(a, zeroing=family.zeroing) for a in family.measured or family.arrays]
+            cuts = self._cuts[f]
+            if family.zeroing or family.measured:
+                arrays = family.measured or family.arrays
+                cuts = [Cut(array, zeroing=family.zeroing) for array in arrays]
             if self._ord == 2.0:
                 parts = [squares(cut) for cut in cuts]
                 _add(parts, family.numbers, sums)
@@ -271,11 +277,14 @@ class UnitPlan:
     def scale(self, _stream: Any = None) -> None:
         """Write each unit times its factor, in one pass, or none."""
         made = []
-        for family, rows in zip(self.families, self._rows, strict=True):
+        for cuts, rows in zip(self._cuts, self._rows, strict=True):
             decided = self.units[rows]
             active = bool((decided[:, MODE] != LEAVE).any())
-            arrays = [a for a in family.arrays if a.size and (active or a.read != a.written)]
-            made += [_scaling(Cut(array), decided) for array in arrays]
+            made += [
+                _scaling(cut, decided)
+                for cut in cuts
+                if cut.array.size and (active or cut.array.read != cut.array.written)
+            ]
         make = threads.ready([call for call, _ in made])
 
         def write() -> None:
