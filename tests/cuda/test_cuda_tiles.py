@@ -124,7 +124,8 @@ SEEN = PAIRS if HARDWARE else [PAIRS[6 * k + (k + 3 * j) % 6] for k in range(6) 
 @pytest.mark.parametrize(("view", "dtype"), SEEN)
 def test_views(view, dtype):
     grad = VIEWS[view](normal(np.random.default_rng(0), (21, 22), dtype))
-    wanted, norm = nc.clip_by_global_norm([grad], 0.5)
+    # The last bit of the host's norm can depend on the steps, too.
+    wanted, norm = nc.clip_by_global_norm([np.ascontiguousarray(grad)], 0.5)
     sent = send(grad)
     found, same = nc.clip_by_global_norm([sent], 0.5)
     assert float(same) == pytest.approx(norm, rel=1e-14)
