@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numba import njit
 
 from numclip.host import rows
 from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
@@ -18,7 +19,7 @@ def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
     benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
     monkeypatch.setattr(cpu, "BLOCK" if dtype == "float64" else "NARROW_BLOCK", block)
     monkeypatch.setattr(cpu, "array_of_squares", jit.expanded(cpu.array_of_squares.py_func))
-    kernel = jit.inline(cpu.sum_squares.py_func)
+    kernel = jit.kernel(cpu.sum_squares.py_func)
     x = normal(256 << 10, dtype)
     chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
@@ -40,7 +41,7 @@ def sums_of_columns(monkeypatch, columns_of_share=columns.COLUMNS):
     monkeypatch.setattr(columns, "COLUMNS", columns_of_share)
     for name in ("add_squares", "add_eight_squares", "sum_squares"):
         monkeypatch.setattr(columns, name, jit.inline(getattr(columns, name).py_func))
-    return jit.inline(columns.column_squares.py_func)
+    return jit.kernel(columns.column_squares.py_func)
 
 
 @pytest.mark.parametrize("width", [128, 520, 1024, 1032, 8200])
@@ -92,7 +93,7 @@ def sums_of_groups(monkeypatch, name, value):
     inlined = "begin_sums", "add_strip", "add_four", "fetch", "sum_strips", "strip_squares"
     for function in inlined:
         monkeypatch.setattr(grouping, function, jit.inline(getattr(grouping, function).py_func))
-    return jit.inline(grouping.grouped_squares.py_func)
+    return jit.kernel(grouping.grouped_squares.py_func)
 
 
 @pytest.mark.parametrize("strip", [248, 504, 512])
@@ -115,7 +116,7 @@ def test_ahead(benchmark, monkeypatch, normal, timed, ahead):
     timed(lambda: kernel(0, 1, len(x), order, starts, x, False, out), x.nbytes)
 
 
-@jit.inline
+@njit
 def by_radix(indices, digits):
     """Return the order that sorts indices below ``2 ** (11 * digits)``, stable."""
     order = np.arange(indices.size)

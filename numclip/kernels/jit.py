@@ -60,7 +60,9 @@ def _announce() -> None:
     _announced = True
     path, refused = cache.folder()
     kept = f"kept in {path}" if path else f"kept nowhere ({'; '.join(refused)})"
-    with contextlib.suppress(Exception):  # no stderr, or one that is closed
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(Exception):  # it can be closed
         print(
             f"numclip: compiling, which takes seconds; the code is {kept} ({QUIET}=1 hides this)",
             file=sys.stderr,

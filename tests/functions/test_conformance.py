@@ -95,6 +95,7 @@ def test_clip_by_global_norm(target, case, ratio):
     assert bytes_of(again) == bytes_of(clipped)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("case", params(WRITABLE))
 def test_clip_by_global_norm_in_place(target, case, ratio):
@@ -112,6 +113,7 @@ def test_clip_by_global_norm_in_place(target, case, ratio):
     assert bytes_of(grads) == bytes_of(expected)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("ratio", [0.1, 10.0])
 @pytest.mark.parametrize("case", params(WRITABLE))
 def test_clip_by_global_norm_into_other_arrays(target, case, ratio):
@@ -174,6 +176,7 @@ WHOLE_ARRAY_RULES = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rule", WHOLE_ARRAY_RULES)
 @pytest.mark.parametrize("case", params(DENSE_CASES))
 def test_rules_for_a_whole_array(target, case, rule):

@@ -106,7 +106,7 @@ def test_no_directory_for_the_cache(tmp_path):
 @compiled_only
 @pytest.mark.parametrize(
     ("old", "new", "result"),
-    [("2.0 * x", "3.0 * x", "63.0\n"), ("part(x)", "part(x) + 1", "43.0\n")],
+    [("2.0 * x", "3.0 * x", "63.0\n"), ("return part(x)", "return part(x) + 1", "43.0\n")],
 )
 def test_code_is_stale_when_what_it_is_made_of_changes(tmp_path, old, new, result):
     assert run(tmp_path, KERNEL).stdout == "42.0\n"
