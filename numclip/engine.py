@@ -29,6 +29,9 @@ class Plan(Protocol):
 
     spans: list[Any]
     pools: list[Pool]
+    lock: AbstractContextManager[Any]
+    """To be held from `take_rows` or a law to the last use of what is decided by it: threads with
+    the same arrays share a plan that is kept."""
 
     def outcomes(self, count: int, stream: Any) -> list[Outcome]:
         """Return memory for what is decided, so often."""
@@ -57,6 +60,9 @@ class Plan(Protocol):
 
 class UnitPlan(Protocol):
     """How the units of some families of arrays are measured and written."""
+
+    lock: AbstractContextManager[Any]
+    """As of `Plan`."""
 
     def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
         """Let decisions obey bounds, one or one for each family; of ratios where params are."""
@@ -202,8 +208,11 @@ class Engine(Protocol):
     def put(self, array: Any, source: Any, stream: Any) -> None:
         """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
 
-    def add(self, array: Any, source: Any, stream: Any) -> None:
-        """Add an array likewise."""
+    def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
+        """Copy arrays likewise, each into the one before it."""
+
+    def add_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
+        """Add arrays likewise."""
 
     def table(self, shape: tuple[int, ...], stream: Any) -> Any:
         """Return a new table of zeros."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+INSTALL = 'pip install "numclip[cuda12]" (or cuda13, as the driver wants)'
+"""How to get what a GPU needs."""
+
 
 def expected(name: str, wanted: str, got: Any) -> str:
     """Return what an error says of an argument that does not fit."""

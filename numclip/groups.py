@@ -21,6 +21,9 @@ from numclip.history import History
 from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
 
+Fitting = list[tuple[GroupState, str, Any]]
+"""Gradients that fit: their group, their name, and what is copied in."""
+
 
 class _Grads(MutableMapping[str, Any]):
     """The gradients of all groups by name; assignment copies in."""
@@ -244,8 +247,12 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        for group, name, grad in self._fitting(grads):
-            group.put(name, grad, self._stream)
+        fitting = self._fitting(grads)
+        self._engine.put_all(_dense(fitting), self._stream)
+        for group, name, grad in fitting:
+            if grad is None or group.sparse:
+                group.clear(name, self._stream)
+        _append(fitting, self._stream)
 
     @isolated
     def accumulate(self, grads: Mapping[str, Any]) -> None:
@@ -261,11 +268,11 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        for group, name, grad in self._fitting(grads):
-            if grad is not None:
-                group.add(name, grad, self._stream)
+        fitting = self._fitting(grads)
+        self._engine.add_all(_dense(fitting), self._stream)
+        _append(fitting, self._stream)
 
-    def _fitting(self, grads: Mapping[str, Any]) -> list[tuple[GroupState, str, Any]]:
+    def _fitting(self, grads: Mapping[str, Any]) -> Fitting:
         if not isinstance(grads, Mapping):
             raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
         owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
@@ -394,3 +401,19 @@ def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
+
+
+def _dense(fitting: Fitting) -> list[tuple[Any, Any]]:
+    """Return each dense gradient behind the memory of ours that it is for."""
+    return [
+        (group.grads[name], grad)
+        for group, name, grad in fitting
+        if grad is not None and not group.sparse
+    ]
+
+
+def _append(fitting: Fitting, stream: Any) -> None:
+    """Append the rows of sparse gradients."""
+    for group, name, grad in fitting:
+        if isinstance(group, SparseGroupState) and grad is not None:
+            group.append(name, grad, stream)

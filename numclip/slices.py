@@ -207,7 +207,9 @@ class IndexedSlices:
             New arrays, on a GPU where the values are there. Sums are exact but for one rounding to
             the dtype of the values (and for what two float64 cannot hold).
         """
-        return self.coalesced_on(self._stream)
+        stream = self._stream
+        made: IndexedSlices = self._given_back(self.coalesced_on(stream), stream)
+        return made
 
     def coalesced_on(self, stream: Any) -> IndexedSlices:
         """Return the coalesced slices, whose values are summed on a stream."""
@@ -217,7 +219,8 @@ class IndexedSlices:
 
     def to_dense(self) -> Any:
         """Return the dense array of shape `dense_shape` that the slices stand for."""
-        return self.dense_on(self._stream)
+        stream = self._stream
+        return self._given_back(self.dense_on(stream), stream)
 
     def dense_on(self, stream: Any) -> Any:
         """Return the dense array, which is made on a stream."""
@@ -238,6 +241,12 @@ class IndexedSlices:
         made = self._engine.new_of_shape(facts, shape)
         target = self._engine.facts("values", made)
         self._engine.sum_rows(facts, target, self.grouping, places, stream)
+        return made
+
+    def _given_back(self, made: Any, stream: Any) -> Any:
+        """Return what was made on a stream, which its library may use from now on."""
+        own = made._facts if isinstance(made, IndexedSlices) else self._engine.facts("values", made)
+        self._engine.give_back(stream, [self._facts, own])
         return made
 
     def to_scipy(self) -> Any:

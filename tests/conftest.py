@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ os.environ["NUMBA_CACHE_DIR"] = str(CACHE)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import rings  # noqa: E402
+from tests.oracle.targets import Host  # noqa: E402
 
 # The items of a run before the ring chose among them.
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
@@ -47,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="all products of parameters, child processes, whole programs, the GPU's simulator",
+        help="all products of parameters, child processes, whole programs, a stand-in for a GPU",
     )
     parser.addoption(
         "--rest", action="store_true", help="what --full has and the first ring has not tried"
@@ -56,11 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     ring = rings.ring_of(config)
-    # What is marked gpu runs on the simulator unless the GPU, or the emulator of its compiled
-    # code, is asked for; numba reads this once.
-    if ring != "gpu" and not rings.EMULATED:
-        assert "numba" not in sys.modules, "numba is imported before it is told to simulate a GPU"
-        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    # What is marked gpu runs on a stand-in for one, unless -m gpu asks for the GPU there is. One of
+    # the two is there before numba asks for a driver, at its import.
+    if ring == "gpu":
+        os.environ.setdefault("NUMCLIP_ASK_FOR_GPU", "1")
+    if ring != "first" and not rings.INTERPRETED:
+        importlib.import_module("tests.cuda.gpu")
     for name, meaning in rings.MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     settings.register_profile(
@@ -98,17 +100,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def target(request: pytest.FixtureRequest) -> Any:
+def target(request: pytest.FixtureRequest) -> Iterator[Any]:
     """numclip's functions on the gradients of a suite: where they are, or on the GPU."""
-    # Imported here: numba, which these import, reads at import whether to simulate.
     if request.param == "host":
-        from tests.oracle.targets import Host
-
-        return Host(rings.examples(rings.ring_of(request.config)))
-    from tests.cuda import devices, gpu
+        yield Host(rings.examples(rings.ring_of(request.config)))
+        return
+    from tests.cuda import devices, gpu  # imported where there is a GPU, or its stand-in, alone
 
     gpu.require()
-    return devices.OnDevice()
+    yield devices.OnDevice()
+    gpu.check()
 
 
 @pytest.fixture

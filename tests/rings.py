@@ -1,8 +1,9 @@
 """Three rings of tests, and how many of a test's parameters each ring tries.
 
 The first ring (``pytest``) is the host alone, in one process: of a product of parameters it tries
-a set in which every pair of values meets. ``--full`` tries the products, the GPU's simulator, child
-processes and whole programs. ``-m gpu`` tries what runs on the GPU, or on what stands in for one.
+a set in which every pair of values meets. ``--full`` tries the products, a stand-in for a GPU,
+child processes and whole programs. ``-m gpu`` tries what runs on the GPU, or on its stand-in where
+there is none.
 
 A test says by its marks what it needs. A test or a folder that is named on the command line runs
 as with ``--full``.
@@ -20,35 +21,33 @@ import pytest
 from hypothesis import is_hypothesis_test
 
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-EMULATED = os.environ.get("NUMCLIP_EMULATE_GPU", "0") not in ("", "0")
 
 MARKERS = {
     "full": "runs with --full alone: child processes, whole programs, much data",
-    "gpu": "runs on the GPU with -m gpu, in its simulator with --full, where it can",
+    "gpu": "runs on the GPU with -m gpu, on a stand-in for one with --full",
     "jit_only": "too much data for kernels run as plain Python",
     "each_value": "of a product, the first ring tries each value once, not each pair of values",
-    "many_calls": "what stands in for a GPU tries each value once, and few cases",
+    "many_calls": "the stand-in for a GPU tries each value once",
 }
 # Folders whose suites all belong to --full: importing them takes seconds.
 FULL_FOLDERS = {"cuda", "programs"}
 # A fixture `target` is each of these in turn: what a suite calls numclip's functions on.
 TARGETS = {
     "host": [],
-    # In the simulator kernels are plain Python, which warns of overflow.
+    # The references warn of overflow.
     "cuda": [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")],
 }
 # Examples of a property, by the ring and by what a GPU's code runs on.
 EXAMPLES = {"first": 25, "full": 100, "rest": 100, "gpu": 25}
-EXAMPLES_ON_GPU = {"hardware": 200, "emulator": 25, "simulator": 5}
+EXAMPLES_ON_GPU = {"hardware": 200, "standin": 25}
 INTERPRETED_EXAMPLES = 8
 
 
 def gpu() -> str:
     """Return what code for a GPU runs on in this process."""
-    if EMULATED:
-        return "emulator"
-    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
-    return "simulator" if simulated else "hardware"
+    from tests.cuda.gpu import HARDWARE  # imported where there is one, or the stand-in, alone
+
+    return "hardware" if HARDWARE else "standin"
 
 
 def ring_of(config: pytest.Config) -> str:
@@ -93,12 +92,10 @@ def chosen(items: Iterable[pytest.Item], ring: str) -> list[pytest.Item]:
 def runs(item: pytest.Item, ring: str) -> bool:
     """Whether an item is of a kind that the ring runs."""
     marks = {mark.name for mark in item.iter_markers()}
-    on_gpu = "gpu" in marks
-    plain_python = gpu() == "simulator" if on_gpu else INTERPRETED
-    if "jit_only" in marks and plain_python:
+    if "gpu" in marks:
+        return ring != "first" and not INTERPRETED and fits_a_gpu(item)
+    if "jit_only" in marks and INTERPRETED:
         return False
-    if on_gpu:
-        return ring != "first" and not INTERPRETED and fits(item, "many_calls" in marks)
     return ring == "full" or (ring == "first" and "full" not in marks)
 
 
@@ -107,9 +104,9 @@ def is_property(item: Any) -> bool:
     return is_hypothesis_test(item.obj) or hasattr(item.obj, "is_property")
 
 
-def fits(item: Any, many_calls: bool) -> bool:
+def fits_a_gpu(item: Any) -> bool:
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    return not hasattr(case, "fits") or case.fits(gpu(), many_calls=many_calls)
+    return getattr(case, "fits_a_gpu", True)
 
 
 def key_of(item: Any) -> Hashable:

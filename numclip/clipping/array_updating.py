@@ -60,7 +60,7 @@ class ArrayUpdater:
         self._method = method
         self._known: dict[int, Kept] = {}
         self._planned: OrderedDict[Any, Planned] = OrderedDict()
-        self._held: list[Any] = []  # whose memory is used until the update is under way
+        self._held: list[Gradient] = []  # whose memory is used until the update is under way
 
     def describe(self, pairs: Sequence[Pair]) -> list[Planned]:
         """Return what updates pairs in rounds of different arrays, after checking each."""
@@ -76,7 +76,7 @@ class ArrayUpdater:
             return [self._kept_planned(key, self._planned[key])]
         described = [_described(number, pair, engine) for number, pair in enumerate(pairs)]
         rounds = [self._plan(engine, own) for own in _rounds(described)]
-        self._held = described
+        self._held = [own for both in described for own in both]
         if key is not None and len(rounds) == 1:
             self._kept_planned(key, rounds[0])
         return rounds
@@ -97,7 +97,7 @@ class ArrayUpdater:
         stream = engine.stream_of([own.facts for own in (*params, *grads)])
         spans = [update_span(grad, param.address) for grad, param in pairs]
         indices = [grad.slices.indices for grad in grads if grad.slices is not None]
-        key = None if indices else (id(stream), *map(id, kept), *spans)
+        key = None if indices else (stream, *map(id, kept), *spans)
         if key in self._planned:
             return self._kept_planned(key, self._planned[key])
         addresses = [
@@ -130,6 +130,9 @@ class ArrayUpdater:
                 kept.steps += 1
             counts = [kept.steps for kept in planned.kept]
             planned.updates.step(settings, counts, planned.stream)
+            if self._held:
+                engine = self._held[0].engine
+                engine.give_back(planned.stream, [own.facts for own in self._held])
         self._held = []
 
 

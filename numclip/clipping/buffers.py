@@ -117,16 +117,9 @@ class GroupState:
         """Return what the user sees as a parameter's gradient."""
         return self.grads[name]
 
-    def put(self, name: str, grad: Any, stream: Any) -> None:
-        """Let a gradient that fits be a parameter's; None means zero."""
-        if grad is None:
-            self._engine.clear(self.grads[name], stream)
-        else:
-            self._engine.put(self.grads[name], grad, stream)
-
-    def add(self, name: str, grad: Any, stream: Any) -> None:
-        """Add a gradient that fits to a parameter's."""
-        self._engine.add(self.grads[name], grad, stream)
+    def clear(self, name: str, stream: Any) -> None:
+        """Let a parameter's gradient be zero."""
+        self._engine.clear(self.grads[name], stream)
 
     def zero(self, stream: Any) -> None:
         """Set the gradients to zero."""
@@ -201,14 +194,12 @@ class SparseGroupState(GroupState):
         rows = self._rows[name]
         return rows.slices if rows.indices else None
 
-    def put(self, name: str, grad: Any, stream: Any) -> None:
-        """Let slices that fit be a parameter's gradient; None means none."""
+    def clear(self, name: str, stream: Any) -> None:  # noqa: ARG002
+        """Forget the rows of a parameter."""
         self._rows[name].clear()
-        if grad is not None:
-            self._rows[name].append(grad, stream)
 
-    def add(self, name: str, grad: Any, stream: Any) -> None:
-        """Append the rows of slices that fit."""
+    def append(self, name: str, grad: IndexedSlices, stream: Any) -> None:
+        """Append the rows of slices that fit to a parameter's."""
         self._rows[name].append(grad, stream)
 
     def zero(self, stream: Any) -> None:  # noqa: ARG002

@@ -129,14 +129,17 @@ def clip(
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
     places = entries if targets is None else targets
-    plan, free = _plan(entries, places, law, policy, duplicates, stream)
+    plan, free, rows = _plan(entries, places, law, policy, duplicates, stream)
     measures = law.given == ABSENT or policy != "propagate" or summed
-    outcome = _decide(plan, free, law, stream, measures=measures)
-    if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
-        free.append(outcome)
-        raise first_error(entries, None if law.given == ABSENT else law.given, stream)
-    if targets is not None:
-        plan.scale(outcome, stream)
+    with plan.lock:
+        if rows:
+            _take_rows(plan, entries, rows, stream)
+        outcome = _decide(plan, free, law, stream, measures=measures)
+        if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
+            free.append(outcome)
+            raise first_error(entries, None if law.given == ABSENT else law.given, stream)
+        if targets is not None:
+            plan.scale(outcome, stream)
     engine.give_back(stream, [gradient.facts for gradient in used])
     engine.keep_plan(key, plan, free)
     return _norm(engine, free, outcome, stream)
@@ -149,21 +152,22 @@ def _plan(
     policy: str,
     duplicates: str,
     stream: Any,
-) -> tuple[Plan, list[Outcome]]:
-    """Return a plan for one norm of some gradients, and its free memory for outcomes."""
+) -> tuple[Plan, list[Outcome], list[RowSpan]]:
+    """Return a plan for one norm of some gradients, its free memory for outcomes, and its rows."""
     engine = entries[0].engine
     pairs = zip(entries, targets, strict=True)
     spans = [span_of(entry, target, policy, law.ord, duplicates) for entry, target in pairs]
     plan, free = engine.kept_plan(spans, [Pool(0, len(spans), 0, policy)], stream)
-    rows = [span for span in spans if isinstance(span, RowSpan)]
-    if rows:
-        groupings = [
-            entry.slices.grouping
-            for entry, span in zip(entries, spans, strict=True)
-            if isinstance(span, RowSpan) and entry.slices is not None
-        ]
-        plan.take_rows(rows, groupings, stream)
-    return plan, free
+    return plan, free, [span for span in spans if isinstance(span, RowSpan)]
+
+
+def _take_rows(
+    plan: Plan, entries: Sequence[Gradient], rows: Sequence[RowSpan], stream: Any
+) -> None:
+    """Let a plan know which rows of slices share an index."""
+    repeated = [entry.slices for entry in entries if entry.repeated]
+    groupings = [slices.grouping for slices in repeated if slices is not None]
+    plan.take_rows(rows, groupings, stream)
 
 
 def _engine_of(found: Structure) -> Engine:
@@ -178,9 +182,10 @@ def _clip_again(engine: Engine, key: Any, law: Law, policy: str, *, write: bool)
         return None
     plan, free, stream = known
     measures = law.given == ABSENT or policy != "propagate"
-    outcome = _decide(plan, free, law, stream, measures=measures)
-    if write:
-        plan.scale(outcome, stream)
+    with plan.lock:
+        outcome = _decide(plan, free, law, stream, measures=measures)
+        if write:
+            plan.scale(outcome, stream)
     return _norm(engine, free, outcome, stream)
 
 
@@ -247,10 +252,11 @@ def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) 
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
         engine.clamp_between(array, least[0], most[0], stream)
         return
-    plan, free = _plan([entry], [target], Law(math.inf), "propagate", "raw", stream)
-    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
-    plan.clamp(outcome, low, high, stream, range(1))
-    free.append(outcome)
+    plan, free, _ = _plan([entry], [target], Law(math.inf), "propagate", "raw", stream)
+    with plan.lock:
+        outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+        plan.clamp(outcome, low, high, stream, range(1))
+        free.append(outcome)
 
 
 def _sent(bound: Any, entry: Gradient, stream: Any) -> tuple[Memory, Any]:

@@ -97,12 +97,13 @@ def _clip_units(
         plan = engine.unit_plan([family], limit.ord, stream)
     else:
         plan, _ = engine.kept_unit_plan([family], limit.ord, stream)
-    plan.write_laws(limit.bound, stream, limit.eps)
-    plan.measure(stream)
-    plan.decide(stream)
-    if unrounded is not None and not plan.changes(stream):
-        return False
-    plan.scale(stream)
+    with plan.lock:
+        plan.write_laws(limit.bound, stream, limit.eps)
+        plan.measure(stream)
+        plan.decide(stream)
+        if unrounded is not None and not plan.changes(stream):
+            return False
+        plan.scale(stream)
     return True
 
 
@@ -167,13 +168,14 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     families = _families(parts, numbers, entries[0].dense_shape[0], shared=layerwise is None)
     plan, free = engine.kept_unit_plan(families, 2.0, stream)
     bounds = example_bounds([entry.dense_shape for entry in entries], bound, layerwise)
-    plan.write_laws(bounds, stream)
-    plan.measure(stream)
-    plan.decide(stream)
-    out = free.pop() if free else plan.summaries(1, stream)[0]
-    plan.summarize(out, stream)
-    pairs = [(entry, total) for (entry, _), total in zip(rows, sums, strict=True)]
-    engine.sum_examples([_added(*pair) for pair in pairs], plan, stream)
+    added = [_added(entry, total) for (entry, _), total in zip(rows, sums, strict=True)]
+    with plan.lock:
+        plan.write_laws(bounds, stream)
+        plan.measure(stream)
+        plan.decide(stream)
+        out = free.pop() if free else plan.summaries(1, stream)[0]
+        plan.summarize(out, stream)
+        engine.sum_examples(added, plan, stream)
     engine.give_back(stream, [gradient.facts for gradient in (*entries, *sums)])
     counts = engine.numbers(out, CLIPPED_COUNT, len(families), stream, lambda: free.append(out))
     summed = described.with_results([total.source for total in sums])

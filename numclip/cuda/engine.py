@@ -36,7 +36,6 @@ empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
 give_back = streams.give_back
-read = device.read_table
 plan = Plan
 unit_plan = UnitPlan
 clamp_between = tiling.clamp_between
@@ -83,7 +82,7 @@ def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -
     memory = device.allocate(math.prod(shape) * like.native.itemsize)
     made = DeviceArray(memory, 0, shape, like.native, strides)
     if library_of(like.array) == "numba" and like.native.name != "bfloat16":
-        return device.as_array(made, shape, like.native, strides)
+        return device.as_array(made)
     return made
 
 
@@ -104,17 +103,18 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
+def read(table: Any, stream: Any) -> Array:
+    """Return a table in the host's memory, after waiting for it."""
+    found: Array = device.read_table(table, stream)
+    return found
+
+
 def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
     """Return a float of a table's first row to come, which is waited for by who asks for it.
 
     `release` is called when nobody can ask any more.
     """
-
-    def locate() -> int:
-        begin: int = device.interface_of(table)["data"][0]
-        return begin + 8 * column
-
-    made = DeviceFloat(lambda: device.read_table(table, stream)[0, column], locate)
+    made = DeviceFloat(lambda: read(table, stream)[0, column], lambda: table.address + 8 * column)
     weakref.finalize(made, release).atexit = False
     return made
 
@@ -126,8 +126,7 @@ def numbers(
 
     @functools.cache
     def found() -> Array:
-        rows: Array = device.read_table(table, stream)
-        return rows
+        return read(table, stream)
 
     def number(row: int) -> float:
         return float(found()[row, column])
@@ -212,9 +211,20 @@ def put(array: DeviceArray, source: Any, stream: Any) -> None:
     array.copy_from(_sendable(array, source), stream)
 
 
-def add(array: DeviceArray, source: Any, stream: Any) -> None:
-    """Add an array to one of the same shape likewise."""
-    array.add(_sendable(array, source), stream)
+def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+    """Copy arrays likewise, each into the one before it: those of the GPU together."""
+    arrays.copy_all([pair for pair in pairs if on_device(pair[1])], stream)
+    for array, source in pairs:
+        if not on_device(source):
+            put(array, source, stream)
+
+
+def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+    """Add arrays likewise."""
+    arrays.add_all([pair for pair in pairs if on_device(pair[1])], stream)
+    for array, source in pairs:
+        if not on_device(source):
+            array.add(_sendable(array, source), stream)
 
 
 @np.errstate(all="ignore")
@@ -233,7 +243,7 @@ def hand_over(table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
 
 
 on_stream = device.on_stream
-is_capturing = device.is_capturing
+is_capturing = device.is_captured
 updates_of_groups = update_plan.GroupUpdates
 updates_of_arrays = update_plan.ArrayUpdates
 

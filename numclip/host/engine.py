@@ -144,9 +144,16 @@ def put(array: Array, source: Array, _stream: Any = None) -> None:
     array[...] = source
 
 
-def add(array: Array, source: Array, _stream: Any = None) -> None:
-    """Add an array to one of the same shape."""
-    np.add(array, source, out=array, casting="same_kind")
+def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
+    """Copy arrays, each into the one before it."""
+    for array, source in pairs:
+        put(array, source)
+
+
+def add_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
+    """Add arrays likewise."""
+    for array, source in pairs:
+        np.add(array, source, out=array, casting="same_kind")
 
 
 def table(shape: tuple[int, ...], _stream: Any = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,10 +38,12 @@ from numclip.tables import (
 
 
 class Plan:
-    """See `numclip.engine.Plan`; streams are ignored.
+    """See `numclip.engine.Plan`; streams are ignored, and no two threads share a plan.
 
     Strided arrays are copied when the plan is made, and written back when they are written.
     """
+
+    lock = contextlib.nullcontext()
 
     def __init__(
         self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None

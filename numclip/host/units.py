@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -210,6 +211,8 @@ def _scaling_rows(
 
 class UnitPlan:
     """See `numclip.engine.UnitPlan`; `units` has a row for each unit, in the order of families."""
+
+    lock = contextlib.nullcontext()
 
     def __init__(self, families: Sequence[Family], ord: float, _stream: Any = None) -> None:
         self.families, self._ord = list(families), ord

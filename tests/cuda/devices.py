@@ -1,8 +1,7 @@
-"""Gradients on the GPU, or on the simulated one: sending them there, and numclip called on them."""
+"""Gradients on the GPU, or its stand-in: sending them there, and numclip called on them."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,40 +12,13 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numclip.kernels.cuda import device
-from tests.cuda.gpu import ready as ready
-from tests.rings import EMULATED, EXAMPLES_ON_GPU, gpu
-
-if EMULATED:
-    from tests.cuda import emulator
-
-    emulator.install()
-
 from numclip.cuda.arrays import DeviceArray
+from numclip.kernels.cuda import device
+from tests.cuda.gpu import HARDWARE
+from tests.cuda.gpu import ready as ready
+from tests.rings import EXAMPLES_ON_GPU, gpu
 
-HARDWARE = not device.SIMULATED
-COMPILED = HARDWARE or EMULATED  # the simulator takes a tenth of a second a call
-
-if not HARDWARE:
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
-
-    make_shared, one_at_a_time = FakeCUDAShared.array, threading.Lock()
-
-    def shared_array(self: Any, shape: Any, dtype: Any) -> Any:
-        """Make a block's shared array once: two threads of the simulator could each make one.
-
-        It tells arrays apart by the line that makes them, which is one line now: a kernel can
-        have one array.
-        """
-        with one_at_a_time:
-            return make_shared(self, shape, dtype)
-
-    FakeCUDAShared.array = shared_array
-
-
-hardware = pytest.mark.skipif(
-    not HARDWARE, reason="the simulator cannot: run it with -m gpu on a machine that has one"
-)
+hardware = pytest.mark.skipif(not HARDWARE, reason="asks for a GPU: run it with -m gpu on one")
 
 
 def laid_out(array: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -101,10 +73,6 @@ class OnDevice:
     """numclip's functions for gradients of the host, carried out on the device."""
 
     examples = EXAMPLES_ON_GPU[gpu()]
-
-    def few(self, values: Any) -> Any:
-        """Return what a loop of a test goes over: in the simulator once."""
-        return values if COMPILED else values[-1:]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(nc, name)

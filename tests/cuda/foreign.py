@@ -6,6 +6,7 @@ import ctypes
 import gc
 import struct
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,11 +68,14 @@ def torch(monkeypatch):
 class Foreign:
     """What another library's array tells of itself."""
 
-    def __init__(self, array: np.ndarray, **other: Any) -> None:
-        sent = send(np.ascontiguousarray(array))
+    def __init__(self, array: np.ndarray, sent: Any = None, **other: Any) -> None:
+        sent = send(np.ascontiguousarray(array)) if sent is None else sent
         self.kept, self.dtype = sent, array.dtype
         interface = {**sent.__cuda_array_interface__, "strides": array.strides, **other}
         self.__cuda_array_interface__ = interface
+
+
+PRODUCERS: list[Any] = []
 
 
 class Producer:
@@ -82,6 +86,7 @@ class Producer:
         self.asked: list[dict[str, Any]] = []
         self.returned: list[int] = []
         self.kept: list[Any] = []
+        PRODUCERS.append(self)  # whose deleters are called when the GPU is done
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.told.get("gpu", 0)
@@ -121,3 +126,11 @@ def settle() -> None:
     gc.collect()
     device.synchronize(None)
     device.after_default(lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def settled() -> Iterator[None]:
+    """Have memory given back before its producers go."""
+    yield
+    settle()
+    PRODUCERS.clear()

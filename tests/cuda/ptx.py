@@ -1,4 +1,4 @@
-"""Compile every kernel of the GPU without one, and print the code as JSON.
+"""Compile every kernel of the GPU without one, and print the code, and NVVM's path, as JSON.
 
 NUMBA_FORCE_CUDA_CC tells for which compute capability.
 """
@@ -43,6 +43,8 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
     scaling: {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+        "copy_chunks": (TABLE, LIKE),
+        "add_chunks": (TABLE, LIKE),
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
         "add": (types.int64,) * 5 + (LIKE,),
@@ -93,4 +95,5 @@ if __name__ == "__main__":
     capability = config.FORCE_CUDA_CC
     device = SimpleNamespace(compute_capability=capability)
     dispatcher.get_current_device = lambda: device
-    print(json.dumps(everything(capability)))
+    kernels = everything(capability)
+    print(json.dumps({"nvvm": cuda_paths.get_cuda_paths()["nvvm"].info, "kernels": kernels}))

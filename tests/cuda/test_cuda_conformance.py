@@ -1,4 +1,4 @@
-"""Many small tensors on the GPU, or in its simulator with tiny grids, against the host."""
+"""Many small tensors on the GPU, or on its stand-in, against the host."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,14 @@ import numclip as nc
 from numclip.cuda import dlpack
 from numclip.cuda.arrays import DeviceArray
 from numclip.kernels.cuda import device
-from tests.cuda.devices import fetch, ready, send
-from tests.cuda.foreign import Producer, settle
+from tests.cuda.devices import fetch, ready
+from tests.cuda.foreign import Foreign, Producer, settle, settled
+from tests.cuda.gpu import HARDWARE, late, new_stream
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
 
-__all__ = ["ready"]
+__all__ = ["ready", "settled"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
@@ -55,40 +57,20 @@ def test_memory_is_given_back_once_and_streams_are_told(versioned):
     assert item.asked == [{"stream": 1, **newer}]
 
 
-def test_memory_is_given_back_after_what_the_default_stream_does(monkeypatch):
-    events: list[SimpleNamespace] = []
-
-    def made(**_: Any) -> Any:
-        events.append(SimpleNamespace(done=False, streams=[]))
-        own = events[-1]
-        own.query, own.record = lambda: own.done, own.streams.append
-        return own
-
-    monkeypatch.setattr(device, "SIMULATED", False)
-    monkeypatch.setattr(device, "cuda", SimpleNamespace(event=made))
-    done: list[int] = []
-    device.after_default(lambda: done.append(1))
-    assert not done
-    events[0].done = True
-    device.after_default(lambda: done.append(2))
-    assert done == [1]
-    events[1].done = True
-    device.after_default(lambda: done.append(3))
-    assert done == [1, 2]
-    assert [event.streams for event in events] == [[0]] * 3
-    device._waiting.clear()
-
-
-def test_a_stream_waits_for_what_producers_were_told(monkeypatch):
-    """They were told the default one; the array before them can say another."""
-    orders: list[Any] = []
-    monkeypatch.setattr(device, "handle_of", lambda _: 71)
-    monkeypatch.setattr(device, "order", lambda *streams: orders.append(streams))
-    nc.global_norm([send(np.array([3.0]))])
-    assert not orders
-    nc.global_norm([send(np.array([3.0])), Producer(np.array([4.0]))])
-    settle()
-    assert orders == [(0, 0), (0, 0)]  # and the default one for it, before memory is given back
+def test_memory_is_given_back_after_what_streams_still_do():
+    """The default one, and whichever one the array before says."""
+    other = Foreign(np.ones(4), version=3, stream=new_stream())
+    for others in ([], [other]):
+        settle()
+        with late():
+            item = Producer(np.ones(4))
+            norm = nc.global_norm([*others, item])
+            gc.collect()
+            device.after_default(lambda: None)
+            assert HARDWARE or not item.returned
+            assert norm == (4.0 * (1 + len(others))) ** 0.5
+            settle()
+        assert item.returned == [item.pointer]
 
 
 @pytest.mark.parametrize("told", [{"flags": 1}, {"flags": 2}, {"versioned": False}], ids=str)
@@ -159,6 +141,7 @@ def test_capsules_of_numpy_are_read(versioned):
         assert told[:4] == (array.dtype, array.shape, array.strides, array.ctypes.data)
         assert told.read_only is not versioned
         del told
+        settle()
         assert sys.getrefcount(array) == count
     fixed = np.ones(3)
     fixed.flags.writeable = False

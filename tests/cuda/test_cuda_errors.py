@@ -9,22 +9,20 @@ import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import engine as device_clipping
-from numclip.cuda import streams
+from numclip.cuda import engine, streams
 from numclip.cuda.arrays import DeviceArray
-from numclip.kernels.cuda import device
+from numclip.kernels.cuda import device, driver
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Tensor, torch
+from tests.cuda.gpu import new_stream
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
-from tests.rings import EMULATED
 
 __all__ = ["ready", "torch"]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -32,9 +30,8 @@ GROUPS = "import numpy as np, numclip as nc; nc.ParamGroups([nc.Group('g', {'x':
 
 
 def without_gpu(code: str, before: str = "") -> str:
-    """The last line a process prints that simulates no GPU and has none."""
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    """The last line a process prints that has no GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", f"{before}\n{code}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
@@ -43,7 +40,7 @@ def without_gpu(code: str, before: str = "") -> str:
 
 def test_no_gpu():
     message = without_gpu(f"{GROUPS}, device='cuda')")
-    assert message.startswith('numclip.kernels.missing.DeviceError: device: "cuda" needs an NVIDIA')
+    assert message.startswith('numclip.errors.DeviceError: device: "cuda" needs an NVIDIA')
     assert 'pip install "numclip[cuda12]"' in message
 
 
@@ -53,6 +50,15 @@ def test_no_numba_cuda():
     )
     assert "needs the package numba-cuda, which is missing" in message
     assert 'pip install "numclip[cuda12]"' in message
+
+
+def test_numba_cuda_that_is_not_in_the_place_of_numbas_own():
+    """Where no .pth file runs: with PYTHONPATH, in a zip file, or without `site`."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; import numclip.kernels.cuda.device"
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'DeviceError: device: "cuda" needs numba-cuda in place of numba\'s own' in last
 
 
 def test_the_error_can_be_named():
@@ -73,7 +79,7 @@ def test_a_stream_is_held_as_long_as_it_is_used():
     """CuPy's and numba's are destroyed with their objects."""
 
     class Stream:
-        ptr = 5
+        ptr = new_stream()
 
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda", stream=Stream())
     held = weakref.ref(groups._held)
@@ -87,20 +93,20 @@ def test_a_stream_is_held_as_long_as_it_is_used():
 def test_streams_share_no_memory(monkeypatch):
     grad = send(np.ones(9))
     made = []
-    plan = device_clipping.Plan
-    monkeypatch.setattr(device_clipping, "Plan", lambda *a: made.append(handle) or plan(*a))
-    for handle in (71, 72, 71):
-        monkeypatch.setattr(device, "handle_of", lambda _, own=handle: own)
-        assert nc.global_norm([grad]) == 3.0
-    assert made == [71, 72]
+    plan = engine.Plan
+    monkeypatch.setattr(engine, "Plan", lambda *a: made.append(handle) or plan(*a))
+    one, two = new_stream(), new_stream()
+    for handle in (one, two, one):
+        assert nc.global_norm([Foreign(np.ones(9), grad, version=3, stream=handle)]) == 3.0
+    assert made == [one, two]
 
 
 def test_copies_wait_for_every_stream_where_none_is_named(monkeypatch):
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda")
     optimizer, array = nc.Adam(groups), groups.params["x"]
     waits = []
-    monkeypatch.setattr(device, "synchronize", waits.append)
-    for copy in (lambda: np.asarray(array), lambda: optimizer._engine.slots["g"].steps):
+    monkeypatch.setattr(driver, "synchronize", waits.append)
+    for copy in (lambda: np.asarray(array), lambda: optimizer._updater.slots["g"].steps):
         waits.clear()
         copy()
         assert waits[0] is None
@@ -194,7 +200,6 @@ def test_tensors_whose_memory_is_not_their_values(torch, told, value, message): 
         nc.global_norm([odd])
 
 
-@pytest.mark.skipif(EMULATED, reason="the emulator makes no arrays of numba's")
 def test_arrays_of_numba_come_back_as_such():
     from numba import cuda
 
@@ -382,29 +387,11 @@ def test_collections_of_every_kind():
         nc.global_norm(grads["a"])
 
 
-def test_copies_on_the_default_stream_do_not_make_the_host_wait(monkeypatch):
-    """numba's copies would, where a stream is 0."""
-    streams: list[Any] = []
-    memory = SimpleNamespace(copy_to_device=lambda _, stream: streams.append(stream))
-    driver = SimpleNamespace(device_memset=lambda *given: streams.append(given[-1]))
-    made = SimpleNamespace(default_stream=lambda: "default", cudadrv=SimpleNamespace(driver=driver))
-    monkeypatch.setattr(device, "SIMULATED", False)
-    monkeypatch.setattr(device, "cuda", made)
-    monkeypatch.setattr(device, "_bytes_at", lambda *_: memory)
-    for stream in (0, "other"):
-        device.update(memory, np.ones(3), stream)
-        device.write(1, np.ones(3), stream)
-        device.copy(1, 2, 3, stream)
-        device.clear(1, 2, stream)
-    assert streams == ["default"] * 4 + ["other"] * 4
-
-
 def test_a_stream_of_cupy_is_kept_as_long_as_a_norm_can_be_read(monkeypatch):
-    theirs, known = SimpleNamespace(ptr=71), {0: 0, 71: SimpleNamespace(handle=71)}
+    theirs = SimpleNamespace(ptr=new_stream())
     cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: theirs))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(device, "stream_at", known.get)
     array = type("ndarray", (), {"__module__": "cupy"})()
     assert streams.current_stream(array).owner is theirs
-    theirs.ptr = 0  # the default one is no object
+    theirs.ptr = 0
     assert streams.current_stream(array) == 0

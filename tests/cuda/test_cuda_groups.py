@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers on the GPU, or in its simulator, against those of the CPU."""
+"""Parameter groups and optimizers on the GPU, or on its stand-in, against those of the CPU."""
 
 from __future__ import annotations
 

@@ -381,7 +381,9 @@ def test_compute_sanitizer(tool):
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     chosen = "vector-float or odd-float or with_none or mixed"
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    # cuda.bindings asks the driver for functions that it does not have, which is no error here.
+    command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "pytest"]
     command += ["-q", "-m", "gpu", "-k", chosen, "tests/cuda/test_cuda_conformance.py"]
     result = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]

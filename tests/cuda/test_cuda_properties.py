@@ -1,4 +1,4 @@
-"""Random sparse gradients on the GPU, or in its simulator: the host's bits."""
+"""Random sparse gradients on the GPU, or on its stand-in: the host's bits."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import entries, tensors
+from numclip.cuda import engine, tensors
 from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Tensor, torch
+from tests.cuda.gpu import new_stream
 from tests.oracle.checks import assert_same_bits
 
 __all__ = ["ready", "torch"]
@@ -27,13 +28,13 @@ pytestmark = [
 def described(monkeypatch):
     """The names of the arrays that are described."""
     names: list[str] = []
-    describe = entries.describe
+    facts = engine.facts
 
-    def noting(name: str, key: Any, array: Any) -> Any:
+    def noting(name: str, array: Any) -> Any:
         names.append(name)
-        return describe(name, key, array)
+        return facts(name, array)
 
-    monkeypatch.setattr(entries, "describe", noting)
+    monkeypatch.setattr(engine, "facts", noting)
     return names
 
 
@@ -88,11 +89,10 @@ def test_whatever_else_a_tensor_tells_it_is_described(described, change):
     assert described[0] == "grads[0]"
 
 
-def test_every_way_to_clip_has_its_own_plan(described, monkeypatch):
+def test_every_way_to_clip_has_its_own_plan(described, torch):
     items = grads()
-    for handle in (71, 72):
-        monkeypatch.setattr(device, "handle_of", lambda _, own=handle: own)
-        monkeypatch.setattr(device, "stream_at", lambda _: 0)
+    for _ in range(2):
+        torch.cuda.current_stream(None).cuda_stream = new_stream()
         for options in ({"nonfinite": "skip"}, {"nonfinite": "zero"}, {"ord": 3}, {}):
             for count in (2, 0):
                 described.clear()

@@ -92,15 +92,8 @@ def test_tiles_cover_every_element_once(view, data):
         ((1_000_000, 3, 3), None),
     ],
 )
-def test_tiles_are_not_many_where_axes_are_short(monkeypatch, shape, axes):
-    """On a GPU; there would be more bytes of tiles than of elements."""
-    for module, name, value in [
-        (tiling.device, "THREADS", 256),
-        (tiling.tiles, "ALL_BITS", 8),
-        (tiling, "LEAST_BYTES", 1 << 14),
-        (tiling, "MOST_BYTES", 1 << 17),
-    ]:
-        monkeypatch.setattr(module, name, value)
+def test_tiles_are_not_many_where_axes_are_short(shape, axes):
+    """There would be more bytes of tiles than of elements."""
     array = described(np.empty(shape, "f")[..., ::-1], axes)
     table, sums = tiling.cut(array, [array.read])
     assert len(table) < 3 * tiling.TILES
@@ -123,7 +116,7 @@ def numbers(array: np.ndarray) -> np.ndarray:
     return flat.view(reference.real_dtype(flat.dtype))
 
 
-# Two dtypes for each view in the simulator: each of them is seen twice.
+# Two dtypes for each view on the stand-in: each of them is seen twice.
 PAIRS = [(view, dtype) for view in VIEWS for dtype in DTYPES]
 SEEN = PAIRS if HARDWARE else [PAIRS[6 * k + (k + 3 * j) % 6] for k in range(6) for j in range(2)]
 
@@ -131,7 +124,8 @@ SEEN = PAIRS if HARDWARE else [PAIRS[6 * k + (k + 3 * j) % 6] for k in range(6) 
 @pytest.mark.parametrize(("view", "dtype"), SEEN)
 def test_views(view, dtype):
     grad = VIEWS[view](normal(np.random.default_rng(0), (21, 22), dtype))
-    wanted, norm = nc.clip_by_global_norm([grad], 0.5)
+    # The last bit of the host's norm can depend on the steps, too.
+    wanted, norm = nc.clip_by_global_norm([np.ascontiguousarray(grad)], 0.5)
     sent = send(grad)
     found, same = nc.clip_by_global_norm([sent], 0.5)
     assert float(same) == pytest.approx(norm, rel=1e-14)

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numclip.cuda.entries import describe
 
 import numclip as nc
+from numclip.border.gradients import describe
+from numclip.clipping import parts
 from numclip.cuda import plans
-from numclip.cuda import units as device_units
 from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.tiling import Strided
-from numclip.kernels.cuda.unit_plan import Family, UnitPlan
+from numclip.kernels.cuda.unit_plan import UnitPlan
+from numclip.law import Family
+from numclip.memory import Strided
 from tests.cuda.compared import assert_as_on_the_cpu
 from tests.cuda.devices import fetch, ready, send
 from tests.oracle import reference
@@ -139,7 +140,7 @@ def test_plans_that_hold_much_memory_are_not_kept(monkeypatch):
 def plan_for(grads: list[Any], params: list[Any], *, ord: float = 2.0, **options: Any) -> UnitPlan:
     def described(array: Any) -> Strided:
         entry = describe("grad", 0, array)
-        return device_units._strided(entry, entry, (0,))
+        return parts._strided(entry, entry, (0,))
 
     pairs = itertools.zip_longest(grads, params)
     families = [

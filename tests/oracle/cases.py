@@ -37,16 +37,10 @@ class Case:
     def gradients(self, seed: int = 0) -> Any:
         return self.build(np.random.default_rng([zlib.crc32(self.name.encode()), seed]))
 
-    def fits(self, gpu: str, *, many_calls: bool) -> bool:
-        """Whether a test can have it there; in the simulator a call takes a tenth of a second."""
-        layout = self.facets[2]
-        if layout in NOT_ON_A_GPU:
-            return False
-        if gpu != "simulator":
-            return True
-        if self.large or self.name in {"many_small", *MODELS}:  # seconds a call
-            return False
-        return self.name in SIMULATED or not (many_calls or layout in ("strided", "negative"))
+    @property
+    def fits_a_gpu(self) -> bool:
+        """Whether its gradients can lie on a GPU, and are not refused there."""
+        return self.facets[2] not in NOT_ON_A_GPU
 
 
 # ---- values
@@ -129,9 +123,6 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 UNWRITABLE = {"read_only", "byte_swapped"}
 NOT_ON_A_GPU = {"misaligned", *UNWRITABLE}  # lie on none, or are refused there
-# Of each kind one, for tests of many calls.
-SIMULATED = {"scalar-float64", "vector-float16", "empty_rows-float32", "strided-float64"}
-SIMULATED |= {"negative-bfloat16", "fortran-complex64"}
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),

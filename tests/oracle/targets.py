@@ -13,9 +13,5 @@ class Host:
     def __init__(self, examples: int) -> None:
         self.examples = examples
 
-    def few(self, values: Any) -> Any:
-        """Return what a loop of a test goes over."""
-        return values
-
     def __getattr__(self, name: str) -> Any:
         return getattr(nc, name)

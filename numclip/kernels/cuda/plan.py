@@ -7,6 +7,7 @@ the GPU, and none but `write_laws` with new laws moves anything over the bus.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -70,9 +71,14 @@ WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
 
 
 class Plan:
-    """What the kernels need to measure and scale some tensors."""
+    """What the kernels need to measure and scale some tensors.
+
+    Its partial sums and its law are of one use at a time: threads that share a plan hold `lock`
+    from the law to the last launch that reads a decision.
+    """
 
     def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> None:
+        self.lock = threading.RLock()
         self.spans: list[Any] = list(spans)
         self.pools = list(pools)
         firsts = self._set_works(stream)

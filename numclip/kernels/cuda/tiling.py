@@ -185,13 +185,11 @@ class Tiles:
     """The work on some of a plan's tensors, by their numbers, that lie in memory of any steps.
 
     `counts` says how many partial sums each of them takes: so many for each unit, unit by unit.
-    `table` sends the tables.
     """
 
     repeats = False
 
-    def __init__(self, arrays: Mapping[int, Strided], table: Any = device.table) -> None:
-        self._table = table
+    def __init__(self, arrays: Mapping[int, Strided]) -> None:
         self._arrays = dict(arrays)
         self._cut = {k: cut(array, [array.read] * 2) for k, array in arrays.items()}
         sums = [self._cut[k][1] * array.units for k, array in arrays.items()]
@@ -204,7 +202,7 @@ class Tiles:
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
             found[k] = table
-        self._tables = _by_dtype(self._arrays, found, stream, self._table)
+        self._tables = _by_dtype(self._arrays, found, stream)
         if all(array.read == array.written for array in self._arrays.values()):
             self._written[None] = self._tables
 
@@ -213,7 +211,7 @@ class Tiles:
         if members not in self._written:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = _by_dtype(self._arrays, found, stream, self._table)
+            self._written[members] = _by_dtype(self._arrays, found, stream)
         return self._written[members]
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
@@ -261,7 +259,7 @@ class Tiles:
 
 
 def _by_dtype(
-    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any, send: Any = device.table
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any
 ) -> dict[DType, Any]:
     """Return one table of the tiles of each dtype that has some, sent to the GPU."""
     rows: dict[DType, list[Array]] = {}
@@ -269,7 +267,7 @@ def _by_dtype(
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
     joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: send(own, stream) for dtype, own in joined.items() if len(own)}
+    return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,12 @@ class UnitPlan:
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
     That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
+    Threads that share a plan hold `lock` from the law to the last launch.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
         self.families, self._ord = list(families), ord
+        self.lock = threading.RLock()
         arrays = [array for family in families for array in family.arrays]
         params = [family.param for family in families if family.param is not None]
         measured = [array for family in families for array in family.measured or family.arrays]
@@ -46,10 +49,10 @@ class UnitPlan:
         self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
         self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
         self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
-        partial = device.scratch((max(int(counts.sum()), 1), 3))
+        partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
         self.shared = Shared(device.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
-        self.units = device.scratch((count, tables.UNIT_COLUMNS))
+        self.units = device.scratch((count, tables.UNIT_COLUMNS), stream)
         self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)

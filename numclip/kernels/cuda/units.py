@@ -49,7 +49,7 @@ from numclip.kernels.cuda.tables import (
     UNITS,
     UNSCALE,
 )
-from numclip.kernels.cuda.verdict import EMPTY, add_rows, join, joined, norm_of, write_factor
+from numclip.kernels.cuda.verdict import BINS, EMPTY, add_rows, join, joined, norm_of, write_factor
 
 
 @inline
@@ -149,7 +149,7 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
     `tickets` counts the blocks, then those with work and those with rare work; all are 0 again
     in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     work, rare = 0.0, 0.0
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
@@ -194,7 +194,7 @@ def summarize_units(slabs, families, laws, units, tickets, partial, out):
     `families` tells FIRST and LAST of each one's slabs, `partial` has a row for each slab.
     `tickets` counts the slabs of each family that are done; all are 0 again in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
         f = slabs[s, LAW]

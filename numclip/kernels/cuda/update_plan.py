@@ -67,11 +67,12 @@ class Places:
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
         return rows
 
-    def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+    def by_dtype(self, rows: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
-            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+            dtype: device.table(rows[dtypes == dtype], stream)
+            for dtype in dict.fromkeys(dtypes.tolist())
         }
 
 
@@ -92,9 +93,8 @@ class GroupUpdates:
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
         self._plan, self._places = plan, Places(spans, states)
-        self._updates = self._places.by_dtype(self._places.whole(), device.table, stream)
+        self._updates = self._places.by_dtype(self._places.whole(), stream)
         self._row_updates: dict[DType, Any] = {}
-        self._table = device.Tables()
         self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
         shape = len(plan.pools), SETTINGS_COLUMNS
         self._given = HostTable(shape, stream)
@@ -120,8 +120,7 @@ class GroupUpdates:
             self._places.rows(owner, sums, own.distinct_indices)
             for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
         ]
-        self._table.begin()
-        self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
+        self._row_updates = self._places.by_dtype(np.concatenate(made), stream)
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -165,7 +164,7 @@ class ArrayUpdates:
         pairs = zip(sparse, indices, strict=True)
         rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
         everything = np.concatenate([places.whole(), *rows])
-        self._updates = places.by_dtype(everything, device.table, stream)
+        self._updates = places.by_dtype(everything, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = device.table(tensors, stream)

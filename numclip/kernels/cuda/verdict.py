@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_sum
+from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_bins
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.scalars import (
     clip_factor,
@@ -69,6 +69,7 @@ from numclip.kernels.cuda.tables import (
     ZERO,
 )
 
+BINS = 7  # three sums, their errors, what is not finite
 EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
@@ -95,11 +96,9 @@ def add_rows(sums, column, k, last, step, bins):
 @inline
 def joined(bins, place, apart, room):
     """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
-    small = lane_sum(bins[0], bins[3], place, apart, room)
-    middle = lane_sum(bins[1], bins[4], place, apart, room)
-    large = lane_sum(bins[2], bins[5], place, apart, room)
+    small, middle, large, bad = lane_bins(bins, place, apart, room)
     total, exponent = joined_bins(small, middle, large)
-    return total, exponent, lane_sum(bins[6], 0.0, place, apart, room)
+    return total, exponent, bad
 
 
 @inline
@@ -214,7 +213,7 @@ def judge(tensors, pools, laws, partial, tickets, sums, decisions):
     `tickets` counts, for each pool, tensors that are done; after them, for each set, those
     that are not finite, and last the blocks. All are 0 again in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     t = np.int64(cuda.blockIdx.x)
     count = pools.shape[0]
     while t < tensors.shape[0]:
