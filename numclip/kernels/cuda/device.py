@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from numclip import halves, tables
+from numclip import decisions, halves, tables
 from numclip.errors import INSTALL, DeviceError
 from numclip.kernels import formulas
 
@@ -108,7 +108,10 @@ def _stamp() -> str:
     """Return a digest of every kernel source: a cached kernel holds inlined code of them all."""
     digest = hashlib.sha256()
     own = sorted(Path(__file__).parent.glob("*.py"))
-    for path in [*own, *(Path(str(shared.__file__)) for shared in (formulas, halves, tables))]:
+    for path in [
+        *own,
+        *(Path(str(shared.__file__)) for shared in (decisions, formulas, halves, tables)),
+    ]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -12,7 +12,15 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import arrives_last, block_max, block_sum, lane_max
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
-from numclip.kernels.cuda.scalars import binned_square, joined_bins, larger, scale_by_power
+from numclip.kernels.cuda.scalars import (
+    binned_square,
+    joined_bins,
+    larger,
+    norm_of,
+    relative,
+    scale_by_power,
+    write_factor,
+)
 from numclip.kernels.cuda.tables import (
     AFTER,
     BAD,
@@ -23,7 +31,6 @@ from numclip.kernels.cuda.tables import (
     CLIPPED_COUNT,
     COARSE,
     COUNT,
-    EPS,
     EXPONENT,
     FIRST,
     LAST,
@@ -49,7 +56,7 @@ from numclip.kernels.cuda.tables import (
     UNITS,
     UNSCALE,
 )
-from numclip.kernels.cuda.verdict import BINS, EMPTY, add_rows, join, joined, norm_of, write_factor
+from numclip.kernels.cuda.verdict import BINS, EMPTY, add_rows, join, joined
 
 
 @inline
@@ -101,22 +108,6 @@ def find_unit_peaks(slabs, tensors, laws, partial, column, out):
             if column == PEAK:
                 own[RATIO], own[ORD] = 1.0, laws[slab[LAW], ORD]
         s += cuda.gridDim.x
-
-
-@inline
-def relative(law, norm, param):
-    """Return the bound on the ratio of a norm and a parameter's, that ratio, and what is coarse.
-
-    Ratios are compared, as a product of norms could over- or underflow.
-    """
-    bound, root, power = law[BOUND], param[0], param[1]
-    if scale_by_power(root, power) < law[EPS]:
-        root, power = math.frexp(law[EPS])
-    if root == 0.0:
-        bound = 0.0 if bound < math.inf else bound
-        root, power = 1.0, 0
-    coarse = scale_by_power(law[COARSE] / root, -power)
-    return bound, (norm[0] / root, norm[1] - power), coarse
 
 
 @inline
