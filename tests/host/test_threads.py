@@ -231,6 +231,7 @@ kept = Late()
 def test_where_no_thread_can_be_started_the_caller_works_alone():
     code = """
 import os, threading
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numba's first compilation can load SciPy's
 import numpy as np, numclip as nc
 nc.set_num_threads(1)
 x = [np.ones(2_000_000, np.float32)]
