@@ -238,7 +238,7 @@ x = [np.ones(2_000_000, np.float32)]
 nc.global_norm(x)
 nc.set_num_threads(2)
 before = len(os.listdir("/proc/self/task"))
-threading.stack_size(1 << 47)  # as much as there are addresses: 2**46 bytes can be had
+threading.stack_size(1 << 47)  # as much as there are addresses
 for _ in range(3):
     assert nc.global_norm(x) == 2_000_000**0.5
 assert len(os.listdir("/proc/self/task")) == before
