@@ -50,10 +50,20 @@ def ask_for_memory(begin, end, sizes):
 
 
 def program(code, *arguments, **options):
-    """Run a program of its own."""
+    """Run a program of its own, whose threads are numclip's.
+
+    A compilation can load SciPy, whose OpenBLAS would start some at that moment.
+    """
     command = [sys.executable, "-c", code, *arguments]
+    environment = {**options.pop("env", os.environ), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(
-        command, timeout=240, check=False, capture_output=True, text=True, **options
+        command,
+        timeout=240,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
     )
 
 
@@ -231,7 +241,6 @@ kept = Late()
 def test_where_no_thread_can_be_started_the_caller_works_alone():
     code = """
 import os, threading
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numba's first compilation can load SciPy's
 import numpy as np, numclip as nc
 nc.set_num_threads(1)
 x = [np.ones(2_000_000, np.float32)]
