@@ -179,6 +179,7 @@ def relative(law, norm, param):  # type: ignore[no-untyped-def]
 SCALARS: Parts = (
     formulas.two_sum,
     formulas.settled,
+    formulas.is_settled,
     formulas.is_safe,
     formulas.binned_square,
     formulas.joined_bins,

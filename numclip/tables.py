@@ -12,9 +12,10 @@ START, MEMBERS, PLACE = range(3)
 FIRST, LAST, POOL, ZEROING, REPEATS = range(5)  # of tensors: their partial sums, their pool
 SET, POLICY, DIGITS, REPEATED = range(2, 6)  # of pools, whose FIRST and LAST are tensors
 # Of sums: ``total * 4**exponent``, how many are not finite; and of rows that repeat the same for
-# the magnitudes of what is added.
-TOTAL, EXPONENT, BAD, TERMS, TERMS_EXPONENT = range(5)
-SUM_COLUMNS = 5
+# the magnitudes of what is added. ERROR is what rounding has taken from the total, where that is
+# known.
+TOTAL, EXPONENT, BAD, TERMS, TERMS_EXPONENT, ERROR = range(6)
+SUM_COLUMNS = 6
 # Of the law of each pool, and of each family of units. AIM is the bound less what subnormal terms
 # of repeated rows can add; the peak and the ratio of terms follow those of sums by as many columns.
 BOUND, DIVISOR, GIVEN, ROUNDOFF, COARSE, TINY, UNSCALE, PEAK, RATIO, ORD = range(10)

@@ -253,13 +253,13 @@ def joined(sums: Array, unscale: Any) -> Any:
     """Return the norm that belongs to tensors' sums of squares together."""
     if sums.ndim == 2:
         return joined(sums[None], unscale)[0]
-    totals, exponents = sums[:, :, tables.TOTAL], sums[:, :, tables.EXPONENT]
+    totals, exponents = sums[:, :, [tables.TOTAL, tables.ERROR]], sums[:, :, tables.EXPONENT]
     peaks = np.zeros(len(sums))
     if exponents.any():
-        peaks = np.where(totals == 0.0, -np.inf, exponents).max(axis=1, initial=-np.inf)
+        peaks = np.where(totals[:, :, 0] == 0.0, -np.inf, exponents).max(axis=1, initial=-np.inf)
         peaks[np.isinf(peaks)] = 0.0
-        totals = np.ldexp(totals, 2 * (exponents - peaks[:, None]).astype(np.intc))
-    roots = np.sqrt([math.fsum(row) for row in totals.tolist()])
+        totals = np.ldexp(totals, 2 * (exponents - peaks[:, None]).astype(np.intc)[:, :, None])
+    roots = np.sqrt([math.fsum(row) for row in totals.reshape(len(sums), -1).tolist()])
     return np.ldexp(roots / unscale, peaks.astype(np.intc))
 
 

@@ -13,7 +13,7 @@ from numclip.kernels.formulas import is_safe
 from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK
 from numclip.memory import Span
-from numclip.tables import BAD, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
+from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -89,7 +89,7 @@ def _rescue(batch: Batch, sums: Array) -> None:
     totals = powers(batch.of(unsafe), np.ldexp(1.0, exponents), 2.0, len(sums))
     sums[unsafe, TOTAL] = sums[unsafe, TERMS] = totals[unsafe]
     sums[unsafe, EXPONENT] = sums[unsafe, TERMS_EXPONENT] = exponents[unsafe]
-    sums[unsafe, BAD] = 0.0
+    sums[unsafe, BAD] = sums[unsafe, ERROR] = 0.0
 
 
 def largest(batch: Batch, count: int) -> Array:

@@ -75,6 +75,12 @@ def settled(total: float, error: float) -> float:
     return total + error if math.isfinite(total) else total
 
 
+def is_settled(total: float, error: float, doubt: float) -> bool:
+    """Tell whether ``total + error`` is rounded as the exact sum is, which `doubt` is lost to."""
+    slack = 2.0 * doubt + 2.0**-50 * abs(error)
+    return doubt == 0.0 or total + (error - slack) == total + (error + slack)
+
+
 def binned_square(value: float) -> tuple[float, float, float]:
     """Return the square of a float64 in one of three bins, which nothing over- or underflows.
 

@@ -18,30 +18,36 @@ from numclip.kernels.pools import factor_of
 ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
 
 is_safe = inline(formulas.is_safe)
+is_settled = inline(formulas.is_settled)
 scale_by_power = inline(formulas.scale_by_power)
 
 
 @kernel
 def joined(chunks, partial, limits, totals):
-    """Return the norm of all chunks, added as `cpu.merge` and `cpu.join` do, and if it is right.
+    """Return the norm of all chunks, added as in `pools`, and if it is right.
 
     `totals` receives the sum of each tensor that has a chunk.
     """
-    total = error = tensor = tensor_error = 0.0
+    total = error = doubt = tensor = tensor_error = 0.0
     safe = True
     for c in range(partial.size):
         tensor, rest = two_sum(tensor, partial[c])
         tensor_error += rest
         owner = chunks[c, OWNER]
         if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
-            tensor += tensor_error
-            totals[owner] = tensor
-            safe &= is_safe(tensor)
-            total, rest = two_sum(total, tensor)
-            error += rest
+            value = tensor + tensor_error
+            totals[owner] = value
+            safe &= is_safe(value)
+            total, rest = two_sum(total, value)
+            error, lost = two_sum(error, rest)
+            doubt += abs(lost)
+            if tensor_error != 0.0:
+                error, lost = two_sum(error, (tensor - value) + tensor_error)
+                doubt += abs(lost)
             tensor = tensor_error = 0.0
-    total += error
-    return math.sqrt(total), safe or (limits[DIGITS] < 53.0 and math.isfinite(total))
+    norm = math.sqrt(total + error)
+    right = safe or (limits[DIGITS] < 53.0 and math.isfinite(norm))
+    return norm, right and is_settled(total, error, doubt)
 
 
 @kernel

@@ -1,6 +1,7 @@
 """From the sums of chunks to the decision for each pool, on the host; see `decisions`.
 
-Sums are added in the order of chunks, then of tensors, with the rounding errors kept.
+Chunks are added in their order with the rounding errors kept, and tensors as if exactly: the sum
+of a pool is rounded once, so that it does not depend on the order of the tensors.
 """
 
 import math
@@ -15,6 +16,7 @@ from numclip.tables import (
     BAD,
     BROKEN,
     DIGITS,
+    ERROR,
     EXPONENT,
     FIRST,
     LAST,
@@ -33,16 +35,22 @@ from numclip.tables import (
 
 _parts = compiled((*SCALARS, *DECISIONS), inline)
 two_sum, settled, is_safe = _parts.two_sum, _parts.settled, _parts.is_safe
+is_settled = _parts.is_settled
 scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
 write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
 
+MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
+SMALLEST = 5e-324
+
 
 @inline
-def write_sum(out, total, exponent):
+def write_sum(out, total, error):
     """Write the sum of a tensor in which no rows repeat: its terms are its elements."""
-    out[TOTAL], out[EXPONENT] = total, exponent
-    out[BAD] = 0.0 if math.isfinite(total) else 1.0
-    out[TERMS], out[TERMS_EXPONENT] = total, exponent
+    rounded = settled(total, error)
+    finite = math.isfinite(rounded)
+    out[TOTAL], out[EXPONENT], out[BAD] = rounded, 0.0, 0.0 if finite else 1.0
+    out[TERMS], out[TERMS_EXPONENT] = rounded, 0.0
+    out[ERROR] = (total - rounded) + error if finite else 0.0
 
 
 @inline
@@ -55,30 +63,98 @@ def add_chunks(chunks, partial, sums):
         error += rest
         owner = chunks[c, OWNER]
         if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
-            write_sum(sums[owner], settled(tensor, error), 0.0)
+            write_sum(sums[owner], tensor, error)
             safe &= is_safe(sums[owner, TOTAL])
             tensor = error = 0.0
     return safe
 
 
 @inline
-def add_tensors(pool, column, largest, sums):
-    """Return the sum of a pool's tensors as ``total * 4**exponent``; of inf order, the largest."""
+def highest(pool, column, sums):
+    """Return the highest exponent of a pool's sums that are not 0; 0 where all are."""
     exponent, empty = 0.0, True
     for t in range(pool[FIRST], pool[LAST]):
         if sums[t, column] != 0.0 and (empty or sums[t, column + 1] > exponent):
             exponent, empty = sums[t, column + 1], False
-    total = error = 0.0
+    return exponent
+
+
+@inline
+def scaled_down(value, apart):
+    """Return ``value * 4**apart``, never more; what would vanish still counts where sums tie."""
+    if apart == 0.0:
+        return value
+    small = scale_by_power(value, 2 * int(apart))
+    return SMALLEST if small == 0.0 and value > 0.0 else small
+
+
+@inline
+def add_part(parts, count, value):
+    """Add to an exact sum, numbers of rising magnitude that do not overlap (Shewchuk 1997)."""
+    kept = 0
+    for i in range(count):
+        value, rest = two_sum(value, parts[i])
+        if rest != 0.0:
+            parts[kept] = rest
+            kept += 1
+    parts[kept] = value
+    return kept + 1
+
+
+@inline
+def rounded(parts, count):
+    """Return an exact sum rounded to nearest, and about what rounding has taken from it."""
+    total, rest = parts[count - 1], 0.0
+    i = count - 1
+    while i > 0 and rest == 0.0:
+        i -= 1
+        total, rest = two_sum(total, parts[i])
+    if i > 0 and (rest > 0.0) == (parts[i - 1] > 0.0):  # not a tie, if it was taken for one
+        up = total + 2.0 * rest
+        if up - total == 2.0 * rest:
+            return up, -rest
+    return total, rest
+
+
+@inline
+def add_exactly(pool, column, exponent, sums):
+    """Return what `add_tensors` does, of finite sums, by exact arithmetic."""
+    parts, count = np.empty(MOST_PARTS), 0
     for t in range(pool[FIRST], pool[LAST]):
-        value, apart = sums[t, column], sums[t, column + 1] - exponent
-        if apart != 0.0:
-            value = scale_by_power(value, 2 * int(apart))
+        apart = sums[t, column + 1] - exponent
+        count = add_part(parts, count, scaled_down(sums[t, column], apart))
+        if column == TOTAL:
+            count = add_part(parts, count, scaled_down(sums[t, ERROR], apart))
+    return rounded(parts, count)
+
+
+@inline
+def add_tensors(pool, column, largest, sums):
+    """Return the sum of a pool's tensors as ``total * 4**exponent``; of inf order, the largest.
+
+    Between them what rounding has taken from the total, to about 53 bits.
+    """
+    exponent = highest(pool, column, sums)
+    total = error = doubt = 0.0
+    for t in range(pool[FIRST], pool[LAST]):
+        apart = sums[t, column + 1] - exponent
+        value = scaled_down(sums[t, column], apart)
         if largest:
             total = larger(total, value)
         else:
             total, rest = two_sum(total, value)
-            error += rest
-    return settled(total, error), int(exponent)
+            error, lost = two_sum(error, rest)
+            doubt += abs(lost)
+            if column == TOTAL and sums[t, ERROR] != 0.0:
+                error, lost = two_sum(error, scaled_down(sums[t, ERROR], apart))
+                doubt += abs(lost)
+    result = settled(total, error)
+    if not math.isfinite(result):
+        return result, 0.0, int(exponent)
+    if is_settled(total, error, doubt):
+        return result, (total - result) + error, int(exponent)
+    result, rest = add_exactly(pool, column, exponent, sums)
+    return result, rest, int(exponent)
 
 
 @inline
@@ -97,12 +173,12 @@ def decide_all(pools, laws, shifts, sums, decisions):
     skipped = np.zeros(count, np.bool_)
     for p in range(count):
         largest = laws[p, ORD] == math.inf
-        total, exponent = add_tensors(pools[p], TOTAL, largest, sums)
+        total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
         bad = add_bad(pools[p], sums)
         write_norm(laws[p], total, exponent, shifts[p], bad, decisions[p])
         if pools[p, REPEATED] != 0:
-            terms = add_tensors(pools[p], TERMS, largest, sums)
-            write_spread(laws[p], (total, exponent), terms, decisions[p])
+            terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
+            write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
         if decisions[p, BROKEN] != 0.0:
             skipped[pools[p, SET]] = True
     last = decisions[count]
@@ -118,6 +194,16 @@ def decide_all(pools, laws, shifts, sums, decisions):
 def decide_pools(pools, laws, shifts, sums, decisions):
     """Decide for every pool, from the sums of the tensors. One more row tells if there is work."""
     decide_all(pools, laws, shifts, sums, decisions)
+
+
+@kernel
+def add_pools(pools, sums, out):
+    """Write the sum of each pool's tensors, as rows of sums are; of order 2."""
+    for p in range(pools.shape[0]):
+        total, error, exponent = add_tensors(pools[p], TOTAL, False, sums)
+        terms, _, power = add_tensors(pools[p], TERMS, False, sums)
+        out[p, TOTAL], out[p, EXPONENT], out[p, BAD] = total, exponent, add_bad(pools[p], sums)
+        out[p, TERMS], out[p, TERMS_EXPONENT], out[p, ERROR] = terms, power, error
 
 
 @kernel
