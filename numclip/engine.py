@@ -48,6 +48,12 @@ class Plan(Protocol):
     def decide(self, outcome: Outcome, stream: Any) -> None:
         """Add the sums up, and decide for every pool."""
 
+    def decide_by(self, totals: Array, outcome: Outcome, stream: Any) -> None:
+        """Decide by one row of sums for each pool, see `numclip.sums.Whole`, in place of its own.
+
+        The sums of the outcome stay as they are.
+        """
+
     def scale(self, outcome: Outcome, stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from numclip import libraries
+from numclip.accumulator import NormAccumulator
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.gradients import describe
@@ -79,7 +80,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
 def clip_by_global_norm(
     grads: Any,
     clip_norm: float,
-    use_norm: float | None = None,
+    use_norm: float | NormAccumulator | None = None,
     *,
     ord: float = 2,
     nonfinite: str = "propagate",
@@ -95,9 +96,11 @@ def clip_by_global_norm(
     clip_norm : float
         The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros (NaN where a gradient
         is not finite, as any bound does).
-    use_norm : float, optional
+    use_norm : float or NormAccumulator, optional
         A norm to use instead of computing it, for instance from `global_norm`. Where rows
         repeat, the gradients are read all the same, for what rounding can add to their sums.
+        An accumulator of all pieces of which these gradients are one holds the pieces together
+        to the bound.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -161,11 +164,16 @@ def clip_by_global_norm(
             return done
     order = arguments.order(ord)
     bound = arguments.bound("clip_norm", clip_norm)
-    given = ABSENT if use_norm is None else arguments.given_norm(use_norm)
+    given, whole = ABSENT, None
+    if isinstance(use_norm, NormAccumulator):
+        use_norm.check_order("use_norm", order)
+        whole = use_norm.whole
+    elif use_norm is not None:
+        given = arguments.given_norm(use_norm)
     arguments.choice("nonfinite", nonfinite, POLICIES)
     arguments.choice("duplicates", duplicates, DUPLICATES)
     law = Law(bound, given=given, ord=order)
-    return clip.clip_together(grads, law, nonfinite, duplicates, out)
+    return clip.clip_together(grads, law, nonfinite, duplicates, out, whole)
 
 
 def clip_by_norm(

@@ -36,8 +36,9 @@ class Pool(NamedTuple):
 class Law(NamedTuple):
     """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1.
 
-    `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`.
-    Numbers are for all pools, arrays have one for each.
+    `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`,
+    `size` how many stored numbers a norm is of, if not of the pool's tensors alone. Numbers are for
+    all pools, arrays have one for each.
     """
 
     bound: float | Array
@@ -46,6 +47,7 @@ class Law(NamedTuple):
     unscale: float = 1.0
     ord: float = 2.0
     loss: float | Array = 0.0
+    size: float | Array | None = None
 
 
 class Family(NamedTuple):
@@ -148,7 +150,8 @@ class Laws:
         table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
         table[:, tables.ROUNDOFF], table[:, tables.TINY] = self._roundoffs, self._tiny
-        table[:, tables.COARSE] = self._roots(law.ord) / law.divisor * self._coarse
+        ones = self._roots(law.ord) if law.size is None else self._roots_of(law.size, law.ord)
+        table[:, tables.COARSE] = ones / law.divisor * self._coarse
         table[:, tables.UNSCALE] = law.unscale
         table[:, [tables.RATIO, tables.TERMS_RATIO]] = 1.0
         return table
@@ -156,5 +159,31 @@ class Laws:
     def _roots(self, ord: float) -> Array:
         """Return the norm of each pool's vector of ones; found once for each order."""
         if ord not in self._ones:
-            self._ones[ord] = np.array([formulas.root(float(n), ord) for n in self._sizes])
+            self._ones[ord] = self._roots_of(np.array(self._sizes), ord)
         return self._ones[ord]
+
+    def _roots_of(self, sizes: float | Array, ord: float) -> Array:
+        every = np.broadcast_to(sizes, len(self._members)).tolist()
+        return np.array([formulas.root(float(n), ord) for n in every])
+
+
+def by_norms(law: Array, totals: Array) -> tuple[Array, Array, Array]:
+    """Return a table of laws, its shifts and rows of sums by which pools have given norms.
+
+    `totals` has the norms, as `numclip.sums.Whole` says of orders other than 2.
+    """
+    law, sums = law.copy(), totals.copy()
+    law[:, tables.PEAK] = law[:, tables.TERMS_PEAK] = totals[:, tables.TOTAL]
+    law[:, tables.RATIO] = law[:, tables.TERMS_RATIO] = 1.0
+    sums[:, tables.TOTAL] = sums[:, tables.TERMS] = 1.0
+    sums[:, [tables.EXPONENT, tables.TERMS_EXPONENT, tables.ERROR]] = 0.0
+    return law, totals[:, tables.EXPONENT].astype(np.int64), sums
+
+
+def whole_pools(pools: Array) -> Array:
+    """Return a table of pools with one row of sums each, told with that of its terms."""
+    made = pools.copy()
+    made[:, tables.FIRST] = np.arange(len(pools))
+    made[:, tables.LAST] = made[:, tables.FIRST] + 1
+    made[:, tables.REPEATED] = 1
+    return made

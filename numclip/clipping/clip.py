@@ -22,6 +22,7 @@ from numclip.isolation import isolated
 from numclip.kernels import formulas
 from numclip.law import ABSENT, Law, Pool
 from numclip.memory import AnySpan, Memory, RowSpan, Strided
+from numclip.sums import Whole
 
 
 def span_of(
@@ -80,19 +81,21 @@ def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
 
 
 @isolated
-def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) -> tuple[Any, Any]:
+def clip_together(
+    grads: Any, law: Law, policy: str, duplicates: str, out: Any, whole: Whole | None = None
+) -> tuple[Any, Any]:
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
     found = structure(grads)
     engine = _engine_of(found)
     key = None
-    if out is grads or _are_same(found, out):
+    if whole is None and (out is grads or _are_same(found, out)):
         key = engine.key_of(found.items, law.ord, policy, written=True)
     norm = _clip_again(engine, key, law, policy, write=True)
     if norm is not None:
         return found.rebuild(found.items), norm
     described = gradients(found)
     targets = targets_of(described, grads, out)
-    norm = clip(described.entries, targets, law, policy, duplicates, key)
+    norm = clip(described.entries, targets, law, policy, duplicates, key, whole)
     return described.with_results([target.source for target in targets]), norm
 
 
@@ -114,12 +117,18 @@ def clip(
     policy: str = "propagate",
     duplicates: str = "sum",
     key: Any = None,
+    whole: Whole | None = None,
 ) -> Any:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
 
     Without targets they are only measured. The plan is found again by the key, if there is one.
+    The norm is that of the whole, if there is one.
     """
+    if whole is not None and policy == "zero" and whole.row[tables.BAD]:
+        whole = None  # as with a norm that is given
     if not entries:
+        if whole is not None:
+            return whole.norm(law.ord)
         return 0.0 if law.given == ABSENT else law.given
     engine = entries[0].engine
     engine.require()
@@ -128,16 +137,26 @@ def clip(
     summed = duplicates == "sum" and any(entry.repeated for entry in entries)
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
+    if whole is not None:
+        law = law._replace(loss=whole.loss, size=whole.size)
     places = entries if targets is None else targets
     plan, free, rows = _plan(entries, places, law, policy, duplicates, stream)
     measures = law.given == ABSENT or policy != "propagate" or summed
+    if whole is not None:
+        measures = policy != "propagate"
     with plan.lock:
         if rows:
             _take_rows(plan, entries, rows, stream)
         outcome = _decide(plan, free, law, stream, measures=measures)
+        if whole is not None:
+            row = whole.row.copy()
+            if measures:
+                row[tables.BAD] += engine.read(outcome[0], stream)[:, tables.BAD].sum()
+            plan.decide_by(row[None], outcome, stream)
         if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
             free.append(outcome)
-            raise first_error(entries, None if law.given == ABSENT else law.given, stream)
+            given = None if law.given == ABSENT else law.given
+            raise first_error(entries, given if whole is None else whole.norm(law.ord), stream)
         if targets is not None:
             plan.scale(outcome, stream)
     engine.give_back(stream, [gradient.facts for gradient in used])

@@ -16,7 +16,7 @@ from numclip.host.strided import Copied
 from numclip.kernels import cpu, threads
 from numclip.kernels import pools as kernels
 from numclip.kernels.tuning import PARALLEL_BYTES
-from numclip.law import Law, Laws, Pool
+from numclip.law import Law, Laws, Pool, by_norms, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 from numclip.tables import (
     BAD,
@@ -30,6 +30,7 @@ from numclip.tables import (
     MANTISSA,
     MODE,
     MULTIPLY,
+    ORD,
     POWER,
     RARE,
     SKIPPED,
@@ -129,6 +130,14 @@ class Plan:
         sums[:] = self._sums
         tables = self._pools, self._law, self._shifts
         kernels.decide_pools(*tables, sums, decisions)
+
+    def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
+        """Decide by one row of sums for each pool, in place of its own."""
+        law, shifts = self._law, np.zeros(len(self.pools), np.int64)
+        if (law[:, ORD] != 2.0).any():
+            law, shifts, totals = by_norms(law, totals)
+        pools = whole_pools(self._pools)
+        kernels.decide_pools(pools, law, shifts, totals, outcome[1])
 
     def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""

@@ -18,7 +18,7 @@ from numclip.kernels.cuda import device, norms, tables, verdict
 from numclip.kernels.cuda.chunks import Chunks, Shared
 from numclip.kernels.cuda.grouping import Groups, Rows
 from numclip.kernels.cuda.tiling import Tiles
-from numclip.law import Law, Laws, Pool
+from numclip.law import Law, Laws, Pool, by_norms, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 
@@ -26,14 +26,14 @@ class HostTable:
     """A table of zeros that the host may write to; it is sent only where it differs."""
 
     def __init__(self, shape: tuple[int, int], stream: Any) -> None:
-        self._sent = np.zeros(shape)
-        self.table = device.table(self._sent, stream)
+        self.sent = np.zeros(shape)
+        self.table = device.table(self.sent, stream)
 
     def write(self, table: Array, stream: Any) -> None:
         """Let what follows in the stream see a table."""
-        if not np.array_equal(table, self._sent, equal_nan=True):
+        if not np.array_equal(table, self.sent, equal_nan=True):
             device.update(self.table, table, stream)
-            self._sent = table
+            self.sent = table
 
 
 class Work(Protocol):
@@ -192,6 +192,22 @@ class Plan:
         table = (laws or self._laws).table
         tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
         device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
+
+    def decide_by(self, totals: Array, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Decide by one row of sums for each pool, in place of its own."""
+        law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))
+        if (law[:, tables.ORD] != 2.0).any():
+            law, shifts, totals = by_norms(law, totals)
+            law[:, [tables.PEAK, tables.TERMS_PEAK]] = np.ldexp(
+                law[:, [tables.PEAK]], shifts[:, None]
+            )
+        tensors = np.zeros((len(pools), 5), np.int64)
+        tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
+        tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1
+        sent = [device.table(table, stream) for table in (tensors, pools, law, totals)]
+        spare = device.table(np.zeros_like(totals), stream)
+        arguments = *sent, self._tickets, spare, outcome[1]
+        device.launch(verdict.judge, len(pools), stream, *arguments)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""

@@ -1,0 +1,62 @@
+"""The sums of gradients that are a piece of what one norm is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from numclip.border.gradients import Gradient, gradients
+from numclip.border.structures import structure
+from numclip.clipping.clip import repeated_loss, span_of
+from numclip.dtypes import Array
+from numclip.isolation import isolated
+from numclip.law import Law, Pool
+from numclip.memory import RowSpan
+
+
+class Piece(NamedTuple):
+    """Rows of sums and of decisions, one for each tensor; decisions only of orders but 2.
+
+    `size` and `loss` are as in `numclip.sums.Whole`.
+    """
+
+    sums: Array
+    decisions: Array
+    size: int
+    loss: float
+
+
+@isolated
+def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
+    """Return the sums of gradients, for which a GPU is waited; None where there are none."""
+    entries = gradients(structure(grads)).entries
+    return piece_of(entries, ord, duplicates) if entries else None
+
+
+def piece_of(entries: Sequence[Gradient], ord: float, duplicates: str) -> Piece:
+    """Return the sums of described gradients likewise."""
+    engine = entries[0].engine
+    engine.require()
+    used = [entry.facts for entry in entries]
+    stream = engine.stream_of(used)
+    spans = [span_of(entry, entry, "propagate", ord, duplicates) for entry in entries]
+    if ord == 2.0:
+        pools = [Pool(0, len(spans), 0, "propagate")]
+    else:
+        pools = [Pool(t, t + 1, 0, "propagate") for t in range(len(spans))]
+    plan, free = engine.kept_plan(spans, pools, stream)
+    rows = [span for span in spans if isinstance(span, RowSpan)]
+    summed = [entry for entry in entries if entry.repeated and duplicates == "sum"]
+    with plan.lock:
+        if rows:
+            slices: list[Any] = [entry.slices for entry in summed]
+            plan.take_rows(rows, [own.grouping for own in slices], stream)
+        outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+        plan.write_laws(Law(float("inf"), ord=ord), stream)
+        plan.measure(ord, stream)
+        plan.decide(outcome, stream)
+    sums, decisions = (engine.read(table, stream).copy() for table in outcome)
+    engine.give_back(stream, used)
+    free.append(outcome)
+    size = sum(entry.size for entry in entries)
+    return Piece(sums, decisions, size, repeated_loss(summed, ord))

@@ -1,0 +1,192 @@
+"""The norm of gradients that arrive in pieces: the bits of all at once, in any order."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+import threading
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import numclip as nc
+from tests.oracle import checks, reference, strategies
+
+# Squares whose sum is a tie, 2.25 and half a unit in its last place, and what decides it.
+TIE = [np.array([1.5]), np.full(4, 2.0**-27)]
+DECIDING = [np.array([2.0**-54])] * 1000
+
+
+def accumulated(pieces, ord=2):
+    found = nc.NormAccumulator(ord)
+    for piece in pieces:
+        found.add(piece)
+    return found
+
+
+def grouped(parts, draw):
+    """Merge accumulators two by two, any two, until one is left."""
+    parts = [pickle.loads(pickle.dumps(part)) for part in parts]
+    while len(parts) > 1:
+        other = parts.pop(draw(st.integers(0, len(parts) - 1)))
+        parts[draw(st.integers(0, len(parts) - 1))].merge(other)
+    return parts[0]
+
+
+@given(st.data(), st.lists(strategies.arrays() | strategies.sparse(), min_size=1, max_size=6))
+def test_any_order_and_grouping_has_the_bits_of_all_at_once(data, grads):
+    norm = nc.global_norm(grads)
+    shuffled = data.draw(st.permutations(grads))
+    assert nc.global_norm(shuffled) == norm
+    count = data.draw(st.integers(1, len(grads)))
+    pieces = [shuffled[k::count] for k in range(count)]
+    whole = grouped([accumulated([piece]) for piece in pieces], data.draw)
+    assert whole.norm == accumulated([shuffled]).norm == norm
+    bound = data.draw(strategies.bounds(reference.norm(grads)))
+    results = [nc.clip_by_global_norm(piece, bound, whole) for piece in pieces]
+    assert {told for _, told in results} == {norm}
+    clipped = list(itertools.chain.from_iterable(own for own, _ in results))
+    given_to = list(itertools.chain.from_iterable(pieces))
+    if any(map(reference.is_sparse, grads)):
+        assert reference.square_sum(clipped) <= Fraction(bound) ** 2 or norm <= bound
+    else:
+        checks.assert_clipped(given_to, clipped, Fraction(bound) ** 2, norm)
+
+
+def test_what_decides_a_tie_counts_wherever_it_arrives():
+    for grads in (TIE + DECIDING, DECIDING + TIE, [DECIDING[0], *TIE, *DECIDING[1:]]):
+        assert nc.global_norm(grads) == 1.5 + 2.0**-52
+        mixed = [np.zeros(1, np.float32), *grads]  # the general path: two dtypes
+        assert nc.global_norm(mixed) == 1.5 + 2.0**-52
+        assert accumulated([grads]).norm == accumulated([[g] for g in grads]).norm == 1.5 + 2.0**-52
+    assert nc.global_norm(TIE) == nc.global_norm(TIE[::-1]) == 1.5
+
+
+def test_thousands_of_pieces_merge_to_the_same_bits_in_any_grouping():
+    rng = np.random.default_rng(3)
+    scales = 10.0 ** rng.integers(-12, 12, 10_000)
+    grads = list(rng.standard_normal((10_000, 3)) * scales[:, None])
+    norm = nc.global_norm(grads)
+    for ranks in (1, 10, 100, 1000):
+        parts = [accumulated([grads[k::ranks]]) for k in range(ranks)]
+        while len(parts) > 1:  # a tree
+            for one, other in zip(parts[::2], parts[1::2], strict=False):
+                one.merge(other)
+            parts = parts[::2]
+        assert parts[0].norm == norm
+
+
+@pytest.mark.parametrize("ord", [1, 1.5, 3, math.inf])
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_other_orders_do_not_depend_on_the_order(ord, size):
+    rng = np.random.default_rng(4)
+    scales = size * 2.0 ** rng.integers(-40, 40, 30)
+    grads = list(rng.standard_normal((30, 7)) * scales[:, None])
+    norm = nc.global_norm(grads, ord)
+    known = accumulated([grads], ord)
+    assert known.norm == pytest.approx(norm, rel=1e-14)
+    assert known.norm == norm or ord != math.inf
+    for ranks in (2, 3, 30):
+        parts = [accumulated([grads[k::ranks]], ord) for k in range(ranks)]
+        whole = nc.NormAccumulator(ord)
+        for part in reversed(parts):
+            whole.merge(part)
+        assert whole.norm == known.norm
+    clipped = [nc.clip_by_global_norm([g], norm / 3, whole, ord=ord)[0][0] for g in grads]
+    assert nc.global_norm(clipped, ord) == pytest.approx(norm / 3, rel=1e-14)
+
+
+def test_finite_gradients_whose_norm_exceeds_float64_are_clipped():
+    grads = [np.full(1, 1.5e308), np.full(1, 1.5e308, np.float64)]
+    whole = accumulated([[g] for g in grads])
+    assert whole.norm == math.inf == nc.global_norm(grads)
+    clipped = [nc.clip_by_global_norm([g], 1e300, whole, nonfinite="raise")[0][0] for g in grads]
+    checks.assert_same_bits(clipped[0], nc.clip_by_global_norm(grads, 1e300)[0][0])
+    assert clipped[1][0] == pytest.approx(1e300 / math.sqrt(2), rel=1e-14)
+
+
+@pytest.mark.parametrize("ord", [1, 2, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_passes_on_to_every_piece(ord, value):
+    good, bad = [np.array([3.0])], [np.array([1.0, value])]
+    whole = accumulated([good, bad], ord)
+    found = nc.global_norm([*good, *bad], ord)
+    assert whole.norm == found or (math.isnan(whole.norm) and math.isnan(found))
+    assert np.isnan(nc.clip_by_global_norm(good, 1.0, whole, ord=ord)[0][0]).all()
+    left, _ = nc.clip_by_global_norm(good, 1.0, whole, ord=ord, nonfinite="skip")
+    assert left[0] == 3.0
+    cleaned, _ = nc.clip_by_global_norm(bad, 0.5, whole, ord=ord, nonfinite="zero")
+    assert 0.5 * (1 - 2**-46) < cleaned[0][0] <= 0.5
+    assert cleaned[0][1] == 0.0
+    with pytest.raises(nc.NonFiniteGradientError, match="use_norm is not finite"):
+        nc.clip_by_global_norm(good, 1.0, whole, ord=ord, nonfinite="raise")
+    with pytest.raises(nc.NonFiniteGradientError, match=r"grads\[0\] is not finite"):
+        nc.clip_by_global_norm(bad, 1.0, whole, ord=ord, nonfinite="raise")
+    assert good[0] == 3.0
+
+
+def test_threads_add_to_one_accumulator():
+    grads = [np.full(5, float(k)) for k in range(64)]
+    whole = nc.NormAccumulator()
+
+    def add(k):
+        for grad in grads[k::8]:
+            whole.add([grad])
+
+    workers = [threading.Thread(target=add, args=(k,)) for k in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert whole.norm == nc.global_norm(grads)
+
+
+def test_of_nothing():
+    whole = nc.NormAccumulator()
+    whole.add([])
+    whole.add({"a": None, "b": np.empty((0, 3))})
+    assert whole.norm == 0.0
+    assert nc.clip_by_global_norm([], 1.0, whole) == ([], 0.0)
+    assert nc.clip_by_global_norm([np.zeros(2)], 0.0, whole)[0][0].tolist() == [0.0, 0.0]
+    assert repr(whole) == "NormAccumulator(ord=2, norm=0.0)"
+
+
+def test_copies_are_independent():
+    whole = accumulated([[np.array([3.0])]])
+    other = copy.deepcopy(whole)
+    other.add([np.array([4.0])])
+    assert (whole.norm, other.norm) == (3.0, 5.0)
+
+
+def test_the_subnormal_results_of_all_pieces_together_stay_within_the_bound():
+    # 64 pieces whose results round at the smallest numbers: each alone may add its grain.
+    rng = np.random.default_rng(5)
+    grads = [rng.standard_normal(64).astype(np.float32) for _ in range(64)]
+    whole = accumulated([[g] for g in grads])
+    for bound in np.float64(2.0) ** np.arange(-110, -92, 0.25):
+        clipped = [nc.clip_by_global_norm([g], bound, whole)[0][0] for g in grads]
+        assert reference.square_sum(clipped) <= Fraction(float(bound)) ** 2
+
+
+def test_what_does_not_fit_is_refused():
+    whole = nc.NormAccumulator()
+    with pytest.raises(TypeError, match=r"grads\[1\]: expected an array"):
+        whole.add([np.ones(2), np.ones(2, int)])
+    assert whole.norm == 0.0
+    with pytest.raises(ValueError, match="duplicates: expected one of"):
+        whole.add([], duplicates="both")
+    with pytest.raises(TypeError, match="other: expected a NormAccumulator, got float"):
+        whole.merge(1.0)
+    with pytest.raises(ValueError, match="other: expected another accumulator"):
+        whole.merge(whole)
+    with pytest.raises(ValueError, match="other: expected one of ord=2, got one of ord=1"):
+        whole.merge(nc.NormAccumulator(1))
+    with pytest.raises(ValueError, match="use_norm: expected one of ord=1, got one of ord=2"):
+        nc.clip_by_global_norm([np.ones(1)], 1.0, whole, ord=1)
+    with pytest.raises(ValueError, match="ord: expected a number >= 1"):
+        nc.NormAccumulator(0.5)
