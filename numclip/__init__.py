@@ -9,6 +9,7 @@ from numclip.diagnostics import show_versions as show_versions
 from numclip.diagnostics import warmup as warmup
 from numclip.errors import DeviceError as DeviceError
 from numclip.errors import NonFiniteGradientError as NonFiniteGradientError
+from numclip.errors import RankError as RankError
 from numclip.functional import adaptive_clip as adaptive_clip
 from numclip.functional import clip_by_average_norm as clip_by_average_norm
 from numclip.functional import clip_by_block_rms as clip_by_block_rms

@@ -16,7 +16,7 @@ from numclip.dtypes import Array
 from numclip.errors import expected
 from numclip.isolation import in_ordinary_environment
 from numclip.kernels.formulas import power_term, root, scale_by_power
-from numclip.sums import Whole, exact, exact_columns, rounded, row_of
+from numclip.sums import GRID, Whole, exact, exact_columns, rounded, row_of
 
 Found = tuple[float, float, int]
 """A total, what rounding has taken from it, and its exponent."""
@@ -174,7 +174,7 @@ class NormAccumulator:
         row[[tables.TOTAL, tables.ERROR, tables.EXPONENT]] = total, error, exponent
         if self.ord != 2.0 or self._special:
             row[[tables.TERMS, tables.TERMS_EXPONENT]] = total, exponent
-        return Whole(row, self._size, rounded(self._loss)[0])
+        return Whole(row, self._size, self._loss / (1 << GRID))
 
     @classmethod
     def of(cls, ord: float, found: Piece | None) -> Self:
@@ -188,15 +188,19 @@ class NormAccumulator:
 @in_ordinary_environment
 def _taken(ord: float, found: Piece) -> dict[str, Any]:
     """Return a piece as the state of an accumulator, without those tensors that are not finite."""
-    bad = found.sums[:, tables.BAD] != 0.0
+    told = found.sums[:, tables.TOTAL] if ord == 2.0 else found.decisions[:-1, tables.ROOT]
+    bad = ~np.isfinite(told)
     sums = found.sums[~bad]
     terms = 0
     if ord == 2.0:
-        units = {0: exact_columns(sums, tables.TOTAL, tables.EXPONENT, tables.ERROR)}
-        terms = exact_columns(sums, tables.TERMS, tables.TERMS_EXPONENT)
+        squares, terms = tables.TOTAL, tables.TERMS
+        alike = sums[:, squares : squares + 2] == sums[:, terms : terms + 2]
+        elements = alike.all(axis=1)  # where no rows repeat
+        of_elements = _exact_squares(sums[elements])
+        units = {0: of_elements + _exact_squares(sums[~elements])}
+        terms = of_elements + exact_columns(sums[~elements], terms, terms + 1)
     else:
         units = _powers(found.decisions[:-1][~bad], ord)
-    told = found.sums[:, tables.TOTAL] if ord == 2.0 else found.decisions[:-1, tables.ROOT]
     with np.errstate(invalid="ignore"):
         special = float(told[bad].sum())
     return {
@@ -204,9 +208,13 @@ def _taken(ord: float, found: Piece) -> dict[str, Any]:
         "_terms": terms,
         "_loss": exact([found.loss]),
         "_size": found.size,
-        "_bad": float(bad.sum()),
+        "_bad": float(found.sums[:, tables.BAD].sum()),
         "_special": special,
     }
+
+
+def _exact_squares(sums: Array) -> int:
+    return exact_columns(sums, tables.TOTAL, tables.EXPONENT, tables.ERROR)
 
 
 def _powers(decisions: Array, ord: float) -> dict[int, int]:

@@ -17,6 +17,10 @@ class DeviceError(RuntimeError):
     """CUDA was asked for where it cannot be used; the message says why."""
 
 
+class RankError(RuntimeError):
+    """The ranks of a communicator differ, or one of them raised; every rank raises an error."""
+
+
 class NonFiniteGradientError(ArithmeticError):
     """A gradient holds NaN or Inf, and the policy is ``"raise"``.
 
@@ -31,14 +35,23 @@ class NonFiniteGradientError(ArithmeticError):
         That element.
     count : int
         How many of that gradient's elements are not finite.
+    rank : int or None
+        The rank that has the gradient, where a communicator was given.
     """
 
     def __init__(
-        self, message: str, name: Any, index: int, value: float | complex, count: int
+        self,
+        message: str,
+        name: Any,
+        index: int,
+        value: float | complex,
+        count: int,
+        rank: int | None = None,
     ) -> None:
         super().__init__(message)
         self.name, self.index, self.value, self.count = name, index, value, count
+        self.rank = rank
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        arguments = (str(self), self.name, self.index, self.value, self.count)
+        arguments = (str(self), self.name, self.index, self.value, self.count, self.rank)
         return type(self), arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from numclip import libraries
 from numclip.accumulator import NormAccumulator
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
+from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
-from numclip.clipping import clip, parts
+from numclip.clipping import clip, parts, ranks
+from numclip.errors import expected
 from numclip.host import lists
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
+from numclip.sums import Whole
 
 
 def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float:
@@ -86,6 +90,7 @@ def clip_by_global_norm(
     nonfinite: str = "propagate",
     duplicates: str = "sum",
     out: Any = None,
+    comm: Any = None,
 ) -> tuple[Any, float]:
     """Scale all gradients by ``min(1, clip_norm / norm)``, the norm being that of all together.
 
@@ -113,6 +118,10 @@ def clip_by_global_norm(
     out : list, tuple, dict, optional
         Where to write: `grads` itself to work in place, or arrays of the same shapes and
         dtypes. New arrays by default.
+    comm : intra-communicator of mpi4py, optional
+        The ranks that make this call together: the norm is that of the gradients of all, each of
+        which counts, and the bound holds for all together. One ``Allgather`` of 80 bytes. What
+        `ParamGroups.clip` says of ranks holds here.
 
     Returns
     -------
@@ -129,7 +138,10 @@ def clip_by_global_norm(
     TypeError, ValueError
         Where an argument does not fit; the message names it. Nothing is written then.
     NonFiniteGradientError
-        With ``nonfinite="raise"``, naming the first bad gradient, its index and its value.
+        With ``nonfinite="raise"``, naming the first bad gradient, its index and its value, and
+        with `comm`, on all ranks, the rank that has it.
+    RankError
+        On all ranks, where arguments differ or another rank raised.
 
     Notes
     -----
@@ -158,13 +170,29 @@ def clip_by_global_norm(
     >>> norm, nc.global_norm(clipped) <= 1.0
     (5.0, True)
     """
+    if comm is not None:
+        found = communicator(comm, ranks.TOLD)
+        if found is not None:
+            check = partial(_law, clip_norm, use_norm, ord, nonfinite, duplicates, comm)
+            others = nonfinite, duplicates, out
+            return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
         done = lists.clip_by_global_norm(grads, float(clip_norm), out)
         if done is not None:
             return done
+    law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
+    return clip.clip_together(grads, law, nonfinite, duplicates, out, whole)
+
+
+def _law(
+    clip_norm: Any, use_norm: Any, ord: Any, nonfinite: Any, duplicates: Any, comm: Any = None
+) -> tuple[Law, Whole | None]:
+    """Return what the arguments of `clip_by_global_norm` ask for, after checking them."""
     order = arguments.order(ord)
     bound = arguments.bound("clip_norm", clip_norm)
     given, whole = ABSENT, None
+    if use_norm is not None and comm is not None:
+        raise ValueError(expected("use_norm", "None where comm= finds the norm", repr(use_norm)))
     if isinstance(use_norm, NormAccumulator):
         use_norm.check_order("use_norm", order)
         whole = use_norm.whole
@@ -172,8 +200,7 @@ def clip_by_global_norm(
         given = arguments.given_norm(use_norm)
     arguments.choice("nonfinite", nonfinite, POLICIES)
     arguments.choice("duplicates", duplicates, DUPLICATES)
-    law = Law(bound, given=given, ord=order)
-    return clip.clip_together(grads, law, nonfinite, duplicates, out, whole)
+    return Law(bound, given=given, ord=order), whole
 
 
 def clip_by_norm(

@@ -37,6 +37,10 @@ class Group:
         Whether the gradients are `IndexedSlices` in place of arrays.
     lr : float, optional
         The group's own learning rate, in place of the optimizer's.
+    sharded : bool, default False
+        Whether the ranks of a communicator hold different parts of the parameters, whose norms are
+        those of all parts together; see `ParamGroups.clip`. A part can be empty. Rules that act on
+        elements or units need no other ranks: give them groups that are not sharded, a part each.
 
     Raises
     ------
@@ -50,6 +54,7 @@ class Group:
     nonfinite: str = "propagate"
     sparse: bool = False
     lr: float | None = None
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         """Check each field."""
@@ -81,6 +86,8 @@ class Group:
             raise TypeError(f"clip: expected a rule or None, got {rule!r}")
         if self.sparse and rule.scope in ("element", "unit"):
             raise ValueError(f"clip: expected a rule that scales for a sparse group, got {rule!r}")
+        if self.sharded and rule.scope in ("element", "unit"):
+            raise ValueError(f"clip: expected a rule that scales for a sharded group, got {rule!r}")
         check(rule)
         for key, value in self.params.items():
             param: Any = describe(f"params[{key!r}]", key, value)

@@ -11,7 +11,9 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
+from numclip.border.communicator import communicator
 from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.ranks import Ranks, telling
 from numclip.clipping.steps import Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
@@ -147,6 +149,7 @@ class ParamGroups(state.Saved):
         )
         self.grads = _Grads(self)
         self._steps: Steps | None = None
+        self._ranks: Ranks | None = None
         self._history = History(history)
         self._history.follow(self._told)
         self._lock = threading.RLock()  # threads that race take their steps one after another
@@ -284,7 +287,7 @@ class ParamGroups(state.Saved):
             group.zero(self._stream)
 
     @isolated
-    def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
+    def clip(self, *, unscale: float = 1.0, apply: bool = True, comm: Any = None) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 
         Parameters
@@ -294,6 +297,10 @@ class ParamGroups(state.Saved):
             clipped in the same pass. Norms are those without it.
         apply : bool, default True
             False measures and decides, but writes no gradient and counts no step.
+        comm : intra-communicator of mpi4py, optional
+            The ranks that clip together, all of which make this call. Groups that are not sharded
+            count once, sharded ones with the parts of all ranks; what one rank holds that is not
+            finite is judged on all. Needed where a group is sharded. See Notes.
 
         Returns
         -------
@@ -304,14 +311,33 @@ class ParamGroups(state.Saved):
         ------
         NonFiniteGradientError
             Where a group's policy is "raise", for which the host waits; the message names
-            group, parameter and index. Nothing is modified in any group.
+            group, parameter and index, and the rank with `comm`. Nothing is modified in any group.
+        RankError
+            On all ranks, where they differ in groups, rules, dtypes, bounds or steps, where
+            gradients of a group that is not sharded have different norms, and where another rank
+            raised.
         TypeError, ValueError
             Where `unscale` does not fit, or a bound that is a function gives no bound.
+
+        Notes
+        -----
+        **Ranks.** Each call makes one ``Allgather`` of 16 bytes and 56 for each group (for each
+        tensor of a sharded group that is clipped tensor by tensor; 72 where the order is not 2),
+        the first one more to agree on groups and rules, and again where a rule was changed. Norms,
+        factors and decisions have the same bits on all ranks. A tensor's norm in a report is that
+        of this rank's part where the group is clipped as a whole. On a GPU the sums cross by way of
+        the host, which waits for them. A program in which one rank raises elsewhere leaves the
+        others waiting: run it by ``python -m mpi4py``, which ends all.
+
+        **Cost.** With a latency L, a tree gathers from R ranks in about ``L log2(R)``, a ring in
+        ``L (R - 1)``; each receives ``R`` rows. At 1e5 ranks and 1 us that is 17 us and 7 MB for
+        one group, at 1e3 ranks 10 us and 72 kB: less than reading the gradients once.
         """
-        scale = arguments.positive("unscale", unscale)
-        with self._lock:
+        ranks = self.ranks_of(comm)
+        with telling(ranks), self._lock:
+            scale = arguments.positive("unscale", unscale)
             steps = self._made_steps()
-            turn = steps.decided(self.step, scale)
+            turn = steps.decided(self.step, scale, ranks, f"clip(apply={bool(apply)})")
             if apply:
                 steps.write()
             else:
@@ -332,11 +358,31 @@ class ParamGroups(state.Saved):
         """Return what updates the parameters by an optimizer's method."""
         return GroupUpdater(self._made_steps(), self._states, method)
 
-    def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
+    def ranks_of(self, comm: Any) -> Ranks | None:
+        """Return the ranks of a communicator, None where there is no other one."""
+        found = communicator(comm)
+        if comm is None and any(group.sharded for group in self):
+            name = next(group.name for group in self if group.sharded)
+            raise ValueError(
+                f"comm: expected the communicator of the ranks that share group {name!r}, got None"
+            )
+        if found is None:
+            return None
+        if self._ranks is None or self._ranks.communicator.comm != comm:
+            self._ranks = Ranks(found)
+        return self._ranks
+
+    def update(
+        self,
+        updater: GroupUpdater,
+        rates: Sequence[float],
+        unscale: float,
+        ranks: Ranks | None = None,
+    ) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
         with self._lock:
             steps = self._made_steps()
-            turn = updater.step(steps, self.step, rates, unscale)
+            turn = updater.step(steps, self.step, rates, unscale, ranks)
             return self._reported(steps, turn, counts=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -391,6 +437,8 @@ class ParamGroups(state.Saved):
         for group in self:
             group.rule_state = _copied(_arrays(state_dict["rules"][group.name]))
         self.history = history
+        if self._ranks is not None:
+            self._ranks.forget()
         self.step = state_dict["step"]
         self.zero_grads()
 

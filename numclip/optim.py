@@ -11,6 +11,7 @@ import numpy as np
 from numclip import state
 from numclip.border import arguments
 from numclip.clipping.array_updating import ArrayUpdater, Pair
+from numclip.clipping.ranks import telling
 from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
@@ -52,7 +53,7 @@ class Optimizer(state.Saved):
         return arguments.finite_bound("lr", self.lr)
 
     @isolated
-    def step(self, *, unscale: float = 1.0) -> ClipReport:
+    def step(self, *, unscale: float = 1.0, comm: Any = None) -> ClipReport:
         """Clip every group by its rule and update its parameters.
 
         Each gradient is read once for the norms and once for the update, and not written
@@ -64,6 +65,9 @@ class Optimizer(state.Saved):
         ----------
         unscale : float, default 1.0
             The loss scale that the gradients carry, > 0.
+        comm : intra-communicator of mpi4py, optional
+            The ranks that step together, see `ParamGroups.clip`. Rates and settings must be the
+            same on all.
 
         Returns
         -------
@@ -74,11 +78,15 @@ class Optimizer(state.Saved):
         ------
         NonFiniteGradientError
             Where a group's policy is "raise". Nothing is changed in any group.
+        RankError
+            On all ranks, as from `ParamGroups.clip`. Nothing is changed on any.
         """
         groups, updater = self._managed()
-        scale = arguments.positive("unscale", unscale)
-        rates = [self._rate(group.lr, groups.step) for group in groups]
-        return groups.update(updater, rates, scale)
+        ranks = groups.ranks_of(comm)
+        with telling(ranks):
+            scale = arguments.positive("unscale", unscale)
+            rates = [self._rate(group.lr, groups.step) for group in groups]
+            return groups.update(updater, rates, scale, ranks)
 
     def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
         if self.groups is None or self._updater is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip import tables
 from numclip.dtypes import Array
-from numclip.kernels.formulas import BIN_EXPONENT, scale_by_power
+from numclip.kernels.formulas import BIN_EXPONENT, power_term, root, scale_by_power
 
 GRID = 3400
 """Sums are multiples of ``2**-GRID``: ``4**exponent`` times the smallest number is, of any sum."""
@@ -68,6 +68,22 @@ def rounded(units: int) -> tuple[float, float, int]:
     one = 1 << (GRID + 2 * exponent)
     total = units / one  # Python rounds a quotient of integers once
     return total, (units - exact([total], exponent)) / one, exponent
+
+
+def joined_norms(parts: Iterable[tuple[float, int]], ord: float) -> tuple[float, int]:
+    """Return the norm of vectors together, from the norm of each; as ``root * 2**exponent``."""
+    known = list(parts)
+    special = [norm for norm, _ in known if not math.isfinite(norm)]
+    if special:
+        return sum(special), 0
+    split = [(*math.frexp(norm), power) for norm, power in known if norm]
+    if not split:
+        return 0.0, 0
+    highest = max(own + power for _, own, power in split)
+    norms = [math.ldexp(fraction, own + power - highest) for fraction, own, power in split]
+    if ord == math.inf:
+        return max(norms), highest
+    return root(math.fsum(power_term(norm, ord) for norm in norms), ord), highest
 
 
 def row_of(units: int, terms: int, bad: float) -> Array:

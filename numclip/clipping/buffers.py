@@ -49,8 +49,8 @@ class GroupState:
     ----------
     name, clip, nonfinite, lr
         As in `Group`. Another rule or policy is taken up by the next step.
-    sparse : bool
-        Whether the gradients are rows of the parameters.
+    sparse, sharded : bool
+        Whether the gradients are rows of the parameters, and whether ranks have parts of them.
     names : tuple of str
         The names of the parameters.
     params, grads : mapping of str to array
@@ -66,6 +66,7 @@ class GroupState:
     ) -> None:
         """Copy the parameters; `changed` is told of another rule or policy."""
         self.name, self.number, self.lr = group.name, number, group.lr
+        self.sharded = group.sharded
         self._clip, self._nonfinite = group.clip, str(group.nonfinite)
         self._changed = changed
         self._engine = engine

@@ -8,7 +8,7 @@ policies that raise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Clipper:
         Which row of the tables is of the present step, and its sums and decisions.
     tables : list
         What is found, a row for each step: sums, decisions, and what kinds add.
+    given, told : array or None
+        The sums of all ranks for each pool, and those that reports tell for each tensor.
     strict, follows, decides_again : bool
         Whether the policy of a group is to raise, whether rules follow the norms, and whether
         more is to be decided than `measure` decides.
@@ -50,6 +52,8 @@ class Clipper:
     follows = decides_again = False
     place: int
     found: Outcome
+    given: Array | None = None
+    told: Array | None = None
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -63,10 +67,14 @@ class Clipper:
         self.pools: dict[str, range] = {}
         self._lay_out(groups)
         self.plan = self._plan(stream)
-        self.divisors = self._found_divisors()
+        self.divisors = self._found_divisors(self._sizes_of({}))
         self.rows: list[IndexedSlices] = []
         self._sparse = any(group.sparse for group in groups)
         self._losses: float | Array = 0.0
+        self._own_losses: float | Array = 0.0
+        self.losses_of_tensors: Array | None = None
+        self._sizes: Array | None = None
+        self.unscale = 1.0
         self.bounds = np.full(len(self._pool_list), math.inf)
         self._scheduled: list[Any] = []
         self._written: tuple[Array, float, Any] | None = None
@@ -99,10 +107,17 @@ class Clipper:
         spans = [one for group in self.groups for one in _spans(group, self.ord)]
         return self.engine.plan(spans, self._pool_list, stream)
 
-    def _found_divisors(self) -> Array:
+    def _sizes_of(self, known: Mapping[str, list[int]]) -> list[int]:
+        """Return how many elements each tensor has; those of some groups are known."""
+        return [
+            size
+            for group in self.groups
+            for size in known.get(group.name)
+            or [math.prod(param.shape) for param in group.params.values()]
+        ]
+
+    def _found_divisors(self, sizes: Sequence[int]) -> Array:
         """Return by what each pool's norm is divided."""
-        params = [param for group in self.groups for param in group.params.values()]
-        sizes = [math.prod(param.shape) for param in params]
         divisors = np.ones(len(self._pool_list))
         for group in self.groups:
             rule = self.rules[group.name]
@@ -110,6 +125,24 @@ class Clipper:
                 pool = self._pool_list[p]
                 divisors[p] = rule.divisor(sum(sizes[pool.first : pool.last]))
         return divisors
+
+    @property
+    def pool_of(self) -> Array:
+        """The pool of each tensor."""
+        return np.repeat(
+            np.arange(len(self._pool_list)), [pool.last - pool.first for pool in self._pool_list]
+        )
+
+    def take_sizes(self, known: Mapping[str, list[int]]) -> None:
+        """Let the tensors of some groups have so many elements on all ranks together."""
+        if known.keys().isdisjoint(self.rules):
+            return
+        sizes = self._sizes_of(known)
+        self.divisors = self._found_divisors(sizes)
+        pairs = zip(self.plan.spans, sizes, strict=True)
+        stored = [size * span.dtype.components for span, size in pairs]
+        self._sizes = np.array([sum(stored[pool.first : pool.last]) for pool in self._pool_list])
+        self._written = None
 
     def _set_bounds(self) -> None:
         """Take the bounds that do not depend on the step."""
@@ -141,7 +174,8 @@ class Clipper:
             self._take_bounds(bounds)
         if self._sparse:
             self._take_rows(stream)
-        self._unscale = unscale
+            self._losses = self._own_losses
+        self.unscale = unscale
         self._write_law(unscale, stream)
 
     def _take_bounds(self, bounds: Array) -> None:
@@ -160,10 +194,14 @@ class Clipper:
         losses = np.zeros(len(self._pool_list))
         places = {group.name: iter(self.pools[group.name]) for group in self.groups}
         pool = 0
+        tensors = {group.name: iter(self.tensors[group.name]) for group in self.groups}
+        self.losses_of_tensors = np.zeros(len(self.plan.spans))
         for group, entry in entries:
             pool = next(places[group.name], pool)  # the last one has the rest
-            losses[pool] += repeated_loss([entry], self.ord)
-        self._losses = losses
+            loss = repeated_loss([entry], self.ord)
+            losses[pool] += loss
+            self.losses_of_tensors[next(tensors[group.name])] = loss
+        self._own_losses = losses
 
     def _write_law(self, unscale: float, stream: Any) -> None:
         """Let decisions obey the bounds; nothing is sent where they do already."""
@@ -174,7 +212,14 @@ class Clipper:
             or written[1] != unscale
             or written[2] is not self._losses
         ):
-            law = Law(self.bounds, self.divisors, unscale=unscale, ord=self.ord, loss=self._losses)
+            law = Law(
+                self.bounds,
+                self.divisors,
+                unscale=unscale,
+                ord=self.ord,
+                loss=self._losses,
+                size=self._sizes,
+            )
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 
@@ -182,7 +227,31 @@ class Clipper:
         """Take the L2 norms and find what is not finite; decide."""
         self.plan.measure(2.0, stream)
         self.place, self.found = place, self._outcome(place)
+        self.given = self.told = None
         self.plan.decide(self.found, stream)
+
+    @property
+    def powers(self) -> Outcome:
+        """The sums and decisions of the rules' order, where that is not 2."""
+        return self.found
+
+    def take_powers(self, stream: Any) -> None:
+        """Measure by the rules' order, where that is not 2."""
+
+    def decide_given(self, given: Array, told: Array, losses: Array, stream: Any) -> None:
+        """Decide by the sums of all ranks for each pool; reports tell others, for each tensor."""
+        self.given, self.told = given, told
+        if self._sparse:
+            self._losses = losses
+        self._write_law(self.unscale, stream)
+        self._decide_again(stream)
+
+    def _decide_again(self, stream: Any) -> None:
+        """Decide by what was measured, here or on all ranks."""
+        if self.given is None:
+            self.plan.decide(self.found, stream)
+        else:
+            self.plan.decide_by(self.given, self.found, stream)
 
     def refused(self, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""

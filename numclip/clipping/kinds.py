@@ -35,6 +35,7 @@ class FollowingClipper(Clipper):
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
         sums, decisions = (self.engine.read(table, stream) for table in self.found)
+        sums = sums if self.told is None else self.told
         bounds, self._seen = self._unbounded.copy(), []
         for group in self.groups:
             seen = self._norms_of(group, sums, decisions)
@@ -45,8 +46,8 @@ class FollowingClipper(Clipper):
                 own = self.rules[group.name].thresholds(norms, total, step, group.rule_state)
                 bounds[pools.start : pools.stop] = own
         self._take_bounds(bounds)
-        self._write_law(self._unscale, stream)
-        self.plan.decide(self.found, stream)
+        self._write_law(self.unscale, stream)
+        self._decide_again(stream)
 
     def _norms_of(self, group: Any, sums: Array, decisions: Array) -> tuple[Array, float, bool]:
         """Return the norms a rule is told, the group's, and whether a gradient is not finite.
@@ -61,8 +62,8 @@ class FollowingClipper(Clipper):
             return np.array([total]), total, bool(own[tables.BROKEN])
         tensors = self.tensors[group.name]
         own = sums[tensors.start : tensors.stop]
-        norms = norms_of(own, self._unscale) / divisors
-        total = _finite(float(joined(own, self._unscale)))
+        norms = norms_of(own, self.unscale) / divisors
+        total = _finite(float(joined(own, self.unscale)))
         found = np.nan_to_num(norms, nan=0.0, posinf=LARGEST)
         return found, total, bool(own[:, tables.BAD].any())
 
@@ -94,8 +95,18 @@ class OrderClipper(Clipper):
 
     def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure by the order, and decide again by that."""
+        if self.given is None:
+            self.take_powers(stream)
+
+    @property
+    def powers(self) -> Outcome:
+        """The sums of powers, and the decisions."""
+        return self._powers, self.found[1]
+
+    def take_powers(self, stream: Any) -> None:
+        """Measure by the order, and decide by that."""
         self.plan.measure(self.ord, stream)
-        self.plan.decide((self._powers, self.found[1]), stream)
+        self.plan.decide(self.powers, stream)
 
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
         """Return what became of each tensor, by the norms of the order where each has one."""

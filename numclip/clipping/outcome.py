@@ -35,11 +35,15 @@ class kept:  # noqa: N801 - a decorator, as functools.cached_property, which tak
 
 
 class Read(NamedTuple):
-    """What a clipper has left of some steps: its tables, the bounds of pools, the loss scales."""
+    """What a clipper has left of some steps: its tables, the bounds of pools, the loss scales.
+
+    `told` are the sums of all ranks, where these have decided together.
+    """
 
     tables: Sequence[Array]
     bounds: Array
     unscale: Any
+    told: Array | None = None
 
 
 class Columns(NamedTuple):
@@ -79,9 +83,20 @@ class GroupOutcome:
 
     @kept
     def sums(self) -> Array:
-        """The sums of the group's tensors."""
+        """The sums of the group's tensors, each of all ranks where it has a norm of its own."""
+        if self._read.told is not None and not self.jointly and self._rule is not None:
+            return self.totals  # type: ignore[no-any-return]
         own = self._clipper.tensors[self.name]
-        return self._read.tables[0][..., own.start : own.stop, :]
+        sums: Array = self._read.tables[0][..., own.start : own.stop, :]
+        return sums
+
+    @kept
+    def totals(self) -> Array:
+        """Sums that belong to the group as a whole, of all ranks."""
+        if self._read.told is None:
+            return self.sums  # type: ignore[no-any-return]
+        own = self._clipper.tensors[self.name]
+        return self._read.told[..., own.start : own.stop, :]
 
     @property
     def _pools(self) -> slice:
@@ -130,7 +145,7 @@ class GroupOutcome:
         """Whether a gradient held NaN or Inf."""
         if self._own:
             return self._decision[tables.BROKEN] != 0.0
-        return self.sums[..., tables.BAD].any(axis=-1)
+        return self.totals[..., tables.BAD].any(axis=-1)
 
     @kept
     def scale(self) -> Any:
@@ -151,7 +166,7 @@ class GroupOutcome:
         """The L2 norm of the group's own gradients."""
         if self._own:
             return self._decided(tables.NORM)
-        return joined(self.sums, self._read.unscale)
+        return joined(self.totals, self._read.unscale)
 
     @kept
     def norm(self) -> Any:
@@ -173,6 +188,8 @@ class GroupOutcome:
     @kept
     def own_clipped_norm(self) -> Any:
         """The L2 norm of the group's own gradients after clipping."""
+        if self.jointly and not self._own and self._read.told is not None:
+            return self.own_norm * self.scale
         if self.jointly and not self._own:
             return hypotenuses(self.columns.clipped)
         return self.clipped_norm
@@ -199,7 +216,7 @@ class Outcome:
         """The L2 norm of all gradients before clipping."""
         if len(self.groups) == 1:
             return self.groups[0].own_norm
-        sums = np.concatenate([own.sums for own in self.groups], axis=-2)
+        sums = np.concatenate([own.totals for own in self.groups], axis=-2)
         return joined(sums, self._unscale)
 
     @kept

@@ -33,17 +33,19 @@ def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
     return piece_of(entries, ord, duplicates) if entries else None
 
 
-def piece_of(entries: Sequence[Gradient], ord: float, duplicates: str) -> Piece:
+def piece_of(
+    entries: Sequence[Gradient], ord: float, duplicates: str, policy: str = "propagate"
+) -> Piece:
     """Return the sums of described gradients likewise."""
     engine = entries[0].engine
     engine.require()
     used = [entry.facts for entry in entries]
     stream = engine.stream_of(used)
-    spans = [span_of(entry, entry, "propagate", ord, duplicates) for entry in entries]
+    spans = [span_of(entry, entry, policy, ord, duplicates) for entry in entries]
     if ord == 2.0:
-        pools = [Pool(0, len(spans), 0, "propagate")]
+        pools = [Pool(0, len(spans), 0, policy)]
     else:
-        pools = [Pool(t, t + 1, 0, "propagate") for t in range(len(spans))]
+        pools = [Pool(t, t + 1, 0, policy) for t in range(len(spans))]
     plan, free = engine.kept_plan(spans, pools, stream)
     rows = [span for span in spans if isinstance(span, RowSpan)]
     summed = [entry for entry in entries if entry.repeated and duplicates == "sum"]

@@ -7,6 +7,7 @@ the history when the next one is full, or earlier for whoever asks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from numclip import tables
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
+from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import Engine
 
@@ -71,7 +73,7 @@ class Block:
     def outcome_of(self, turn: Turn) -> Outcome:
         """Return what became of the groups in one step, after waiting for it."""
         reads = [
-            Read(self._read(k, turn.place), bounds, turn.unscale)
+            Read(self._read(k, turn.place), bounds, turn.unscale, turn.told and turn.told[k])
             for k, bounds in enumerate(turn.bounds)
         ]
         return self._outcome(reads, turn.unscale)
@@ -81,7 +83,12 @@ class Block:
         at = slice(turns[0].place, turns[0].place + len(turns))
         unscale = np.array([turn.unscale for turn in turns])
         reads = [
-            Read(self._read(k, at), _stacked([turn.bounds[k] for turn in turns]), unscale)
+            Read(
+                self._read(k, at),
+                _stacked([turn.bounds[k] for turn in turns]),
+                unscale,
+                np.stack([turn.told[k] for turn in turns]) if turns[0].told else None,
+            )
             for k in range(len(self.clippers))
         ]
         return self._outcome(reads, unscale)
@@ -119,15 +126,24 @@ def _stacked(bounds: Sequence[Array]) -> Array:
 
 
 class Turn:
-    """One step: its number, the bounds of each clipper's pools, and where its outcome is."""
+    """One step: its number, the bounds of each clipper's pools, and where its outcome is.
 
-    __slots__ = ("block", "bounds", "counts", "place", "step", "unscale")
+    `told` are the sums that reports tell, where all ranks have decided together.
+    """
+
+    __slots__ = ("block", "bounds", "counts", "place", "step", "told", "unscale")
 
     def __init__(
-        self, block: Block, place: int, step: int, unscale: float, bounds: list[Array]
+        self,
+        block: Block,
+        place: int,
+        step: int,
+        unscale: float,
+        bounds: list[Array],
+        told: Any = None,
     ) -> None:
         self.block, self.place, self.step, self.unscale = block, place, step, unscale
-        self.bounds, self.counts = bounds, False
+        self.bounds, self.told, self.counts = bounds, told, False
 
     def outcome(self) -> Outcome:
         """Return what became of the groups, after waiting for it."""
@@ -165,19 +181,42 @@ class Steps:
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
 
-    def decided(self, step: int, unscale: float) -> Turn:
-        """Measure and decide; refuse before anything is written."""
+    def decided(
+        self, step: int, unscale: float, ranks: Ranks | None = None, call: str = ""
+    ) -> Turn:
+        """Measure and decide; refuse before anything is written.
+
+        With all ranks, where there are some; `call` says to them what is done.
+        """
         block, stream, place = self._block, self.stream, self._place
-        for clipper in self.clippers:
-            clipper.obey(step, unscale, stream)
-        for clipper in self.clippers:
-            clipper.measure(place, stream)
-        for clipper in self._strict:
-            self._refuse(clipper)
+
+        def measure() -> None:
+            for clipper in self.clippers:
+                clipper.obey(step, unscale, stream)
+            for clipper in self.clippers:
+                clipper.measure(place, stream)
+
+        if ranks is None:
+            measure()
+            for clipper in self._strict:
+                self._refuse(clipper)
+        else:
+            ranks.decide(self, measure, lambda: self._facts(step, unscale, call), stream)
         for clipper in self._again:
             clipper.decide(step, stream)
         block.stream = stream
-        return Turn(block, place, step, unscale, [clipper.bounds for clipper in self.clippers])
+        told = None if ranks is None else [clipper.told for clipper in self.clippers]
+        bounds = [clipper.bounds for clipper in self.clippers]
+        return Turn(block, place, step, unscale, bounds, told)
+
+    def _facts(self, step: int, unscale: float, call: str) -> dict[str, str]:
+        """Say of a step what must be the same on all ranks."""
+        found = {"call": call, "step": str(step), "unscale": repr(unscale)}
+        for clipper in self.clippers:
+            for name, rule in clipper.rules.items():
+                if rule is not None and rule.scheduled:
+                    found[f"group {name!r}, bound"] = repr(rule.bound(step))
+        return found
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
@@ -233,9 +272,12 @@ class Steps:
 
 def _told(block: Block) -> Iterator[Told]:
     """Yield the steps of a block that the history does not have yet, if there are some."""
-    turns = block.turns[block.told :]
-    block.told += len(turns)
-    if any(turn.counts for turn in turns):
+    new = block.turns[block.told :]
+    block.told += len(new)
+    for _, alike in itertools.groupby(new, key=lambda turn: turn.told is None):
+        turns = list(alike)
+        if not any(turn.counts for turn in turns):
+            continue
         steps = np.array([turn.step for turn in turns])
         counts = np.array([turn.counts for turn in turns])
         yield Told(steps, block.outcome(turns), counts)

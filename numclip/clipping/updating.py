@@ -10,6 +10,7 @@ import numpy as np
 from numclip.border.gradients import Gradient
 from numclip.clipping.buffers import flat_buffers
 from numclip.clipping.clip import row_span
+from numclip.clipping.ranks import Ranks
 from numclip.clipping.steps import Steps, Turn
 from numclip.dtypes import Array, lookup
 from numclip.engine import Engine
@@ -108,15 +109,23 @@ class GroupUpdater:
             self._updates.append(made)
         self._written: list[Any] = [None] * len(self._updates)
 
-    def step(self, steps: Steps, number: int, rates: Sequence[float], unscale: float) -> Turn:
+    def step(
+        self,
+        steps: Steps,
+        number: int,
+        rates: Sequence[float],
+        unscale: float,
+        ranks: Ranks | None = None,
+    ) -> Turn:
         """Clip every group, and update it at its rate; return what became of it."""
         if steps is not self._steps:
             counts = {name: slots.steps for name, slots in self.slots.items()}
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
         stream = steps.stream
-        turn = steps.decided(number, unscale)
         settings = [self._method.settings(rate) for rate in rates]
+        call = "" if ranks is None else f"{self._method.kernel} of {settings}"
+        turn = steps.decided(number, unscale, ranks, call)
         for k, (clipper, updates) in enumerate(zip(steps.clippers, self._updates, strict=True)):
             if self._written[k] != settings:
                 updates.write_settings(self._table(clipper, settings), stream)

@@ -196,12 +196,23 @@ def decide_pools(pools, laws, shifts, sums, decisions):
     decide_all(pools, laws, shifts, sums, decisions)
 
 
+@inline
+def are_elements(pool, sums):
+    """Tell whether the terms of all of a pool's tensors are their elements."""
+    alike = True
+    for t in range(pool[FIRST], pool[LAST]):
+        alike &= sums[t, TERMS] == sums[t, TOTAL] and sums[t, TERMS_EXPONENT] == sums[t, EXPONENT]
+    return alike
+
+
 @kernel
 def add_pools(pools, sums, out):
     """Write the sum of each pool's tensors, as rows of sums are; of order 2."""
     for p in range(pools.shape[0]):
         total, error, exponent = add_tensors(pools[p], TOTAL, False, sums)
-        terms, _, power = add_tensors(pools[p], TERMS, False, sums)
+        terms, power = total, exponent
+        if not are_elements(pools[p], sums):
+            terms, _, power = add_tensors(pools[p], TERMS, False, sums)
         out[p, TOTAL], out[p, EXPONENT], out[p, BAD] = total, exponent, add_bad(pools[p], sums)
         out[p, TERMS], out[p, TERMS_EXPONENT], out[p, ERROR] = terms, power, error
 

@@ -52,10 +52,15 @@ def test_any_order_and_grouping_has_the_bits_of_all_at_once(data, grads):
     assert {told for _, told in results} == {norm}
     clipped = list(itertools.chain.from_iterable(own for own, _ in results))
     given_to = list(itertools.chain.from_iterable(pieces))
-    if any(map(reference.is_sparse, grads)):
-        assert reference.square_sum(clipped) <= Fraction(bound) ** 2 or norm <= bound
-    else:
-        checks.assert_clipped(given_to, clipped, Fraction(bound) ** 2, norm)
+    if len({reference.stored(grad).dtype for grad in grads}) == 1 and count == 1:
+        at_once, _ = nc.clip_by_global_norm(shuffled, bound)
+        for one, other in zip(clipped, at_once, strict=True):
+            checks.assert_same_bits(one, other)
+    if norm > bound:
+        checks.assert_within(given_to, clipped, Fraction(bound) ** 2)
+        return
+    for one, other in zip(given_to, clipped, strict=True):
+        checks.assert_same_bits(one, other)
 
 
 def test_what_decides_a_tie_counts_wherever_it_arrives():

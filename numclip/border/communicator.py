@@ -1,0 +1,151 @@
+"""The ranks of an MPI communicator: what they tell one another, and that they agree."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from numclip.dtypes import Array
+from numclip.errors import RankError, expected
+
+WELL, RAISED, ASKS = range(3)  # what a rank says of itself: it measured, it raised, it asks
+HEAD = 2  # numbers of a message before the values: that, and the digest of the facts
+NEEDED = "Allgather", "allgather", "Get_rank", "Get_size", "Is_inter"
+
+Facts = Mapping[str, str]
+"""What must be the same on all ranks, in words."""
+
+
+class Communicator:
+    """An intra-communicator of mpi4py, of two ranks or more; all calls are collective.
+
+    Attributes
+    ----------
+    comm : communicator
+        As the user gave it.
+    rank, size : int
+        Which one this process is, and of how many.
+    count : int or None
+        How many values ranks exchange; None where they are to agree first.
+    """
+
+    def __init__(self, comm: Any, count: int | None = None) -> None:
+        self.comm, self.count = comm, count
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._awaited = False  # whether the other ranks wait for this one
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let the other ranks know what is raised before they have heard of this one."""
+        self._awaited = True
+        try:
+            yield
+        except BaseException as error:
+            if self._awaited:
+                self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell an error in place of what is to be agreed on, or exchanged."""
+        self._awaited = False
+        text = f"{type(error).__name__}: {error}"
+        if self.count is None:
+            self.comm.allgather((RAISED, text))
+        else:
+            self._gathered(RAISED, 0, np.zeros(self.count))
+            self.comm.allgather(text)
+
+    def exchange(self, values: Array, facts: Facts) -> Array | None:
+        """Return the values of every rank, a row for each, by one collective call.
+
+        Where a rank asks whether all agree, None is returned on all. Raises, on all ranks, a
+        RankError where facts differ, and on all others where one has raised.
+        """
+        every = self._gathered(WELL, digest(facts), values)
+        heads = every[:, :HEAD].copy().view(np.int64)
+        if (heads[:, 0] == RAISED).any():
+            texts = self.comm.allgather(None)
+            raise _raised({rank: text for rank, text in enumerate(texts) if text is not None})
+        if (heads[:, 0] == ASKS).any():
+            return None
+        if (heads[:, 1] != heads[0, 1]).any():
+            self._refuse(facts)
+        return every[:, HEAD:]
+
+    def ask(self) -> None:
+        """Let all ranks agree again, in place of an exchange."""
+        assert self.count is not None
+        every = self._gathered(ASKS, 0, np.zeros(self.count))
+        if (every[:, :HEAD].copy().view(np.int64)[:, 0] == RAISED).any():
+            texts = self.comm.allgather(None)
+            raise _raised({rank: text for rank, text in enumerate(texts) if text is not None})
+
+    def _gathered(self, state: int, code: int, values: Array) -> Array:
+        """Return the messages of all ranks, of which this one's is a state, a code and values."""
+        message = np.empty(HEAD + values.size)
+        message[:HEAD].view(np.int64)[:] = state, code
+        message[HEAD:] = values
+        every = np.empty((self.size, message.size))
+        self._awaited = False
+        self.comm.Allgather(message, every)
+        return every
+
+    def agree(self, facts: Facts) -> None:
+        """Refuse, on all ranks, facts that are not the same on all."""
+        self._awaited = False
+        found = self.comm.allgather((WELL, digest(facts)))
+        raised = {rank: text for rank, (state, text) in enumerate(found) if state == RAISED}
+        if raised:
+            raise _raised(raised)
+        if any(other != found[0] for other in found):
+            self._refuse(facts)
+
+    def agreed(self, count: int) -> None:
+        """Exchange so many values from now on."""
+        self.count, self._awaited = count, True
+
+    def everyones(self, value: Any) -> list[Any]:
+        """Return a value of each rank."""
+        return self.comm.allgather(value)  # type: ignore[no-any-return]
+
+    def _refuse(self, facts: Facts) -> NoReturn:
+        """Raise what says where the facts of a rank differ from those of the first."""
+        first, *others = self.everyones(dict(facts))
+        for rank, other in enumerate(others, 1):
+            for key in [*first, *other]:
+                one, two = first.get(key, "nothing"), other.get(key, "nothing")
+                if one != two:
+                    text = f"{key}: {one} on rank 0, but {two} on rank {rank}"
+                    raise RankError(f"{text}; nothing was modified on any rank")
+        raise RankError("the ranks differ; nothing was modified on any rank")
+
+
+def _raised(texts: Mapping[int, str]) -> RankError:
+    """Return the error of the ranks that have none, from what the others have raised."""
+    rank = min(texts)
+    return RankError(f"rank {rank} raised {texts[rank]}; nothing was modified on any rank")
+
+
+def communicator(comm: Any, count: int | None = None) -> Communicator | None:
+    """Return the communicator of several ranks; None for one alone, which has no one to ask."""
+    if comm is None:
+        return None
+    if not all(hasattr(comm, name) for name in NEEDED):
+        wanted = "an intra-communicator of mpi4py or None"
+        raise TypeError(expected("comm", wanted, type(comm).__name__))
+    if not comm:
+        raise ValueError(expected("comm", "an intra-communicator", "COMM_NULL"))
+    if comm.Is_inter():
+        raise ValueError(expected("comm", "an intra-communicator", "an inter-communicator"))
+    return Communicator(comm, count) if comm.Get_size() > 1 else None
+
+
+def digest(facts: Facts) -> int:
+    """Return 64 bits that facts have in common with no others."""
+    text = "\n".join(f"{key}: {value}" for key, value in facts.items())
+    found = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)

@@ -1,0 +1,552 @@
+"""One norm and one decision for many ranks; here they are threads, see tests/oracle/ranks.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import numclip as nc
+from numclip.errors import RankError
+from tests.oracle import checks, ranks, reference
+
+CHUNK = 16_384  # elements that the host adds up together
+SIZES = [1, 2, 3, 4, 8]
+
+
+def together(size, program):
+    """Run a program on ranks, none of which may raise."""
+    results = ranks.run(size, program)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def raised(size, program, kind=RankError):
+    """Run a program that must raise on every rank; return the messages."""
+    results = ranks.run(size, program)
+    for result in results:
+        if not isinstance(result, kind):
+            raise AssertionError(f"not {kind}: {results}") from (
+                result if isinstance(result, BaseException) else None
+            )
+    return [str(result) for result in results]
+
+
+def shards(array, size, aligned=False):
+    """Cut an array into a part for each rank; some are empty where there are few elements."""
+    step = CHUNK if aligned else 1
+    pieces = -(-len(array) // step)
+    ends = [min(len(array), step * (pieces * k // size)) for k in range(size + 1)]
+    return [array[begin:end].copy() for begin, end in itertools.pairwise(ends)]
+
+
+# ---- the function
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shards_of_whole_chunks_have_the_bits_of_all_at_once(size, dtype):
+    rng = np.random.default_rng(size)
+    whole = rng.standard_normal(9 * CHUNK + 5).astype(dtype)
+    parts = shards(whole, size, aligned=True)
+    clipped, norm = nc.clip_by_global_norm([whole], 3.0)
+    results = together(
+        size, lambda comm: nc.clip_by_global_norm([parts[comm.Get_rank()]], 3.0, comm=comm)
+    )
+    assert {told for _, told in results} == {norm}
+    checks.assert_same_bits(np.concatenate([own[0] for own, _ in results]), clipped[0])
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3.5, math.inf])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_any_shards_have_the_norm_of_all_and_keep_the_bound(ord, scale, size):
+    rng = np.random.default_rng(7)
+    tensors = [rng.standard_normal(n) * scale for n in (5, 1, 300)]
+    norm = nc.global_norm(tensors, ord)
+    parts = [shards(tensor, size) for tensor in tensors]
+
+    def program(comm):
+        own = {k: part[comm.Get_rank()] for k, part in enumerate(parts)}
+        found = nc.clip_by_global_norm(own, norm / 7, ord=ord, out=own, comm=comm)
+        assert found[0][0] is own[0]
+        return found
+
+    results = together(size, program)
+    assert len({told for _, told in results}) == 1
+    assert results[0][1] == pytest.approx(norm, rel=1e-15 if ord == 2 else 1e-14)
+    clipped = [np.concatenate([own[k] for own, _ in results]) for k in range(3)]
+    expected, _ = nc.clip_by_global_norm(tensors, norm / 7, ord=ord)
+    for one, other in zip(clipped, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-14)
+    if ord == 2:
+        assert reference.square_sum(clipped) <= Fraction(norm / 7) ** 2
+
+
+def test_rows_that_repeat_and_iterators_and_nothing_at_all():
+    def program(comm):
+        if comm.Get_rank() == 0:
+            return nc.clip_by_global_norm([], 1.0, comm=comm)
+        if comm.Get_rank() == 1:
+            return nc.clip_by_global_norm((g for g in [None, np.array([12.0])]), 6.5, comm=comm)
+        rows = nc.IndexedSlices(np.array([[4.0], [1.0]]), [2, 2], (5, 1))
+        return nc.clip_by_global_norm({"e": rows}, 6.5, comm=comm)
+
+    assert all(isinstance(found, RankError) for found in ranks.run(3, program))  # clip_norm differs
+
+    def agreeing(comm):
+        rows = nc.IndexedSlices(np.array([[4.0], [1.0]]), [2, 2], (5, 1))
+        grads = [[], (g for g in [None, np.array([12.0])]), {"e": rows}][comm.Get_rank()]
+        return nc.clip_by_global_norm(grads, 6.5, comm=comm)
+
+    nothing, dense, sparse = together(3, agreeing)
+    assert nothing == ([], 13.0)
+    assert dense[0][0] is None
+    assert dense[0][1] == pytest.approx(6.0, rel=1e-14)
+    assert sparse[0]["e"].to_dense()[2] == pytest.approx(2.5, rel=1e-14)
+
+
+def test_the_subnormal_results_of_all_ranks_together_stay_within_the_bound():
+    rng = np.random.default_rng(5)
+    parts = [rng.standard_normal(64).astype(np.float32) for _ in range(16)]
+    for bound in np.float64(2.0) ** np.arange(-108, -94, 0.5):
+        results = together(
+            16,
+            lambda comm, to=bound: nc.clip_by_global_norm([parts[comm.Get_rank()]], to, comm=comm),
+        )
+        square = reference.square_sum([own[0] for own, _ in results])
+        assert square <= Fraction(float(bound)) ** 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_verdict_on_what_is_not_finite(value):
+    def grads(comm):
+        own = np.array([3.0, 4.0])
+        if comm.Get_rank() == 1:
+            own[1] = value
+        return [own]
+
+    def clip(policy):
+        def program(comm):
+            own = grads(comm)
+            kept = own[0].copy()
+            try:
+                found = nc.clip_by_global_norm(own, 1.0, nonfinite=policy, out=own, comm=comm)
+            finally:
+                if policy == "raise":
+                    checks.assert_same_bits(own[0], kept)
+            return found
+
+        return program
+
+    for own, norm in together(3, clip("propagate")):
+        assert np.isnan(own[0]).all()
+        assert not math.isfinite(norm)
+    for rank, (own, norm) in enumerate(together(3, clip("skip"))):
+        assert own[0][0] == 3.0
+        assert own[0][1] == 4.0 or rank == 1
+        assert not math.isfinite(norm)
+    results = together(3, clip("zero"))
+    assert {norm for _, norm in results} == {math.sqrt(59)}
+    assert results[1][0][0][1] == 0.0
+    errors = ranks.run(3, clip("raise"))
+    assert {str(error) for error in errors} == {
+        f"rank 1: grads[0] is not finite: {value} at flat index 1, 1 of 2 elements; "
+        "nothing was modified"
+    }
+    assert {(error.rank, error.name, error.index) for error in errors} == {(1, 0, 1)}
+
+
+def test_a_rank_that_raises_is_an_error_on_all():
+    def program(comm):
+        return nc.clip_by_global_norm(
+            [np.ones(2, int if comm.Get_rank() else float)], 1.0, comm=comm
+        )
+
+    first, second = ranks.run(2, program)
+    assert isinstance(second, TypeError)
+    assert isinstance(first, RankError)
+    assert re.fullmatch(
+        r"rank 1 raised TypeError: grads\[0\]: .*; nothing was modified on any rank", str(first)
+    )
+
+    def bad_bound(comm):
+        return nc.clip_by_global_norm([np.ones(2)], -1.0 if comm.Get_rank() else 1.0, comm=comm)
+
+    first, second = ranks.run(2, bad_bound)
+    assert isinstance(second, ValueError)
+    assert str(first).startswith("rank 1 raised ValueError: clip_norm: expected a number >= 0")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"clip_norm": 2.0}, "clip_norm: 1.0 on rank 0, but 2.0 on rank 2"),
+        ({"ord": 1}, "ord: 2.0 on rank 0, but 1.0 on rank 2"),
+        ({"nonfinite": "skip"}, "nonfinite: 'propagate' on rank 0, but 'skip' on rank 2"),
+        ({"duplicates": "raw"}, "duplicates: 'sum' on rank 0, but 'raw' on rank 2"),
+    ],
+)
+def test_arguments_that_differ_are_an_error_on_all(change, text):
+    def program(comm):
+        own = {"clip_norm": 1.0, **(change if comm.Get_rank() == 2 else {})}
+        grads = [np.full(2, 5.0)]
+        try:
+            nc.clip_by_global_norm(grads, out=grads, comm=comm, **own)
+        finally:
+            assert grads[0].tolist() == [5.0, 5.0]
+
+    assert set(raised(3, program)) == {f"{text}; nothing was modified on any rank"}
+
+
+def test_one_rank_asks_nobody():
+    def program(comm):
+        found = nc.clip_by_global_norm([np.array([3.0, 4.0])], 1.0, comm=comm)
+        assert comm.calls == []
+        return found[1]
+
+    assert together(1, program) == [5.0]
+
+
+def test_what_is_no_communicator_is_refused():
+    grads = [np.ones(2)]
+    with pytest.raises(TypeError, match="comm: expected an intra-communicator of mpi4py or None"):
+        nc.clip_by_global_norm(grads, 1.0, comm=3)
+
+    def inter(comm):
+        comm.Is_inter = lambda: True
+        nc.clip_by_global_norm(grads, 1.0, comm=comm)
+
+    assert "got an inter-communicator" in raised(1, inter, ValueError)[0]
+
+    def with_use_norm(comm):
+        nc.clip_by_global_norm(grads, 1.0, 3.0, comm=comm)
+
+    assert "use_norm: expected None" in raised(2, with_use_norm, ValueError)[0]
+
+
+# ---- groups
+
+
+def gradient(step, n, seed=0):
+    rng = np.random.default_rng((seed, step))
+    return rng.standard_normal(n) * 10.0 ** rng.uniform(-1, 1)
+
+
+RULES = {
+    "none": None,
+    "global": nc.ByGlobalNorm(1.5),
+    "global of order 1": nc.ByGlobalNorm(3.0, ord=1),
+    "global of order inf": nc.ByGlobalNorm(0.5, ord=math.inf),
+    "shared": nc.ByGlobalNorm(lambda step: 1.0 + step, shared="both"),
+    "tensors": nc.ByNorm(0.7),
+    "tensors of order 3": nc.ByNorm(0.7, ord=3),
+    "average": nc.ByAverageNorm(0.02),
+    "rms": nc.ByBlockRMS(0.1),
+    "percentile": nc.AutoClip(percentile=50),
+    "deviations": nc.ZClip(warmup=2, z=0.5),
+    "averages": nc.AdaGC(warmup=2),
+}
+REPLICATED = {
+    **RULES,
+    "values": nc.ByValue(-0.1, 0.1),
+    "units": nc.ByNorm(0.2, axes=0),
+    "adaptive": nc.Adaptive(0.1),
+}
+NUMBERS = ("norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite")
+
+
+def numbers(report):
+    """What a report tells of the whole and of groups."""
+    reports = [report, *report.groups.values()]
+    return [[getattr(own, name) for name in NUMBERS] for own in reports]
+
+
+def trained(rule, comm=None, size=1, rank=0, sharded=True, steps=5):
+    """Some steps of groups of which ranks have parts, or copies; the parameters and all reports."""
+    lengths = {"w": 37, "b": 3, "v": 20}
+    cut = (lambda x: shards(x, size)[rank]) if sharded else (lambda x: x)
+    params = {name: cut(np.linspace(-1, 1, n)) for name, n in lengths.items()}
+    groups = nc.ParamGroups(
+        [
+            nc.Group("one", {"w": params["w"], "b": params["b"]}, clip=rule, sharded=sharded),
+            nc.Group("two", {"v": params["v"]}, clip=rule, sharded=sharded),
+            nc.Group("copies", {"c": np.ones(4)}, clip=nc.ByGlobalNorm(1.0)),
+        ]
+    )
+    optimizer = nc.SGD(groups, lr=0.1, momentum=0.9)
+    reports = []
+    for step in range(steps):
+        grads = {name: cut(gradient(step, n, seed=n)) for name, n in lengths.items()}
+        groups.set_grads({**grads, "c": gradient(step, 4)})
+        reports.append(numbers(groups.clip(apply=False, comm=comm)))
+        reports.append(numbers(optimizer.step(comm=comm)))
+        reports.append(numbers(groups.clip(unscale=2.0, comm=comm)))
+    history = groups.history.to_dict()
+    found = {name: np.array(param) for name, param in groups.params.items()}
+    calls = [] if comm is None else comm.calls
+    return found, reports, history, calls
+
+
+def assert_told_alike(results):
+    """What is told has the same bits on all ranks."""
+    for _, reports, history, _ in results[1:]:
+        np.testing.assert_equal(reports, results[0][1])
+        np.testing.assert_equal(history, results[0][2])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharded_groups_are_clipped_as_if_they_were_whole(name, size):
+    rule = RULES[name]
+    results = together(size, lambda comm: trained(rule, comm, size, comm.Get_rank()))
+    assert_told_alike(results)
+    expected, reports, _, _ = trained(rule, ranks.run(1, lambda comm: comm)[0])
+    np.testing.assert_allclose(
+        np.array(results[0][1], float), np.array(reports, float), rtol=2e-14, atol=1e-300
+    )
+    for key, param in expected.items():
+        parts = [found[key] for found, *_ in results]
+        joined = parts[0] if key == "c" else np.concatenate(parts)
+        np.testing.assert_allclose(joined, param, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_copies_count_once(name):
+    rule = REPLICATED[name]
+    results = together(3, lambda comm: trained(rule, comm, sharded=False))
+    assert_told_alike(results)
+    expected, reports, _, _ = trained(rule, sharded=False)
+    np.testing.assert_allclose(
+        np.array(results[0][1], float), np.array(reports, float), rtol=1e-15, atol=0
+    )
+    for found, *_ in results:
+        for key, param in expected.items():
+            checks.assert_same_bits(found[key], param)
+
+
+def test_a_call_is_one_collective_of_some_bytes_for_each_group():
+    _, _, _, calls = together(2, lambda comm: trained(RULES["global"], comm, 2, comm.Get_rank()))[0]
+    assert [name for name, _ in calls[:3]] == ["allgather", "allgather", "Allgather"]
+    assert set(calls[2:]) == {("Allgather", 16 + 3 * 56)}
+    assert len(calls[2:]) == 15
+
+
+def test_sharded_rows_that_repeat_count_as_their_sums():
+    values, indices = np.array([[3.0], [1.0], [2.0]]), np.array([0, 0, 1])
+
+    def program(comm):
+        groups = nc.ParamGroups(
+            [
+                nc.Group(
+                    "e", {"E": np.zeros((4, 1))}, nc.ByGlobalNorm(1.0), sparse=True, sharded=True
+                )
+            ]
+        )
+        groups.grads["E"] = nc.IndexedSlices(values * (1 + comm.Get_rank()), indices, (4, 1))
+        report = groups.clip(comm=comm)
+        return report.norm, groups.grads["E"].to_dense()
+
+    results = together(2, program)
+    assert {norm for norm, _ in results} == {10.0}
+    square = reference.square_sum([dense for _, dense in results])
+    assert Fraction(1 - 2**-40) < square <= 1
+
+
+# ---- what is not finite
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("policy", ["propagate", "skip", "raise", "zero"])
+@pytest.mark.parametrize("rule", ["none", "global", "tensors", "global of order 1", "percentile"])
+def test_all_ranks_take_one_decision_on_what_is_not_finite(rule, policy, sharded):
+    def program(comm):
+        params = {"w": np.zeros(3), "b": np.zeros(2)}
+        groups = nc.ParamGroups(
+            [nc.Group("g", params, RULES[rule], nonfinite=policy, sharded=sharded)]
+        )
+        w = np.array([1.0, math.nan if comm.Get_rank() == 1 else 2.0, 3.0])
+        groups.set_grads({"w": w, "b": np.ones(2)})
+        optimizer = nc.SGD(groups, lr=1.0)
+        try:
+            report = optimizer.step(comm=comm)
+        finally:
+            if policy in ("raise", "skip"):
+                assert not groups["g"].flat_params["float64"].any()
+        return numbers(report), groups["g"].flat_params["float64"].copy()
+
+    results = ranks.run(3, program)
+    if policy == "raise":
+        texts = {str(error) for error in results}
+        assert len(texts) == 1
+        assert texts.pop().startswith("rank 1: g.w is not finite: nan at flat index 1")
+        return
+    if policy == "zero" and not sharded:  # what is left differs
+        assert all(isinstance(error, RankError) for error in results)
+        return
+    told = [own for own, _ in results]
+    np.testing.assert_equal(told[1:], told[:-1])
+    assert told[0][1][NUMBERS.index("nonfinite")]
+    assert told[0][1][NUMBERS.index("skipped")] == (policy == "skip")
+    if policy == "zero":
+        assert all(np.isfinite(param).all() for _, param in results)
+
+
+# ---- what differs
+
+
+def make(**changes):
+    """Groups and an optimizer, that of one rank changed."""
+    own = {
+        "name": "g",
+        "key": "w",
+        "clip": nc.ByGlobalNorm(1.0),
+        "dtype": np.float64,
+        "shape": (2,),
+        "nonfinite": "skip",
+        "lr": 0.5,
+        **changes,
+    }
+    params = {own["key"]: np.zeros(own["shape"], own["dtype"])}
+    groups = nc.ParamGroups([nc.Group(own["name"], params, own["clip"], own["nonfinite"])])
+    groups.set_grads({own["key"]: np.full(own["shape"], 5.0, own["dtype"])})
+    return groups, nc.SGD(groups, lr=own["lr"])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"name": "h"}, "groups: g on rank 0, but h on rank 1"),
+        ({"key": "v"}, "group 'g', w: float64 of shape (2,) on rank 0, but nothing on rank 1"),
+        ({"shape": (3,)}, "group 'g', w: float64 of shape (2,) on rank 0, but float64 of shape (3"),
+        ({"dtype": np.float32}, "group 'g', w: float64 of shape (2,) on rank 0, but float32"),
+        ({"clip": nc.ByNorm(1.0)}, "group 'g', clip: ByGlobalNorm(max_norm=1.0"),
+        ({"nonfinite": "zero"}, "group 'g', nonfinite: 'skip' on rank 0, but 'zero' on rank 1"),
+        ({"lr": 0.25}, "call: descend of [[0.5, 0.0, 0.0, 0.0, 1.0]] on rank 0, but descend of"),
+    ],
+)
+def test_groups_that_differ_are_an_error_on_all(change, text):
+    def program(comm):
+        groups, optimizer = make(**(change if comm.Get_rank() == 1 else {}))
+        try:
+            optimizer.step(comm=comm)
+        finally:
+            assert not any(param.any() for param in groups.params.values())
+
+    texts = set(raised(3, program))
+    assert len(texts) == 1
+    assert text in texts.pop()
+
+
+def test_steps_scales_bounds_and_calls_that_differ_are_an_error_on_all():
+    def differing(act):
+        def program(comm):
+            rank = comm.Get_rank()
+            clip = nc.ByGlobalNorm(lambda step: 1.0 + (rank if step == 1 else 0))
+            groups, optimizer = make(clip=clip)
+            groups.clip(comm=comm)
+            act(groups, optimizer, comm, rank)
+
+        texts = set(raised(2, program))
+        assert len(texts) == 1
+        return texts.pop()
+
+    def stepped(groups, _, comm, rank):
+        groups.step += rank
+        groups.clip(comm=comm)
+
+    assert "step: 1 on rank 0, but 2 on rank 1" in differing(stepped)
+    text = differing(lambda groups, _, comm, rank: groups.clip(unscale=1.0 + rank, comm=comm))
+    assert "unscale: 1.0 on rank 0, but 2.0 on rank 1" in text
+    text = differing(lambda groups, _, comm, __: groups.clip(comm=comm))
+    assert "group 'g', bound: 1.0 on rank 0, but 2.0 on rank 1" in text
+    text = differing(lambda groups, _, comm, rank: groups.clip(apply=rank == 0, comm=comm))
+    assert "call: clip(apply=True) on rank 0, but clip(apply=False) on rank 1" in text
+
+
+def test_a_rule_that_one_rank_changes_is_an_error_and_one_that_all_change_is_taken_up():
+    def program(comm):
+        groups, optimizer = make()
+        optimizer.step(comm=comm)
+        before = groups.params["w"].copy()
+        if comm.Get_rank() == 1:
+            groups["g"].clip = nc.ByGlobalNorm(2.0)
+        with pytest.raises(RankError, match=r"clip: ByGlobalNorm\(max_norm=1.0"):
+            optimizer.step(comm=comm)
+        checks.assert_same_bits(groups.params["w"], before)
+        groups["g"].clip = nc.ByGlobalNorm(2.0)
+        return optimizer.step(comm=comm).threshold
+
+    assert together(3, program) == [2.0] * 3
+
+
+def test_a_state_that_one_rank_loads_is_looked_at():
+    def program(comm):
+        groups, optimizer = make(clip=nc.AutoClip())
+        kept = groups.state_dict()
+        optimizer.step(comm=comm)
+        if comm.Get_rank() == 1:
+            groups.load_state_dict(kept)
+        with pytest.raises(RankError, match="state of the rule"):
+            optimizer.step(comm=comm)
+        if comm.Get_rank() == 0:
+            groups.load_state_dict(kept)
+        groups.set_grads({"w": np.full(2, 5.0)})
+        return optimizer.step(comm=comm).clipped
+
+    assert together(2, program) == [False] * 2
+
+
+def test_copies_that_differ_are_an_error_on_all():
+    def program(comm):
+        groups, optimizer = make()
+        if comm.Get_rank() == 2:
+            groups.grads["w"][0] = 5.0 + 1e-9
+        optimizer.step(comm=comm)
+
+    texts = set(raised(3, program))
+    assert len(texts) == 1
+    assert "group 'g': the gradients differ, of norm" in texts.pop()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_that_raises_before_it_measures_is_an_error_on_all(first):
+    def rate(step):
+        if step == (0 if first else 1) and rank_of[0] is not None:
+            raise KeyError("no rate")
+        return 0.5
+
+    rank_of = [None]
+
+    def program(comm):
+        own = rate if comm.Get_rank() == 1 else (lambda step: 0.5)  # noqa: ARG005
+        groups, optimizer = make(lr=own)
+        if not first:
+            optimizer.step(comm=comm)
+        rank_of[0] = 1
+        before = groups.params["w"].copy()
+        try:
+            optimizer.step(comm=comm)
+        finally:
+            checks.assert_same_bits(groups.params["w"], before)
+
+    results = ranks.run(3, program)
+    assert isinstance(results[1], KeyError)
+    for rank in (0, 2):
+        assert str(results[rank]) == (
+            "rank 1 raised KeyError: 'no rate'; nothing was modified on any rank"
+        )
+
+
+def test_sharded_groups_need_a_communicator_and_rules_that_scale():
+    groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros(2)}, sharded=True)])
+    with pytest.raises(ValueError, match="comm: expected the communicator of the ranks that share"):
+        groups.clip()
+    with pytest.raises(ValueError, match="a rule that scales for a sharded group"):
+        nc.Group("g", {"w": np.zeros((2, 2))}, nc.ByNorm(1.0, axes=0), sharded=True)
