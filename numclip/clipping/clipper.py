@@ -43,7 +43,9 @@ class Clipper:
     tables : list
         What is found, a row for each step: sums, decisions, and what kinds add.
     given, told : array or None
-        The sums of all ranks for each pool, and those that reports tell for each tensor.
+        The sums of all ranks for each pool, and those that reports tell.
+    told_rows : dict of str to range
+        Which of the latter are of each group: one, or one for each tensor.
     strict, follows, decides_again : bool
         Whether the policy of a group is to raise, whether rules follow the norms, and whether
         more is to be decided than `measure` decides.
@@ -54,6 +56,7 @@ class Clipper:
     found: Outcome
     given: Array | None = None
     told: Array | None = None
+    told_rows: dict[str, range]
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -239,7 +242,7 @@ class Clipper:
         """Measure by the rules' order, where that is not 2."""
 
     def decide_given(self, given: Array, told: Array, losses: Array, stream: Any) -> None:
-        """Decide by the sums of all ranks for each pool; reports tell others, for each tensor."""
+        """Decide by the sums of all ranks for each pool; reports tell others."""
         self.given, self.told = given, told
         if self._sparse:
             self._losses = losses

@@ -35,7 +35,6 @@ class FollowingClipper(Clipper):
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
         sums, decisions = (self.engine.read(table, stream) for table in self.found)
-        sums = sums if self.told is None else self.told
         bounds, self._seen = self._unbounded.copy(), []
         for group in self.groups:
             seen = self._norms_of(group, sums, decisions)
@@ -61,6 +60,8 @@ class FollowingClipper(Clipper):
             total = _finite(float(own[tables.NORM] * divisors[0]))
             return np.array([total]), total, bool(own[tables.BROKEN])
         tensors = self.tensors[group.name]
+        if self.told is not None:
+            sums, tensors = self.told, self.told_rows[group.name]
         own = sums[tensors.start : tensors.stop]
         norms = norms_of(own, self.unscale) / divisors
         total = _finite(float(joined(own, self.unscale)))

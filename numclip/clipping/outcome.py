@@ -95,7 +95,7 @@ class GroupOutcome:
         """Sums that belong to the group as a whole, of all ranks."""
         if self._read.told is None:
             return self.sums  # type: ignore[no-any-return]
-        own = self._clipper.tensors[self.name]
+        own = self._clipper.told_rows[self.name]
         return self._read.told[..., own.start : own.stop, :]
 
     @property

@@ -65,6 +65,19 @@ class Part:
         self.count = len(spans)
         self.width = WIDTH if clipper.ord == 2.0 else WIDTH + 2
         self._pools = np.array(list(self._pool_spans()), np.int64)
+        self._told: list[int] = []
+        clipper.told_rows = {}
+        for group in clipper.groups:
+            first, own, tensors = (
+                len(self._told),
+                self.rows[group.name],
+                clipper.tensors[group.name],
+            )
+            of_rows = group.sharded or _scope(clipper, group) == "group"
+            self._told += own if of_rows else [self.count + t for t in tensors]
+            clipper.told_rows[group.name] = range(first, len(self._told))
+        most = max(*self._told, *self._pools[:, 0].tolist())
+        self._takes_tensors = most >= self.count
 
     def _pool_spans(self) -> Iterator[tuple[int, int]]:
         """Yield of which rows each pool is: of those that are told, or after them of tensors."""
@@ -113,41 +126,39 @@ class Part:
             found.append(joined_norms(parts, clipper.ord))
         return found
 
-    def take(self, every: Array, stream: Any) -> Array:
-        """Decide by the rows of all ranks, (ranks, rows, numbers); return the merged ones."""
+    def take(self, every: Array, stream: Any) -> None:
+        """Decide by the rows of all ranks, (ranks, rows, numbers)."""
         merged = self._merged(every)
         clipper = self.clipper
-        sums = clipper.engine.read(clipper.found[0], stream)
-        source = np.concatenate([merged[:, :COLUMNS], sums])
+        source = merged[:, :COLUMNS]
+        if self._takes_tensors:
+            source = np.concatenate([source, clipper.engine.read(clipper.found[0], stream)])
         given = _added(self._pools, source)
         _normalise(given)
         if clipper.ord != 2.0:
             given[:, [tables.TOTAL, tables.EXPONENT]] = list(self._given_norms(merged, stream))
-        told, losses = sums.copy(), np.zeros(len(given))
+        told, losses = source[self._told], np.zeros(len(given))
         for group in clipper.groups:
             rows, pools = self.rows[group.name], clipper.pools[group.name]
             own = merged[rows.start : rows.stop]
             given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
-            losses[pools.start : pools.stop][: len(own)] += own[:, LOSS]
-            self._tell(group, own, told)
-            if _is_disputed(every[:, rows.start : rows.stop]) and not group.sharded:
+            if clipper.losses_of_tensors is not None:
+                losses[pools.start : pools.stop] += self._losses(group, own)
+            if group.sharded or _scope(clipper, group) == "group":
+                continue
+            tellers = clipper.told_rows[group.name]
+            told[tellers.start, tables.BAD] += own[0, tables.BAD]
+            if _is_disputed(every[:, rows.start : rows.stop]):
                 given[pools.start : pools.stop, tables.TOTAL] = own[0, tables.TOTAL]
-                told[clipper.tensors[group.name], tables.TOTAL] = own[0, tables.TOTAL]
+                told[tellers.start : tellers.stop, tables.TOTAL] = own[0, tables.TOTAL]
         clipper.decide_given(given, told, losses, stream)
-        return merged
 
-    def _tell(self, group: Any, merged: Array, told: Array) -> None:
-        """Let reports tell, of a group's tensors, the sums of all ranks."""
+    def _losses(self, group: Any, merged: Array) -> Any:
+        """Return what rounding subnormal terms can add to the sums of a group's pools."""
+        if group.sharded or _scope(self.clipper, group) == "group":
+            return merged[:, LOSS] if _scope(self.clipper, group) else 0.0
         tensors = self.clipper.tensors[group.name]
-        own = told[tensors.start : tensors.stop]
-        scope = _scope(self.clipper, group)
-        if len(merged) == len(own) and group.sharded:
-            own[:] = merged[:, :COLUMNS]
-        elif scope == "group" or group.sharded:
-            own[:] = 0.0
-            own[0] = merged[0, :COLUMNS]
-        else:
-            own[0, tables.BAD] += merged[:, tables.BAD].sum()
+        return self.clipper.losses_of_tensors[tensors.start : tensors.stop]
 
     def _merged(self, every: Array) -> Array:
         """Return the rows of all ranks as one: of shards the sums, of replicas the first."""
@@ -231,7 +242,10 @@ def _share(every: Array, inside: Array, ord: float) -> float:
 def _normalise(rows: Array) -> None:
     """Bring rows of sums to the exponents that both engines know."""
     for total, exponent in ((tables.TOTAL, tables.EXPONENT), (tables.TERMS, tables.TERMS_EXPONENT)):
-        odd = ~np.isin(rows[:, exponent], (0, BIN_EXPONENT, -BIN_EXPONENT))
+        size = abs(rows[:, exponent])
+        if not size.any():
+            continue
+        odd = (size != 0.0) & (size != BIN_EXPONENT)
         for k in np.flatnonzero(odd & np.isfinite(rows[:, total])).tolist():
             parts = [rows[k, total]] + ([rows[k, tables.ERROR]] if total == tables.TOTAL else [])
             found = rounded(exact(parts, int(rows[k, exponent])))

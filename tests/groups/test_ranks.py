@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from fractions import Fraction
@@ -13,8 +12,17 @@ import pytest
 import numclip as nc
 from numclip.errors import RankError
 from tests.oracle import checks, ranks, reference
+from tests.oracle.shares import (
+    CHUNK,
+    NUMBERS,
+    REPLICATED,
+    RULES,
+    assert_told_alike,
+    numbers,
+    shards,
+    trained,
+)
 
-CHUNK = 16_384  # elements that the host adds up together
 SIZES = [1, 2, 3, 4, 8]
 
 
@@ -36,14 +44,6 @@ def raised(size, program, kind=RankError):
                 result if isinstance(result, BaseException) else None
             )
     return [str(result) for result in results]
-
-
-def shards(array, size, aligned=False):
-    """Cut an array into a part for each rank; some are empty where there are few elements."""
-    step = CHUNK if aligned else 1
-    pieces = -(-len(array) // step)
-    ends = [min(len(array), step * (pieces * k // size)) for k in range(size + 1)]
-    return [array[begin:end].copy() for begin, end in itertools.pairwise(ends)]
 
 
 # ---- the function
@@ -234,80 +234,13 @@ def test_what_is_no_communicator_is_refused():
 # ---- groups
 
 
-def gradient(step, n, seed=0):
-    rng = np.random.default_rng((seed, step))
-    return rng.standard_normal(n) * 10.0 ** rng.uniform(-1, 1)
-
-
-RULES = {
-    "none": None,
-    "global": nc.ByGlobalNorm(1.5),
-    "global of order 1": nc.ByGlobalNorm(3.0, ord=1),
-    "global of order inf": nc.ByGlobalNorm(0.5, ord=math.inf),
-    "shared": nc.ByGlobalNorm(lambda step: 1.0 + step, shared="both"),
-    "tensors": nc.ByNorm(0.7),
-    "tensors of order 3": nc.ByNorm(0.7, ord=3),
-    "average": nc.ByAverageNorm(0.02),
-    "rms": nc.ByBlockRMS(0.1),
-    "percentile": nc.AutoClip(percentile=50),
-    "deviations": nc.ZClip(warmup=2, z=0.5),
-    "averages": nc.AdaGC(warmup=2),
-}
-REPLICATED = {
-    **RULES,
-    "values": nc.ByValue(-0.1, 0.1),
-    "units": nc.ByNorm(0.2, axes=0),
-    "adaptive": nc.Adaptive(0.1),
-}
-NUMBERS = ("norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite")
-
-
-def numbers(report):
-    """What a report tells of the whole and of groups."""
-    reports = [report, *report.groups.values()]
-    return [[getattr(own, name) for name in NUMBERS] for own in reports]
-
-
-def trained(rule, comm=None, size=1, rank=0, sharded=True, steps=5):
-    """Some steps of groups of which ranks have parts, or copies; the parameters and all reports."""
-    lengths = {"w": 37, "b": 3, "v": 20}
-    cut = (lambda x: shards(x, size)[rank]) if sharded else (lambda x: x)
-    params = {name: cut(np.linspace(-1, 1, n)) for name, n in lengths.items()}
-    groups = nc.ParamGroups(
-        [
-            nc.Group("one", {"w": params["w"], "b": params["b"]}, clip=rule, sharded=sharded),
-            nc.Group("two", {"v": params["v"]}, clip=rule, sharded=sharded),
-            nc.Group("copies", {"c": np.ones(4)}, clip=nc.ByGlobalNorm(1.0)),
-        ]
-    )
-    optimizer = nc.SGD(groups, lr=0.1, momentum=0.9)
-    reports = []
-    for step in range(steps):
-        grads = {name: cut(gradient(step, n, seed=n)) for name, n in lengths.items()}
-        groups.set_grads({**grads, "c": gradient(step, 4)})
-        reports.append(numbers(groups.clip(apply=False, comm=comm)))
-        reports.append(numbers(optimizer.step(comm=comm)))
-        reports.append(numbers(groups.clip(unscale=2.0, comm=comm)))
-    history = groups.history.to_dict()
-    found = {name: np.array(param) for name, param in groups.params.items()}
-    calls = [] if comm is None else comm.calls
-    return found, reports, history, calls
-
-
-def assert_told_alike(results):
-    """What is told has the same bits on all ranks."""
-    for _, reports, history, _ in results[1:]:
-        np.testing.assert_equal(reports, results[0][1])
-        np.testing.assert_equal(history, results[0][2])
-
-
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_groups_are_clipped_as_if_they_were_whole(name, size):
     rule = RULES[name]
     results = together(size, lambda comm: trained(rule, comm, size, comm.Get_rank()))
     assert_told_alike(results)
-    expected, reports, _, _ = trained(rule, ranks.run(1, lambda comm: comm)[0])
+    expected, reports, _ = trained(rule, ranks.run(1, lambda comm: comm)[0])
     np.testing.assert_allclose(
         np.array(results[0][1], float), np.array(reports, float), rtol=2e-14, atol=1e-300
     )
@@ -322,7 +255,7 @@ def test_copies_count_once(name):
     rule = REPLICATED[name]
     results = together(3, lambda comm: trained(rule, comm, sharded=False))
     assert_told_alike(results)
-    expected, reports, _, _ = trained(rule, sharded=False)
+    expected, reports, _ = trained(rule, sharded=False)
     np.testing.assert_allclose(
         np.array(results[0][1], float), np.array(reports, float), rtol=1e-15, atol=0
     )
@@ -332,7 +265,11 @@ def test_copies_count_once(name):
 
 
 def test_a_call_is_one_collective_of_some_bytes_for_each_group():
-    _, _, _, calls = together(2, lambda comm: trained(RULES["global"], comm, 2, comm.Get_rank()))[0]
+    def program(comm):
+        trained(RULES["global"], comm, 2, comm.Get_rank())
+        return comm.calls
+
+    calls = together(2, program)[0]
     assert [name for name, _ in calls[:3]] == ["allgather", "allgather", "Allgather"]
     assert set(calls[2:]) == {("Allgather", 16 + 3 * 56)}
     assert len(calls[2:]) == 15
