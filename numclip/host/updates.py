@@ -225,10 +225,15 @@ class ArrayUpdates(Updates):
             span: Any = spans[k]
             stored = as_stored(rows.rows_of(span))
             self._dense.append((span.dtype, self._places.of_rows(k, k, stored, own)))
+        self._calls = [self._call(*dense) for dense in self._dense]
+
+    def read_from(self, sources: Array) -> None:
+        """Let the following steps read the chunks of gradients, all of one dtype, elsewhere."""
+        self._dense[0][1][:, updates.GRAD] = sources
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""
         self._given[:, : len(settings)] = settings
-        self._counts = np.array(counts, np.int64)
+        self._counts[:] = counts
         self._prepare(self._decisions, counted=True)
-        threads.run_all([self._call(*dense) for dense in self._dense])
+        threads.run_all(self._calls)
