@@ -21,7 +21,7 @@ from numclip.libraries import as_numpy
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
-_POINTERS = tuple.__basicsize__  # where in a tuple they begin
+POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
 class Kind(NamedTuple):
@@ -181,7 +181,7 @@ def _clip_little(
     """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
     row = kind.row
     return arrays.clip_little(  # type: ignore[no-any-return]
-        id(items) + _POINTERS, len(items), facts, row.limits, bound, divisor, row.like
+        id(items) + POINTERS, len(items), facts, row.limits, bound, divisor, row.like
     )
 
 
@@ -211,7 +211,7 @@ def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
     needed = len(items)
     while needed > len(chunks):
         chunks = np.empty((needed, 4), np.int64)
-        arguments = id(items) + _POINTERS, len(items), facts, chunks
+        arguments = id(items) + POINTERS, len(items), facts, chunks
         needed, elements, apart = arrays.table(*arguments)
     if needed < 0:
         return None, False
