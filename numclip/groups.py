@@ -286,6 +286,8 @@ class ParamGroups(state.Saved):
 
     def _named(self, grads: Any) -> Mapping[str, Any]:
         """Return gradients by the names of their parameters."""
+        if type(grads) is dict:
+            return grads
         if not isinstance(grads, Mapping):
             raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
         return grads
@@ -422,8 +424,7 @@ class ParamGroups(state.Saved):
 
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
-        steps.take(turn, counts=counts)
-        if steps.full():
+        if steps.take(turn, counts=counts):
             for told in steps.turn_over():
                 self._history.take(told)
         if counts:
@@ -437,19 +438,20 @@ class ParamGroups(state.Saved):
     def update(self, updater: GroupUpdater, unscale: float, grads: Any = None) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
         named = None if grads is None else self._named(grads)
+        items = None if named is None else self._items(named)
         with self._lock:
             steps = self._made_steps()
             if named is None and self._clipped is not None:
                 return self._update_clipped(updater, steps, self._clipped, unscale)
-            absent = NOBODY if named is not None else self._absent()
+            absent = self._absent() if named is None and self._set else NOBODY
             turn = steps.taken(self.step, unscale)
             rates = updater.rates(self.step)
-            items = None if named is None else self._items(named)
-            known = not absent if named is None else items is not None
+            known = items is not None or (named is None and not absent)
             if not (known and updater.step_at_once(steps, turn, rates, items)):
                 self._update(updater, steps, turn, rates, absent, named, items)
-            self._forget()
-            self._applied = True
+            if self._set:
+                self._set.clear()
+            self._clipped, self._applied = None, True
             return self._reported(steps, turn, counts=True)
 
     def _items(self, named: Mapping[str, Any]) -> tuple[Any, ...] | None:

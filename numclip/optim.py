@@ -103,7 +103,9 @@ class Optimizer(state.Saved):
         for (``groups.grads[name]``, ``flat_grads``), it may have been written without our
         knowing, and is applied as it is. After `zero_grads` all are zero, and are applied.
         """
-        groups, updater = self._managed()
+        groups, updater = self.groups, self._updater
+        if groups is None or updater is None:
+            groups, updater = self._managed()
         if type(unscale) is not float or not 0.0 < unscale < math.inf:
             unscale = arguments.positive("unscale", unscale)
         return groups.update(updater, unscale, grads)

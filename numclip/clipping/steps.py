@@ -170,8 +170,9 @@ class Steps:
 
     def taken(self, step: int, unscale: float) -> Turn:
         """Begin a step with the bounds it has; refuse a bad one."""
-        for clipper in self._scheduled:
-            clipper.take_step(step)
+        if self._scheduled:
+            for clipper in self._scheduled:
+                clipper.take_step(step)
         bounds = [clipper.bounds for clipper in self.clippers]
         return Turn(self._block, self._place, step, unscale, bounds)
 
@@ -231,22 +232,24 @@ class Steps:
         for clipper in self.clippers:
             clipper.preview(self.stream)
 
-    def take(self, turn: Turn, *, counts: bool) -> None:
-        """Keep a step; if it counts, let the rules that follow norms know, and the history."""
+    def take(self, turn: Turn, *, counts: bool) -> bool:
+        """Keep a step; if it counts, let the rules that follow norms know, and the history.
+
+        Tell whether the block is to be handed over, and can be.
+        """
         turn.counts = counts
-        if counts:
+        if counts and self._following:
             for clipper in self._following:
                 clipper.observe(turn.step, self.stream)
         turns = self._block.turns
         if turn.place < len(turns):
             turns.pop()
         turns.append(turn)
-        self._place = min(len(turns), self._kept - 1)
-
-    def full(self) -> bool:
-        """Tell whether the block is to be handed over, and can be."""
-        full = len(self._block.turns) == self._kept
-        return full and not self.engine.is_capturing(self.stream)
+        if len(turns) < self._kept:
+            self._place = len(turns)
+            return False
+        self._place = self._kept - 1
+        return not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
         """Go on with an empty block; yield what the one before that is to tell the history."""

@@ -11,7 +11,7 @@ from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
 from numclip.host.lists import POINTERS, READABLE
-from numclip.kernels import cpu, given, updates
+from numclip.kernels import cpu, given
 
 KERNELS = {
     "descend": given.descend,
@@ -33,8 +33,8 @@ class AtOnce:
         self._kernel, self._batch, self._reader = KERNELS[kernel], batch, reader
         self._factors, self._like = tables.pop(given.FACTORS), batch.dtype.like
         chunks = batch.chunks.copy()
-        chunks[:, cpu.SOURCE] -= starts[chunks[:, cpu.OWNER]]
-        tables = {**tables, given.CHUNKS: chunks}
+        distances = chunks[:, cpu.SOURCE] - starts[chunks[:, cpu.OWNER]]
+        tables = {**tables, given.CHUNKS: chunks, given.DISTANCES: distances}
         self._held = [*tables.values(), starts, reader]
         self._own = np.zeros((given.TABLES, 3), np.int64)
         for k, table in tables.items():
@@ -70,10 +70,3 @@ def _point(tables: Array, k: int, table: Array) -> None:
     """Write the words of a table."""
     rows, columns = table.shape if table.ndim == 2 else (1, table.size)
     tables[k] = table.ctypes.data, rows, columns
-
-
-def pieces_of(chunks: Array) -> Array:
-    """Return updates as a table of their own, without the addresses of gradients."""
-    pieces = chunks.copy()
-    pieces[:, updates.GRAD] = 0
-    return pieces

@@ -10,7 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
 from numclip.host import batches, rows
-from numclip.host.at_once import AtOnce, pieces_of
+from numclip.host.at_once import AtOnce
 from numclip.host.given import Given
 from numclip.kernels import given, threads, updates
 from numclip.kernels.threads import Call
@@ -188,9 +188,10 @@ class GroupUpdates(Updates):
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
-            given.PIECES: pieces_of(self._own[0][1]),
+            given.PIECES: self._own[0][1].copy(),
             given.POOLS: self._plan.pool_table,
             given.LAWS: self._plan.law_table(divisors),
+            given.SHIFTS: np.zeros(len(self._counts), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,

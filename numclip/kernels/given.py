@@ -13,10 +13,10 @@ import numpy as np
 from numclip.kernels import updates
 from numclip.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
-from numclip.kernels.elements import array_at, narrow, widen, word_at
+from numclip.kernels.elements import array_at, narrow, table_at, widen, word_at
 from numclip.kernels.jit import inline, kernel, kernel_with_gil
 from numclip.kernels.pools import measure_and_decide
-from numclip.kernels.updates import GRAD, PARAM
+from numclip.kernels.updates import GRAD
 from numclip.tables import (
     AIM,
     BOUND,
@@ -38,8 +38,8 @@ DTYPE, AXES, FIRST_AXIS, NBYTES, ROW = range(5)
 ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
 # The tables of a step, of three words each: address, rows, columns.
-WANTED, ADDRESSES, CHUNKS, PIECES, POOLS, LAWS = range(6)
-SUMS, DECISIONS, COUNTS, GIVEN, SETTINGS, TABLES = range(6, 12)
+WANTED, ADDRESSES, DISTANCES, CHUNKS, PIECES, POOLS, LAWS, SHIFTS = range(8)
+SUMS, DECISIONS, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 14)
 FACTORS = TABLES  # which kernels are given as an array
 
 
@@ -147,39 +147,41 @@ def take(items, wanted, chunks, adds, like, addresses):
 
 
 @inline
-def table_at(tables, k, turn, like):
-    """Return a table by its words, or that of a turn, of tables that follow one another."""
-    rows, columns = tables[k, 1], tables[k, 2]
-    address = tables[k, 0] + turn * rows * columns * WORD
-    return array_at(address, rows * columns, like).reshape((rows, columns))
+def found(tables, k, like):
+    """Return a table by its words."""
+    return table_at(tables[k, 0], tables[k, 1], tables[k, 2], like)
 
 
 @inline
-def row_at(tables, k, like):
+def found_row(tables, k, like):
     """Return a table of one row as an array."""
     return array_at(tables[k, 0], tables[k, 2], like)
 
 
 @inline
-def place(addresses, tables, chunks, pieces):
-    """Write the chunks of arrays, and those of their updates; tell if no array is absent."""
-    known = table_at(tables, CHUNKS, 0, tables)
-    updated = table_at(tables, PIECES, 0, tables)
-    for c in range(known.shape[0]):
-        address = addresses[known[c, OWNER]]
+def found_turn(tables, k, turn, like):
+    """Return the table of a turn, of tables that follow one another."""
+    rows, columns = tables[k, 1], tables[k, 2]
+    return table_at(tables[k, 0] + turn * rows * columns * WORD, rows, columns, like)
+
+
+@inline
+def place(addresses, tables, chunks):
+    """Let chunks and updates read arrays; tell if none is absent."""
+    distances = found_row(tables, DISTANCES, tables)
+    pieces = found(tables, PIECES, tables)
+    for c in range(distances.size):
+        address = addresses[chunks[c, OWNER]]
         if address <= ABSENT:
             return False
-        for k in range(PARAM, pieces.shape[1]):
-            pieces[c, k] = updated[c, k]
-        chunks[c, SOURCE] = pieces[c, GRAD] = address + known[c, SOURCE]
-        chunks[c, LENGTH], chunks[c, OWNER] = known[c, LENGTH], known[c, OWNER]
+        chunks[c, SOURCE] = pieces[c, GRAD] = address + distances[c]
     return True
 
 
 @inline
 def obey(tables, unscale, bounds):
     """Return the laws, after writing bounds and loss scale; no rows repeat."""
-    laws = table_at(tables, LAWS, 0, bounds)
+    laws = found(tables, LAWS, bounds)
     for p in range(bounds.size):
         laws[p, BOUND] = laws[p, AIM] = bounds[p]
         laws[p, UNSCALE] = unscale
@@ -198,73 +200,64 @@ def needs_care(pools, decisions, safe):
 
 
 @kernel
-def decide(items, turn, unscale, tables, bounds, pieces, like):
+def decide(items, turn, unscale, tables, bounds, like):
     """Find the arrays, measure them and decide; tell whether that is right."""
-    addresses = row_at(tables, ADDRESSES, tables)
-    if items != 0 and not find(items, row_at(tables, WANTED, tables), addresses):
+    addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
+    if items != 0 and not find(items, found_row(tables, WANTED, tables), addresses):
         return False
-    chunks = np.empty((pieces.shape[0], 4), np.int64)
-    if not place(addresses, tables, chunks, pieces):
+    if not place(addresses, tables, chunks):
         return False
-    laws, pools = obey(tables, unscale, bounds), table_at(tables, POOLS, 0, tables)
-    sums = table_at(tables, SUMS, turn, bounds)
-    decisions = table_at(tables, DECISIONS, turn, bounds)
-    shifts = np.zeros(bounds.size, np.int64)
+    laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
+    sums = found_turn(tables, SUMS, turn, bounds)
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    shifts = found_row(tables, SHIFTS, tables)
     safe = measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions)
     return not needs_care(pools, decisions, safe)
 
 
 @inline
-def advanced(turn, tables, bounds, factors):
-    """Count the step and write the factors; return the settings."""
-    decisions, counts = table_at(tables, DECISIONS, turn, bounds), row_at(tables, COUNTS, tables)
-    given, settings = table_at(tables, GIVEN, 0, bounds), table_at(tables, SETTINGS, 0, factors)
+def numbers(tables, turn, bounds, factors):
+    """Return what counts a step: decisions and their column, counts, numbers given and made."""
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
     column = FINE if factors.itemsize == 8 else FACTOR
-    updates.advance(decisions, column, counts, False, given, factors, settings)
-    return settings
-
-
-@inline
-def advanced_adam(turn, tables, bounds, factors):
-    """Do the same for Adam."""
-    decisions, counts = table_at(tables, DECISIONS, turn, bounds), row_at(tables, COUNTS, tables)
-    given, settings = table_at(tables, GIVEN, 0, bounds), table_at(tables, SETTINGS, 0, factors)
-    column = FINE if factors.itemsize == 8 else FACTOR
-    updates.advance_adam(decisions, column, counts, False, given, factors, settings)
-    return settings
+    counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)
+    return decisions, column, counts, given, found(tables, SETTINGS, factors)
 
 
 @kernel_with_gil
 def descend(items, turn, unscale, tables, bounds, factors, like):
     """Take a step of `updates.descend`, if that is right; else write what is decided alone."""
-    pieces = np.empty((tables[PIECES, 1], tables[PIECES, 2]), np.int64)
-    done = decide(items, turn, unscale, tables, bounds, pieces, like)
-    if done:
-        settings = advanced(turn, tables, bounds, factors)
-        updates.descend(0, pieces.shape[0], pieces, factors, settings, like)
-    return done
+    if not decide(items, turn, unscale, tables, bounds, like):
+        return False
+    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
+    updates.advance(decisions, column, counts, False, given, factors, settings)
+    pieces = found(tables, PIECES, tables)
+    updates.descend(0, pieces.shape[0], pieces, factors, settings, like)
+    return True
 
 
 @kernel_with_gil
 def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.descend_with_momentum`."""
-    pieces = np.empty((tables[PIECES, 1], tables[PIECES, 2]), np.int64)
-    done = decide(items, turn, unscale, tables, bounds, pieces, like)
-    if done:
-        settings = advanced(turn, tables, bounds, factors)
-        updates.descend_with_momentum(0, pieces.shape[0], pieces, factors, settings, like)
-    return done
+    if not decide(items, turn, unscale, tables, bounds, like):
+        return False
+    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
+    updates.advance(decisions, column, counts, False, given, factors, settings)
+    pieces = found(tables, PIECES, tables)
+    updates.descend_with_momentum(0, pieces.shape[0], pieces, factors, settings, like)
+    return True
 
 
 @kernel_with_gil
 def adam(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.adam`."""
-    pieces = np.empty((tables[PIECES, 1], tables[PIECES, 2]), np.int64)
-    done = decide(items, turn, unscale, tables, bounds, pieces, like)
-    if done:
-        settings = advanced_adam(turn, tables, bounds, factors)
-        updates.adam(0, pieces.shape[0], pieces, factors, settings, like)
-    return done
+    if not decide(items, turn, unscale, tables, bounds, like):
+        return False
+    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
+    updates.advance_adam(decisions, column, counts, False, given, factors, settings)
+    pieces = found(tables, PIECES, tables)
+    updates.adam(0, pieces.shape[0], pieces, factors, settings, like)
+    return True
 
 
 @kernel
