@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
+from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
 from numclip.clipping.steps import NOBODY, Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
@@ -151,6 +152,7 @@ class ParamGroups(state.Saved):
         dense = None if any(group.sparse for group in self._states) else self._states
         self._taker = None if dense is None else self._made_taker(dense)
         self._clipped: Turn | None = None  # whose gradients are there, clipped
+        self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
         self._applied = False  # what was there before the last step
         self._set: set[str] = set()  # since that step
         self._steps: Steps | None = None
@@ -261,8 +263,12 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
+        items = self._ordered(grads)
+        if items is not None and self._take(items, adds=False):
+            self._note(self._names)
+            return
         named = self._named(grads)
-        if not self._take(named, adds=False):
+        if not self._take_some(named, adds=False):
             self._copy(named)
         self._note(named)
 
@@ -279,30 +285,51 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
+        items = self._ordered(grads)
+        if items is not None and self._take(items, adds=True):
+            self._note(self._names)
+            return
         named = self._named(grads)
-        if not self._take(named, adds=True):
+        if not self._take_some(named, adds=True):
             self._add(named)
         self._note(named)
 
-    def _named(self, grads: Any) -> Mapping[str, Any]:
-        """Return gradients by the names of their parameters."""
-        if type(grads) is dict:
-            return grads
-        if not isinstance(grads, Mapping):
-            raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
-        return grads
+    def _ordered(self, grads: Any) -> tuple[Any, ...] | None:
+        """Return gradients in the order of their parameters, of a structure as the last one.
 
-    def _take(self, named: Mapping[str, Any], *, adds: bool) -> bool:
-        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
-        if self._taker is None or type(named) is not dict:
-            return False
-        if tuple(named) == self._names:
-            items = tuple(named.values())
+        They are not checked. None where some are missing, and for another structure.
+        """
+        if type(grads) is dict and tuple(grads) == self._names:
+            return tuple(grads.values())
+        if self._outline is None:
+            return None
+        outline, order = self._outline
+        items = outline.items(grads)
+        return None if items is None else tuple([items[k] for k in order])
+
+    def _named(self, grads: Any) -> Mapping[str, Any]:
+        """Return gradients by the names of their parameters, and remember their structure."""
+        if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
+            named = grads
         else:
-            items = tuple([named.get(name, ...) for name in self._names])
-            if len(items) - sum([item is ... for item in items]) != len(named):
-                return False
-        return self._taker.take(items, adds=adds)
+            named = dotted(grads, "grads")
+        reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
+        if reads and len(named) == len(self._names):
+            outline = Outline(grads)
+            places = {name: k for k, name in enumerate(outline.names)}
+            if places.keys() == self._owners.keys():
+                self._outline = outline, [places[name] for name in self._names]
+        return named
+
+    def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
+        return self._taker is not None and self._taker.take(items, adds=adds)
+
+    def _take_some(self, named: Mapping[str, Any], *, adds: bool) -> bool:
+        """Do the same with those that have a name; the others stay as they are."""
+        if self._taker is None or not named.keys() <= self._owners.keys():
+            return False
+        return self._take(tuple([named.get(name, ...) for name in self._names]), adds=adds)
 
     @isolated
     def _copy(self, named: Mapping[str, Any]) -> None:
@@ -321,7 +348,7 @@ class ParamGroups(state.Saved):
         self._engine.add_all(_dense(fitting), self._stream)
         _append(fitting, self._stream)
 
-    def _note(self, named: Mapping[str, Any]) -> None:
+    def _note(self, named: Iterable[str]) -> None:
         """Remember that gradients were set."""
         self._clipped = None
         if self._applied:
@@ -437,31 +464,21 @@ class ParamGroups(state.Saved):
 
     def update(self, updater: GroupUpdater, unscale: float, grads: Any = None) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
-        named = None if grads is None else self._named(grads)
-        items = None if named is None else self._items(named)
+        items = None if grads is None else self._ordered(grads)
         with self._lock:
             steps = self._made_steps()
-            if named is None and self._clipped is not None:
+            if grads is None and self._clipped is not None:
                 return self._update_clipped(updater, steps, self._clipped, unscale)
-            absent = self._absent() if named is None and self._set else NOBODY
+            absent = self._absent() if grads is None and self._set else NOBODY
             turn = steps.taken(self.step, unscale)
             rates = updater.rates(self.step)
-            known = items is not None or (named is None and not absent)
+            known = items is not None or (grads is None and not absent)
             if not (known and updater.step_at_once(steps, turn, rates, items)):
-                self._update(updater, steps, turn, rates, absent, named, items)
+                self._update(updater, steps, turn, rates, absent, grads, items)
             if self._set:
                 self._set.clear()
             self._clipped, self._applied = None, True
             return self._reported(steps, turn, counts=True)
-
-    def _items(self, named: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """Return gradients in the order of the parameters, None where one is missing."""
-        if type(named) is dict and tuple(named) == self._names:
-            return tuple(named.values())
-        if len(named) != len(self._names):
-            return None
-        items = tuple([named.get(name, ...) for name in self._names])
-        return items if sum([item is ... for item in items]) == 0 else None
 
     @isolated
     def _update(
@@ -471,10 +488,11 @@ class ParamGroups(state.Saved):
         turn: Turn,
         rates: Sequence[float],
         absent: frozenset[str],
-        named: Mapping[str, Any] | None,
+        grads: Any,
         items: tuple[Any, ...] | None,
     ) -> None:
         """Take a step the general way."""
+        named = None if grads is None else self._named(grads)
         if named is not None:
             absent = self._missing(named)
         steps.leave_out(absent)
@@ -483,7 +501,7 @@ class ParamGroups(state.Saved):
             if sources is not None and updater.step(steps, turn, rates, absent, sources):
                 return
             whole = {**dict.fromkeys(absent), **named}
-            if not self._take(whole, adds=False):
+            if not self._take_some(whole, adds=False):
                 self._copy(whole)
         for name in absent if named is None else ():
             self._owner(name).clear(name, self._stream)
@@ -497,7 +515,7 @@ class ParamGroups(state.Saved):
         if unscale not in (1.0, turn.unscale):
             wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, updater.rates(turn.step), NOBODY)
+        updater.apply(steps, updater.rates(turn.step))
         self._forget()
         self._applied = True
         return ClipReport.of((turn, None))

@@ -207,6 +207,11 @@ class Clipper:
         self.found = self._as_they_are
         self.plan.decide(self.found, stream)
 
+    def write_left(self, stream: Any) -> Outcome:
+        """Clean what `leave` finds that is not finite, by the policy; return what is decided."""
+        self.plan.write_exceptional(self.found, stream)
+        return self.found
+
     def refused(self, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
         sums = self.engine.read(self.found[0], stream)

@@ -19,6 +19,7 @@ from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
 from numclip.dtypes import Array
 from numclip.engine import Engine
+from numclip.engine import Outcome as EngineOutcome
 
 KEPT = 256
 """How many steps a block has memory for; fewer where there are many tensors."""
@@ -195,12 +196,13 @@ class Steps:
         block.stream = stream
         turn.bounds = [clipper.bounds for clipper in self.clippers]
 
-    def leave(self) -> None:
+    def leave(self) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""
         for clipper in self.clippers:
             clipper.leave(self.stream)
         for clipper in self._strict:
             self._refuse(clipper)
+        return [clipper.write_left(self.stream) for clipper in self.clippers]
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""

@@ -12,7 +12,7 @@ from numclip.clipping.buffers import flat_buffers
 from numclip.clipping.clip import row_span
 from numclip.clipping.steps import NOBODY, Steps, Turn
 from numclip.dtypes import Array, lookup
-from numclip.engine import Engine
+from numclip.engine import Engine, Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 
@@ -173,17 +173,21 @@ class GroupUpdater:
             steps.decide(turn)
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
                 return False
-            self._update(steps, rates, absent, sources)
+            stream = steps.stream
+            if sources is None:
+                outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
+            else:
+                outcomes = [clipper.found for clipper in steps.clippers]
+            self._update(steps, rates, outcomes, absent, sources)
         finally:
             if sources is not None:
                 steps.read_at(None)
         return True
 
-    def apply(self, steps: Steps, rates: Sequence[float], absent: frozenset[str]) -> None:
+    def apply(self, steps: Steps, rates: Sequence[float]) -> None:
         """Update every group by gradients that are clipped, at its rate."""
         self._attach_again(steps)
-        steps.leave()
-        self._update(steps, rates, absent, None)
+        self._update(steps, rates, steps.leave(), NOBODY, None)
 
     def _attach_again(self, steps: Steps) -> None:
         """Make other tables where there are other clippers."""
@@ -204,14 +208,15 @@ class GroupUpdater:
         self,
         steps: Steps,
         rates: Sequence[float],
+        outcomes: Sequence[Outcome],
         absent: frozenset[str],
         sources: Mapping[str, int] | None,
     ) -> None:
-        """Update every group by what is decided."""
+        """Update every group by what is decided, an outcome for each clipper."""
         stream = steps.stream
         self._write_settings(steps, rates)
-        for clipper, updates in zip(steps.clippers, self._updates, strict=True):
-            outcome = clipper.found if sources is not None else clipper.write_exceptional(stream)
+        every = zip(steps.clippers, self._updates, outcomes, strict=True)
+        for clipper, updates, outcome in every:
             if clipper.rows:
                 updates.take_rows(clipper.rows, stream)
             if not absent and sources is None:

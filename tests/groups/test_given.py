@@ -383,3 +383,101 @@ def test_copying_in_goes_wrong_for_none_or_all():
     assert groups.grads["b"].tolist() == [1, 1, 1]
     groups.accumulate({"b": groups.grads["a"], "a": groups.grads["b"]})
     assert groups.grads["a"].tolist() == groups.grads["b"].tolist() == [3, 3, 3]
+
+
+# ---- nested gradients
+
+NESTED = {
+    "enc": [{"W": np.ones((4, 3)), "b": np.ones(3)}, {"W": np.full((3, 2), 2.0), "b": np.ones(2)}],
+    "act": (),
+    "out": (np.full(2, 3.0), {"scale": np.array(1.0)}),
+}
+NAMES = ["enc.0.W", "enc.0.b", "enc.1.W", "enc.1.b", "out.0", "out.1.scale"]
+
+
+def like(tree: Any, make: Any) -> Any:
+    """The same structure of other arrays."""
+    if isinstance(tree, dict):
+        return {key: like(part, make) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([like(part, make) for part in tree])
+    return make(tree)
+
+
+def backward(tree: Any) -> Any:
+    """The same structure with its keys in another order."""
+    if isinstance(tree, dict):
+        return {key: backward(tree[key]) for key in reversed(tree)}
+    return type(tree)(map(backward, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found: dict[str, Any] = {}
+    for key, part in pairs:
+        is_inner = isinstance(part, (dict, list, tuple))
+        found |= flat(part, f"{prefix}{key}.") if is_inner else {f"{prefix}{key}": part}
+    return found
+
+
+@pytest.mark.parametrize("change", [lambda tree: tree, backward, flat])
+@pytest.mark.parametrize("rule", [nc.ByGlobalNorm(1.0), nc.AutoClip(50)], ids=repr)
+def test_nested_gradients(target, change, rule):
+    nested, named = (
+        nc.ParamGroups([nc.Group("g", params, clip=rule)], device=target.device)
+        for params in (NESTED, flat(NESTED))
+    )
+    assert list(nested.params) == list(named.params) == NAMES
+    optimizers = [nc.Adam(groups, lr=0.1) for groups in (nested, named)]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        grads = like(NESTED, lambda array, rng=rng: normal(rng, array.shape, "float64"))
+        if seed % 2:
+            optimizers[0].step(change(grads))
+            optimizers[1].step(flat(grads))
+        else:
+            nested.set_grads(change(grads))
+            nested.accumulate(change(grads))
+            named.set_grads({name: grad + grad for name, grad in flat(grads).items()})
+            assert repr(nested.clip(apply=False, grads=change(grads)).norm) == repr(
+                named.clip(apply=False, grads=flat(grads)).norm
+            )
+            for optimizer in optimizers:
+                optimizer.step()
+        assert left_of(nested, optimizers[0]) == left_of(named, optimizers[1])
+
+
+def test_nested_gradients_of_several_groups_and_in_part():
+    enc, out = ({key: NESTED[key]} for key in ("enc", "out"))
+    groups = nc.ParamGroups([nc.Group("enc", enc), nc.Group("out", out)])
+    optimizer = nc.SGD(groups, lr=0.5)
+    for _ in range(3):
+        groups.set_grads(NESTED)
+        for name, array in flat(NESTED).items():
+            assert_same_bits(groups.grads[name], array)
+    optimizer.step({"enc": [{"W": np.ones((4, 3))}], "out": (None, {})})
+    for name, array in flat(NESTED).items():
+        assert_same_bits(groups.params[name], array - (0.5 if name == "enc.0.W" else 0.0))
+    listed = nc.ParamGroups([nc.Group("g", [np.ones(2), np.ones(3)])])
+    for _ in range(2):
+        nc.SGD(listed, lr=0.5).step([np.ones(2), None])
+    assert [param.tolist() for param in listed.params.values()] == [[0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ({"enc": [{"W": np.ones(5)}]}, ValueError, r"grads\['enc.0.W'\]: expected shape"),
+        ({"enc": [{"X": np.ones(5)}]}, KeyError, r"'enc.0.X' is no parameter"),
+        ({"enc": {0: np.ones(5)}}, TypeError, "grads: expected str names, got 0"),
+        ({"out.0": np.ones(2), "out": (np.ones(2),)}, ValueError, "two items .*'out.0'"),
+        (np.ones(3), TypeError, "grads: expected a mapping by name"),
+    ],
+)
+def test_nested_gradients_that_do_not_fit(grads, error, message):
+    groups = nc.ParamGroups([nc.Group("g", NESTED)])
+    for call in (groups.set_grads, groups.accumulate, nc.SGD(groups, lr=1.0).step):
+        with pytest.raises(error, match=message):
+            call(grads)
+    with pytest.raises(ValueError, match=r"params: two items .*'a.b'"):
+        nc.Group("g", {"a": {"b": np.ones(1)}, "a.b": np.ones(1)})
