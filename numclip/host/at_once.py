@@ -10,7 +10,7 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
-from numclip.host.lists import POINTERS, READABLE
+from numclip.host.lists import READABLE, pointers_of
 from numclip.kernels import cpu, given
 
 KERNELS = {
@@ -61,7 +61,7 @@ class AtOnce:
             for tables in (self._own, self._given):
                 _point(tables, given.SUMS, outcomes[0][0])
                 _point(tables, given.DECISIONS, outcomes[1][0])
-        address, tables = (0, self._own) if items is None else (id(items) + POINTERS, self._given)
+        address, tables = (0, self._own) if items is None else (pointers_of(items), self._given)
         numbers = self._factors, self._like
         return self._kernel(address, place, unscale, tables, bounds, *numbers)  # type: ignore[no-any-return]
 

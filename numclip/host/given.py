@@ -16,7 +16,7 @@ from numclip.dtypes import lookup
 from numclip.facts import Facts
 from numclip.host import batches
 from numclip.host.batches import Batch
-from numclip.host.lists import POINTERS, READABLE
+from numclip.host.lists import READABLE, pointers_of
 from numclip.kernels import cpu, given, threads
 from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.memory import Span
@@ -58,7 +58,7 @@ class Given:
 
     def read(self, items: tuple[Any, ...]) -> bool:
         """Find where arrays lie; tell whether all are as they are wanted."""
-        return READABLE and given.read(id(items) + POINTERS, self.wanted, self.addresses)
+        return READABLE and given.read(pointers_of(items), self.wanted, self.addresses)
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Copy arrays into ours or add them; tell whether all are as they are wanted.
@@ -68,7 +68,7 @@ class Given:
         if self._only is not None and READABLE:
             batch = self._only
             tables = batch.chunks, adds, batch.dtype.like, self.addresses
-            return given.take(id(items) + POINTERS, self.wanted, *tables)  # type: ignore[no-any-return]
+            return given.take(pointers_of(items), self.wanted, *tables)  # type: ignore[no-any-return]
         if not self.read(items):
             return False
         kernel = given.add_all if adds else given.copy_all
