@@ -55,6 +55,8 @@ class GroupState:
         The names of the parameters.
     params, grads : mapping of str to array
         Views into the flat buffers; for a sparse group `grads` is empty.
+    exposed : set of str
+        The parameters whose gradients' views somebody may have, and write to without a word.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
     """
@@ -77,15 +79,16 @@ class GroupState:
         self.names = tuple(given)
         kinds = {name: (own.shape, own.native) for name, own in given.items()}
         self.flat_params, params = flat_buffers(kinds, engine, stream)
-        self.flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
-        self.params, self.grads = MappingProxyType(params), MappingProxyType(grads)
+        self._flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
+        self.params, self._grads = MappingProxyType(params), MappingProxyType(grads)
+        self.exposed: set[str] = set()
         for name, own in given.items():
             engine.put(params[name], _readable(own, engine), stream)
         self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
-        self._dense = [self._gradient(name, grad) for name, grad in self.grads.items()]
-        self._facts = {name: own.facts for name, own in zip(self.grads, self._dense, strict=True)}
-        flats = [engine.facts(name, flat) for name, flat in self.flat_grads.items()]
-        self._extents = [facts.extent for facts in flats]
+        self._dense = [self._gradient(name, grad) for name, grad in grads.items()]
+        self._facts = {name: own.facts for name, own in zip(grads, self._dense, strict=True)}
+        flats = [engine.facts(name, flat) for name, flat in self._flat_grads.items()]
+        self.extents = [facts.extent for facts in flats]
 
     @property
     def clip(self) -> Any:
@@ -107,6 +110,18 @@ class GroupState:
         self._nonfinite = policy
         self._changed()
 
+    @property
+    def grads(self) -> Mapping[str, Any]:
+        """Each gradient, a view."""
+        self.exposed.update(self.names)
+        return self._grads
+
+    @property
+    def flat_grads(self) -> dict[str, Any]:
+        """The gradients of each dtype as one array."""
+        self.exposed.update(self.names)
+        return self._flat_grads
+
     def _gradient(self, name: str, grad: Any) -> Gradient:
         return describe(f"{self.name}.{name}", name, grad, self._engine)
 
@@ -116,16 +131,30 @@ class GroupState:
 
     def gradient_of(self, name: str) -> Any:
         """Return what the user sees as a parameter's gradient."""
-        return self.grads[name]
+        self.exposed.add(name)
+        return self._grads[name]
+
+    def memory_of(self, name: str) -> Any:
+        """Return where a parameter's gradient is copied to."""
+        return self._grads[name]
 
     def clear(self, name: str, stream: Any) -> None:
         """Let a parameter's gradient be zero."""
-        self._engine.clear(self.grads[name], stream)
+        self._engine.clear(self._grads[name], stream)
 
     def zero(self, stream: Any) -> None:
         """Set the gradients to zero."""
-        for flat in self.flat_grads.values():
+        for flat in self._flat_grads.values():
             self._engine.clear(flat, stream)
+
+    def hold(self, stream: Any) -> Any:
+        """Return what brings the gradients back that there are at present."""
+        return [copied(own, stream) for own in self._dense]
+
+    def restore(self, held: Any, stream: Any) -> None:
+        """Bring gradients back."""
+        for own, copy in zip(self._dense, held, strict=True):
+            self._engine.put(own.facts.array, copy, stream)
 
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
         """Return a gradient of the parameter as it is copied in, after checking that it fits."""
@@ -148,7 +177,7 @@ class GroupState:
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""
         begin, end = own.facts.extent
-        for first, last in self._extents:
+        for first, last in self.extents:
             if begin < last and first < end and own.engine is self._engine:
                 alike = own.facts.lies_as(self._facts[name])
                 return own.facts.array if alike else copied(own, stream)
@@ -184,7 +213,7 @@ class SparseGroupState(GroupState):
 
     def __init__(self, group: Any, *arguments: Any) -> None:
         super().__init__(group, *arguments)
-        self._rows = {name: HeldRows(param, self._engine) for name, param in self.params.items()}
+        self._rows = self._no_rows()
 
     def gradients(self) -> list[Gradient]:
         """Return the gradient of each parameter, of no rows where there is none."""
@@ -193,7 +222,10 @@ class SparseGroupState(GroupState):
     def gradient_of(self, name: str) -> IndexedSlices | None:
         """Return a parameter's gradient as one object, None where there is none."""
         rows = self._rows[name]
-        return rows.slices if rows.indices else None
+        if not rows.indices:
+            return None
+        self.exposed.add(name)
+        return rows.slices
 
     def clear(self, name: str, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows of a parameter."""
@@ -202,6 +234,19 @@ class SparseGroupState(GroupState):
     def append(self, name: str, grad: IndexedSlices, stream: Any) -> None:
         """Append the rows of slices that fit to a parameter's."""
         self._rows[name].append(grad, stream)
+
+    def hold(self, stream: Any) -> Any:  # noqa: ARG002
+        """Return the rows, and go on without any."""
+        held = self._rows
+        self._rows = self._no_rows()
+        return held
+
+    def restore(self, held: Any, stream: Any) -> None:  # noqa: ARG002
+        """Bring the rows back."""
+        self._rows = held
+
+    def _no_rows(self) -> dict[str, HeldRows]:
+        return {name: HeldRows(param, self._engine) for name, param in self.params.items()}
 
     def zero(self, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows."""

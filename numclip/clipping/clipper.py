@@ -46,17 +46,25 @@ class Clipper:
         The sums of all ranks for each pool, and those that reports tell.
     told_rows : dict of str to range
         Which of the latter are of each group: one, or one for each tensor.
+    scheduled : list
+        The rules whose bounds follow the step, and the pools of each.
     strict, follows, decides_again : bool
         Whether the policy of a group is to raise, whether rules follow the norms, and whether
         more is to be decided than `measure` decides.
+    absent : frozenset of str
+        The parameters that have no gradient at the present step, where rules follow norms.
+    writes_within : bool
+        Whether parts of a tensor are written by factors of their own, or cleaned.
     """
 
-    follows = decides_again = False
+    follows = decides_again = writes_within = False
+    absent: frozenset[str] = frozenset()
     place: int
     found: Outcome
     given: Array | None = None
     told: Array | None = None
     told_rows: dict[str, range]
+    _leaves = False
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -66,6 +74,7 @@ class Clipper:
         self.rules = {group.name: group.clip for group in groups}
         self.keys = {group.name: shared_key(group) for group in groups}
         self.strict = any(group.nonfinite == "raise" for group in groups)
+        self.writes_within |= any(group.nonfinite == "zero" for group in groups)
         self.tensors: dict[str, range] = {}
         self.pools: dict[str, range] = {}
         self._lay_out(groups)
@@ -79,8 +88,9 @@ class Clipper:
         self._sizes: Array | None = None
         self.unscale = 1.0
         self.bounds = np.full(len(self._pool_list), math.inf)
-        self._scheduled: list[Any] = []
+        self.scheduled: list[Any] = []
         self._written: tuple[Array, float, Any] | None = None
+        self._as_they_are: Outcome | None = None
         self._set_bounds()
         self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
 
@@ -154,7 +164,7 @@ class Clipper:
             if rule is None:
                 continue
             if rule.scheduled:
-                self._scheduled.append((rule, pools))
+                self.scheduled.append((rule, pools))
             else:
                 self.bounds[pools.start : pools.stop] = rule.bound(0)
 
@@ -168,13 +178,15 @@ class Clipper:
         tables = self.tables
         return tables[0][place], tables[1][place]
 
-    def obey(self, step: int, unscale: float, stream: Any) -> None:
-        """Let decisions obey the rules at a step; refuse a bad bound."""
-        if self._scheduled:
-            bounds = self.bounds.copy()
-            for rule, pools in self._scheduled:
-                bounds[pools.start : pools.stop] = rule.bound(step)
-            self._take_bounds(bounds)
+    def take_step(self, step: int) -> None:
+        """Take the bounds of a step; refuse a bad one."""
+        bounds = self.bounds.copy()
+        for rule, pools in self.scheduled:
+            bounds[pools.start : pools.stop] = rule.bound(step)
+        self._take_bounds(bounds)
+
+    def obey(self, unscale: float, stream: Any) -> None:
+        """Let decisions obey the bounds there are."""
         if self._sparse:
             self._take_rows(stream)
             self._losses = self._own_losses
@@ -231,6 +243,7 @@ class Clipper:
         self.plan.measure(2.0, stream)
         self.place, self.found = place, self._outcome(place)
         self.given = self.told = None
+        self._leaves = False
         self.plan.decide(self.found, stream)
 
     @property
@@ -244,9 +257,10 @@ class Clipper:
     def decide_given(self, given: Array, told: Array, losses: Array, stream: Any) -> None:
         """Decide by the sums of all ranks for each pool; reports tell others."""
         self.given, self.told = given, told
-        if self._sparse:
-            self._losses = losses
-        self._write_law(self.unscale, stream)
+        if not self._leaves:
+            if self._sparse:
+                self._losses = losses
+            self._write_law(self.unscale, stream)
         self._decide_again(stream)
 
     def _decide_again(self, stream: Any) -> None:
@@ -255,6 +269,25 @@ class Clipper:
             self.plan.decide(self.found, stream)
         else:
             self.plan.decide_by(self.given, self.found, stream)
+
+    def leave(self, stream: Any) -> None:
+        """Decide to leave gradients as they are, but those of groups that are skipped."""
+        if self._sparse:
+            self._take_rows(stream)
+        if self._as_they_are is None:
+            (self._as_they_are,) = self.plan.outcomes(1, stream)
+        self.plan.write_laws(Law(math.inf), stream)
+        self._written = None
+        self.plan.measure(2.0, stream)
+        self.found = self._as_they_are
+        self.given = self.told = None
+        self._leaves = True
+        self.plan.decide(self.found, stream)
+
+    def write_left(self, stream: Any) -> Outcome:
+        """Clean what `leave` finds that is not finite, by the policy; return what is decided."""
+        self.plan.write_exceptional(self.found, stream)
+        return self.found
 
     def refused(self, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
@@ -282,6 +315,17 @@ class Clipper:
 
     def observe(self, step: int, stream: Any) -> None:
         """Let rules that follow the norms know those before and after."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, by their numbers."""
+        return [name for group in self.groups for name in group.names]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether `measure` decides all, of all groups in the order the user gave them."""
+        numbers = [group.number for group in self.groups]
+        return type(self) is Clipper and numbers == sorted(numbers)
 
     @np.errstate(invalid="ignore")
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002

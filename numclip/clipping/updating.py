@@ -11,9 +11,9 @@ from numclip.border.gradients import Gradient
 from numclip.clipping.buffers import flat_buffers
 from numclip.clipping.clip import row_span
 from numclip.clipping.ranks import Ranks
-from numclip.clipping.steps import Steps, Turn
+from numclip.clipping.steps import NOBODY, Steps, Turn
 from numclip.dtypes import Array, lookup
-from numclip.engine import Engine
+from numclip.engine import Engine, Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 
@@ -31,6 +31,9 @@ class Method(Protocol):
 
     def settings(self, lr: float) -> list[float]:
         """Return the numbers that the user has chosen for a step."""
+
+    def rate(self, own: float | None, number: int) -> float:
+        """Return the learning rate at a step, a group's own where there is one."""
 
 
 class Slots:
@@ -107,34 +110,137 @@ class GroupUpdater:
                 slots.updates, slots.pools = made, clipper.pools[group.name]
                 slots.steps = counts[group.name]
             self._updates.append(made)
-        self._written: list[Any] = [None] * len(self._updates)
+        self._written: list[list[float]] | None = None
+        params = [
+            engine.facts(name, param)
+            for group in self._groups
+            for name, param in group.params.items()
+        ]
+        sparse = any(group.sparse for group in self._groups)
+        self.given = None if sparse else engine.given(params, self._taken(engine))
+        self._at_once = None
+        if len(steps.clippers) == 1 and steps.clippers[0].in_order:
+            (clipper,), (updates,) = steps.clippers, self._updates
+            self._at_once = updates.at_once(self.given, clipper.divisors)
+
+    def _taken(self, engine: Engine) -> list[tuple[int, int]]:
+        """Return where a step writes: the memory of parameters and states."""
+        slots = self.slots.values()
+        params = [param for own in slots for param in own.params]
+        states = [state for own in slots for views in own.views for state in views]
+        return [engine.facts("memory", array).extent for array in (*params, *states)]
+
+    def rates(self, number: int) -> list[float]:
+        """Return the rate of each group at a step."""
+        return [self._method.rate(group.lr, number) for group in self._groups]
+
+    def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
+        """Return where gradients lie, if they can be read there and are too many to be copied."""
+        if items is None or self.given is None or steps.writes_within or self.given.is_little:
+            return None
+        if not self.given.read(items):
+            return None
+        return dict(zip(names, self.given.addresses.tolist(), strict=True))
+
+    def step_at_once(self, steps: Steps, turn: Turn, rates: Sequence[float], items: Any) -> bool:
+        """Take a step by one native call, by the gradients given or, without, by the groups' own.
+
+        Tell whether that was possible; if not, nothing has been changed.
+        """
+        if steps is not self._steps or self._at_once is None:
+            return False
+        self._write_settings(steps, rates)
+        (clipper,) = steps.clippers
+        where = turn.place, turn.unscale
+        return self._at_once.step(items, *where, clipper.bounds, clipper.tables)
 
     def step(
         self,
         steps: Steps,
-        number: int,
+        turn: Turn,
         rates: Sequence[float],
-        unscale: float,
+        absent: frozenset[str] = NOBODY,
+        sources: Mapping[str, int] | None = None,
         ranks: Ranks | None = None,
-    ) -> Turn:
-        """Clip every group, and update it at its rate; return what became of it."""
+    ) -> bool:
+        """Clip every group, and update it at its rate; leave parameters that are absent.
+
+        Gradients are read at the sources; if these would have to be written, nothing is done, and
+        that is told.
+        """
+        self._attach_again(steps)
+        if sources is not None:
+            steps.read_at(sources)
+        try:
+            steps.decide(turn, ranks, "" if ranks is None else self._call(rates, absent))
+            if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
+                return False
+            stream = steps.stream
+            if sources is None:
+                outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
+            else:
+                outcomes = [clipper.found for clipper in steps.clippers]
+            self._update(steps, rates, outcomes, absent, sources)
+        finally:
+            if sources is not None:
+                steps.read_at(None)
+        return True
+
+    def _call(self, rates: Sequence[float], absent: frozenset[str]) -> str:
+        """Say what a step does that must be the same on all ranks."""
+        settings = [self._method.settings(rate) for rate in rates]
+        copies = {name for group in self._groups if not group.sharded for name in group.names}
+        left = sorted(absent & copies)
+        return f"{self._method.kernel} of {settings}" + (f" without {left}" if left else "")
+
+    def apply(
+        self, steps: Steps, turn: Turn, rates: Sequence[float], ranks: Ranks | None = None
+    ) -> None:
+        """Update every group by gradients that are clipped, at its rate."""
+        self._attach_again(steps)
+        self._update(steps, rates, steps.leave(turn, ranks), NOBODY, None)
+
+    def _attach_again(self, steps: Steps) -> None:
+        """Make other tables where there are other clippers."""
         if steps is not self._steps:
             counts = {name: slots.steps for name, slots in self.slots.items()}
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
-        stream = steps.stream
+
+    def _write_settings(self, steps: Steps, rates: Sequence[float]) -> None:
+        """Let updates use the settings there are at some rates."""
         settings = [self._method.settings(rate) for rate in rates]
-        call = "" if ranks is None else f"{self._method.kernel} of {settings}"
-        turn = steps.decided(number, unscale, ranks, call)
-        for k, (clipper, updates) in enumerate(zip(steps.clippers, self._updates, strict=True)):
-            if self._written[k] != settings:
-                updates.write_settings(self._table(clipper, settings), stream)
-                self._written[k] = settings
-            outcome = clipper.write_exceptional(stream)
+        if settings != self._written:
+            for clipper, updates in zip(steps.clippers, self._updates, strict=True):
+                updates.write_settings(self._table(clipper, settings), steps.stream)
+            self._written = settings
+
+    def _update(
+        self,
+        steps: Steps,
+        rates: Sequence[float],
+        outcomes: Sequence[Outcome],
+        absent: frozenset[str],
+        sources: Mapping[str, int] | None,
+    ) -> None:
+        """Update every group by what is decided, an outcome for each clipper."""
+        stream = steps.stream
+        self._write_settings(steps, rates)
+        every = zip(steps.clippers, self._updates, outcomes, strict=True)
+        for clipper, updates, outcome in every:
             if clipper.rows:
                 updates.take_rows(clipper.rows, stream)
-            updates.step(outcome, stream)
-        return turn
+            if not absent and sources is None:
+                updates.step(outcome, stream)
+                continue
+            kept = None if absent.isdisjoint(clipper.names) else updates.counts()
+            updates.read_at(_sources(clipper, absent, sources), stream)
+            try:
+                updates.step(outcome, stream)
+            finally:
+                updates.read_at(None, stream)
+            if kept is not None:
+                _keep_counts(clipper, updates, absent, kept)
 
     def _table(self, clipper: Any, settings: Sequence[Sequence[float]]) -> Array:
         """Return the settings of each of a clipper's pools."""
@@ -143,6 +249,24 @@ class GroupUpdater:
             pools = clipper.pools[group.name]
             table[pools.start : pools.stop, : len(settings[group.number])] = settings[group.number]
         return table
+
+
+def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
+    """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
+    if sources is not None:
+        return [sources[name] for name in clipper.names]
+    homes = [span.source for span in clipper.plan.spans]
+    pairs = zip(clipper.names, homes, strict=True)
+    return [0 if name in absent else home for name, home in pairs]
+
+
+def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array) -> None:
+    """Let groups without any gradient not have been updated."""
+    counts, present = updates.counts(), np.zeros(len(kept), np.bool_)
+    for group in clipper.groups:
+        pools = clipper.pools[group.name]
+        present[pools.start : pools.stop] |= not absent.issuperset(group.names)
+    updates.set_counts(np.where(present, counts, kept))
 
 
 def update_span(grad: Gradient, param: int) -> Span | RowSpan:

@@ -487,3 +487,72 @@ def test_sharded_groups_need_a_communicator_and_rules_that_scale():
         groups.clip()
     with pytest.raises(ValueError, match="a rule that scales for a sharded group"):
         nc.Group("g", {"w": np.zeros((2, 2))}, nc.ByNorm(1.0, axes=0), sharded=True)
+
+
+# ---- gradients of the step, and steps after clips
+
+
+def pair(policy="propagate", sharded=True):
+    params = {"w": np.zeros(3), "b": np.zeros(2)}
+    groups = nc.ParamGroups(
+        [nc.Group("g", params, nc.ByGlobalNorm(1.0), nonfinite=policy, sharded=sharded)]
+    )
+    return groups, nc.SGD(groups, lr=1.0)
+
+
+def test_gradients_where_they_lie_are_those_of_all_ranks():
+    def program(comm):
+        rank = comm.Get_rank()
+        grads = {"w": np.array([1.0, 2.0, 3.0]) + rank, "b": np.ones(2)}
+        given = {"w": grads["w"].astype(np.float32)[::-1][::-1] if rank else grads["w"], "b": None}
+        groups, optimizer = pair()
+        measured = groups.clip(apply=False, grads=given, comm=comm)
+        report = optimizer.step(given, comm=comm)
+        return measured.norm, report.norm, groups.params["w"].copy(), groups.params["b"].copy()
+
+    results = together(2, program)
+    norm = math.sqrt(1 + 4 + 9 + 4 + 9 + 16)
+    assert {(own[0], own[1]) for own in results} == {(norm, norm)}
+    for rank, (_, _, w, b) in enumerate(results):
+        np.testing.assert_allclose(w, -(np.array([1.0, 2.0, 3.0]) + rank) / norm, rtol=1e-14)
+        assert not b.any()
+
+
+def test_parameters_that_only_some_ranks_leave_are_an_error_where_they_are_copies():
+    def program(comm):
+        _, optimizer = pair(sharded=False)
+        optimizer.step({"w": np.ones(3), "b": np.zeros(2) if comm.Get_rank() else None}, comm=comm)
+
+    texts = set(raised(2, program))
+    assert len(texts) == 1
+    assert "without ['b'] on rank 0, but descend of" in texts.pop()
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip"])
+def test_a_step_after_a_clip_applies_what_all_ranks_have_decided(policy):
+    def program(comm):
+        groups, optimizer = pair(policy)
+        bad = math.nan if comm.Get_rank() == 1 else 1.0
+        groups.set_grads({"w": np.array([bad, 2.0, 3.0]), "b": np.ones(2)})
+        first = groups.clip(comm=comm)
+        second = optimizer.step(comm=comm)
+        np.testing.assert_equal(numbers(second), numbers(first))
+        return groups.step, groups["g"].flat_params["float64"].copy()
+
+    for step, params in together(3, program):
+        assert step == 1
+        assert np.isnan(params).all() if policy == "propagate" else not params.any()
+
+
+def test_a_step_after_a_clip_on_some_ranks_alone_is_an_error_on_all():
+    def program(comm):
+        groups, optimizer = pair()
+        groups.set_grads({"w": np.ones(3), "b": np.ones(2)})
+        groups.clip(comm=comm)
+        if comm.Get_rank() == 1:
+            groups.set_grads({"w": np.ones(3), "b": np.ones(2)})
+        optimizer.step(comm=comm)
+
+    texts = set(raised(2, program))
+    assert len(texts) == 1
+    assert "call: apply what clip() has written on rank 0, but descend of" in texts.pop()

@@ -93,7 +93,7 @@ class GroupUpdates:
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
         self._plan, self._places = plan, Places(spans, states)
-        self._updates = self._places.by_dtype(self._places.whole(), stream)
+        self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
         self._row_updates: dict[DType, Any] = {}
         self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
         shape = len(plan.pools), SETTINGS_COLUMNS
@@ -113,6 +113,17 @@ class GroupUpdates:
         """Let pools have been updated so often."""
         with device.on_stream(None) as stream:
             device.update(self._counts, counts, stream)
+
+    def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
+        """Leave the parameters whose gradients have no address; others are of the plan."""
+        self._updates = self._own
+        if sources is not None:
+            rows = self._places.whole()
+            present = np.array(sources, np.int64) != 0
+            self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
+
+    def at_once(self, _given: Any, _divisors: Array) -> None:
+        """Return nothing: a step is a number of launches."""
 
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
         """Let the next step update the rows of some slices."""
