@@ -49,6 +49,7 @@ def raised(size, program, kind=RankError):
 # ---- the function
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_shards_of_whole_chunks_have_the_bits_of_all_at_once(size, dtype):
@@ -63,6 +64,7 @@ def test_shards_of_whole_chunks_have_the_bits_of_all_at_once(size, dtype):
     checks.assert_same_bits(np.concatenate([own[0] for own, _ in results]), clipped[0])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("ord", [1, 2, 3.5, math.inf])
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -234,6 +236,7 @@ def test_what_is_no_communicator_is_refused():
 # ---- groups
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_groups_are_clipped_as_if_they_were_whole(name, size):
@@ -250,6 +253,7 @@ def test_sharded_groups_are_clipped_as_if_they_were_whole(name, size):
         np.testing.assert_allclose(joined, param, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", REPLICATED)
 def test_copies_count_once(name):
     rule = REPLICATED[name]
@@ -299,6 +303,7 @@ def test_sharded_rows_that_repeat_count_as_their_sums():
 # ---- what is not finite
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("policy", ["propagate", "skip", "raise", "zero"])
 @pytest.mark.parametrize("rule", ["none", "global", "tensors", "global of order 1", "percentile"])
