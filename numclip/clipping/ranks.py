@@ -61,7 +61,8 @@ class Part:
             spans += [(t, t + 1) for t in own] if each else [(own.start, own.stop)]
             sharded += [group.sharded] * (len(spans) - first)
             self.rows[group.name] = range(first, len(spans))
-        self._spans, self._sharded = np.array(spans, np.int64), np.array(sharded)
+        self._spans = np.array(spans, np.int64)
+        self._copies = [k for k, own in enumerate(sharded) if not own]
         self.count = len(spans)
         self.width = WIDTH if clipper.ord == 2.0 else WIDTH + 2
         self._pools = np.array(list(self._pool_spans()), np.int64)
@@ -138,20 +139,27 @@ class Part:
         if clipper.ord != 2.0:
             given[:, [tables.TOTAL, tables.EXPONENT]] = list(self._given_norms(merged, stream))
         told, losses = source[self._told], np.zeros(len(given))
-        for group in clipper.groups:
+        bad = every[:, :, tables.BAD].any()
+        for group in clipper.groups if bad or clipper.losses_of_tensors is not None else ():
             rows, pools = self.rows[group.name], clipper.pools[group.name]
             own = merged[rows.start : rows.stop]
-            given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
             if clipper.losses_of_tensors is not None:
                 losses[pools.start : pools.stop] += self._losses(group, own)
-            if group.sharded or _scope(clipper, group) == "group":
-                continue
-            tellers = clipper.told_rows[group.name]
-            told[tellers.start, tables.BAD] += own[0, tables.BAD]
-            if _is_disputed(every[:, rows.start : rows.stop]):
-                given[pools.start : pools.stop, tables.TOTAL] = own[0, tables.TOTAL]
-                told[tellers.start : tellers.stop, tables.TOTAL] = own[0, tables.TOTAL]
+            if bad:
+                given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
+                self._dispute(group, every[:, rows.start : rows.stop], own, given, told)
         clipper.decide_given(given, told, losses, stream)
+
+    def _dispute(self, group: Any, every: Array, merged: Array, given: Array, told: Array) -> None:
+        """Let copies that are not finite on some ranks alone be so on all."""
+        if group.sharded or _scope(self.clipper, group) == "group":
+            return
+        pools, tellers = self.clipper.pools[group.name], self.clipper.told_rows[group.name]
+        told[tellers.start, tables.BAD] += merged[0, tables.BAD]
+        counts, totals = every[:, :, tables.BAD], every[:, :, tables.TOTAL]
+        if (counts != counts[0]).any() and not np.isfinite(totals).all():
+            given[pools.start : pools.stop, tables.TOTAL] = merged[0, tables.TOTAL]
+            told[tellers.start : tellers.stop, tables.TOTAL] = merged[0, tables.TOTAL]
 
     def _losses(self, group: Any, merged: Array) -> Any:
         """Return what rounding subnormal terms can add to the sums of a group's pools."""
@@ -165,17 +173,15 @@ class Part:
         ranks, count = every.shape[:2]
         spans = np.arange(count)[:, None] * ranks + np.array([0, ranks])
         flat = every.transpose(1, 0, 2)[:, :, :COLUMNS].reshape(-1, COLUMNS)
-        merged: Array = every[0].copy()
-        bad = every[:, :, tables.BAD] > 0.0
-        shards = self._sharded
-        merged[shards, :COLUMNS] = _added(spans[shards], flat)
-        merged[shards, LOSS] = every[:, shards, LOSS].sum(axis=0)
+        merged = np.empty((count, self.width))
+        merged[:, :COLUMNS] = _added(spans, flat)
+        merged[:, LOSS] = every[:, :, LOSS].sum(axis=0)
         if self.width > WIDTH:
-            for k in np.flatnonzero(shards).tolist():
+            for k in range(count):
                 parts = [(m, int(e)) for m, e in every[:, k, WIDTH:].tolist()]
                 merged[k, WIDTH:] = joined_norms(parts, self.clipper.ord)
-        for k in np.flatnonzero(~shards).tolist():
-            worst = int(bad[:, k].argmax())
+        for k in self._copies:
+            worst = int((every[:, k, tables.BAD] > 0.0).argmax())
             merged[k] = every[worst, k]
             if math.isfinite(merged[k, tables.TOTAL]):
                 self._refuse_differing(k, every[:, k])
@@ -209,13 +215,6 @@ class Part:
                 yield joined_norms(parts, clipper.ord)
 
 
-def _is_disputed(every: Array) -> bool:
-    """Tell whether gradients are not finite on some ranks alone; `every` has rows of all."""
-    bad = every[:, :, tables.BAD]
-    totals = every[:, :, tables.TOTAL]
-    return bool((bad != bad[0]).any()) and not np.isfinite(totals).all()
-
-
 def _added(spans: Array, rows: Array) -> Array:
     """Return the sum of each span of rows of sums, rounded once."""
     add: Any = kernels.add_pools
@@ -241,10 +240,10 @@ def _share(every: Array, inside: Array, ord: float) -> float:
 
 def _normalise(rows: Array) -> None:
     """Bring rows of sums to the exponents that both engines know."""
+    if not rows[:, tables.EXPONENT :: tables.TERMS_EXPONENT - tables.EXPONENT].any():
+        return
     for total, exponent in ((tables.TOTAL, tables.EXPONENT), (tables.TERMS, tables.TERMS_EXPONENT)):
         size = abs(rows[:, exponent])
-        if not size.any():
-            continue
         odd = (size != 0.0) & (size != BIN_EXPONENT)
         for k in np.flatnonzero(odd & np.isfinite(rows[:, total])).tolist():
             parts = [rows[k, total]] + ([rows[k, tables.ERROR]] if total == tables.TOTAL else [])
@@ -305,6 +304,8 @@ class Ranks:
 
     def _refuse_bad(self, part: Part, rows: Array, stream: Any) -> None:
         """Raise, on all ranks, the error of the first one with a bad gradient that may not be."""
+        if not part.clipper.strict:
+            return
         for group in part.clipper.groups:
             own = part.rows[group.name]
             bad = rows[:, own.start : own.stop, tables.BAD].any(axis=1)

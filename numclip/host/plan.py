@@ -65,6 +65,7 @@ class Plan:
         """Make the tables that follow from where the tensors are."""
         self._laws = Laws(self.spans, self.pools)
         self.pool_table = self._laws.pool_table(self.pools)
+        self._whole_pools: Array | None = None
         self._sums = np.zeros((len(self.spans), SUM_COLUMNS))
         self._copied = {
             t: Copied(strided)
@@ -154,10 +155,11 @@ class Plan:
     def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
         law, shifts = self._law, np.zeros(len(self.pools), np.int64)
-        if (law[:, ORD] != 2.0).any():
+        if law[0, ORD] != 2.0:
             law, shifts, totals = by_norms(law, totals)
-        pools = whole_pools(self.pool_table)
-        kernels.decide_pools(pools, law, shifts, totals, outcome[1])
+        if self._whole_pools is None:
+            self._whole_pools = whole_pools(self.pool_table)
+        kernels.decide_pools(self._whole_pools, law, shifts, totals, outcome[1])
 
     def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""

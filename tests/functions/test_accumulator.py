@@ -64,7 +64,9 @@ def test_any_order_and_grouping_has_the_bits_of_all_at_once(data, grads):
 
 
 def test_what_decides_a_tie_counts_wherever_it_arrives():
-    for grads in (TIE + DECIDING, DECIDING + TIE, [DECIDING[0], *TIE, *DECIDING[1:]]):
+    orders = TIE + DECIDING, DECIDING + TIE, [DECIDING[0], *TIE, *DECIDING[1:]]
+    alone = [*TIE, DECIDING[0]], [DECIDING[0], *TIE[::-1]]
+    for grads in (*orders, *alone):
         assert nc.global_norm(grads) == 1.5 + 2.0**-52
         mixed = [np.zeros(1, np.float32), *grads]  # the general path: two dtypes
         assert nc.global_norm(mixed) == 1.5 + 2.0**-52
