@@ -9,9 +9,19 @@ import pytest
 
 import numclip as nc
 from tests.oracle.cases import normal, slices
-from tests.oracle.grouped import RULES, frozen
+from tests.oracle.grouped import frozen
 from tests.oracle.plain_optim import KINDS, made
 
+RULES = [
+    None,
+    nc.ByGlobalNorm(0.5),
+    nc.ByGlobalNorm(0.7, ord=3),
+    nc.ByNorm(0.4),
+    nc.AutoClip(percentile=50, window=9),
+    nc.AdaGC(relative=0.9, absolute=0.5, warmup=2),
+    nc.ByValue(-0.1, 0.2),
+    nc.Adaptive(0.3),
+]
 SHAPES = {"w": (4, 3), "b": (3,)}
 
 
@@ -43,6 +53,7 @@ def left_of(groups, optimizer):
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.each_value
+@pytest.mark.many_calls
 def test_clip_then_step_is_a_step(target, kind, rule, repeated, scale):
     """Up to the rounding of what is clipped: rules see and count each step once."""
     both, alone = (groups_by(rule, target.device) for _ in range(2))
@@ -136,6 +147,7 @@ def test_what_a_clip_skips_a_step_skips(target, policy):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", [None, nc.ByGlobalNorm(0.5), nc.AutoClip(50)], ids=repr)
 @pytest.mark.each_value
+@pytest.mark.many_calls
 def test_old_gradients_are_not_applied_again(target, kind, rule):
     """After one is set, others count as absent, as where gradients are given."""
     set_in, given_to = (groups_by(rule, target.device) for _ in range(2))
