@@ -471,10 +471,10 @@ class ParamGroups(state.Saved):
                 return self._update_clipped(updater, steps, self._clipped, unscale)
             absent = self._absent() if grads is None and self._set else NOBODY
             turn = steps.taken(self.step, unscale)
-            rates = updater.rates(self.step)
+            settings = updater.settings(self.step)
             known = items is not None or (grads is None and not absent)
-            if not (known and updater.step_at_once(steps, turn, rates, items)):
-                self._update(updater, steps, turn, rates, absent, grads, items)
+            if not (known and updater.step_at_once(steps, turn, settings, items)):
+                self._update(updater, steps, turn, settings, absent, grads, items)
             if self._set:
                 self._set.clear()
             self._clipped, self._applied = None, True
@@ -486,7 +486,7 @@ class ParamGroups(state.Saved):
         updater: GroupUpdater,
         steps: Steps,
         turn: Turn,
-        rates: Sequence[float],
+        settings: list[list[float]],
         absent: frozenset[str],
         grads: Any,
         items: tuple[Any, ...] | None,
@@ -498,14 +498,14 @@ class ParamGroups(state.Saved):
         steps.leave_out(absent)
         if named is not None:
             sources = updater.sources(steps, self._names, items)
-            if sources is not None and updater.step(steps, turn, rates, absent, sources):
+            if sources is not None and updater.step(steps, turn, settings, absent, sources):
                 return
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
         for name in absent if named is None else ():
             self._owner(name).clear(name, self._stream)
-        updater.step(steps, turn, rates, absent)
+        updater.step(steps, turn, settings, absent)
 
     @isolated
     def _update_clipped(
@@ -515,7 +515,7 @@ class ParamGroups(state.Saved):
         if unscale not in (1.0, turn.unscale):
             wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, updater.rates(turn.step))
+        updater.apply(steps, updater.settings(turn.step))
         self._forget()
         self._applied = True
         return ClipReport.of((turn, None))

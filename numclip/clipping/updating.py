@@ -129,9 +129,10 @@ class GroupUpdater:
         states = [state for own in slots for views in own.views for state in views]
         return [engine.facts("memory", array).extent for array in (*params, *states)]
 
-    def rates(self, number: int) -> list[float]:
-        """Return the rate of each group at a step."""
-        return [self._method.rate(group.lr, number) for group in self._groups]
+    def settings(self, number: int) -> list[list[float]]:
+        """Return the settings of each group at a step."""
+        method = self._method
+        return [method.settings(method.rate(group.lr, number)) for group in self._groups]
 
     def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
         """Return where gradients lie, if they can be read there and are too many to be copied."""
@@ -141,27 +142,30 @@ class GroupUpdater:
             return None
         return dict(zip(names, self.given.addresses.tolist(), strict=True))
 
-    def step_at_once(self, steps: Steps, turn: Turn, rates: Sequence[float], items: Any) -> bool:
+    def step_at_once(
+        self, steps: Steps, turn: Turn, settings: list[list[float]], items: Any
+    ) -> bool:
         """Take a step by one native call, by the gradients given or, without, by the groups' own.
 
         Tell whether that was possible; if not, nothing has been changed.
         """
         if steps is not self._steps or self._at_once is None:
             return False
-        self._write_settings(steps, rates)
-        (clipper,) = steps.clippers
-        where = turn.place, turn.unscale
-        return self._at_once.step(items, *where, clipper.bounds, clipper.tables)
+        if settings != self._written:
+            self._write_settings(steps, settings)
+        clipper = steps.clippers[0]
+        place, unscale = turn.place, turn.unscale
+        return self._at_once.step(items, place, unscale, clipper.bounds, clipper.tables)
 
     def step(
         self,
         steps: Steps,
         turn: Turn,
-        rates: Sequence[float],
+        settings: list[list[float]],
         absent: frozenset[str] = NOBODY,
         sources: Mapping[str, int] | None = None,
     ) -> bool:
-        """Clip every group, and update it at its rate; leave parameters that are absent.
+        """Clip every group, and update it by its settings; leave parameters that are absent.
 
         Gradients are read at the sources; if these would have to be written, nothing is done, and
         that is told.
@@ -178,16 +182,16 @@ class GroupUpdater:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
             else:
                 outcomes = [clipper.found for clipper in steps.clippers]
-            self._update(steps, rates, outcomes, absent, sources)
+            self._update(steps, settings, outcomes, absent, sources)
         finally:
             if sources is not None:
                 steps.read_at(None)
         return True
 
-    def apply(self, steps: Steps, rates: Sequence[float]) -> None:
-        """Update every group by gradients that are clipped, at its rate."""
+    def apply(self, steps: Steps, settings: list[list[float]]) -> None:
+        """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
-        self._update(steps, rates, steps.leave(), NOBODY, None)
+        self._update(steps, settings, steps.leave(), NOBODY, None)
 
     def _attach_again(self, steps: Steps) -> None:
         """Make other tables where there are other clippers."""
@@ -196,9 +200,8 @@ class GroupUpdater:
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
 
-    def _write_settings(self, steps: Steps, rates: Sequence[float]) -> None:
-        """Let updates use the settings there are at some rates."""
-        settings = [self._method.settings(rate) for rate in rates]
+    def _write_settings(self, steps: Steps, settings: list[list[float]]) -> None:
+        """Let updates use some settings."""
         if settings != self._written:
             for clipper, updates in zip(steps.clippers, self._updates, strict=True):
                 updates.write_settings(self._table(clipper, settings), steps.stream)
@@ -207,14 +210,14 @@ class GroupUpdater:
     def _update(
         self,
         steps: Steps,
-        rates: Sequence[float],
+        settings: list[list[float]],
         outcomes: Sequence[Outcome],
         absent: frozenset[str],
         sources: Mapping[str, int] | None,
     ) -> None:
         """Update every group by what is decided, an outcome for each clipper."""
         stream = steps.stream
-        self._write_settings(steps, rates)
+        self._write_settings(steps, settings)
         every = zip(steps.clippers, self._updates, outcomes, strict=True)
         for clipper, updates, outcome in every:
             if clipper.rows:
