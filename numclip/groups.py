@@ -423,6 +423,7 @@ class ParamGroups(state.Saved):
             if grads is not None:
                 return self._measured(steps, self._named(grads), scale)
             turn = steps.taken(self.step, scale)
+            self._leave_out(steps, self._absent())
             steps.decide(turn)
             if apply:
                 steps.write()
@@ -430,6 +431,12 @@ class ParamGroups(state.Saved):
             else:
                 steps.preview()
             return self._reported(steps, turn, counts=apply)
+
+    def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
+        """Let parameters have no gradient in the step that begins: theirs were applied before."""
+        steps.leave_out(absent)
+        for name in absent:
+            self._owner(name).clear(name, self._stream)
 
     def _measured(self, steps: Steps, named: Mapping[str, Any], scale: float) -> ClipReport:
         """Return what clipping would make of gradients, which take the place of ours meanwhile."""
@@ -452,11 +459,16 @@ class ParamGroups(state.Saved):
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
         if steps.take(turn, counts=counts):
-            for told in steps.turn_over():
-                self._history.take(told)
+            self._turn_over(steps)
         if counts:
             self.step += 1
         return ClipReport.of((turn, None))
+
+    @isolated
+    def _turn_over(self, steps: Steps) -> None:
+        """Go on with an empty block; let the history have what is known."""
+        for told in steps.turn_over():
+            self._history.take(told)
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
@@ -492,19 +504,19 @@ class ParamGroups(state.Saved):
         items: tuple[Any, ...] | None,
     ) -> None:
         """Take a step the general way."""
-        named = None if grads is None else self._named(grads)
-        if named is not None:
+        if grads is None:
+            self._leave_out(steps, absent)
+        else:
+            named = self._named(grads)
             absent = self._missing(named)
-        steps.leave_out(absent)
-        if named is not None:
+            steps.leave_out(absent)
             sources = updater.sources(steps, self._names, items)
             if sources is not None and updater.step(steps, turn, settings, absent, sources):
                 return
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
-        for name in absent if named is None else ():
-            self._owner(name).clear(name, self._stream)
+            self._clipped = None  # whatever follows: others are there
         updater.step(steps, turn, settings, absent)
 
     @isolated
@@ -515,7 +527,7 @@ class ParamGroups(state.Saved):
         if unscale not in (1.0, turn.unscale):
             wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, updater.settings(turn.step))
+        updater.apply(steps, updater.settings(turn.step), self._absent())
         self._forget()
         self._applied = True
         return ClipReport.of((turn, None))

@@ -16,6 +16,11 @@ from numclip.engine import Engine, Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 
+Rounds = list[tuple[Any, frozenset[str]]]
+"""Groups to be updated one after another, None for all, and what is left out meanwhile."""
+
+AT_ONCE: Rounds = [(None, NOBODY)]
+
 
 class Method(Protocol):
     """What is asked of an optimizer."""
@@ -110,6 +115,7 @@ class GroupUpdater:
                 slots.steps = counts[group.name]
             self._updates.append(made)
         self._written: list[list[float]] | None = None
+        self._differs = False  # whether groups that share a norm have other settings
         params = [
             engine.facts(name, param)
             for group in self._groups
@@ -153,6 +159,8 @@ class GroupUpdater:
             return False
         if settings != self._written:
             self._write_settings(steps, settings)
+        if self._differs:
+            return False
         clipper = steps.clippers[0]
         place, unscale = turn.place, turn.unscale
         return self._at_once.step(items, place, unscale, clipper.bounds, clipper.tables)
@@ -188,10 +196,10 @@ class GroupUpdater:
                 steps.read_at(None)
         return True
 
-    def apply(self, steps: Steps, settings: list[list[float]]) -> None:
+    def apply(self, steps: Steps, settings: list[list[float]], absent: frozenset[str]) -> None:
         """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
-        self._update(steps, settings, steps.leave(), NOBODY, None)
+        self._update(steps, settings, steps.leave(), absent, None)
 
     def _attach_again(self, steps: Steps) -> None:
         """Make other tables where there are other clippers."""
@@ -206,6 +214,7 @@ class GroupUpdater:
             for clipper, updates in zip(steps.clippers, self._updates, strict=True):
                 updates.write_settings(self._table(clipper, settings), steps.stream)
             self._written = settings
+            self._differs = any(len(_rounds(own, settings)) > 1 for own in steps.clippers)
 
     def _update(
         self,
@@ -220,19 +229,28 @@ class GroupUpdater:
         self._write_settings(steps, settings)
         every = zip(steps.clippers, self._updates, outcomes, strict=True)
         for clipper, updates, outcome in every:
-            if clipper.rows:
-                updates.take_rows(clipper.rows, stream)
-            if not absent and sources is None:
-                updates.step(outcome, stream)
-                continue
-            kept = None if absent.isdisjoint(clipper.names) else updates.counts()
-            updates.read_at(_sources(clipper, absent, sources), stream)
-            try:
-                updates.step(outcome, stream)
-            finally:
-                updates.read_at(None, stream)
+            rounds = _rounds(clipper, settings) if self._differs else AT_ONCE
+            waits = len(rounds) > 1 or not absent.isdisjoint(clipper.names)
+            kept = updates.counts() if waits else None
+            for group, others in rounds:
+                if group is not None and kept is not None:
+                    own = [settings[group.number]] * len(settings)
+                    updates.write_settings(self._table(clipper, own), stream)
+                    updates.set_counts(kept)
+                left = absent | others
+                if left or sources is not None:
+                    updates.read_at(_sources(clipper, left, sources), stream)
+                try:
+                    if clipper.rows:
+                        updates.take_rows(clipper.rows, stream)
+                    updates.step(outcome, stream)
+                finally:
+                    if left or sources is not None:
+                        updates.read_at(None, stream)
             if kept is not None:
                 _keep_counts(clipper, updates, absent, kept)
+            if len(rounds) > 1:
+                self._written = None
 
     def _table(self, clipper: Any, settings: Sequence[Sequence[float]]) -> Array:
         """Return the settings of each of a clipper's pools."""
@@ -245,11 +263,25 @@ class GroupUpdater:
 
 def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
     """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
-    if sources is not None:
-        return [sources[name] for name in clipper.names]
     homes = [span.source for span in clipper.plan.spans]
+    if sources is not None:
+        homes = [sources[name] for name in clipper.names]
     pairs = zip(clipper.names, homes, strict=True)
     return [0 if name in absent else home for name, home in pairs]
+
+
+def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:
+    """Return the rounds of an update.
+
+    One for all, unless groups of one norm, and so of one row of settings, differ.
+    """
+    shared: dict[int, list[Sequence[float]]] = {}
+    for group in clipper.groups:
+        shared.setdefault(clipper.pools[group.name].start, []).append(settings[group.number])
+    if all(own.count(own[0]) == len(own) for own in shared.values()):
+        return AT_ONCE
+    every = frozenset(clipper.names)
+    return [(group, every.difference(group.names)) for group in clipper.groups]
 
 
 def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array) -> None:
