@@ -463,13 +463,26 @@ class ParamGroups(state.Saved):
         if grads is not None:
             return self._measured(steps, self._named(grads), scale, ranks)
         turn = steps.taken(self.step, scale)
-        steps.decide(turn, ranks, f"clip(apply={apply})")
+        absent = self._absent()
+        self._leave_out(steps, absent)
+        steps.decide(turn, ranks, f"clip(apply={apply}){self._without(absent)}")
         if apply:
             steps.write()
             self._clipped = turn
         else:
             steps.preview()
         return self._reported(steps, turn, counts=apply)
+
+    def _without(self, absent: frozenset[str]) -> str:
+        """Say which parameters have no gradient, of those that all ranks have."""
+        left = sorted(name for name in absent if not self._owner(name).sharded)
+        return f" without {left}" if left else ""
+
+    def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
+        """Let parameters have no gradient in the step that begins: theirs were applied before."""
+        steps.leave_out(absent)
+        for name in absent:
+            self._owner(name).clear(name, self._stream)
 
     def _measured(
         self, steps: Steps, named: Mapping[str, Any], scale: float, ranks: Ranks | None
@@ -494,11 +507,16 @@ class ParamGroups(state.Saved):
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
         if steps.take(turn, counts=counts):
-            for told in steps.turn_over():
-                self._history.take(told)
+            self._turn_over(steps)
         if counts:
             self.step += 1
         return ClipReport.of((turn, None))
+
+    @isolated
+    def _turn_over(self, steps: Steps) -> None:
+        """Go on with an empty block; let the history have what is known."""
+        for told in steps.turn_over():
+            self._history.take(told)
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
@@ -531,10 +549,10 @@ class ParamGroups(state.Saved):
                 return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
             absent = self._absent() if grads is None and self._set else NOBODY
             turn = steps.taken(self.step, unscale)
-            rates = updater.rates(self.step)
+            settings = updater.settings(self.step)
             known = ranks is None and (items is not None or (grads is None and not absent))
-            if not (known and updater.step_at_once(steps, turn, rates, items)):
-                self._update(updater, steps, turn, rates, absent, grads, items, ranks)
+            if not (known and updater.step_at_once(steps, turn, settings, items)):
+                self._update(updater, steps, turn, settings, absent, grads, items, ranks)
             if self._set:
                 self._set.clear()
             self._clipped, self._applied = None, True
@@ -546,27 +564,27 @@ class ParamGroups(state.Saved):
         updater: GroupUpdater,
         steps: Steps,
         turn: Turn,
-        rates: Sequence[float],
+        settings: list[list[float]],
         absent: frozenset[str],
         grads: Any,
         items: tuple[Any, ...] | None,
         ranks: Ranks | None,
     ) -> None:
         """Take a step the general way; ranks read no gradients elsewhere, as some might not."""
-        named = None if grads is None else self._named(grads)
-        if named is not None:
+        if grads is None:
+            self._leave_out(steps, absent)
+        else:
+            named = self._named(grads)
             absent = self._missing(named)
-        steps.leave_out(absent)
-        if named is not None:
+            steps.leave_out(absent)
             sources = None if ranks else updater.sources(steps, self._names, items)
-            if sources is not None and updater.step(steps, turn, rates, absent, sources):
+            if sources is not None and updater.step(steps, turn, settings, absent, sources):
                 return
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
-        for name in absent if named is None else ():
-            self._owner(name).clear(name, self._stream)
-        updater.step(steps, turn, rates, absent, None, ranks)
+            self._clipped = None  # whatever follows: others are there
+        updater.step(steps, turn, settings, absent, None, ranks)
 
     @isolated
     def _update_clipped(
@@ -581,7 +599,7 @@ class ParamGroups(state.Saved):
         if unscale not in (1.0, turn.unscale):
             wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, turn, updater.rates(turn.step), ranks)
+        updater.apply(steps, turn, updater.settings(turn.step), self._absent(), ranks)
         self._forget()
         self._applied = True
         return ClipReport.of((turn, None))

@@ -89,6 +89,7 @@ class Clipper:
         self.unscale = 1.0
         self.bounds = np.full(len(self._pool_list), math.inf)
         self.scheduled: list[Any] = []
+        self._found: list[float] = []
         self._written: tuple[Array, float, Any] | None = None
         self._as_they_are: Outcome | None = None
         self._set_bounds()
@@ -180,10 +181,12 @@ class Clipper:
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step; refuse a bad one."""
-        bounds = self.bounds.copy()
-        for rule, pools in self.scheduled:
-            bounds[pools.start : pools.stop] = rule.bound(step)
-        self._take_bounds(bounds)
+        found = [rule.bound(step) for rule, _ in self.scheduled]
+        if found != self._found:
+            bounds = self.bounds.copy()
+            for bound, (_, pools) in zip(found, self.scheduled, strict=True):
+                bounds[pools.start : pools.stop] = bound
+            self.bounds, self._found = bounds, found
 
     def obey(self, unscale: float, stream: Any) -> None:
         """Let decisions obey the bounds there are."""

@@ -218,14 +218,14 @@ class Steps:
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
 
-    def leave(self, turn: Turn, ranks: Ranks | None = None) -> list[EngineOutcome]:
+    def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""
 
         def measure() -> None:
             for clipper in self.clippers:
                 clipper.leave(self.stream)
 
-        self._together(measure, turn, ranks, "apply what clip() has written")
+        self._together(measure, turn, ranks, call)
         return [clipper.write_left(self.stream) for clipper in self.clippers]
 
     def _together(

@@ -17,6 +17,11 @@ from numclip.engine import Engine, Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 
+Rounds = list[tuple[Any, frozenset[str]]]
+"""Groups to be updated one after another, None for all, and what is left out meanwhile."""
+
+AT_ONCE: Rounds = [(None, NOBODY)]
+
 
 class Method(Protocol):
     """What is asked of an optimizer."""
@@ -111,6 +116,7 @@ class GroupUpdater:
                 slots.steps = counts[group.name]
             self._updates.append(made)
         self._written: list[list[float]] | None = None
+        self._differs = False  # whether groups that share a norm have other settings
         params = [
             engine.facts(name, param)
             for group in self._groups
@@ -130,9 +136,10 @@ class GroupUpdater:
         states = [state for own in slots for views in own.views for state in views]
         return [engine.facts("memory", array).extent for array in (*params, *states)]
 
-    def rates(self, number: int) -> list[float]:
-        """Return the rate of each group at a step."""
-        return [self._method.rate(group.lr, number) for group in self._groups]
+    def settings(self, number: int) -> list[list[float]]:
+        """Return the settings of each group at a step."""
+        method = self._method
+        return [method.settings(method.rate(group.lr, number)) for group in self._groups]
 
     def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
         """Return where gradients lie, if they can be read there and are too many to be copied."""
@@ -142,28 +149,33 @@ class GroupUpdater:
             return None
         return dict(zip(names, self.given.addresses.tolist(), strict=True))
 
-    def step_at_once(self, steps: Steps, turn: Turn, rates: Sequence[float], items: Any) -> bool:
+    def step_at_once(
+        self, steps: Steps, turn: Turn, settings: list[list[float]], items: Any
+    ) -> bool:
         """Take a step by one native call, by the gradients given or, without, by the groups' own.
 
         Tell whether that was possible; if not, nothing has been changed.
         """
         if steps is not self._steps or self._at_once is None:
             return False
-        self._write_settings(steps, rates)
-        (clipper,) = steps.clippers
-        where = turn.place, turn.unscale
-        return self._at_once.step(items, *where, clipper.bounds, clipper.tables)
+        if settings != self._written:
+            self._write_settings(steps, settings)
+        if self._differs:
+            return False
+        clipper = steps.clippers[0]
+        place, unscale = turn.place, turn.unscale
+        return self._at_once.step(items, place, unscale, clipper.bounds, clipper.tables)
 
     def step(
         self,
         steps: Steps,
         turn: Turn,
-        rates: Sequence[float],
+        settings: list[list[float]],
         absent: frozenset[str] = NOBODY,
         sources: Mapping[str, int] | None = None,
         ranks: Ranks | None = None,
     ) -> bool:
-        """Clip every group, and update it at its rate; leave parameters that are absent.
+        """Clip every group, and update it by its settings; leave parameters that are absent.
 
         Gradients are read at the sources; if these would have to be written, nothing is done, and
         that is told.
@@ -172,7 +184,7 @@ class GroupUpdater:
         if sources is not None:
             steps.read_at(sources)
         try:
-            steps.decide(turn, ranks, "" if ranks is None else self._call(rates, absent))
+            steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
                 return False
             stream = steps.stream
@@ -180,25 +192,30 @@ class GroupUpdater:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
             else:
                 outcomes = [clipper.found for clipper in steps.clippers]
-            self._update(steps, rates, outcomes, absent, sources)
+            self._update(steps, settings, outcomes, absent, sources)
         finally:
             if sources is not None:
                 steps.read_at(None)
         return True
 
-    def _call(self, rates: Sequence[float], absent: frozenset[str]) -> str:
+    def _call(self, settings: list[list[float]], absent: frozenset[str]) -> str:
         """Say what a step does that must be the same on all ranks."""
-        settings = [self._method.settings(rate) for rate in rates]
         copies = {name for group in self._groups if not group.sharded for name in group.names}
         left = sorted(absent & copies)
         return f"{self._method.kernel} of {settings}" + (f" without {left}" if left else "")
 
     def apply(
-        self, steps: Steps, turn: Turn, rates: Sequence[float], ranks: Ranks | None = None
+        self,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        absent: frozenset[str],
+        ranks: Ranks | None = None,
     ) -> None:
-        """Update every group by gradients that are clipped, at its rate."""
+        """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
-        self._update(steps, rates, steps.leave(turn, ranks), NOBODY, None)
+        call = "" if ranks is None else f"clipped before, {self._call(settings, absent)}"
+        self._update(steps, settings, steps.leave(turn, ranks, call), absent, None)
 
     def _attach_again(self, steps: Steps) -> None:
         """Make other tables where there are other clippers."""
@@ -207,40 +224,49 @@ class GroupUpdater:
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
 
-    def _write_settings(self, steps: Steps, rates: Sequence[float]) -> None:
-        """Let updates use the settings there are at some rates."""
-        settings = [self._method.settings(rate) for rate in rates]
+    def _write_settings(self, steps: Steps, settings: list[list[float]]) -> None:
+        """Let updates use some settings."""
         if settings != self._written:
             for clipper, updates in zip(steps.clippers, self._updates, strict=True):
                 updates.write_settings(self._table(clipper, settings), steps.stream)
             self._written = settings
+            self._differs = any(len(_rounds(own, settings)) > 1 for own in steps.clippers)
 
     def _update(
         self,
         steps: Steps,
-        rates: Sequence[float],
+        settings: list[list[float]],
         outcomes: Sequence[Outcome],
         absent: frozenset[str],
         sources: Mapping[str, int] | None,
     ) -> None:
         """Update every group by what is decided, an outcome for each clipper."""
         stream = steps.stream
-        self._write_settings(steps, rates)
+        self._write_settings(steps, settings)
         every = zip(steps.clippers, self._updates, outcomes, strict=True)
         for clipper, updates, outcome in every:
-            if clipper.rows:
-                updates.take_rows(clipper.rows, stream)
-            if not absent and sources is None:
-                updates.step(outcome, stream)
-                continue
-            kept = None if absent.isdisjoint(clipper.names) else updates.counts()
-            updates.read_at(_sources(clipper, absent, sources), stream)
-            try:
-                updates.step(outcome, stream)
-            finally:
-                updates.read_at(None, stream)
+            rounds = _rounds(clipper, settings) if self._differs else AT_ONCE
+            waits = len(rounds) > 1 or not absent.isdisjoint(clipper.names)
+            kept = updates.counts() if waits else None
+            for group, others in rounds:
+                if group is not None and kept is not None:
+                    own = [settings[group.number]] * len(settings)
+                    updates.write_settings(self._table(clipper, own), stream)
+                    updates.set_counts(kept)
+                left = absent | others
+                if left or sources is not None:
+                    updates.read_at(_sources(clipper, left, sources), stream)
+                try:
+                    if clipper.rows:
+                        updates.take_rows(clipper.rows, stream)
+                    updates.step(outcome, stream)
+                finally:
+                    if left or sources is not None:
+                        updates.read_at(None, stream)
             if kept is not None:
                 _keep_counts(clipper, updates, absent, kept)
+            if len(rounds) > 1:
+                self._written = None
 
     def _table(self, clipper: Any, settings: Sequence[Sequence[float]]) -> Array:
         """Return the settings of each of a clipper's pools."""
@@ -253,11 +279,25 @@ class GroupUpdater:
 
 def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
     """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
-    if sources is not None:
-        return [sources[name] for name in clipper.names]
     homes = [span.source for span in clipper.plan.spans]
+    if sources is not None:
+        homes = [sources[name] for name in clipper.names]
     pairs = zip(clipper.names, homes, strict=True)
     return [0 if name in absent else home for name, home in pairs]
+
+
+def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:
+    """Return the rounds of an update.
+
+    One for all, unless groups of one norm, and so of one row of settings, differ.
+    """
+    shared: dict[int, list[Sequence[float]]] = {}
+    for group in clipper.groups:
+        shared.setdefault(clipper.pools[group.name].start, []).append(settings[group.number])
+    if all(own.count(own[0]) == len(own) for own in shared.values()):
+        return AT_ONCE
+    every = frozenset(clipper.names)
+    return [(group, every.difference(group.names)) for group in clipper.groups]
 
 
 def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array) -> None:

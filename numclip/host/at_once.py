@@ -61,9 +61,12 @@ class AtOnce:
             for tables in (self._own, self._given):
                 _point(tables, given.SUMS, outcomes[0][0])
                 _point(tables, given.DECISIONS, outcomes[1][0])
-        address, tables = (0, self._own) if items is None else (pointers_of(items), self._given)
-        numbers = self._factors, self._like
-        return self._kernel(address, place, unscale, tables, bounds, *numbers)  # type: ignore[no-any-return]
+        tables, address = self._own, 0
+        if items is not None:
+            tables, address = self._given, pointers_of(items)
+        return self._kernel(  # type: ignore[no-any-return]
+            address, place, unscale, tables, bounds, self._factors, self._like
+        )
 
 
 def _point(tables: Array, k: int, table: Array) -> None:

@@ -152,7 +152,7 @@ class GroupUpdates(Updates):
         self._plan, self._name, self._states = plan, kernel, states
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
-        self._own = self._dense
+        self._own, self._left = self._dense, set[int]()
         self._small = self._found_small()
 
     def _found_small(self) -> tuple[Any, ...] | None:
@@ -179,6 +179,7 @@ class GroupUpdates(Updates):
                 for span, source in zip(self._places.spans, sources, strict=True)
             ]
             self._dense = self._whole(Places(spans, self._states))
+        self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         self._small = self._found_small()
 
     def at_once(self, reader: Given | None, divisors: Array) -> AtOnce | None:
@@ -223,7 +224,7 @@ class GroupUpdates(Updates):
         done where their sums overflow.
         """
         span = self._plan.spans[k]
-        if decision[SKIPPED] or not span.size:
+        if decision[SKIPPED] or not span.size or k in self._left:
             return []
         values = rows.rows_of(span)
         sums = rows.summed(values, slices.grouping)

@@ -9,9 +9,19 @@ import pytest
 
 import numclip as nc
 from tests.oracle.cases import normal, slices
-from tests.oracle.grouped import RULES, frozen
+from tests.oracle.grouped import frozen
 from tests.oracle.plain_optim import KINDS, made
 
+RULES = [
+    None,
+    nc.ByGlobalNorm(0.5),
+    nc.ByGlobalNorm(0.7, ord=3),
+    nc.ByNorm(0.4),
+    nc.AutoClip(percentile=50, window=9),
+    nc.AdaGC(relative=0.9, absolute=0.5, warmup=2),
+    nc.ByValue(-0.1, 0.2),
+    nc.Adaptive(0.3),
+]
 SHAPES = {"w": (4, 3), "b": (3,)}
 
 
@@ -43,6 +53,7 @@ def left_of(groups, optimizer):
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.each_value
+@pytest.mark.many_calls
 def test_clip_then_step_is_a_step(target, kind, rule, repeated, scale):
     """Up to the rounding of what is clipped: rules see and count each step once."""
     both, alone = (groups_by(rule, target.device) for _ in range(2))
@@ -136,18 +147,28 @@ def test_what_a_clip_skips_a_step_skips(target, policy):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", [None, nc.ByGlobalNorm(0.5), nc.AutoClip(50)], ids=repr)
 @pytest.mark.each_value
+@pytest.mark.many_calls
 def test_old_gradients_are_not_applied_again(target, kind, rule):
-    """After one is set, others count as absent, as where gradients are given."""
-    set_in, given_to = (groups_by(rule, target.device) for _ in range(2))
-    optimizers = [made(kind, groups, 0.1)[0] for groups in (set_in, given_to)]
+    """After one is set, others count as absent, as where gradients are given; for clip() too."""
+    set_in, given_to, clipped = (groups_by(rule, target.device) for _ in range(3))
+    optimizers = [made(kind, groups, 0.1)[0] for groups in (set_in, given_to, clipped)]
     rounds = ("wbe", "w", "be", "e", "b", "wbe")
     for step, names in enumerate(rounds):
         grads = {name: grad for name, grad in grads_of(step).items() if name in names}
         for name, grad in grads.items():
             set_in.set_grads({name: grad})
+            clipped.set_grads({name: grad})
+        clipped.clip()
+        optimizers[2].step()
         reports = optimizers[0].step(), optimizers[1].step(grads)
         assert repr(reports[0].to_dict()) == repr(reports[1].to_dict())
         assert left_of(set_in, optimizers[0]) == left_of(given_to, optimizers[1])
+        for name, param in set_in.params.items():
+            own = np.asarray(clipped.params[name])
+            np.testing.assert_allclose(own, param, rtol=1e-9, atol=1e-12)
+    assert repr(clipped.history.to_dict()) == repr(set_in.history.to_dict())
+    steps = [own["steps"] for own in optimizers[2].state_dict()["groups"].values()]
+    assert steps == [5, 4]
 
 
 def test_what_may_have_been_written_is_applied():
@@ -180,3 +201,30 @@ def test_steps_without_anything_set_go_on():
     groups.zero_grads()
     optimizer.step()
     assert groups.params["a"].tolist() == [-3, -3]
+
+
+# ---- groups that share a norm
+
+
+@pytest.mark.parametrize("kind", ["plain", "adam"])
+def test_groups_of_one_norm_have_rates_of_their_own(target, kind):
+    rule = nc.ByGlobalNorm(1.0, shared="all")
+    start = {"a": np.array([1.0, 2.0]), "b": np.array([3.0]), "e": np.ones((6, 3))}
+    rates = {"a": 0.1, "b": 0.4, "e": 0.2}
+    groups = nc.ParamGroups(
+        [nc.Group(n, {n: p}, clip=rule, lr=rates[n], sparse=n == "e") for n, p in start.items()],
+        device=target.device,
+    )
+    optimizer, plain = made(kind, groups, 0.3)
+    expected = {name: param.copy() for name, param in start.items()}
+    for step in range(4):
+        rng = np.random.default_rng(step)
+        grads = {name: normal(rng, param.shape, "float64") for name, param in start.items()}
+        groups.set_grads(grads | {"e": nc.IndexedSlices(grads["e"], np.arange(6), (6, 3))})
+        optimizer.step()
+        for name, grad in nc.clip_by_global_norm(grads, 1.0)[0].items():
+            expected[name] = plain.update(name, expected[name], grad, rates[name])
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(np.asarray(groups.params[name]), wanted, rtol=1e-12)
+    states = optimizer.state_dict()["groups"].values()
+    assert [own["steps"] for own in states] == [4, 4, 4]

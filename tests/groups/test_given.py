@@ -68,7 +68,7 @@ def assert_same_both_ways(
 @pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.many_calls
-@pytest.mark.each_value
+@pytest.mark.full
 def test_any_rule(target, rule, policy, optimizer):
     def members():
         rng = np.random.default_rng(0)
@@ -286,6 +286,8 @@ def test_a_tensor_that_is_absent_keeps_its_norms():
     ],
 )
 @pytest.mark.parametrize("rule", [None, nc.AutoClip(50)], ids=repr)
+@pytest.mark.each_value
+@pytest.mark.many_calls
 def test_errors_change_nothing(target, grads, error, message, rule):
     params = {"w": np.ones((4, 3)), "b": np.ones(3)}
     group = nc.Group("g", params, clip=rule, nonfinite="raise")
@@ -304,7 +306,7 @@ def test_errors_change_nothing(target, grads, error, message, rule):
 # ---- measuring what is given
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", [RULES[k] for k in (1, 2, 8, 12, 13)], ids=repr)
 def test_measuring_given_gradients(target, rule):
     def members():
         params = {"w": np.ones((4, 3)), "b": np.ones(3)}
@@ -376,7 +378,7 @@ def test_copying_in_goes_wrong_for_none_or_all():
                 call({"a": np.ones(3), "b": bad})
             assert not groups.grads["a"].any()
         with pytest.raises(TypeError, match="grads: "):
-            call([np.ones(3), np.ones(3)])
+            call(3.0)
     groups.set_grads({"a": np.ones(3), "b": np.full(3, 2.0)})
     groups.set_grads({"a": groups.grads["b"], "b": groups.grads["a"]})
     assert groups.grads["a"].tolist() == [2, 2, 2]
@@ -422,6 +424,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("change", [lambda tree: tree, backward, flat])
 @pytest.mark.parametrize("rule", [nc.ByGlobalNorm(1.0), nc.AutoClip(50)], ids=repr)
+@pytest.mark.each_value
 def test_nested_gradients(target, change, rule):
     nested, named = (
         nc.ParamGroups([nc.Group("g", params, clip=rule)], device=target.device)

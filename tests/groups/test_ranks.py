@@ -560,4 +560,4 @@ def test_a_step_after_a_clip_on_some_ranks_alone_is_an_error_on_all():
 
     texts = set(raised(2, program))
     assert len(texts) == 1
-    assert "call: apply what clip() has written on rank 0, but descend of" in texts.pop()
+    assert "call: clipped before, descend of" in texts.pop()
