@@ -30,6 +30,23 @@ class Grouping(NamedTuple):
         return int(self.starts.size) - 1
 
 
+def slices_of(name: str, gradient: Any) -> IndexedSlices | None:
+    """Return a sparse gradient of any library as slices that share its values; None for others."""
+    if isinstance(gradient, IndexedSlices):
+        return gradient
+    parts = libraries.sparse_parts(name, gradient)
+    if parts is None:
+        return None
+    try:
+        made = IndexedSlices(parts.values, parts.indices, parts.dense_shape)
+    except TypeError as error:
+        raise TypeError(f"{name}.{error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+    made.axes = parts.axes
+    return made
+
+
 class IndexedSlices:
     """A sparse gradient: row ``indices[k]`` of a dense array receives ``values[k]``.
 
@@ -72,6 +89,8 @@ class IndexedSlices:
     >>> nc.global_norm([g])
     7.0
     """
+
+    axes = 1  # of another library's sparse array that are the first axis here
 
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
         shape = self._take(values)
