@@ -123,7 +123,33 @@ def matches(expected: Any, loaded: Any) -> None:
         Where names, types of leaves, or dtypes or shapes of arrays differ; the message names the
         first place. Names may come in any order.
     """
-    _compare((), expected, loaded)
+    Fit().tree(expected, loaded)
+
+
+class Fit:
+    """What of a loaded state fits: all of it or an error, or all that is not in `left_out`."""
+
+    def __init__(self, *, strict: bool = True) -> None:
+        self.strict, self.left_out = strict, list[str]()
+
+    def leave_out(self, reason: str) -> None:
+        """Note what is not taken up, or raise `StateError`."""
+        if self.strict:
+            raise StateError(reason)
+        self.left_out.append(reason)
+
+    def tree(self, expected: Any, loaded: Any, path: _Path = ()) -> Any:
+        """Return the loaded tree where it fits, and the expected one where it does not."""
+        if _kind(expected) != _kind(loaded):
+            self.leave_out(f"{_where(path)}: expected {_kind(expected)}, got {_kind(loaded)}")
+            return expected
+        if type(expected) is not dict:
+            return loaded
+        parts = {
+            key: self.tree(expected.get(key, _ABSENT), loaded.get(key, _ABSENT), (*path, key))
+            for key in expected | loaded
+        }
+        return {key: part for key, part in parts.items() if part is not _ABSENT}
 
 
 def _where(path: _Path) -> str:
@@ -137,14 +163,6 @@ def _kind(node: Any) -> str:
     if type(node) is np.ndarray:
         return f"array of {node.dtype} and shape {node.shape}"
     return f"{type(node).__module__}.{type(node).__qualname__}".removeprefix("builtins.")
-
-
-def _compare(path: _Path, expected: Any, loaded: Any) -> None:
-    if _kind(expected) != _kind(loaded):
-        raise StateError(f"{_where(path)}: expected {_kind(expected)}, got {_kind(loaded)}")
-    if type(expected) is dict:
-        for key in expected | loaded:
-            _compare((*path, key), expected.get(key, _ABSENT), loaded.get(key, _ABSENT))
 
 
 def _check_depth(path: _Path) -> None:
@@ -268,8 +286,8 @@ class Saved(ABC):
         """Return copies of what makes up the state."""
 
     @abstractmethod
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up a state, or raise `StateError` and change nothing."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
+        """Take up a state, or raise `StateError` and change nothing; tell what was left out."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, all of it or nothing.
@@ -281,17 +299,28 @@ class Saved(ABC):
         """
         save(path, self.state_dict())
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
         """Take up the state in a file, as `load_state_dict`.
 
         Parameters
         ----------
         path : path-like
             A file that `save` wrote.
+        strict : bool, default True
+            Whether all of it must fit; otherwise the rest is left out.
+
+        Returns
+        -------
+        list of str
+            What was left out and why, empty where all fits.
 
         Raises
         ------
         StateError
             Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
         """
-        self.load_state_dict(load(path))
+        saved = load(path)
+        try:
+            return self.load_state_dict(saved, strict=strict)
+        except StateError as error:
+            raise StateError(f"{os.fsdecode(path)}: {error}; strict=False leaves it out") from error
