@@ -47,6 +47,9 @@ class _Grads(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self._groups.params)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
 
 class ParamGroups(state.Saved):
     """Parameters and their gradients in flat buffers, clipped group by group.
@@ -218,15 +221,8 @@ class ParamGroups(state.Saved):
         return len(self._groups)
 
     def __repr__(self) -> str:
-        lines = [f"ParamGroups({len(self._groups)} groups, step {self.step})"]
-        for group in self:
-            size = sum(param.size for param in group.params.values())
-            kind = "sparse" if group.sparse else "dense"
-            lines.append(
-                f"  {group.name}: {len(group.params)} {kind} tensors, {size} elements, "
-                f"clip={group.clip!r}, nonfinite={group.nonfinite!r}"
-            )
-        return "\n".join(lines)
+        title = f"ParamGroups({len(self._groups)} groups, step {self.step})"
+        return "\n  ".join([title, *map(repr, self)])
 
     def __reduce__(self) -> Never:
         raise TypeError(

@@ -116,6 +116,12 @@ class Optimizer(state.Saved):
         self._applied += 1
         self._arrays.update(rounds, lr)
 
+    def __repr__(self) -> str:
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        settings = {"lr": own.pop("lr"), **own}
+        told = [f"{k}={v!r}" for k, v in settings.items() if k not in ("groups", "state_names")]
+        return f"{type(self).__name__}({', '.join(told)})"
+
     def __reduce__(self) -> Never:
         raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")
 

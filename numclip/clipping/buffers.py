@@ -106,6 +106,14 @@ class GroupState:
         self._nonfinite = policy
         self._changed()
 
+    def __repr__(self) -> str:
+        size = sum(param.size for param in self.params.values())
+        kind = "sparse" if self.sparse else "dense"
+        return (
+            f"{self.name}: {len(self.params)} {kind} tensors, {size} elements, "
+            f"clip={self.clip!r}, nonfinite={self.nonfinite!r}"
+        )
+
     def _gradient(self, name: str, grad: Any) -> Gradient:
         return describe(f"{self.name}.{name}", name, grad, self._engine)
 
