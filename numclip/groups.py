@@ -21,6 +21,7 @@ from numclip.history import History
 from numclip.isolation import isolated
 from numclip.report import ClipReport
 from numclip.resuming import fitting_history, fitting_rules
+from numclip.running_rules import MOST
 
 Fitting = list[tuple[GroupState, str, Any]]
 """Gradients that fit: their group, their name, and what is copied in."""
@@ -145,6 +146,8 @@ class ParamGroups(state.Saved):
                 for number, member in enumerate(members)
             }
         self._states = tuple(self._groups.values())
+        for group in self._states:
+            group.neighbours = self._states
         self._owners = {name: member.name for member in members for name in member.params}
         self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
@@ -380,8 +383,8 @@ class ParamGroups(state.Saved):
         rules = fitting_rules(self, loaded.pop("rules", None), fit)
         history = fitting_history(self, loaded.pop("history", None), fit)
         found = fit.tree({"step": self.step, "params": self._params_on_host()}, loaded)
-        if found["step"] < 0:
-            fit.leave_out(f"step: expected >= 0, got {found['step']}")
+        if not 0 <= found["step"] <= MOST:
+            fit.leave_out(f"step: expected a count from 0 to {MOST}, got {found['step']}")
             found["step"] = self.step
         for name, param in self.params.items():
             param[...] = found["params"][name]

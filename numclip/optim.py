@@ -16,6 +16,7 @@ from numclip.dtypes import Array
 from numclip.groups import ParamGroups
 from numclip.isolation import isolated
 from numclip.report import ClipReport
+from numclip.running_rules import MOST
 
 Rate = float | Callable[[int], float]
 
@@ -174,8 +175,10 @@ class Optimizer(state.Saved):
                 for label, array in arrays.items()
             ]
             fits = not pairs or any(array is not present for array, present in pairs)
-            if saved["steps"] < 0:
-                fit.leave_out(f"steps of {name!r}: expected a number >= 0, got {saved['steps']}")
+            if not 0 <= saved["steps"] <= MOST:
+                fit.leave_out(
+                    f"steps of {name!r}: expected a count from 0 to {MOST}, got {saved['steps']}"
+                )
                 fits = False
             if not fits:
                 saved["steps"] = own["steps"]

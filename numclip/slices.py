@@ -18,6 +18,7 @@ from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.host.rows import group
 
+MOST_ROWS = 2**63 - 1  # of which int64 tells one
 MOST_BYTES, MOST_FILLING = 2**30, 1000
 """How much is made of a sparse matrix, in bytes and over what it stores: the greater of both."""
 
@@ -32,6 +33,11 @@ class Grouping(NamedTuple):
     def distinct(self) -> int:
         """How many distinct indices there are."""
         return int(self.starts.size) - 1
+
+
+def _refuse_masked(name: str, array: Any) -> None:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(expected(name, "an array", "a masked array; use .filled(0)"))
 
 
 def slices_of(name: str, gradient: Any) -> IndexedSlices | None:
@@ -100,6 +106,8 @@ class IndexedSlices:
         shape = self._take(values)
         try:
             self._dense_shape = tuple(operator.index(size) for size in dense_shape)
+            if any(isinstance(size, (bool, np.bool_)) for size in dense_shape):
+                raise TypeError
         except TypeError:
             wanted = "a sequence of integers"
             raise TypeError(expected("dense_shape", wanted, repr(dense_shape))) from None
@@ -110,8 +118,7 @@ class IndexedSlices:
 
     def _take(self, values: Any) -> tuple[int, ...]:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
-        if isinstance(values, np.ma.MaskedArray):
-            raise TypeError(expected("values", "an array", "a masked array; use .filled(0)"))
+        _refuse_masked("values", values)
         if not (libraries.is_array(values) or libraries.on_device(values)):
             values = np.asarray(values)
         engine = engines.of(values)
@@ -128,6 +135,7 @@ class IndexedSlices:
 
     def _on_host(self, indices: Any) -> Array:
         """Return indices in the host's memory; those on a GPU are waited for."""
+        _refuse_masked("indices", indices)
         if libraries.on_device(indices) and self.is_cuda:
             found: Array = self._engine.indices_on_host(indices)
             return found
@@ -162,10 +170,9 @@ class IndexedSlices:
         shape = self.dense_shape
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices: expected integers, got {indices.dtype}")
-        if not shape or min(shape) < 0:
-            raise ValueError(
-                f"dense_shape: expected at least one dimension, none negative, got {shape}"
-            )
+        if not shape or min(shape) < 0 or max(shape) > MOST_ROWS:
+            wanted = "at least one dimension, none negative or above 2**63 - 1"
+            raise ValueError(expected("dense_shape", wanted, shape))
         if indices.ndim != 1 or not values or values[0] != indices.shape[0]:
             raise ValueError(
                 "indices: expected one for each row of values, "

@@ -64,6 +64,7 @@ def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
     stream = entry.engine.stream_of(used)
 
     def clip_sums(sums: Gradient) -> bool:
+        _refuse_overflow(entry, sums)
         return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
 
     if entry.repeated:
@@ -74,6 +75,16 @@ def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
     libraries.note_writing([out])
     entry.engine.give_back(stream, used)
     return result
+
+
+def _refuse_overflow(entry: Gradient, sums: Gradient) -> None:
+    """Refuse slices whose rows add up to more than their dtype holds, which the host looks for."""
+    host = entry.engine.name == "cpu"
+    if host and np.isinf(sums.facts.array).any() and not np.isinf(entry.facts.array).any():
+        got = "sums beyond its range; pass values of a wider dtype"
+        raise ValueError(
+            expected(entry.name, f"repeated rows whose sums {entry.native} holds", got)
+        )
 
 
 def _clip_units(
@@ -211,7 +222,9 @@ def _by_example(entry: Gradient, stream: Any) -> tuple[Gradient, Array | None]:
     if not entry.engine.takes_any_rows:
         return describe(entry.name, entry.key, slices.dense_on(stream)), None
     merged = slices.coalesced_on(stream) if entry.repeated else slices
-    return describe(entry.name, entry.key, merged.values), np.asarray(merged.indices)
+    found = describe(entry.name, entry.key, merged.values)
+    _refuse_overflow(entry, found)
+    return found, np.asarray(merged.indices)
 
 
 def _added(entry: Gradient, total: Gradient) -> Strided:

@@ -154,3 +154,19 @@ def test_groups_are_copied_by_their_state_as_advised(copied):
     twin = groups_of(nc.AdaGC())
     twin.load_state_dict(pickle.loads(pickle.dumps(groups.state_dict())))
     assert frozen(twin.state_dict()) == frozen(groups.state_dict())
+
+
+@pytest.mark.parametrize("steps", [-1, 2**62 + 1, 2**70])
+def test_absurd_counts_of_steps_are_refused(steps):
+    groups, optimizer = optimizers()
+    run(groups, optimizer=optimizer)
+    state, states = groups.state_dict(), optimizer.state_dict()
+    state["step"] = states["groups"]["g"]["steps"] = steps
+    for owner, saved in ((groups, state), (optimizer, states)):
+        with pytest.raises(
+            nc.StateError, match=f"step.*: expected a count from 0 to .* got {steps}"
+        ):
+            owner.load_state_dict(saved)
+        assert owner.load_state_dict(saved, strict=False)
+    assert groups.step == optimizer.state_dict()["groups"]["g"]["steps"] == 4
+    run(groups, optimizer=optimizer)
