@@ -183,13 +183,13 @@ def refuse_beyond(label: str, own: Gradient, dtype: np.dtype[Any]) -> None:
     largest = max(np.max(np.abs(part), where=np.isfinite(part), initial=0) for part in parts)
     if np.isinf(largest.astype(np.empty(0, dtype).real.dtype)):
         wanted = f"elements that {dtype} holds, to which they are cast"
-        got = f"{own.native} up to {largest}; clip them first, or give the group a wider dtype"
+        got = f"{own.native} up to {largest}; clip them first, or take a wider dtype"
         raise ValueError(expected(label, wanted, got))
 
 
-def copied(own: Gradient, stream: Any) -> Any:
-    """Return a copy of a gradient's array, on its own engine."""
-    made = own.engine.empty(own.shape, own.native)
+def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
+    """Return a copy of a gradient's array in C order, on its own engine, cast to a dtype."""
+    made = own.engine.empty(own.shape, own.native if dtype is None else dtype)
     own.engine.put(made, own.facts.array, stream)
     return made
 

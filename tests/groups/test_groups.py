@@ -333,6 +333,10 @@ def test_elements_beyond_the_range_of_a_group_are_refused(dtype, sparse):
             with pytest.raises(ValueError, match=rf"grads\['w'\]: expected .*{message}.*clip them"):
                 take({"w": grad})
         assert groups.clip().norm == 0.0
+        own = np.zeros((1, 2), dtype)
+        with pytest.raises(ValueError, match=rf"grads_and_vars\[0\]: expected .*{message}.*clip"):
+            nc.SGD(None, 1.0).apply_gradients([(grad, own)])
+        assert not own.any()
         clipped = nc.clip_by_value(dense.real.copy(), -1.0, 1.0)
         groups.set_grads({"w": nc.IndexedSlices(clipped, [0], (1, 2)) if sparse else clipped})
         assert groups.clip().norm == 2.0**0.5
