@@ -120,7 +120,7 @@ class IndexedSlices:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
         _refuse_masked("values", values)
         if not (libraries.is_array(values) or libraries.on_device(values)):
-            values = np.asarray(values)
+            values = libraries.to_numpy("values", values)
         engine = engines.of(values)
         facts = engine.facts("values", values)
         if lookup(facts.native) is None:
