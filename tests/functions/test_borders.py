@@ -112,3 +112,66 @@ def test_the_sum_of_one_example_is_bounded_before_it_is_rounded():
         grad = rng.standard_normal((1, 40)).astype(np.float16)
         (summed,), _ = nc.clip_per_example([grad], 0.37)
         assert nc.global_norm([summed]) <= 0.37 * (1 + 2.0**-11)
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("shape", [(3, 0), (3, 2, 0)])
+def test_repeated_rows_of_no_width(dtype, shape):
+    values = np.zeros((2, *shape[1:]), reference.DTYPES[dtype])
+    slices = nc.IndexedSlices(values, [1, 1], shape)
+    assert nc.global_norm([slices]) == nc.global_norm([slices], ord=3) == 0.0
+    for run in (
+        lambda g: nc.clip_by_global_norm([g], 1.0)[0][0],
+        lambda g: nc.clip_by_average_norm(g, 1.0, out=g),
+        lambda g: nc.clip_by_norm(g, 1.0, axes=0),
+        lambda g: nc.adaptive_clip(g, np.ones(shape)),
+        lambda g: nc.clip_by_norm(g, 0.0, axes=-1, out=g),
+    ):
+        assert run(slices).dense_shape == shape
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda g: nc.clip_by_norm(g, 0.5, out=g.T),
+        lambda g: nc.clip_by_norm(g, 0.5, axes=0, out=g.T),
+        lambda g: nc.clip_by_average_norm(g, 1e-3, out=g.T),
+        lambda g: nc.clip_by_value(g, -0.5, 0.5, out=g.T),
+        lambda g: nc.adaptive_clip(g, g, out=g.T),
+        lambda g: nc.clip_by_global_norm([g], 0.5, out=[g.T]),
+        lambda g: nc.clip_by_global_norm([g], 0.5, out=[g[::-1]]),
+    ],
+)
+def test_a_view_of_the_gradient_in_another_order_is_refused(run):
+    grad = np.arange(16.0).reshape(4, 4)
+    with pytest.raises(ValueError, match=r"^out.*: shares memory with grad.*in place"):
+        run(grad)
+    assert_same_bits(grad, np.arange(16.0).reshape(4, 4))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda g, **o: nc.clip_by_norm(g, 1.0, axes=1, **o),
+        lambda g, **o: nc.clip_by_value(g, -1.0, 1.0, **o),
+        lambda g, **o: nc.adaptive_clip(g, np.full((9, 2), 0.1), 1.0, axes=1, **o),
+    ],
+)
+def test_sums_of_rows_go_to_the_first_row_of_each(run):
+    values = np.array([[7.0, 1], [2, 2], [70, 3], [5, 4], [20, 5]])
+    slices = nc.IndexedSlices(values, [7, 2, 7, 5, 2], (9, 2))
+    dense = run(slices.to_dense())
+    found = run(slices, out=slices)
+    assert found is slices
+    wanted = np.array([dense[7], dense[2], [0, 0], dense[5], [0, 0]])
+    np.testing.assert_allclose(values, wanted, rtol=1e-14)
+
+
+def test_indices_are_copied():
+    indices = np.array([1, 2])
+    slices = nc.IndexedSlices(np.array([3.0, 4.0]), indices, (5,))
+    indices[...] = 3
+    assert slices.indices.tolist() == [1, 2]
+    with pytest.raises(ValueError, match="read-only"):
+        slices.indices[0] = 3
+    assert nc.global_norm([slices]) == 5.0
