@@ -17,7 +17,7 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
 from numclip.kernels import arrays, cpu, joint, threads
-from numclip.libraries import as_numpy
+from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
@@ -81,7 +81,7 @@ def _views(items: Items) -> Items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
-        if getattr(item, "is_cuda", False):
+        if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
             return items
         try:
             view = as_numpy("", item)
@@ -165,7 +165,11 @@ def _clip(
     if not in_place:
         return _copies(plain, kind, bound, divisor)
     norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
-    return None if norm is None else (items, norm)
+    if norm is None:
+        return None
+    if plain is not items:
+        note_writing(items)
+    return items, norm
 
 
 def _clip_items(
