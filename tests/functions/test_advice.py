@@ -32,44 +32,48 @@ class Nowhere(Refusing):
         raise RuntimeError("array has been deleted")
 
 
-@pytest.mark.parametrize("kind", [Refusing, Nowhere])
-def test_an_array_that_nothing_can_read_is_named(kind):
-    for run in (
-        lambda: nc.global_norm([np.ones(2), kind()]),
-        lambda: nc.clip_by_global_norm([np.ones(2), kind()], 1.0),
-    ):
-        with pytest.raises(TypeError, match=rf"grads\[1\]: expected .*{kind.__name__}: array has"):
-            run()
-    for name, run in {
-        "grad": lambda: nc.clip_by_norm(kind(), 1.0),
-        "clip_norm": lambda: nc.clip_by_norm(np.ones(2), kind()),
-        "clip_value_min": lambda: nc.clip_by_value(np.ones(2), kind(), 1.0),
-        "indices": lambda: nc.IndexedSlices(np.ones(2), kind(), (3,)),
-        "values": lambda: nc.IndexedSlices(kind(), [0, 1], (3,)),
-    }.items():
-        with pytest.raises(TypeError, match=rf"{name}: expected "):
-            run()
+def test_an_array_that_nothing_can_read_is_named():
+    for kind in (Refusing, Nowhere):
+        for run in (
+            lambda odd: nc.global_norm([np.ones(2), odd]),
+            lambda odd: nc.clip_by_global_norm([np.ones(2), odd], 1.0),
+        ):
+            with pytest.raises(
+                TypeError, match=rf"grads\[1\]: expected .*{kind.__name__}: array has"
+            ):
+                run(kind())
+        for name, run in {
+            "grad": lambda odd: nc.clip_by_norm(odd, 1.0),
+            "clip_norm": lambda odd: nc.clip_by_norm(np.ones(2), odd),
+            "clip_value_min": lambda odd: nc.clip_by_value(np.ones(2), odd, 1.0),
+            "indices": lambda odd: nc.IndexedSlices(np.ones(2), odd, (3,)),
+            "values": lambda odd: nc.IndexedSlices(odd, [0, 1], (3,)),
+        }.items():
+            with pytest.raises(TypeError, match=rf"{name}: expected "):
+                run(kind())
 
 
-@pytest.mark.parametrize(
-    ("value", "advice", "follow"),
-    [
-        ([3.0, 4.0], "; convert it with numpy.asarray$", np.asarray),
-        ([3, 4], r"; convert it with numpy.asarray\(..., float\)$", lambda x: np.asarray(x, float)),
-        (5, r"int; convert it with numpy.asarray\(..., float\)$", lambda x: np.asarray(x, float)),
-        ({"w": np.array([3.0, 4.0])}, "dict; pass its values", lambda x: x["w"]),
-    ],
-)
-def test_what_is_no_array_is_converted_as_advised(value, advice, follow):
-    with pytest.raises(TypeError, match=rf"grad: expected an array or IndexedSlices, .*{advice}"):
-        nc.clip_by_norm(value, 1.0)
-    assert nc.global_norm([follow(value)]) == 5.0
+CONVERTED = [
+    ([3.0, 4.0], "; convert it with numpy.asarray$", np.asarray),
+    ([3, 4], r"; convert it with numpy.asarray\(..., float\)$", lambda x: np.asarray(x, float)),
+    (5, r"int; convert it with numpy.asarray\(..., float\)$", lambda x: np.asarray(x, float)),
+    ({"w": np.array([3.0, 4.0])}, "dict; pass its values", lambda x: x["w"]),
+]
 
 
-@pytest.mark.parametrize("value", [object(), "words", [[1.0], [1.0, 2.0]], lambda: None])
-def test_no_advice_is_given_where_it_would_fail(value):
-    with pytest.raises(TypeError, match=r"grad: expected an array or IndexedSlices, got \w+$"):
-        nc.clip_by_norm(value, 1.0)
+def test_what_is_no_array_is_converted_as_advised():
+    for value, advice, follow in CONVERTED:
+        with pytest.raises(
+            TypeError, match=rf"grad: expected an array or IndexedSlices, .*{advice}"
+        ):
+            nc.clip_by_norm(value, 1.0)
+        assert nc.global_norm([follow(value)]) == 5.0
+
+
+def test_no_advice_is_given_where_it_would_fail():
+    for value in (object(), "words", [[1.0], [1.0, 2.0]], lambda: None):
+        with pytest.raises(TypeError, match=r"grad: expected an array or IndexedSlices, got \w+$"):
+            nc.clip_by_norm(value, 1.0)
 
 
 def test_a_saved_array_of_bfloat16_is_viewed_as_advised():
@@ -102,18 +106,18 @@ def test_slices_of_tensorflow_are_taken():
     assert groups.clip().norm == nc.global_norm([given])
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"indices": np.array([9])}, r"grads\[0\]\.indices: expected rows in \[0, 9\)"),
-        ({"values": np.array([1])}, r"grads\[0\]\.values: expected one of .*int64"),
-        ({"dense_shape": None}, r"grads\[0\]: .*pass numclip.IndexedSlices\(g.values, g.indices"),
-    ],
-)
-def test_slices_of_tensorflow_that_do_not_fit_are_named(parts, message):
-    fitting = {"values": np.ones(1), "indices": np.array([1]), "dense_shape": (9,)}
-    with pytest.raises((TypeError, ValueError), match=message):
-        nc.global_norm([of_tensorflow(**fitting | parts)])
+MISFITS = [
+    ({"indices": np.array([9])}, r"grads\[0\]\.indices: expected rows in \[0, 9\)"),
+    ({"values": np.array([1])}, r"grads\[0\]\.values: expected one of .*int64"),
+    ({"dense_shape": None}, r"grads\[0\]: .*pass numclip.IndexedSlices\(g.values, g.indices"),
+]
+
+
+def test_slices_of_tensorflow_that_do_not_fit_are_named():
+    for parts, message in MISFITS:
+        fitting = {"values": np.ones(1), "indices": np.array([1]), "dense_shape": (9,)}
+        with pytest.raises((TypeError, ValueError), match=message):
+            nc.global_norm([of_tensorflow(**fitting | parts)])
 
 
 def test_where_elements_are_sparse_axes_are_flattened():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -29,81 +31,82 @@ TAKERS = {
 }
 
 
-@pytest.mark.parametrize("taker", TAKERS)
-@pytest.mark.parametrize("kind", NO_NUMBERS)
-def test_what_is_no_real_number_is_refused(taker, kind):
-    with pytest.raises(TypeError, match=rf"^{taker}: expected (a )?real number"):
-        TAKERS[taker](NO_NUMBERS[kind])
+def test_what_is_no_real_number_is_refused():
+    for taker, kind in itertools.product(TAKERS, NO_NUMBERS):
+        with pytest.raises(TypeError, match=rf"^{taker}: expected (a )?real number"):
+            TAKERS[taker](NO_NUMBERS[kind])
 
 
-@pytest.mark.parametrize("taker", TAKERS)
-def test_numbers_beyond_float64_are_refused(taker):
-    for value in BEYOND.values():
-        if value == np.longdouble(np.inf):
-            continue  # where a longdouble is a float64
-        with pytest.raises(
-            ValueError, match=rf"^{taker}: expected a number in the range of float64"
-        ):
-            TAKERS[taker](value)
-    if taker != "lr":
-        TAKERS[taker](np.longdouble(np.inf))
+def test_numbers_beyond_float64_are_refused():
+    for taker in TAKERS:
+        for value in BEYOND.values():
+            if value == np.longdouble(np.inf):
+                continue  # where a longdouble is a float64
+            with pytest.raises(
+                ValueError, match=rf"^{taker}: expected a number in the range of float64"
+            ):
+                TAKERS[taker](value)
+        if taker != "lr":
+            TAKERS[taker](np.longdouble(np.inf))
 
 
-@pytest.mark.parametrize("bound", [np.ones(3, complex), np.ma.ones(3), np.ones(3, "m8")])
-def test_arrays_of_bounds_hold_real_numbers(bound):
-    with pytest.raises(TypeError, match=r"^clip_value_max: expected real numbers, got "):
-        nc.clip_by_value(ONES, np.zeros(3), bound)
+def test_arrays_of_bounds_hold_real_numbers():
+    for bound in (np.ones(3, complex), np.ma.ones(3), np.ones(3, "m8")):
+        with pytest.raises(TypeError, match=r"^clip_value_max: expected real numbers, got "):
+            nc.clip_by_value(ONES, np.zeros(3), bound)
 
 
-@pytest.mark.parametrize("ndim", [33, 64])
-def test_bounds_for_many_axes(ndim):
-    grad = np.ones((2,) + (1,) * (ndim - 2) + (3,), np.float32)
-    clipped = nc.clip_by_value(grad, np.full(3, -0.5), 0.5)
-    assert_same_bits(clipped, np.full_like(grad, 0.5))
-    with pytest.raises(ValueError, match="clip_value_min: expected a shape that broadcasts"):
-        nc.clip_by_value(grad, np.full(2, -0.5), 0.5)
+def test_bounds_for_many_axes():
+    for ndim in (33, 64):
+        grad = np.ones((2,) + (1,) * (ndim - 2) + (3,), np.float32)
+        clipped = nc.clip_by_value(grad, np.full(3, -0.5), 0.5)
+        assert_same_bits(clipped, np.full_like(grad, 0.5))
+        with pytest.raises(ValueError, match="clip_value_min: expected a shape that broadcasts"):
+            nc.clip_by_value(grad, np.full(2, -0.5), 0.5)
 
 
-@pytest.mark.parametrize(
-    ("indices", "dense_shape", "message"),
-    [
-        (
-            np.ma.masked_array([0, 1], [True, False]),
-            (5,),
-            "indices: expected an array, got a masked",
-        ),
-        (np.array([2**63, 0], np.uint64), (2**64,), r"dense_shape: .*none .*above 2\*\*63 - 1"),
-        ([0, 1], (2**70,), r"dense_shape: .*none .*above 2\*\*63 - 1"),
-        ([0, 0], (True,), "dense_shape: expected a sequence of integers"),
-    ],
-)
-def test_indices_and_shapes_beyond_int64(indices, dense_shape, message):
-    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        nc.IndexedSlices(np.ones(2), indices, dense_shape)
-    largest = nc.IndexedSlices(np.ones(2), [0, 2**63 - 2], (2**63 - 1,))
-    assert nc.global_norm([largest]) == 2**0.5
-    assert nc.clip_by_average_norm(largest, 1e-20).values.max() < 1.0
+BEYOND_INT64 = [
+    (
+        np.ma.masked_array([0, 1], [True, False]),
+        (5,),
+        "indices: expected an array, got a masked",
+    ),
+    (np.array([2**63, 0], np.uint64), (2**64,), r"dense_shape: .*none .*above 2\*\*63 - 1"),
+    ([0, 1], (2**70,), r"dense_shape: .*none .*above 2\*\*63 - 1"),
+    ([0, 0], (True,), "dense_shape: expected a sequence of integers"),
+]
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_sums_of_rows_beyond_the_range(dtype):
-    native = reference.DTYPES[dtype]
-    largest = float(reference.float_info(native).max)
-    values = np.array([[largest], [largest], [1.0]]).astype(native)
-    slices = nc.IndexedSlices(values, [0, 0, 1], (3, 1))
-    (clipped,), _ = nc.clip_by_global_norm([slices], 1.0)
-    assert nc.global_norm([clipped]) <= 1.0
-    for name, run in {
-        "grad": lambda g: nc.clip_by_norm(g, 1.0, axes=1),
-        "grad'": lambda g: nc.clip_by_norm(g, 1.0, axes=0, out=g),
-        "grad''": lambda g: nc.adaptive_clip(g, np.ones((3, 1))),
-        r"grads\[0\]": lambda g: nc.clip_per_example([g], 1.0),
-    }.items():
-        with pytest.raises(ValueError, match=rf"^{name.strip(chr(39))}: .*sums .*a wider dtype"):
-            run(slices)
-    assert_same_bits(values, slices.values)
-    broken = slices.with_values(np.array([[np.inf], [1.0], [1.0]]).astype(native))
-    assert np.isnan(nc.clip_by_norm(broken, 1.0, axes=0).values.astype(complex)).all()
+def test_indices_and_shapes_beyond_int64():
+    for indices, dense_shape, message in BEYOND_INT64:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            nc.IndexedSlices(np.ones(2), indices, dense_shape)
+        largest = nc.IndexedSlices(np.ones(2), [0, 2**63 - 2], (2**63 - 1,))
+        assert nc.global_norm([largest]) == 2**0.5
+        assert nc.clip_by_average_norm(largest, 1e-20).values.max() < 1.0
+
+
+def test_sums_of_rows_beyond_the_range():
+    for dtype in reference.DTYPES:
+        native = reference.DTYPES[dtype]
+        largest = float(reference.float_info(native).max)
+        values = np.array([[largest], [largest], [1.0]]).astype(native)
+        slices = nc.IndexedSlices(values, [0, 0, 1], (3, 1))
+        (clipped,), _ = nc.clip_by_global_norm([slices], 1.0)
+        assert nc.global_norm([clipped]) <= 1.0
+        for name, run in {
+            "grad": lambda g: nc.clip_by_norm(g, 1.0, axes=1),
+            "grad'": lambda g: nc.clip_by_norm(g, 1.0, axes=0, out=g),
+            "grad''": lambda g: nc.adaptive_clip(g, np.ones((3, 1))),
+            r"grads\[0\]": lambda g: nc.clip_per_example([g], 1.0),
+        }.items():
+            with pytest.raises(
+                ValueError, match=rf"^{name.strip(chr(39))}: .*sums .*a wider dtype"
+            ):
+                run(slices)
+        assert_same_bits(values, slices.values)
+        broken = slices.with_values(np.array([[np.inf], [1.0], [1.0]]).astype(native))
+        assert np.isnan(nc.clip_by_norm(broken, 1.0, axes=0).values.astype(complex)).all()
 
 
 def test_the_sum_of_one_example_is_bounded_before_it_is_rounded():
@@ -114,57 +117,56 @@ def test_the_sum_of_one_example_is_bounded_before_it_is_rounded():
         assert nc.global_norm([summed]) <= 0.37 * (1 + 2.0**-11)
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES)
-@pytest.mark.parametrize("shape", [(3, 0), (3, 2, 0)])
-def test_repeated_rows_of_no_width(dtype, shape):
-    values = np.zeros((2, *shape[1:]), reference.DTYPES[dtype])
-    slices = nc.IndexedSlices(values, [1, 1], shape)
-    assert nc.global_norm([slices]) == nc.global_norm([slices], ord=3) == 0.0
-    for run in (
-        lambda g: nc.clip_by_global_norm([g], 1.0)[0][0],
-        lambda g: nc.clip_by_average_norm(g, 1.0, out=g),
-        lambda g: nc.clip_by_norm(g, 1.0, axes=0),
-        lambda g: nc.adaptive_clip(g, np.ones(shape)),
-        lambda g: nc.clip_by_norm(g, 0.0, axes=-1, out=g),
-    ):
-        assert run(slices).dense_shape == shape
+def test_repeated_rows_of_no_width():
+    for dtype, shape in itertools.product(reference.DTYPES, [(3, 0), (3, 2, 0)]):
+        values = np.zeros((2, *shape[1:]), reference.DTYPES[dtype])
+        slices = nc.IndexedSlices(values, [1, 1], shape)
+        assert nc.global_norm([slices]) == nc.global_norm([slices], ord=3) == 0.0
+        for run in (
+            lambda g: nc.clip_by_global_norm([g], 1.0)[0][0],
+            lambda g: nc.clip_by_average_norm(g, 1.0, out=g),
+            lambda g: nc.clip_by_norm(g, 1.0, axes=0),
+            lambda g: nc.adaptive_clip(g, np.ones(g.dense_shape)),
+            lambda g: nc.clip_by_norm(g, 0.0, axes=-1, out=g),
+        ):
+            assert run(slices).dense_shape == shape
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        lambda g: nc.clip_by_norm(g, 0.5, out=g.T),
-        lambda g: nc.clip_by_norm(g, 0.5, axes=0, out=g.T),
-        lambda g: nc.clip_by_average_norm(g, 1e-3, out=g.T),
-        lambda g: nc.clip_by_value(g, -0.5, 0.5, out=g.T),
-        lambda g: nc.adaptive_clip(g, g, out=g.T),
-        lambda g: nc.clip_by_global_norm([g], 0.5, out=[g.T]),
-        lambda g: nc.clip_by_global_norm([g], 0.5, out=[g[::-1]]),
-    ],
-)
-def test_a_view_of_the_gradient_in_another_order_is_refused(run):
-    grad = np.arange(16.0).reshape(4, 4)
-    with pytest.raises(ValueError, match=r"^out.*: shares memory with grad.*in place"):
-        run(grad)
-    assert_same_bits(grad, np.arange(16.0).reshape(4, 4))
+VIEWED = [
+    lambda g: nc.clip_by_norm(g, 0.5, out=g.T),
+    lambda g: nc.clip_by_norm(g, 0.5, axes=0, out=g.T),
+    lambda g: nc.clip_by_average_norm(g, 1e-3, out=g.T),
+    lambda g: nc.clip_by_value(g, -0.5, 0.5, out=g.T),
+    lambda g: nc.adaptive_clip(g, g, out=g.T),
+    lambda g: nc.clip_by_global_norm([g], 0.5, out=[g.T]),
+    lambda g: nc.clip_by_global_norm([g], 0.5, out=[g[::-1]]),
+]
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        lambda g, **o: nc.clip_by_norm(g, 1.0, axes=1, **o),
-        lambda g, **o: nc.clip_by_value(g, -1.0, 1.0, **o),
-        lambda g, **o: nc.adaptive_clip(g, np.full((9, 2), 0.1), 1.0, axes=1, **o),
-    ],
-)
-def test_sums_of_rows_go_to_the_first_row_of_each(run):
-    values = np.array([[7.0, 1], [2, 2], [70, 3], [5, 4], [20, 5]])
-    slices = nc.IndexedSlices(values, [7, 2, 7, 5, 2], (9, 2))
-    dense = run(slices.to_dense())
-    found = run(slices, out=slices)
-    assert found is slices
-    wanted = np.array([dense[7], dense[2], [0, 0], dense[5], [0, 0]])
-    np.testing.assert_allclose(values, wanted, rtol=1e-14)
+def test_a_view_of_the_gradient_in_another_order_is_refused():
+    for run in VIEWED:
+        grad = np.arange(16.0).reshape(4, 4)
+        with pytest.raises(ValueError, match=r"^out.*: shares memory with grad.*in place"):
+            run(grad)
+        assert_same_bits(grad, np.arange(16.0).reshape(4, 4))
+
+
+SUMMING = [
+    lambda g, **o: nc.clip_by_norm(g, 1.0, axes=1, **o),
+    lambda g, **o: nc.clip_by_value(g, -1.0, 1.0, **o),
+    lambda g, **o: nc.adaptive_clip(g, np.full((9, 2), 0.1), 1.0, axes=1, **o),
+]
+
+
+def test_sums_of_rows_go_to_the_first_row_of_each():
+    for run in SUMMING:
+        values = np.array([[7.0, 1], [2, 2], [70, 3], [5, 4], [20, 5]])
+        slices = nc.IndexedSlices(values, [7, 2, 7, 5, 2], (9, 2))
+        dense = run(slices.to_dense())
+        found = run(slices, out=slices)
+        assert found is slices
+        wanted = np.array([dense[7], dense[2], [0, 0], dense[5], [0, 0]])
+        np.testing.assert_allclose(values, wanted, rtol=1e-14)
 
 
 def test_indices_are_copied():

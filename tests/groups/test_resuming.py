@@ -34,26 +34,28 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_another_rule_is_taken_up_when_asked(tmp_path, name):
-    before, after = RULES[name]
-    saved, path = run(groups_of(before)), tmp_path / "run.npz"
-    saved.save(path)
-    groups = groups_of(after)
-    other = snapshot(groups)
-    message = f"{path}: rule of 'g': expected {after!r}, got {before!r}; strict=False leaves it out"
-    with pytest.raises(nc.StateError, match=f"^{re.escape(message)}$"):
-        groups.load(path)
-    assert snapshot(groups) == other
-    left_out = groups.load(path, strict=False)
-    assert left_out[0] == f"rule of 'g': expected {after!r}, got {before!r}"
-    assert len(left_out) == 2 if name == "window" else 1
-    assert groups.step == 4
-    assert frozen(groups.history.state_dict()) == frozen(saved.history.state_dict())
-    np.testing.assert_array_equal(groups.params["w"], saved.params["w"])
-    taken = saved if name == "setting" else groups_of(after)
-    assert frozen(groups["g"].rule_state) == frozen(taken["g"].rule_state)
-    run(groups, range(4, 6))
+def test_another_rule_is_taken_up_when_asked(tmp_path):
+    for name in RULES:
+        before, after = RULES[name]
+        saved, path = run(groups_of(before)), tmp_path / "run.npz"
+        saved.save(path)
+        groups = groups_of(after)
+        other = snapshot(groups)
+        message = (
+            f"{path}: rule of 'g': expected {after!r}, got {before!r}; strict=False leaves it out"
+        )
+        with pytest.raises(nc.StateError, match=f"^{re.escape(message)}$"):
+            groups.load(path)
+        assert snapshot(groups) == other
+        left_out = groups.load(path, strict=False)
+        assert left_out[0] == f"rule of 'g': expected {after!r}, got {before!r}"
+        assert len(left_out) == 2 if name == "window" else 1
+        assert groups.step == 4
+        assert frozen(groups.history.state_dict()) == frozen(saved.history.state_dict())
+        np.testing.assert_array_equal(groups.params["w"], saved.params["w"])
+        taken = saved if name == "setting" else groups_of(after)
+        assert frozen(groups["g"].rule_state) == frozen(taken["g"].rule_state)
+        run(groups, range(4, 6))
 
 
 def test_all_that_fits_is_taken_up_strictly_and_nothing_is_left_out(tmp_path):
@@ -65,35 +67,35 @@ def test_all_that_fits_is_taken_up_strictly_and_nothing_is_left_out(tmp_path):
     assert frozen(groups.state_dict()) == frozen(saved.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("names", "size", "place", "fits"),
-    [
-        (
-            "wbc",
-            3,
-            "state['params']['c']: expected array of float64 and shape (3,), got nothing",
-            "wb",
-        ),
-        (
-            "w",
-            3,
-            "state['params']['b']: expected nothing, got array of float64 and shape (3,)",
-            "w",
-        ),
-        ("wb", 2, "state['params']['w']: expected array of float64 and shape (2,), got", ""),
-    ],
-)
-def test_other_parameters(names, size, place, fits):
-    saved = run(groups_of(nc.AdaGC()))
-    saved.params["w"][...] = 7.0
-    groups = groups_of(nc.AdaGC(), names, size)
-    with pytest.raises(nc.StateError):
-        groups.load_state_dict(saved.state_dict())
-    left_out = groups.load_state_dict(saved.state_dict(), strict=False)
-    assert any(reason.startswith(place) for reason in left_out)
-    assert any("AdaGC" in reason for reason in left_out) is (len(names) != 2)
-    assert groups.params["w"][0] == (7.0 if "w" in fits else 1.0)
-    run(groups, range(4, 6))
+OTHERS = [
+    (
+        "wbc",
+        3,
+        "state['params']['c']: expected array of float64 and shape (3,), got nothing",
+        "wb",
+    ),
+    (
+        "w",
+        3,
+        "state['params']['b']: expected nothing, got array of float64 and shape (3,)",
+        "w",
+    ),
+    ("wb", 2, "state['params']['w']: expected array of float64 and shape (2,), got", ""),
+]
+
+
+def test_other_parameters():
+    for names, size, place, fits in OTHERS:
+        saved = run(groups_of(nc.AdaGC()))
+        saved.params["w"][...] = 7.0
+        groups = groups_of(nc.AdaGC(), names, size)
+        with pytest.raises(nc.StateError):
+            groups.load_state_dict(saved.state_dict())
+        left_out = groups.load_state_dict(saved.state_dict(), strict=False)
+        assert any(reason.startswith(place) for reason in left_out)
+        assert any("AdaGC" in reason for reason in left_out) is (len(names) != 2)
+        assert groups.params["w"][0] == (7.0 if "w" in fits else 1.0)
+        run(groups, range(4, 6))
 
 
 def test_other_groups_and_whatever_is_no_state():
@@ -146,27 +148,29 @@ def test_steps_of_an_optimizer_are_those_of_its_states():
     assert with_momentum.state_dict()["groups"]["g"]["steps"] == 0
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_groups_are_copied_by_their_state_as_advised(copied):
-    groups = run(groups_of(nc.AdaGC()))
-    with pytest.raises(TypeError, match=r"make new ones, and let them load_state_dict\(groups\."):
-        copied(groups)
-    twin = groups_of(nc.AdaGC())
-    twin.load_state_dict(pickle.loads(pickle.dumps(groups.state_dict())))
-    assert frozen(twin.state_dict()) == frozen(groups.state_dict())
-
-
-@pytest.mark.parametrize("steps", [-1, 2**62 + 1, 2**70])
-def test_absurd_counts_of_steps_are_refused(steps):
-    groups, optimizer = optimizers()
-    run(groups, optimizer=optimizer)
-    state, states = groups.state_dict(), optimizer.state_dict()
-    state["step"] = states["groups"]["g"]["steps"] = steps
-    for owner, saved in ((groups, state), (optimizer, states)):
+def test_groups_are_copied_by_their_state_as_advised():
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        groups = run(groups_of(nc.AdaGC()))
         with pytest.raises(
-            nc.StateError, match=f"step.*: expected a count from 0 to .* got {steps}"
+            TypeError, match=r"make new ones, and let them load_state_dict\(groups\."
         ):
-            owner.load_state_dict(saved)
-        assert owner.load_state_dict(saved, strict=False)
-    assert groups.step == optimizer.state_dict()["groups"]["g"]["steps"] == 4
-    run(groups, optimizer=optimizer)
+            copied(groups)
+        twin = groups_of(nc.AdaGC())
+        twin.load_state_dict(pickle.loads(pickle.dumps(groups.state_dict())))
+        assert frozen(twin.state_dict()) == frozen(groups.state_dict())
+
+
+def test_absurd_counts_of_steps_are_refused():
+    for steps in (-1, 2**62 + 1, 2**70):
+        groups, optimizer = optimizers()
+        run(groups, optimizer=optimizer)
+        state, states = groups.state_dict(), optimizer.state_dict()
+        state["step"] = states["groups"]["g"]["steps"] = steps
+        for owner, saved in ((groups, state), (optimizer, states)):
+            with pytest.raises(
+                nc.StateError, match=f"step.*: expected a count from 0 to .* got {steps}"
+            ):
+                owner.load_state_dict(saved)
+            assert owner.load_state_dict(saved, strict=False)
+        assert groups.step == optimizer.state_dict()["groups"]["g"]["steps"] == 4
+        run(groups, optimizer=optimizer)
