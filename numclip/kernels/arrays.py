@@ -16,8 +16,8 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply, slot_of
-from numclip.kernels.elements import array_at, as_computed, word_at
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, clamped, multiply, slot_of
+from numclip.kernels.elements import array_at, as_computed, narrow, widen, word_at
 from numclip.kernels.jit import inline, kernel_with_gil
 from numclip.kernels.joint import decide, norm_of
 from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
@@ -177,6 +177,23 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
             x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
             multiply(x, as_computed(factor, like))
     return DONE, norm
+
+
+@kernel_with_gil
+def clamp_little(items, count, facts, low, high, like):
+    """Hold the elements of arrays that hold little between bounds; say as `clip_little` does."""
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    used, elements = read(items, count, facts, chunks)
+    if used < 0:
+        return ELSEWHERE
+    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
+        return MUCH
+    least, most = as_computed(low, like), as_computed(high, like)
+    for c in range(used):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        for i in range(x.size):
+            x[i] = narrow(clamped(widen(x[i]), least, most), x[i])
+    return DONE
 
 
 @kernel_with_gil
