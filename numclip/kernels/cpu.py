@@ -102,19 +102,24 @@ def sum_squares(begin, end, chunks, like, out):
         out[c] = array_of_squares(x)
 
 
+@inline
+def array_of_powers(x, scale, ord):
+    """Return the sum of ``(|x| / scale) ** ord``, a finite order."""
+    total = 0.0
+    error = 0.0
+    for i in range(x.size):
+        term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+        total, rest = two_sum(total, term)
+        error += rest
+    return total + error
+
+
 @kernel
 def sum_powers(begin, end, chunks, scales, ord, like, out):
     """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""
     for c in range(begin, end):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        scale = scales[chunks[c, OWNER]]
-        total = 0.0
-        error = 0.0
-        for i in range(x.size):
-            term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
-            total, rest = two_sum(total, term)
-            error += rest
-        out[c] = total + error
+        out[c] = array_of_powers(x, scales[chunks[c, OWNER]], ord)
 
 
 @kernel
@@ -281,6 +286,15 @@ def written(chunk, like):
     return out
 
 
+@inline
+def multiply_truncating(x, mantissa, power, digits, lowest):
+    """Multiply an array in place by ``mantissa * 2**power``, subnormal results toward zero."""
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        product = truncated_product(value, mantissa, power, digits, lowest)
+        x[i] = narrow(product, x[i])
+
+
 @kernel
 def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
     """Multiply as `scale` does, by ``mantissa * 2**power``, subnormal results toward zero.
@@ -294,10 +308,7 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
         x = written(chunks[c], like)
         if mantissa == 1.0 and power == 0:
             continue
-        for i in range(x.size):
-            value = np.float64(widen(x[i]))
-            product = truncated_product(value, mantissa, power, digits, lowest)
-            x[i] = narrow(product, x[i])
+        multiply_truncating(x, mantissa, power, digits, lowest)
 
 
 @inline

@@ -87,7 +87,7 @@ def _float_to_bfloat(builder, value):
 
 
 @intrinsic
-def _pointer(_typing, address):
+def pointer(_typing, address):
     """Turn an address into a pointer."""
 
     def emit(_context, builder, _signature, arguments):
@@ -150,7 +150,7 @@ def _as_computed(_typing, value, like):
 
 def _array_at(address, length, like):
     """Return the `length` elements stored at `address` as an array with the dtype of `like`."""
-    return carray(_pointer(address), length, like.dtype)
+    return carray(pointer(address), length, like.dtype)
 
 
 def _array_at_interpreted(address, length, like):

@@ -18,8 +18,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 INTERPRETED = bool(vars(config)["DISABLE_JIT"])
 
-# Division that raises keeps loops from vectorising; a kernel reports by value instead.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+# Division that raises keeps loops from vectorising; a kernel reports by value instead. What is
+# not set is taken over from a user's function in whose compilation a kernel is first met.
+OWN_FLAGS: dict[str, Any] = {
+    "error_model": "numpy",
+    "fastmath": False,
+    "boundscheck": False,
+    "forceinline": False,
+}
+_OPTIONS: dict[str, Any] = {**OWN_FLAGS, "nogil": True}
 # Reassociation alone lets a sum vectorise. "nnan" and "ninf" stay off: NaN and Inf must pass.
 _SUM_FLAGS = {"reassoc", "contract", "nsz"}
 
@@ -89,4 +96,4 @@ def expanded(function: Function) -> Function:
 
 def block_sum(function: Function) -> Function:
     """Compile a plain sum over a slice, vectorised by reassociation, as a part of kernels."""
-    return njit(fastmath=_SUM_FLAGS, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    return njit(**{**_OPTIONS, "fastmath": _SUM_FLAGS})(function)  # type: ignore[no-any-return]

@@ -53,13 +53,19 @@ def norm_of(chunks, like, limits, totals):
     return joined(chunks, partial, limits, totals)
 
 
+@inline
+def decide(norm, exponent, bound, elements, divisor, limits):
+    """Return what `cpu.factor_of` does for the norm of some elements over a divisor."""
+    coarse = math.sqrt(elements) / divisor * limits[COARSE]
+    roundoff, digits = limits[ROUNDOFF], limits[DIGITS : SMALLEST + 1]
+    return factor_of(norm, exponent, bound, bound, coarse, roundoff, digits)
+
+
 @kernel
 def judge(norm, bound, elements, divisor, limits):
     """Return the factor for the norm of some elements over a divisor, and whether to truncate.
 
     That is said of the results, see `cpu.factor_of`.
     """
-    coarse = math.sqrt(elements) / divisor * limits[COARSE]
-    roundoff, digits = limits[ROUNDOFF], limits[DIGITS : SMALLEST + 1]
-    mantissa, power, truncate = factor_of(norm, 0, bound, bound, coarse, roundoff, digits)
+    mantissa, power, truncate = decide(norm, 0, bound, elements, divisor, limits)
     return scale_by_power(mantissa, power), truncate

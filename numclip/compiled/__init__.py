@@ -1,0 +1,1 @@
+"""numclip's functions within functions that users compile with numba."""

@@ -1,0 +1,34 @@
+"""The functions that users' compiled code may call; what implements them is loaded when it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba.extending import overload
+
+from numclip import functional
+from numclip.kernels.jit import OWN_FLAGS
+
+
+@overload(functional.global_norm, jit_options=OWN_FLAGS)
+def _global_norm(grads, ord=2, duplicates="sum"):
+    from numclip.compiled import whole
+
+    return whole.global_norm(grads, ord, duplicates)
+
+
+@overload(functional.clip_by_global_norm, jit_options=OWN_FLAGS)
+def _clip_by_global_norm(
+    grads,
+    clip_norm,
+    use_norm=None,
+    ord=2,
+    nonfinite="propagate",
+    duplicates="sum",
+    out=None,
+):
+    from numclip.compiled import whole
+
+    return whole.clip_by_global_norm(
+        grads, clip_norm, use_norm, ord, nonfinite, duplicates, out
+    )
