@@ -14,8 +14,8 @@ from numba.typed import List as TypedList
 
 from numclip.compiled.arrays import copied, describe, entered, left, write_row
 from numclip.compiled.types_taken import CONTAINERS, members
-from numclip.kernels.jit import OWN_FLAGS, inline
-from numclip.kernels.spans import FIELDS, are_apart
+from numclip.kernels.jit import OWN_FLAGS
+from numclip.kernels.spans import FIELDS
 
 _WORD = ir.IntType(64)
 
@@ -171,10 +171,3 @@ def keep(_typing: Any, held: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(held), emit
-
-
-@inline
-def check_apart(rows, count):
-    """Refuse to write arrays that share memory."""
-    if not are_apart(rows, count):
-        raise ValueError("out: expected arrays that share no memory")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from numclip.compiled.arrays import are_same
+from numclip.compiled.arrays import are_same, copied, entered, left
+from numclip.compiled.checks import check_apart, check_bounds, check_same, number_of
 from numclip.compiled.containers import (
     all_copied,
     all_entered,
     all_left,
-    check_apart,
     describe_all,
     keep,
     room_for,
     table_in,
 )
-from numclip.compiled.measures import POLICIES, limits_of, measured, propagated
-from numclip.compiled.numbers import bound_of, given_norm, threshold_of
+from numclip.compiled.policies import POLICIES, measured, propagated
 from numclip.compiled.types_taken import (
     check_default,
     check_gradient,
@@ -28,31 +26,17 @@ from numclip.compiled.types_taken import (
     is_nothing,
     members,
 )
-from numclip.kernels.jit import inline
 from numclip.kernels.spans import scale_by_power
 
 OTHER_ORDERS = "other orders are taken outside compiled code"
-NO_SLICES = "arrays have no rows that repeat"
-
-
-def check_arguments(gradients: list[Any], ord: Any, duplicates: Any) -> None:
-    """Refuse what compiled code does not take."""
-    check_default("ord", ord, 2, OTHER_ORDERS)
-    if duplicates is not None:
-        choice("duplicates", duplicates, ("sum", "raw"))
-
-
-@inline
-def check_same(out, grads):
-    """Refuse results that would go elsewhere."""
-    if not are_same(out, grads):
-        raise ValueError("out: expected the gradients themselves, to work in place, or None")
+DUPLICATES = ("sum", "raw")
 
 
 def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
     """Return the implementation for these types."""
     gradients = members("grads", grads)
-    check_arguments(gradients, ord, duplicates)
+    check_default("ord", ord, 2, OTHER_ORDERS)
+    choice("duplicates", duplicates, DUPLICATES)
     narrow, wide = element_types(gradients)
 
     def norm(grads, ord=2, duplicates="sum"):
@@ -73,41 +57,72 @@ def clip_by_global_norm(
 ) -> Any:
     """Return the implementation for these types."""
     gradients = members("grads", grads)
-    check_arguments(gradients, ord, duplicates)
+    check_default("ord", ord, 2, OTHER_ORDERS)
+    choice("duplicates", duplicates, DUPLICATES)
     check_number("clip_norm", clip_norm)
     if not is_nothing(use_norm):
         check_number("use_norm", use_norm)
     run = POLICIES[choice("nonfinite", nonfinite, tuple(POLICIES))]
     narrow, wide = element_types(gradients)
-    limits = limits_of(narrow, wide)
 
     def into_new_arrays(
         grads, clip_norm, use_norm=None, ord=2, nonfinite="propagate", duplicates="sum", out=None
     ):
-        bound, given = bound_of(clip_norm), given_norm(use_norm)
+        bound, given = number_of(clip_norm), number_of(use_norm)
+        check_bounds(bound, given)
         works = all_copied(grads)
         room = room_for(grads)
         rows = table_in(room, works)
         describe_all(rows, works, works)
-        norm, _ = run(rows, len(grads), narrow, wide, limits, bound, given, 1.0)
+        norm, _ = run(rows, len(grads), narrow, wide, bound, given, 1.0)
         keep(room)
         return works, norm
 
     def in_place(
         grads, clip_norm, use_norm=None, ord=2, nonfinite="propagate", duplicates="sum", out=None
     ):
-        bound, given = bound_of(clip_norm), given_norm(use_norm)
-        check_same(out, grads)
+        bound, given = number_of(clip_norm), number_of(use_norm)
+        check_bounds(bound, given)
+        check_same(are_same(out, grads))
         works = all_entered(grads)
         room = room_for(grads)
         rows = table_in(room, grads)
         describe_all(rows, grads, works)
         check_apart(rows, len(grads))
-        norm, changed = run(rows, len(grads), narrow, wide, limits, bound, given, 1.0)
-        if changed:
+        norm, written = run(rows, len(grads), narrow, wide, bound, given, 1.0)
+        if written:
             all_left(grads, works)
         keep(room)
         keep(works)
         return grads, norm
 
     return in_place if check_out("grads", out, grads, gradients) else into_new_arrays
+
+
+def clip_by_divided_norm(name: str, grad: Any, bound: Any, out: Any, divisor_of: Any) -> Any:
+    """Return what clips one array by its norm over a divisor, in place or not."""
+    check_gradient("grad", grad)
+    check_number(name, bound)
+    narrow, wide = element_types([grad])
+
+    def into_new_array(grad, bound):
+        check_bounds(bound, -1.0)
+        work = copied(grad, None)
+        rows = table_in(None, (work,))
+        describe_all(rows, (work,), (work,))
+        propagated(rows, 1, narrow, wide, bound, -1.0, divisor_of(max(grad.size, 1)))
+        return work
+
+    def in_place(grad, bound):
+        check_bounds(bound, -1.0)
+        work = entered(grad, None)
+        rows = table_in(None, (grad,))
+        describe_all(rows, (grad,), (work,))
+        divisor = divisor_of(max(grad.size, 1))
+        _, written = propagated(rows, 1, narrow, wide, bound, -1.0, divisor)
+        if written:
+            left(grad, work)
+        keep(work)
+        return grad
+
+    return in_place if check_out("grad", out, grad, [grad]) else into_new_array

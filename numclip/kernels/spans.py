@@ -12,10 +12,12 @@ import math
 import numpy as np
 from numba import carray
 
+from numclip.dtypes import lookup
 from numclip.kernels import formulas
 from numclip.kernels.cpu import (
     array_of_powers,
     array_of_squares,
+    blocks_of_squares,
     join,
     larger,
     multiply,
@@ -26,14 +28,16 @@ from numclip.kernels.cpu import (
 from numclip.kernels.elements import pointer, word_at
 from numclip.kernels.jit import inline, kernel
 from numclip.kernels.joint import decide, is_safe
-from numclip.kernels.tuning import CHUNK
+from numclip.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
 
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
 FIELDS = 5
 FEW = 16  # arrays compared in pairs; sorting allocates twice
 WIDE, COMPLEX = 1, 2  # bits of a kind
-NARROW_PRECISION = 24, -149
-WIDE_PRECISION = 53, -1074
+NARROW, WIDER = lookup(np.dtype(np.float32)), lookup(np.dtype(np.float64))
+NARROW_PRECISION, WIDE_PRECISION = NARROW.precision, WIDER.precision
+NARROW_LIMITS, WIDE_LIMITS = NARROW.limits, WIDER.limits
+ABI = 1  # of what follows and of the table; code that users keep on disk calls by it
 
 settled = inline(formulas.settled)
 
@@ -45,121 +49,83 @@ def field(rows, t, k):
 
 
 @inline
-def numbers_at(address, length, dtype):
-    """Return the numbers at an address as an array."""
-    return carray(pointer(address), length, dtype)
-
-
-@inline
-def chunk_at(address, start, length, dtype):
-    """Return the chunk of a tensor that begins at element `start`."""
-    itemsize = 4 if dtype(0.1) != 0.1 else 8
-    return numbers_at(address + start * itemsize, min(CHUNK, length - start), dtype)
+def is_double(dtype):
+    """Tell whether a type is float64."""
+    return np.float64(dtype(0.1)) == 0.1
 
 
 @inline
 def squares(address, length, dtype):
     """Return a tensor's sum of squares, as `cpu.sum_squares` and `cpu.merge` do."""
     if length <= CHUNK:
-        return array_of_squares(numbers_at(address, length, dtype))
+        return array_of_squares(carray(pointer(address), length, dtype))
+    x = carray(pointer(address), length, dtype)
+    size = BLOCK if is_double(dtype) else NARROW_BLOCK
     total = 0.0
     error = 0.0
     for start in range(0, length, CHUNK):
-        x = chunk_at(address, start, length, dtype)
-        total, rest = two_sum(total, array_of_squares(x))
+        chunk = blocks_of_squares(x[start : start + CHUNK], size)
+        total, rest = two_sum(total, chunk)
         error += rest
     return settled(total, error)
 
 
-@inline
-def powers(address, length, scale, ord, dtype):
-    """Return a tensor's sum of ``(|x| / scale) ** ord``, as `cpu.sum_powers` does."""
-    total = 0.0
-    error = 0.0
-    for start in range(0, length, CHUNK):
-        x = chunk_at(address, start, length, dtype)
-        total, rest = two_sum(total, array_of_powers(x, scale, ord))
-        error += rest
-    return settled(total, error)
-
-
-@inline
-def largest(address, length, dtype):
-    """Return a tensor's largest magnitude, NaN where there is one."""
-    peak = 0.0
-    for value in numbers_at(address, length, dtype):
-        peak = larger(peak, np.float64(abs(value)))
-    return peak
-
-
-@inline
-def squares_of(rows, t, narrow, wide):
-    """Return the sum of squares of a tensor of either type, and if it lost nothing."""
-    address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
-    if field(rows, t, KIND) & WIDE:
-        total = squares(address, length, wide)
-        return total, is_safe(total) or length == 0
-    return squares(address, length, narrow), True
-
-
-@inline
+@kernel
 def joint_norm(rows, count, narrow, wide):
-    """Return the norm of all tensors, and if no sum lost anything."""
+    """Return the norm of all tensors, and if no sum lost anything. Reads every element once."""
     total = 0.0
     error = 0.0
     right = True
     for t in range(count):
-        tensor, safe = squares_of(rows, t, narrow, wide)
-        right &= safe
+        address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
+        if field(rows, t, KIND) & WIDE:
+            tensor = squares(address, length, wide)
+            right &= is_safe(tensor) or length == 0
+        else:
+            tensor = squares(address, length, narrow)
         total, rest = two_sum(total, tensor)
         error += rest
     return math.sqrt(settled(total, error)), right
 
 
-@kernel
-def narrow_norm(rows, count, narrow, wide):
-    """Return as `norm_of` does, where no tensor is wide."""
-    norm, _ = joint_norm(rows, count, narrow, wide)
-    return norm, 0
+@inline
+def rescued_squares(address, length):
+    """Return a float64 tensor's sum of squares as ``total * 4**exponent``, see `backend.squares`."""
+    total = squares(address, length, np.float64)
+    if is_safe(total) or length == 0:
+        return total, 0
+    x = carray(pointer(address), length, np.float64)
+    peak = 0.0
+    for i in range(length):
+        peak = larger(peak, abs(x[i]))
+    if not (math.isfinite(peak) and peak > 0.0):
+        return total, 0
+    exponent = math.frexp(peak)[1] - 1
+    scale = math.ldexp(1.0, exponent)
+    total = 0.0
+    error = 0.0
+    for start in range(0, length, CHUNK):
+        chunk = array_of_powers(x[start : start + CHUNK], scale, 2.0)
+        total, rest = two_sum(total, chunk)
+        error += rest
+    return settled(total, error), exponent
 
 
 @kernel
-def norm_of(rows, count, narrow, wide):
-    """Return the L2 norm of all tensors as ``root * 2**exponent``. Reads every element once."""
-    norm, right = joint_norm(rows, count, narrow, wide)
-    if right:
-        return norm, 0
-    return rescued_norm(rows, count, narrow, wide)
-
-
-@kernel
-def rescued_norm(rows, count, narrow, wide):
-    """Return as `norm_of` does where float64 sums over- or underflow."""
+def rescued_norm(rows, count, narrow):
+    """Return the norm as ``root * 2**exponent`` where float64 sums over- or underflow."""
     totals = np.empty(count)
     exponents = np.zeros(count, np.int64)
     for t in range(count):
-        totals[t], safe = squares_of(rows, t, narrow, wide)
-        if safe:
-            continue
         address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
-        peak = largest(address, length, wide)
-        if math.isfinite(peak) and peak > 0.0:
-            exponents[t] = math.frexp(peak)[1] - 1
-            scale = math.ldexp(1.0, int(exponents[t]))
-            totals[t] = powers(address, length, scale, 2.0, wide)
+        if field(rows, t, KIND) & WIDE:
+            totals[t], exponents[t] = rescued_squares(address, length)
+        else:
+            totals[t] = squares(address, length, narrow)
     roots = np.zeros(1)
     shifts = np.zeros(1, np.int64)
     join(totals, exponents, np.zeros(count, np.int64), 2.0, roots, shifts)
     return roots[0], shifts[0]
-
-
-@inline
-def elements_of(rows, count):
-    """Return how many numbers all tensors have."""
-    elements = 0
-    for t in range(count):
-        elements += field(rows, t, LENGTH)
-    return elements
 
 
 @inline
@@ -172,27 +138,24 @@ def scale(x, mantissa, power, truncate, precision, dtype):
 
 
 @kernel
-def scale_all(rows, count, narrow, wide, mantissa, power, truncate):
-    """Multiply all tensors in place by ``mantissa * 2**power``."""
-    for t in range(count):
-        address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
-        if field(rows, t, KIND) & WIDE:
-            x = numbers_at(address, length, wide)
-            scale(x, mantissa, power, truncate, WIDE_PRECISION, wide)
-        else:
-            y = numbers_at(address, length, narrow)
-            scale(y, mantissa, power, truncate, NARROW_PRECISION, narrow)
-
-
-@kernel
-def clip(rows, count, narrow, wide, limits, norm, exponent, bound, divisor):
+def bring(rows, count, narrow, wide, norm, exponent, bound, divisor):
     """Bring a norm over `divisor` to its bound, in place; tell whether anything was written."""
+    elements = 0
+    for t in range(count):
+        elements += field(rows, t, LENGTH)
+    limits = WIDE_LIMITS if is_double(narrow) else NARROW_LIMITS  # of the coarser type
     norm /= divisor
-    elements = elements_of(rows, count)
     mantissa, power, truncate = decide(norm, exponent, bound, elements, divisor, limits)
     if mantissa == 1.0:
         return False
-    scale_all(rows, count, narrow, wide, mantissa, power, truncate)
+    for t in range(count):
+        address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
+        if field(rows, t, KIND) & WIDE:
+            x = carray(pointer(address), length, wide)
+            scale(x, mantissa, power, truncate, WIDE_PRECISION, wide)
+        else:
+            y = carray(pointer(address), length, narrow)
+            scale(y, mantissa, power, truncate, NARROW_PRECISION, narrow)
     return True
 
 
@@ -206,15 +169,32 @@ def clear(x, parts):
 
 
 @kernel
-def clear_all(rows, count, narrow, wide):
+def clear_nonfinite(rows, count, narrow, wide):
     """Write 0 for each number of all tensors that is not finite."""
     for t in range(count):
         address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
         parts = 2 if field(rows, t, KIND) & COMPLEX else 1
         if field(rows, t, KIND) & WIDE:
-            clear(numbers_at(address, length, wide), parts)
+            clear(carray(pointer(address), length, wide), parts)
         else:
-            clear(numbers_at(address, length, narrow), parts)
+            clear(carray(pointer(address), length, narrow), parts)
+
+
+@inline
+def sort_by_address(rows, order):
+    """Sort numbers of rows by where their arrays begin (Shell 1959, gaps of Knuth)."""
+    gap = 1
+    while gap < order.size // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for k in range(gap, order.size):
+            t = order[k]
+            low = field(rows, t, LOW)
+            while k >= gap and field(rows, order[k - gap], LOW) > low:
+                order[k] = order[k - gap]
+                k -= gap
+            order[k] = t
+        gap //= 3
 
 
 @kernel
@@ -227,14 +207,11 @@ def are_apart(rows, count):
                 if not (below or field(rows, other, HIGH) <= field(rows, t, LOW)):
                     return False
         return True
-    lows = np.empty(count, np.int64)
-    highs = np.empty(count, np.int64)
-    for t in range(count):
-        lows[t] = field(rows, t, LOW)
-        highs[t] = field(rows, t, HIGH)
-    lows.sort()
-    highs.sort()
-    for t in range(1, count):
-        if highs[t - 1] > lows[t]:
+    order = np.arange(count)
+    sort_by_address(rows, order)
+    reached = field(rows, order[0], HIGH)
+    for k in range(1, count):
+        if field(rows, order[k], LOW) < reached:
             return False
+        reached = max(reached, field(rows, order[k], HIGH))
     return True
