@@ -51,3 +51,12 @@ def check_apart(rows, count):
     """Refuse to write arrays that share memory."""
     if not call(are_apart, (rows, count)):
         raise ValueError("out: expected arrays that share no memory")
+
+
+@inline
+def check_interval(low, high):
+    """Refuse bounds on values that exclude everything."""
+    if low != low or high != high:
+        raise ValueError("clip_value_min, clip_value_max: expected numbers, got NaN")
+    if low > high:
+        raise ValueError("clip_value_min: expected at most clip_value_max")

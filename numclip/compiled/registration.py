@@ -29,6 +29,32 @@ def _clip_by_global_norm(
 ):
     from numclip.compiled import whole
 
-    return whole.clip_by_global_norm(
-        grads, clip_norm, use_norm, ord, nonfinite, duplicates, out
-    )
+    return whole.clip_by_global_norm(grads, clip_norm, use_norm, ord, nonfinite, duplicates, out)
+
+
+@overload(functional.clip_by_norm, jit_options=OWN_FLAGS)
+def _clip_by_norm(grad, clip_norm, axes=None, ord=2, out=None):
+    from numclip.compiled import whole
+
+    return whole.clip_by_norm(grad, clip_norm, axes, ord, out)
+
+
+@overload(functional.clip_by_average_norm, jit_options=OWN_FLAGS)
+def _clip_by_average_norm(grad, clip_norm, out=None):
+    from numclip.compiled import whole
+
+    return whole.clip_by_average_norm(grad, clip_norm, out)
+
+
+@overload(functional.clip_by_block_rms, jit_options=OWN_FLAGS)
+def _clip_by_block_rms(grad, threshold, out=None):
+    from numclip.compiled import whole
+
+    return whole.clip_by_block_rms(grad, threshold, out)
+
+
+@overload(functional.clip_by_value, jit_options=OWN_FLAGS)
+def _clip_by_value(grad, clip_value_min, clip_value_max, out=None):
+    from numclip.compiled import values
+
+    return values.clip_by_value(grad, clip_value_min, clip_value_max, out)

@@ -44,8 +44,6 @@ def value_of(kind: Any) -> Any:
 def check_number(name: str, kind: Any) -> None:
     """Refuse what is no real number, nor a 0-d array of one."""
     known = types.unliteral(kind)
-    if isinstance(kind, types.Omitted) or not isinstance(kind, types.Type):
-        return
     if isinstance(known, types.Array) and known.ndim == 0:
         known = known.dtype
     if not isinstance(known, (types.Integer, types.Float)):

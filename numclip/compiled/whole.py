@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from numclip.compiled.arrays import are_same, copied, entered, left
@@ -26,6 +27,7 @@ from numclip.compiled.types_taken import (
     is_nothing,
     members,
 )
+from numclip.kernels.jit import inline
 from numclip.kernels.spans import scale_by_power
 
 OTHER_ORDERS = "other orders are taken outside compiled code"
@@ -99,13 +101,32 @@ def clip_by_global_norm(
     return in_place if check_out("grads", out, grads, gradients) else into_new_arrays
 
 
+@inline
+def one(size):
+    """Return the divisor of a norm itself."""
+    return 1.0
+
+
+@inline
+def float_of(size):
+    """Return the divisor of an average norm."""
+    return float(size)
+
+
+@inline
+def root_of(size):
+    """Return the divisor of a root mean square."""
+    return math.sqrt(size)
+
+
 def clip_by_divided_norm(name: str, grad: Any, bound: Any, out: Any, divisor_of: Any) -> Any:
     """Return what clips one array by its norm over a divisor, in place or not."""
     check_gradient("grad", grad)
     check_number(name, bound)
     narrow, wide = element_types([grad])
 
-    def into_new_array(grad, bound):
+    def into_new_array(grad, out, clip_norm):
+        bound = number_of(clip_norm)
         check_bounds(bound, -1.0)
         work = copied(grad, None)
         rows = table_in(None, (work,))
@@ -113,8 +134,10 @@ def clip_by_divided_norm(name: str, grad: Any, bound: Any, out: Any, divisor_of:
         propagated(rows, 1, narrow, wide, bound, -1.0, divisor_of(max(grad.size, 1)))
         return work
 
-    def in_place(grad, bound):
+    def in_place(grad, out, clip_norm):
+        bound = number_of(clip_norm)
         check_bounds(bound, -1.0)
+        check_same(are_same(out, grad))
         work = entered(grad, None)
         rows = table_in(None, (grad,))
         describe_all(rows, (grad,), (work,))
@@ -126,3 +149,29 @@ def clip_by_divided_norm(name: str, grad: Any, bound: Any, out: Any, divisor_of:
         return grad
 
     return in_place if check_out("grad", out, grad, [grad]) else into_new_array
+
+
+def clip_by_norm(grad: Any, clip_norm: Any, axes: Any, ord: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    check_default("ord", ord, 2, OTHER_ORDERS)
+    check_default("axes", axes, None, "units along axes are clipped outside compiled code")
+    clip = inline(clip_by_divided_norm("clip_norm", grad, clip_norm, out, one))
+    if is_nothing(out):
+        return lambda grad, clip_norm, axes=None, ord=2, out=None: clip(grad, grad, clip_norm)
+    return lambda grad, clip_norm, axes=None, ord=2, out=None: clip(grad, out, clip_norm)
+
+
+def clip_by_average_norm(grad: Any, clip_norm: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    clip = inline(clip_by_divided_norm("clip_norm", grad, clip_norm, out, float_of))
+    if is_nothing(out):
+        return lambda grad, clip_norm, out=None: clip(grad, grad, clip_norm)
+    return lambda grad, clip_norm, out=None: clip(grad, out, clip_norm)
+
+
+def clip_by_block_rms(grad: Any, threshold: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    clip = inline(clip_by_divided_norm("threshold", grad, threshold, out, root_of))
+    if is_nothing(out):
+        return lambda grad, threshold, out=None: clip(grad, grad, threshold)
+    return lambda grad, threshold, out=None: clip(grad, out, threshold)

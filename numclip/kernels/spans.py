@@ -18,6 +18,7 @@ from numclip.kernels.cpu import (
     array_of_powers,
     array_of_squares,
     blocks_of_squares,
+    hold,
     join,
     larger,
     multiply,
@@ -215,3 +216,9 @@ def are_apart(rows, count):
             return False
         reached = max(reached, field(rows, order[k], HIGH))
     return True
+
+
+@kernel
+def clamp(address, length, dtype, low, high):
+    """Hold each element of an array between two bounds, which are rounded to its type."""
+    hold(carray(pointer(address), length, dtype), dtype(low), dtype(high))
