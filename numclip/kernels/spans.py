@@ -91,7 +91,7 @@ def joint_norm(rows, count, narrow, wide):
 
 @inline
 def rescued_squares(address, length):
-    """Return a float64 tensor's sum of squares as ``total * 4**exponent``, see `backend.squares`."""
+    """Return a float64 tensor's sum of squares, ``total * 4**exponent``, as `backend.squares`."""
     total = squares(address, length, np.float64)
     if is_safe(total) or length == 0:
         return total, 0

@@ -171,8 +171,10 @@ def test_one_array(name, dtype):
             checks.assert_same_bits(globals()[name](grad, bound), expected)
             work = cases.strided(grad) if grad.ndim else grad.copy()
             globals()[f"{name}_in_place"](work, bound)
-            checks.assert_same_bits(work, getattr(nc, name)(np.ascontiguousarray(grad), bound)
-                                    if grad.ndim else expected)
+            checks.assert_same_bits(
+                work,
+                getattr(nc, name)(np.ascontiguousarray(grad), bound) if grad.ndim else expected,
+            )
 
 
 @njit
