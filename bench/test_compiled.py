@@ -1,4 +1,4 @@
-"""Calls from users' compiled code: the time of one, and what it adds to a function's compilation."""
+"""Calls from users' compiled code: their time, and what they add to compile time."""
 
 import argparse
 import math
