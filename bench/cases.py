@@ -1,4 +1,7 @@
-"""The table of measured cases: what suite, tables and picture are made of."""
+"""The table of measured cases: what suite, tables and picture are made of.
+
+The tests' cases have the same models, cut to few numbers: see tests/oracle/cases.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from clips import CLIP
-from models import MODELS, Shape
-from per_example import PER_EXAMPLE
-from sparse import ROWS, SPARSE
-from steps import ADAM, SGD
-from work import Kind
+
+from bench.clips import CLIP
+from bench.per_example import PER_EXAMPLE
+from bench.sparse import ROWS, SPARSE
+from bench.steps import ADAM, SGD
+from bench.workload import Workload
+from tests.oracle.cases import cut, of_shapes
+from tests.oracle.models import MODELS, Shape
 
 EXAMPLES = 64
 
@@ -21,13 +26,13 @@ EXAMPLES = 64
 class Case:
     """Gradients of these shapes, and what is done with them.
 
-    `faster` and `limit` are what numclip aims at: so many times as fast as the fastest peer, and
+    `faster` and `limit` are numclip's goals: so many times as fast as the fastest peer, and
     at most so many times the limit; `flat` the latter for flat buffers.
     """
 
     name: str
     shapes: list[Shape]
-    kind: Kind
+    kind: Workload
     faster: float
     limit: float | None = None
     flat: float | None = None
@@ -52,16 +57,14 @@ CASES = [
 
 @lru_cache(maxsize=1)
 def data(case: str, small: bool) -> tuple[Any, int, float]:
-    """Return a case's data, their bytes, and their norm; no side over 8 where they are small."""
+    """Return a case's data, their bytes and norm; few numbers where they are small."""
     chosen = next(other for other in CASES if other.name == case)
     rng = np.random.default_rng(0)
-    shapes = chosen.shapes
-    if small:
-        shapes = [tuple(min(side, 8) for side in shape) for shape in shapes[:20]]
+    shapes = cut(chosen.shapes) if small else chosen.shapes
     if chosen.kind is PER_EXAMPLE:
         shapes = [(EXAMPLES, *shape) for shape in shapes]
     indices = rng.zipf(1.3, shapes[0][0]) % ROWS
-    arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    arrays = of_shapes(rng, shapes)
     # Rows of a mean other than 0: a norm that takes repeated rows apart is far off.
     made = (arrays[0] + np.float32(1), indices) if chosen.kind is SPARSE else arrays
     return made, sum(array.nbytes for array in arrays), chosen.kind.norm(made)

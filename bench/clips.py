@@ -6,11 +6,11 @@ import math
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from work import Bound, Call, Kind, copied, library, norm_of
 
 import numclip as nc
+from bench import memory_speed
+from bench.workload import Bound, Call, Workload, copied, library, norm_of
 
 
 def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:
@@ -124,10 +124,10 @@ def tf_function(source: list[np.ndarray], bound: Bound) -> Call:
     return call
 
 
-CLIP = Kind(
+CLIP = Workload(
     exact,
     {
-        "limit": limits.clip,
+        "limit": memory_speed.clip,
         "numclip": numclip,
         "numclip, flat": flat,
         "NumPy loop": numpy_loop,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from work import Bound, Call, Kind, library
 
 import numclip as nc
+from bench import memory_speed
+from bench.workload import Bound, Call, Workload, library
 
 
 def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:
@@ -67,10 +67,10 @@ def torch_opacus(source: list[np.ndarray], bound: Bound) -> Call:
     return call
 
 
-PER_EXAMPLE = Kind(
+PER_EXAMPLE = Workload(
     exact,
     {
-        "limit": limits.read_and(None, 1),
+        "limit": memory_speed.read_and(None, 1),
         "numclip": numclip,
         "NumPy einsum": numpy_einsum,
         "optax jit": optax_jit,

@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import limits
 import numpy as np
-from clips import tensorflow
-from work import Bound, Call, Kind, library, norm_of
 
 import numclip as nc
+from bench import memory_speed
+from bench.clips import tensorflow
+from bench.workload import Bound, Call, Workload, library, norm_of
 
 Rows = tuple[np.ndarray, np.ndarray]
 ROWS = 1_000_000
@@ -140,10 +140,10 @@ def tf_unmerged(source: Rows, bound: Bound) -> Call:
     return lambda: clip(values, indices, np.float32(bound()))
 
 
-SPARSE = Kind(
+SPARSE = Workload(
     exact,
     {
-        "limit": lambda source, bound: limits.clip([source[0]], bound),
+        "limit": lambda source, bound: memory_speed.clip([source[0]], bound),
         "numclip": numclip,
         "NumPy add.at": numpy_add_at,
         "NumPy reduceat": numpy_reduceat,

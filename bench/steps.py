@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import limits
 import numpy as np
-from clips import clip_loop, grouped, optax_clip, torch_parameters
-from work import Bound, Call, Kind, copied, library, norm_of
 
 import numclip as nc
+from bench import memory_speed
+from bench.clips import clip_loop, grouped, optax_clip, torch_parameters
+from bench.workload import Bound, Call, Workload, copied, library, norm_of
 
 # The parameters are the gradients' own values: what matters is that they are other memory.
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
@@ -112,10 +112,10 @@ def optax_step(source: list[np.ndarray], bound: Bound, name: str) -> Call:
     return call
 
 
-SGD = Kind(
+SGD = Workload(
     partial(exact, adam=False),
     {
-        "limit": limits.read_and(limits.descend, 2),
+        "limit": memory_speed.read_and(memory_speed.descend, 2),
         "numclip": partial(numclip, optimizer=nc.SGD),
         "NumPy loop": numpy_sgd,
         "torch foreach": partial(torch_step, name="SGD", foreach=True),
@@ -125,10 +125,10 @@ SGD = Kind(
     passes=(4, 4),
     follows=False,
 )
-ADAM = Kind(
+ADAM = Workload(
     partial(exact, adam=True),
     {
-        "limit": limits.read_and(limits.adam, 4),
+        "limit": memory_speed.read_and(memory_speed.adam, 4),
         "numclip": partial(numclip, optimizer=nc.Adam),
         "NumPy loop": numpy_adam,
         "torch foreach": partial(torch_step, name="Adam", foreach=True),

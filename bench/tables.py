@@ -1,6 +1,6 @@
 """Write the README's section on speed and its picture from measured figures.
 
-Run ``python -m pytest bench --benchmark-json=raw.json`` and ``python bench/tables.py raw.json``.
+Run ``python -m pytest bench --benchmark-json=raw.json`` and ``python -m bench.tables raw.json``.
 What raw.json has takes its place in bench/results.json, all of which is written out; more files
 may be given, and none. ``--check`` writes nothing, and fails where README.md is not up to date.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import results
+from bench import results
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- /speed -->)", re.DOTALL)
@@ -73,8 +73,32 @@ def row(case: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+LOOP = "NumPy loop"
+FOLDED = "<details><summary>Every figure, the machine, and other peers</summary>\n\n"
+SHORT = """\
+How many times as fast as a NumPy loop that does the same, in place, by the case:
+
+| float32 | MB | nothing is clipped | clipped |
+|---|--:|--:|--:|
+"""
+
+
+def short(cases: list[dict[str, Any]]) -> str:
+    """Return a table of the NumPy loop's times over numclip's, a row for each gradient."""
+    times: dict[str, dict[bool, float]] = {}
+    for case in cases:
+        if LOOP in case["ways"]:
+            own = times.setdefault(f"{case['case']} | {digits(case['nbytes'] / 1e6)}", {})
+            own[case["clips"]] = case["ways"][LOOP]["over numclip"]
+    rows = (
+        f"| {name} | {' | '.join(digits(own[c]) if c in own else '-' for c in (False, True))} |\n"
+        for name, own in times.items()
+    )
+    return SHORT + "".join(rows)
+
+
 def section(found: dict[str, Any]) -> str:
-    """Return the README's section."""
+    """Return the README's section: a short table, and all figures folded below it."""
     machine = found["measured on"]
     libraries = ", ".join(
         f"{LIBRARIES[key]} {value}" for key, value in machine.items() if key in LIBRARIES
@@ -82,7 +106,7 @@ def section(found: dict[str, Any]) -> str:
     cases = found["cases"].values()
     wrong, date = results.WRONG, found["date"]
     text = INTRODUCTION.format(**machine, libraries=libraries, wrong=wrong, date=date)
-    text = textwrap.fill(text, 100) + "\n\n"
+    text = f"{short(list(cases))}\n{FOLDED}{textwrap.fill(text, 100)}\n\n"
     text += HEAD + "".join(map(row, cases))
     text += "\n![Time of every peer over the limit](bench/peers.png)\n"
     for way, figures in found["memory"].items():
@@ -95,7 +119,7 @@ def section(found: dict[str, Any]) -> str:
         text += "\n\n| start-up | time |\n|---|--:|\n"
         for way, seconds in found["start-up"].items():
             text += f"| {way} | {unit(1e6 * median(seconds))} |\n"
-    return text
+    return f"{text}\n</details>\n"
 
 
 def filled(found: dict[str, Any]) -> str:
@@ -112,9 +136,9 @@ def main() -> None:
     found = results.load()
     if options.check:
         is_current = filled(found) == README.read_text()
-        raise SystemExit(0 if is_current else "README.md: run python bench/tables.py")
-    from bars import draw
-    from cases import CASES
+        raise SystemExit(0 if is_current else "README.md: run python -m bench.tables")
+    from bench.bars import draw
+    from bench.cases import CASES
 
     for path in options.raw:
         found = results.merged(found, results.compact(json.loads(path.read_text())))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu import ready
-from models import MODELS
 
 import numclip as nc
+from tests.cuda.gpu import ready
+from tests.oracle.models import MODELS
 
 __all__ = ["ready"]
 pytestmark = pytest.mark.gpu

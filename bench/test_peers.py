@@ -1,12 +1,13 @@
 """numclip against its peers and against the memory.
 
 pytest-benchmark times one function after another, over minutes in which a machine's speed
-changes: so all ways of a case are timed in turns, see race.py, and replayed to it.
+changes: so all ways of a case are timed in turns, see timing_in_turns.py, and replayed to it.
 """
 
 import pytest
-from cases import CASES
-from race import race
+
+from bench.cases import CASES
+from bench.timing_in_turns import time_in_turns
 
 
 class Clock:
@@ -46,7 +47,7 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.benchmark(timer=clock.read)
 def test_speed(benchmark, case, clips, way):
-    run = race(case.name, clips, benchmark.disabled)
+    run = time_in_turns(case.name, clips, benchmark.disabled)
     if way in run.missing:
         pytest.skip(run.missing[way])
     runner = run.runners[way]

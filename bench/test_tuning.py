@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+from numba import njit
 
-from numclip.kernels import backend, columns, cpu, grouping, jit, threads
+from numclip.host import rows
+from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
 
 
 def chunks_of(x, length):
-    address = x.ctypes.data
-    return cpu.split(np.array([[address, address, x.size]]), x.itemsize, length)[0]
+    spans = np.array([[x.ctypes.data, x.ctypes.data, x.size]])
+    chunks = np.empty((cpu.count_chunks(spans, length)[0], 4), np.int64)
+    cpu.split(spans, x.itemsize, length, chunks)
+    return chunks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -17,9 +21,9 @@ def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
     benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
     monkeypatch.setattr(cpu, "BLOCK" if dtype == "float64" else "NARROW_BLOCK", block)
     monkeypatch.setattr(cpu, "array_of_squares", jit.expanded(cpu.array_of_squares.py_func))
-    kernel = jit.inline(cpu.sum_squares.py_func)
+    kernel = jit.kernel(cpu.sum_squares.py_func)
     x = normal(256 << 10, dtype)
-    chunks = chunks_of(x, backend.CHUNK)
+    chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: kernel(0, out.size, chunks, x[:0], out), x.nbytes)
 
@@ -34,13 +38,33 @@ def test_chunk(benchmark, normal, timed, nbytes, length):
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
 
 
-@pytest.mark.parametrize("width", [128, 1024, 8192])
-def test_columns(benchmark, normal, timed, width):
-    benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32"
+def sums_of_columns(monkeypatch, columns_of_share=columns.COLUMNS):
+    """Return the kernel of column sums, compiled for so many columns of a share."""
+    monkeypatch.setattr(columns, "COLUMNS", columns_of_share)
+    for name in ("add_squares", "add_eight_squares", "sum_squares"):
+        monkeypatch.setattr(columns, name, jit.inline(getattr(columns, name).py_func))
+    return jit.kernel(columns.column_squares.py_func)
+
+
+@pytest.mark.parametrize("width", [128, 520, 1024, 1032, 8200])
+def test_columns(benchmark, monkeypatch, normal, timed, width):
+    benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32, 8192 columns"
+    kernel = sums_of_columns(monkeypatch, width)
     x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
-    out = np.empty((1, x.shape[2]))
-    count = -(-x.shape[2] // width)
-    timed(lambda: threads.run(columns.column_squares, count, x.nbytes, x, width, out), x.nbytes)
+    parts = -(-x.shape[1] // tuning.COLUMN_ROWS)
+    out = np.empty((1, parts, x.shape[2]))
+    count = parts * -(-x.shape[2] // width)
+    timed(lambda: threads.run(kernel, count, x.nbytes, x, tuning.COLUMN_ROWS, out), x.nbytes)
+
+
+@pytest.mark.parametrize("rows", [248, 1016, 1024, 4072])
+def test_column_rows(benchmark, normal, timed, rows):
+    benchmark.group = "COLUMN_ROWS: sums over the first axis of 64 MB of float32, 64 columns"
+    x = normal(64 << 20, "float32").reshape(1, -1, 64)
+    out = np.empty((1, -(-x.shape[1] // rows), 64))
+    timed(
+        lambda: threads.run(columns.column_squares, out.shape[1], x.nbytes, x, rows, out), x.nbytes
+    )
 
 
 @pytest.mark.parametrize("width", [1024, 4096, 8192, 16_384])
@@ -60,37 +84,41 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
     monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(threads, "_limit", count)
     x = normal(nbytes, "float32")
-    chunks = chunks_of(x, backend.CHUNK)
+    chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
 
 
-@pytest.mark.parametrize("rows", [4, 8, 16, 64])
-def test_rows(benchmark, monkeypatch, normal, timed, rows):
-    benchmark.group = "ROWS: sums over the first axis of 64 MB of float32"
-    monkeypatch.setattr(columns, "ROWS", rows)
-    kernel = jit.inline(columns.column_squares.py_func)
-    x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
-    out = np.empty((1, x.shape[2]))
-    count = -(-x.shape[2] // backend.COLUMNS)
-    timed(lambda: kernel(0, count, x, backend.COLUMNS, out), x.nbytes)
+def sums_of_groups(monkeypatch, name, value):
+    """Return the kernel of summed rows, compiled for another constant."""
+    monkeypatch.setattr(grouping, name, value)
+    inlined = "begin_sums", "add_strip", "add_four", "fetch", "sum_strips", "strip_squares"
+    for function in inlined:
+        monkeypatch.setattr(grouping, function, jit.inline(getattr(grouping, function).py_func))
+    return jit.kernel(grouping.grouped_squares.py_func)
 
 
 @pytest.mark.parametrize("strip", [248, 504, 512])
 def test_strip(benchmark, monkeypatch, normal, timed, strip):
     benchmark.group = "STRIP: summed rows of 64 float32, 1 MB"
-    monkeypatch.setattr(grouping, "STRIP", strip)
-    for name in ("add_pair", "strip_squares"):
-        monkeypatch.setattr(grouping, name, jit.inline(getattr(grouping, name).py_func))
-    kernel = jit.inline(grouping.grouped_squares.py_func)
+    kernel = sums_of_groups(monkeypatch, "STRIP", strip)
     x = normal(1 << 20, "float32").reshape(-1, 64)
     starts = np.append(np.arange(0, len(x), 16), len(x))
-    shares = np.array([0, starts.size - 1])
     out = np.empty((1, 2))
-    timed(lambda: kernel(0, 1, shares, np.arange(len(x)), starts, x, out), x.nbytes)
+    timed(lambda: kernel(0, 1, len(x), np.arange(len(x)), starts, x, False, out), x.nbytes)
 
 
-@jit.inline
+@pytest.mark.parametrize("ahead", [0, 1024, 2048, 4096, 8192])
+def test_ahead(benchmark, monkeypatch, normal, timed, ahead):
+    benchmark.group = "AHEAD: summed rows of 64 float32, 16 MB, Zipf(1.3)"
+    kernel = sums_of_groups(monkeypatch, "AHEAD", ahead)
+    x = normal(16 << 20, "float32").reshape(-1, 64)
+    order, starts = rows.group(np.random.default_rng(3).zipf(1.3, len(x)) % 1_000_000)
+    out = np.empty((1, 2))
+    timed(lambda: kernel(0, 1, len(x), order, starts, x, False, out), x.nbytes)
+
+
+@njit
 def by_radix(indices, digits):
     """Return the order that sorts indices below ``2 ** (11 * digits)``, stable."""
     order = np.arange(indices.size)
@@ -114,7 +142,7 @@ def test_grouping(benchmark, timed, way):
     benchmark.group = "grouping 65,536 indices, Zipf(1.3), into 1,000,000 rows"
     indices = np.random.default_rng(3).zipf(1.3, 65_536) % 1_000_000
     ways = {
-        "hash": lambda: backend.group(indices)[0],
+        "hash": lambda: rows.group(indices)[0],
         "radix": lambda: by_radix(indices, 2),
         "argsort": lambda: np.argsort(indices, kind="stable"),
     }

@@ -1,12 +1,14 @@
 """Gradient clipping for NumPy training code."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 import numclip.compiled.registration as _registration  # noqa: F401
 from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
 from numclip.diagnostics import show_versions as show_versions
 from numclip.diagnostics import warmup as warmup
+from numclip.errors import DeviceError as DeviceError
+from numclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from numclip.functional import adaptive_clip as adaptive_clip
 from numclip.functional import clip_by_average_norm as clip_by_average_norm
 from numclip.functional import clip_by_block_rms as clip_by_block_rms
@@ -18,10 +20,9 @@ from numclip.functional import global_norm as global_norm
 from numclip.group import Group as Group
 from numclip.groups import ParamGroups as ParamGroups
 from numclip.history import History as History
-from numclip.kernels.missing import DeviceError as DeviceError
-from numclip.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from numclip.optim import SGD as SGD
 from numclip.optim import Adam as Adam
+from numclip.optim import Optimizer as Optimizer
 from numclip.report import ClipReport as ClipReport
 from numclip.report import GroupReport as GroupReport
 from numclip.report import TensorReport as TensorReport
@@ -36,3 +37,9 @@ from numclip.running_rules import AutoClip as AutoClip
 from numclip.running_rules import ZClip as ZClip
 from numclip.slices import IndexedSlices as IndexedSlices
 from numclip.state import StateError as StateError
+
+__all__ = [
+    name
+    for name, value in globals().items()
+    if getattr(value, "__module__", "").startswith("numclip.")
+]

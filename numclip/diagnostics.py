@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from numclip import functional, inputs
+from numclip import functional
+from numclip.border.arguments import count
+from numclip.border.gradients import describe
 from numclip.dtypes import Array
 from numclip.group import Group
 from numclip.groups import ParamGroups
-from numclip.kernels import threads
+from numclip.kernels import cache, threads
 from numclip.optim import SGD, Adam
 from numclip.rules import ByGlobalNorm
 from numclip.slices import IndexedSlices
@@ -26,14 +28,15 @@ def set_num_threads(n: int | None) -> None:
     ----------
     n : int or None
         At least 1; 1 starts no thread at all. None restores the default: the environment's
-        ``NUMCLIP_NUM_THREADS``, else the cores that affinity and control group allow.
+        ``NUMCLIP_NUM_THREADS``, else the cores that this process is bound to, at most the
+        quotas of its control groups and ``OMP_NUM_THREADS``.
 
     Raises
     ------
     TypeError, ValueError
         Where `n` is no such number.
     """
-    threads.set_limit(None if n is None else inputs.count("n", n, alternative=" or None"))
+    threads.set_limit(None if n is None else count("n", n, alternative=" or None"))
 
 
 def get_num_threads() -> int:
@@ -67,7 +70,7 @@ def warmup(dtypes: str | Iterable[Any] = ("float32", "float64")) -> None:
         dtypes = [dtypes]
     for number, wanted in enumerate(dtypes):
         grad = np.ones((2, 2), np.dtype(wanted))
-        inputs.entry(f"dtypes[{number}]", number, grad)
+        describe(f"dtypes[{number}]", number, grad)
         _functions(grad)
         _groups(grad)
 
@@ -93,7 +96,12 @@ def _groups(grad: Array) -> None:
 
 
 def show_versions() -> None:
-    """Print the versions and settings that a report of a fault should tell."""
+    """Print the versions and settings that a report of a fault should tell.
+
+    The last line says in which folder compiled code is kept, or why in none. It is never read
+    from a folder, or written to one, that another user owns or can write, or that lies in one;
+    see `numclip.kernels.cache` for which are looked at. ``NUMBA_CACHE_DIR`` names one.
+    """
     from numclip import __version__
 
     print(f"numclip   {__version__}")
@@ -106,3 +114,4 @@ def show_versions() -> None:
     print(f"python    {platform.python_version()} ({platform.python_implementation()})")
     print(f"platform  {platform.platform()}")
     print(f"threads   {get_num_threads()}")
+    print(f"cache     {cache.status()}")

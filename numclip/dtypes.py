@@ -40,6 +40,16 @@ class DType:
         return self.like.dtype
 
     @cached_property
+    def native(self) -> np.dtype[Any]:
+        """The dtype as NumPy knows it, or the package that makes bfloat16."""
+        return next(native for native, row in _BY_DTYPE.items() if row is self)
+
+    @cached_property
+    def wide(self) -> DType:
+        """The type in double precision that holds the elements, real or complex as they are."""
+        return _ROWS["complex128" if self.components == 2 else "float64"]
+
+    @cached_property
     def tiny(self) -> float:
         """The smallest normal number of the type that factors are stored in."""
         return float(np.finfo(self.compute).tiny)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from numclip import clipping, inputs, measuring, plain
-from numclip.inputs import DUPLICATES, POLICIES, Entry
-from numclip.outputs import Place, place_one, places
-from numclip.placement import any_on_device, listed, on_device
-from numclip.slices import IndexedSlices
-from numclip.units import Units, clip_examples
-
-Operation = Callable[[Entry, Place, Entry | None], bool]
+from numclip import libraries
+from numclip.border import arguments
+from numclip.border.arguments import DUPLICATES, POLICIES
+from numclip.border.gradients import describe
+from numclip.clipping import clip, parts
+from numclip.host import lists
+from numclip.isolation import in_ordinary_environment
+from numclip.law import ABSENT, Law
 
 
 def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float:
@@ -67,20 +67,13 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     >>> f"{norm:.7g}"
     '5e+20'
     """
-    if inputs.are_usual(ord, duplicates=duplicates):
-        known = plain.global_norm(grads)
+    if arguments.are_usual(ord, duplicates=duplicates):
+        known = lists.global_norm(grads)
         if known is not None:
             return known
-    order = inputs.order(ord)
-    inputs.choice("duplicates", duplicates, DUPLICATES)
-    grads = listed(grads)
-    if any_on_device(grads):
-        norm: float = _device().global_norm(grads, order, duplicates)
-        return norm
-    described = inputs.gradients(grads)
-    if not described.entries:
-        return 0.0
-    return float(measuring.measure(described.entries, order, duplicates).values()[0])
+    order = arguments.order(ord)
+    arguments.choice("duplicates", duplicates, DUPLICATES)
+    return clip.norm_of(grads, order, duplicates)  # type: ignore[no-any-return]
 
 
 def clip_by_global_norm(
@@ -162,33 +155,17 @@ def clip_by_global_norm(
     >>> norm, nc.global_norm(clipped) <= 1.0
     (5.0, True)
     """
-    if use_norm is None and inputs.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = plain.clip_by_global_norm(grads, float(clip_norm), out)
+    if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out)
         if done is not None:
             return done
-    order = inputs.order(ord)
-    bound = inputs.bound("clip_norm", clip_norm)
-    given = None if use_norm is None else inputs.given_norm(use_norm)
-    inputs.choice("nonfinite", nonfinite, POLICIES)
-    inputs.choice("duplicates", duplicates, DUPLICATES)
-    grads = listed(grads)
-    if any_on_device(grads):
-        on_gpu: tuple[Any, float] = _device().clip_by_global_norm(
-            grads, bound, given, ord=order, nonfinite=nonfinite, duplicates=duplicates, out=out
-        )
-        return on_gpu
-    described = inputs.gradients(grads)
-    where = places(described, grads, out)
-    norm = clipping.clip(
-        described.entries,
-        where,
-        bound,
-        ord=order,
-        nonfinite=nonfinite,
-        duplicates=duplicates,
-        use_norm=given,
-    )
-    return described.with_results([place.result for place in where]), norm
+    order = arguments.order(ord)
+    bound = arguments.bound("clip_norm", clip_norm)
+    given = ABSENT if use_norm is None else arguments.given_norm(use_norm)
+    arguments.choice("nonfinite", nonfinite, POLICIES)
+    arguments.choice("duplicates", duplicates, DUPLICATES)
+    law = Law(bound, given=given, ord=order)
+    return clip.clip_together(grads, law, nonfinite, duplicates, out)
 
 
 def clip_by_norm(
@@ -238,20 +215,11 @@ def clip_by_norm(
     array([[0.6, 0.8],
            [0.3, 0.4]])
     """
-    order = inputs.order(ord)
-    bound = inputs.bound("clip_norm", clip_norm)
+    order = arguments.order(ord)
+    bound = arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
-    if on_device(grad):
-        return _device_units().clip_by_norm(grad, bound, axes, order, out)
-    entry = inputs.entry("grad", 0, grad)
-    reduced = inputs.axes_of(axes, len(entry.dense_shape))
-
-    def clip_units(entry: Entry, place: Place, sums: Entry | None) -> bool:
-        units = Units(entry, reduced or (), sums)
-        return units.write(place, units.decide(units.norms(order), bound, order))
-
-    return _with_rows_summed(entry, out, clip_units)
+    return parts.clip_by_norm(grad, bound, axes, order, out)
 
 
 def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any:
@@ -287,7 +255,7 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     >>> nc.clip_by_average_norm(np.array([3.0, 4.0]), 1.0).round(12)
     array([1.2, 1.6])
     """
-    bound = inputs.bound("clip_norm", clip_norm)
+    bound = arguments.bound("clip_norm", clip_norm)
     return _clip_whole(grad, bound, out, float)
 
 
@@ -325,8 +293,8 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     >>> nc.clip_by_block_rms(np.array([2.0, -2.0]), 0.5).round(12)
     array([ 0.5, -0.5])
     """
-    bound = inputs.bound("threshold", threshold)
-    return _clip_whole(grad, bound, out, math.sqrt)
+    bound = arguments.bound("threshold", threshold)
+    return _clip_whole(grad, bound, out, _root)
 
 
 def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: Any = None) -> Any:
@@ -367,22 +335,18 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
-    if on_device(grad):
-        return _device().clip_by_value(grad, clip_value_min, clip_value_max, out)
-    entry = inputs.entry("grad", 0, grad)
-    if entry.dtype.components == 2:
-        raise TypeError(
-            f"grad: expected real numbers to hold between bounds, got {entry.dtype.name}"
+    if type(grad) is np.ndarray:
+        result = lists.clamp(grad, clip_value_min, clip_value_max, out)
+        if result is not None:
+            return result
+
+    def bounds(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        low, high = map(
+            _on_host, ("clip_value_min", "clip_value_max"), (clip_value_min, clip_value_max)
         )
-    low, high = inputs.value_bounds(clip_value_min, clip_value_max, entry.dense_shape)
-    if entry.slices is not None:
-        inputs.refuse_excluding_zero(low, high)
+        return arguments.value_bounds(low, high, shape)
 
-    def clamp(entry: Entry, place: Place, _: Entry | None) -> bool:
-        clipping.clamp(entry, place, low, high)
-        return True
-
-    return _with_rows_summed(entry, out, clamp)
+    return clip.clip_by_value(grad, bounds, out)
 
 
 def adaptive_clip(
@@ -438,28 +402,9 @@ def adaptive_clip(
     array([[0.6 , 0.01],
            [0.8 , 0.  ]])
     """
-    factor = inputs.bound("clip_factor", clip_factor)
-    least = inputs.bound("eps", eps)
-    if on_device(grad):
-        return _device_units().adaptive_clip(grad, param, factor, least, axes, out)
-    entry = inputs.entry("grad", 0, grad)
-    owner = inputs.entry("param", 0, param)
-    if owner.slices is not None or owner.values.shape != entry.dense_shape:
-        raise ValueError(
-            f"param: expected an array of the gradient's shape {entry.dense_shape}, "
-            f"got {'IndexedSlices' if owner.slices is not None else owner.values.shape}"
-        )
-    reduced = inputs.adaptive_axes(axes, len(entry.dense_shape))
-
-    def clip_units(entry: Entry, place: Place, sums: Entry | None) -> bool:
-        rows = owner
-        if entry.slices is not None and 0 not in reduced:
-            rows = inputs.entry("param", 0, owner.values[entry.slices.indices])
-        units = Units(entry, reduced, sums)
-        params = Units(rows, reduced)
-        return units.write(place, units.decide_relative(units.norms(), params, factor, least))
-
-    return _with_rows_summed(entry, out, clip_units)
+    factor = arguments.bound("clip_factor", clip_factor)
+    least = arguments.bound("eps", eps)
+    return parts.adaptive_clip(grad, param, factor, least, axes, out)
 
 
 def clip_per_example(
@@ -506,34 +451,20 @@ def clip_per_example(
     >>> summed[0].round(12), clipped
     (array([0.9, 1.2]), 1)
     """
-    bound = inputs.bound("clip_norm", clip_norm)
-    inputs.choice("layerwise", layerwise, (None, "uniform", "proportional"))
-    grads = listed(grads)
-    if any_on_device(grads):
-        on_gpu: tuple[Any, Any] = _device_units().clip_per_example(grads, bound, layerwise)
-        return on_gpu
-    described = inputs.gradients(grads)
-    inputs.check_examples(described.entries)
-    if not described.entries:
-        return described.with_results([]), described.with_results([]) if layerwise else 0
-    entries = [inputs.coalesced(entry) for entry in described.entries]
-    sums, counts = clip_examples(entries, bound, layerwise)
-    counted = described.with_results(counts) if layerwise else counts[0]
-    return described.with_results(sums), counted
+    bound = arguments.bound("clip_norm", clip_norm)
+    arguments.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    return parts.clip_per_example(grads, bound, layerwise)
 
 
-def _device() -> Any:
-    """Return the functions for gradients on the GPU, which are loaded when first needed."""
-    from numclip.cuda import clipping as device_clipping
+def _on_host(name: str, bound: Any) -> Any:
+    """Return a bound in the host's memory; one on a GPU is waited for."""
+    if not libraries.on_device(bound):
+        return bound
+    found = describe(name, 0, bound)
+    return found.engine.on_host(found.facts, found.engine.stream_of([found.facts]))
 
-    return device_clipping
 
-
-def _device_units() -> Any:
-    """Return the functions for parts of gradients on the GPU, loaded when first needed."""
-    from numclip.cuda import units as device_units
-
-    return device_units
+_root = in_ordinary_environment(math.sqrt)
 
 
 def _clip_whole(
@@ -541,37 +472,7 @@ def _clip_whole(
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
     if ord == 2.0 and type(grad) is np.ndarray and grad.size:
-        result = plain.clip(grad, bound, out, divisor(grad.size))
+        result = lists.clip(grad, bound, out, divisor(grad.size))
         if result is not None:
             return result
-    if on_device(grad):
-        return _device().clip_whole(grad, bound, out, divisor, ord)
-    entry = inputs.entry("grad", 0, grad)
-    place = place_one(entry, out)
-    clipping.clip([entry], [place], bound, ord=ord, divisor=divisor(max(entry.dense_size, 1)))
-    return place.result
-
-
-def _with_rows_summed(entry: Entry, out: Any, operate: Operation) -> Any:
-    """Run an operation that is not linear, on slices after their repeated rows are summed.
-
-    `operate` is given the sums before they were rounded, and tells whether it changed anything.
-    """
-    place = place_one(entry, out)
-    if not entry.repeated:
-        operate(entry, place, None)
-        return place.result
-    merged = inputs.coalesced(entry)
-    unrounded = inputs.coalesced(entry, wide=True)
-    changed = operate(merged, place_one(merged, merged.slices), unrounded)
-    if not changed:
-        clipping.copy([entry], [place])
-        return place.result
-    if out is None:
-        return merged.slices
-    slices = cast(IndexedSlices, entry.slices)
-    order, starts = slices.grouping
-    firsts = order[starts[:-1]]
-    place.array[...] = 0
-    place.array[firsts[np.argsort(slices.indices[firsts])]] = merged.values
-    return place.result
+    return clip.clip_whole(grad, bound, out, divisor, ord)

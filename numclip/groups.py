@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from numclip import inputs, state
+from numclip import state
+from numclip.border import arguments
+from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.steps import Steps, Told, Turn
+from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
-from numclip.general_step import GeneralStep, judge
-from numclip.group import Group, GroupState
+from numclip.engine import named
+from numclip.group import Group, checked
 from numclip.history import History
-from numclip.joint_step import attempt
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport
-from numclip.step import Step, report
-from numclip.updating import GroupEngine, Method
+
+Fitting = list[tuple[GroupState, str, Any]]
+"""Gradients that fit: their group, their name, and what is copied in."""
 
 
 class _Grads(MutableMapping[str, Any]):
@@ -26,8 +32,7 @@ class _Grads(MutableMapping[str, Any]):
         self._groups = groups
 
     def __getitem__(self, name: str) -> Any:
-        group = self._groups._owner(name)
-        return group.merged(name) if group.sparse else group.grads[name]
+        return self._groups._owner(name).gradient_of(name)
 
     def __setitem__(self, name: str, grad: Any) -> None:
         self._groups.set_grads({name: grad})
@@ -52,21 +57,23 @@ class ParamGroups(state.Saved):
     history : int, default 10_000
         How many steps `history` remembers.
     device : {"cpu", "cuda"}, default "cpu"
-        Where parameters and gradients are: in the host's memory or on an NVIDIA GPU. There,
-        `params` and `grads` are `DeviceArray`, and reports are read when something asks for
-        them, see `DeviceParamGroups`.
+        Where parameters and gradients are: in the host's memory or on an NVIDIA GPU.
     stream : stream, optional
         The CUDA stream to work on, of numba, CuPy or PyTorch; the default stream otherwise.
 
     Attributes
     ----------
     params : mapping of str to array
-        Each parameter, a NumPy view into its group's buffer; write to it in place.
+        Each parameter, a view into its group's buffer: of NumPy, to be written to in place, or
+        a `DeviceArray`, which CuPy, PyTorch and numba take without a copy.
     grads : mapping of str to array or IndexedSlices
-        Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, or None.
-        Assigning copies in.
+        Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, whose values are
+        a view until the next ones are copied in, or None. Assigning copies in.
     history : History
-        What the clips did, see `History`.
+        What the clips did, see `History`. On a GPU, asking what it holds waits.
+    stream : stream or None
+        Where in order everything is done. May be set, once what was started on the stream
+        before is done: the new one does not wait for it.
     step : int
         How many times the gradients were clipped.
 
@@ -74,14 +81,27 @@ class ParamGroups(state.Saved):
     ------
     TypeError, ValueError
         Where a name appears twice or a group does not fit; the message names it.
+    DeviceError
+        Where there is no GPU, no driver or no numba-cuda; the message says which.
 
     Notes
     -----
     **Guarantees.** The same gradients give the same bits as the functions. Every group is read
     before any is written: an error leaves all as they were. A dense group allocates no memory
-    of its gradients' size after it is made (unless its rule reduces axes in the middle).
+    of its gradients' size after it is made (unless its rule reduces axes in the middle, and
+    for the first ``clip(apply=False)`` by `ByValue`). Reports stay valid, and the history holds
+    as many steps, whatever the device.
 
     **Threads.** One manager is for one thread at a time; different ones are independent.
+
+    **CUDA.** Nothing waits for the GPU but what reads values: a report's attributes, what the
+    history holds, `state_dict`, ``copy_to_host()``; a group whose policy is ``"raise"``; rules
+    that follow the norms (`AutoClip`, `ZClip`, `AdaGC`), whose bounds are found on the host.
+    After the first step nothing is allocated, so that a step (with rules and policies that do
+    not wait, and bounds and rates that are no functions) can be captured in a CUDA graph: set
+    `stream` to the one that is captured. What is captured writes its report to the memory of
+    that step. Sparse groups send tables of their rows in each step, and have memory that grows
+    with the rows: steps with them cannot be captured.
 
     Examples
     --------
@@ -101,17 +121,6 @@ class ParamGroups(state.Saved):
            [0.3, 0.3]])
     """
 
-    device = "cpu"
-
-    def __new__(cls, *_groups: Any, device: str = "cpu", **_options: Any) -> ParamGroups:
-        """Return groups of the kind that the device wants."""
-        inputs.choice("device", device, ("cpu", "cuda"))
-        if device == "cuda" and cls is ParamGroups:
-            from numclip.cuda.groups import DeviceParamGroups
-
-            return object.__new__(DeviceParamGroups)
-        return object.__new__(cls)
-
     def __init__(
         self,
         groups: Sequence[Group],
@@ -120,38 +129,76 @@ class ParamGroups(state.Saved):
         device: str = "cpu",
         stream: Any = None,
     ) -> None:
-        if stream is not None and device == "cpu":
-            raise ValueError('stream: expected None for device="cpu", got a stream')
-        members = list(groups)
-        for member in members:
-            if not isinstance(member, Group):
-                raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")
-        if not members:
-            raise ValueError("groups: expected at least one group")
-        self._groups: dict[str, GroupState] = {}
-        self._owners: dict[str, str] = {}
-        for member in members:
-            if member.name in self._groups:
-                raise ValueError(f"groups: the name {member.name!r} appears twice")
-            for name in member.params:
-                if name in self._owners:
-                    owner = self._owners[name]
-                    raise ValueError(
-                        f"groups: the parameter {name!r} is in {owner!r} and {member.name!r}"
-                    )
-                self._owners[name] = member.name
-            self._groups[member.name] = self._state_of(member)
-        _check_shared(members)
-        self.params: Mapping[str, Array] = MappingProxyType(
+        self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
+        engine.require()
+        self.stream = stream
+        members = checked(groups)
+        with engine.on_stream(None) as own:
+            self._groups = {
+                member.name: (SparseGroupState if member.sparse else GroupState)(
+                    member, number, engine, own, self._change
+                )
+                for number, member in enumerate(members)
+            }
+        self._states = tuple(self._groups.values())
+        self._owners = {name: member.name for member in members for name in member.params}
+        self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
         )
         self.grads = _Grads(self)
-        self.history = History(history)
+        self._steps: Steps | None = None
+        self._history = History(history)
+        self._history.follow(self._told)
+        self._lock = threading.RLock()  # threads that race take their steps one after another
         self.step = 0
+        self._made_steps()
 
-    def _state_of(self, group: Group) -> GroupState:
-        """Return a group at run time."""
-        return GroupState(group)
+    @property
+    def device(self) -> str:
+        """Where parameters and gradients are, "cpu" or "cuda"."""
+        return self._engine.name
+
+    @property
+    def stream(self) -> Any:
+        """The stream on which everything is done, in order; None in the host's memory."""
+        return self._stream
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        self._stream = self._engine.stream_from(stream)
+        self._held = stream  # some libraries destroy a stream that nobody holds
+
+    @property
+    def history(self) -> History:
+        """The record of the steps; what it holds is waited for when it is asked."""
+        return self._history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        for told in self._told():  # what was found before is of the record before
+            self._history.take(told)
+        self._history.follow(None)
+        self._history = history
+        history.follow(self._told)
+
+    def _told(self) -> Iterator[Told]:
+        with self._lock:
+            return iter(()) if self._steps is None else iter(list(self._steps.told()))
+
+    def _change(self) -> None:
+        """Let the next step make other clippers: a group has another rule."""
+        for told in self._told():
+            self._history.take(told)
+        self._steps = None
+
+    def _made_steps(self) -> Steps:
+        """Return what takes steps, made anew where a group has another rule."""
+        steps = self._steps
+        if steps is None:
+            with self._engine.on_stream(None) as own:
+                steps = self._steps = Steps(self._states, self._engine, own)
+        steps.stream = self._stream
+        return steps
 
     def _owner(self, name: str) -> GroupState:
         if name not in self._owners:
@@ -164,7 +211,7 @@ class ParamGroups(state.Saved):
         return self._groups[name]
 
     def __iter__(self) -> Iterator[GroupState]:
-        return iter(self._groups.values())
+        return iter(self._states)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -183,6 +230,7 @@ class ParamGroups(state.Saved):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
         raise TypeError("ParamGroups cannot be copied; make new groups and load_state_dict")
 
+    @isolated
     def set_grads(self, grads: Mapping[str, Any]) -> None:
         """Copy gradients in.
 
@@ -191,21 +239,22 @@ class ParamGroups(state.Saved):
         grads : mapping of str to array, IndexedSlices or None
             Gradients by parameter, of its shape and a dtype that casts to its kind, of any
             library that `global_norm` takes in the host's memory; on the GPU also CUDA arrays
-            of its very dtype in C order. None means zero. Parameters that are not named keep
-            the gradients they have.
+            of its very dtype in C order. `IndexedSlices` are for sparse groups. None means
+            zero. Parameters that are not named keep the gradients they have.
 
         Raises
         ------
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        with np.errstate(all="ignore"):  # a cast that overflows must not stop half way
-            for group, name, grad in self._fitting(grads):
-                if group.sparse:
-                    group.slices[name] = [] if grad is None else [grad]
-                else:
-                    group.grads[name][...] = 0 if grad is None else grad
+        fitting = self._fitting(grads)
+        self._engine.put_all(_dense(fitting), self._stream)
+        for group, name, grad in fitting:
+            if grad is None or group.sparse:
+                group.clear(name, self._stream)
+        _append(fitting, self._stream)
 
+    @isolated
     def accumulate(self, grads: Mapping[str, Any]) -> None:
         """Add gradients to those there are; sparse ones are appended.
 
@@ -219,26 +268,22 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        with np.errstate(all="ignore"):
-            for group, name, grad in self._fitting(grads):
-                if grad is None:
-                    continue
-                if group.sparse:
-                    group.slices[name].append(grad)
-                else:
-                    np.add(group.grads[name], grad, out=group.grads[name], casting="same_kind")
+        fitting = self._fitting(grads)
+        self._engine.add_all(_dense(fitting), self._stream)
+        _append(fitting, self._stream)
 
-    def _fitting(self, grads: Mapping[str, Any]) -> list[tuple[GroupState, str, Any]]:
+    def _fitting(self, grads: Mapping[str, Any]) -> Fitting:
         if not isinstance(grads, Mapping):
             raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
         owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
-        return [(group, name, group.fitting(name, grad)) for group, name, grad in owners]
+        return [(own, name, own.fitting(name, grad, self._stream)) for own, name, grad in owners]
 
     def zero_grads(self) -> None:
         """Set every gradient to zero; sparse ones lose their rows."""
         for group in self:
-            group.zero()
+            group.zero(self._stream)
 
+    @isolated
     def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
 
@@ -253,44 +298,46 @@ class ParamGroups(state.Saved):
         Returns
         -------
         ClipReport
-            What was found and done.
+            What was found and done, read when asked for: on a GPU the host does not wait.
 
         Raises
         ------
         NonFiniteGradientError
-            Where a group's policy is "raise"; the message names group, parameter and index.
-            Nothing is modified in any group.
+            Where a group's policy is "raise", for which the host waits; the message names
+            group, parameter and index. Nothing is modified in any group.
         TypeError, ValueError
             Where `unscale` does not fit, or a bound that is a function gives no bound.
         """
-        scale = inputs.positive("unscale", unscale)
-        found = self.judged(scale, write=apply)
-        if not apply:
-            return report(found, self.step, written=False)
-        for step in found:
-            step.apply()
-        return self.commit(found)
+        scale = arguments.positive("unscale", unscale)
+        with self._lock:
+            steps = self._made_steps()
+            turn = steps.decided(self.step, scale)
+            if apply:
+                steps.write()
+            else:
+                steps.preview()
+            return self._reported(steps, turn, counts=apply)
 
-    def judged(self, unscale: float, *, write: bool) -> list[Step]:
-        """Read the gradients of every group and find their factors."""
-        found = [
-            attempt(group, unscale, self.step) or GeneralStep(group, unscale) for group in self
-        ]
-        judge([step for step in found if isinstance(step, GeneralStep)], self.step, write=write)
-        return found
+    def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
+        """Return the report of a step; where it counts, let rules and history know."""
+        steps.take(turn, counts=counts)
+        if steps.full():
+            for told in steps.turn_over():
+                self._history.take(told)
+        if counts:
+            self.step += 1
+        return ClipReport.of((turn, None))
 
-    def commit(self, found: Sequence[Step]) -> ClipReport:
-        """Let the rules and the history know, count the step, and return its report."""
-        told = report(found, self.step, written=True)
-        for step in found:
-            step.group.rule_state = step.observe(self.step)
-        self.history.record(told)
-        self.step += 1
-        return told
-
-    def engine(self, method: Method) -> GroupEngine:
+    def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
-        return GroupEngine(self, method)
+        return GroupUpdater(self._made_steps(), self._states, method)
+
+    def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
+        """Clip every group and update it at its rate, in one pass more than measuring takes."""
+        with self._lock:
+            steps = self._made_steps()
+            turn = updater.step(steps, self.step, rates, unscale)
+            return self._reported(steps, turn, counts=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""
@@ -356,14 +403,17 @@ def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
 
 
-def _check_shared(groups: Sequence[Group]) -> None:
-    """Refuse groups that share a norm but not the bound or the policy."""
-    first: dict[Any, Group] = {}
-    for group in groups:
-        if group.clip is not None and group.clip.shared is not None:
-            other = first.setdefault(group.clip.shared, group)
-            if (other.clip, other.nonfinite) != (group.clip, group.nonfinite):
-                raise ValueError(
-                    f"groups: {other.name!r} and {group.name!r} share the norm "
-                    f"{group.clip.shared!r}, but not clip= and nonfinite="
-                )
+def _dense(fitting: Fitting) -> list[tuple[Any, Any]]:
+    """Return each dense gradient behind the memory of ours that it is for."""
+    return [
+        (group.grads[name], grad)
+        for group, name, grad in fitting
+        if grad is not None and not group.sparse
+    ]
+
+
+def _append(fitting: Fitting, stream: Any) -> None:
+    """Append the rows of sparse gradients."""
+    for group, name, grad in fitting:
+        if isinstance(group, SparseGroupState) and grad is not None:
+            group.append(name, grad, stream)

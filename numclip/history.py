@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numclip import inputs
+from numclip.border import arguments
 from numclip.dtypes import Array
 from numclip.report import WHOLE, ClipReport, Outcome, cell, table
 
@@ -48,13 +48,27 @@ class _Ring:
 
     def add(self, row: tuple[Any, ...]) -> None:
         """Append a row in place of the oldest, where the ring is full."""
-        position, rows = self.total % self.capacity, self.rows
-        if position >= rows.size:  # beyond it after a race of threads
-            grown = np.zeros(min(self.capacity, 2 * position), ROW)
-            grown[: rows.size] = rows
-            self.rows = rows = grown
-        rows[position] = row
+        position = self.total % self.capacity
+        if position >= self.rows.size:  # beyond it after a race of threads
+            self._grow(position + 1)
+        self.rows[position] = row
         self.total += 1
+
+    def extend(self, added: Array) -> None:
+        """Append many rows likewise."""
+        added = added[-self.capacity :]
+        last = self.total + added.size
+        if last > self.rows.size and self.rows.size < self.capacity:
+            self._grow(last)
+        places = np.arange(self.total, last) % self.capacity
+        self.rows[places] = added
+        self.total = last
+
+    def _grow(self, size: int) -> None:
+        """Have memory for so many rows, or for as many as there can be."""
+        grown = np.zeros(min(self.capacity, max(2 * self.rows.size, size)), ROW)
+        grown[: self.rows.size] = self.rows
+        self.rows = grown
 
     def ordered(self) -> Array:
         """Return a copy of the rows, oldest first."""
@@ -102,8 +116,38 @@ class History:
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self.capacity = inputs.count("capacity", capacity)
+        self.capacity = arguments.count("capacity", capacity)
         self._rings: dict[str, _Ring] = {WHOLE: _Ring(self.capacity)}
+        self._source: Callable[[], Iterable[Any]] | None = None
+
+    def follow(self, source: Callable[[], Iterable[Any]] | None) -> None:
+        """Take up what a source has to tell whenever the record is asked for; None has nothing."""
+        self._source = source
+
+    def _caught_up(self) -> dict[str, _Ring]:
+        """Return the rings, after asking the source."""
+        if self._source is not None:
+            for told in self._source():
+                self.take(told)
+        return self._rings
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "_rings": self._caught_up(), "_source": None}
+
+    def take(self, told: Any) -> None:
+        """Append many steps, see `numclip.clipping.steps.Told`."""
+        outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}
+        for name, own in outcomes.items():
+            rows = np.empty(told.steps.size, ROW)
+            rows["step"] = told.steps
+            for column in COLUMNS[1:]:
+                rows[column] = getattr(own, column)
+            self._ring(name).extend(rows[told.counts])
+
+    def _ring(self, name: str) -> _Ring:
+        if name not in self._rings:
+            self._rings[name] = _Ring(self.capacity)
+        return self._rings[name]
 
     def record(self, report: ClipReport) -> None:
         """Append what a step found and did; where full, the oldest step goes.
@@ -120,19 +164,19 @@ class History:
         """
         if WHOLE in report.groups:
             raise ValueError(f"groups: expected names other than {WHOLE!r}, which is all of them")
-        self._rings[WHOLE].add(_row(report.step, report))
+        self._caught_up()
+        self._ring(WHOLE).add(_row(report.step, report))
         for name, group in report.groups.items():
-            if name not in self._rings:
-                self._rings[name] = _Ring(self.capacity)
-            self._rings[name].add(_row(report.step, group))
+            self._ring(name).add(_row(report.step, group))
 
     def __len__(self) -> int:
-        return min(self._rings[WHOLE].total, self.capacity)
+        return min(self._caught_up()[WHOLE].total, self.capacity)
 
     def _ordered(self) -> dict[str, Array]:
         """Return the rows of each group, oldest first, those of all together last."""
-        names = [name for name in self._rings if name != WHOLE]
-        return {name: self._rings[name].ordered() for name in [*names, WHOLE]}
+        rings = self._caught_up()
+        names = [name for name in rings if name != WHOLE]
+        return {name: rings[name].ordered() for name in [*names, WHOLE]}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return figures for each group, and for the whole under "all".
@@ -146,6 +190,46 @@ class History:
             "last_threshold", of the last step that had one, None where none had.
         """
         return {name: _summary(rows) for name, rows in self._ordered().items()}
+
+    def suggest(self, clip_fraction: float = 0.1) -> dict[str, float]:
+        """Return the bound on the norm that would have clipped a share of the steps.
+
+        For a run that only measured (``clip=None``), to choose a bound by.
+
+        Parameters
+        ----------
+        clip_fraction : float, default 0.1
+            The share of the steps, in [0, 1].
+
+        Returns
+        -------
+        dict of str to float
+            For each group, and for the whole under "all", the quantile of the finite norms
+            before clipping; NaN where there are none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where `clip_fraction` is no such number.
+
+        Examples
+        --------
+        >>> import numpy as np, numclip as nc
+        >>> groups = nc.ParamGroups([nc.Group("model", {"w": np.zeros(1)})])  # clip=None
+        >>> for norm in range(101):
+        ...     groups.set_grads({"w": np.array([norm], float)})
+        ...     report = groups.clip()
+        >>> groups.history.suggest(0.25)["model"]
+        75.0
+        """
+        share = arguments.real("clip_fraction", clip_fraction)
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"clip_fraction: expected a number in [0, 1], got {clip_fraction}")
+        found = {}
+        for name, rows in self._ordered().items():
+            finite = rows["norm"][np.isfinite(rows["norm"])]
+            found[name] = float(np.quantile(finite, 1.0 - share)) if finite.size else math.nan
+        return found
 
     def to_dict(self) -> dict[str, dict[str, list[Any]]]:
         """Return plain Python, ready for JSON.
@@ -225,6 +309,7 @@ class History:
         """
         if not isinstance(state, Mapping) or WHOLE not in state:
             raise ValueError(f"history: expected a mapping of groups with {WHOLE!r} among them")
+        self._caught_up()
         names = [WHOLE, *(name for name in state if name != WHOLE)]
         self._rings = {name: _Ring(self.capacity, _rows(name, state[name])) for name in names}
 

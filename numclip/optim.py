@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Never
 
 import numpy as np
 
-from numclip import inputs, state
+from numclip import state
+from numclip.border import arguments
+from numclip.clipping.array_updating import ArrayUpdater, Pair
+from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
-from numclip.kernels import backend, formulas
-from numclip.placement import on_device
+from numclip.isolation import isolated
 from numclip.report import ClipReport
-from numclip.updating import ArrayEngine, GroupEngine, Pair
 
 Rate = float | Callable[[int], float]
 
@@ -22,37 +23,35 @@ Rate = float | Callable[[int], float]
 class Optimizer(state.Saved):
     """What the optimizers share: groups, learning rates, states and steps."""
 
-    state_names: tuple[str, ...]
+    state_names: tuple[str, ...] = ()
 
     def __init__(self, groups: ParamGroups | None, lr: Rate) -> None:
         if groups is not None and not isinstance(groups, ParamGroups):
             raise TypeError(f"groups: expected ParamGroups or None, got {type(groups).__name__}")
         if not callable(lr):
-            inputs.finite_bound("lr", lr)
+            arguments.finite_bound("lr", lr)
         self.groups, self.lr = groups, lr
-        self._engine = None if groups is None else groups.engine(self)
-        self._own: dict[bool, Any] = {}
+        self._updater = None if groups is None else groups.updater(self)
+        self._arrays = ArrayUpdater(self)
         self._applied = 0
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """The name of the update kernel, of those in `numclip.methods`."""
 
     @abstractmethod
     def settings(self, lr: float) -> list[float]:
         """Return the numbers that the user has chosen for a step."""
 
-    @abstractmethod
-    def numbers(self, lr: float, count: int) -> list[float]:
-        """Return the numbers of the `count`-th step, as kernels take them."""
-
-    @abstractmethod
-    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
-        """Update parameters and states in the host's memory, for the `count`-th time."""
-
     def _rate(self, own: float | None, number: int) -> float:
         if own is not None:
-            return inputs.finite_bound("lr", own)
+            return arguments.finite_bound("lr", own)
         if callable(self.lr):
-            return inputs.finite_bound(f"lr(step={number})", self.lr(number))
-        return inputs.finite_bound("lr", self.lr)
+            return arguments.finite_bound(f"lr(step={number})", self.lr(number))
+        return arguments.finite_bound("lr", self.lr)
 
+    @isolated
     def step(self, *, unscale: float = 1.0) -> ClipReport:
         """Clip every group by its rule and update its parameters.
 
@@ -76,16 +75,17 @@ class Optimizer(state.Saved):
         NonFiniteGradientError
             Where a group's policy is "raise". Nothing is changed in any group.
         """
-        groups, engine = self._managed()
-        scale = inputs.positive("unscale", unscale)
-        rates = {group.name: self._rate(group.lr, groups.step) for group in groups}
-        return engine.step(rates, scale)
+        groups, updater = self._managed()
+        scale = arguments.positive("unscale", unscale)
+        rates = [self._rate(group.lr, groups.step) for group in groups]
+        return groups.update(updater, rates, scale)
 
-    def _managed(self) -> tuple[ParamGroups, GroupEngine]:
-        if self.groups is None or self._engine is None:
+    def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
+        if self.groups is None or self._updater is None:
             raise ValueError("groups: expected ParamGroups to step, got None; see apply_gradients")
-        return self.groups, self._engine
+        return self.groups, self._updater
 
+    @isolated
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Array]]) -> None:
         """Update arrays of the user's own, in place; nothing is clipped.
 
@@ -95,10 +95,11 @@ class Optimizer(state.Saved):
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
             optimizer keeps a state for each that it has met, and the array with it: a new view
-            is a new array. These states are not in `state_dict`. CUDA arrays are taken with
-            gradients that are CUDA arrays in C order or slices of them, none in two pairs: one
-            launch for each dtype, whatever their number, on the stream of the first array's
-            library, after slices are coalesced.
+            is a new array. These states are not in `state_dict`. An array that comes twice is
+            updated twice; apart from that, arrays share no memory with one another or with
+            others' gradients. CUDA arrays are taken with gradients that are CUDA arrays in C
+            order or slices of them: one launch for each dtype, whatever their number, on the
+            stream of the first array's library, after slices are coalesced.
 
         Raises
         ------
@@ -110,36 +111,20 @@ class Optimizer(state.Saved):
             for number, (gradient, variable) in enumerate(grads_and_vars)
             if gradient is not None
         ]
-        engine = self._engine_of(pairs)
-        described = engine.describe(pairs)
+        rounds = self._arrays.describe(pairs)
         lr = self._rate(None, self._applied)
         self._applied += 1
-        engine.update(described, lr)
-
-    def _engine_of(self, pairs: Sequence[Pair]) -> Any:
-        """Return what updates arrays where these all are: in the host's memory, or on the GPU."""
-        there = bool(pairs) and on_device(pairs[0].variable)
-        for pair in pairs:
-            for array in (pair.gradient, pair.variable):
-                if on_device(array) != there:
-                    wanted = "on the GPU" if there else "in the host's memory"
-                    raise TypeError(
-                        f"{pair.name}: expected a gradient and an array {wanted}, as the first "
-                        f"array is, got {type(array).__name__} elsewhere"
-                    )
-        if there not in self._own:
-            self._own[there] = _device_engine()(self) if there else ArrayEngine(self)
-        return self._own[there]
+        self._arrays.update(rounds, lr)
 
     def __reduce__(self) -> Never:
         raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the groups' optimizer states, and how often each was updated."""
-        managed, engine = self._managed()
+        managed, updater = self._managed()
         groups = {}
         for group in managed:
-            slots = engine.slots[group.name]
+            slots = updater.slots[group.name]
             views = [dict(zip(self.state_names, own, strict=True)) for own in slots.views]
             copies = [{name: np.array(array) for name, array in own.items()} for own in views]
             params = dict(zip(group.params, copies, strict=True))
@@ -159,7 +144,7 @@ class Optimizer(state.Saved):
         StateError
             Where it does not fit; the message says where. Nothing is changed then.
         """
-        groups, engine = self._managed()
+        groups, updater = self._managed()
         expected = self.state_dict()
         state.matches(expected, state_dict)
         if expected["optimizer"] != state_dict["optimizer"]:
@@ -169,18 +154,11 @@ class Optimizer(state.Saved):
         if any(saved["steps"] < 0 for saved in state_dict["groups"].values()):
             raise state.StateError("steps: expected numbers >= 0")
         for name, saved in state_dict["groups"].items():
-            slots = engine.slots[name]
+            slots = updater.slots[name]
             slots.steps = saved["steps"]
             for param, own in zip(groups[name].params, slots.views, strict=True):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
-
-
-def _device_engine() -> Any:
-    """Return what updates arrays on the GPU, which is loaded when first needed."""
-    from numclip.cuda.updating import DeviceArrayEngine
-
-    return DeviceArrayEngine
 
 
 class SGD(Optimizer):
@@ -232,9 +210,9 @@ class SGD(Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
     ) -> None:
-        self.momentum = inputs.finite_bound("momentum", momentum)
+        self.momentum = arguments.finite_bound("momentum", momentum)
         self.nesterov = bool(nesterov)
-        self.weight_decay = inputs.finite_bound("weight_decay", weight_decay)
+        self.weight_decay = arguments.finite_bound("weight_decay", weight_decay)
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("momentum: expected a number > 0 for nesterov=True, got 0")
         self.state_names = ("velocity",) if self.momentum else ()
@@ -245,14 +223,10 @@ class SGD(Optimizer):
         weights = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
         return [lr, self.weight_decay, self.momentum, *weights]
 
-    def numbers(self, lr: float, count: int) -> list[float]:  # noqa: ARG002
-        """Return the settings, which are the same in each step."""
-        return self.settings(lr)
-
-    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
-        """Update parameters and velocities in the host's memory."""
-        numbers = self.numbers(lr, count)
-        backend.descend(update, factors, numbers, momentum=self.momentum > 0.0)
+    @property
+    def kernel(self) -> str:
+        """The name of the update kernel."""
+        return "descend_with_momentum" if self.momentum else "descend"
 
 
 class Adam(Optimizer):
@@ -299,6 +273,7 @@ class Adam(Optimizer):
     array([0.9, 1.1])
     """
 
+    kernel = "adam"
     state_names = ("mean", "square")
 
     def __init__(
@@ -309,25 +284,11 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self.betas = inputs.fractions("betas", betas, 2)
-        self.eps = inputs.finite_bound("eps", eps)
-        self.weight_decay = inputs.finite_bound("weight_decay", weight_decay)
+        self.betas = arguments.fractions("betas", betas, 2)
+        self.eps = arguments.finite_bound("eps", eps)
+        self.weight_decay = arguments.finite_bound("weight_decay", weight_decay)
         super().__init__(groups, lr)
 
     def settings(self, lr: float) -> list[float]:
         """Return the rate, the decay, both betas and eps."""
         return [lr, self.weight_decay, *self.betas, self.eps]
-
-    def numbers(self, lr: float, count: int) -> list[float]:
-        """Return the share that decays, the weights of the averages, the rate and eps.
-
-        The last two have the corrections of the moments' biases, see `formulas.adam_step`.
-        """
-        first, second = self.betas
-        rate, root_bias = formulas.adam_rate(lr, count, first, second)
-        shares = lr * self.weight_decay, 1.0 - first, 1.0 - second
-        return [*shares, rate, self.eps * root_bias]
-
-    def take(self, update: backend.Update, factors: Array, lr: float, count: int) -> None:
-        """Update parameters and averages in the host's memory."""
-        backend.adam(update, factors, self.numbers(lr, count))

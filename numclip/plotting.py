@@ -38,7 +38,11 @@ RANGE = (1e-100, 1e100)
 
 
 def draw(series: Mapping[str, Array]) -> Figure:
-    """Return a figure with a panel for each group; `series` has rows as in `report.ROW`."""
+    """Return a figure with a panel for each group; `series` has rows as in `report.ROW`.
+
+    Groups that are clipped by one norm would be the same curve twice: they share a panel.
+    """
+    series = _together(series)
     panels = len(series)
     figure = Figure(figsize=(8.0, 1.8 * panels + 1.0), layout=ConstrainedLayoutEngine(w_pad=0.1))
     every_axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -55,6 +59,15 @@ def draw(series: Mapping[str, Array]) -> Figure:
     figure.supylabel("norm before clipping", fontsize="medium")
     _draw_legend(figure)
     return figure
+
+
+def _together(series: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the series with one entry, under all their names, for those that look the same."""
+    drawn = ("step", "norm", "threshold", "clipped", "skipped", "nonfinite")
+    names: dict[bytes, list[str]] = {}
+    for name, rows in series.items():
+        names.setdefault(b"".join(rows[column].tobytes() for column in drawn), []).append(name)
+    return {", ".join(group): series[group[0]] for group in names.values()}
 
 
 def _draw_legend(figure: Figure) -> None:
@@ -97,6 +110,7 @@ def _draw_panel(axes: Axes, name: str, rows: Array) -> None:
         _draw_line(axes, steps, norms, "o", dotted, color=BLUE, linewidth=0.9, label="norm")
     style: dict[str, Any] = {"color": BLACK, "linewidth": 1.1, "zorder": 5, "label": "threshold"}
     _draw_line(axes, steps, thresholds, "_", **style)
+    _draw_drops(axes, steps, norms, thresholds)
     _draw_marks(axes, rows, norms)
 
 
@@ -140,11 +154,25 @@ def _draw_line(
     if not known.any():
         return
     axes.plot(steps, values, **style)
-    beside = np.concatenate([[False], known, [False]])
-    size = 4.0 if marker == "o" else 7.0
-    marked = known if dotted else known & ~beside[:-2] & ~beside[2:]
+    size = 4.0 if marker == "o" else 10.0
+    marked = known if dotted else _alone(known)
     style |= {"linestyle": "none", "label": None, "marker": marker, "markersize": size}
-    axes.plot(steps[marked], values[marked], **style)
+    axes.plot(steps[marked], values[marked], markeredgewidth=1.6, **style)
+
+
+def _alone(flags: Array) -> Array:
+    """Return which flags are set between two that are not."""
+    beside = np.concatenate([[False], flags, [False]])
+    alone: Array = flags & ~beside[:-2] & ~beside[2:]
+    return alone
+
+
+def _draw_drops(axes: Axes, steps: Array, norms: Array, thresholds: Array) -> None:
+    """Join the norms to the thresholds of rules that have one at some steps alone, as ZClip."""
+    dropped = _alone(~np.isnan(thresholds)) & (norms > thresholds)
+    if dropped.any():
+        where = steps[dropped], thresholds[dropped], norms[dropped]
+        axes.vlines(*where, color=ORANGE, linewidth=1.6, zorder=3)
 
 
 def _draw_bins(axes: Axes, steps: Array, norms: Array) -> None:

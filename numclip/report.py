@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
+NUMBERS = "norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"
+FIELDS = frozenset([*NUMBERS, "step", "groups", "tensors"])
 
 
 def cell(value: float | None) -> str:
@@ -46,22 +48,19 @@ class TensorReport(NamedTuple):
     threshold: float
 
 
-Rows = Callable[[], Iterable[Sequence[float]]]
-
-
 class TensorReports(Mapping[str, TensorReport]):
     """The reports of many gradients by name, made when the first is looked up."""
 
-    def __init__(self, parts: Sequence[tuple[Sequence[str], Rows]]) -> None:
-        """Take names, and what makes the fields of their reports."""
-        self._parts = parts
+    def __init__(self, groups: Iterable[Any]) -> None:
+        """Take what became of groups, see `numclip.clipping.outcome`."""
+        self._groups = groups
 
     @cached_property
     def _made(self) -> dict[str, TensorReport]:
         return {
-            name: TensorReport(*map(float, row))
-            for names, rows in self._parts
-            for name, row in zip(names, rows(), strict=True)
+            name: TensorReport(*row)
+            for own in self._groups
+            for name, row in zip(own.names, own.tensor_rows, strict=True)
         }
 
     def __getitem__(self, name: str) -> TensorReport:
@@ -80,8 +79,40 @@ class TensorReports(Mapping[str, TensorReport]):
         return dict, (self._made,)
 
 
+class ToCome(ABC):
+    """What can be made before its fields are known: each is asked of a source when it is read."""
+
+    __slots__ = ("_source",)
+    _source: Any
+
+    @classmethod
+    def of(cls, source: Any) -> Self:
+        """Return one whose fields are the attributes of a source, which is kept."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "_source", source)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field that has not been read before."""
+        if name not in FIELDS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = self._asked(name)
+        object.__setattr__(self, name, value)
+        return value
+
+    @abstractmethod
+    def _asked(self, name: str) -> Any:
+        """Return a field from the source."""
+
+
+def _number(source: Any, name: str) -> Any:
+    """Return what became of one step as a plain number; no threshold is NaN there."""
+    value = getattr(source, name).item()
+    return None if name == "threshold" and value != value else value
+
+
 @dataclass(frozen=True, slots=True)
-class Outcome(ABC):
+class Outcome(ToCome):
     """What a group and the whole have in common."""
 
     norm: float
@@ -120,6 +151,9 @@ class GroupReport(Outcome):
     nonfinite : bool
         Whether a gradient held NaN or Inf.
     """
+
+    def _asked(self, name: str) -> Any:
+        return _number(self._source, name)
 
     @property
     def state(self) -> str:
@@ -174,6 +208,24 @@ class ClipReport(Outcome):
     step: int
     groups: dict[str, GroupReport]
     tensors: Mapping[str, TensorReport]
+
+    def _asked(self, name: str) -> Any:
+        turn, outcome = self._source
+        if name == "step":
+            return turn.step
+        column = turn.block.columns.get(name)
+        if column is not None:
+            return turn.block.decided(turn, column)
+        if name == "clipped" and turn.block.columns:
+            return self.scale < 1.0
+        if outcome is None:  # not kept with the turn, which lives longer
+            outcome = turn.outcome()
+            object.__setattr__(self, "_source", (turn, outcome))
+        if name == "groups":
+            return {own.name: GroupReport.of(own) for own in outcome.groups}
+        if name == "tensors":
+            return TensorReports(outcome.groups)
+        return _number(outcome, name)
 
     @property
     def state(self) -> str:

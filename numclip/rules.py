@@ -13,7 +13,7 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from numclip import inputs
+from numclip.border import arguments
 from numclip.dtypes import Array
 
 Bound = float | Callable[[int], float]
@@ -47,6 +47,36 @@ class Rule(ABC):
         """The key of groups that are clipped by one norm with this one, None where it is alone."""
         return None
 
+    @property
+    def follows_norms(self) -> bool:
+        """Whether the rule is told norms: its bounds, or what it remembers, depend on them."""
+        own = type(self)
+        return own.thresholds is not Rule.thresholds or own.observe is not Rule.observe
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the bound depends on the step."""
+        if type(self).bound is not Rule.bound:
+            return True
+        return self.bound_name is not None and callable(getattr(self, self.bound_name))
+
+    @property
+    def floor(self) -> float | None:
+        """The least norm of parameters that counts, where the bound is a fraction of such norms.
+
+        None where the bound is on the norm itself.
+        """
+        return None
+
+    @property
+    def element_bounds(self) -> tuple[float, float]:
+        """The bounds on each element, of a rule whose scope is an "element"."""
+        return -math.inf, math.inf
+
+    def reduced_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes that a unit's norm is taken over, of a rule whose scope is a "unit"."""
+        return tuple(range(ndim))
+
     def __repr__(self) -> str:
         # A function is named, its address left out: the text is compared with that in files.
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
@@ -59,7 +89,7 @@ class Rule(ABC):
             return math.inf
         value = getattr(self, self.bound_name)
         if callable(value):
-            return inputs.bound(f"{self.bound_name}(step={step})", value(step))
+            return arguments.bound(f"{self.bound_name}(step={step})", value(step))
         return math.inf if value is None else float(value)
 
     def divisor(self, size: int) -> float:
@@ -127,13 +157,18 @@ class ByValue(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        low, high = inputs.real("min", self.min), inputs.real("max", self.max)
+        low, high = arguments.real("min", self.min), arguments.real("max", self.max)
         for name, value in (("min", low), ("max", high)):
             if math.isnan(value):
                 raise ValueError(f"{name}: expected a number, got nan")
         if low > high:
             raise ValueError(f"min: expected at most max = {high}, got {low}")
         put(self, min=low, max=high)
+
+    @property
+    def element_bounds(self) -> tuple[float, float]:
+        """The bounds on each element."""
+        return self.min, self.max
 
 
 @final
@@ -165,7 +200,7 @@ class ByNorm(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        order = inputs.order(self.ord)
+        order = arguments.order(self.ord)
         put(
             self,
             max_norm=bound_or_schedule("max_norm", self.max_norm),
@@ -177,6 +212,11 @@ class ByNorm(Rule):
     def scope(self) -> str:
         """What the norm is of."""
         return "tensor" if self.axes is None else "unit"
+
+    def reduced_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes that a unit's norm is taken over."""
+        found = arguments.axes_of(self.axes, ndim)
+        return tuple(range(ndim)) if found is None else found
 
 
 @final
@@ -238,7 +278,11 @@ class ByGlobalNorm(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        put(self, max_norm=bound_or_schedule("max_norm", self.max_norm), ord=inputs.order(self.ord))
+        put(
+            self,
+            max_norm=bound_or_schedule("max_norm", self.max_norm),
+            ord=arguments.order(self.ord),
+        )
         try:
             hash(self.shared)
         except TypeError:
@@ -314,7 +358,16 @@ class Adaptive(Rule):
     def __post_init__(self) -> None:
         """Check each field."""
         factor = bound_or_schedule("clip_factor", self.clip_factor)
-        put(self, clip_factor=factor, eps=inputs.bound("eps", self.eps), axes=_axes(self.axes))
+        put(self, clip_factor=factor, eps=arguments.bound("eps", self.eps), axes=_axes(self.axes))
+
+    @property
+    def floor(self) -> float:
+        """The least parameter norm that counts."""
+        return self.eps
+
+    def reduced_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes that a unit's norm is taken over."""
+        return arguments.adaptive_axes(self.axes, ndim)
 
 
 def _kind(found: Any) -> str:
@@ -336,7 +389,7 @@ def put(rule: Rule, **values: Any) -> None:
 
 def bound_or_schedule(name: str, value: Any) -> Bound:
     """Return a number >= 0, or a function of the step as it is."""
-    return value if callable(value) else inputs.bound(name, value)
+    return value if callable(value) else arguments.bound(name, value)
 
 
 def _axes(value: Any) -> tuple[int, ...] | None:
@@ -344,5 +397,5 @@ def _axes(value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
     given = tuple(value) if isinstance(value, Iterable) else (value,)
-    inputs.axes_of(given, MOST_DIMENSIONS)
+    arguments.axes_of(given, MOST_DIMENSIONS)
     return tuple(map(operator.index, given))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from numclip import inputs
+from numclip.border import arguments
 from numclip.dtypes import Array
 from numclip.rules import Bound, Rule, State, bound_or_schedule, put
 
@@ -60,12 +60,12 @@ class AutoClip(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        percentile = inputs.real("percentile", self.percentile)
+        percentile = arguments.real("percentile", self.percentile)
         if not 0.0 <= percentile <= 100.0:
             raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
         window, warmup = (
-            inputs.count("window", self.window, 1),
-            inputs.count("warmup", self.warmup, 0),
+            arguments.count("window", self.window, 1),
+            arguments.count("warmup", self.warmup, 0),
         )
         put(self, percentile=percentile, window=window, warmup=warmup)
 
@@ -150,8 +150,8 @@ class ZClip(Rule):
 
     def __post_init__(self) -> None:
         """Check each field."""
-        put(self, alpha=_share("alpha", self.alpha), z=inputs.bound("z", self.z))
-        put(self, warmup=inputs.count("warmup", self.warmup, 0))
+        put(self, alpha=_share("alpha", self.alpha), z=arguments.bound("z", self.z))
+        put(self, warmup=arguments.count("warmup", self.warmup, 0))
         if self.max_norm is not None:
             put(self, max_norm=bound_or_schedule("max_norm", self.max_norm))
 
@@ -246,8 +246,8 @@ class AdaGC(Rule):
     def __post_init__(self) -> None:
         """Check each field."""
         for name in ("relative", "absolute"):
-            put(self, **{name: inputs.bound(name, getattr(self, name))})
-        put(self, beta=_share("beta", self.beta), warmup=inputs.count("warmup", self.warmup, 0))
+            put(self, **{name: arguments.bound(name, getattr(self, name))})
+        put(self, beta=_share("beta", self.beta), warmup=arguments.count("warmup", self.warmup, 0))
 
     def initial_state(self, tensors: int) -> dict[str, Array]:
         """Return averages of which nothing is known."""
@@ -297,7 +297,7 @@ def _counted(found: Array, most: int) -> tuple[Array, str]:
 
 def _share(name: str, value: Any) -> float:
     """Return a number in [0, 1)."""
-    number = inputs.real(name, value)
+    number = arguments.real(name, value)
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1), got {number}")
     return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,10 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip import foreign
-from numclip.dtypes import NAMES, Array, as_stored, lookup, refusal
-from numclip.kernels import backend
-from numclip.placement import on_device
+from numclip import engine as engines
+from numclip import libraries
+from numclip.dtypes import NAMES, Array, lookup, refusal
+from numclip.engine import Engine
+from numclip.errors import expected
+from numclip.facts import Facts
+from numclip.host.rows import group
 
 
 class Grouping(NamedTuple):
@@ -39,7 +41,7 @@ class IndexedSlices:
     values : array, shape (n, ...)
         The rows: float16, bfloat16, float32, float64, complex64 or complex128. Kept, not
         copied (those of PyTorch or DLPack in the host's memory as a view); written by in-place
-        calls. A CUDA array (in C order) makes slices that lie on the GPU, see `DeviceSlices`.
+        calls. A CUDA array (in C order) makes slices that lie on the GPU.
     indices : array of int, shape (n,)
         The row of the dense array that each row of `values` belongs to, in
         ``[0, dense_shape[0])``, in any order, repeated or not. Copied, as int64, read-only, to
@@ -56,6 +58,10 @@ class IndexedSlices:
 
     Notes
     -----
+    **On a GPU** rows that repeat are found on the host, the values stay where they are, and sums of
+    rows are arrays of the library that the values are of. For norms of an order other than 2, a sum
+    of float64 rows that exceeds float64 counts there as not finite.
+
     **Source**: TensorFlow's ``tf.IndexedSlices``, whose clip ops take the repeated rows as they
     lie (here ``duplicates="raw"``).
 
@@ -67,25 +73,13 @@ class IndexedSlices:
     7.0
     """
 
-    is_cuda = False
-    """Whether the values lie on a GPU."""
-
-    def __new__(cls, values: Any = None, *_others: Any, **_named: Any) -> IndexedSlices:
-        """Return slices of the kind that the values want."""
-        if cls is IndexedSlices and on_device(values):
-            from numclip.cuda.slices import DeviceSlices
-
-            return object.__new__(DeviceSlices)
-        return object.__new__(cls)
-
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
         shape = self._take(values)
         try:
             self._dense_shape = tuple(operator.index(size) for size in dense_shape)
         except TypeError:
-            raise TypeError(
-                f"dense_shape: expected a sequence of integers, got {dense_shape!r}"
-            ) from None
+            wanted = "a sequence of integers"
+            raise TypeError(expected("dense_shape", wanted, repr(dense_shape))) from None
         given = self._on_host(indices)
         self._check(shape, given)
         self._indices = given.astype(np.int64)
@@ -94,16 +88,36 @@ class IndexedSlices:
     def _take(self, values: Any) -> tuple[int, ...]:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
         if isinstance(values, np.ma.MaskedArray):
-            raise TypeError("values: expected an array, got a masked array; use .filled(0)")
-        array = self._values = foreign.to_numpy("values", values)
-        dtype = self._dtype = array.dtype
-        if dtype.kind not in "fcV" or lookup(dtype.newbyteorder("=")) is None:
-            raise TypeError(f"values: expected one of {NAMES}, got {refusal(dtype)}")
-        return array.shape
+            raise TypeError(expected("values", "an array", "a masked array; use .filled(0)"))
+        if not (libraries.is_array(values) or libraries.on_device(values)):
+            values = np.asarray(values)
+        engine = engines.of(values)
+        facts = engine.facts("values", values)
+        if lookup(facts.native) is None:
+            raise TypeError(expected("values", f"one of {NAMES}", refusal(facts.native)))
+        if not (facts.c_order or engine.takes_any_rows):
+            got = f"strides {facts.strides} for shape {facts.shape}; pass a contiguous copy"
+            raise ValueError(expected("values", "rows in C order on the GPU", got))
+        self._device = engine.name
+        self._values = values if facts.swapped else facts.array
+        self._dtype = np.dtype(facts.swapped) if facts.swapped else facts.native
+        return facts.shape
 
     def _on_host(self, indices: Any) -> Array:
-        """Return indices in the host's memory."""
-        return foreign.to_numpy("indices", indices)
+        """Return indices in the host's memory; those on a GPU are waited for."""
+        if libraries.on_device(indices) and self.is_cuda:
+            found: Array = self._engine.indices_on_host(indices)
+            return found
+        return libraries.to_numpy("indices", indices)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the values lie on a GPU."""
+        return self._device == "cuda"
+
+    @property
+    def _engine(self) -> Engine:
+        return engines.named(self._device)
 
     @property
     def values(self) -> Any:
@@ -157,7 +171,7 @@ class IndexedSlices:
     @cached_property
     def grouping(self) -> Grouping:
         """The rows by index, in the order the indices first appear; made at first use."""
-        order, starts = backend.group(self.indices)
+        order, starts = group(self.indices)
         return Grouping(order, starts)
 
     @property
@@ -170,6 +184,11 @@ class IndexedSlices:
         """Whether an index appears more than once."""
         return self.grouping.distinct < self.indices.size
 
+    @property
+    def ranks(self) -> Array:
+        """Where the distinct indices, in the order they first appear, are in ascending order."""
+        return np.argsort(np.argsort(self.distinct_indices))
+
     def with_values(self, values: Any) -> IndexedSlices:
         """Return slices with the same indices and other values of the same shape."""
         other = object.__new__(type(self))
@@ -179,38 +198,56 @@ class IndexedSlices:
             other.__dict__["grouping"] = self.grouping
         return other
 
-    def summed(self, values: Array) -> Array:
-        """Return the sums of the rows of contiguous `values` that share an index, 2-d."""
-        rows = values.reshape(self.indices.size, math.prod(self.dense_shape[1:]))
-        sums = np.empty((self.grouping.distinct, rows.shape[1]), rows.dtype)
-        backend.merge_rows(*self.grouping, as_stored(rows), as_stored(sums))
-        return sums
-
     def coalesce(self) -> IndexedSlices:
         """Return the slices with repeated rows summed and the indices in ascending order.
 
         Returns
         -------
         IndexedSlices
-            New arrays. Sums are exact but for one rounding to the dtype of the values (and
-            for what two float64 cannot hold).
+            New arrays, on a GPU where the values are there. Sums are exact but for one rounding to
+            the dtype of the values (and for what two float64 cannot hold).
         """
-        return self.coalesced(self.values.dtype.newbyteorder("="))
+        stream = self._stream
+        made: IndexedSlices = self._given_back(self.coalesced_on(stream), stream)
+        return made
 
-    def coalesced(self, dtype: Any) -> IndexedSlices:
-        """Return the coalesced slices in a dtype that holds the values."""
-        first = self.distinct_indices
-        ascending = np.argsort(first, kind="stable")
-        values = self.summed(np.ascontiguousarray(self.values, dtype))[ascending]
-        rows = values.reshape(first.size, *self.dense_shape[1:])
-        return IndexedSlices(rows, first[ascending], self.dense_shape)
+    def coalesced_on(self, stream: Any) -> IndexedSlices:
+        """Return the coalesced slices, whose values are summed on a stream."""
+        indices = np.sort(self.distinct_indices)
+        shape = indices.size, *self.dense_shape[1:]
+        return IndexedSlices(self._summed(shape, self.ranks, stream), indices, self.dense_shape)
 
-    def to_dense(self) -> Array:
+    def to_dense(self) -> Any:
         """Return the dense array of shape `dense_shape` that the slices stand for."""
-        merged = self.coalesce()
-        dense = np.zeros(self.dense_shape, self.values.dtype)
-        dense[merged.indices] = merged.values
-        return dense
+        stream = self._stream
+        return self._given_back(self.dense_on(stream), stream)
+
+    def dense_on(self, stream: Any) -> Any:
+        """Return the dense array, which is made on a stream."""
+        return self._summed(self.dense_shape, self.distinct_indices, stream)
+
+    @property
+    def _facts(self) -> Facts:
+        return self._engine.facts("values", self._values)
+
+    @property
+    def _stream(self) -> Any:
+        return self._engine.stream_of([self._facts])
+
+    def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
+        """Return a new array of zeros but for the sums of rows, each in its place."""
+        self._engine.require()
+        facts = self._facts
+        made = self._engine.new_of_shape(facts, shape)
+        target = self._engine.facts("values", made)
+        self._engine.sum_rows(facts, target, self.grouping, places, stream)
+        return made
+
+    def _given_back(self, made: Any, stream: Any) -> Any:
+        """Return what was made on a stream, which its library may use from now on."""
+        own = made._facts if isinstance(made, IndexedSlices) else self._engine.facts("values", made)
+        self._engine.give_back(stream, [self._facts, own])
+        return made
 
     def to_scipy(self) -> Any:
         """Return a ``scipy.sparse.coo_array`` with the same rows, repeated ones as they are.
@@ -222,6 +259,9 @@ class IndexedSlices:
         """
         from scipy.sparse import coo_array  # optional
 
+        if self.is_cuda:
+            got = "a CUDA array; make slices of a copy there"
+            raise TypeError(expected("to_scipy", "values in the host's memory", got))
         if len(self.dense_shape) != 2:
             raise ValueError(
                 f"to_scipy: expected a dense_shape of two dimensions, got {self.dense_shape}"

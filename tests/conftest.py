@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-EMULATED = os.environ.get("NUMCLIP_EMULATE_GPU", "0") not in ("", "0")
+TESTS = Path(__file__).parent
 
 
 def kernel_digest() -> str:
@@ -34,34 +37,94 @@ os.environ["NUMBA_CACHE_DIR"] = str(CACHE)
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-settings.register_profile(
-    "numclip",
-    derandomize=True,
-    deadline=None,
-    max_examples=8 if INTERPRETED else 100,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("numclip")
+from tests import rings  # noqa: E402
+from tests.oracle.targets import Host  # noqa: E402
+
+# The items of a run before the ring chose among them.
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="all products of parameters, child processes, whole programs, a stand-in for a GPU",
+    )
+    parser.addoption(
+        "--rest", action="store_true", help="what --full has and the first ring has not tried"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What is marked gpu runs on the simulator unless the GPU, or the emulator of its compiled
-    # code, is asked for; numba reads this once.
-    if config.option.markexpr != "gpu" and not EMULATED:
-        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
-    config.addinivalue_line(
-        "markers", "gpu: runs on the GPU with -m gpu, else in the simulator, where it can"
+    ring = rings.ring_of(config)
+    # What is marked gpu runs on a stand-in for one, unless -m gpu asks for the GPU there is. One of
+    # the two is there before numba asks for a driver, at its import.
+    if ring == "gpu":
+        os.environ.setdefault("NUMCLIP_ASK_FOR_GPU", "1")
+    if ring != "first" and not rings.INTERPRETED:
+        importlib.import_module("tests.cuda.gpu")
+    for name, meaning in rings.MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    settings.register_profile(
+        ring,
+        derandomize=True,
+        deadline=None,
+        max_examples=rings.examples(ring),
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    config.addinivalue_line(
-        "markers", "jit_only: too much data for kernels run as plain Python (NUMBA_DISABLE_JIT=1)"
-    )
+    settings.load_profile(ring)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not INTERPRETED:
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_left_out = collection_path.parent == TESTS and collection_path.name in rings.FULL_FOLDERS
+    return True if is_left_out and rings.ring_of(config) == "first" else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        is_of_gpu = TESTS / "cuda" in metafunc.definition.path.parents
+        names = rings.targets(rings.ring_of(metafunc.config), is_of_gpu)
+        targets = [pytest.param(name, marks=rings.TARGETS[name]) for name in names]
+        metafunc.parametrize("target", targets, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = items[:]
+    kept = rings.chosen(items, rings.ring_of(config))
+    left_out = set(items).difference(kept)
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = kept
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """numclip's functions on the gradients of a suite: where they are, or on the GPU."""
+    if request.param == "host":
+        yield Host(rings.examples(rings.ring_of(request.config)))
         return
-    skip = pytest.mark.skip(reason="interpreted kernels are too slow for this size")
-    for item in items:
-        if item.get_closest_marker("jit_only") or item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    from tests.cuda import devices, gpu  # imported where there is a GPU, or its stand-in, alone
+
+    gpu.require()
+    yield devices.OnDevice()
+    gpu.check()
+
+
+@pytest.fixture
+def tries(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How many tries of so many the ring has time for: a quarter in the first."""
+    ring = rings.ring_of(request.config)
+    return lambda count: count * rings.EXAMPLES[ring] // rings.EXAMPLES["full"]
+
+
+@pytest.fixture(autouse=True)
+def no_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test of the first ring start a process: it is to be marked ``full``."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a child process in the first ring; mark the test with pytest.mark.full")
+
+    if rings.ring_of(request.config) == "first":
+        monkeypatch.setattr(subprocess, "Popen", refuse)

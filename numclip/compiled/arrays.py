@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -13,7 +14,7 @@ from numba.extending import intrinsic, overload
 from numclip.kernels.jit import OWN_FLAGS, inline
 from numclip.kernels.spans import COMPLEX, FIELDS, WIDE
 
-_WORD = ir.IntType(64)
+WORD = ir.IntType(64)
 _WIDE_ELEMENTS = (types.float64, types.complex128)
 
 
@@ -92,7 +93,8 @@ def _left(grad, work):
 
     def leave(grad, work):
         if grad.ctypes.data != work.ctypes.data:
-            grad[...] = work
+            for index in np.ndindex(grad.shape):  # an assignment would take 6 s to compile
+                grad[index] = work[index]
 
     return leave
 
@@ -135,18 +137,18 @@ def are_same(_typing: Any, one: Any, other: Any) -> Any:
 
 def _ends(builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
     """Emit the addresses between which an array lies."""
-    begin = builder.ptrtoint(array.data, _WORD)
+    begin = builder.ptrtoint(array.data, WORD)
     nbytes = builder.mul(array.nitems, array.itemsize)
     if kind.layout != "A":
         return begin, builder.add(begin, nbytes)
-    zero = ir.Constant(_WORD, 0)
+    zero = ir.Constant(WORD, 0)
     low, high = begin, builder.add(begin, array.itemsize)
     for size, stride in zip(
         cgutils.unpack_tuple(builder, array.shape),
         cgutils.unpack_tuple(builder, array.strides),
         strict=True,
     ):
-        reach = builder.mul(builder.sub(size, ir.Constant(_WORD, 1)), stride)
+        reach = builder.mul(builder.sub(size, ir.Constant(WORD, 1)), stride)
         forward = builder.icmp_signed(">", reach, zero)
         low = builder.add(low, builder.select(forward, zero, reach))
         high = builder.add(high, builder.select(forward, reach, zero))
@@ -158,28 +160,15 @@ def write_row(
     builder: Any, context: Any, rows: Any, t: Any, kind: Any, values: tuple[Any, Any]
 ) -> None:
     """Emit a row of the table (see `kernels.spans`) for an array, and for what is worked on."""
-    fields = [ir.Constant(_WORD, 0)] * FIELDS
-    if isinstance(kind, types.Array):
-        proxy = cgutils.create_struct_proxy(kind)
-        grad, work = (proxy(context, builder, value=value) for value in values)
-        is_complex = isinstance(kind.dtype, types.Complex)
-        bits = COMPLEX * is_complex + WIDE * (kind.dtype in _WIDE_ELEMENTS)
-        length = builder.mul(work.nitems, ir.Constant(_WORD, 1 + is_complex))
-        address = builder.ptrtoint(work.data, _WORD)
-        fields = [address, length, ir.Constant(_WORD, bits), *_ends(builder, kind, grad)]
-    first = builder.mul(t, ir.Constant(_WORD, FIELDS))
-    pointer = builder.inttoptr(rows, _WORD.as_pointer())
+    proxy = cgutils.create_struct_proxy(kind)
+    grad, work = (proxy(context, builder, value=value) for value in values)
+    is_complex = isinstance(kind.dtype, types.Complex)
+    bits = COMPLEX * is_complex + WIDE * (kind.dtype in _WIDE_ELEMENTS)
+    length = builder.mul(work.nitems, ir.Constant(WORD, 1 + is_complex))
+    address = builder.ptrtoint(work.data, WORD)
+    fields = [address, length, ir.Constant(WORD, bits), *_ends(builder, kind, grad)]
+    first = builder.mul(t, ir.Constant(WORD, FIELDS))
+    pointer = builder.inttoptr(rows, WORD.as_pointer())
     for k, value in enumerate(fields):
-        at = builder.add(first, ir.Constant(_WORD, k))
+        at = builder.add(first, ir.Constant(WORD, k))
         builder.store(value, builder.gep(pointer, [at]))
-
-
-@intrinsic
-def describe(_typing: Any, rows: Any, t: Any, grad: Any, work: Any) -> Any:
-    """Write the row of an array."""
-
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        write_row(builder, context, *arguments[:2], grad, tuple(arguments[2:]))
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, grad, work), emit

@@ -10,9 +10,9 @@ from numclip.kernels.jit import OWN_FLAGS
 
 @overload(functional.global_norm, jit_options=OWN_FLAGS)
 def _global_norm(grads, ord=2, duplicates="sum"):
-    from numclip.compiled import whole
+    from numclip.compiled import functions
 
-    return whole.global_norm(grads, ord, duplicates)
+    return functions.global_norm(grads, ord, duplicates)
 
 
 @overload(functional.clip_by_global_norm, jit_options=OWN_FLAGS)
@@ -25,34 +25,34 @@ def _clip_by_global_norm(
     duplicates="sum",
     out=None,
 ):
-    from numclip.compiled import whole
+    from numclip.compiled import functions
 
-    return whole.clip_by_global_norm(grads, clip_norm, use_norm, ord, nonfinite, duplicates, out)
+    return functions.clip_by_global_norm(grads, clip_norm, use_norm, ord, nonfinite, duplicates, out)
 
 
 @overload(functional.clip_by_norm, jit_options=OWN_FLAGS)
 def _clip_by_norm(grad, clip_norm, axes=None, ord=2, out=None):
-    from numclip.compiled import whole
+    from numclip.compiled import functions
 
-    return whole.clip_by_norm(grad, clip_norm, axes, ord, out)
+    return functions.clip_by_norm(grad, clip_norm, axes, ord, out)
 
 
 @overload(functional.clip_by_average_norm, jit_options=OWN_FLAGS)
 def _clip_by_average_norm(grad, clip_norm, out=None):
-    from numclip.compiled import whole
+    from numclip.compiled import functions
 
-    return whole.clip_by_average_norm(grad, clip_norm, out)
+    return functions.clip_by_average_norm(grad, clip_norm, out)
 
 
 @overload(functional.clip_by_block_rms, jit_options=OWN_FLAGS)
 def _clip_by_block_rms(grad, threshold, out=None):
-    from numclip.compiled import whole
+    from numclip.compiled import functions
 
-    return whole.clip_by_block_rms(grad, threshold, out)
+    return functions.clip_by_block_rms(grad, threshold, out)
 
 
 @overload(functional.clip_by_value, jit_options=OWN_FLAGS)
 def _clip_by_value(grad, clip_value_min, clip_value_max, out=None):
-    from numclip.compiled import values
+    from numclip.compiled import functions
 
-    return values.clip_by_value(grad, clip_value_min, clip_value_max, out)
+    return functions.clip_by_value(grad, clip_value_min, clip_value_max, out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numba import types
 from numba.core.errors import TypingError
 
@@ -60,6 +59,20 @@ def check_default(name: str, kind: Any, value: Any, advice: str) -> None:
         raise refuse(name, f"{value!r} ({advice})", given)
 
 
+def check_order(kind: Any, gradients: Sequence[Any]) -> None:
+    """Refuse an order that is no number, and others than 2 for complex gradients."""
+    if isinstance(kind, types.Type) and not isinstance(kind, types.Omitted):
+        check_number("ord", kind)
+    if any(isinstance(part.dtype, types.Complex) for part in gradients):
+        wanted = "2 for complex gradients (other orders are taken outside compiled code)"
+        try:
+            given = value_of(kind)
+        except ValueError:
+            raise refuse("ord", wanted, kind) from None
+        if given != 2:
+            raise refuse("ord", wanted, given)
+
+
 def choice(name: str, kind: Any, allowed: Sequence[str]) -> str:
     """Return one of some words, which must be written where the function is called."""
     words = ", ".join(repr(word) for word in allowed)
@@ -104,11 +117,3 @@ def check_out(name: str, kind: Any, grads: Any, gradients: Sequence[Any]) -> boo
         if not part.mutable:
             raise refuse("out", "arrays that can be written", f"read-only {part}")
     return True
-
-
-def element_types(gradients: Sequence[Any]) -> tuple[type, type]:
-    """Return the narrow and the wide type of the numbers' parts, or the one they all have."""
-    parts = {getattr(part.dtype, "underlying_float", part.dtype) for part in gradients}
-    narrow = np.float64 if parts == {types.float64} else np.float32
-    wide = np.float64 if types.float64 in parts else np.float32
-    return narrow, wide

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from numclip.cuda.copies import host_copy
-from numclip.cuda.entries import DeviceEntry, describe
+from numclip.cuda.facts import facts_of
 from numclip.cuda.streams import in_order
-from numclip.dtypes import Array
-from numclip.foreign import to_numpy
-from numclip.kernels.cuda import device
-from numclip.kernels.cuda.chunks import Span, add
-from numclip.placement import on_device
-
-
-def _address(memory: Any) -> int:
-    return int(device.interface_of(memory)["data"][0])
+from numclip.dtypes import Array, lookup
+from numclip.facts import Facts
+from numclip.kernels.cuda import chunks, device
+from numclip.libraries import on_device, to_numpy
+from numclip.memory import Span
 
 
 class DeviceArray:
@@ -29,7 +26,7 @@ class DeviceArray:
 
     Parameters
     ----------
-    memory : array of bytes
+    memory : Memory
         The buffer, which is kept.
     offset : int
         Where in it the array begins, in bytes.
@@ -51,7 +48,7 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype, self._strides = shape, np.dtype(dtype), strides
         self._memory = memory
-        self.address = _address(memory) + offset
+        self.address = memory.address + offset
 
     @property
     def size(self) -> int:
@@ -83,7 +80,7 @@ class DeviceArray:
     def copy_to_host(self, stream: Any = None) -> Array:
         """Return a copy in the host's memory, after what the stream, or all, still have to do."""
         with device.on_stream(stream) as own:
-            return host_copy(describe("array", 0, self), own)
+            return host_copy(facts_of("array", self), own)
 
     def copy_from(self, source: Any, stream: Any = None) -> None:
         """Copy an array of the same shape and dtype in, from the host or the GPU.
@@ -120,26 +117,32 @@ class DeviceArray:
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
             Where in order to add, as in `copy_from`. An array of the host is sent first, into
-            new memory.
+            memory of its own.
 
         Raises
         ------
         TypeError, ValueError
             Where it does not fit.
         """
-        if not on_device(source):
-            source = to_numpy("source", source)
-            sent = empty(source.shape, source.dtype)
-            sent.copy_from(source, stream)
-            source = sent
-        entry = self._fitting(source)
-        span = Span(entry.dtype, entry.address, self.address, entry.size)
-        with device.on_stream(stream) as own, in_order(own, [entry]):
-            add(span, own)
+        if on_device(source):
+            entry = self._fitting(source)
+            with device.on_stream(stream) as own, in_order(own, [entry]):
+                chunks.add(self._span(entry.address), own)
+            return
+        source = to_numpy("source", source)
+        self._check(source.shape, source.dtype)
+        with device.on_stream(stream) as own:
+            sent = device.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
+            chunks.add(self._span(sent.address), own)
 
-    def _fitting(self, source: Any) -> DeviceEntry:
+    def _span(self, source: int) -> Span:
+        """Return where an array like this one is read, and this one written."""
+        row: Any = lookup(self.dtype)
+        return Span(row, source, self.address, self.size * row.components)
+
+    def _fitting(self, source: Any) -> Facts:
         """Return the description of an array on the GPU that fits this one."""
-        entry = describe("source", 0, source)
+        entry = facts_of("source", source)
         self._check(entry.shape, entry.native, c_order=entry.c_order)
         return entry
 
@@ -157,7 +160,7 @@ class DeviceArray:
 
     def part(self, start: int, shape: tuple[int, ...]) -> DeviceArray:
         """Return the view of some elements of a 1-d array, from the one numbered `start`."""
-        offset = self.address - _address(self._memory) + start * self.dtype.itemsize
+        offset = self.address - self._memory.address + start * self.dtype.itemsize
         return DeviceArray(self._memory, offset, shape, self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -174,6 +177,25 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype}, shape={self.shape})"
+
+
+def copy_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+    """Copy an array of the GPU into each of ours, with as many launches as there are dtypes."""
+    _move(chunks.copy_all, pairs, stream)
+
+
+def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+    """Add an array of the GPU to each of ours, with as many launches as there are dtypes."""
+    _move(chunks.add_all, pairs, stream)
+
+
+def _move(move: Any, pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+    if not pairs:
+        return
+    entries = [own._fitting(source) for own, source in pairs]
+    spans = [own._span(e.address) for (own, _), e in zip(pairs, entries, strict=True)]
+    with in_order(stream, entries):
+        move(spans, stream)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:

@@ -7,39 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from numclip import inputs
-from numclip.cuda.entries import DeviceEntry, describe, is_c_order
 from numclip.cuda.protocols import told
-from numclip.cuda.streams import current_stream, stream_of
+from numclip.cuda.streams import current_stream
 from numclip.dtypes import Array
-from numclip.inputs import Entry
+from numclip.errors import expected
+from numclip.facts import Facts
 from numclip.kernels.cuda import device
-from numclip.placement import on_device
-from numclip.slices import IndexedSlices
+from numclip.memory import is_c_order
 
 
-def host_copy(entry: DeviceEntry, stream: Any = 0) -> Array:
+def host_copy(source: Facts, stream: Any = 0) -> Array:
     """Return a copy of an array in the host's memory."""
-    begin, end = entry.extent
+    begin, end = source.extent
     memory = device.read(begin, end - begin, stream)
-    offset, strides = entry.address - begin, entry.strides
-    return np.ndarray(entry.shape, entry.native, memory, offset, strides)
-
-
-def on_host(name: str, array: Any) -> Any:
-    """Return an array on the GPU as a copy in the host's memory, any other as it is."""
-    if not on_device(array):
-        return array
-    entry = describe(name, name, array)
-    return host_copy(entry, stream_of([entry]))
-
-
-def host_entry(entry: DeviceEntry, stream: Any) -> Entry:
-    """Return the description of a copy in the host's memory."""
-    copy: Any = host_copy(entry, stream)
-    if entry.slices is not None:
-        copy = IndexedSlices(copy, entry.slices.indices, entry.slices.dense_shape)
-    return inputs.entry(entry.name, entry.key, copy)
+    offset, strides = source.address - begin, source.strides
+    return np.ndarray(source.shape, source.native, memory, offset, strides)
 
 
 def host_indices(indices: Any) -> Array:
@@ -47,12 +29,10 @@ def host_indices(indices: Any) -> Array:
     found = told("indices", indices)
     native, shape, strides = found.native, found.shape, found.strides
     if native is None or native.hasobject:
-        raise TypeError(f"indices: expected integers, got {indices.dtype}")
+        raise TypeError(expected("indices", "integers", indices.dtype))
     if len(shape) != 1 or not is_c_order(shape, strides or (native.itemsize,), native.itemsize):
-        raise ValueError(
-            f"indices: expected a contiguous 1-d CUDA array, got strides {strides} for shape "
-            f"{shape}; pass a contiguous copy"
-        )
+        got = f"strides {strides} for shape {shape}; pass a contiguous copy"
+        raise ValueError(expected("indices", "a contiguous 1-d CUDA array", got))
     nbytes = math.prod(shape) * native.itemsize
     copy: Array = device.read(found.address, nbytes, current_stream(indices)).view(native)
     return copy

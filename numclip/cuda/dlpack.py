@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.foreign import bfloat16
 from numclip.kernels.cuda import device
+from numclip.libraries import bfloat16
 
 VERSION = 1, 0
 LEGACY_STREAM = 1  # the default stream, as DLPack names it

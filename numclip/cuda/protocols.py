@@ -9,8 +9,8 @@ import numpy as np
 
 from numclip.cuda import dlpack
 from numclip.cuda.dlpack import Told
-from numclip.foreign import bfloat16, library, refuse_lazy
 from numclip.kernels.cuda import device
+from numclip.libraries import bfloat16, library, refuse_lazy
 
 
 def told(name: str, array: Any) -> Told:
@@ -18,7 +18,7 @@ def told(name: str, array: Any) -> Told:
     if library_of(array) == "torch":
         found = _tensor(name, array)
     else:
-        found = _interface(array) or dlpack.read(name, array)
+        found = (None if _prefers_dlpack(array) else _interface(array)) or dlpack.read(name, array)
     if found.gpu is not None and found.gpu != device.ordinal():
         raise ValueError(
             f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {found.gpu}; a "
@@ -30,6 +30,15 @@ def told(name: str, array: Any) -> Told:
 def library_of(array: Any) -> str:
     """Return the name of the package an array is of."""
     return library(array.__class__)
+
+
+def _prefers_dlpack(array: Any) -> bool:
+    """Tell whether DLPack describes an array: it alone says when its library's work is done.
+
+    JAX's other description tells no stream, and does not wait.
+    """
+    known = library_of(array) in ("cupy", "numba", "numclip")
+    return not known and hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
 
 def _tensor(name: str, array: Any) -> Told:
@@ -55,7 +64,7 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
 
 def _interface(array: Any) -> Told | None:
     """Return what ``__cuda_array_interface__`` tells, None where there is none."""
-    interface = device.interface_of(array)
+    interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None:
         return None
     address, read_only = interface["data"]

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from numclip.cuda.entries import DeviceEntry
 from numclip.cuda.protocols import library_of
+from numclip.facts import Facts
 from numclip.kernels.cuda import device
 
 
@@ -20,22 +20,48 @@ def stream_from(stream: Any) -> Any:
             return device.stream_at(handle)
     if isinstance(stream, int) and not isinstance(stream, bool):
         return device.stream_at(stream)
-    if stream is None or hasattr(stream, "begin_building"):  # a graph builder of cuda.core
-        return stream or 0
+    if stream is None:
+        return device.stream_at(0)
+    if hasattr(stream, "begin_building"):  # a graph builder of cuda.core
+        stream = stream.stream
     if hasattr(stream, "__cuda_stream__"):
         return device.stream_at(int(stream.__cuda_stream__()[1]))
     raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
 
 
-def stream_of(entries: Sequence[DeviceEntry]) -> Any:
-    """Return the stream that the library of the first array works on at present."""
-    stream = current_stream(entries[0].array if entries else None)
-    leases = [entry.lease for entry in entries if entry.lease is not None]
-    if device.handle_of(stream) and leases:
-        device.order(stream, 0)  # which DLPack's producers were told to be ready for
-        for lease in leases:
-            lease.streams.append(stream)
-    return stream
+def stream_of(entries: Sequence[Facts]) -> Any:
+    """Return the stream to work on: the one that the library of the first array works on.
+
+    It waits for what was given to the streams of the others, and for what DLPack's producers
+    were told to be ready for. `give_back` is to follow what is done on it.
+    """
+    own, *others = _streams_of(entries) or [device.stream_at(0)]
+    for other in others:
+        device.order(own, other)
+    if device.handle_of(own):
+        for entry in entries:
+            if entry.lease is not None:
+                entry.lease.streams.append(own)
+    return own
+
+
+def give_back(stream: Any, entries: Sequence[Facts]) -> None:
+    """Let the streams of arrays' libraries go on only after what a stream was given."""
+    for other in _streams_of(entries):
+        device.order(other, stream)
+
+
+def _streams_of(entries: Sequence[Facts]) -> list[Any]:
+    """Return the streams that the libraries of some arrays work on, each once."""
+    found: dict[int, Any] = {}
+    libraries: set[str] = set()
+    for entry in entries:
+        package = library_of(entry.array)
+        if package not in libraries:
+            libraries |= {package} & {"torch", "cupy"}  # where one is current for all
+            stream = current_stream(entry.array)
+            found.setdefault(device.handle_of(stream), stream)
+    return list(found.values())
 
 
 def current_stream(array: Any) -> Any:
@@ -51,15 +77,14 @@ def current_stream(array: Any) -> Any:
 
 def _told_stream(array: Any) -> int:
     """Return the stream an array names; 1 is the default one, and so is none."""
-    interface = device.interface_of(array) or {}
+    interface = getattr(array, "__cuda_array_interface__", None) or {}
     handle = interface.get("stream") or 0
     return 0 if handle == 1 else int(handle)
 
 
 @contextlib.contextmanager
-def in_order(stream: Any, entries: Sequence[DeviceEntry]) -> Iterator[None]:
+def in_order(stream: Any, entries: Sequence[Facts]) -> Iterator[None]:
     """Do something after what the arrays' library was told, and before what it will be told."""
-    theirs = stream_of(entries)
-    device.order(stream, theirs)
+    device.order(stream, stream_of(entries))
     yield
-    device.order(theirs, stream)
+    give_back(stream, entries)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.report import ClipReport
 
 
 @functools.total_ordering
@@ -110,10 +109,30 @@ def _plain(other: Any) -> Any:
 class DeviceFloat(DeviceNumber):
     """A number that the GPU still works on, and that is a float to whoever asks.
 
-    See `DeviceNumber`.
+    See `DeviceNumber`. What takes arrays by ``__cuda_array_interface__`` (``torch.as_tensor(...,
+    device="cuda")``, ``cupy.asarray``) takes it as a 0-d float64 array, and waits for nothing.
+
+    Parameters
+    ----------
+    read : function
+        Waits for the number and returns it.
+    locate : function, optional
+        Returns the address on the GPU where it is, as long as this object lives.
     """
 
     kind = float
+
+    def __init__(self, read: Callable[[], Any], locate: Callable[[], int] | None = None) -> None:
+        super().__init__(read)
+        self._locate = locate
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The description that other libraries read."""
+        if self._locate is None:
+            raise AttributeError("__cuda_array_interface__: the number has no address")
+        data = self._locate(), False  # PyTorch takes no array that is only to be read
+        return {"shape": (), "typestr": "<f8", "data": data, "strides": None, "version": 2}
 
 
 class DeviceInt(DeviceNumber):
@@ -130,59 +149,3 @@ class DeviceInt(DeviceNumber):
 
 numbers.Real.register(DeviceFloat)  # so that it is taken wherever a number is
 numbers.Integral.register(DeviceInt)
-
-
-class DeviceReport:
-    """A `ClipReport` that the GPU still works on, and that is there for whoever asks.
-
-    Its attributes and methods are the report's. The first one asked for waits for the GPU.
-
-    Parameters
-    ----------
-    step : int
-        The number of the step.
-    read : function
-        Waits for the report and returns it.
-
-    Raises
-    ------
-    ValueError
-        Where the report was not asked for before its memory was needed again; the message
-        says within how many steps to ask.
-    """
-
-    def __init__(self, step: int, read: Callable[[], ClipReport]) -> None:
-        self.step, self.expired = step, False
-        self._read: Callable[[], ClipReport] | None = read
-        self._report: ClipReport | None = None
-
-    @property
-    def report(self) -> ClipReport:
-        """The report, after waiting for it."""
-        if self._report is None:
-            assert self._read is not None
-            self._report = self._read()
-            self._read = None
-        return self._report
-
-    def expire(self, kept: int) -> None:
-        """Give the memory up, where nobody has asked."""
-        if self._report is not None:
-            return
-        self.expired, step = True, self.step
-
-        def refuse() -> ClipReport:
-            raise ValueError(
-                f"report: that of step {step} is gone; read a report, or the history, "
-                f"within {kept} steps"
-            )
-
-        self._read = refuse
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.report, name)
-
-    def __repr__(self) -> str:
-        return repr(self.report)

@@ -5,7 +5,10 @@ parameters and no input: x starts at 0.5, and ``x = w * sigmoid(x) + b`` for 50 
 ``(sigmoid(x) - 0.7) ** 2``. Over (w, b) it has a wall: on one side of it x comes to rest at a low
 value, on the other at a high one, and the gradient on the wall is many times longer than beside
 it. Plain gradient descent slides down to the wall, and one step on it throws it far off. Clipped
-to a small norm, the same gradient is a small step in the right direction.
+to a small norm, the same gradient is a small step in the right direction. Takes a second.
+
+The picture shows the valley along the wall. Steps cross the valley from side to side, so that the
+losses jump; the thick lines are their means over 10 steps.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +27,8 @@ from numclip.examples.gru_network import sigmoid
 
 STEPS = 50  # of the network
 FIRST, TARGET = 0.5, 0.7
-WIDTHS, BIASES = (3.2, 6.8), (-3.2, 3.0)  # of the picture
+WIDTHS, BIASES = (3.7, 5.1), (-2.6, -1.4)  # of the picture
+SMOOTHED = 10  # steps that a loss in the picture is averaged over
 
 
 def loss_and_gradient(w: Array, b: Array) -> tuple[Array, Array, Array]:
@@ -95,26 +100,51 @@ def table(paths: dict[str, Path]) -> str:
 
 
 def draw(paths: dict[str, Path], args: argparse.Namespace) -> None:
-    """Draw the surface with both paths, and the losses along them."""
+    """Draw the surface with both paths, and the losses along each."""
     from matplotlib.figure import Figure
 
-    from numclip.plotting import BLUE, RED
+    from numclip.plotting import BLUE, ORANGE
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    surface, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    mosaic = figure.subplot_mosaic(
+        [["surface", "above"], ["surface", "below"]], width_ratios=(1.3, 1)
+    )
+    surface, above, below = mosaic["surface"], mosaic["above"], mosaic["below"]
+    above.sharex(below)
+    above.sharey(below)
     w, b = np.meshgrid(np.linspace(*WIDTHS, 400), np.linspace(*BIASES, 400))
     loss, _, _ = loss_and_gradient(w, b)
-    colours = surface.pcolormesh(w, b, np.sqrt(loss), cmap="Greys", rasterized=True)
-    figure.colorbar(colours, ax=surface, label="square root of the loss")
-    for (name, path), color in zip(paths.items(), (RED, BLUE), strict=True):
-        surface.plot(*path.points.T, ".-", color=color, linewidth=1, markersize=4, label=name)
-        right.plot(path.losses, color=color, label=name)
+    shades = surface.pcolormesh(w, b, np.sqrt(loss), cmap="Greys", alpha=0.8, rasterized=True)
+    figure.colorbar(shades, ax=surface, label="square root of the loss")
+    looks = zip(paths.items(), (above, below), (ORANGE, BLUE), "so", strict=True)
+    for (name, path), axes, color, marker in looks:
+        line = marker + "-"
+        surface.plot(*path.points.T, line, color=color, linewidth=1.2, markersize=4, label=name)
+        _mark_end(surface, path, color)
+        axes.plot(path.losses, color=color, linewidth=0.8, alpha=0.45)
+        count = min(SMOOTHED, len(path.losses))
+        means = np.convolve(path.losses, np.full(count, 1 / count), "valid")
+        axes.plot(np.arange(count - 1, len(path.losses)), means, color=color, linewidth=2)
+        axes.set_title(name, loc="left", fontsize="medium", color=color)
+        axes.set(ylabel="loss", yscale="log")
+        axes.grid(alpha=0.3)
+    surface.plot(*args.start, "*", color="black", markersize=11, label="start")
     surface.set(xlim=WIDTHS, ylim=BIASES, xlabel="w", ylabel="b")
-    right.set(xlabel="step", ylabel="loss", yscale="log")
-    right.grid(alpha=0.3)
-    surface.legend(loc="upper left")
+    surface.legend(loc="lower left")
+    below.set_xlabel("step")
     figure.savefig(args.picture, dpi=100)
     print(f"picture: {args.picture}")
+
+
+def _mark_end(surface: Any, path: Path, color: str) -> None:
+    """Say where a path ends that leaves the picture."""
+    w, b = path.points[-1]
+    if not (WIDTHS[0] <= w <= WIDTHS[1] and BIASES[0] <= b <= BIASES[1]):
+        inside = [min(max(w, WIDTHS[0]), WIDTHS[1]), min(max(b, BIASES[0]), BIASES[1])]
+        text = f"thrown off, to ({w:.3g}, {b:.3g})"
+        surface.annotate(
+            text, inside, (-8, -22), textcoords="offset points", ha="right", color=color
+        )
 
 
 def build_parser() -> Parser:

@@ -8,10 +8,11 @@ from typing import Any
 
 
 def progress_bar(total: int, unit: str, *, quiet: bool, initial: int = 0) -> Any:
-    """Return tqdm's bar on stderr, none if `quiet`."""
+    """Return tqdm's bar on stderr; none if `quiet`, or where stderr is no terminal but a log."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, initial=initial, leave=False, disable=quiet)
+    disable = True if quiet else None  # None leaves it to tqdm to ask for a terminal
+    return tqdm(total=total, unit=unit, initial=initial, leave=False, disable=disable)
 
 
 def say(bar: Any, line: str) -> None:

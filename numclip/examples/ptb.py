@@ -7,8 +7,12 @@ state is carried from batch to batch. The cost is summed over the steps and aver
 Without --data-path the text is Python's own manual, of which the Penn Treebank has fifteen times
 as much: the model soon knows it by heart.
 
-The picture has the norms of the last 10,000 steps before clipping, and the threshold; both groups
-of parameters share one norm. With --duplicates raw there is none.
+The picture has the norms of the last 10,000 steps before clipping, and the threshold. The groups of
+parameters share one norm, and so one panel. With --duplicates raw there is no picture.
+
+On two idle cores the configuration small reads 8,000 words a second or more: an epoch of the manual
+takes 8 seconds and all 13 take two minutes; an epoch of the Penn Treebank takes two minutes. A word
+takes medium 5 times as many multiplications, and large 20 times. Ctrl-C ends with the table so far.
 """
 
 import argparse
@@ -261,6 +265,7 @@ def run(training: Training, stopped: Stopped) -> float | None:
     """Train through all epochs; return the test perplexity, None where it was interrupted."""
     texts, args = training.texts, training.args
     while training.epoch <= min(args.epochs, training.config.max_max_epoch):
+        start = time.perf_counter()
         rate = training.config.rate(training.epoch)
         print(f"Epoch {training.epoch}: learning rate {rate:.4g}", flush=True)
         if not train_epoch(training, stopped):
@@ -268,7 +273,11 @@ def run(training: Training, stopped: Stopped) -> float | None:
         validation = evaluate(training, texts.validation, stopped)
         if validation is None:
             return None
-        print(f"  train {training.perplexity:.3f}  valid {validation:.3f}", flush=True)
+        seconds = time.perf_counter() - start
+        print(
+            f"  train {training.perplexity:.3f}  valid {validation:.3f}  in {seconds:,.0f} s",
+            flush=True,
+        )
         training.perplexities[training.epoch - 1] = training.perplexity, validation
         training.epoch, training.batch, training.cost = training.epoch + 1, 0, 0.0
         if args.save:

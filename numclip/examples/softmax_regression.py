@@ -10,10 +10,13 @@ formula    the gradient worked out by hand: without a bias, and summed over the 
 Training starts from zeros and takes the examples in file order; those that do not fill
 a last batch are left out. An epoch's cost is the mean over its batches, each measured
 before its step.
+
+The sum's gradient is a hundred times as long as the mean's, and a learning rate that suits
+one does not suit the other. Clipped at a norm of 0.5, all ways take steps of one length and
+end at one cost; with --clip-norm inf they part. Takes a few seconds.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -232,10 +235,10 @@ def build_parser() -> Parser:
     option(
         "--clip-norm",
         type=norm_bound,
-        default=math.inf,
+        default=0.5,
         metavar="X",
-        help="bound on the gradients' global norm; inf measures it and clips nothing, "
-        "0.1 clips every step on scikit-learn's digits (default: %(default)s)",
+        help="bound on the gradients' global norm; inf measures it and clips nothing "
+        "(default: %(default)s)",
     )
     option(
         "--methods",

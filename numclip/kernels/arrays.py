@@ -19,7 +19,7 @@ from numclip.dtypes import Array
 from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply, slot_of
 from numclip.kernels.elements import array_at, as_computed, word_at
 from numclip.kernels.jit import inline, kernel_with_gil
-from numclip.kernels.joint import judge, norm_of
+from numclip.kernels.joint import decide, norm_of
 from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 
 WORD = 8
@@ -154,7 +154,7 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
     chunks = chunks[:used]
     norm, safe = norm_of(chunks, like, limits, np.empty(count))
     norm /= divisor
-    factor, truncate = judge(norm, bound, elements, divisor, limits)
+    factor, truncate = decide(norm, bound, elements, divisor, limits)
     if truncate or not safe:
         return ELSEWHERE, 0.0
     if factor != 1.0:

@@ -14,20 +14,16 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, expanded, inline, kernel
-from numclip.kernels.tuning import BLOCK, NARROW_BLOCK
+from numclip.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
 
 two_sum = inline(formulas.two_sum)
 power_term = inline(formulas.power_term)
-scale_by_power = inline(formulas.scale_by_power)
-larger = inline(formulas.larger)
-root = inline(formulas.root)
-clip_factor = inline(formulas.clip_factor)
-factor_over = inline(formulas.factor_over)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
+settled = inline(formulas.settled)
 
 
 @inline
@@ -37,17 +33,19 @@ def slot_of(key, slots):
 
 
 @kernel
-def split(spans, itemsize, limit):
-    """Return tensors, rows of (source, target, length), cut into chunks of `limit` elements.
-
-    The number of elements in all comes second.
-    """
+def count_chunks(spans, limit):
+    """Return how many chunks `split` makes of tensors, and the number of elements in all."""
     count = 0
     elements = 0
     for t in range(spans.shape[0]):
         count += -(-spans[t, LENGTH] // limit)
         elements += spans[t, LENGTH]
-    chunks = np.empty((count, 4), np.int64)
+    return count, elements
+
+
+@kernel
+def split(spans, itemsize, limit, chunks):
+    """Write tensors, rows of (source, target, length), cut into chunks of `limit` elements."""
     c = 0
     for t in range(spans.shape[0]):
         for start in range(0, spans[t, LENGTH], limit):
@@ -56,7 +54,6 @@ def split(spans, itemsize, limit):
             chunks[c, LENGTH] = min(limit, spans[t, LENGTH] - start)
             chunks[c, OWNER] = t
             c += 1
-    return chunks, elements
 
 
 @block_sum
@@ -94,6 +91,16 @@ def array_of_squares(x):
     return blocks_of_squares(x, size)
 
 
+@inline
+def squares_of(x):
+    """Return the sum of squares of an array, added as those of the chunks of a tensor are."""
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, array_of_squares(x[start : start + CHUNK]))
+        error += rest
+    return settled(total, error)
+
+
 @kernel
 def sum_squares(begin, end, chunks, like, out):
     """Write each chunk's sum of squares. Reads every element once."""
@@ -112,6 +119,16 @@ def array_of_powers(x, scale, ord):
         total, rest = two_sum(total, term)
         error += rest
     return total + error
+
+
+@inline
+def powers_of(x, scale, ord):
+    """Return the same sum, added as those of the chunks of a tensor are."""
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, array_of_powers(x[start : start + CHUNK], scale, ord))
+        error += rest
+    return settled(total, error)
 
 
 @kernel
@@ -155,80 +172,6 @@ def merge(chunks, partial, out):
         out[t] = total
         errors[t] += rest
     settle(out, errors)
-
-
-@kernel
-def join(totals, exponents, groups, ord, roots, powers):
-    """Write the norm of each group of tensors, ``root * 2**power``, from sums of powers.
-
-    A sum stands for ``total * 2**(ord * exponent)``; those of a group are brought to its
-    largest exponent (which differ for ``ord=2`` alone) and added in order.
-    """
-    empty = np.ones(roots.size, np.bool_)
-    for t in range(totals.size):
-        g = groups[t]
-        if totals[t] != 0.0 and (empty[g] or exponents[t] > powers[g]):
-            powers[g] = exponents[t]
-            empty[g] = False
-    errors = np.zeros(roots.size)
-    for t in range(totals.size):
-        g = groups[t]
-        value = scale_by_power(totals[t], 2 * int(exponents[t] - powers[g]))
-        if ord == math.inf:
-            roots[g] = larger(roots[g], value)
-            continue
-        roots[g], rest = two_sum(roots[g], value)
-        errors[g] += rest
-    settle(roots, errors)
-    for g in range(roots.size):
-        roots[g] = root(roots[g], ord)
-
-
-@inline
-def factor_of(norm, exponent, bound, target, coarse, roundoff, limits):
-    """Return the factor of a norm that exceeds its bound, and whether to truncate results.
-
-    `bound` triggers, `target` is the one to reach; under `coarse` the grain (see `formulas`)
-    demands that subnormal results are rounded toward zero, as does a factor so small that it
-    is not exact. `limits` are a factor's digits, and the smallest exact in so many.
-    """
-    if scale_by_power(norm, exponent) <= bound:
-        return 1.0, 0, False
-    mantissa, power = clip_factor(target, norm, exponent, roundoff, int(limits[0]))
-    truncate = False
-    if 0.0 < mantissa < 1.0:
-        truncate = target < coarse or scale_by_power(mantissa, power) < limits[1]
-    return mantissa, power, truncate
-
-
-@kernel
-def factors(norms, bounds, roundoffs, limits, mantissas, powers):
-    """Write the factor of each norm; tell whether one is not 1, and whether to truncate.
-
-    `norms` are roots and exponents, `bounds` those that `factor_of` takes.
-    """
-    active = truncate = False
-    for t in range(roundoffs.size):
-        mantissas[t], powers[t], cuts = factor_of(
-            norms[0][t],
-            int(norms[1][t]),
-            bounds[0][t],
-            bounds[1][t],
-            bounds[2][t],
-            roundoffs[t],
-            limits,
-        )
-        active |= mantissas[t] != 1.0
-        truncate |= cuts
-    return active, truncate
-
-
-@kernel
-def divide_factors(mantissas, powers, scale, digits):
-    """Divide factors by a loss scale, in place, each rounded down to its digits."""
-    for t in range(mantissas.size):
-        power, precision = int(powers[t]), int(digits[t])
-        mantissas[t], powers[t] = factor_over(mantissas[t], power, scale, precision)
 
 
 @inline
@@ -312,17 +255,46 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
 
 
 @inline
-def hold(x, low, high):
-    """Hold each element of an array between `low` and `high`, in place."""
-    for i in range(x.size):
-        x[i] = narrow(clamped(widen(x[i]), low, high), x[i])
+def clean_array(x, components):
+    """Write 0 for each element of which one of its components is not finite."""
+    for i in range(0, x.size, components):
+        finite = True
+        for k in range(components):
+            finite &= math.isfinite(widen(x[i + k]))
+        for k in range(components):
+            if not finite:
+                x[i + k] = 0
 
 
 @kernel
-def clamp(begin, end, chunks, low, high, like):
-    """Hold each element between `low` and `high`. Reads and writes every element once."""
+def clean(begin, end, chunks, components, like):
+    """Copy each chunk to where it goes, with 0 for elements that are not finite.
+
+    An element of two components is finite if both are.
+    """
     for c in range(begin, end):
-        hold(written(chunks[c], like), low, high)
+        clean_array(written(chunks[c], like), components)
+
+
+@inline
+def hold(x, low, high):
+    """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
+    beyond = 0
+    for i in range(x.size):
+        value = widen(x[i])
+        beyond |= int(value < low) | int(value > high)
+        x[i] = narrow(clamped(value, low, high), x[i])
+    return beyond != 0
+
+
+@kernel
+def clamp(begin, end, chunks, low, high, like, beyond):
+    """Hold each element between `low` and `high`. Reads and writes every element once.
+
+    `beyond` tells of each chunk if an element was beyond them.
+    """
+    for c in range(begin, end):
+        beyond[c] = hold(written(chunks[c], like), low, high)
 
 
 @inline

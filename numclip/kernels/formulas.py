@@ -218,3 +218,15 @@ def adam_rate(lr: float, count: float, first: float, second: float) -> tuple[flo
     """Return the rate with the corrections of both moments, and what eps is to be times."""
     root_bias = math.sqrt(1.0 - math.pow(second, count))
     return lr * root_bias / (1.0 - math.pow(first, count)), root_bias
+
+
+def adam_numbers(
+    lr: float, decay: float, first: float, second: float, eps: float, count: float
+) -> tuple[float, float, float, float, float]:
+    """Return what a step of Adam takes, the `count`-th one, from the numbers of its user.
+
+    The share of a parameter that decays, the weights of the gradient and of its square in their
+    averages, and for `adam_step` the rate and eps.
+    """
+    rate, root_bias = adam_rate(lr, count, first, second)
+    return lr * decay, 1.0 - first, 1.0 - second, rate, eps * root_bias

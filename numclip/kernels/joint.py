@@ -9,9 +9,10 @@ import math
 import numpy as np
 
 from numclip.kernels import formulas
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, factor_of, two_sum
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, two_sum
 from numclip.kernels.elements import array_at
 from numclip.kernels.jit import inline, kernel
+from numclip.kernels.pools import factor_of
 
 # What kernels are told of a dtype, see `dtypes.DType`.
 ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
@@ -53,19 +54,15 @@ def norm_of(chunks, like, limits, totals):
     return joined(chunks, partial, limits, totals)
 
 
-@inline
-def decide(norm, exponent, bound, elements, divisor, limits):
-    """Return what `cpu.factor_of` does for the norm of some elements over a divisor."""
-    coarse = math.sqrt(elements) / divisor * limits[COARSE]
-    roundoff, digits = limits[ROUNDOFF], limits[DIGITS : SMALLEST + 1]
-    return factor_of(norm, exponent, bound, bound, coarse, roundoff, digits)
-
-
 @kernel
-def judge(norm, bound, elements, divisor, limits):
+def decide(norm, bound, elements, divisor, limits):
     """Return the factor for the norm of some elements over a divisor, and whether to truncate.
 
-    That is said of the results, see `cpu.factor_of`.
+    That is said of the results, see `decisions.factor_of`.
     """
-    mantissa, power, truncate = decide(norm, 0, bound, elements, divisor, limits)
+    coarse = math.sqrt(elements) / divisor * limits[COARSE]
+    digits = int(limits[DIGITS])
+    mantissa, power, truncate = factor_of(
+        norm, 0, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST]
+    )
     return scale_by_power(mantissa, power), truncate

@@ -1,110 +1,112 @@
-"""Threads of our own: kernels release the GIL, each thread takes a share of the chunks.
+"""Threads of our own: each call's items are computed by the caller and a team of threads.
 
-No thread is started before the first large call, none survives a fork, and a call that finds
-the threads at work for another caller does its work alone. numba's threading layers are not
-used: they are global to the process, and each fails after a fork or in concurrent calls.
+No thread is started before the first large call, none survives a fork, and a call works alone
+where the team works for another caller or no thread can be started. numba's threading layers are
+not used: they are global to the process, and each fails after a fork or in concurrent calls.
 """
 
-import contextlib
+import _thread
+import ctypes
 import os
-import threading
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from numclip.kernels import limits, team
+from numclip.kernels.entries import COUNT, JOB_WORDS, PACK, SIZE
+from numclip.kernels.jit import INTERPRETED
 from numclip.kernels.tuning import PARALLEL_BYTES
 
+MOST = 1024
+"""Threads that a team has room for, beside the caller."""
 
-class _Worker:
-    """A thread that waits for a share, runs it, and says so.
+SHARES = 8
+"""Shares for each thread: one that is late, or slow, leaves more of them to others."""
 
-    `_finished` says so for certain; the lock only wakes the one who waits, so that a signal's
-    exception at any point of the waiting loses nothing.
+RETRY_SECONDS = 10.0
+"""How long calls work alone after a thread could not be started."""
+
+ATTEMPTS = 8
+"""How often writing is tried again after an exception."""
+
+
+class Call(NamedTuple):
+    """A call ``kernel(0, items, *arguments)`` of a kernel, over `nbytes` of memory.
+
+    `keep` is the memory that the arguments hold addresses of.
     """
 
+    kernel: Callable[..., Any]
+    items: int
+    nbytes: int
+    arguments: tuple[Any, ...]
+    keep: Any = None
+
+
+class _Team:
+    """The block of words that threads share, see `team`, and how many were started."""
+
     def __init__(self) -> None:
-        self._go = threading.Lock()
-        self._wake = threading.Lock()
-        self._go.acquire()
-        self._wake.acquire()
-        self._work: Callable[[], Any] | None = None
-        self._error: BaseException | None = None
-        self._finished = True
-        threading.Thread(target=self._loop, name="numclip", daemon=True).start()
+        python = ctypes.pythonapi
+        python.PyMem_RawCalloc.restype = ctypes.c_void_p
+        python.PyMem_RawCalloc.argtypes = [ctypes.c_size_t] * 2
+        python.PyThread_allocate_lock.restype = ctypes.c_void_p
+        python.PyThread_acquire_lock.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        # Neither is ever freed: threads use them to the end of the process.
+        self.words = python.PyMem_RawCalloc(team.HEAD + MOST * team.SLOT, team.WORD) or 0
+        lock = python.PyThread_allocate_lock()
+        if not self.words or not lock:
+            raise MemoryError("no memory for the team of threads")
+        python.PyThread_acquire_lock(lock, 0)
+        ctypes.c_int64.from_address(self.words + team.WAKE * team.WORD).value = lock
+        self.started = 0
+        self.generation = 0
+        self.retry = 0.0
+        team.serve(self.words, 0, -1)  # compiled, or loaded, here: it returns at once
 
-    def _loop(self) -> None:
-        while True:
-            self._go.acquire()
-            try:
-                if self._work is not None:
-                    self._work()
-            except BaseException as error:  # handed to the caller by `join`
-                self._error = error
-            self._work = None  # holds the caller's arrays
-            self._finished = True
-            with contextlib.suppress(RuntimeError):  # still released from an interrupted wait
-                self._wake.release()
+    def grow(self, threads: int) -> bool:
+        """Start threads until there are so many beside the caller; tell whether there are.
 
-    def start(self, work: Callable[[], Any]) -> None:
-        self._finished = False
-        self._work = work
-        self._go.release()
+        An exception from outside can make this start a thread twice; the second ends at once.
+        """
+        if self.started >= threads:
+            return True
+        if time.monotonic() < self.retry:
+            return False
+        try:
+            while self.started < threads:
+                _thread.start_new_thread(team.serve, (self.words, self.started, self.generation))
+                self.started += 1
+        except (RuntimeError, MemoryError):  # no more threads, or the interpreter ends
+            team.dismiss(self.words, self.started)
+            self.started = 0
+            self.generation += 1
+            self.retry = time.monotonic() + RETRY_SECONDS
+            return False
+        return True
 
-    def join(self) -> BaseException | None:
-        """Wait for the share to end; an exception meanwhile counts as its error."""
-        interrupt: BaseException | None = None
-        while not self._finished:
-            try:
-                self._wake.acquire()
-            except BaseException as signal:  # memory is still being written: wait on
-                interrupt = interrupt or signal
-        error, self._error = self._error or interrupt, None
-        return error
-
-
-CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 _limit: int | None = None
-_workers: list[_Worker] = []
-_free = threading.Lock()
+_team: _Team | None = None
 
 
 def _forget() -> None:
-    """Drop the threads, which a forked child does not have, and the lock that it may copy held."""
-    global _free
-    _workers.clear()
-    _free = threading.Lock()
+    """Drop the team, whose threads a forked child does not have."""
+    global _team
+    _team = None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _cgroup_cores() -> int | None:
-    """Return the processor quota of this process's control group, if there is one."""
-    try:
-        with open(CGROUP_QUOTA) as file:
-            quota, period = file.read().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
-
-
-def default_threads() -> int:
-    """Return NUMCLIP_NUM_THREADS, else the cores this process may use."""
-    wish = os.environ.get("NUMCLIP_NUM_THREADS", "").strip()
-    if wish.isdecimal() and int(wish) > 0:
-        return int(wish)
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(cores, _cgroup_cores() or cores)
-
-
 def get_limit() -> int:
     """Return how many threads a call may use."""
     global _limit
     if _limit is None:
-        _limit = default_threads()
+        _limit = limits.default_threads()
     return _limit
 
 
@@ -117,37 +119,84 @@ def set_limit(count: int | None) -> None:
 def run(
     kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any, keep: Any = None
 ) -> None:
-    """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``.
+    """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``."""
+    run_all([Call(kernel, count, nbytes, arguments, keep)])
 
-    `keep` is the memory that the arguments hold addresses of.
+
+def run_all(calls: Sequence[Call]) -> None:
+    """Make calls one after another, all of them or none, whatever exception comes from outside.
+
+    More than one are first made into jobs and then performed by one native call.
     """
-    threads = min(get_limit(), count) if nbytes >= PARALLEL_BYTES else 1
-    if threads <= 1 or not _free.acquire(blocking=False):
-        kernel(0, count, *arguments)
+    threads = max((_threads_for(call) for call in calls), default=1)
+    if INTERPRETED or (threads <= 1 and len(calls) == 1):
+        for call in calls:
+            call.kernel(0, call.items, *call.arguments)
         return
-    free = _free
-    started: list[_Worker] = []
-    errors: list[BaseException] = []
-    clean = False
+    Jobs(calls).perform()
+
+
+def ready(calls: Sequence[Call]) -> Callable[[], None]:
+    """Return a function that makes calls, each once however often it is called."""
+    if INTERPRETED:
+        remaining = list(calls)
+
+        def make() -> None:
+            while remaining:
+                run_all([remaining.pop(0)])
+
+        return make
+    return Jobs(calls).perform
+
+
+def whole(write: Callable[[], None]) -> None:
+    """Call `write`, which may be repeated; where an exception ends it early, call it again.
+
+    The exception of a signal's handler is let through when all is written. What `write` itself
+    raises comes again at each attempt, and is let through, too.
+    """
     try:
-        while len(_workers) < threads - 1:
-            _workers.append(_Worker())
-        bounds = [count * k // threads for k in range(threads + 1)]
-        for worker, begin, end in zip(_workers, bounds[1:], bounds[2:], strict=False):
-            worker.start(partial(_share, keep, kernel, begin, end, *arguments))
-            started.append(worker)
-        try:
-            kernel(0, bounds[1], *arguments)
-        finally:
-            errors = [error for worker in started if (error := worker.join())]
-            clean = True
-    finally:
-        if not clean:  # interrupted while threads were being started: they are not used again
-            _workers.clear()
-        free.release()
-    if errors:
-        raise errors[0]
+        write()
+    except BaseException:
+        for _ in range(ATTEMPTS):
+            try:
+                write()
+                break
+            except BaseException:
+                continue
+        raise
 
 
-def _share(_keep: Any, kernel: Callable[..., Any], *arguments: Any) -> None:
-    kernel(*arguments)
+class Jobs:
+    """Calls of kernels that are ready to be made, each once, see `entries`."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls  # holds the memory
+        self._threads = np.array([_threads_for(call) for call in calls], np.int64)
+        self._jobs = np.zeros((len(calls), JOB_WORDS), np.int64)
+        # Not `ctypes.data`, which imports: that fails while the interpreter ends.
+        address = self._jobs.__array_interface__["data"][0]
+        for k, call in enumerate(calls):
+            call.kernel(address + k * JOB_WORDS * team.WORD, PACK, *call.arguments)
+            self._jobs[k, COUNT] = call.items
+            self._jobs[k, SIZE] = max(1, call.items // (SHARES * int(self._threads[k])))
+
+    def perform(self) -> None:
+        """Make the calls; those that were made already are not made again."""
+        words = _words(int(self._threads.max(initial=1)))
+        if team.perform(words, self._jobs, self._threads):
+            raise MemoryError("a kernel found no memory for its sums")
+
+
+def _threads_for(call: Call) -> int:
+    return min(get_limit(), call.items, MOST + 1) if call.nbytes >= PARALLEL_BYTES else 1
+
+
+def _words(threads: int) -> int:
+    """Return the address of a team with so many threads, the caller's too; 0 to work alone."""
+    global _team
+    if threads <= 1:
+        return 0
+    if _team is None:
+        _team = _Team()
+    return _team.words if _team.grow(threads - 1) else 0

@@ -10,18 +10,26 @@ more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at an
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
 
-ROWS = 8
-"""Rows of a column summed plainly before a compensated addition, for the same precision."""
-
 STRIP = 504
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the
 first-level cache. Not 512: 4096 bytes apart, the three took a fifth longer in some runs."""
 
+AHEAD = 4096
+"""Bytes of rows that are asked for before they are summed, where they lie apart in memory."""
+
+LINE = 64
+"""Bytes of a line of the caches."""
+
 PARALLEL_BYTES = 4 << 20
 """Bytes under which one thread is faster than two: waking a second costs 20 to 50 us."""
 
-COLUMNS = 1024
-"""Columns that a thread sums together: their float64 sums stay in the first-level cache."""
+COLUMNS = 1032
+"""Columns that a thread sums together: their float64 sums, and the errors of these, stay in the
+first-level cache. Not 1024, see `STRIP`; nor less, for layers of 1024."""
+
+COLUMN_ROWS = 1016
+"""Rows of columns that a partial sum covers, the same at any thread count. An eighth of it is odd:
+eight rows of 64 elements, a power of two apart, would share one set of the caches."""
 
 EXAMPLE_COLUMNS = 8192
 """The same for sums over examples, far apart in memory: longer reads of each are faster than

@@ -30,6 +30,32 @@ def lane_sum(total, error, place, apart, room):
 
 
 @inline
+def lane_bins(bins, place, apart, room):
+    """Return the sums of three bins and of a count over the threads of a place modulo `apart`.
+
+    `bins` are three sums, their errors, and the count; all are added in one tree, as `lane_sum`
+    adds one. `room` has a row for each.
+    """
+    for k in range(len(bins)):
+        room[k, place] = bins[k]
+    cuda.syncthreads()
+    half = THREADS >> 1
+    while half >= apart:
+        if place < half:
+            for k in range(3):
+                room[k, place], rest = two_sum(room[k, place], room[k, place + half])
+                room[k + 3, place] += room[k + 3, place + half] + rest
+            room[6, place] += room[6, place + half]
+        cuda.syncthreads()
+        half >>= 1
+    own = place & (apart - 1)
+    small, middle = settled(room[0, own], room[3, own]), settled(room[1, own], room[4, own])
+    large, count = settled(room[2, own], room[5, own]), room[6, own]
+    cuda.syncthreads()
+    return small, middle, large, count
+
+
+@inline
 def lane_max(value, place, apart, room):
     """Return the largest value over the threads of a place modulo `apart`, NaN where one is."""
     values = room[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, norms, scaling, tables
 from numclip.kernels.cuda.packets import WORD
+from numclip.memory import Span
 
 MOST_CHUNKS = 8192
 """Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
@@ -24,15 +25,6 @@ class Shared(NamedTuple):
 
     tensors: Any
     partial: Any
-
-
-class Span(NamedTuple):
-    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
-
-    dtype: DType
-    source: int
-    target: int
-    size: int
 
 
 def like(dtype: DType) -> Any:
@@ -77,13 +69,12 @@ def copied_first(table: Array) -> Array:
 class Chunks:
     """The work on some of a plan's tensors, by their numbers, that lie in contiguous memory.
 
-    `counts` says how many partial sums each of them takes. `table` sends the tables.
+    `counts` says how many partial sums each of them takes.
     """
 
     repeats = False
 
-    def __init__(self, spans: Mapping[int, Span], table: Any = device.table) -> None:
-        self._table = table
+    def __init__(self, spans: Mapping[int, Span]) -> None:
         self._spans, self._numbers = list(spans.values()), np.array(list(spans), np.int64)
         self._chunks, self._firsts, _ = split(self._spans)
         self.counts = np.diff(self._firsts)
@@ -101,7 +92,7 @@ class Chunks:
         """Return tables of the chosen chunks (a mask) of each dtype that has some."""
         dtypes = dict.fromkeys(self._dtypes[chosen])
         rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
-        return {dtype: self._table(copied_first(own), stream) for dtype, own in rows.items()}
+        return {dtype: device.table(copied_first(own), stream) for dtype, own in rows.items()}
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
         """Sum the squares of each chunk: one read."""
@@ -146,6 +137,23 @@ class Chunks:
         for dtype, chunks in self._some[members].items():
             arguments = shared.tensors, decisions, *bounds, like(dtype)
             device.launch(scaling.clamp, chunks.shape[0], stream, chunks, *arguments)
+
+
+def copy_all(spans: Sequence[Span], stream: Any) -> None:
+    """Copy what is read to what is written to; a launch for each dtype, whatever their number."""
+    _move(scaling.copy_chunks, spans, stream)
+
+
+def add_all(spans: Sequence[Span], stream: Any) -> None:
+    """Add what is read to what is written to; a launch for each dtype, whatever their number."""
+    _move(scaling.add_chunks, spans, stream)
+
+
+def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:
+    for dtype in dict.fromkeys(span.dtype for span in spans):
+        chunks, _, _ = split([span for span in spans if span.dtype is dtype])
+        table = device.table(chunks, stream)
+        device.launch(kernel, chunks.shape[0], stream, table, like(dtype))
 
 
 def add(span: Span, stream: Any) -> None:

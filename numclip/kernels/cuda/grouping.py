@@ -14,23 +14,14 @@ import numpy as np
 
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, rows, tables
-from numclip.kernels.cuda.chunks import Chunks, Shared, Span, like
-from numclip.kernels.cuda.tiling import Memory, Strided, Tiles
+from numclip.kernels.cuda.chunks import Chunks, Shared, like
+from numclip.kernels.cuda.tiling import Tiles
+from numclip.memory import Memory, RowSpan, Span, Strided
 
 ALIGNMENT = 64  # bytes between the sums of tensors
 
 Groups = tuple[Array, Array]
 """The rows in an order that brings equal indices together, and where each group starts."""
-
-
-class RowSpan(NamedTuple):
-    """Contiguous rows of `length` stored numbers, `size` in all, of which some add up."""
-
-    dtype: DType
-    source: int
-    target: int
-    size: int
-    length: int
 
 
 class _Mapped(NamedTuple):
@@ -147,8 +138,7 @@ class Rows:
     def __init__(self, spans: Mapping[int, RowSpan]) -> None:
         self._numbers = list(spans)
         self.counts = np.array([count(span) for span in spans.values()], np.int64)
-        self._table = device.Tables()
-        self._room: device.Room | None = None
+        self._keeps = False
 
     def send(self, parts: Array, _stream: Any) -> None:
         """Take up where the partial sums of each tensor begin."""
@@ -156,13 +146,12 @@ class Rows:
 
     def keep_sums(self) -> None:
         """Have memory for the sums from the next `take` on."""
-        self._room = self._room or device.Room()
+        self._keeps = True
 
     def take(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
         """Send where the rows of each tensor are, and which of them share an index."""
-        self._table.begin()
         counts = [grouping[1].size - 1 for grouping in groupings]
-        self.sums = self._sums(spans, counts)
+        self.sums = self._sums(spans, counts, stream)
         numbers = zip(self._numbers, map(int, self._parts), strict=True)
         mapped = [
             _mapped(span._replace(target=place), grouping, *own, np.arange(count))
@@ -173,28 +162,29 @@ class Rows:
         self._tables: dict[DType, list[Any]] = {}
         for dtype in dict.fromkeys(span.dtype for span in spans):
             own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
-            self._tables[dtype] = [self._table(array, stream) for array in _joined(own)]
+            self._tables[dtype] = [device.table(array, stream) for array in _joined(own)]
         self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
         for work in self._written:
             work.send(np.zeros(len(work.counts), np.int64), stream)
 
-    def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int]) -> list[int]:
+    def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int], stream: Any) -> list[int]:
         """Return where the sums of each tensor's groups go, one behind the other."""
-        if self._room is None:
+        if not self._keeps:
             return [0] * len(spans)
         sizes = [
             -(-count * span.length * span.dtype.storage.itemsize // ALIGNMENT) * ALIGNMENT
             for span, count in zip(spans, counts, strict=True)
         ]
-        starts = itertools.accumulate(sizes[:-1], initial=self._room.address(sum(sizes)))
+        self._memory: Any = device.scratch((sum(sizes),), stream, np.uint8)
+        starts = itertools.accumulate(sizes[:-1], initial=self._memory.address)
         return list(starts)
 
     def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
         """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
         real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
         flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
-        writers: list[Any] = [Chunks(real, self._table)] if real else []
-        return [*writers, Tiles(flat, self._table)] if flat else writers
+        writers: list[Any] = [Chunks(real)] if real else []
+        return [*writers, Tiles(flat)] if flat else writers
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
         """Sum the squares of each share's sums: one read."""

@@ -133,12 +133,47 @@ def sum_squares(chunks, tensors, like, out):
 
 
 @inline
-def magnitude(address, masked, like):
+def finite_magnitude(element, masked):
     """Return an element's magnitude, 0 for one that is masked; and 1 for one not finite."""
-    value = abs(np.float64(load(address, like)))
+    value = abs(np.float64(element))
     if math.isfinite(value):
         return value, 0.0
     return (0.0 if masked else value), 1.0
+
+
+@inline
+def packet_max(x, masked, largest, bad):
+    """Return the largest magnitude with those of a packet, and how many are not finite."""
+    for k in range(len(x)):
+        value, odd = finite_magnitude(x[k], masked)
+        largest = larger(largest, value)
+        bad += odd
+    return largest, bad
+
+
+@inline
+def chunk_max(address, length, masked, like):
+    """Return a thread's largest magnitude of a chunk, and how many elements are not finite."""
+    largest, bad = 0.0, 0.0
+    packets = whole_packets(address, length)
+    stride = packets * WORD
+    p = np.int64(cuda.threadIdx.x)
+    while p + THREADS < packets:
+        x = load_packet(address + p * WORD, stride, like)
+        y = load_packet(address + (p + THREADS) * WORD, stride, like)
+        largest, bad = packet_max(x, masked, largest, bad)
+        largest, bad = packet_max(y, masked, largest, bad)
+        p += 2 * THREADS
+    if p < packets:
+        x = load_packet(address + p * WORD, stride, like)
+        largest, bad = packet_max(x, masked, largest, bad)
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        value, odd = finite_magnitude(load(address + i * size_of(like), like), masked)
+        largest = larger(largest, value)
+        bad += odd
+        i += THREADS
+    return largest, bad
 
 
 @kernel
@@ -148,13 +183,7 @@ def max_magnitude(chunks, tensors, like, out):
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
         masked = tensors[chunks[c, OWNER], ZEROING] != 0
-        largest, bad = 0.0, 0.0
-        i = np.int64(cuda.threadIdx.x)
-        while i < chunks[c, LENGTH]:
-            value, odd = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
-            largest = larger(largest, value)
-            bad += odd
-            i += THREADS
+        largest, bad = chunk_max(chunks[c, SOURCE], chunks[c, LENGTH], masked, like)
         largest, bad = block_max(largest, room), block_sum(bad, 0.0, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, PART], TOTAL] = largest
@@ -184,25 +213,45 @@ def find_peaks(tensors, pools, partial, column, out):
         p += cuda.gridDim.x
 
 
+@inline
+def with_power(element, masked, peak, ord, total, error):
+    """Return a sum of powers and its error with an element's; of infinite order, a ratio."""
+    value, _ = finite_magnitude(element, masked)
+    if ord == math.inf:
+        return larger(total, value / peak), error
+    total, rest = two_sum(total, power_term(value / peak, ord))
+    return total, error + rest
+
+
+@inline
+def chunk_powers(address, length, masked, peak, ord, like):
+    """Return a thread's sum of powers of a chunk and its error."""
+    total, error = 0.0, 0.0
+    packets = whole_packets(address, length)
+    p = np.int64(cuda.threadIdx.x)
+    while p < packets:
+        x = load_packet(address + p * WORD, packets * WORD, like)
+        for k in range(len(x)):
+            total, error = with_power(x[k], masked, peak, ord, total, error)
+        p += THREADS
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        element = load(address + i * size_of(like), like)
+        total, error = with_power(element, masked, peak, ord, total, error)
+        i += THREADS
+    return total, error
+
+
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
     """Write each chunk's sum of ``(|x| / peak) ** ord``; of infinite order, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        owner = chunks[c, OWNER]
-        masked = tensors[owner, ZEROING] != 0
-        peak, ord = usable(laws[tensors[owner, POOL], PEAK]), laws[tensors[owner, POOL], ORD]
-        total, error = 0.0, 0.0
-        i = np.int64(cuda.threadIdx.x)
-        while i < chunks[c, LENGTH]:
-            value, _ = magnitude(chunks[c, SOURCE] + i * size_of(like), masked, like)
-            if ord == math.inf:
-                total = larger(total, value / peak)
-            else:
-                total, rest = two_sum(total, power_term(value / peak, ord))
-                error += rest
-            i += THREADS
+        tensor = tensors[chunks[c, OWNER]]
+        peak, ord = usable(laws[tensor[POOL], PEAK]), laws[tensor[POOL], ORD]
+        address, length, masked = chunks[c, SOURCE], chunks[c, LENGTH], tensor[ZEROING] != 0
+        total, error = chunk_powers(address, length, masked, peak, ord, like)
         total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, PART], TOTAL] = total

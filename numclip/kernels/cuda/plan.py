@@ -7,48 +7,19 @@ the GPU, and none but `write_laws` with new laws moves anything over the bus.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from numclip.dtypes import Array, DType
-from numclip.kernels import formulas
+from numclip.dtypes import Array
 from numclip.kernels.cuda import device, norms, tables, verdict
-from numclip.kernels.cuda.chunks import Chunks, Shared, Span
-from numclip.kernels.cuda.grouping import Groups, Rows, RowSpan
-from numclip.kernels.cuda.tiling import Strided, Tiles
-
-ABSENT = -1.0  # a norm that was not given
-POLICIES = {
-    "propagate": tables.PROPAGATE,
-    "raise": tables.RAISE,
-    "skip": tables.SKIP,
-    "zero": tables.ZERO,
-}
-
-
-class Pool(NamedTuple):
-    """Tensors ``[first, last)`` of one norm; pools of one `group` are skipped together."""
-
-    first: int
-    last: int
-    group: int
-    policy: str
-
-
-class Law(NamedTuple):
-    """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1.
-
-    `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`.
-    """
-
-    bound: float | Array
-    divisor: float | Array = 1.0
-    given: float = ABSENT
-    unscale: float = 1.0
-    ord: float = 2.0
-    loss: float | Array = 0.0
+from numclip.kernels.cuda.chunks import Chunks, Shared
+from numclip.kernels.cuda.grouping import Groups, Rows
+from numclip.kernels.cuda.tiling import Tiles
+from numclip.law import Law, Laws, Pool
+from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 
 class HostTable:
@@ -97,25 +68,29 @@ class Work(Protocol):
 
 WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
 """What works on each kind of tensor."""
-AnySpan = Span | Strided | RowSpan
 
 
 class Plan:
-    """What the kernels need to measure and scale some tensors."""
+    """What the kernels need to measure and scale some tensors.
+
+    Its partial sums and its law are of one use at a time: threads that share a plan hold `lock`
+    from the law to the last launch that reads a decision.
+    """
 
     def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> None:
+        self.lock = threading.RLock()
         self.spans: list[Any] = list(spans)
         self.pools = list(pools)
         firsts = self._set_works(stream)
         self.tensors = device.table(self._tensor_table(firsts), stream)
         partial = device.table(np.zeros((max(int(firsts[-1]), 1), tables.SUM_COLUMNS)), stream)
         self._shared = Shared(self.tensors, partial)
-        self._pools = device.table(self._pool_table(), stream)
+        self._facts = Laws(self.spans, self.pools)
+        self._pools = device.table(self._facts.pool_table(self.pools), stream)
         groups = 1 + max(pool.group for pool in pools)
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
         self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._groupings: list[Groups] = []
-        self._set_facts()
         # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
         whole = [span for span in spans if not isinstance(span, Span)]
         self._hypotenuses = any(span.dtype.components == 2 for span in whole)
@@ -144,27 +119,6 @@ class Plan:
         table[:, tables.REPEATS] = [WORKS[type(span)].repeats for span in self.spans]
         return table
 
-    def _pool_table(self) -> Array:
-        table = np.zeros((len(self.pools), 6), np.int64)
-        for p, pool in enumerate(self.pools):
-            digits = min(row.digits for row in self._dtypes(pool))
-            repeated = any(WORKS[type(span)].repeats for span in self.spans[pool.first : pool.last])
-            table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits, repeated
-        return table
-
-    def _set_facts(self) -> None:
-        """Find out what the laws say of each pool's elements."""
-        dtypes = [self._dtypes(pool) for pool in self.pools]
-        members = [self.spans[pool.first : pool.last] for pool in self.pools]
-        self._sizes = [sum(span.size for span in spans) for spans in members]
-        self._roundoffs = np.array([max(row.roundoff for row in rows) for rows in dtypes])
-        self._tiny = np.array([max(row.tiny for row in rows) for rows in dtypes])
-        self._coarse = np.array([max(row.coarse for row in rows) for rows in dtypes])
-        self._roots_of: dict[float, Array] = {}
-
-    def _dtypes(self, pool: Pool) -> set[DType]:
-        return {span.dtype for span in self.spans[pool.first : pool.last]}
-
     def take_rows(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
         """Let the tensors whose rows can share an index be these; send nothing if they are."""
         numbers = [k for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
@@ -174,7 +128,7 @@ class Plan:
         for k, span in zip(numbers, spans, strict=True):
             self.spans[k] = span
         self._groupings = list(groupings)
-        self._set_facts()
+        self._facts = Laws(self.spans, self.pools)
         for work in self._works:
             if isinstance(work, Rows):
                 work.take(spans, groupings, stream)
@@ -209,23 +163,9 @@ class Plan:
     def write_laws(self, law: Law, stream: Any, laws: HostTable | None = None) -> None:
         """Let decisions obey a law, whose numbers may be arrays with one for each pool.
 
-        It is written to the plan's own table, or to another one for `judge` to be given.
+        It is written to the plan's own table, or to another one for `decide` to be given.
         """
-        table = np.zeros((len(self.pools), tables.LAW_COLUMNS))
-        coarse = self._roots(law.ord) / law.divisor * self._coarse
-        aim = np.maximum(law.bound - law.loss / law.divisor, 0.0)
-        numbers = [law.bound, law.divisor, law.given, self._roundoffs, coarse, self._tiny]
-        given = law.unscale, 0.0, 1.0, law.ord, 0.0, 1.0
-        for column, number in enumerate([*numbers, *given, aim]):
-            table[:, column] = number
-        (laws or self._laws).write(table, stream)
-
-    def _roots(self, ord: float) -> Array:
-        """Return the norm of each pool's vector of ones; found once for each order."""
-        if ord not in self._roots_of:
-            roots = [formulas.root(float(size), ord) for size in self._sizes]
-            self._roots_of[ord] = np.array(roots)
-        return self._roots_of[ord]
+        (laws or self._laws).write(self._facts.table(law), stream)
 
     def measure(self, ord: float, stream: Any) -> None:
         """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
@@ -247,7 +187,7 @@ class Plan:
         arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
         device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
 
-    def judge(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
+    def decide(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""
         table = (laws or self._laws).table
         tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
@@ -258,7 +198,7 @@ class Plan:
         for work in self._works:
             work.scale(self._shared, outcome[1], stream)
 
-    def scale_rare(self, outcome: tuple[Any, Any], stream: Any) -> None:
+    def write_exceptional(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
         for work in self._works:
             work.scale_rare(self._shared, outcome[1], stream)

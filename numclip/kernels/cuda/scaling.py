@@ -10,7 +10,9 @@ from numclip.kernels.cuda.packets import (
     WORD,
     as_computed,
     copy_element,
+    copy_elements,
     copy_packet,
+    copy_packets,
     each,
     load,
     load_packet,
@@ -90,14 +92,20 @@ def multiply_carefully(chunk, decision, digits, lowest, like):
 
 @inline
 def copy(source, target, length, like):
-    """Copy a chunk bit by bit."""
+    """Copy a chunk bit by bit; two packets a turn, or four elements."""
     packets = whole_packets(source | target, length)
     stride = packets * WORD
     p = np.int64(cuda.threadIdx.x)
-    while p < packets:
+    while p + THREADS < packets:
+        copy_packets(source + p * WORD, target + p * WORD, THREADS * WORD, stride, like)
+        p += 2 * THREADS
+    if p < packets:
         copy_packet(source + p * WORD, target + p * WORD, stride, like)
-        p += THREADS
     i = packets * PACKET + cuda.threadIdx.x
+    while i + 3 * THREADS < length:
+        place = i * size_of(like)
+        copy_elements(source + place, target + place, THREADS * size_of(like), like)
+        i += 4 * THREADS
     while i < length:
         place = i * size_of(like)
         copy_element(source + place, target + place, like)
@@ -124,6 +132,15 @@ def scale(chunks, tensors, decisions, digits, lowest, like):
             copy(chunk[SOURCE], chunk[TARGET], chunk[LENGTH], like)
         elif decisions[decisions.shape[0] - 1, MODE] == 0.0:
             return
+        c += cuda.gridDim.x
+
+
+@kernel
+def copy_chunks(chunks, like):
+    """Copy each chunk bit by bit. One read, one write."""
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        copy(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
         c += cuda.gridDim.x
 
 
@@ -209,6 +226,15 @@ def add_piece(source, target, length, like):
         total = added(load(source + place, like), load(target + place, like))
         store(target + place, total, like)
         i += THREADS
+
+
+@kernel
+def add_chunks(chunks, like):
+    """Add what is read of each chunk to what is written to. Two reads, one write."""
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        add_piece(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
+        c += cuda.gridDim.x
 
 
 @kernel

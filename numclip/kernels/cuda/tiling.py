@@ -11,6 +11,7 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.kernels.cuda import device, tables, tile_scaling, tiles
 from numclip.kernels.cuda.chunks import Shared, copied_first, like
+from numclip.memory import Memory, Strided
 
 SECTOR = 32  # bytes: memory is read in as many
 LINE = 128  # bytes: what a warp reads at its best
@@ -18,47 +19,6 @@ LINE = 128  # bytes: what a warp reads at its best
 LEAST_BYTES, MOST_BYTES = device.CHUNK_BYTES >> 3, device.CHUNK_BYTES
 TILES = 2048  # that an array is cut into between the two
 TURNS = 16  # elements a thread reads before lanes are added up, where there are so many
-
-
-class Memory(NamedTuple):
-    """Where the elements of an array are: the address of the first one, and steps in bytes."""
-
-    address: int
-    steps: tuple[int, ...]
-
-
-class Strided(NamedTuple):
-    """An array of any steps: where it is read, and where written.
-
-    `axes` are those a unit's norm is taken over; without them, all is one unit.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
-    read: Memory
-    written: Memory
-    axes: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """The stored numbers, two for each complex element."""
-        return math.prod(self.shape) * self.dtype.components
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The axes that tell units apart."""
-        every = range(len(self.shape))
-        return () if self.axes is None else tuple(k for k in every if k not in self.axes)
-
-    @property
-    def units(self) -> int:
-        """How many units there are."""
-        return math.prod(self.shape[k] for k in self.kept)
-
-    @property
-    def itemsize(self) -> int:
-        """The bytes of an element."""
-        return self.dtype.storage.itemsize * self.dtype.components
 
 
 class Direction(NamedTuple):
@@ -225,13 +185,11 @@ class Tiles:
     """The work on some of a plan's tensors, by their numbers, that lie in memory of any steps.
 
     `counts` says how many partial sums each of them takes: so many for each unit, unit by unit.
-    `table` sends the tables.
     """
 
     repeats = False
 
-    def __init__(self, arrays: Mapping[int, Strided], table: Any = device.table) -> None:
-        self._table = table
+    def __init__(self, arrays: Mapping[int, Strided]) -> None:
         self._arrays = dict(arrays)
         self._cut = {k: cut(array, [array.read] * 2) for k, array in arrays.items()}
         sums = [self._cut[k][1] * array.units for k, array in arrays.items()]
@@ -244,7 +202,7 @@ class Tiles:
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
             found[k] = table
-        self._tables = _by_dtype(self._arrays, found, stream, self._table)
+        self._tables = _by_dtype(self._arrays, found, stream)
         if all(array.read == array.written for array in self._arrays.values()):
             self._written[None] = self._tables
 
@@ -253,7 +211,7 @@ class Tiles:
         if members not in self._written:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = _by_dtype(self._arrays, found, stream, self._table)
+            self._written[members] = _by_dtype(self._arrays, found, stream)
         return self._written[members]
 
     def sum_squares(self, shared: Shared, stream: Any) -> None:
@@ -301,7 +259,7 @@ class Tiles:
 
 
 def _by_dtype(
-    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any, send: Any = device.table
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any
 ) -> dict[DType, Any]:
     """Return one table of the tiles of each dtype that has some, sent to the GPU."""
     rows: dict[DType, list[Array]] = {}
@@ -309,7 +267,7 @@ def _by_dtype(
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
     joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: send(own, stream) for dtype, own in joined.items() if len(own)}
+    return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from numclip.dtypes import FLOAT64, Array
-from numclip.kernels import formulas
+from numclip.dtypes import Array
 from numclip.kernels.cuda import device, tables, units
 from numclip.kernels.cuda.chunks import Shared
 from numclip.kernels.cuda.plan import HostTable
 from numclip.kernels.cuda.tiles import ALL_BITS
-from numclip.kernels.cuda.tiling import Strided, Tiles, bits_of
+from numclip.kernels.cuda.tiling import Tiles, bits_of
+from numclip.law import Family, unit_laws
 
 PARTS = 8
 """How many partial sums of a unit one thread adds up, where there are so many."""
-
-
-class Family(NamedTuple):
-    """Arrays with the same units: what a unit has in all of them has one norm.
-
-    Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
-    that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
-    skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
-    instead of the arrays, where these are its rounded copies.
-    """
-
-    arrays: tuple[Strided, ...]
-    param: Strided | None = None
-    zeroing: bool = False
-    base: int = 0
-    rounded: bool = True
-    measured: tuple[Strided, ...] = ()
-
-    @property
-    def units(self) -> int:
-        """How many units there are."""
-        return self.arrays[0].units
 
 
 class UnitPlan:
@@ -48,10 +27,12 @@ class UnitPlan:
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
     That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
+    Threads that share a plan hold `lock` from the law to the last launch.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
         self.families, self._ord = list(families), ord
+        self.lock = threading.RLock()
         arrays = [array for family in families for array in family.arrays]
         params = [family.param for family in families if family.param is not None]
         measured = [array for family in families for array in family.measured or family.arrays]
@@ -68,25 +49,21 @@ class UnitPlan:
         self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
         self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
         self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
-        partial = device.scratch((max(int(counts.sum()), 1), 3))
+        partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
         self.shared = Shared(device.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
-        self.units = device.scratch((count, tables.UNIT_COLUMNS))
+        self.units = device.scratch((count, tables.UNIT_COLUMNS), stream)
         self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
-        self._facts = np.array([_facts(family, ord) for family in families])
 
     def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
         """Let decisions obey bounds, one or one for each family; of ratios where params are.
 
         `eps` is the least norm of parameters that counts, one or one for each family.
         """
-        table = np.zeros((len(self.families), tables.LAW_COLUMNS))
-        table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
-        table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, self._ord
-        table[:, [tables.ROUNDOFF, tables.COARSE, tables.TINY]] = self._facts
+        table = unit_laws(self.families, self._ord, bound, eps, unscale)
         self._laws.write(table, stream)
 
     def measure(self, stream: Any) -> None:
@@ -163,7 +140,7 @@ def _family_table(families: Sequence[Family]) -> Array:
         own[tables.LAW], own[tables.UNITS], own[tables.ROW] = f, family.units, row
         own[tables.PARAM] = -1 if family.param is None else param
         own[tables.BASE] = family.base
-        own[tables.PRECISION] = min(dtype.digits for dtype in _dtypes(family))
+        own[tables.PRECISION] = family.digits
         first, row = first + len(family.arrays), row + family.units
         param += family.param is not None
     return table
@@ -188,18 +165,3 @@ def _slabs(families: Array, tensors: Array) -> tuple[Array, Array]:
         slabs.append(own)
     ends = np.cumsum([len(own) for own in slabs])
     return np.concatenate(slabs), np.stack([ends - [len(own) for own in slabs], ends], axis=1)
-
-
-def _dtypes(family: Family) -> set[Any]:
-    return {array.dtype for array in family.arrays} if family.rounded else {FLOAT64}
-
-
-def _facts(family: Family, ord: float) -> tuple[float, float, float]:
-    """Return what the law says of the elements of a family: roundoff, what is coarse, tiny."""
-    rows = _dtypes(family)
-    size = sum(array.size // max(array.units, 1) for array in family.arrays)
-    ones = formulas.root(float(size), ord) if family.rounded else 1.0
-    coarse = ones * max(row.coarse for row in rows)
-    roundings = 2.0 if family.measured else 1.0
-    roundoff = roundings * max(row.roundoff for row in rows)
-    return roundoff, coarse, max(row.tiny for row in rows)

@@ -12,7 +12,15 @@ import numpy as np
 
 from numclip.kernels.cuda.blocks import arrives_last, block_max, block_sum, lane_max
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
-from numclip.kernels.cuda.scalars import binned_square, joined_bins, larger, scale_by_power
+from numclip.kernels.cuda.scalars import (
+    binned_square,
+    joined_bins,
+    larger,
+    norm_of,
+    relative,
+    scale_by_power,
+    write_factor,
+)
 from numclip.kernels.cuda.tables import (
     AFTER,
     BAD,
@@ -23,7 +31,6 @@ from numclip.kernels.cuda.tables import (
     CLIPPED_COUNT,
     COARSE,
     COUNT,
-    EPS,
     EXPONENT,
     FIRST,
     LAST,
@@ -49,7 +56,7 @@ from numclip.kernels.cuda.tables import (
     UNITS,
     UNSCALE,
 )
-from numclip.kernels.cuda.verdict import EMPTY, add_rows, join, joined, norm_of, write_factor
+from numclip.kernels.cuda.verdict import BINS, EMPTY, add_rows, join, joined
 
 
 @inline
@@ -104,22 +111,6 @@ def find_unit_peaks(slabs, tensors, laws, partial, column, out):
 
 
 @inline
-def relative(law, norm, param):
-    """Return the bound on the ratio of a norm and a parameter's, that ratio, and what is coarse.
-
-    Ratios are compared, as a product of norms could over- or underflow.
-    """
-    bound, root, power = law[BOUND], param[0], param[1]
-    if scale_by_power(root, power) < law[EPS]:
-        root, power = math.frexp(law[EPS])
-    if root == 0.0:
-        bound = 0.0 if bound < math.inf else bound
-        root, power = 1.0, 0
-    coarse = scale_by_power(law[COARSE] / root, -power)
-    return bound, (norm[0] / root, norm[1] - power), coarse
-
-
-@inline
 def decide_slab(slab, tensors, law, partial, base, room, out):
     """Write the factors of a slab's units; return the mode of the one the thread wrote."""
     u, lane, _ = unit_of(slab)
@@ -149,7 +140,7 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
     `tickets` counts the blocks, then those with work and those with rare work; all are 0 again
     in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     work, rare = 0.0, 0.0
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
@@ -194,7 +185,7 @@ def summarize_units(slabs, families, laws, units, tickets, partial, out):
     `families` tells FIRST and LAST of each one's slabs, `partial` has a row for each slab.
     `tickets` counts the slabs of each family that are done; all are 0 again in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
         f = slabs[s, LAW]

@@ -7,15 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from numclip import methods
 from numclip.dtypes import Array, DType
+from numclip.engine import Outcome
 from numclip.kernels.cuda import device, updates
-from numclip.kernels.cuda.chunks import Span, like, split
-from numclip.kernels.cuda.grouping import RowSpan
+from numclip.kernels.cuda.chunks import like, split
 from numclip.kernels.cuda.plan import HostTable, Plan
 from numclip.kernels.cuda.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
+from numclip.memory import RowSpan, Span
+from numclip.methods import SETTINGS_COLUMNS
 
-KERNELS = updates.descend, updates.descend_with_momentum, updates.adam
-"""Of optimizers that keep no state, one and two."""
+KERNELS = {
+    "descend": updates.descend,
+    "descend_with_momentum": updates.descend_with_momentum,
+    "adam": updates.adam,
+}
+"""What takes a step, by the name that an optimizer has for it."""
 
 
 class Places:
@@ -60,15 +67,16 @@ class Places:
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
         return rows
 
-    def by_dtype(self, rows: Array, table: Any, stream: Any) -> dict[DType, Any]:
+    def by_dtype(self, rows: Array, stream: Any) -> dict[DType, Any]:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
-            dtype: table(rows[dtypes == dtype], stream) for dtype in dict.fromkeys(dtypes.tolist())
+            dtype: device.table(rows[dtypes == dtype], stream)
+            for dtype in dict.fromkeys(dtypes.tolist())
         }
 
 
-class Updates:
+class GroupUpdates:
     """What the kernels need to update parameters by the gradients of a plan.
 
     A row of settings and a count of steps stand for each pool. Where rows can share an index,
@@ -76,80 +84,101 @@ class Updates:
     """
 
     def __init__(
-        self, plan: Plan, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]
+        self,
+        kernel: str,
+        plan: Plan,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        stream: Any,
     ) -> None:
+        self._name, self._kernel = kernel, KERNELS[kernel]
         self._plan, self._places = plan, Places(spans, states)
-        self._updates = self._places.by_dtype(self._places.whole(), device.table, 0)
+        self._updates = self._places.by_dtype(self._places.whole(), stream)
         self._row_updates: dict[DType, Any] = {}
-        self._table = device.Tables()
-        self.counts = device.table(np.zeros(len(plan.pools), np.int64), 0)
-        shape = len(plan.pools), updates.SETTINGS_COLUMNS
-        self._given = HostTable(shape, 0)
-        self._settings = device.table(np.zeros(shape), 0)
-        if any(isinstance(span, RowSpan) for span in spans):
+        self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
+        shape = len(plan.pools), SETTINGS_COLUMNS
+        self._given = HostTable(shape, stream)
+        self._settings = device.table(np.zeros(shape), stream)
+        self._sparse = any(isinstance(span, RowSpan) for span in spans)
+        if self._sparse:
             plan.keep_sums()
 
-    def take_rows(self, indices: Sequence[Array], stream: Any) -> None:
-        """Let the next step update the rows at some indices, the distinct ones of each tensor."""
+    def counts(self) -> Array:
+        """Return how often each pool was updated, after waiting for it."""
+        with device.on_stream(None) as stream:
+            counts: Array = device.read_table(self._counts, stream)
+        return counts
+
+    def set_counts(self, counts: Array) -> None:
+        """Let pools have been updated so often."""
+        with device.on_stream(None) as stream:
+            device.update(self._counts, counts, stream)
+
+    def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
+        """Let the next step update the rows of some slices."""
         made = [
-            self._places.rows(owner, sums, own)
-            for (owner, _, sums), own in zip(self._plan.row_sums(), indices, strict=True)
+            self._places.rows(owner, sums, own.distinct_indices)
+            for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
         ]
-        self._table.begin()
-        self._row_updates = self._places.by_dtype(np.concatenate(made), self._table, stream)
+        self._row_updates = self._places.by_dtype(np.concatenate(made), stream)
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""
         self._given.write(settings, stream)
 
-    def descend(self, outcome: tuple[Any, Any], momentum: bool, stream: Any) -> None:
-        """Take a step of gradient descent; one launch to count it, one for each dtype."""
-        device.launch(updates.advance, 1, stream, outcome[1], self.counts)
-        self._take(KERNELS[int(momentum)], outcome, self._given.table, stream)
-
-    def adam(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Take a step of Adam; one launch to prepare it, one for each dtype."""
-        tables = outcome[1], self._given.table, self.counts, self._settings
-        device.launch(updates.advance_adam, 1, stream, *tables)
-        self._take(updates.adam, outcome, self._settings, stream)
-
-    def _take(self, kernel: Any, outcome: tuple[Any, Any], settings: Any, stream: Any) -> None:
+    def step(self, outcome: Outcome, stream: Any) -> None:
+        """Take a step; one launch to count it, one for each dtype."""
+        if self._sparse:
+            self._plan.sum_scaled(outcome, stream)
+        settings = self._given.table
+        if self._name == "adam":
+            settings = self._settings
+            tables = outcome[1], self._given.table, self._counts, settings
+            device.launch(updates.advance_adam, 1, stream, *tables)
+        else:
+            device.launch(updates.advance, 1, stream, outcome[1], self._counts)
         for found in (self._updates, self._row_updates):
             for dtype, rows in found.items():
                 arguments = self._plan.tensors, outcome[1], settings, like(dtype)
-                device.launch(kernel, rows.shape[0], stream, rows, *arguments)
+                device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)
 
 
-class PlainUpdates:
-    """What the kernels need to update parameters by gradients that are not clipped.
+class ArrayUpdates:
+    """What the kernels need to update arrays by gradients that are not clipped.
 
     `spans` and `states` are as of `Places`; `indices` are those of the rows, each once, that
-    each `RowSpan` reads. A row of numbers stands for each parameter.
+    each `RowSpan` reads. A row of numbers stands for each array.
     """
 
     def __init__(
         self,
+        kernel: str,
         spans: Sequence[Span | RowSpan],
         states: Sequence[Sequence[int]],
         indices: Sequence[Array],
         stream: Any,
     ) -> None:
-        self._kernel, places = KERNELS[len(states)], Places(spans, states)
+        self._name, self._kernel = kernel, KERNELS[kernel]
+        places = Places(spans, states)
         sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         pairs = zip(sparse, indices, strict=True)
         rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
         everything = np.concatenate([places.whole(), *rows])
-        self._updates = places.by_dtype(everything, device.table, stream)
+        self._updates = places.by_dtype(everything, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = device.table(tensors, stream)
         decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._decisions = device.table(decisions, stream)
-        self._numbers = HostTable((len(spans), updates.SETTINGS_COLUMNS), stream)
+        self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
 
-    def take(self, numbers: Array, stream: Any) -> None:
-        """Update by a row of numbers for each parameter; one launch for each dtype."""
-        self._numbers.write(numbers, stream)
+    def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
+        """Update each array for the time that its count says; one launch for each dtype."""
+        found = {count: methods.numbers(self._name, settings, count) for count in set(counts)}
+        table = np.zeros((len(counts), SETTINGS_COLUMNS))
+        for row, count in zip(table, counts, strict=True):
+            row[: len(found[count])] = found[count]
+        self._numbers.write(table, stream)
         for dtype, rows in self._updates.items():
             arguments = self._tensors, self._decisions, self._numbers.table, like(dtype)
             device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)

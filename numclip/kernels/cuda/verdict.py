@@ -3,72 +3,44 @@
 Norm, verdict and factor stay on the device.
 """
 
-import math
-
 import numpy as np
 
-from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_sum
+from numclip.kernels.cuda.blocks import arrives_last, block_sum, lane_bins
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.scalars import (
-    clip_factor,
-    factor_over,
+    decide,
     joined_bins,
     power_term,
-    root,
-    scale_by_power,
     two_sum,
     usable,
+    write_norm,
+    write_spread,
 )
 from numclip.kernels.cuda.tables import (
-    AIM,
     BAD,
-    BOUND,
     BROKEN,
-    CLAMPED,
-    CLEAN,
-    CLIPPED,
-    COARSE,
     DIGITS,
-    DIVISOR,
     EXPONENT,
-    FACTOR,
     FIRST,
-    GIVEN,
     LAST,
     LEAVE,
-    MANTISSA,
     MODE,
     MULTIPLY,
-    NORM,
     ORD,
     PEAK,
     POLICY,
     POOL,
-    POWER,
-    RAISE,
     RARE,
-    RATIO,
     REPEATED,
     REPEATS,
-    ROOT,
-    ROOT_EXPONENT,
-    ROUNDOFF,
-    SCALE,
     SET,
-    SKIP,
-    SKIPPED,
-    SPREAD,
     TERMS,
     TERMS_EXPONENT,
     TERMS_PEAK,
-    TERMS_RATIO,
-    TINY,
     TOTAL,
-    TRUNCATE,
-    UNSCALE,
-    ZERO,
 )
 
+BINS = 7  # three sums, their errors, what is not finite
 EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
@@ -95,11 +67,9 @@ def add_rows(sums, column, k, last, step, bins):
 @inline
 def joined(bins, place, apart, room):
     """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
-    small = lane_sum(bins[0], bins[3], place, apart, room)
-    middle = lane_sum(bins[1], bins[4], place, apart, room)
-    large = lane_sum(bins[2], bins[5], place, apart, room)
+    small, middle, large, bad = lane_bins(bins, place, apart, room)
     total, exponent = joined_bins(small, middle, large)
-    return total, exponent, lane_sum(bins[6], 0.0, place, apart, room)
+    return total, exponent, bad
 
 
 @inline
@@ -107,20 +77,6 @@ def join(sums, column, first, last, room):
     """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
     i = cuda.threadIdx.x
     return joined(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
-
-
-@inline
-def norm_of(total, exponent, ord, peak, ratio):
-    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
-
-    For an infinite order it is the peak times `ratio`.
-    """
-    if ord == 2.0:
-        return math.sqrt(total), exponent
-    if not 0.0 < peak < math.inf:
-        return peak, 0
-    fraction, exponent = math.frexp(peak)
-    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
 
 
 @inline
@@ -145,66 +101,9 @@ def add_tensors(pool, law, sums, out, room):
     if pool[REPEATED] != 0:
         terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
     if cuda.threadIdx.x == 0:
-        write_norm(law, total, exponent, bad, out)
-        out[SPREAD] = 0.0
-        if pool[REPEATED] != 0 and total > 0.0:
-            norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
-            peak, ratio = law[TERMS_PEAK], law[TERMS_RATIO]
-            upper, upper_power = norm_of(terms, terms_exponent, law[ORD], peak, ratio)
-            out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
-
-
-@inline
-def write_norm(law, total, exponent, bad, out):
-    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
-    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
-    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
-    given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
-    out[BROKEN] = bad + 1.0 if given_badly else bad
-
-
-@inline
-def write_factor(law, limits, judged, told, leaves, digits, out):
-    """Write the factor that brings the norm `judged` to a bound, and what to do.
-
-    `limits` are the bound, the one to aim at, that under which it is coarse, and the roundoff.
-    The norm that is `told`, and what the factor makes of it, are written too; both norms are
-    pairs of a root and its exponent.
-    """
-    bound, aim, coarse, roundoff = limits
-    mantissa, power = 1.0, 0
-    value = scale_by_power(judged[0], judged[1])
-    if not leaves and not value <= bound:
-        mantissa, power = clip_factor(aim, judged[0], judged[1], roundoff, digits)
-    out[NORM] = scale_by_power(told[0], told[1])
-    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
-    out[SCALE] = scale_by_power(mantissa, power)
-    small = 0.0 < mantissa < 1.0 and (out[SCALE] < law[TINY] or aim < coarse)
-    if law[UNSCALE] != 1.0 and not leaves:
-        mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
-        small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
-    out[FACTOR] = scale_by_power(mantissa, power)
-    out[MANTISSA], out[POWER] = mantissa, power
-    if small:
-        out[MODE] = TRUNCATE
-    else:
-        out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
-
-
-@inline
-def decide(law, policy, digits, bad, out):
-    """Write the factor of a pool, what to do with its tensors, and what is told."""
-    norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
-    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
-        norm = law[GIVEN], 0
-    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
-    leaves = bad and (policy in (SKIP, RAISE))
-    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
-    limits = law[BOUND], law[AIM], law[COARSE], roundoff
-    write_factor(law, limits, norm, norm, leaves, digits, out)
-    if bad and policy == ZERO:
-        out[MODE] = CLEAN
+        write_norm(law, total, exponent, 0, bad, out)
+        if pool[REPEATED] != 0:
+            write_spread(law, (total, exponent), (terms, terms_exponent), out)
 
 
 @kernel
@@ -214,7 +113,7 @@ def judge(tensors, pools, laws, partial, tickets, sums, decisions):
     `tickets` counts, for each pool, tensors that are done; after them, for each set, those
     that are not finite, and last the blocks. All are 0 again in the end.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     t = np.int64(cuda.blockIdx.x)
     count = pools.shape[0]
     while t < tensors.shape[0]:

@@ -1,0 +1,72 @@
+"""What every kind of measured work has in common: its data, its ways, its exact result."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# A call returns the arrays it made or changed, and the norm (or the count) it found.
+Call = Callable[[], tuple[Any, Any]]
+FALL = 1 - 1e-4
+
+
+class Bound:
+    """A bound above the norm, or below it and falling: what was clipped is clipped again."""
+
+    def __init__(self, norm: float, clips: bool) -> None:
+        self.clips = clips
+        self.value, self._fall = (norm / 2, FALL) if clips else (norm * 2, 1.0)
+
+    def __call__(self, _step: int = 0) -> float:
+        self.value *= self._fall
+        return self.value
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of work, and the ways to do it.
+
+    `norm` is what bounds are set by. `exact` returns the float64 results and the norm for a
+    bound. `ways` has for each name a function of the data and a bound that makes a call, on a
+    copy of the data. `passes` are the least passes over the bytes: where nothing is clipped, and
+    where something is. `arrays` makes arrays of a call's results; `follows` says that they are
+    proportional to the bound.
+    """
+
+    exact: Callable[[Any, float], tuple[Iterable[np.ndarray], float]]
+    ways: dict[str, Callable[[Any, Bound], Call]]
+    passes: tuple[int, int]
+    norm: Callable[[Any], float] = lambda data: norm_of(data)
+    arrays: Callable[[Any], Iterable[Any]] = lambda results: results
+    follows: bool = True
+
+
+def library(name: str) -> Any:
+    """Import a peer; what it warns of on import is its own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+def copied(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
+    return [array.copy() for array in arrays]
+
+
+def norm_of(arrays: Iterable[np.ndarray]) -> float:
+    """Return the norm in float64."""
+    wide = (array.reshape(-1).astype(np.float64) for array in arrays)
+    return float(np.sqrt(sum(np.dot(x, x) for x in wide)))
+
+
+def error_of(results: Iterable[Any], exact: Iterable[np.ndarray]) -> float:
+    """Return the relative error of results in the L2 norm."""
+    off = norm = 0.0
+    for result, right in zip(results, exact, strict=True):
+        off = np.hypot(off, norm_of([np.asarray(result) - right]))
+        norm = np.hypot(norm, norm_of([right]))
+    return float(off / norm)

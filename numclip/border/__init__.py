@@ -1,0 +1,1 @@
+"""The border: what a user passes, checked and described once."""

@@ -1,0 +1,282 @@
+"""A group's parameters and gradients in flat buffers, on the engine that is asked for.
+
+Buffers are aligned and contiguous, one for each dtype; tensors follow one another in them, in C
+order and without gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from numclip import engine as engines
+from numclip.border.gradients import Gradient, describe
+from numclip.dtypes import Array
+from numclip.engine import Engine
+from numclip.errors import expected
+from numclip.slices import IndexedSlices
+
+
+def flat_buffers(
+    kinds: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], engine: Engine, stream: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a buffer of zeros for each dtype by its name, and each tensor's view into one.
+
+    `kinds` are the tensors' shapes and dtypes.
+    """
+    flat: dict[str, Any] = {}
+    views: dict[str, Any] = {}
+    for dtype in dict.fromkeys(dtype for _, dtype in kinds.values()):
+        members = {name: shape for name, (shape, own) in kinds.items() if own == dtype}
+        buffer = engine.empty((sum(map(math.prod, members.values())),), dtype)
+        engine.clear(buffer, stream)
+        flat[dtype.name] = buffer
+        start = 0
+        for name, shape in members.items():
+            views[name] = engine.part(buffer, start, shape)
+            start += math.prod(shape)
+    return flat, {name: views[name] for name in kinds}
+
+
+class GroupState:
+    """One group at run time: its buffers, its gradients, its rule and the rule's state.
+
+    Attributes
+    ----------
+    name, clip, nonfinite, lr
+        As in `Group`. Another rule or policy is taken up by the next step.
+    sparse : bool
+        Whether the gradients are rows of the parameters.
+    names : tuple of str
+        The names of the parameters.
+    params, grads : mapping of str to array
+        Views into the flat buffers; for a sparse group `grads` is empty.
+    flat_params, flat_grads : dict of str to array
+        The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
+    """
+
+    sparse = False
+
+    def __init__(
+        self, group: Any, number: int, engine: Engine, stream: Any, changed: Callable[[], None]
+    ) -> None:
+        """Copy the parameters; `changed` is told of another rule or policy."""
+        self.name, self.number, self.lr = group.name, number, group.lr
+        self._clip, self._nonfinite = group.clip, str(group.nonfinite)
+        self._changed = changed
+        self._engine = engine
+        given = {
+            name: _given(f"params[{name!r}]", name, value, engine)
+            for name, value in group.params.items()
+        }
+        self.names = tuple(given)
+        kinds = {name: (own.shape, own.native) for name, own in given.items()}
+        self.flat_params, params = flat_buffers(kinds, engine, stream)
+        self.flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
+        self.params, self.grads = MappingProxyType(params), MappingProxyType(grads)
+        for name, own in given.items():
+            engine.put(params[name], _readable(own, engine), stream)
+        self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
+        self._dense = [self._gradient(name, grad) for name, grad in self.grads.items()]
+        self._facts = {name: own.facts for name, own in zip(self.grads, self._dense, strict=True)}
+        flats = [engine.facts(name, flat) for name, flat in self.flat_grads.items()]
+        self._extents = [facts.extent for facts in flats]
+
+    @property
+    def clip(self) -> Any:
+        """The rule."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, rule: Any) -> None:
+        self._clip = rule
+        self._changed()
+
+    @property
+    def nonfinite(self) -> str:
+        """The policy for NaN and Inf."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, policy: str) -> None:
+        self._nonfinite = policy
+        self._changed()
+
+    def _gradient(self, name: str, grad: Any) -> Gradient:
+        return describe(f"{self.name}.{name}", name, grad, self._engine)
+
+    def gradients(self) -> list[Gradient]:
+        """Return the gradient of each parameter."""
+        return self._dense
+
+    def gradient_of(self, name: str) -> Any:
+        """Return what the user sees as a parameter's gradient."""
+        return self.grads[name]
+
+    def clear(self, name: str, stream: Any) -> None:
+        """Let a parameter's gradient be zero."""
+        self._engine.clear(self.grads[name], stream)
+
+    def zero(self, stream: Any) -> None:
+        """Set the gradients to zero."""
+        for flat in self.flat_grads.values():
+            self._engine.clear(flat, stream)
+
+    def fitting(self, name: str, grad: Any, stream: Any) -> Any:
+        """Return a gradient of the parameter as it is copied in, after checking that it fits."""
+        if grad is None:
+            return None
+        label, param = f"grads[{name!r}]", self.params[name]
+        own = _given(label, name, grad, self._engine)
+        if self.sparse != (own.slices is not None):
+            wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
+            raise TypeError(expected(label, wanted, type(grad).__name__))
+        if own.dense_shape != param.shape:
+            raise ValueError(expected(label, f"shape {param.shape}", own.dense_shape))
+        elsewhere = own.engine.name != "cpu"  # what casts is in the host's memory
+        if elsewhere and not (own.native == param.dtype and own.facts.c_order):
+            raise TypeError(expected(label, f"dtype {param.dtype} in C order", own.native))
+        if own.dtype.components == 2 and param.dtype.kind != "c":
+            raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
+        return self._apart(name, own, stream)
+
+    def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
+        """Return a gradient's array, a copy where another one is to be written over it."""
+        begin, end = own.facts.extent
+        for first, last in self._extents:
+            if begin < last and first < end and own.engine is self._engine:
+                alike = own.facts.lies_as(self._facts[name])
+                return own.facts.array if alike else copied(own, stream)
+        return own.facts.array
+
+
+def _given(label: str, name: str, grad: Any, engine: Engine) -> Gradient:
+    """Return the description of a gradient, which is where the engine works or on the host."""
+    if engine.name != "cpu":
+        values = grad.values if isinstance(grad, IndexedSlices) else grad
+        engine = engines.of(values)
+    return describe(label, name, grad, engine)
+
+
+def copied(own: Gradient, stream: Any) -> Any:
+    """Return a copy of a gradient's array, on its own engine."""
+    made = own.engine.empty(own.shape, own.native)
+    own.engine.put(made, own.facts.array, stream)
+    return made
+
+
+def _readable(own: Gradient, engine: Engine) -> Any:
+    """Return an array that an engine can copy: its own in C order, or the host's."""
+    if own.engine is engine and own.facts.c_order:
+        return own.facts.array
+    return own.engine.on_host(own.facts, own.engine.stream_of([own.facts]))
+
+
+class SparseGroupState(GroupState):
+    """One sparse group at run time: for each parameter the rows of its gradient, one by one."""
+
+    sparse = True
+
+    def __init__(self, group: Any, *arguments: Any) -> None:
+        super().__init__(group, *arguments)
+        self._rows = {name: HeldRows(param, self._engine) for name, param in self.params.items()}
+
+    def gradients(self) -> list[Gradient]:
+        """Return the gradient of each parameter, of no rows where there is none."""
+        return [rows.gradient(self._gradient, name) for name, rows in self._rows.items()]
+
+    def gradient_of(self, name: str) -> IndexedSlices | None:
+        """Return a parameter's gradient as one object, None where there is none."""
+        rows = self._rows[name]
+        return rows.slices if rows.indices else None
+
+    def clear(self, name: str, stream: Any) -> None:  # noqa: ARG002
+        """Forget the rows of a parameter."""
+        self._rows[name].clear()
+
+    def append(self, name: str, grad: IndexedSlices, stream: Any) -> None:
+        """Append the rows of slices that fit to a parameter's."""
+        self._rows[name].append(grad, stream)
+
+    def zero(self, stream: Any) -> None:  # noqa: ARG002
+        """Forget the rows."""
+        for rows in self._rows.values():
+            rows.clear()
+
+    def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
+        """Return slices, with a copy of their values where these are rows of the group's own."""
+        assert own.slices is not None
+        begin, end = own.facts.extent
+        values = own.facts.array
+        if own.engine is self._engine:
+            held = [rows.extent for key, rows in self._rows.items() if key != name]
+            if any(begin < last and first < end for first, last in held):
+                values = copied(own, stream)
+        return own.slices.with_values(values)
+
+
+class HeldRows:
+    """The rows of one parameter's gradient, in memory that grows with them.
+
+    `indices` has those of each part, in the order they were appended.
+    """
+
+    def __init__(self, param: Any, engine: Engine) -> None:
+        self._shape, self._engine = param.shape, engine
+        self._length = math.prod(param.shape[1:])
+        self.indices: list[Array] = []
+        self._count = 0
+        self._memory = engine.empty((0,), param.dtype)
+        self._slices: IndexedSlices | None = None
+        self._gradient: Gradient | None = None
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses between which the memory lies."""
+        return self._engine.facts("rows", self._memory).extent
+
+    def clear(self) -> None:
+        """Forget all rows; the memory is kept."""
+        self.indices, self._count = [], 0
+        self._slices = self._gradient = None
+
+    def append(self, grad: IndexedSlices, stream: Any) -> None:
+        """Copy rows in, from the host or where the engine works."""
+        first, count = self._count, grad.indices.size
+        self._grow(first + count, stream)
+        place = self._part(first, count)
+        self._engine.put(place, grad.values, stream)
+        self.indices.append(np.array(grad.indices))
+        self._count = first + count
+        self._slices = self._gradient = None
+
+    def _part(self, first: int, count: int) -> Any:
+        shape = count, *self._shape[1:]
+        return self._engine.part(self._memory, first * self._length, shape)
+
+    def _grow(self, rows: int, stream: Any) -> None:
+        """Have memory for so many rows; those there are stay."""
+        if rows * self._length <= self._memory.size:
+            return
+        kept, memory = self._part(0, self._count), self._memory
+        self._memory = self._engine.empty((2 * rows * self._length,), memory.dtype)
+        if self._count:
+            self._engine.put(self._part(0, self._count), kept, stream)
+
+    @property
+    def slices(self) -> IndexedSlices:
+        """The rows as one object, whose values are a view; the same one while they stay."""
+        if self._slices is None:
+            joined = np.concatenate([np.empty(0, np.int64), *self.indices])
+            self._slices = IndexedSlices(self._part(0, self._count), joined, self._shape)
+        return self._slices
+
+    def gradient(self, describe: Callable[[str, Any], Gradient], name: str) -> Gradient:
+        """Return the description of the rows, the same one while they stay."""
+        if self._gradient is None:
+            self._gradient = describe(name, self.slices)
+        return self._gradient

@@ -1,0 +1,300 @@
+"""One norm over gradients and one factor for all; and elements held between bounds."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip import engine as engines
+from numclip import libraries, tables
+from numclip.border.arguments import refuse_excluding_zero
+from numclip.border.gradients import Gradient, describe, gradients
+from numclip.border.results import target_of, targets_of
+from numclip.border.structures import Structure, structure
+from numclip.clipping.nonfinite import first_error
+from numclip.engine import Engine, Outcome, Plan
+from numclip.errors import expected
+from numclip.isolation import isolated
+from numclip.kernels import formulas
+from numclip.law import ABSENT, Law, Pool
+from numclip.memory import AnySpan, Memory, RowSpan, Strided
+
+
+def span_of(
+    gradient: Gradient, target: Gradient, policy: str, ord: float, duplicates: str = "raw"
+) -> AnySpan:
+    """Return where a gradient is and goes, as a plan takes it."""
+    if duplicates == "sum" and gradient.repeated:
+        return row_span(gradient, target)
+    parts = gradient.dtype.components == 2 and (ord != 2.0 or policy == "zero")
+    found: AnySpan = gradient.engine.span(gradient.dtype, gradient.facts, target.facts, parts=parts)
+    return found
+
+
+def row_span(gradient: Gradient, target: Gradient) -> RowSpan:
+    """Return where the rows of slices are and go, whose sums are to be measured."""
+    own, to = gradient.facts, target.facts
+    found = gradient.engine.span(gradient.dtype, own, to, parts=False)
+    contiguous = own.c_order and to.c_order and not isinstance(found, Strided)
+    strided = None if contiguous else Strided(gradient.dtype, own.shape, own.memory, to.memory)
+    places = own.address, to.address, gradient.size, gradient.row_length
+    return RowSpan(gradient.dtype, *places, strided)
+
+
+def repeated_loss(entries: Sequence[Gradient], ord: float) -> float:
+    """Return the norm of what rounding subnormal terms can add to the sums of repeated rows."""
+    parts = [
+        2.0 ** entry.dtype.precision[1] * formulas.root(_counts(entry, ord), ord)
+        for entry in entries
+        if entry.repeated
+    ]
+    return sum(parts)
+
+
+def _counts(entry: Gradient, ord: float) -> float:
+    """Return the sum of powers (the maximum) of how many terms each dense element has."""
+    assert entry.slices is not None
+    counts = np.diff(entry.slices.grouping.starts).astype(np.float64)
+    if ord == math.inf:
+        return float(counts.max())
+    numbers = math.prod(entry.dense_shape[1:]) * entry.dtype.components
+    return float((counts**ord).sum()) * numbers
+
+
+@isolated
+def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
+    """Return the norm of all gradients together."""
+    found = structure(grads)
+    engine = _engine_of(found)
+    law = Law(math.inf, ord=ord)
+    key = engine.key_of(found.items, ord, "propagate", written=False)
+    norm = _clip_again(engine, key, law, "propagate", write=False)
+    if norm is not None:
+        return norm
+    described = gradients(found)
+    return clip(described.entries, None, law, duplicates=duplicates, key=key)
+
+
+@isolated
+def clip_together(grads: Any, law: Law, policy: str, duplicates: str, out: Any) -> tuple[Any, Any]:
+    """Scale all gradients by one factor; return the results in their structure, and the norm."""
+    found = structure(grads)
+    engine = _engine_of(found)
+    key = None
+    if out is grads or _are_same(found, out):
+        key = engine.key_of(found.items, law.ord, policy, written=True)
+    norm = _clip_again(engine, key, law, policy, write=True)
+    if norm is not None:
+        return found.rebuild(found.items), norm
+    described = gradients(found)
+    targets = targets_of(described, grads, out)
+    norm = clip(described.entries, targets, law, policy, duplicates, key)
+    return described.with_results([target.source for target in targets]), norm
+
+
+@isolated
+def clip_whole(
+    grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
+) -> Any:
+    """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
+    entry = describe("grad", 0, grad)
+    target = target_of(entry, out)
+    clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
+    return target.source
+
+
+def clip(
+    entries: Sequence[Gradient],
+    targets: Sequence[Gradient] | None,
+    law: Law,
+    policy: str = "propagate",
+    duplicates: str = "sum",
+    key: Any = None,
+) -> Any:
+    """Scale gradients by one factor where their norm exceeds a bound; return the norm.
+
+    Without targets they are only measured. The plan is found again by the key, if there is one.
+    """
+    if not entries:
+        return 0.0 if law.given == ABSENT else law.given
+    engine = entries[0].engine
+    engine.require()
+    used = entries if targets is None else [*entries, *targets]
+    stream = engine.stream_of([gradient.facts for gradient in used])
+    summed = duplicates == "sum" and any(entry.repeated for entry in entries)
+    if summed:
+        law = law._replace(loss=repeated_loss(entries, law.ord))
+    places = entries if targets is None else targets
+    plan, free, rows = _plan(entries, places, law, policy, duplicates, stream)
+    measures = law.given == ABSENT or policy != "propagate" or summed
+    with plan.lock:
+        if rows:
+            _take_rows(plan, entries, rows, stream)
+        outcome = _decide(plan, free, law, stream, measures=measures)
+        if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
+            free.append(outcome)
+            raise first_error(entries, None if law.given == ABSENT else law.given, stream)
+        if targets is not None:
+            plan.scale(outcome, stream)
+    engine.give_back(stream, [gradient.facts for gradient in used])
+    engine.keep_plan(key, plan, free)
+    return _norm(engine, free, outcome, stream)
+
+
+def _plan(
+    entries: Sequence[Gradient],
+    targets: Sequence[Gradient],
+    law: Law,
+    policy: str,
+    duplicates: str,
+    stream: Any,
+) -> tuple[Plan, list[Outcome], list[RowSpan]]:
+    """Return a plan for one norm of some gradients, its free memory for outcomes, and its rows."""
+    engine = entries[0].engine
+    pairs = zip(entries, targets, strict=True)
+    spans = [span_of(entry, target, policy, law.ord, duplicates) for entry, target in pairs]
+    plan, free = engine.kept_plan(spans, [Pool(0, len(spans), 0, policy)], stream)
+    return plan, free, [span for span in spans if isinstance(span, RowSpan)]
+
+
+def _take_rows(
+    plan: Plan, entries: Sequence[Gradient], rows: Sequence[RowSpan], stream: Any
+) -> None:
+    """Let a plan know which rows of slices share an index."""
+    repeated = [entry.slices for entry in entries if entry.repeated]
+    groupings = [slices.grouping for slices in repeated if slices is not None]
+    plan.take_rows(rows, groupings, stream)
+
+
+def _engine_of(found: Structure) -> Engine:
+    """Return the engine of the first gradient."""
+    return engines.of(next((item for item in found.items if item is not None), None))
+
+
+def _clip_again(engine: Engine, key: Any, law: Law, policy: str, *, write: bool) -> Any:
+    """Do what `clip` does with gradients whose plan is known; None, and nothing done, else."""
+    known = engine.find_plan(key)
+    if known is None:
+        return None
+    plan, free, stream = known
+    measures = law.given == ABSENT or policy != "propagate"
+    with plan.lock:
+        outcome = _decide(plan, free, law, stream, measures=measures)
+        if write:
+            plan.scale(outcome, stream)
+    return _norm(engine, free, outcome, stream)
+
+
+def _are_same(found: Structure, out: Any) -> bool:
+    """Tell whether results go to the gradients themselves, in another structure of them."""
+    if not isinstance(out, (list, tuple, dict)):
+        return False
+    other = structure(out, "out")
+    return other.keys == found.keys and all(map(operator.is_, other.items, found.items))
+
+
+def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
+    """Decide by a law, after measuring or not; return where the outcome is."""
+    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+    plan.write_laws(law, stream)
+    if measures:
+        plan.measure(law.ord, stream)
+    plan.decide(outcome, stream)
+    return outcome
+
+
+def _norm(engine: Engine, free: list[Outcome], outcome: Outcome, stream: Any) -> Any:
+    """Return the norm that a decision tells; its memory is free when nobody asks any more."""
+    return engine.number(outcome[1], tables.NORM, stream, lambda: free.append(outcome))
+
+
+def _decided(engine: Engine, outcome: Outcome, column: int, stream: Any) -> float:
+    """Return what was decided, after waiting for it."""
+    return float(engine.read(outcome[1], stream)[0, column])
+
+
+@isolated
+def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any) -> Any:
+    """Hold each element between two bounds, which `bounds` checks for a shape."""
+    entry = describe("grad", 0, grad)
+    if entry.dtype.components == 2:
+        wanted = "real numbers to hold between bounds"
+        raise TypeError(expected("grad", wanted, entry.native))
+    low, high = bounds(entry.dense_shape)
+    if entry.slices is not None:
+        refuse_excluding_zero(low, high)
+    target = target_of(entry, out)
+    used = [entry.facts, target.facts]
+    stream = entry.engine.stream_of(used)
+
+    def clamp_sums(sums: Gradient) -> bool:
+        _clamp(sums, sums, low, high, stream)
+        return True
+
+    if entry.repeated:
+        result = with_rows_summed(entry, target, out, clamp_sums, stream)
+    else:
+        _clamp(entry, target, low, high, stream)
+        result = target.source
+    entry.engine.give_back(stream, used)
+    return result
+
+
+def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) -> None:
+    """Write each element held between two numbers, or arrays of the host."""
+    engine = entry.engine
+    if np.ndim(low) or np.ndim(high):
+        array = Strided(entry.dtype, entry.shape, entry.facts.memory, target.facts.memory)
+        least, most = _sent(low, entry, stream), _sent(high, entry, stream)
+        engine.clamp_between(array, least[0], most[0], stream)
+        return
+    plan, free, _ = _plan([entry], [target], Law(math.inf), "propagate", "raw", stream)
+    with plan.lock:
+        outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+        plan.clamp(outcome, low, high, stream, range(1))
+        free.append(outcome)
+
+
+def _sent(bound: Any, entry: Gradient, stream: Any) -> tuple[Memory, Any]:
+    """Return where a bound is, broadcast to a gradient, and what holds it there."""
+    with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
+        values = libraries.to_numpy("bound", bound).astype(entry.native)
+    if entry.slices is not None:
+        values = np.broadcast_to(values, entry.dense_shape)[entry.slices.indices]
+    values = np.ascontiguousarray(values)
+    made = entry.engine.sent(values, stream)
+    address = entry.engine.facts("bound", made).address
+    return Memory(address, np.broadcast_to(values, entry.shape).strides), made
+
+
+def with_rows_summed(
+    entry: Gradient,
+    target: Gradient,
+    out: Any,
+    operate: Callable[[Gradient], bool],
+    stream: Any,
+) -> Any:
+    """Run an operation that is not linear on the sums of rows, in place.
+
+    `operate` tells whether it changed anything. Returns new slices, or the target with the sums in
+    the first row of each; a copy of the slices as they are where nothing changed.
+    """
+    slices: Any = entry.slices
+    engine = entry.engine
+    merged = slices.coalesced_on(stream)
+    described = describe(entry.name, entry.key, merged, engine)
+    if not operate(described):
+        if not entry.lies_as(target):
+            engine.copy(target.facts, entry.facts, stream)
+        return target.source
+    if out is None:
+        return merged
+    order, starts = slices.grouping
+    firsts = order[starts[:-1]]
+    places = firsts[np.argsort(slices.indices[firsts])]
+    engine.sum_rows(described.facts, target.facts, merged.grouping, places, stream)
+    return target.source

@@ -1,0 +1,236 @@
+"""Clipping groups by one kind of rule: what is measured, decided and written.
+
+A *clipper* serves the groups of one kind of rule, by tables and launches of its own: kinds do
+not depend on one another. Nothing here waits for the engine but rules that follow the norms, and
+policies that raise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip import tables
+from numclip.clipping.clip import repeated_loss, row_span, span_of
+from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of, scaled_norms
+from numclip.dtypes import Array
+from numclip.engine import Engine, Outcome
+from numclip.law import Law, Pool
+from numclip.memory import AnySpan
+from numclip.slices import IndexedSlices
+
+
+class Clipper:
+    """Scales tensors or groups by a factor of their L2 norms, or only measures them.
+
+    Attributes
+    ----------
+    ord : float
+        The order of the norms.
+    groups : list of GroupState
+        The groups, those that share a norm side by side.
+    rules, keys : dict of str
+        The rule of each group, and what is the same for those that share a norm.
+    tensors, pools : dict of str to range
+        The plan's tensors and pools that are a group's.
+    bounds, divisors : array
+        The bound on the norm of each pool at present, and what that norm is divided by.
+    place, found : int, pair of tables
+        Which row of the tables is of the present step, and its sums and decisions.
+    tables : list
+        What is found, a row for each step: sums, decisions, and what kinds add.
+    strict, follows, decides_again : bool
+        Whether the policy of a group is to raise, whether rules follow the norms, and whether
+        more is to be decided than `measure` decides.
+    """
+
+    follows = decides_again = False
+    place: int
+    found: Outcome
+
+    def __init__(
+        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
+    ) -> None:
+        """Make plans and tables; `kept` is for how many steps tables have memory."""
+        self.ord, self.engine = ord, engine
+        self.rules = {group.name: group.clip for group in groups}
+        self.keys = {group.name: shared_key(group) for group in groups}
+        self.strict = any(group.nonfinite == "raise" for group in groups)
+        self.tensors: dict[str, range] = {}
+        self.pools: dict[str, range] = {}
+        self._lay_out(groups)
+        self.plan = self._plan(stream)
+        self.divisors = self._found_divisors()
+        self.rows: list[IndexedSlices] = []
+        self._sparse = any(group.sparse for group in groups)
+        self._losses: float | Array = 0.0
+        self.bounds = np.full(len(self._pool_list), math.inf)
+        self._scheduled: list[Any] = []
+        self._written: tuple[Array, float, Any] | None = None
+        self._set_bounds()
+        self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
+
+    def _lay_out(self, groups: Sequence[Any]) -> None:
+        """Give tensors and pools their numbers: those of one norm follow one another."""
+        sharing: dict[Any, list[Any]] = {}
+        for group in groups:
+            sharing.setdefault(self.keys[group.name], []).append(group)
+        self.groups = [group for members in sharing.values() for group in members]
+        self._pool_list: list[Pool] = []
+        count = 0
+        for number, members in enumerate(sharing.values()):
+            first, own = count, len(self._pool_list)
+            for group in members:
+                self.tensors[group.name] = range(count, count + len(group.names))
+                count += len(group.names)
+            rule, policy = members[0].clip, members[0].nonfinite
+            if rule is not None and rule.scope == "group":
+                self._pool_list.append(Pool(first, count, number, policy))
+            else:
+                self._pool_list += [Pool(k, k + 1, number, policy) for k in range(first, count)]
+            pools = range(own, len(self._pool_list))
+            self.pools |= {group.name: pools for group in members}
+
+    def _plan(self, stream: Any) -> Any:
+        """Return a new plan for the gradients, which are written in place."""
+        spans = [one for group in self.groups for one in _spans(group, self.ord)]
+        return self.engine.plan(spans, self._pool_list, stream)
+
+    def _found_divisors(self) -> Array:
+        """Return by what each pool's norm is divided."""
+        params = [param for group in self.groups for param in group.params.values()]
+        sizes = [math.prod(param.shape) for param in params]
+        divisors = np.ones(len(self._pool_list))
+        for group in self.groups:
+            rule = self.rules[group.name]
+            for p in self.pools[group.name] if rule is not None else ():
+                pool = self._pool_list[p]
+                divisors[p] = rule.divisor(sum(sizes[pool.first : pool.last]))
+        return divisors
+
+    def _set_bounds(self) -> None:
+        """Take the bounds that do not depend on the step."""
+        for group in self.groups:
+            rule, pools = self.rules[group.name], self.pools[group.name]
+            if rule is None:
+                continue
+            if rule.scheduled:
+                self._scheduled.append((rule, pools))
+            else:
+                self.bounds[pools.start : pools.stop] = rule.bound(0)
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the tables that a step fills."""
+        pools, tensors = len(self._pool_list), sum(map(len, self.tensors.values()))
+        return [(tensors, tables.SUM_COLUMNS), (pools + 1, tables.DECISION_COLUMNS)]
+
+    def _outcome(self, place: int) -> Outcome:
+        """Return where the sums and decisions of a step go."""
+        tables = self.tables
+        return tables[0][place], tables[1][place]
+
+    def obey(self, step: int, unscale: float, stream: Any) -> None:
+        """Let decisions obey the rules at a step; refuse a bad bound."""
+        if self._scheduled:
+            bounds = self.bounds.copy()
+            for rule, pools in self._scheduled:
+                bounds[pools.start : pools.stop] = rule.bound(step)
+            self._take_bounds(bounds)
+        if self._sparse:
+            self._take_rows(stream)
+        self._unscale = unscale
+        self._write_law(unscale, stream)
+
+    def _take_bounds(self, bounds: Array) -> None:
+        if (bounds != self.bounds).any():
+            self.bounds = bounds
+
+    def _take_rows(self, stream: Any) -> None:
+        """Let the plan know the rows that the sparse groups have at present."""
+        entries = [(group, e) for group in self.groups if group.sparse for e in group.gradients()]
+        rows = [entry.slices for _, entry in entries]
+        if list(map(id, rows)) == list(map(id, self.rows)):
+            return
+        self.rows = rows
+        groupings = [slices.grouping for slices in rows]
+        self.plan.take_rows([row_span(entry, entry) for _, entry in entries], groupings, stream)
+        losses = np.zeros(len(self._pool_list))
+        places = {group.name: iter(self.pools[group.name]) for group in self.groups}
+        pool = 0
+        for group, entry in entries:
+            pool = next(places[group.name], pool)  # the last one has the rest
+            losses[pool] += repeated_loss([entry], self.ord)
+        self._losses = losses
+
+    def _write_law(self, unscale: float, stream: Any) -> None:
+        """Let decisions obey the bounds; nothing is sent where they do already."""
+        written = self._written
+        if (
+            written is None
+            or written[0] is not self.bounds
+            or written[1] != unscale
+            or written[2] is not self._losses
+        ):
+            law = Law(self.bounds, self.divisors, unscale=unscale, ord=self.ord, loss=self._losses)
+            self.plan.write_laws(law, stream)
+            self._written = self.bounds, unscale, self._losses
+
+    def measure(self, place: int, stream: Any) -> None:
+        """Take the L2 norms and find what is not finite; decide."""
+        self.plan.measure(2.0, stream)
+        self.place, self.found = place, self._outcome(place)
+        self.plan.decide(self.found, stream)
+
+    def refused(self, stream: Any) -> list[Any]:
+        """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
+        sums = self.engine.read(self.found[0], stream)
+        return [
+            group
+            for group in self.groups
+            if group.nonfinite == "raise" and sums[self.tensors[group.name], tables.BAD].any()
+        ]
+
+    def decide(self, step: int, stream: Any) -> None:
+        """Decide where more is needed than `measure` took."""
+
+    def write(self, stream: Any) -> None:
+        """Write the gradients, clipped."""
+        self.plan.scale(self.found, stream)
+
+    def write_exceptional(self, stream: Any) -> Outcome:
+        """Write what an update cannot do on its way; return what it is to obey."""
+        self.plan.write_exceptional(self.found, stream)
+        return self.found
+
+    def preview(self, stream: Any) -> None:
+        """Find out what `write` would make of the norms; the gradients stay as they are."""
+
+    def observe(self, step: int, stream: Any) -> None:
+        """Let rules that follow the norms know those before and after."""
+
+    @np.errstate(invalid="ignore")
+    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002
+        """Return what became of each tensor of a group in some steps."""
+        norms = norms_of(found.sums, read.unscale)
+        left = np.expand_dims(found.skipped, -1)
+        scales = np.broadcast_to(found.decisions[..., tables.SCALE], norms.shape)
+        bounds = np.where(left, math.inf, found.bounds * found.divisors)
+        clipped = scaled_norms(found.sums, found.decisions, read.unscale)
+        return Columns(norms, clipped, scales, np.broadcast_to(bounds, norms.shape))
+
+
+def shared_key(group: Any) -> tuple[str, Any]:
+    """Return what is the same for groups that are clipped by one norm."""
+    if group.clip is not None and group.clip.shared is not None:
+        return "shared", group.clip.shared
+    return "group", group.name
+
+
+def _spans(group: Any, ord: float) -> list[AnySpan]:
+    """Return where a group's gradients are, which are written in place."""
+    if group.sparse:
+        return [row_span(entry, entry) for entry in group.gradients()]
+    return [span_of(entry, entry, group.nonfinite, ord) for entry in group.gradients()]

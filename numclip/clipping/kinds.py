@@ -1,0 +1,301 @@
+"""The kinds of clippers: what each kind of rule needs beside a factor of an L2 norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip import tables
+from numclip.border.arguments import LARGEST
+from numclip.border.gradients import Gradient, describe
+from numclip.clipping.asking import check
+from numclip.clipping.clipper import Clipper
+from numclip.clipping.outcome import Columns, GroupOutcome, Read, joined, norms_of
+from numclip.dtypes import Array
+from numclip.engine import Engine, Outcome
+from numclip.law import Family, Law
+from numclip.memory import Strided
+
+
+class FollowingClipper(Clipper):
+    """Clips by rules whose bounds follow the norms, for which the host waits."""
+
+    follows = decides_again = True
+
+    def _set_bounds(self) -> None:
+        """Leave all bounds infinite: they are found when norms are.
+
+        Until then, norms are found whatever the bounds.
+        """
+        self._unbounded = self.bounds
+
+    def decide(self, step: int, stream: Any) -> None:
+        """Decide again, by the bounds that the rules make of the norms."""
+        sums, decisions = (self.engine.read(table, stream) for table in self.found)
+        bounds, self._seen = self._unbounded.copy(), []
+        for group in self.groups:
+            seen = self._norms_of(group, sums, decisions)
+            self._seen.append(seen)
+            pools = self.pools[group.name]
+            if not decisions[pools.start, tables.SKIPPED]:
+                norms, total, _ = seen
+                own = self.rules[group.name].thresholds(norms, total, step, group.rule_state)
+                bounds[pools.start : pools.stop] = own
+        self._take_bounds(bounds)
+        self._write_law(self._unscale, stream)
+        self.plan.decide(self.found, stream)
+
+    def _norms_of(self, group: Any, sums: Array, decisions: Array) -> tuple[Array, float, bool]:
+        """Return the norms a rule is told, the group's, and whether a gradient is not finite.
+
+        NaN is told as 0, Inf as the largest number.
+        """
+        pools = self.pools[group.name]
+        divisors = self.divisors[pools.start : pools.stop]
+        if self.rules[group.name].scope == "group":
+            own = decisions[pools.start]
+            total = _finite(float(own[tables.NORM] * divisors[0]))
+            return np.array([total]), total, bool(own[tables.BROKEN])
+        tensors = self.tensors[group.name]
+        own = sums[tensors.start : tensors.stop]
+        norms = norms_of(own, self._unscale) / divisors
+        total = _finite(float(joined(own, self._unscale)))
+        found = np.nan_to_num(norms, nan=0.0, posinf=LARGEST)
+        return found, total, bool(own[:, tables.BAD].any())
+
+    def observe(self, step: int, stream: Any) -> None:
+        """Let the rules know the norms before and after."""
+        scales = self.engine.read(self.found[1], stream)[:, tables.SCALE]
+        for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
+            if not bad:
+                pools, state = self.pools[group.name], group.rule_state
+                clipped = norms * scales[pools.start : pools.stop]
+                rule = self.rules[group.name]
+                group.rule_state = rule.observe(norms, clipped, total, step, state)
+
+
+def _finite(norm: float) -> float:
+    return 0.0 if norm != norm else min(norm, LARGEST)
+
+
+class OrderClipper(Clipper):
+    """Clips by norms of one order other than 2; L2 norms are told beside them."""
+
+    decides_again = True
+
+    def __init__(
+        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
+    ) -> None:
+        super().__init__(groups, ord, engine, stream, kept)
+        ((self._powers, _),) = self.plan.outcomes(1, stream)
+
+    def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
+        """Measure by the order, and decide again by that."""
+        self.plan.measure(self.ord, stream)
+        self.plan.decide((self._powers, self.found[1]), stream)
+
+    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
+        """Return what became of each tensor, by the norms of the order where each has one."""
+        columns = super().columns(group, found, read)
+        if found.jointly:
+            return columns
+        left = np.expand_dims(found.skipped, -1)
+        norms, clipped = (
+            found.decisions[..., column] * found.divisors
+            for column in (tables.NORM, tables.CLIPPED)
+        )
+        return columns._replace(
+            norms=np.where(left, columns.norms, norms),
+            clipped=np.where(left, columns.clipped, clipped),
+        )
+
+
+class ValueClipper(Clipper):
+    """Holds elements between bounds, and measures what that makes of the norms."""
+
+    def __init__(
+        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
+    ) -> None:
+        super().__init__(groups, ord, engine, stream, kept)
+        self._later = self._plan(stream)
+        self._later.write_laws(Law(math.inf), stream)
+        self._copies: _Copies | None = None
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        own = super()._shapes()
+        return [*own, *own]
+
+    def _outcome_after(self) -> Outcome:
+        return self.tables[2][self.place], self.tables[3][self.place]
+
+    def write(self, stream: Any) -> None:
+        """Take the loss scale out, hold the elements, and measure."""
+        self._write(self.plan, self._later, stream)
+
+    def _write(self, plan: Any, later: Any, stream: Any) -> None:
+        outcome = self.found
+        plan.scale(outcome, stream)
+        for group in self.groups:
+            bounds = self.rules[group.name].element_bounds
+            plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
+        later.measure(2.0, stream)
+        later.decide(self._outcome_after(), stream)
+
+    def write_exceptional(self, stream: Any) -> Outcome:
+        """Write all: an update has no factor to take."""
+        self.write(stream)
+        return self._outcome_after()
+
+    def preview(self, stream: Any) -> None:
+        """Hold the elements of copies, and measure these."""
+        if self._copies is None:
+            self._copies = _Copies(self, stream)
+        self._copies.take(stream)
+        self._write(self._copies.plan, self._copies.later, stream)
+
+    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
+        """Return the norms that were measured: there is no factor."""
+        columns = super().columns(group, found, read)
+        tensors = self.tensors[group.name]
+        sums = read.tables[2][..., tensors.start : tensors.stop, :]
+        later = norms_of(sums, 1.0)
+        with np.errstate(invalid="ignore"):
+            ratios = later / np.where(columns.norms == 0.0, 1.0, columns.norms)
+        clamped = found.decisions[..., tables.CLAMPED] != 0.0
+        left = np.expand_dims(found.skipped, -1)
+        return columns._replace(
+            clipped=np.where(left, columns.norms, later),
+            scales=np.where(clamped & ~left, ratios, 1.0),
+        )
+
+
+class _Copies:
+    """Copies of the gradients of a clipper, and plans for these."""
+
+    def __init__(self, clipper: ValueClipper, stream: Any) -> None:
+        self._engine = engine = clipper.engine
+        grads = [grad for group in clipper.groups for grad in group.gradients()]
+        made = [engine.empty(grad.shape, grad.native) for grad in grads]
+        copies = [describe(g.name, g.key, m, engine) for g, m in zip(grads, made, strict=True)]
+        self._pairs = list(zip(copies, grads, strict=True))
+        spans = [
+            span._replace(source=copy.address, target=copy.address)
+            for span, copy in zip(clipper.plan.spans, copies, strict=True)
+        ]
+        self.plan, self.later = (engine.plan(spans, clipper.plan.pools, stream) for _ in range(2))
+        self.later.write_laws(Law(math.inf), stream)
+
+    def take(self, stream: Any) -> None:
+        """Copy the gradients as they are at present."""
+        for copy, grad in self._pairs:
+            self._engine.copy(copy.facts, grad.facts, stream)
+
+
+class UnitClipper(Clipper):
+    """Clips the units of tensors, each by a norm of its own.
+
+    What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
+    """
+
+    decides_again = True
+
+    def __init__(
+        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
+    ) -> None:
+        super().__init__(groups, 2.0, engine, stream, kept)
+        families = [
+            _family(group, entry, self.tensors[group.name][k])
+            for group in self.groups
+            for k, entry in enumerate(group.gradients())
+        ]
+        self._units = engine.unit_plan(families, ord, stream)
+        self._counts = np.array([family.units for family in families])
+        floors = [[_floor(group.clip)] * len(group.names) for group in self.groups]
+        self._floors = np.concatenate(floors)
+        self._obeyed: tuple[Array, float] | None = None
+        self.plan.write_laws(Law(math.inf), stream)
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        own = super()._shapes()
+        return [*own, (own[0][0], tables.SUMMARY_COLUMNS)]
+
+    def _write_law(self, unscale: float, stream: Any) -> None:
+        """Let units obey the bounds; whole tensors are left as they are."""
+        obeyed = self._obeyed
+        if obeyed is None or obeyed[0] is not self.bounds or obeyed[1] != unscale:
+            self._units.write_laws(self.bounds, stream, self._floors, unscale)
+            self._obeyed = self.bounds, unscale
+
+    def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
+        """Measure units and parameters, and find a factor for each unit."""
+        self._units.measure(stream)
+        self._units.decide(stream, self.found[1])
+        self._units.summarize(self.tables[2][self.place], stream)
+
+    def write(self, stream: Any) -> None:
+        """Write each unit times its factor; what is not finite is cleaned after that."""
+        self._units.scale(stream)
+        super().write(stream)
+
+    def write_exceptional(self, stream: Any) -> Outcome:
+        """Write all: an update takes one factor for a tensor."""
+        self._units.scale(stream)
+        return super().write_exceptional(stream)
+
+    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
+        """Return the norms of what all units have become, and the smallest factors."""
+        columns = super().columns(group, found, read)
+        tensors = self.tensors[group.name]
+        rows = read.tables[2][..., tensors.start : tensors.stop, :]
+        left = np.expand_dims(found.skipped, -1)
+        least = np.where(
+            self._counts[tensors.start : tensors.stop] == 0, 1.0, rows[..., tables.LEAST]
+        )
+        return Columns(
+            columns.norms,
+            np.where(left, columns.norms, rows[..., tables.AFTER]),
+            np.where(left, 1.0, least),
+            np.full_like(columns.norms, math.inf),
+        )
+
+
+def _family(group: Any, entry: Gradient, base: int) -> Family:
+    """Return the units of a gradient, and those of its parameter where the bound is relative."""
+    rule, owner = group.clip, None
+    axes = rule.reduced_axes(len(entry.shape))
+    if rule.floor is not None:
+        param = describe(entry.name, entry.key, group.params[entry.key], entry.engine)
+        owner = _strided(param, axes)
+    return Family((_strided(entry, axes),), owner, group.nonfinite == "zero", base)
+
+
+def _strided(entry: Gradient, axes: tuple[int, ...]) -> Strided:
+    memory = entry.facts.memory
+    return Strided(entry.dtype, entry.shape, memory, memory, axes)
+
+
+def _floor(rule: Any) -> float:
+    return 0.0 if rule.floor is None else float(rule.floor)
+
+
+def _kind(rule: Any) -> tuple[type[Clipper], float]:
+    """Return what clips by a rule, and the order of its norm: what one clipper's groups share."""
+    if rule is None:
+        return Clipper, 2.0
+    check(rule)
+    if rule.follows_norms:
+        return FollowingClipper, 2.0
+    if rule.scope in ("unit", "element"):
+        return (UnitClipper if rule.scope == "unit" else ValueClipper), float(rule.ord)
+    return (Clipper if rule.ord == 2.0 else OrderClipper), float(rule.ord)
+
+
+def clippers(groups: Iterable[Any], engine: Engine, stream: Any, kept: int) -> list[Clipper]:
+    """Return what clips some groups; what is found is kept for so many steps."""
+    found: dict[tuple[type[Clipper], float], list[Any]] = {}
+    for group in groups:
+        found.setdefault(_kind(group.clip), []).append(group)
+    return [kind(own, ord, engine, stream, kept) for (kind, ord), own in found.items()]

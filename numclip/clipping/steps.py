@@ -1,0 +1,241 @@
+"""The steps of groups: each reads, decides, writes; what it has found is kept until it is told.
+
+What clippers find stays where the engine put it, in blocks of memory for some steps each. A block
+that is full is handed over: it is brought to the host without waiting for it, and becomes rows of
+the history when the next one is full, or earlier for whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import tables
+from numclip.clipping.kinds import clippers
+from numclip.clipping.nonfinite import first_error
+from numclip.clipping.outcome import GroupOutcome, Outcome, Read
+from numclip.dtypes import Array
+from numclip.engine import Engine
+
+KEPT = 256
+"""How many steps a block has memory for; fewer where there are many tensors."""
+
+MOST_ROWS = 1 << 16
+"""How many rows of sums a block has at most, of 40 bytes each."""
+
+
+class Block:
+    """What clippers found in some steps, one after another.
+
+    `turns` are the steps; `told` of them have become rows of the history.
+    """
+
+    def __init__(self, clippers: Sequence[Any], engine: Engine, stream: Any) -> None:
+        self.clippers, self._engine, self.stream = clippers, engine, stream
+        self.turns: list[Turn] = []
+        self.told = 0
+        self._tables = [clipper.tables for clipper in clippers]
+        self._readers: list[list[Any]] | None = None
+        self.columns = _columns(clippers)
+
+    def hand_over(self) -> None:
+        """Begin to bring the tables to the host; clippers go on with free ones."""
+        pairs = [
+            [self._engine.hand_over(table, self.stream) for table in own] for own in self._tables
+        ]
+        self._readers = [[read for read, _ in own] for own in pairs]
+        for clipper, own in zip(self.clippers, pairs, strict=True):
+            clipper.tables = [table for _, table in own]
+
+    @cached_property
+    def _handed(self) -> list[list[Array]]:
+        """The tables in the host's memory, after waiting for them."""
+        assert self._readers is not None
+        return [[read() for read in own] for own in self._readers]
+
+    def _read(self, k: int, at: Any) -> list[Array]:
+        """Return some rows of a clipper's tables."""
+        if self._readers is not None:
+            return [table[at] for table in self._handed[k]]
+        return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
+
+    def decided(self, turn: Turn, column: int) -> float:
+        """Return what was decided for the only pool in one step, after waiting for it."""
+        if self._readers is not None:
+            return float(self._handed[0][1][turn.place, 0, column])
+        return float(self._engine.read(self._tables[0][1][turn.place], self.stream)[0, column])
+
+    def outcome_of(self, turn: Turn) -> Outcome:
+        """Return what became of the groups in one step, after waiting for it."""
+        reads = [
+            Read(self._read(k, turn.place), bounds, turn.unscale)
+            for k, bounds in enumerate(turn.bounds)
+        ]
+        return self._outcome(reads, turn.unscale)
+
+    def outcome(self, turns: Sequence[Turn]) -> Outcome:
+        """Return what became of the groups in steps that follow one another."""
+        at = slice(turns[0].place, turns[0].place + len(turns))
+        unscale = np.array([turn.unscale for turn in turns])
+        reads = [
+            Read(self._read(k, at), _stacked([turn.bounds[k] for turn in turns]), unscale)
+            for k in range(len(self.clippers))
+        ]
+        return self._outcome(reads, unscale)
+
+    def _outcome(self, reads: Sequence[Read], unscale: Any) -> Outcome:
+        found = [
+            GroupOutcome(clipper, group, read)
+            for clipper, read in zip(self.clippers, reads, strict=True)
+            for group in clipper.groups
+        ]
+        return Outcome([found[k] for k in self._order], unscale)
+
+    @cached_property
+    def _order(self) -> list[int]:
+        """Where the groups are, in the order that the user gave them."""
+        numbers = [group.number for clipper in self.clippers for group in clipper.groups]
+        return np.argsort(numbers).tolist()  # type: ignore[no-any-return]
+
+
+def _columns(clippers: Sequence[Any]) -> dict[str, int]:
+    """Return the columns of the decision that tells all: that of one group by its L2 norm."""
+    first = clippers[0]
+    ((rule, (kind, _)), *others) = zip(first.rules.values(), first.keys.values(), strict=True)
+    alone = len(clippers) == 1 and not others and kind == "group" and first.ord == 2.0
+    if not alone or rule is None or rule.scope != "group" or first.divisors[0] != 1.0:
+        return {}
+    return {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
+
+
+def _stacked(bounds: Sequence[Array]) -> Array:
+    """Return bounds as rows; most often they are the same ones."""
+    if all(own is bounds[0] for own in bounds):
+        return np.broadcast_to(bounds[0], (len(bounds), bounds[0].size))
+    return np.stack(bounds)
+
+
+class Turn:
+    """One step: its number, the bounds of each clipper's pools, and where its outcome is."""
+
+    __slots__ = ("block", "bounds", "counts", "place", "step", "unscale")
+
+    def __init__(
+        self, block: Block, place: int, step: int, unscale: float, bounds: list[Array]
+    ) -> None:
+        self.block, self.place, self.step, self.unscale = block, place, step, unscale
+        self.bounds, self.counts = bounds, False
+
+    def outcome(self) -> Outcome:
+        """Return what became of the groups, after waiting for it."""
+        return self.block.outcome_of(self)
+
+
+class Told(NamedTuple):
+    """What became of the groups in some steps that count."""
+
+    steps: Array
+    outcome: Outcome
+    counts: Array
+
+
+class Steps:
+    """What takes the steps of some groups.
+
+    Attributes
+    ----------
+    clippers : list of Clipper
+        What clips the groups, by the kinds of their rules.
+    stream : stream
+        Where in order everything is done.
+    """
+
+    def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
+        self.engine, self.stream = engine, stream
+        tensors = sum(len(group.names) for group in groups)
+        self._kept = max(1, min(KEPT, MOST_ROWS // tensors))
+        self.clippers = clippers(groups, engine, stream, self._kept)
+        self._strict = [clipper for clipper in self.clippers if clipper.strict]
+        self._following = [clipper for clipper in self.clippers if clipper.follows]
+        self._again = [clipper for clipper in self.clippers if clipper.decides_again]
+        self._place = 0
+        self._full: Block | None = None
+        self._block = Block(self.clippers, engine, stream)
+
+    def decided(self, step: int, unscale: float) -> Turn:
+        """Measure and decide; refuse before anything is written."""
+        block, stream, place = self._block, self.stream, self._place
+        for clipper in self.clippers:
+            clipper.obey(step, unscale, stream)
+        for clipper in self.clippers:
+            clipper.measure(place, stream)
+        for clipper in self._strict:
+            self._refuse(clipper)
+        for clipper in self._again:
+            clipper.decide(step, stream)
+        block.stream = stream
+        return Turn(block, place, step, unscale, [clipper.bounds for clipper in self.clippers])
+
+    def _refuse(self, clipper: Any) -> None:
+        """Raise the error of the first bad gradient of a group whose policy says so."""
+        for group in clipper.refused(self.stream):
+            raise first_error(group.gradients(), None, self.stream)
+
+    def write(self) -> None:
+        """Write the gradients, clipped."""
+        for clipper in self.clippers:
+            clipper.write(self.stream)
+
+    def preview(self) -> None:
+        """Find out what `write` would make of the norms; the gradients stay as they are."""
+        for clipper in self.clippers:
+            clipper.preview(self.stream)
+
+    def take(self, turn: Turn, *, counts: bool) -> None:
+        """Keep a step; if it counts, let the rules that follow norms know, and the history."""
+        turn.counts = counts
+        if counts:
+            for clipper in self._following:
+                clipper.observe(turn.step, self.stream)
+        turns = self._block.turns
+        if turn.place < len(turns):
+            turns.pop()
+        turns.append(turn)
+        self._place = min(len(turns), self._kept - 1)
+
+    def full(self) -> bool:
+        """Tell whether the block is to be handed over, and can be."""
+        full = len(self._block.turns) == self._kept
+        return full and not self.engine.is_capturing(self.stream)
+
+    def turn_over(self) -> Iterator[Told]:
+        """Go on with an empty block; yield what the one before that is to tell the history."""
+        before, self._full = self._full, self._block
+        self._full.hand_over()
+        self._block, self._place = Block(self.clippers, self.engine, self.stream), 0
+        if before is not None:
+            yield from self._told_last(before)
+
+    def told(self) -> Iterator[Told]:
+        """Yield what the history does not have yet, after waiting for it."""
+        if self._full is not None:
+            before, self._full = self._full, None
+            yield from self._told_last(before)
+        yield from _told(self._block)
+
+    def _told_last(self, block: Block) -> Iterator[Told]:
+        yield from _told(block)
+        block.turns.clear()  # which refer to it
+
+
+def _told(block: Block) -> Iterator[Told]:
+    """Yield the steps of a block that the history does not have yet, if there are some."""
+    turns = block.turns[block.told :]
+    block.told += len(turns)
+    if any(turn.counts for turn in turns):
+        steps = np.array([turn.step for turn in turns])
+        counts = np.array([turn.counts for turn in turns])
+        yield Told(steps, block.outcome(turns), counts)

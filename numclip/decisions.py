@@ -1,0 +1,195 @@
+"""The decision: from a norm and a law to a factor and what to do, in plain Python.
+
+Each target compiles this text, as it does `formulas`. Laws and decisions are rows of tables, see
+`tables`. Both engines decide by these functions alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+from numclip.kernels import formulas
+from numclip.kernels.formulas import clip_factor, factor_over, root, scale_by_power
+from numclip.tables import (
+    AIM,
+    BOUND,
+    BROKEN,
+    CLAMPED,
+    CLEAN,
+    CLIPPED,
+    COARSE,
+    DIVISOR,
+    EPS,
+    FACTOR,
+    FINE,
+    GIVEN,
+    LEAVE,
+    MANTISSA,
+    MODE,
+    MULTIPLY,
+    NORM,
+    ORD,
+    PEAK,
+    POWER,
+    RAISE,
+    RATIO,
+    ROOT,
+    ROOT_EXPONENT,
+    ROUNDOFF,
+    SCALE,
+    SKIP,
+    SKIPPED,
+    SPREAD,
+    TERMS_PEAK,
+    TERMS_RATIO,
+    TINY,
+    TRUNCATE,
+    UNSCALE,
+    ZERO,
+)
+
+Parts = Sequence[Callable[..., Any]]
+
+
+def compiled(functions: Parts, compiler: Callable[[Any], Any]) -> SimpleNamespace:
+    """Return functions compiled for a target, each calling those before it as compiled there."""
+    made: dict[str, Any] = {}
+    for function in functions:
+        own: Any = function
+        names = own.__globals__ | made
+        made[own.__name__] = compiler(FunctionType(own.__code__, names, own.__name__))
+    return SimpleNamespace(**made)
+
+
+def norm_of(total, exponent, ord, peak, ratio):  # type: ignore[no-untyped-def]
+    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
+
+    For an infinite order it is the peak times `ratio`.
+    """
+    if ord == 2.0:
+        return math.sqrt(total), exponent
+    if not 0.0 < peak < math.inf:
+        return peak, 0
+    fraction, exponent = math.frexp(peak)
+    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
+
+
+def write_norm(law, total, exponent, shift, bad, out):  # type: ignore[no-untyped-def]
+    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers.
+
+    All of it stands for ``2**shift`` times as much.
+    """
+    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
+    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power + shift
+    given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
+    out[BROKEN] = bad + 1.0 if given_badly else bad
+    out[SPREAD] = 0.0
+
+
+def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
+    """Write by how much the norm of the rows' summed magnitudes exceeds that of the rows' sums.
+
+    `sums` and `terms` are pairs of a total and its exponent.
+    """
+    if sums[0] > 0.0:
+        norm, power = norm_of(sums[0], sums[1], law[ORD], law[PEAK], law[RATIO])
+        upper, upper_power = norm_of(
+            terms[0], terms[1], law[ORD], law[TERMS_PEAK], law[TERMS_RATIO]
+        )
+        out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
+
+
+def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type: ignore[no-untyped-def]
+    """Return the factor for a norm ``norm * 2**power``, and whether to truncate the results.
+
+    `bound` triggers, `aim` is what to reach. Where that is under `coarse` the grain (see
+    `formulas`) demands that subnormal results are rounded toward zero, as does a factor under
+    `tiny`, which is not exact.
+    """
+    if scale_by_power(norm, power) <= bound:
+        return 1.0, 0, False
+    mantissa, exponent = clip_factor(aim, norm, power, roundoff, digits)
+    small = 0.0 < mantissa < 1.0 and (aim < coarse or scale_by_power(mantissa, exponent) < tiny)
+    return mantissa, exponent, small
+
+
+def write_factor(law, limits, judged, told, leaves, digits, out):  # type: ignore[no-untyped-def]
+    """Write the factor that brings the norm `judged` to a bound, and what to do.
+
+    `limits` are the bound, the one to aim at, that under which it is coarse, and the roundoff.
+    The norm that is `told`, and what the factor makes of it, are written too; both norms are
+    pairs of a root and its exponent.
+    """
+    bound, aim, coarse, roundoff = limits
+    mantissa, power, small = 1.0, 0, False
+    if not leaves:
+        mantissa, power, small = factor_of(
+            judged[0], judged[1], bound, aim, coarse, roundoff, digits, law[TINY]
+        )
+    out[NORM] = scale_by_power(told[0], told[1])
+    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
+    out[SCALE] = scale_by_power(mantissa, power)
+    if law[UNSCALE] != 1.0 and not leaves:
+        mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
+        small = small or (mantissa > 0.0 and scale_by_power(mantissa, power) < law[TINY])
+    out[FACTOR] = scale_by_power(mantissa, power)
+    out[MANTISSA], out[POWER] = mantissa, power
+    if small:
+        out[MODE] = TRUNCATE
+    else:
+        out[MODE] = MULTIPLY if mantissa != 1.0 or power != 0 else LEAVE
+
+
+def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
+    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
+    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
+        spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
+        norm = law[GIVEN], 0
+    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
+    leaves = bad and (policy in (SKIP, RAISE))
+    out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
+    limits = law[BOUND], law[AIM], law[COARSE], roundoff
+    write_factor(law, limits, norm, norm, leaves, digits, out)
+    out[FINE] = out[FACTOR]
+    if law[UNSCALE] != 1.0 and digits < 53 and not leaves:
+        mantissa, power = math.frexp(out[SCALE])
+        mantissa, power = factor_over(mantissa, power, law[UNSCALE], 53)
+        out[FINE] = scale_by_power(mantissa, power)
+    if bad and policy == ZERO:
+        out[MODE] = CLEAN
+
+
+def relative(law, norm, param):  # type: ignore[no-untyped-def]
+    """Return the bound on the ratio of a norm and a parameter's, that ratio, and what is coarse.
+
+    Ratios are compared, as a product of norms could over- or underflow.
+    """
+    bound, root, power = law[BOUND], param[0], param[1]
+    if scale_by_power(root, power) < law[EPS]:
+        root, power = math.frexp(law[EPS])
+    if root == 0.0:
+        bound = 0.0 if bound < math.inf else bound
+        root, power = 1.0, 0
+    coarse = scale_by_power(law[COARSE] / root, -power)
+    return bound, (norm[0] / root, norm[1] - power), coarse
+
+
+SCALARS: Parts = (
+    formulas.two_sum,
+    formulas.settled,
+    formulas.is_safe,
+    formulas.binned_square,
+    formulas.joined_bins,
+    formulas.larger,
+    formulas.usable,
+    formulas.root,
+    formulas.power_term,
+    formulas.scale_by_power,
+    formulas.clip_factor,
+    formulas.factor_over,
+    formulas.truncated_product,
+    formulas.clamped,
+)
+DECISIONS: Parts = (norm_of, write_norm, write_spread, factor_of, write_factor, decide, relative)

@@ -1,0 +1,96 @@
+"""16-bit floats, which numba does not know: their conversions, for both engines.
+
+Emitted for LLVM, and in plain NumPy where kernels are interpreted. float16 travels as uint16 and
+bfloat16 as int16.
+"""
+
+import numpy as np
+from llvmlite import ir
+
+_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_MAGNITUDE, _SIGN = 0x7FFF_FFFF, 0x8000
+_INFINITY, _QUIET = 0x7F80_0000, 0x0040_0000
+_HALF_INFINITY, _HALF_NAN = 0x7C00, 0x7E00
+_HALF_NORMAL = 113 << 23  # 2**-14, the smallest normal float16, as a float32's bits
+_REBIAS = 112 << 23  # difference of the exponents' biases
+
+
+def _int(value: int) -> ir.Constant:
+    return ir.Constant(_I32, value)
+
+
+def half_to_float(builder, half, *, native):
+    """Emit the exact float32 of float16 bits; `native` if the processor can do it."""
+    if native:
+        return builder.fpext(builder.bitcast(half, ir.HalfType()), _F32)
+    wide = builder.zext(half, _I32)
+    shifted = builder.shl(builder.and_(wide, _int(0x7FFF)), _int(13))
+    scaled = builder.fmul(builder.bitcast(shifted, _F32), ir.Constant(_F32, 2.0**112))
+    bits = builder.bitcast(scaled, _I32)
+    special = builder.icmp_unsigned(">=", shifted, _int(_HALF_INFINITY << 13))
+    bits = builder.select(special, builder.or_(bits, _int(_INFINITY)), bits)
+    sign = builder.shl(builder.and_(wide, _int(_SIGN)), _int(16))
+    return builder.bitcast(builder.or_(bits, sign), _F32)
+
+
+def float_to_half(builder, value, *, native):
+    """Emit float16 bits: to nearest even, below the normal numbers toward zero."""
+    bits = builder.bitcast(value, _I32)
+    magnitude = builder.and_(bits, _int(_MAGNITUDE))
+    positive = builder.bitcast(magnitude, _F32)
+    if native:
+        rounded = builder.bitcast(builder.fptrunc(positive, ir.HalfType()), _I16)
+        rounded = builder.zext(rounded, _I32)
+    else:
+        odd = builder.and_(builder.lshr(magnitude, _int(13)), _int(1))
+        biased = builder.add(builder.add(magnitude, _int(0xFFF)), odd)
+        rounded = builder.lshr(builder.sub(biased, _int(_REBIAS)), _int(13))
+        over = builder.icmp_unsigned(">", rounded, _int(_HALF_INFINITY))
+        rounded = builder.select(over, _int(_HALF_INFINITY), rounded)
+        is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
+        payload = builder.and_(builder.lshr(magnitude, _int(13)), _int(0x3FF))
+        rounded = builder.select(is_nan, builder.or_(payload, _int(_HALF_NAN)), rounded)
+    count = builder.fptosi(builder.fmul(positive, ir.Constant(_F32, 2.0**24)), _I32)
+    small = builder.icmp_unsigned("<", magnitude, _int(_HALF_NORMAL))
+    rounded = builder.select(small, count, rounded)
+    sign = builder.and_(builder.lshr(bits, _int(16)), _int(_SIGN))
+    return builder.trunc(builder.or_(rounded, sign), _I16)
+
+
+def float_to_bfloat(builder, value):
+    """Emit bfloat16 bits: to nearest even, below the normal numbers toward zero."""
+    bits = builder.bitcast(value, _I32)
+    magnitude = builder.and_(bits, _int(_MAGNITUDE))
+    odd = builder.and_(builder.lshr(bits, _int(16)), _int(1))
+    rounded = builder.add(builder.add(bits, _int(0x7FFF)), odd)
+    small = builder.icmp_unsigned("<", magnitude, _int(1 << 23))
+    rounded = builder.select(small, bits, rounded)
+    is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
+    rounded = builder.select(is_nan, builder.or_(bits, _int(_QUIET)), rounded)
+    return builder.trunc(builder.lshr(rounded, _int(16)), _I16)
+
+
+def widen_interpreted(value):
+    """Return the value of a stored element in the type it is computed in."""
+    if value.dtype == np.uint16:
+        return np.float32(value.view(np.float16))
+    if value.dtype == np.int16:
+        return np.uint32(int(value.view(np.uint16)) << 16).view(np.float32)
+    return value
+
+
+def narrow_interpreted(value, like):
+    """Return `value` as an element stored like `like`."""
+    if like.dtype.kind == "f":
+        return like.dtype.type(value)
+    number = np.float32(value)
+    bits = int(number.view(np.uint32))
+    if like.dtype == np.uint16:
+        if abs(number) < 2.0**-14:
+            return np.uint16(int(abs(number) * 2.0**24) | bits >> 16 & _SIGN)
+        return np.float16(number).view(np.uint16)
+    if np.isnan(number):
+        bits |= _QUIET
+    elif bits & _MAGNITUDE >= 1 << 23:
+        bits += 0x7FFF + (bits >> 16 & 1)
+    return np.uint16(bits >> 16).view(np.int16)

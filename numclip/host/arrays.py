@@ -1,0 +1,72 @@
+"""Arrays of the host's memory: what they tell of themselves, and new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from numclip import libraries
+from numclip.dtypes import Array, lookup
+from numclip.errors import expected
+from numclip.facts import Facts
+
+ALIGNMENT = 64  # a cache line, and the widest vector
+
+
+def facts_of(name: str, array: Any) -> Facts:
+    """Return the facts of an array of NumPy, or of a library that shares its memory with it."""
+    values = array if type(array) is np.ndarray else as_array(name, array)
+    dtype, swapped, writable = values.dtype, "", values.flags.writeable
+    if not dtype.isnative and dtype.kind in "fc" and lookup(dtype.newbyteorder("=")):
+        swapped = dtype.str
+        values = values.astype(dtype.newbyteorder("="), order="C")
+    strides = None if values.flags.c_contiguous else values.strides
+    address = values.__array_interface__["data"][0]
+    return Facts(values.dtype, values.shape, strides, address, writable, values, swapped)
+
+
+def as_array(name: str, values: Any) -> Array:
+    """Return what is no plain array as one: subclasses, NumPy's scalars, other libraries' arrays.
+
+    Their memory is shared. Masked arrays are refused.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        advice = "a masked array; fill it first with .filled(0)"
+        raise TypeError(expected(name, "an array", advice))
+    if isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
+        return np.asarray(values)
+    found = libraries.as_numpy(name, values)
+    if found is None:
+        kind = f"{type(values).__name__}; {_advice(values)}"
+        raise TypeError(expected(name, "an array or IndexedSlices", kind))
+    return found
+
+
+def _advice(values: Any) -> str:
+    """Say how to mend what is no gradient."""
+    if isinstance(values, Mapping):
+        return "pass its values"
+    if hasattr(values, "tocsr"):
+        return "convert it with numclip.IndexedSlices.from_scipy"
+    return "convert it with numpy.asarray"
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return a new array in C order that begins at a multiple of 64 bytes; of zeros."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def new_like(like: Facts) -> Array:
+    """Return a new array in memory as another one, if it is dense; else in C order."""
+    return np.empty_like(like.array, order="K" if like.dense else "C", subok=False)
+
+
+def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Array:
+    """Return a new array in C order of the dtype of another one."""
+    return np.empty(shape, like.native)

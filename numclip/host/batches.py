@@ -1,0 +1,132 @@
+"""Contiguous tensors of one element type, cut into chunks: what is done to them, by all threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType
+from numclip.kernels import cpu, pools, threads
+from numclip.kernels.formulas import is_safe
+from numclip.kernels.threads import Call
+from numclip.kernels.tuning import CHUNK
+from numclip.memory import Span
+from numclip.tables import BAD, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
+
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Batch(NamedTuple):
+    """The chunks of some of a plan's tensors; their owners are the tensors' numbers there."""
+
+    dtype: DType
+    chunks: Array
+    nbytes: int
+
+    def of(self, chosen: Array) -> Batch:
+        """Return the chunks of the chosen tensors alone (a mask over all)."""
+        return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
+
+    def in_place(self, chosen: Array) -> Batch:
+        """Return the batch with the chosen tensors read where they are written."""
+        own = chosen[self.chunks[:, cpu.OWNER]]
+        if not own.any():
+            return self
+        chunks = self.chunks.copy()
+        chunks[own, cpu.SOURCE] = chunks[own, cpu.TARGET]
+        return self._replace(chunks=chunks)
+
+    def call(self, kernel: Any, *arguments: Any) -> Call:
+        """Return the call of a kernel on all chunks."""
+        return Call(kernel, len(self.chunks), self.nbytes, (self.chunks, *arguments))
+
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        """Call a kernel on shares of the chunks."""
+        threads.run_all([self.call(kernel, *arguments)])
+
+
+def batches(spans: Mapping[int, Span]) -> list[Batch]:
+    """Return tensors by their numbers as a batch for each dtype."""
+    members: dict[DType, list[int]] = {}
+    for number, span in spans.items():
+        members.setdefault(span.dtype, []).append(number)
+    return [_batch(dtype, numbers, spans) for dtype, numbers in members.items()]
+
+
+def _batch(dtype: DType, numbers: list[int], spans: Mapping[int, Span]) -> Batch:
+    table = np.array([spans[number][1:4] for number in numbers], np.int64)
+    itemsize = dtype.storage.itemsize
+    count, elements = cpu.count_chunks(table, CHUNK)
+    chunks = np.empty((count, 4), np.int64)
+    cpu.split(table, itemsize, CHUNK, chunks)
+    if numbers[-1] != len(numbers) - 1:
+        chunks[:, cpu.OWNER] = np.array(numbers)[chunks[:, cpu.OWNER]]
+    return Batch(dtype, chunks, elements * itemsize)
+
+
+def write_squares(batch: Batch, sums: Array) -> None:
+    """Write each tensor's sum of squares, as ``total * 4**exponent``.
+
+    One pass. Only float64 can leave the safe range; such tensors are summed again, divided by
+    a power of two near their largest element.
+    """
+    partial = np.empty(len(batch.chunks))
+    batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    if not pools.add_partials(batch.chunks, partial, sums) and batch.dtype.digits == 53:
+        _rescue(batch, sums)
+
+
+def _rescue(batch: Batch, sums: Array) -> None:
+    """Write again the sums of tensors whose squares leave the safe range."""
+    unsafe = np.zeros(len(sums), np.bool_)
+    owners = batch.chunks[:, cpu.OWNER]
+    unsafe[owners] = ~is_safe(sums[owners, TOTAL])
+    peaks = largest(batch.of(unsafe), len(sums))
+    unsafe &= np.isfinite(peaks) & (peaks > 0.0)
+    exponents = np.where(unsafe, np.frexp(peaks)[1] - 1, 0)
+    totals = powers(batch.of(unsafe), np.ldexp(1.0, exponents), 2.0, len(sums))
+    sums[unsafe, TOTAL] = sums[unsafe, TERMS] = totals[unsafe]
+    sums[unsafe, EXPONENT] = sums[unsafe, TERMS_EXPONENT] = exponents[unsafe]
+    sums[unsafe, BAD] = 0.0
+
+
+def largest(batch: Batch, count: int) -> Array:
+    """Return the largest magnitude of each of `count` tensors; NaN where there is one."""
+    itemsize = batch.dtype.storage.itemsize
+    mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
+    partial = np.empty(len(batch.chunks), mask.dtype)
+    batch.run(cpu.max_magnitude, mask, partial)
+    bits = np.zeros(count, mask.dtype)
+    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
+    if batch.dtype.name == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(f"f{itemsize}").astype(np.float64)
+
+
+def powers(batch: Batch, scales: Array, ord: float, count: int) -> Array:
+    """Return each of `count` tensors' sum of ``(|x| / scale) ** ord``, a finite order."""
+    partial = np.empty(len(batch.chunks))
+    batch.run(cpu.sum_powers, scales, ord, batch.dtype.like, partial)
+    totals = np.zeros(count)
+    cpu.merge(batch.chunks, partial, totals)
+    return totals
+
+
+def scaling(batch: Batch, factors: Array) -> Call:
+    """Return the call that writes each tensor times its factor; those of factor 1 are copied."""
+    return batch.call(cpu.scale, factors.astype(batch.dtype.compute), batch.dtype.like)
+
+
+def truncating(batch: Batch, mantissas: Array, exponents: Array) -> Call:
+    """Return the call that rounds subnormal results toward zero; slow."""
+    precision = np.array(batch.dtype.precision, np.int64)
+    like = batch.dtype.like
+    return batch.call(cpu.scale_truncating, mantissas.copy(), exponents, precision, like)
+
+
+def clamping(batch: Batch, beyond: Array, low: float, high: float) -> Call:
+    """Return the call that holds elements between two bounds; `beyond` tells of each chunk."""
+    as_computed = batch.dtype.compute.type
+    return batch.call(cpu.clamp, as_computed(low), as_computed(high), batch.dtype.like, beyond)

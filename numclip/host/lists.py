@@ -1,0 +1,271 @@
+"""Gradients that are plain arrays of one dtype, clipped without describing each.
+
+Arrays of other libraries are plain if their views by NumPy are.
+
+Every function does the whole job, with the bits that the general way gives, or returns None and
+has touched nothing: what is not plain, not finite or in need of care goes the general way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType, lookup
+from numclip.host import batches
+from numclip.host.batches import Batch
+from numclip.kernels import arrays, cpu, joint, threads
+from numclip.libraries import as_numpy
+
+Items = tuple[Any, ...]
+READABLE = arrays.layout_holds()
+_POINTERS = tuple.__basicsize__  # where in a tuple they begin
+
+
+class Kind(NamedTuple):
+    """A dtype, and what `kernels.arrays` is told of arrays to read and of arrays to write."""
+
+    row: DType
+    readable: Array
+    writeable: Array
+
+
+_KINDS: dict[np.dtype[Any], Kind] = {}
+
+
+def _kind(items: Items) -> Kind | None:
+    """Return the kind of the first array, None where there is none."""
+    for item in items:
+        if item is not None:
+            break
+    else:
+        return None
+    if type(item) is not np.ndarray or not READABLE:
+        return None
+    known = _KINDS.get(item.dtype)
+    return known if known is not None else _made(item.dtype)
+
+
+def _made(dtype: np.dtype[Any]) -> Kind | None:
+    row = lookup(dtype)
+    if row is None:
+        return None
+    dtype = np.dtype(dtype.type)  # equal ones (unpickled, with metadata) are other objects
+    names = id(np.ndarray), id(None), id(dtype)
+    facts = [object.__basicsize__, *names, row.storage.itemsize, row.components, arrays.ALIGNED]
+    readable, writeable = np.array([facts, facts], np.int64)
+    writeable[arrays.NEEDS] |= arrays.WRITEABLE
+    kind = _KINDS[dtype] = Kind(row, readable, writeable)
+    return kind
+
+
+def _items(grads: Any) -> Items:
+    """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
+    of = type(grads)
+    if of is list or of is tuple:
+        return tuple(grads)
+    return tuple(grads.values()) if of is dict else ()
+
+
+def _views(items: Items) -> Items:
+    """Return arrays of other libraries as NumPy's; the items as they are where one is neither."""
+    views: list[Array | None] = []
+    for item in items:
+        if item is None or type(item) is np.ndarray:
+            views.append(item)
+            continue
+        if getattr(item, "is_cuda", False):
+            return items
+        try:
+            view = as_numpy("", item)
+        except (TypeError, ValueError):  # the general way says what is wrong
+            view = None
+        if view is None:
+            return items
+        views.append(view)
+    return tuple(views)
+
+
+def global_norm(grads: Any) -> float | None:
+    """Return the L2 norm of arrays."""
+    items = _items(grads)
+    kind = _kind(items)
+    if kind is None:
+        items = _views(items)
+        kind = _kind(items)
+        if kind is None:
+            return None
+    return _clip_items(items, kind, kind.readable, math.inf, 1.0)
+
+
+def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
+    """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
+    if not _takes(grads, out):
+        return None
+    held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
+    found = _clip(_items(held), bound, 1.0, in_place=out is grads)
+    if found is None:
+        return None
+    items, norm = found
+    if type(held) is not dict:
+        return [*items] if type(held) is list else items, norm
+    return held if out is grads else dict(zip(held, items, strict=True)), norm
+
+
+def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
+    """Clip an array by its L2 norm over `divisor`, in place or into a new one; return that."""
+    found = _clip((grad,), bound, divisor, in_place=out is grad) if _takes(grad, out) else None
+    return None if found is None else found[0][0]
+
+
+def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
+    """Hold an array's elements between two floats, in place or in a copy; return that."""
+    numbers = type(low) is float and type(high) is float and low <= high
+    kind = _kind((grad,)) if numbers and _takes(grad, out) else None
+    if kind is None or kind.row.components == 2:
+        return None
+    with np.errstate(all="ignore"):
+        bounds = np.array([low, high]).astype(grad.dtype).astype(np.float64).tolist()
+    if bounds != [low, high]:  # how they are rounded is not to depend on the thread
+        return None
+    facts = kind.readable if out is None else kind.writeable
+    batch, _ = _batch((grad,), kind, facts)
+    if batch is None:
+        return None
+    result = grad if out is grad else grad.copy("K")
+    if result is not grad:
+        batch, _ = _batch((result,), kind, kind.writeable)
+    assert batch is not None
+    beyond = np.empty(len(batch.chunks), np.bool_)
+    call = batches.clamping(batch, beyond, low, high)
+    threads.run_all([call._replace(keep=(result,))])
+    return result
+
+
+def _takes(grads: Any, out: Any) -> bool:
+    return out is grads or out is None
+
+
+def _clip(
+    items: Items, bound: float, divisor: float, *, in_place: bool
+) -> tuple[Items, float] | None:
+    plain, kind = items, _kind(items)
+    if kind is None:
+        plain = _views(items)
+        kind = _kind(plain)
+        if kind is None:
+            return None
+    if not in_place:
+        return _copies(plain, kind, bound, divisor)
+    norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
+    return None if norm is None else (items, norm)
+
+
+def _clip_items(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> float | None:
+    """Clip the arrays in place, if the facts ask for arrays that can be written."""
+    state, norm = _clip_little(items, kind, facts, bound, divisor)
+    if state == arrays.DONE:
+        return norm
+    if state == arrays.ELSEWHERE:
+        return None
+    return _clip_much(items, kind, facts, bound, divisor)
+
+
+def _clip_little(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> tuple[int, float]:
+    """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
+    row = kind.row
+    return arrays.clip_little(  # type: ignore[no-any-return]
+        id(items) + _POINTERS, len(items), facts, row.limits, bound, divisor, row.like
+    )
+
+
+def _copied(items: Items) -> Items:
+    return tuple(None if item is None else item.copy("K") for item in items)
+
+
+def _clip_much(
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+) -> float | None:
+    """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
+    batch, apart = _batch(items, kind, facts)
+    if batch is None or (facts is kind.writeable and not (apart or _are_apart(batch))):
+        return None
+    found = _decided(batch, len(items), bound, divisor)
+    if found is None:
+        return None
+    norm, factor = found
+    if factor != 1.0:
+        _scale(batch, items, factor)
+    return norm
+
+
+def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
+    """Return arrays as a batch, None where one is not plain, and if all own their memory."""
+    chunks = np.empty((0, 4), np.int64)
+    needed = len(items)
+    while needed > len(chunks):
+        chunks = np.empty((needed, 4), np.int64)
+        arguments = id(items) + _POINTERS, len(items), facts, chunks
+        needed, elements, apart = arrays.table(*arguments)
+    if needed < 0:
+        return None, False
+    nbytes = elements * kind.row.storage.itemsize
+    return Batch(kind.row, chunks[:needed], nbytes), apart
+
+
+def _are_apart(batch: Batch) -> bool:
+    """Tell whether no chunks overlap: in sorted order each ends before the next begins."""
+    begins = batch.chunks[:, cpu.SOURCE]
+    ends = begins + batch.chunks[:, cpu.LENGTH] * batch.dtype.storage.itemsize
+    return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
+
+
+def _decided(batch: Batch, count: int, bound: float, divisor: float) -> tuple[float, float] | None:
+    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care."""
+    partial = np.empty(len(batch.chunks))
+    batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    limits = batch.dtype.limits
+    norm, right = joint.joined(batch.chunks, partial, limits, np.zeros(count))
+    norm /= divisor
+    if not right or norm <= bound:
+        return (norm, 1.0) if right else None
+    elements = batch.nbytes // batch.dtype.storage.itemsize
+    factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
+    return None if truncate else (norm, factor)
+
+
+def _scale(batch: Batch, items: Items, factor: float) -> None:
+    """Write arrays, which live as long as the items, times a factor."""
+    factors = np.full(len(items), factor)
+    threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
+
+
+def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
+    """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
+    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor)
+    if state == arrays.ELSEWHERE:
+        return None
+    if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
+        results = _copied(items)
+        if norm > bound:
+            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
+        return (results, norm) if state == arrays.DONE else None
+    batch, _ = _batch(items, kind, kind.readable)
+    found = None if batch is None else _decided(batch, len(items), bound, divisor)
+    if batch is None or found is None:
+        return None
+    norm, factor = found
+    if factor == 1.0:
+        return _copied(items), norm
+    results = tuple(None if item is None else np.empty_like(item) for item in items)
+    targets, _ = _batch(results, kind, kind.writeable)
+    assert targets is not None
+    batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
+    _scale(batch, results, factor)
+    return results, norm

@@ -1,0 +1,248 @@
+"""Plans of the host: tensors of one norm or of several, measured, decided and written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import Array
+from numclip.engine import Groups, Outcome
+from numclip.host import batches, orders, rows
+from numclip.host.batches import Batch
+from numclip.host.strided import Copied
+from numclip.kernels import cpu, threads
+from numclip.kernels import pools as kernels
+from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.law import Law, Laws, Pool
+from numclip.memory import AnySpan, RowSpan, Span, Strided
+from numclip.tables import (
+    BAD,
+    CLAMPED,
+    CLEAN,
+    DECISION_COLUMNS,
+    FACTOR,
+    FINE,
+    LAW_COLUMNS,
+    LEAVE,
+    MANTISSA,
+    MODE,
+    MULTIPLY,
+    POWER,
+    RARE,
+    SKIPPED,
+    SUM_COLUMNS,
+)
+
+
+class Plan:
+    """See `numclip.engine.Plan`; streams are ignored, and no two threads share a plan.
+
+    Strided arrays are copied when the plan is made, and written back when they are written.
+    """
+
+    lock = contextlib.nullcontext()
+
+    def __init__(
+        self, spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any = None
+    ) -> None:
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
+        self.pool_of = np.repeat(np.arange(len(pools)), [pool.last - pool.first for pool in pools])
+        self._zeroing = any(pool.policy == "zero" for pool in pools)
+        self._law = np.zeros((len(pools), LAW_COLUMNS))
+        self._shifts = np.zeros(len(pools), np.int64)
+        self._shifted = False
+        self._groupings: dict[int, Groups] = {}
+        self._order: float | None = None  # of what is to be measured
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Make the tables that follow from where the tensors are."""
+        self._laws = Laws(self.spans, self.pools)
+        self._pools = self._laws.pool_table(self.pools)
+        self._sums = np.zeros((len(self.spans), SUM_COLUMNS))
+        self._copied = {
+            t: Copied(strided)
+            for t, span in enumerate(self.spans)
+            if (strided := span if isinstance(span, Strided) else getattr(span, "strided", None))
+        }
+        self._own = {
+            t: self._copied[t].span if t in self._copied else Span(*span[:4])
+            for t, span in enumerate(self.spans)
+        }
+        self._in_place = all(span.source == span.target for span in self._own.values())
+        self._in_place &= all(copied.in_place for copied in self._copied.values())
+        self._lay_out_batches()
+
+    def _lay_out_batches(self) -> None:
+        """Make the tables of chunks."""
+        self._written = batches.batches(self._own)
+        self._measured = self._plain(self._own)
+        small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
+        self._fused = self._measured[0] if small and not self._groupings else None
+        self._column = FACTOR
+        if self._fused is not None and self._fused.dtype.digits == 53:
+            self._column = FINE
+
+    def _plain(self, spans: Mapping[int, Span]) -> list[Batch]:
+        """Return the batches of tensors in which no rows repeat."""
+        if spans is self._own and not self._groupings:
+            return self._written
+        return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
+
+    def take_rows(
+        self, spans: Sequence[RowSpan], groupings: Sequence[Groups], _stream: Any = None
+    ) -> None:
+        """Let the tensors whose rows can share an index be these."""
+        numbers = [t for t, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        for t, span in zip(numbers, spans, strict=True):
+            self.spans[t] = span
+        pairs = zip(numbers, groupings, strict=True)
+        self._groupings = {t: own for t, own in pairs if rows.repeats(own)}
+        self._lay_out()
+
+    def outcomes(self, count: int, _stream: Any = None) -> list[Outcome]:
+        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
+        shapes = (len(self.spans), SUM_COLUMNS), (len(self.pools) + 1, DECISION_COLUMNS)
+        return [(np.zeros(shapes[0]), np.zeros(shapes[1])) for _ in range(count)]
+
+    def write_laws(self, law: Law, _stream: Any = None) -> None:
+        """Let decisions obey a law."""
+        self._law = self._laws.table(law)
+
+    def measure(self, ord: float, _stream: Any = None) -> None:
+        """Let the next decision follow from the norms of an order, of what memory holds then."""
+        self._order = ord
+
+    def decide(self, outcome: Outcome, _stream: Any = None) -> None:
+        """Measure, if that was asked for, and decide for every pool."""
+        sums, decisions = outcome
+        order, self._order = self._order, None
+        if order == 2.0 and self._fused is not None and self._decide_at_once(self._fused, *outcome):
+            self._sums = sums
+            return
+        if order is not None:
+            self._measure(order)
+        sums[:] = self._sums
+        tables = self._pools, self._law, self._shifts
+        kernels.decide_pools(*tables, sums, decisions)
+
+    def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
+        """Measure and decide by one call; tell whether that is right."""
+        if self._shifted:
+            self._shifts[:] = 0
+            self._shifted = False
+        safe = kernels.measure_and_decide(
+            batch.chunks, batch.dtype.like, self._pools, self._law, self._shifts, sums, decisions
+        )
+        if self._zeroing and sums[:, BAD].any():
+            return False
+        return safe or batch.dtype.digits < 53
+
+    def _measure(self, order: float) -> None:
+        """Take the sums of all tensors; of some, with 0 for what is not finite."""
+        self._sums = np.zeros_like(self._sums)
+        self._take_sums(order, self._own)
+        if not self._zeroing:
+            return
+        bad = self._sums[:, BAD] != 0.0
+        zeroing = np.array([pool.policy == "zero" for pool in self.pools], np.bool_)[self.pool_of]
+        if (bad & zeroing).any():
+            numbers = np.flatnonzero(bad & zeroing).tolist()
+            copies = {t: orders.values_of(self._own[t]).copy() for t in numbers}
+            spans = dict(self._own)
+            for t, copy in copies.items():
+                copy[~np.isfinite(copy)] = 0
+                spans[t] = spans[t]._replace(source=copy.ctypes.data)
+            self._take_sums(order, spans)
+            self._sums[bad, BAD] = 1.0
+
+    def _take_sums(self, order: float, spans: Mapping[int, Span]) -> None:
+        """Take the sums of tensors that are read where some spans say."""
+        self._shifts[:] = 0
+        self._shifted = True
+        summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
+        if order != 2.0:
+            tables = self._law, self._shifts, self._sums
+            known: dict[int, Span | RowSpan] = {**spans, **summed}
+            orders.write_powers(known, self._groupings, self.pools, order, *tables)
+            return
+        for batch in self._plain(spans) if spans is not self._own else self._measured:
+            batches.write_squares(batch, self._sums)
+        for t, span in summed.items():
+            rows.write_squares(span, self._groupings[t], self._sums[t])
+
+    def scale(self, outcome: Outcome, _stream: Any = None) -> None:
+        """Write each tensor times the factor that was decided, in one pass, or none."""
+        decisions = outcome[1]
+        if self._in_place and decisions[-1, MODE] == LEAVE:
+            return
+        alone = self._in_place and not self._copied and decisions[-1, RARE] == 0.0
+        if self._fused is not None and alone:
+            tables = self.pool_of, decisions, self._column
+            kernels.scale_decided(self._fused.chunks, *tables, self._fused.dtype.like)
+            return
+        modes = decisions[self.pool_of, MODE]
+        written = [t for t, own in self._copied.items() if modes[t] != LEAVE or not own.in_place]
+        self._write(self._scaling(decisions, self._written), written)
+
+    def write_exceptional(self, outcome: Outcome, _stream: Any = None) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        decisions = outcome[1]
+        if decisions[-1, RARE] != 0.0:
+            chosen = decisions[self.pool_of, MODE] > MULTIPLY
+            written = [batch.of(chosen) for batch in self._written]
+            self._write(self._scaling(decisions, written), ())
+
+    def _scaling(self, decisions: Array, written: Sequence[Batch]) -> list[threads.Call]:
+        """Return the calls that multiply by the factors, after cleaning what is to be cleaned."""
+        own = decisions[self.pool_of]
+        if decisions[-1, RARE] == 0.0:
+            fine = [FINE if batch.dtype.digits == 53 else FACTOR for batch in written]
+            pairs = zip(written, fine, strict=True)
+            return [batches.scaling(batch, own[:, column]) for batch, column in pairs]
+        cleaned = own[:, MODE] == CLEAN
+        calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
+        powers = own[:, POWER].astype(np.int64)
+        return calls + [
+            batches.truncating(batch.in_place(cleaned), own[:, MANTISSA], powers)
+            for batch in written
+        ]
+
+    def _cleaning(self, span: Span) -> threads.Call:
+        """Return the call that copies a tensor to where it goes, with 0 for what is not finite."""
+        (batch,) = batches.batches({0: span})
+        return batch.call(cpu.clean, span.dtype.components, span.dtype.like)
+
+    def _write(self, calls: Sequence[threads.Call], copied: Sequence[int]) -> None:
+        """Make calls and write copies back: all of it, whatever exception comes from outside."""
+        if not copied:
+            threads.run_all(calls)
+            return
+        make = threads.ready(calls)
+
+        def write() -> None:
+            make()
+            for t in copied:
+                self._copied[t].write_back()
+
+        threads.whole(write)
+
+    def clamp(
+        self, outcome: Outcome, low: float, high: float, _stream: Any, members: range
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        decisions = outcome[1]
+        chosen = np.zeros(len(self.spans), np.bool_)
+        chosen[members.start : members.stop] = True
+        chosen &= decisions[self.pool_of, SKIPPED] == 0.0
+        own = [batch.of(chosen) for batch in self._written]
+        flags = [np.zeros(len(batch.chunks), np.bool_) for batch in own]
+        calls = [batches.clamping(*each, low, high) for each in zip(own, flags, strict=True)]
+        self._write(calls, [t for t in self._copied if chosen[t]])
+        for batch, beyond in zip(own, flags, strict=True):
+            tensors = batch.chunks[beyond, cpu.OWNER]
+            decisions[self.pool_of[tensors], CLAMPED] = 1.0

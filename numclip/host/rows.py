@@ -1,0 +1,133 @@
+"""Rows that share an index, in the host's memory: their sums, and the norms of these."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from numclip.dtypes import FLOAT64, Array, as_stored
+from numclip.engine import Groups
+from numclip.facts import Facts
+from numclip.host import batches
+from numclip.host.strided import elements
+from numclip.kernels import grouping as kernels
+from numclip.kernels import threads
+from numclip.kernels.formulas import is_safe, scale_by_power
+from numclip.kernels.tuning import CHUNK
+from numclip.memory import Memory, RowSpan, Span, strides_of
+from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
+
+CANCELLATION = 2.0**20
+"""How often the rows' magnitudes may exceed their sums for sums of four rows to be rounded: their
+norm is then right to 2**-32."""
+
+TERMS_MARGIN = 1.0 + 2.0**-25
+"""What the magnitudes are multiplied by then, see `grouped_squares`."""
+
+
+def group(indices: Array) -> tuple[Array, Array]:
+    """Return the order that brings equal indices together, and where each group starts."""
+    row = np.uint32 if indices.size < 1 << 32 else np.int64
+    table = np.zeros(1 << (2 * indices.size - 1).bit_length(), row)
+    order = np.empty(indices.size, np.int64)
+    starts = np.empty(indices.size + 1, np.int64)
+    count = kernels.group_rows(indices, table, order, starts)
+    return order, starts[: count + 1]
+
+
+def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
+    """Return the squared norms of the summed rows and of the rows' summed magnitudes.
+
+    Of elements under 64 bits the sums of four rows are rounded to float64, by at most
+    ``2 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
+    ``2 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
+    the terms of a result (see `formulas`): 2 for the norm, 2 for that of the result measured
+    again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
+    """
+    if values.dtype != np.float64:
+        total, terms = _grouped_squares(order, starts, values, exact=False)
+        if terms <= CANCELLATION**2 * total:
+            return total, terms * TERMS_MARGIN**2
+    return _grouped_squares(order, starts, values, exact=True)
+
+
+def _grouped_squares(
+    order: Array, starts: Array, values: Array, *, exact: bool
+) -> tuple[float, float]:
+    rows = max(1, CHUNK // max(values.shape[1], 1))  # of a share, but for longer groups
+    count = -(-order.size // rows)
+    partial = np.empty((count, 2))
+    arguments = rows, order, starts, values, exact, partial
+    threads.run(kernels.grouped_squares, count, values.nbytes, *arguments)
+    return kernels.total(partial)  # type: ignore[no-any-return]
+
+
+def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
+    """Write the sum of each group of rows to a row of `out`; both are 2-d storage."""
+    arguments = order, starts, values, out
+    threads.run(kernels.merge_rows, starts.size - 1, values.nbytes, *arguments)
+
+
+def repeats(grouping: Groups) -> bool:
+    """Tell whether an index appears more than once."""
+    order, starts = grouping
+    return starts.size - 1 < order.size
+
+
+def rows_of(span: RowSpan) -> Array:
+    """Return rows as elements, where they are, 2-d; a copy where they are not contiguous."""
+    if span.strided is not None:
+        found = elements(span.dtype, span.strided.shape, span.strided.read)
+        return np.ascontiguousarray(found).reshape(found.shape[0], -1)
+    shape = span.size // max(span.length, 1), span.length // span.dtype.components
+    steps = strides_of(shape, span.dtype.native.itemsize)
+    return elements(span.dtype, shape, Memory(span.source, steps))
+
+
+def write_squares(span: RowSpan, grouping: Groups, out: Array) -> None:
+    """Write the sums of squares of summed rows and of summed magnitudes, as rows of sums are."""
+    total, terms, exponent = _squares(span, grouping)
+    out[TOTAL], out[EXPONENT] = total, exponent
+    out[TERMS], out[TERMS_EXPONENT] = terms, exponent
+    out[BAD] = 0.0 if np.isfinite(total) else 1.0
+
+
+def _squares(span: RowSpan, grouping: Groups) -> tuple[float, float, int]:
+    """Return the squared norms of summed rows and of summed magnitudes, over ``4**exponent``."""
+    rows = as_stored(rows_of(span))
+    total, terms = grouped_squares(*grouping, rows)
+    if span.dtype.digits < 53 or (is_safe(terms) and is_safe(total)):
+        return total, terms, 0
+    if is_safe(terms):  # rows cancel and leave what is too small to be squared
+        sums = np.zeros((1, SUM_COLUMNS))
+        merged = summed(rows, grouping).reshape(-1)
+        span64 = Span(FLOAT64, merged.ctypes.data, merged.ctypes.data, merged.size)
+        for batch in batches.batches({0: span64}):
+            batches.write_squares(batch, sums)
+        exponent = int(sums[0, EXPONENT])
+        return float(sums[0, TOTAL]), scale_by_power(terms, -2 * exponent), exponent
+    peak = np.abs(rows).max()
+    if peak == 0.0 or not np.isfinite(peak):
+        return total, terms, 0
+    exponent = int(np.frexp(peak)[1]) - 1
+    return *grouped_squares(*grouping, np.ldexp(rows, -exponent)), exponent
+
+
+def summed(rows: Array, grouping: Groups) -> Array:
+    """Return the sums of the rows that share an index, as stored numbers or as elements."""
+    sums = np.empty((grouping[1].size - 1, rows.shape[1]), rows.dtype)
+    merge_rows(*grouping, as_stored(rows), as_stored(sums))
+    return sums
+
+
+def sum_rows(
+    source: Facts, target: Facts, grouping: Groups, places: Array, _stream: object = None
+) -> None:
+    """Write the sum of each group of rows to the row that is its place, and 0 to the others.
+
+    The dtype of the target holds the rows; sums are rounded once to it.
+    """
+    target.array[...] = 0
+    if source.nbytes:
+        rows = np.ascontiguousarray(source.array, target.native)
+        sums = summed(rows.reshape(rows.shape[0], -1), grouping)
+        target.array[places] = sums.reshape(places.size, *target.shape[1:])

@@ -1,0 +1,329 @@
+"""Plans of the host for arrays with units: each unit's norm, its factor, and what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import Array, DType, as_stored
+from numclip.host import batches, columns, orders
+from numclip.host.strided import elements
+from numclip.kernels import threads, unit_loops
+from numclip.kernels.formulas import is_safe
+from numclip.kernels.threads import Call
+from numclip.kernels.tuning import CHUNK
+from numclip.law import Family, unit_laws
+from numclip.memory import Span, Strided, strides_of
+from numclip.tables import (
+    BOUND,
+    EXPONENT,
+    FACTOR,
+    LEAST,
+    LEAVE,
+    MANTISSA,
+    MODE,
+    MULTIPLY,
+    PEAK,
+    POWER,
+    RATIO,
+    SKIPPED,
+    SUM_COLUMNS,
+    TOTAL,
+    UNIT_COLUMNS,
+)
+
+LONG_ROW = 4 * CHUNK
+"""Elements of a row from which on threads share it."""
+
+
+class Cut:
+    """An array cut into units: rows of contiguous memory, or columns of it.
+
+    Rows serve every operation. Reduced axes in the middle or in front can be summed where they
+    stand, column by column; what that cannot do is done on a transposed copy.
+    """
+
+    def __init__(self, array: Strided, *, zeroing: bool = False) -> None:
+        self.array = array
+        self._values = elements(array.dtype, array.shape, array.read)
+        held = np.ascontiguousarray(self._values)
+        if zeroing and not np.isfinite(held).all():
+            held = np.where(np.isfinite(held), held, held.dtype.type(0))
+        aligned = held.flags.aligned
+        self._held = (held if aligned else held.copy()).reshape(array.shape)
+        self.size = math.prod(array.shape[k] for k in self.axes)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The reduced axes."""
+        axes = self.array.axes
+        return tuple(range(len(self.array.shape))) if axes is None else axes
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return (*self.array.kept, *self.axes)
+
+    def rows(self) -> Array:
+        """Return contiguous rows, a unit each: the values themselves or a transposed copy."""
+        rows = np.ascontiguousarray(self._held.transpose(self._order))
+        return rows.reshape(self.array.units, self.size)
+
+    def columns(self) -> Array | None:
+        """Return the storage as (outer, reduced, inner) where the axes lie so, else None."""
+        axes, shape = self.axes, self._held.shape
+        if not axes or axes[-1] - axes[0] + 1 != len(axes) or axes[-1] == len(shape) - 1:
+            return None
+        outer, inner = math.prod(shape[: axes[0]]), math.prod(shape[axes[-1] + 1 :])
+        return as_stored(self._held.reshape(outer, self.size, inner))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows lie as the array does."""
+        return self._order == tuple(range(len(self.array.shape)))
+
+    def write(self, stored: Array) -> None:
+        """Write stored numbers in C order to where the results go."""
+        array = self.array
+        values = stored.reshape(-1).view(array.dtype.native).reshape(array.shape)
+        elements(array.dtype, array.shape, array.written)[...] = values
+
+    def result(self, values: Array) -> None:
+        """Write rows, as elements, to where the results go."""
+        shape = [self.array.shape[k] for k in self._order]
+        back = values.reshape(shape).transpose(np.argsort(self._order))
+        elements(self.array.dtype, self.array.shape, self.array.written)[...] = back
+
+    def target(self) -> Array | None:
+        """Return the memory of the result, if it is contiguous in C order; as stored numbers."""
+        array = self.array
+        steps = strides_of(array.shape, array.itemsize)
+        if array.written.steps != steps or array.written.address % array.dtype.storage.itemsize:
+            return None
+        return as_stored(elements(array.dtype, array.shape, array.written).reshape(-1))
+
+
+def squares(cut: Cut) -> tuple[Array, Array]:
+    """Return the sum of squares of each unit as ``total * 4**exponent``."""
+    dtype, held = cut.array.dtype, cut.columns()
+    if held is not None:
+        totals = columns.column_squares(held)
+        totals = totals.reshape(cut.array.units, dtype.components).sum(axis=1)
+        if dtype.digits < 53 or is_safe(totals).all():
+            return totals, np.zeros(totals.size)
+    return _row_squares(dtype, as_stored(cut.rows()))
+
+
+def _row_squares(dtype: DType, rows: Array) -> tuple[Array, Array]:
+    """Return the sums of squares of contiguous rows."""
+    count, length = rows.shape
+    if length >= LONG_ROW:
+        return _summed(dtype, rows)
+    totals = np.zeros(count)
+    threads.run(unit_loops.row_squares, count, rows.nbytes, rows, totals)
+    exponents = np.zeros(count)
+    unsafe = ~is_safe(totals)
+    if dtype.digits == 53 and unsafe.any():
+        totals[unsafe], exponents[unsafe] = _summed(dtype, np.ascontiguousarray(rows[unsafe]))
+    return totals, exponents
+
+
+def _summed(dtype: DType, rows: Array) -> tuple[Array, Array]:
+    """Return the same by chunks, rescued where squares leave the safe range."""
+    sums = np.zeros((len(rows), SUM_COLUMNS))
+    for batch in batches.batches(_spans(dtype, rows, rows)):
+        batches.write_squares(batch, sums)
+    return sums[:, TOTAL], sums[:, EXPONENT]
+
+
+def _spans(dtype: DType, source: Array, target: Array) -> dict[int, Span]:
+    """Return the rows of 2-d storage as tensors."""
+    length, step = source.shape[1], source.shape[1] * source.itemsize
+    begin, end = source.ctypes.data, target.ctypes.data
+    return {r: Span(dtype, begin + r * step, end + r * step, length) for r in range(len(source))}
+
+
+def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], out: Array) -> None:
+    """Add the sums of arrays unit by unit, in their order, with the rounding errors kept.
+
+    `numbers` are the units of an array that lacks some.
+    """
+    if len(parts) == 1 and not numbers:
+        out[:] = parts[0]
+        return
+    chosen = [slice(None) if own is None else own for own in numbers] or [slice(None)] * len(parts)
+    out[1] = -np.inf
+    for units, (totals, exponents) in zip(chosen, parts, strict=True):
+        own = np.where(totals != 0.0, exponents, -np.inf)
+        out[1, units] = np.maximum(out[1, units], own)
+    out[1] = np.where(np.isfinite(out[1]), out[1], 0.0)
+    if len(parts) == 1:
+        out[0, chosen[0]] = parts[0][0]
+        return
+    errors = np.zeros(out.shape[1])
+    with np.errstate(all="ignore"):
+        for units, (totals, exponents) in zip(chosen, parts, strict=True):
+            shifts = (2.0 * (exponents - out[1, units])).astype(np.intc)
+            before, added = out[0, units], np.ldexp(totals, shifts)
+            total = before + added
+            rest = total - before
+            errors[units] += (before - (total - rest)) + (added - rest)
+            out[0, units] = total
+        out[0] += np.where(np.isfinite(out[0]), errors, 0.0)
+
+
+def _scaling(cut: Cut, decided: Array) -> tuple[Call, Callable[[], None] | None]:
+    """Return the call that multiplies each unit by its factor, and what brings copies back."""
+    truncates = bool((decided[:, MODE] > MULTIPLY).any())
+    held, target = cut.columns(), cut.target()
+    if held is not None and not truncates:
+        factors = decided[:, FACTOR].astype(cut.array.dtype.compute)
+        factors = np.repeat(factors, cut.array.dtype.components).reshape(held.shape[0], -1)
+        out = np.empty_like(held) if target is None else target.reshape(held.shape)
+        call = columns.scaling_columns(held, factors, out)
+        return call, None if target is not None else functools.partial(cut.write, out)
+    rows = as_stored(cut.rows())
+    direct = target is not None and cut.in_order
+    out = target.reshape(rows.shape) if target is not None and direct else np.empty_like(rows)
+    call = _scaling_rows(cut.array.dtype, rows, decided, out, truncates=truncates)
+    values = out.view(cut.array.dtype.native)
+    return call, None if direct else functools.partial(cut.result, values)
+
+
+def _scaling_rows(
+    dtype: DType, rows: Array, decided: Array, out: Array, *, truncates: bool
+) -> Call:
+    """Return the call that multiplies contiguous rows by their factors."""
+    factors = decided[:, FACTOR].astype(dtype.compute)
+    if not truncates and rows.shape[1] < LONG_ROW:
+        return Call(unit_loops.scale_rows, len(rows), rows.nbytes, (rows, factors, out))
+    (batch,) = batches.batches(_spans(dtype, rows, out))
+    keep = rows, out
+    if not truncates:
+        return batches.scaling(batch, factors)._replace(keep=keep)
+    powers = decided[:, POWER].astype(np.int64)
+    return batches.truncating(batch, decided[:, MANTISSA], powers)._replace(keep=keep)
+
+
+class UnitPlan:
+    """See `numclip.engine.UnitPlan`; `units` has a row for each unit, in the order of families."""
+
+    lock = contextlib.nullcontext()
+
+    def __init__(self, families: Sequence[Family], ord: float, _stream: Any = None) -> None:
+        self.families, self._ord = list(families), ord
+        ends = np.cumsum([family.units for family in families])
+        self._rows = [slice(end - f.units, end) for end, f in zip(ends, families, strict=True)]
+        self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, UNIT_COLUMNS))
+        self._cuts = [[Cut(array) for array in family.arrays] for family in families]
+        self._sums: list[tuple[Array, Array]] = []
+
+    def write_laws(
+        self, bound: Any, _stream: Any = None, eps: Any = 0.0, unscale: float = 1.0
+    ) -> None:
+        """Let decisions obey bounds, one or one for each family; of ratios where params are."""
+        self._laws = unit_laws(self.families, self._ord, bound, eps, unscale)
+
+    def measure(self, _stream: Any = None) -> None:
+        """Take the sums of gradients and parameters."""
+        self._sums = []
+        for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
+            sums = np.zeros((2, family.units))
+            cuts = self._cuts[f]
+            if family.zeroing or family.measured:
+                arrays = family.measured or family.arrays
+                cuts = [Cut(array, zeroing=family.zeroing) for array in arrays]
+            if self._ord == 2.0:
+                parts = [squares(cut) for cut in cuts]
+                _add(parts, family.numbers, sums)
+            else:
+                self._measure_powers(cuts, self.units[rows], sums)
+            params = np.zeros((2, 0))
+            if family.param is not None:
+                params = np.stack(squares(Cut(family.param)))
+            self._sums.append((sums, params))
+
+    def _measure_powers(self, cuts: Sequence[Cut], units: Array, sums: Array) -> None:
+        """Take sums of powers over the peak of each unit, of arrays that have no other."""
+        (cut,) = cuts
+        flat, dtype, shift = orders.real_rows(cut.array.dtype, cut.rows())
+        parts = batches.batches(_spans(dtype, flat, flat))
+        peaks = np.zeros(len(flat))
+        for batch in parts:
+            peaks = batches.largest(batch, len(flat))
+        usable = np.where((peaks > 0.0) & np.isfinite(peaks), peaks, 1.0)
+        for batch in parts if self._ord != np.inf else ():
+            sums[0] = batches.powers(batch, usable, self._ord, len(flat))
+        units[:, PEAK], units[:, RATIO] = peaks, 1.0
+        sums[1] = shift
+
+    def decide(self, _stream: Any = None, base: Any = None) -> None:
+        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        last = self.units[-1]
+        last[:] = 0.0
+        for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
+            leaves = base is not None and bool(base[family.base, SKIPPED])
+            own = self._laws[f], family.digits, leaves, self.units[rows], last
+            unit_loops.decide_units(*self._sums[f], *own)
+
+    def changes(self, _stream: Any = None) -> bool:
+        """Tell whether some unit is scaled."""
+        return bool(self.units[-1, MODE])
+
+    def scale(self, _stream: Any = None) -> None:
+        """Write each unit times its factor, in one pass, or none."""
+        made = []
+        for cuts, rows in zip(self._cuts, self._rows, strict=True):
+            decided = self.units[rows]
+            active = bool((decided[:, MODE] != LEAVE).any())
+            made += [
+                _scaling(cut, decided)
+                for cut in cuts
+                if cut.array.size and (active or cut.array.read != cut.array.written)
+            ]
+        make = threads.ready([call for call, _ in made])
+
+        def write() -> None:
+            make()
+            for _, back in made:
+                if back is not None:
+                    back()
+
+        threads.whole(write)
+
+    def summaries(self, count: int, _stream: Any = None) -> list[Array]:
+        """Return memory for what `summarize` tells, so often."""
+        table = np.zeros((count, len(self.families), 3))
+        table[..., LEAST] = 1.0
+        return list(table)
+
+    def summarize(self, out: Any, _stream: Any = None) -> None:
+        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        for f, rows in enumerate(self._rows):
+            if rows.stop > rows.start:
+                unit_loops.summarize(self.units[rows], self._laws[f, BOUND], out[f])
+
+    def factors_of(self, k: int) -> Array:
+        """Return the factors of the rows of the array of a number, counted over all families."""
+        for family, rows in zip(self.families, self._rows, strict=True):
+            if k < len(family.arrays):
+                numbers = family.numbers[k] if family.numbers else None
+                factors: Array = self.units[rows, FACTOR]
+                return factors.copy() if numbers is None else factors[numbers]
+            k -= len(family.arrays)
+        raise IndexError(k)
+
+
+def sum_examples(arrays: Sequence[Strided], units: UnitPlan, _stream: Any = None) -> None:
+    """Write the sums over the first axis of arrays, in float64, each row times its factor."""
+    for k, array in enumerate(arrays):
+        values = np.ascontiguousarray(elements(array.dtype, array.shape, array.read))
+        shape = array.shape[1:]
+        steps = strides_of(shape, array.itemsize)
+        out = elements(array.dtype, shape, array.written._replace(steps=steps))
+        rows = as_stored(values.reshape(array.shape[0], math.prod(shape)))
+        columns.sum_examples(rows, units.factors_of(k), as_stored(out.reshape(-1)))

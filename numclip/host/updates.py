@@ -1,0 +1,234 @@
+"""Updates of the host: what an optimizer's step is done with, one call for each element type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import Array, DType, as_stored
+from numclip.engine import Outcome
+from numclip.host import batches, rows
+from numclip.kernels import threads, updates
+from numclip.kernels.threads import Call
+from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.memory import RowSpan, Span
+from numclip.methods import SETTINGS_COLUMNS
+from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED
+
+KERNELS = {
+    "descend": (updates.advance, updates.descend),
+    "descend_with_momentum": (updates.advance, updates.descend_with_momentum),
+    "adam": (updates.advance_adam, updates.adam),
+}
+"""What prepares a step and what takes it, by the name that an optimizer has for it."""
+
+
+class Places:
+    """Where parameters and their states are: what rows of tables of updates are made of.
+
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states.
+    """
+
+    def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
+        self.spans = list(spans)
+        self._addresses = [[span.target for span in spans], *map(list, states)]
+
+    def whole(self, numbers: Sequence[int], owners: Array) -> Array:
+        """Return the updates of whole tensors, chunk by chunk."""
+        spans = [self.spans[k] for k in numbers]
+        grads = np.array([span.source for span in spans], np.int64)
+        lengths = np.array([span.size for span in spans], np.int64)
+        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths, 0)
+
+    def of_rows(self, number: int, owner: int, sums: Array, indices: Array) -> Array:
+        """Return the updates of some rows of a tensor by their sums, which are contiguous."""
+        count, length = sums.shape
+        numbers = np.full(count, number)
+        grads = sums.ctypes.data + np.arange(count) * (length * sums.itemsize)
+        lengths = np.full(count, length)
+        return self._chunks(numbers, np.full(count, owner), grads, lengths, indices * length)
+
+    def _chunks(
+        self, numbers: Array, owners: Array, grads: Array, lengths: Array, begins: Any
+    ) -> Array:
+        """Return updates cut into chunks; `begins` is where they begin in parameters and states."""
+        counts = -(-lengths // CHUNK)
+        own = np.repeat(np.arange(numbers.size), counts)
+        starts = CHUNK * (np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts))
+        chunks = np.zeros((own.size, 6), np.int64)
+        if not own.size:
+            return chunks
+        dtype = self.spans[int(numbers[0])].dtype
+        begins = np.broadcast_to(begins, numbers.shape)[own]
+        chunks[:, updates.GRAD] = grads[own] + starts * dtype.storage.itemsize
+        for k, addresses in enumerate(self._addresses):
+            size = (dtype.compute if k else dtype.storage).itemsize
+            places = np.array(addresses, np.int64)[numbers[own]]
+            chunks[:, updates.PARAM + k] = places + (begins + starts) * size
+        chunks[:, updates.LENGTH] = np.minimum(CHUNK, lengths[own] - starts)
+        chunks[:, updates.OWNER] = owners[own]
+        return chunks
+
+
+class Numbers:
+    """The factors and settings of pools, in the type some elements are computed in."""
+
+    def __init__(self, pools: int, compute: np.dtype[Any]) -> None:
+        self.factors = np.zeros(pools, compute)
+        self.settings = np.zeros((pools, SETTINGS_COLUMNS), compute)
+        self.column = FINE if compute == np.float64 else FACTOR
+
+
+class Updates:
+    """What updates parameters; a row of settings and a count of steps stand for each pool."""
+
+    def __init__(
+        self,
+        kernel: str,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        pool_of: Array,
+    ) -> None:
+        self._advance, self._kernel = KERNELS[kernel]
+        self._places, self._pool_of = Places(spans, states), pool_of
+        pools = int(pool_of.max(initial=-1)) + 1
+        self._counts = np.zeros(pools, np.int64)
+        self._given = np.zeros((pools, SETTINGS_COLUMNS))
+        dtypes = dict.fromkeys(span.dtype for span in spans)
+        self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in dtypes}
+        self._passes = 2 + 2 * len(states)
+        self._dense = [
+            (dtype, self._places.whole(members, pool_of[members]))
+            for dtype in dtypes
+            if (members := self._dense_of(dtype))
+        ]
+
+    def _dense_of(self, dtype: DType) -> list[int]:
+        spans = enumerate(self._places.spans)
+        return [k for k, span in spans if isinstance(span, Span) and span.dtype is dtype]
+
+    def write_settings(self, settings: Array, _stream: Any = None) -> None:
+        """Let the following steps use some settings, a row for each pool."""
+        self._given = settings
+
+    def _prepare(self, decisions: Array, *, counted: bool = False) -> None:
+        """Count a step for each pool that is not skipped, and find its factor and settings."""
+        for own in self._numbers.values():
+            tables = self._counts, counted, self._given, own.factors, own.settings
+            self._advance(decisions, own.column, *tables)
+            counted = True
+
+    def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
+        """Return the call that updates what some chunks say."""
+        own = self._numbers[dtype.compute]
+        elements = int(chunks[:, updates.LENGTH].sum())
+        nbytes = elements * self._passes * dtype.storage.itemsize
+        arguments = chunks, own.factors, own.settings, dtype.like
+        return Call(self._kernel, len(chunks), nbytes, arguments, keep)
+
+
+class GroupUpdates(Updates):
+    """What updates parameters by the gradients of a plan, times the factors that are decided.
+
+    Where rows can share an index, `take_rows` is told them before each step.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        plan: Any,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        _stream: Any = None,
+    ) -> None:
+        super().__init__(kernel, spans, states, plan.pool_of)
+        self._plan = plan
+        self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        self._rows: Sequence[Any] = ()
+        self._small = self._found_small()
+
+    def _found_small(self) -> tuple[Any, ...] | None:
+        """Return what the kernel takes, where one call is all and no threads can share it."""
+        if self._sparse or len(self._dense) != 1:
+            return None
+        call = self._call(*self._dense[0])
+        return (call.items, *call.arguments) if call.nbytes < PARALLEL_BYTES else None
+
+    def counts(self) -> Array:
+        """Return how often each pool was updated."""
+        return self._counts.copy()
+
+    def set_counts(self, counts: Array) -> None:
+        """Let pools have been updated so often."""
+        self._counts = counts
+
+    def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
+        """Let the next step update the rows of some slices."""
+        self._rows = slices
+
+    def step(self, outcome: Outcome, _stream: Any = None) -> None:
+        """Take a step."""
+        decisions = outcome[1]
+        self._prepare(decisions)
+        if self._small is not None:
+            self._kernel(0, *self._small)
+            return
+        calls = [self._call(*dense) for dense in self._dense]
+        for k, slices in zip(self._sparse, self._rows, strict=True):
+            calls += self._row_calls(k, slices, decisions[self._pool_of[k]])
+        threads.run_all(calls)
+
+    def _row_calls(self, k: int, slices: Any, decision: Array) -> list[Call]:
+        """Return the call that updates rows by their sums.
+
+        They are scaled first, as sums of rows that are not could overflow.
+        """
+        span = self._plan.spans[k]
+        if decision[SKIPPED] or not span.size:
+            return []
+        copy = rows.rows_of(span).copy()
+        if decision[MODE] == MULTIPLY:
+            address = copy.ctypes.data
+            own: Mapping[int, Span] = {0: Span(span.dtype, address, address, span.size)}
+            for batch in batches.batches(own):
+                column = self._numbers[span.dtype.compute].column
+                threads.run_all([batches.scaling(batch, decision[column : column + 1])])
+        sums = as_stored(rows.summed(copy, slices.grouping))
+        owner = int(self._pool_of[k])
+        chunks = self._places.of_rows(k, owner, sums, slices.distinct_indices)
+        call = self._call(span.dtype, chunks, sums)
+        chunks, factors, *rest = call.arguments
+        return [call._replace(arguments=(chunks, np.ones_like(factors), *rest))]
+
+
+class ArrayUpdates(Updates):
+    """What updates arrays by gradients that are not clipped.
+
+    `indices` are those of the rows, each once, that each `RowSpan` reads.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        indices: Sequence[Array],
+        _stream: Any = None,
+    ) -> None:
+        super().__init__(kernel, spans, states, np.arange(len(spans)))
+        self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
+        sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        for k, own in zip(sparse, indices, strict=True):
+            span: Any = spans[k]
+            stored = as_stored(rows.rows_of(span))
+            self._dense.append((span.dtype, self._places.of_rows(k, k, stored, own)))
+
+    def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
+        """Update each array for the time that its count says."""
+        self._given[:, : len(settings)] = settings
+        self._counts = np.array(counts, np.int64)
+        self._prepare(self._decisions, counted=True)
+        threads.run_all([self._call(*dense) for dense in self._dense])

@@ -1,0 +1,160 @@
+"""The law of a pool: how the tensors of one norm are clipped."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import tables
+from numclip.dtypes import FLOAT64, Array, DType
+from numclip.kernels import formulas
+from numclip.memory import RowSpan, Strided
+
+silent = np.errstate(all="ignore")  # numbers may overflow or underflow: then they are far enough
+
+ABSENT = -1.0  # a norm that was not given
+POLICIES = {
+    "propagate": tables.PROPAGATE,
+    "raise": tables.RAISE,
+    "skip": tables.SKIP,
+    "zero": tables.ZERO,
+}
+
+
+class Pool(NamedTuple):
+    """Tensors ``[first, last)`` of one norm; pools of one `group` are skipped together."""
+
+    first: int
+    last: int
+    group: int
+    policy: str
+
+
+class Law(NamedTuple):
+    """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1.
+
+    `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`.
+    Numbers are for all pools, arrays have one for each.
+    """
+
+    bound: float | Array
+    divisor: float | Array = 1.0
+    given: float = ABSENT
+    unscale: float = 1.0
+    ord: float = 2.0
+    loss: float | Array = 0.0
+
+
+class Family(NamedTuple):
+    """Arrays with the same units: what a unit has in all of them has one norm.
+
+    Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
+    that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
+    skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
+    instead of the arrays, where these are its rounded copies. `numbers` are the units of the rows
+    of each array, where an array lacks some; only the host's engine takes these. `known` is
+    how many units there are then.
+    """
+
+    arrays: tuple[Strided, ...]
+    param: Strided | None = None
+    zeroing: bool = False
+    base: int = 0
+    rounded: bool = True
+    measured: tuple[Strided, ...] = ()
+    numbers: tuple[Array | None, ...] = ()
+    known: int | None = None
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.arrays[0].units if self.known is None else self.known
+
+    @property
+    def dtypes(self) -> set[DType]:
+        """The types by which factors are rounded."""
+        return {array.dtype for array in self.arrays} if self.rounded else {FLOAT64}
+
+    @property
+    def digits(self) -> int:
+        """The digits that a factor may have."""
+        return min(dtype.digits for dtype in self.dtypes)
+
+    def facts(self, ord: float) -> tuple[float, float, float]:
+        """Return what the law says of the elements: roundoff, what is coarse, tiny."""
+        size = sum(array.size // max(array.units, 1) for array in self.arrays)
+        ones = formulas.root(float(size), ord) if self.rounded else 1.0
+        roundings = 2.0 if self.measured else 1.0
+        roundoff = roundings * max(row.roundoff for row in self.dtypes)
+        coarse = ones * max(row.coarse for row in self.dtypes)
+        return roundoff, coarse, max(row.tiny for row in self.dtypes)
+
+
+@silent
+def unit_laws(
+    families: Sequence[Family], ord: float, bound: Any, eps: Any = 0.0, unscale: float = 1.0
+) -> Array:
+    """Return the table that the decisions for units obey, a row for each family."""
+    table = np.zeros((len(families), tables.LAW_COLUMNS))
+    table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
+    table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, ord
+    facts = np.array([family.facts(ord) for family in families])
+    table[:, [tables.ROUNDOFF, tables.COARSE, tables.TINY]] = facts
+    return table
+
+
+class Laws:
+    """What laws say of the tensors of some pools: how they are rounded, how many there are."""
+
+    def __init__(self, spans: Sequence[Any], pools: Sequence[Pool]) -> None:
+        self._members = [spans[pool.first : pool.last] for pool in pools]
+        self._dtypes: list[set[DType]] = [{span.dtype for span in own} for own in self._members]
+        self._roundoffs, self._tiny, self._coarse = (
+            np.array(
+                [max([getattr(row, name) for row in own], default=0.0) for own in self._dtypes]
+            )
+            for name in ("roundoff", "tiny", "coarse")
+        )
+        self._sizes = [sum(span.size for span in own) for own in self._members]
+        self._ones: dict[float, Array] = {}
+        self._rest: tuple[Any, ...] | None = None
+
+    def pool_table(self, pools: Sequence[Pool]) -> Array:
+        """Return the table of pools."""
+        table = np.zeros((len(pools), 6), np.int64)
+        for p, pool in enumerate(pools):
+            digits = min((dtype.digits for dtype in self._dtypes[p]), default=53)
+            repeated = any(isinstance(span, RowSpan) for span in self._members[p])
+            table[p] = pool.first, pool.last, pool.group, POLICIES[pool.policy], digits, repeated
+        return table
+
+    @silent
+    def table(self, law: Law) -> Array:
+        """Return the table that decisions obey, a row for each pool."""
+        rest = law[1:]
+        if self._rest is None or not all(map(operator.is_, rest, self._rest)):
+            self._rest, self._base = rest, self._unbounded(law)
+        table = self._base.copy()
+        table[:, tables.BOUND] = law.bound
+        table[:, tables.AIM] = np.maximum(law.bound - law.loss / law.divisor, 0.0)
+        return table
+
+    def _unbounded(self, law: Law) -> Array:
+        """Return the table without the bounds, which is kept while only these change."""
+        table = np.zeros((len(self._members), tables.LAW_COLUMNS))
+        table[:, tables.DIVISOR] = law.divisor
+        table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
+        table[:, tables.ROUNDOFF], table[:, tables.TINY] = self._roundoffs, self._tiny
+        table[:, tables.COARSE] = self._roots(law.ord) / law.divisor * self._coarse
+        table[:, tables.UNSCALE] = law.unscale
+        table[:, [tables.RATIO, tables.TERMS_RATIO]] = 1.0
+        return table
+
+    def _roots(self, ord: float) -> Array:
+        """Return the norm of each pool's vector of ones; found once for each order."""
+        if ord not in self._ones:
+            self._ones[ord] = np.array([formulas.root(float(n), ord) for n in self._sizes])
+        return self._ones[ord]

@@ -1,0 +1,96 @@
+"""Where tensors lie, in the host's memory or on a GPU: what an engine's plans are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from numclip.dtypes import DType
+
+
+class Memory(NamedTuple):
+    """Where the elements of an array are: the address of the first one, and steps in bytes."""
+
+    address: int
+    steps: tuple[int, ...]
+
+
+class Span(NamedTuple):
+    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
+
+    dtype: DType
+    source: int
+    target: int
+    size: int
+
+
+class Strided(NamedTuple):
+    """An array of any steps: where it is read, and where written.
+
+    `axes` are those a unit's norm is taken over; without them, all is one unit.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Memory
+    written: Memory
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The stored numbers, two for each complex element."""
+        return math.prod(self.shape) * self.dtype.components
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes that tell units apart."""
+        every = range(len(self.shape))
+        return () if self.axes is None else tuple(k for k in every if k not in self.axes)
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return math.prod(self.shape[k] for k in self.kept)
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element."""
+        return self.dtype.storage.itemsize * self.dtype.components
+
+
+class RowSpan(NamedTuple):
+    """Rows of `length` stored numbers, `size` in all, of which some add up.
+
+    They are contiguous but in the host's memory, where `strided` can say how they lie.
+    """
+
+    dtype: DType
+    source: int
+    target: int
+    size: int
+    length: int
+    strided: Strided | None = None
+
+
+AnySpan = Span | Strided | RowSpan
+
+
+def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Return the strides of C order."""
+    sizes = [max(length, 1) for length in shape]
+    return tuple(math.prod(sizes[k + 1 :]) * itemsize for k in range(len(sizes)))
+
+
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether elements fill their memory, in any order of the axes."""
+    for step, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1 and step != itemsize:
+            return False
+        itemsize *= length
+    return True
+
+
+def is_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether elements lie in C order; axes of one element lie in any."""
+    wanted = zip(shape, strides, strides_of(shape, itemsize), strict=True)
+    return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)

@@ -1,0 +1,35 @@
+"""Units: columns of tall arrays, and parameters that are 0."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import numclip as nc
+from tests.oracle import reference
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_columns_of_tall_arrays(dtype):
+    grad = np.random.default_rng(1).standard_normal((2100, 3)).astype(dtype)
+    clipped = nc.clip_by_norm(grad, 1.0, axes=0)
+    for before, after in zip(grad.T, clipped.T, strict=True):
+        assert 1.0 - 1e-6 <= reference.norm([after]) <= 1.0
+        np.testing.assert_allclose(after, before / reference.norm([before]), rtol=1e-6)
+
+
+def test_parameters_of_norm_0_allow_nothing_without_eps():
+    grad, param = np.ones((2, 2)), np.array([[0.0, 3.0], [0.0, 4.0]])
+    clipped = nc.adaptive_clip(grad, param, clip_factor=0.1, eps=0.0)
+    np.testing.assert_array_equal(clipped[:, 0], 0.0)
+    assert reference.norm([clipped[:, 1]]) <= 0.5
+    free = nc.adaptive_clip(grad, param, clip_factor=np.inf, eps=0.0)
+    np.testing.assert_array_equal(free, grad)
+
+
+@pytest.mark.parametrize("axes", [0, 1, (0, 1)])
+def test_norms_of_other_orders_that_squares_cannot_hold(axes):
+    grad = np.array([[3e200 + 4e200j, 0.0], [0.0, 1e-200j]])
+    clipped = nc.clip_by_norm(grad, 1.0, axes, ord=3)
+    np.testing.assert_allclose(clipped[0, 0], 0.6 + 0.8j, rtol=1e-12)
+    assert clipped[1, 1] in (1e-200j, 0.0)

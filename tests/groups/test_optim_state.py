@@ -1,0 +1,216 @@
+"""Optimizers: their state, threads, arrays of the user's own, arguments that do not fit."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+import numclip as nc
+from tests.oracle.cases import fortran, normal, slices, strided
+from tests.oracle.checks import assert_same_bits
+from tests.oracle.grouped import ROWS, frozen, grads_of, snapshot
+from tests.oracle.plain_optim import initial, kinds, made, two_groups
+from tests.oracle.reference import DTYPES
+
+# ---- state and threads
+
+
+@kinds
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_restored_state_goes_on_with_the_same_bits(tmp_path, kind, by_file):
+    whole, restored = two_groups("skip"), two_groups("skip")
+    first, second = (made(kind, groups)[0] for groups in (whole, restored))
+
+    def advance(groups, optimizer, steps):
+        for step in steps:
+            groups.set_grads(grads_of(groups, step))
+            if step == 3:
+                groups.grads["b"][0] = math.nan
+            optimizer.step()
+
+    advance(whole, first, range(6))
+    if by_file:
+        for saved, loaded, name in ((whole, restored, "groups"), (first, second, "optimizer")):
+            saved.save(tmp_path / name)
+            loaded.load(tmp_path / name)
+    else:
+        restored.load_state_dict(whole.state_dict())
+        second.load_state_dict(first.state_dict())
+    for groups, optimizer in ((whole, first), (restored, second)):
+        advance(groups, optimizer, range(6, 12))
+    assert snapshot(restored) == snapshot(whole)
+    assert frozen(second.state_dict()) == frozen(first.state_dict())
+
+
+def test_states_that_do_not_fit_change_nothing(tmp_path):
+    groups = two_groups()
+    optimizer = nc.SGD(groups, 0.1, momentum=0.9)
+    groups.set_grads(grads_of(groups))
+    optimizer.step()
+    before = frozen(optimizer.state_dict())
+    state = optimizer.state_dict()
+    negative = {**state, "groups": {**state["groups"], "last": {**state["groups"]["last"]}}}
+    negative["groups"]["last"]["steps"] = -1
+    other = nc.ParamGroups([nc.Group("first", initial("float32"))])
+    for wrong in (
+        negative,
+        {},
+        {**state, "more": 1},
+        {**state, "optimizer": "Adam"},
+        nc.Adam(groups).state_dict(),
+        nc.SGD(groups, 0.1).state_dict(),
+        nc.SGD(other, 0.1, momentum=0.9).state_dict(),
+        groups.state_dict(),
+    ):
+        with pytest.raises(nc.StateError):
+            optimizer.load_state_dict(wrong)
+        assert frozen(optimizer.state_dict()) == before
+    optimizer.save(tmp_path / "state")
+    content = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(content[:-7])
+    with pytest.raises(nc.StateError, match="state"):
+        optimizer.load(tmp_path / "state")
+    assert frozen(optimizer.state_dict()) == before
+
+
+@pytest.mark.jit_only
+@kinds
+def test_threads_leave_the_bits_alone(kind):
+    rng = np.random.default_rng(5)
+    start = {"w": normal(rng, (700, 1001)), "h": normal(rng, (300_000,), "float16")}
+    table = {"e": normal(rng, (5000, 64))}
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            nc.set_num_threads(threads)
+            members = [
+                nc.Group("g", start, clip=nc.ByGlobalNorm(1.0)),
+                nc.Group("rows", table, clip=nc.ByNorm(1.0), sparse=True),
+            ]
+            groups = nc.ParamGroups(members)
+            optimizer, _ = made(kind, groups)
+            rng = np.random.default_rng(6)
+            for _ in range(2):
+                grads = {name: normal(rng, p.shape, p.dtype) for name, p in start.items()}
+                grads["e"] = slices(rng, 3000, (5000, 64), repeated=True)
+                groups.set_grads(grads)
+                optimizer.step()
+            results.append((frozen(groups.params), frozen(optimizer.state_dict())))
+    finally:
+        nc.set_num_threads(None)
+    assert results[0] == results[1] == results[2]
+
+
+# ---- arrays of the user's own
+
+
+@kinds
+def test_own_arrays_are_updated_as_groups_are(kind):
+    start = {f"{d}-{n}": p for d in DTYPES for n, p in initial(d).items()}
+    groups = nc.ParamGroups(
+        [nc.Group("g", start), nc.Group("rows", {"e": np.ones(ROWS)}, sparse=True)]
+    )
+    managed, _ = made(kind, groups)
+    optimizer, _ = made(kind, None)
+    variables = {name: param.copy() for name, param in groups.params.items()}
+    for step in range(4):
+        grads = grads_of(groups, step)
+        groups.set_grads(grads)
+        managed.step()
+        layout = [fortran, np.array, strided][step % 3]
+        pairs = [
+            (grad if name == "e" or not grad.ndim else layout(grad), variables[name])
+            for name, grad in grads.items()
+        ]
+        unused = np.ones(3)
+        optimizer.apply_gradients(iter([*pairs[::-1], (None, unused)]))
+        assert unused.tolist() == [1, 1, 1]
+    for name, variable in variables.items():
+        assert_same_bits(variable, groups.params[name])
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("grad", "variable", "message"),
+    [
+        (np.ones(2), np.ones(3), r"\[1\]: .*shape \(3,\)"),
+        (np.ones(3, "f"), np.ones(3), r"\[1\]: .*float64.*float32"),
+        (np.ones(3, int), np.ones(3), r"\[1\].*int64"),
+        (np.ones(3), [1.0, 2.0, 3.0], r"\[1\]: .*list"),
+        (np.ones(3), np.ones(6)[::2], r"\[1\]: .*contiguous"),
+        (np.ones(3), read_only(np.ones(3)), r"\[1\]: .*read-only"),
+        (nc.IndexedSlices(np.ones((1, 3)), [0], (4, 3)), np.ones((5, 3)), r"\[1\]: .*\(5, 3\)"),
+    ],
+)
+def test_pairs_that_do_not_fit_change_nothing(grad, variable, message):
+    optimizer, first = nc.SGD(None, 0.1, momentum=0.9), np.ones(3)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.apply_gradients([(np.ones(3), first), (grad, variable)])
+    assert first.tolist() == [1, 1, 1]
+    optimizer.apply_gradients([(np.ones(3), first)])
+    np.testing.assert_allclose(first, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda g: nc.SGD(g, -0.1), "lr: expected a finite number >= 0, got -0.1"),
+        (lambda g: nc.SGD(g, math.inf), "lr: .*inf"),
+        (lambda g: nc.SGD(g, "fast"), "lr: .*fast"),
+        (lambda g: nc.SGD(g, 0.1, momentum=-1), "momentum: .*-1"),
+        (lambda g: nc.SGD(g, 0.1, nesterov=True), "momentum: .*nesterov"),
+        (lambda g: nc.SGD(g, 0.1, weight_decay=math.nan), "weight_decay: .*nan"),
+        (lambda g: nc.Adam(g, betas=(0.9, 1.0)), r"betas: .*1\.0"),
+        (lambda g: nc.Adam(g, betas=0.9), "betas: .*0.9"),
+        (lambda g: nc.Adam(g, eps=-1e-8), "eps: .*-1e-08"),
+        (lambda g: nc.Adam(g, weight_decay=-1), "weight_decay: .*-1"),
+        (lambda g: nc.SGD([g], 0.1), "groups: .*list"),
+        (lambda _: nc.SGD(None, 0.1).step(), "groups: "),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(two_groups())
+
+
+def test_an_array_that_changed_gets_new_states():
+    optimizer = nc.SGD(None, lr=0.5, momentum=0.5)
+    variable = np.ones(4)
+    optimizer.apply_gradients([(np.ones(4), variable)])
+    variable.dtype = np.float32
+    variable[:] = 1
+    optimizer.apply_gradients([(np.ones(8, np.float32), variable)])
+    assert variable.tolist() == [0.5] * 8
+
+
+def test_optimizers_are_not_copied():
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(nc.SGD(None, lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "bound"), [("f", 2e38, 1e-6), ("f", 2e38, 1e-8), ("d", 1e300, 1e-25)]
+)
+def test_factors_that_are_subnormal(dtype, size, bound):
+    def made():
+        group = nc.Group("g", {"w": np.zeros(4, dtype)}, clip=nc.ByGlobalNorm(bound))
+        groups = nc.ParamGroups([group])
+        groups.set_grads({"w": np.full(4, size)})
+        return groups
+
+    stepped, clipped = made(), made()
+    nc.SGD(stepped, lr=1.0).step()
+    clipped.clip()
+    assert (-stepped.params["w"]).tolist() == clipped.grads["w"].tolist()
+
+
+def test_gradients_can_change_places():
+    groups = nc.ParamGroups([nc.Group("g", {"a": np.ones(2), "b": np.ones(2)})])
+    groups.set_grads({"a": np.full(2, 1.0), "b": np.full(2, 2.0)})
+    groups.set_grads({"a": groups.grads["b"], "b": groups.grads["a"]})
+    assert (groups.grads["a"].tolist(), groups.grads["b"].tolist()) == ([2.0, 2.0], [1.0, 1.0])

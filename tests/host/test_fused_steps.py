@@ -1,0 +1,112 @@
+"""Measuring and deciding by one call gives what several calls give, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import numclip as nc
+from numclip.host.plan import Plan
+from tests.oracle.reference import DTYPES
+from tests.oracle.strategies import arrays as gradients
+
+RULES = {
+    "none": lambda: None,
+    "global": lambda: nc.ByGlobalNorm(2.0),
+    "zero": lambda: nc.ByGlobalNorm(0.0),
+    "never": lambda: nc.ByGlobalNorm(math.inf),
+    "tiny": lambda: nc.ByGlobalNorm(1e-42),
+    "by step": lambda: nc.ByGlobalNorm(lambda step: 3.0 / (1 + step)),
+    "AutoClip": lambda: nc.AutoClip(percentile=40),
+    "ZClip": lambda: nc.ZClip(warmup=1, max_norm=4.0),
+}
+OPTIMIZERS = {
+    "clip": None,
+    "SGD": lambda groups: nc.SGD(groups, lr=0.5, momentum=0.9, weight_decay=0.1),
+    "Adam": lambda groups: nc.Adam(groups, lr=0.5),
+}
+
+
+def run(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> list[Any]:
+    """Take steps of one group; return all that they leave behind."""
+    params = {str(k): np.ones_like(grad) for k, grad in enumerate(steps[0])}
+    groups = nc.ParamGroups([nc.Group("model", params, clip=RULES[rule]())])
+    make = OPTIMIZERS[optimizer]
+    step = groups.clip if make is None else make(groups).step
+    left: list[Any] = []
+    for grads in steps:
+        groups.set_grads(dict(zip(params, grads, strict=True)))
+        left.append(repr(groups.clip(apply=False).to_dict()))
+        left.append(repr(step().to_dict()))
+        left += [array.tobytes() for array in (*groups.params.values(), *groups.grads.values())]
+    left.append(repr(groups.history.to_dict()))
+    state = groups.state_dict()["rules"]["model"]
+    return [*left, {key: np.asarray(value).tobytes() for key, value in state.items()}]
+
+
+def same_both_ways(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> None:
+    at_once = run(steps, rule, optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "_decide_at_once", lambda *_: False)
+        assert run(steps, rule, optimizer) == at_once
+
+
+@given(st.data(), st.sampled_from(sorted(DTYPES)), st.sampled_from(sorted(RULES)))
+def test_any_gradients(data, dtype, rule):
+    grads = data.draw(st.lists(gradients(dtype), min_size=1, max_size=3))
+    steps = [grads, [grad[::-1] for grad in grads], [grad * 0 for grad in grads]]
+    with np.errstate(all="ignore"):
+        same_both_ways(steps, rule, data.draw(st.sampled_from(sorted(OPTIMIZERS))))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e-300, 1e300])
+def test_what_needs_care(rule, bad):
+    with np.errstate(all="ignore"):
+        same_both_ways([[np.array([3.0, bad]), np.ones(5)]], rule, "clip")
+
+
+def test_reports_keep_what_they_saw():
+    groups = nc.ParamGroups([nc.Group("m", {"w": np.zeros(2)}, clip=nc.ByGlobalNorm(1.0))])
+    groups.set_grads({"w": np.array([3.0, 4.0])})
+    report = groups.clip()
+    groups.set_grads({"w": np.array([30.0, 40.0])})
+    groups.clip()
+    assert report.tensors["w"].norm == 5.0
+
+
+def test_reports_are_valid_for_ever():
+    """Also when the memory of their step has become rows of the history."""
+    groups = nc.ParamGroups(
+        [nc.Group("m", {"w": np.zeros(2)}, clip=nc.ByGlobalNorm(1.0))], history=10
+    )
+    reports = []
+    for step in range(600):
+        groups.set_grads({"w": np.array([3.0, 4.0]) * step})
+        reports.append(groups.clip())
+    assert [report.norm for report in reports] == [5.0 * step for step in range(600)]
+    assert reports[300].tensors["w"].norm == 1500.0
+    assert groups.history.to_dict()["m"]["norm"] == [5.0 * step for step in range(590, 600)]
+    assert len(nc.History(4)) == 0
+
+
+def test_a_record_that_is_held_goes_on():
+    groups = nc.ParamGroups([nc.Group("m", {"w": np.zeros(2)})])
+    history = groups.history
+    groups.clip()
+    assert len(history) == 1
+    held = copy.deepcopy(history)
+    groups.clip(apply=False)
+    groups.clip()
+    assert (len(history), len(held)) == (2, 1)
+    assert history.to_dict()["m"]["step"] == [0, 1]
+    groups.load_state_dict(groups.state_dict())
+    groups.clip()
+    assert len(history) == 2
+    assert len(groups.history) == 3

@@ -1,0 +1,338 @@
+"""Compilation: the cache survives what happens to files, kernels vectorise, imports point down."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import njit
+from numba.core.registry import cpu_target
+
+import numclip
+from numclip.kernels import cpu, elements, jit
+from numclip.kernels.jit import INTERPRETED
+
+PACKAGE = Path(numclip.__file__).parent
+CLIP = (
+    "import numpy as np, numclip as nc;"
+    "print(nc.clip_by_global_norm([np.array([3.0, 4.0])], 1e9)[1])"
+)
+
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in this run")
+
+
+# A kernel that compiles in a moment, with a part that is compiled into it.
+KERNEL = """
+import sys
+from numclip.kernels.jit import inline, kernel
+@inline
+def part(x):
+    return 2.0 * x
+@kernel
+def double(x):
+    return part(x)
+print(double(21.0), *double.stats.cache_hits.values())
+"""
+
+
+def run(cache, code=CLIP, **environment):
+    variables = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "NUMCLIP_QUIET": "1", **environment}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.full
+@compiled_only
+def test_the_second_process_takes_what_the_first_one_compiled(tmp_path):
+    assert run(tmp_path).stdout == "5.0\n"
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert len(files) >= 1
+    heavy = "'scipy.linalg', 'numba.np.linalg'"
+    loaded = f"{CLIP}; import sys; print([m for m in sys.modules if m in ({heavy})])"
+    again = run(tmp_path, loaded)
+    assert (again.stdout, again.stderr) == ("5.0\n[]\n", "")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == files
+
+
+@pytest.mark.full
+@compiled_only
+def test_broken_cache_files_are_replaced(tmp_path):
+    assert run(tmp_path, KERNEL).stdout == "42.0\n"
+    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+    (file,) = tmp_path.rglob("*.nbc")
+    whole = file.read_bytes()
+    for broken in (b"", whole[:40], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(broken)
+        again = run(tmp_path, KERNEL)
+        assert (again.stdout, again.stderr) == ("42.0\n", "")
+        assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.parametrize("payload", ["b'no pickle'", "dumps(5)", "dumps(([], (1, 2)))", "ended"])
+def test_code_that_cannot_be_loaded_is_compiled(tmp_path, payload):
+    """A file that is what it says can still hold what this process cannot use."""
+    spoilt = f"""
+from numclip.kernels import jit
+from numclip.kernels.jit import dumps
+def ended(pair):
+    return dumps((["no_function_of_this_name"], pair[1]))
+def spoil(pair):
+    return {"ended(pair)" if payload == "ended" else payload}
+jit.dumps = spoil
+"""
+    assert run(tmp_path, KERNEL.replace("import sys", "import sys" + spoilt)).stdout == "42.0\n"
+    again = run(tmp_path, KERNEL)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "42.0\n", "")
+    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+
+
+@pytest.mark.full
+@compiled_only
+def test_no_directory_for_the_cache(tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    result = run(blocked, KERNEL, HOME=str(blocked), XDG_CACHE_HOME=str(blocked))
+    assert (result.stdout, result.stderr) == ("42.0\n", "")
+    assert [*tmp_path.iterdir()] == [blocked]
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.parametrize(
+    ("old", "new", "result"),
+    [("2.0 * x", "3.0 * x", "63.0\n"), ("return part(x)", "return part(x) + 1", "43.0\n")],
+)
+def test_code_is_stale_when_what_it_is_made_of_changes(tmp_path, old, new, result):
+    assert run(tmp_path, KERNEL).stdout == "42.0\n"
+    assert run(tmp_path, KERNEL.replace(old, new)).stdout == result
+    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.parametrize(
+    "environment",
+    [{"NUMBA_OPT": "1"}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_CPU_NAME": "generic"}],
+)
+def test_code_for_other_settings_of_numba_is_not_taken(tmp_path, environment):
+    assert run(tmp_path, KERNEL).stdout == "42.0\n"
+    assert run(tmp_path, KERNEL, **environment).stdout == "42.0\n"
+    assert run(tmp_path, KERNEL, **environment).stdout == "42.0 1\n"
+    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+
+
+@compiled_only
+def test_versions_arguments_and_options_are_in_the_description(monkeypatch):
+    def described(options, kinds, target=("a", "b", "c")):
+        return jit.description(cpu.merge.py_func, options, kinds, target)
+
+    seen = {
+        described({"nogil": True}, ["float32"]),
+        described({"nogil": False}, ["float32"]),
+        described({"nogil": True}, ["float64"]),
+        described({"nogil": True}, ["float32"], ("a", "b", "d")),
+    }
+    for module in (jit.numba, jit.llvmlite, jit.np):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0")
+            seen.add(described({"nogil": True}, ["float32"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(jit.sys, "version", "4.0")
+        seen.add(described({"nogil": True}, ["float32"]))
+    assert len(seen) == 8
+    flags = [{"fastmath": set(order)} for order in (("nsz", "reassoc"), ("reassoc", "nsz"))]
+    assert described(flags[0], []) == described(flags[1], [])
+
+
+@pytest.mark.full
+@compiled_only
+def test_the_first_compilation_is_announced_once(tmp_path):
+    twice = KERNEL + "double(1)"
+    told = run(tmp_path, twice, NUMCLIP_QUIET="0").stderr
+    assert told.count("\n") == 1
+    assert told.startswith("numclip: compiling")
+    assert f"kept in {tmp_path}/numclip" in told
+    assert run(tmp_path, twice, NUMCLIP_QUIET="0").stderr == ""
+    assert run(tmp_path, twice.replace("2.0", "5.0")).stderr == ""
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.parametrize("stream", ["None", "open('/dev/full', 'w')", "open('/dev/null')"])
+def test_a_lost_stderr_is_no_fault(tmp_path, stream):
+    code = f"import sys; kept, sys.stderr = sys.stderr, {stream}\n{KERNEL}\nsys.stderr = kept"
+    assert run(tmp_path, code, NUMCLIP_QUIET="").stdout == "42.0\n"
+
+
+@pytest.mark.full
+@compiled_only
+def test_nowhere_to_keep_code_is_announced_with_the_reason(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    place = str(tmp_path / "open")
+    told = run(place, KERNEL, NUMCLIP_QUIET="0", HOME=place, XDG_CACHE_HOME=place).stderr
+    assert "kept nowhere" in told
+    assert f"{place} can be written by others" in told
+    assert [*(tmp_path / "open").iterdir()] == []
+
+
+HALVES = """
+import sys
+import numpy as np
+from numclip.kernels import cpu, elements
+from numba.core.registry import cpu_target
+values = np.arange(65_536, dtype=np.uint16)
+for storage in np.uint16, np.int16:
+    x = values.astype(storage)
+    y = np.empty_like(x)
+    chunks = np.array([[x.ctypes.data, y.ctypes.data, x.size, 0]])
+    cpu.scale(0, 1, chunks, np.full(1, 0.37, np.float32), x[:0])
+    ones = np.ones((x.size, 4), np.int64)
+    ones[:, 0] = x.ctypes.data + 2 * np.arange(x.size)
+    squares = np.empty(x.size)
+    cpu.sum_squares(0, x.size, ones, x[:0], squares)
+    sys.stdout.write(y.tobytes().hex() + squares.tobytes().hex() + "\\n")
+print(elements.converts_halves(cpu_target.target_context.codegen()))
+"""
+
+
+@pytest.fixture(scope="module")
+def halves_here():
+    """Return what the host's own code makes of every 16-bit float."""
+    result = run(os.environ["NUMBA_CACHE_DIR"], HALVES)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize(
+    ("environment", "native"),
+    [
+        ({"NUMBA_CPU_NAME": "generic"}, False),
+        ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+f16c"}, True),
+        ({"NUMBA_CPU_FEATURES": "-f16c"}, False),
+        ({"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse4.2"}, False),
+        ({"NUMBA_ENABLE_AVX": "0"}, None),
+    ],
+)
+def test_halves_are_computed_alike_on_any_target(tmp_path, halves_here, environment, native):
+    """Asked of the host instead of the target, LLVM ends the process."""
+    result = run(tmp_path, HALVES, **environment)
+    assert result.returncode == 0, result.stderr[-300:]
+    assert result.stdout.split()[:2] == halves_here[:2]
+    if native is not None:
+        assert result.stdout.split()[2] == str(native)
+
+
+@pytest.mark.full
+@compiled_only
+@pytest.mark.parametrize("used", ["", "whole(1.0);"])
+def test_a_part_of_kernels_is_not_called_from_python(tmp_path, used):
+    """It has no way in from there; numba would call address 0."""
+    code = f"""
+from numclip.kernels.jit import inline, kernel
+@inline
+def part(x):
+    return 2.0 * x
+@kernel
+def whole(x):
+    return part(x)
+{used}
+try:
+    part(1.0)
+except TypeError as error:
+    print(error, whole(1.0))
+"""
+    result = run(tmp_path, code)
+    assert result.stdout == "part is a part of kernels: only they can call it 2.0\n"
+
+
+@pytest.mark.full
+def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
+    code = (
+        "import sys, threading, numclip;"
+        "from numclip.kernels import cpu;"
+        "print(sum(len(k.signatures) for k in vars(cpu).values() if hasattr(k, 'signatures')),"
+        "any(name.startswith(('numba_cuda', 'cuda.', 'numclip.cuda', 'numclip.kernels.cuda'))"
+        "for name in sys.modules),"
+        "'ml_dtypes' in sys.modules, threading.active_count())"
+    )
+    result = run(tmp_path, code)
+    assert result.stdout == "0 False False 1\n", result.stderr
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "storage",
+    [
+        np.float32,
+        *(pytest.param(t, marks=pytest.mark.full) for t in (np.float64, np.uint16, np.int16)),
+    ],
+)
+def test_streaming_kernels_vectorise(storage):
+    like = np.ones(64, storage)
+    chunks = np.array([[like.ctypes.data, like.ctypes.data, like.size, 0]])
+    factor = np.ones(1, np.float64 if storage is np.float64 else np.float32)
+    width = r"<\d+ x (float|double)>"
+    for kernel, operation, arguments in (
+        (cpu.sum_squares, "fmul|fma|fmuladd", (like[:0], np.empty(1))),
+        (cpu.scale, "fmul", (factor, like[:0])),
+    ):
+        options = {k: v for k, v in kernel.targetoptions.items() if k != "nopython"}
+        fresh = njit(**options)(kernel.py_func)  # that from files cannot be inspected
+        fresh(0, 1, chunks, *arguments)
+        (code,) = fresh.inspect_llvm().values()
+        assert re.search(rf"({operation})[^\n]*{width}", code), kernel
+
+
+def test_halves_convert_exactly():
+    halves = np.arange(65_536, dtype=np.uint16)
+    as_bfloat = (halves.astype(np.uint32) << 16).view(np.float32)
+    for storage, wanted in (
+        (halves, halves.view(np.float16)),
+        (halves.view(np.int16), as_bfloat),
+    ):
+        addresses = storage.ctypes.data + 2 * np.arange(storage.size)
+        ones = np.ones_like(addresses)
+        chunks = np.stack([addresses, addresses, ones, ones], axis=1)
+        squares = np.empty(storage.size)
+        cpu.sum_squares(0, storage.size, chunks, storage[:0], squares)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            exact = wanted.astype(np.float64) ** 2
+        np.testing.assert_array_equal(squares, exact)
+
+
+@compiled_only
+@pytest.mark.parametrize("native", [True, False])
+def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
+    if native and not elements.converts_halves(cpu_target.target_context.codegen()):
+        pytest.skip("this processor does not convert float16")
+    monkeypatch.setattr(elements, "converts_halves", lambda _: native)
+
+    narrow = elements.narrow
+
+    @njit
+    def convert(x, out):
+        for i in range(x.size):
+            out[i] = narrow(x[i], out[i])
+
+    rng = np.random.default_rng(5)
+    values = rng.integers(0, 2**32, 200_000, np.uint32).view(np.float32)
+    edges = np.array([0.0, 65_504, 65_519.99, 65_520, np.inf, np.nan, 2**-14, 2**-24], np.float32)
+    near_zero = np.float32(2.0**-14) * rng.random(2000, np.float32)
+    values = np.concatenate([values, edges, -edges, near_zero])
+    bits = np.empty(values.size, np.uint16)
+    convert(values, bits)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(np.float16)
+    small = np.abs(values) < 2.0**-14
+    rounded[small] = np.trunc(values[small] * 2.0**24) * 2.0**-24
+    np.testing.assert_array_equal(bits.view(np.float16), rounded)

@@ -1,0 +1,229 @@
+"""Plain arrays take a shorter way: the same bits, and nothing that it should not take."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import numclip as nc
+from numclip.host import lists as plain
+from numclip.kernels import arrays
+from numclip.kernels.tuning import CHUNK
+from tests.oracle.cases import LAYOUTS, normal
+from tests.oracle.reference import DTYPES
+from tests.oracle.strategies import arrays as gradients
+from tests.oracle.strategies import names
+
+Grads = list[np.ndarray | None]
+
+
+def general(patch: pytest.MonkeyPatch) -> None:
+    """Send everything the general way."""
+    patch.setattr(plain, "READABLE", False)
+
+
+def copied(grads: Grads) -> Grads:
+    return [None if grad is None else grad.copy("K") for grad in grads]
+
+
+def results(grads: Grads, bound: float, *, in_place: bool) -> list[Any]:
+    """The bits of all that a call returns and writes."""
+    own = copied(grads)
+    norm = nc.global_norm(own)
+    clipped, told = nc.clip_by_global_norm(own, bound, out=own if in_place else None)
+    single = [nc.clip_by_average_norm(grad, bound / 9) for grad in grads if grad is not None]
+    written = [*own, *clipped, *single, np.float64(norm), np.float64(told)]
+    return [None if array is None else np.asarray(array).tobytes() for array in written]
+
+
+def same_both_ways(grads: Grads, bound: float) -> None:
+    for in_place in (True, False):
+        taken = results(grads, bound, in_place=in_place)
+        with pytest.MonkeyPatch.context() as patch:
+            general(patch)
+            assert results(grads, bound, in_place=in_place) == taken
+
+
+@st.composite
+def of_one_dtype(draw: st.DrawFn) -> Grads:
+    name = draw(names)
+    return draw(st.lists(gradients(name) | st.none(), min_size=1, max_size=5))
+
+
+@given(of_one_dtype(), st.sampled_from([0.0, 1e-300, 1e-42, 0.9, 1.0, 3.0, math.inf]))
+def test_any_values(grads, ratio):
+    norm = nc.global_norm(grads)
+    same_both_ways(grads, min(norm, 1e300) * ratio if norm and ratio else ratio)
+
+
+@pytest.mark.jit_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths_about_blocks_and_chunks(dtype):
+    rng = np.random.default_rng(3)
+    lengths = [0, 1, 63, 64, 65, 255, 256, 257, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]
+    for length in lengths:
+        grads = [normal(rng, (length,), dtype), normal(rng, (5,), dtype)]
+        same_both_ways(grads, 0.5 * nc.global_norm(grads))
+    same_both_ways([normal(rng, (n,), dtype) for n in rng.integers(0, 40_000, 70)], 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_plain_is_taken(dtype):
+    rng = np.random.default_rng(4)
+    for grads in (
+        [normal(rng, (3, 4), dtype), None, normal(rng, (), dtype), normal(rng, (0, 2), dtype)],
+        [np.asfortranarray(normal(rng, (3, 4), dtype))],
+        [normal(rng, (7,), dtype) for _ in range(300)],
+    ):
+        assert plain.global_norm(grads) == nc.global_norm(grads)
+        for bound in (1e-3, 1e3):
+            result, norm = plain.clip_by_global_norm(tuple(copied(grads)), bound, None)
+            assert norm == nc.global_norm(grads)
+            assert [None if r is None else r.flags.f_contiguous for r in result] == [
+                None if g is None else g.flags.f_contiguous for g in grads
+            ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_dtype_met_may_be_another_object(monkeypatch, dtype):
+    monkeypatch.setattr(plain, "_KINDS", {})
+    grad = normal(np.random.default_rng(5), (6,), dtype)
+    unpickled = pickle.loads(pickle.dumps(grad))
+    noted = grad.astype(np.dtype(grad.dtype, metadata={"unit": "m"}))
+    for odd in (unpickled, noted, grad):
+        assert nc.global_norm([odd]) == nc.global_norm([grad])
+    assert plain.global_norm([grad]) == nc.global_norm([grad])
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(LAYOUTS[name] for name in ("strided", "negative", "misaligned", "byte_swapped")),
+        lambda x: x.astype(np.float64),
+        lambda x: x.view(Subclass),
+        lambda x: np.ma.array(x),
+        lambda x: x.astype(np.int64),
+        lambda x: x.astype(object),
+        lambda x: x.tolist(),
+        lambda _: 3.0,
+        lambda x: nc.IndexedSlices(x, np.arange(len(x)), x.shape),
+        lambda x: np.full_like(x, np.nan),
+        lambda x: np.full_like(x, np.inf),
+    ],
+)
+def test_what_is_odd_is_left_alone(odd):
+    first = np.ones((4, 6), np.float32)
+    grads = [first, odd(np.ones((4, 6), np.float32))]
+    assert plain.global_norm(grads) is None
+    assert plain.clip_by_global_norm(grads, 1.0, grads) is None
+    assert plain.global_norm(grads[::-1]) is None
+    np.testing.assert_array_equal(first, 1)
+
+
+def overlapping() -> dict[str, Grads]:
+    base = np.ones(100, np.float32)
+    return {
+        "one array twice": [base, np.ones(3, np.float32), base],
+        "one array twice among many": [*(np.ones(2, np.float32) for _ in range(99)), base, base],
+        "views": [base[:60], base[50:]],
+        "a view and its base": [base[3:5], base],
+        "views among many": [base[k : k + 2] for k in range(90)],
+    }
+
+
+@pytest.mark.parametrize("name", overlapping())
+def test_overlaps_are_refused(name):
+    grads = overlapping()[name]
+    with pytest.raises(ValueError, match="shares memory with"):
+        nc.clip_by_global_norm(grads, 1e-3, out=grads)
+    assert all((grad == 1).all() for grad in grads)
+    assert nc.global_norm(grads) == math.sqrt(sum(grad.size for grad in grads))
+
+
+def test_views_apart_are_taken():
+    base = np.ones(1000, np.float32)
+    grads = [base[k : k + 10] for k in np.random.default_rng(1).permutation(100) * 10]
+    assert plain.clip_by_global_norm(grads, 1.0, grads) is not None
+    assert np.unique(base).size == 1
+    assert nc.global_norm(grads) <= 1.0
+
+
+def test_read_only_arrays_are_refused_in_place_only():
+    grads = [LAYOUTS["read_only"](np.ones(4, np.float32))]
+    with pytest.raises(ValueError, match="writeable"):
+        nc.clip_by_global_norm(grads, 1.0, out=grads)
+    assert plain.clip_by_global_norm(grads, 1.0, None)[1] == 2.0
+
+
+@pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "DESCR", "FLAGS"])
+def test_another_layout_is_noticed(monkeypatch, field):
+    assert arrays.layout_holds()
+    others = [arrays.DATA, arrays.SHAPE, 24]  # of a pointer each
+    for offset in set(others) - {getattr(arrays, field)}:
+        monkeypatch.setattr(arrays, field, offset)
+        assert not arrays.layout_holds()
+
+
+def test_other_pythons_are_noticed(monkeypatch):
+    monkeypatch.setattr(arrays.platform, "python_implementation", lambda: "PyPy")
+    assert not arrays.layout_holds()
+
+
+@pytest.mark.jit_only
+def test_a_list_that_changes_meanwhile(tries):
+    rng = np.random.default_rng(0)
+    grads = [normal(rng, (50,)) for _ in range(200)]
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for k in range(200):
+                grads[k] = np.ones(50 + k % 3, np.float32)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(tries(2000)):
+            assert 0 < nc.global_norm(grads) < 1000
+            clipped, _ = nc.clip_by_global_norm(grads, 1e-3)
+            assert nc.global_norm(clipped) <= 1e-3
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.jit_only
+def test_a_dict_that_changes_meanwhile(tries):
+    grads = {k: np.ones(50, np.float32) for k in range(200)}
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for k in range(200, 400):
+                grads[k] = np.ones(50, np.float32)
+            for k in range(200, 400):
+                del grads[k]
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(tries(1000)):
+            for out in (None, grads):
+                clipped, _ = nc.clip_by_global_norm(grads, 1e-3, out=out)
+                assert clipped is not grads
+                assert 200 <= len(clipped) <= 400
+                assert nc.global_norm(clipped) <= 1e-3
+    finally:
+        stop.set()
+        thread.join()
