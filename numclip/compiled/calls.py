@@ -14,15 +14,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from numclip.kernels import digest, spans
 
 _WORD = ir.IntType(64)
 _NUMBERS = (types.float64,) * 3
-_CLIP = types.Tuple((types.float64, types.int64))(
-    types.int64, types.int64, *_NUMBERS, types.int64
-)
+_CLIP = types.Tuple((types.float64, types.int64))(types.int64, types.int64, *_NUMBERS, types.int64)
 KERNELS = {
     "clip": _CLIP,
     "clip_rare": _CLIP,

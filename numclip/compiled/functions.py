@@ -20,7 +20,7 @@ from numclip.compiled.types_taken import (
     members,
     refuse,
 )
-from numclip.kernels.jit import inline
+from numclip.kernels.jit import expanded
 from numclip.kernels.spans import AVERAGE, GIVEN, IN_PLACE, ROOT_MEAN, UNCHANGED, WRITTEN
 from numclip.law import POLICIES
 
@@ -64,7 +64,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
             all_left(grads, works)
         return grads, norm
 
-    return inline(into_new_arrays if is_nothing(out) else in_place)
+    return expanded(into_new_arrays if is_nothing(out) else in_place)
 
 
 def clip_by_global_norm(
@@ -108,7 +108,7 @@ def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, what: int) 
         def clip(grad, bound, ord, out):
             return clips((grad,), (out,), number_of(bound), 0.0, number_of(ord))[0][0]
 
-    return inline(clip)
+    return expanded(clip)
 
 
 def clip_by_norm(grad: Any, clip_norm: Any, axes: Any, ord: Any, out: Any) -> Any:

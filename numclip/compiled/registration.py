@@ -27,7 +27,9 @@ def _clip_by_global_norm(
 ):
     from numclip.compiled import functions
 
-    return functions.clip_by_global_norm(grads, clip_norm, use_norm, ord, nonfinite, duplicates, out)
+    return functions.clip_by_global_norm(
+        grads, clip_norm, use_norm, ord, nonfinite, duplicates, out
+    )
 
 
 @overload(functional.clip_by_norm, jit_options=OWN_FLAGS)

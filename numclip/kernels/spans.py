@@ -40,7 +40,9 @@ WIDE, COMPLEX = 1, 2  # bits of KIND
 # What to do: a policy of `tables`, and bits.
 POLICY, IN_PLACE, GIVEN, AVERAGE, ROOT_MEAN = 3, 4, 8, 16, 32
 # What became of it.
-UNCHANGED, WRITTEN, BAD_BOUND, BAD_NORM, BAD_ORDER, OVERLAP, NONFINITE, BAD_INTERVAL, RARE = range(9)
+UNCHANGED, WRITTEN, BAD_BOUND, BAD_NORM, BAD_ORDER, OVERLAP, NONFINITE, BAD_INTERVAL, RARE = range(
+    9
+)
 FEW = 16  # arrays compared in pairs; sorting allocates twice
 _NARROW, _WIDE = lookup(np.dtype(np.float32)), lookup(np.dtype(np.float64))
 NARROW_LIKE, WIDE_LIKE = _NARROW.like, _WIDE.like
@@ -289,11 +291,11 @@ def clip(rows, count, bound, given, ord, what):
         norm, safe = given, safe and math.isfinite(given)
     if not safe:
         return norm, RARE
+    if norm <= bound:
+        return norm, UNCHANGED
     mantissa, power, truncate = factor(rows, count, norm, 0, bound, ord, divisor)
     if truncate:
         return norm, RARE
-    if mantissa == 1.0 and power == 0:
-        return norm, UNCHANGED
     multiply_all(rows, count, scale_by_power(mantissa, power))
     return norm, WRITTEN
 
