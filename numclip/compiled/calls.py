@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from numclip.kernels import digest, spans
+from numclip.kernels import digest, span_units, spans
 
 _WORD = ir.IntType(64)
 _NUMBERS = (types.float64,) * 3
@@ -24,6 +24,8 @@ KERNELS = {
     "clip": _CLIP,
     "clip_rare": _CLIP,
     "clamp": types.int64(types.int64, types.float64, types.float64),
+    "clip_rows": types.int64(types.int64, types.int64, types.float64),
+    "clip_columns": types.int64(types.int64, types.int64, types.int64, types.float64),
 }
 OUTDATED = (
     "numclip was updated since this function was compiled, or its kernels cannot be compiled: "
@@ -38,10 +40,14 @@ class OutdatedCodeError(OSError):
     """
 
 
+def _kernel(name: str) -> Any:
+    return getattr(spans, name, None) or getattr(span_units, name)
+
+
 @functools.cache
 def version() -> str:
     """Return the digest of the kernels that users' code calls, and of how it calls them."""
-    parts = [digest.of(getattr(spans, name).py_func) for name in KERNELS]
+    parts = [digest.of(_kernel(name).py_func) for name in KERNELS]
     return " ".join([*parts, digest.of_modules(spans)])
 
 
@@ -84,7 +90,7 @@ class Address:
 def address_of(name: str, wanted: str) -> int:
     """Compile a kernel, or load it, and return its address."""
     current(wanted)
-    kernel: Any = getattr(spans, name)
+    kernel = _kernel(name)
     arguments = KERNELS[name].args
     kernel.compile(arguments)
     result = kernel.overloads[arguments]

@@ -6,11 +6,11 @@ from typing import Any
 
 from numba import types
 
+from numclip.compiled import units
 from numclip.compiled.arrays import are_same
 from numclip.compiled.containers import all_copied, all_entered, all_left
 from numclip.compiled.tables import ELSEWHERE, clamp_array, clip_all, fail, number_of
 from numclip.compiled.types_taken import (
-    check_default,
     check_gradient,
     check_number,
     check_order,
@@ -113,7 +113,11 @@ def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, what: int) 
 
 def clip_by_norm(grad: Any, clip_norm: Any, axes: Any, ord: Any, out: Any) -> Any:
     """Return the implementation for these types."""
-    check_default("axes", axes, None, "units along axes are clipped outside compiled code")
+    if not is_nothing(axes):
+        check_gradient("grad", grad)
+        check_number("clip_norm", clip_norm)
+        check_out("grad", out, grad, [grad])
+        return units.clip_by_norm(grad, axes, ord, out)
     clip = _one_array("clip_norm", grad, clip_norm, ord, out, 0)
     return lambda grad, clip_norm, axes=None, ord=2, out=None: clip(grad, clip_norm, ord, out)
 

@@ -122,16 +122,35 @@ def _clip_tuple(_typing: Any, grads: Any, works: Any, numbers: Any) -> Any:
     return KERNELS["clip"].return_type(grads, works, numbers), emit
 
 
+def _emit_for_array(name: str) -> Any:
+    """Return what calls a kernel with the table of one array, and with numbers."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = [signature.args[0]]
+        packed = context.make_tuple(builder, types.Tuple(kinds), arguments[:1])
+        rows, _ = _table_of_tuple(context, builder, kinds, packed, packed)
+        return emit_call(context, builder, name, [rows, *arguments[1:]])
+
+    return emit
+
+
 @intrinsic
 def clamp_array(_typing: Any, work: Any, low: Any, high: Any) -> Any:
     """Hold the numbers of an array between two bounds."""
+    return types.int64(work, types.float64, types.float64), _emit_for_array("clamp")
 
-    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        packed = context.make_tuple(builder, types.Tuple([work]), arguments[:1])
-        rows, _ = _table_of_tuple(context, builder, [work], packed, packed)
-        return emit_call(context, builder, "clamp", [rows, *arguments[1:]])
 
-    return types.int64(work, types.float64, types.float64), emit
+@intrinsic
+def clip_array_by_rows(_typing: Any, work: Any, count: Any, bound: Any) -> Any:
+    """Clip each of `count` rows of an array."""
+    return types.int64(work, types.int64, types.float64), _emit_for_array("clip_rows")
+
+
+@intrinsic
+def clip_array_by_columns(_typing: Any, work: Any, outer: Any, reduced: Any, bound: Any) -> Any:
+    """Clip the units of an array of shape (outer, reduced, inner)."""
+    kinds = types.int64, types.int64, types.float64
+    return types.int64(work, *kinds), _emit_for_array("clip_columns")
 
 
 def clip_all(grads, works, numbers):

@@ -108,22 +108,24 @@ def plain_norm(rows, count):
 
 
 @inline
-def rescued_squares(rows, t, total):
-    """Return a float64 tensor's sum of squares that left the safe range, as `batches` does."""
-    peak = tensor_peak(rows, t)
+def rescued_squares(x):
+    """Return an array's sum of squares as ``total * 4**exponent``, as `batches.write_squares`."""
+    total = squares_of(x)
+    if x.itemsize < 8 or is_safe(total):
+        return total, 0
+    peak = peak_of(x)
     if not 0.0 < peak < math.inf:
         return total, 0
     exponent = math.frexp(peak)[1] - 1
-    return tensor_powers(rows, t, math.ldexp(1.0, exponent), 2.0), exponent
+    return powers_of(x, math.ldexp(1.0, exponent), 2.0), exponent
 
 
 @inline
 def tensor_squares(rows, t):
     """Return a tensor's sum of squares as ``total * 4**exponent``."""
-    if not field(rows, t, KIND) & WIDE:
-        return squares_of(array_of(rows, t, NARROW_LIKE)), 0
-    total = squares_of(array_of(rows, t, WIDE_LIKE))
-    return (total, 0) if is_safe(total) else rescued_squares(rows, t, total)
+    if field(rows, t, KIND) & WIDE:
+        return rescued_squares(array_of(rows, t, WIDE_LIKE))
+    return squares_of(array_of(rows, t, NARROW_LIKE)), 0
 
 
 @inline

@@ -144,6 +144,24 @@ def test_other_orders(ord):
         wrappers.global_norm_of_order(grads, 0.5)
 
 
+@pytest.mark.each_value
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["c", "strided"])
+@pytest.mark.parametrize("axes", [-1, 0, 1, (0, 2), (1, 2), (0, 1, 2), ()])
+def test_axes(axes, layout, dtype):
+    rng = np.random.default_rng(11)
+    clips, clips_in_place = (wrappers.along(axes, in_place) for in_place in (False, True))
+    for scale in (1.0, 1e-30, float(np.finfo(dtype).tiny), 0.0):
+        grad = cases.normal(rng, (3, 1100, 4), dtype, scale)
+        grad = cases.strided(grad) if layout == "strided" else grad
+        for bound in (2.0 * scale, 70.0 * scale, math.inf):
+            expected = nc.clip_by_norm(grad, bound, axes)
+            checks.assert_same_bits(clips(grad, bound), expected)
+            work = grad.copy()
+            clips_in_place(work, bound)
+            checks.assert_same_bits(work, expected)
+
+
 # ---- structures
 
 
@@ -304,7 +322,9 @@ def read_only(grad):
         (lambda: wrappers.clip_of_order((np.ones(3, complex),), 1.0, 3.0), "complex"),
         (lambda: wrappers.clip_by_value(np.ones(3, complex), 0.0, 1.0), "real numbers to hold"),
         (lambda: elsewhere((np.ones(3),), (np.ones((3, 3)),)), "grads itself"),
-        (lambda: along(np.ones((2, 3)), 0), "axes"),
+        (lambda: along(np.ones((2, 3)), 0), "axes: expected .* written in the call"),
+        (lambda: wrappers.along(2, False)(np.ones((2, 3)), 1.0), "axes: expected different axes"),
+        (lambda: wrappers.along((0, 0), False)(np.ones((2, 3)), 1.0), "axes: expected different"),
         (lambda: with_policy((np.ones(3),), "skip"), "written in the call"),
     ],
 )

@@ -89,6 +89,13 @@ def refuse(grads, bound, norm):
     return nc.clip_by_global_norm(grads, bound, norm, nonfinite="raise", out=grads)
 
 
+def along(axes: Any, in_place: bool) -> Callable[..., Any]:
+    """Return the clip along axes, which are to be known when it is compiled."""
+    if in_place:
+        return njit(lambda grad, bound: nc.clip_by_norm(grad, bound, axes, out=grad))
+    return njit(lambda grad, bound: nc.clip_by_norm(grad, bound, axes))
+
+
 POLICIES: dict[str, Callable[..., Any]] = {
     "propagate": propagate,
     "raise": refuse,
