@@ -94,9 +94,12 @@ def array_of_squares(x):
 @inline
 def squares_of(x):
     """Return the sum of squares of an array, added as those of the chunks of a tensor are."""
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x)
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
-        total, rest = two_sum(total, array_of_squares(x[start : start + CHUNK]))
+        total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
         error += rest
     return settled(total, error)
 
