@@ -108,6 +108,9 @@ class GroupUpdates(Protocol):
 class ArrayUpdates(Protocol):
     """How arrays are updated by gradients that are not clipped."""
 
+    def read_from(self, sources: Any) -> None:
+        """Let the following steps read gradients where `Engine.key_of_pairs` found them."""
+
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says."""
 
@@ -183,6 +186,11 @@ class Engine(Protocol):
 
     def key_of(self, items: Sequence[Any], ord: float, policy: str, *, written: bool) -> Any:
         """Return by what the plan for arrays is found without describing them, or None."""
+
+    def key_of_pairs(
+        self, gradients: list[Any], variables: list[Any], kernel: str
+    ) -> tuple[Any, Any]:
+        """Return by what updates of pairs are found, or None, and where the gradients are."""
 
     def find_plan(self, key: Any) -> tuple[Plan, list[Outcome], Any] | None:
         """Return the plan of a key, its free memory for outcomes and its stream, if any."""

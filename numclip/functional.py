@@ -13,7 +13,7 @@ from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.gradients import describe
 from numclip.clipping import clip, parts
-from numclip.host import lists
+from numclip.host import lists, plain_units
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
 
@@ -215,10 +215,16 @@ def clip_by_norm(
     array([[0.6, 0.8],
            [0.3, 0.4]])
     """
-    order = arguments.order(ord)
-    bound = arguments.bound("clip_norm", clip_norm)
+    usual = arguments.are_usual(ord, clip_norm)
+    order = 2.0 if usual else arguments.order(ord)
+    bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
+    if order == 2.0 and type(grad) is np.ndarray:
+        reduced = arguments.axes_of(axes, grad.ndim)
+        result = plain_units.clip(grad, bound, reduced or (), out)
+        if result is not None:
+            return result
     return parts.clip_by_norm(grad, bound, axes, order, out)
 
 
@@ -404,6 +410,11 @@ def adaptive_clip(
     """
     factor = arguments.bound("clip_factor", clip_factor)
     least = arguments.bound("eps", eps)
+    if type(grad) is type(param) is np.ndarray:
+        reduced = arguments.adaptive_axes(axes, grad.ndim)
+        result = plain_units.clip(grad, factor, reduced, out, param, least)
+        if result is not None:
+            return result
     return parts.adaptive_clip(grad, param, factor, least, axes, out)
 
 

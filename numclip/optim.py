@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
-from numclip.clipping.array_updating import ArrayUpdater, Pair
+from numclip.clipping.array_updating import ArrayUpdater
 from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
@@ -106,12 +106,13 @@ class Optimizer(state.Saved):
         TypeError, ValueError
             Where a pair does not fit; the message names it. Nothing is updated then.
         """
-        pairs = [
-            Pair(f"grads_and_vars[{number}]", gradient, variable)
-            for number, (gradient, variable) in enumerate(grads_and_vars)
-            if gradient is not None
-        ]
-        rounds = self._arrays.describe(pairs)
+        numbers, grads, variables = [], [], []
+        for number, (gradient, variable) in enumerate(grads_and_vars):
+            if gradient is not None:
+                numbers.append(number)
+                grads.append(gradient)
+                variables.append(variable)
+        rounds = self._arrays.describe(numbers, grads, variables)
         lr = self._rate(None, self._applied)
         self._applied += 1
         self._arrays.update(rounds, lr)

@@ -162,6 +162,8 @@ def axes_of(axes: Any, ndim: int) -> tuple[int, ...] | None:
     """Return reduced axes in ascending order, None for all of them."""
     if axes is None:
         return None
+    if type(axes) is int and 0 <= axes < ndim:
+        return (axes,)
     wanted = axes if isinstance(axes, Iterable) and getattr(axes, "ndim", True) else (axes,)
     try:
         found = [axis + ndim if -ndim <= axis < 0 else axis for axis in map(_index, wanted)]

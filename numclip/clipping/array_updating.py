@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,20 +23,19 @@ KEPT = 8
 """How many sets of arrays are kept: the same at the same addresses are not described again."""
 
 
-class Pair(NamedTuple):
-    """A gradient, the array it updates, and what errors call them."""
-
-    name: str
-    gradient: Any
-    variable: Any
-
-
 class Kept:
-    """What is kept for an array: the array itself, its states, and how often it was updated."""
+    """What is kept for an array while its memory lives: states, and how often it was updated.
+
+    `held` returns None where that is over. The memory of NumPy's arrays is not held, others' is.
+    """
 
     def __init__(self, param: Gradient, states: int, stream: Any) -> None:
-        self.variable, self.kind = param.source, _kind_of(param)
-        self.steps, engine = 0, param.engine
+        array = owner = param.facts.array
+        while isinstance(owner, np.ndarray) and owner.base is not None:
+            owner = owner.base
+        plain = isinstance(owner, np.ndarray)
+        self.held: Callable[[], Any] = weakref.ref(owner) if plain else lambda: array
+        self.kind, self.steps, engine = _kind_of(param), 0, param.engine
         self.states = [engine.empty((param.size,), param.dtype.compute) for _ in range(states)]
         for state in self.states:
             engine.clear(state, stream)
@@ -54,7 +55,7 @@ class Planned(NamedTuple):
 
 
 class ArrayUpdater:
-    """Updates arrays, which it keeps together with their states."""
+    """Updates arrays; it keeps states for each memory, by address, dtype and length."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
@@ -62,26 +63,34 @@ class ArrayUpdater:
         self._planned: OrderedDict[Any, Planned] = OrderedDict()
         self._held: list[Gradient] = []  # whose memory is used until the update is under way
 
-    def describe(self, pairs: Sequence[Pair]) -> list[Planned]:
+    def describe(self, numbers: list[int], grads: list[Any], variables: list[Any]) -> list[Planned]:
         """Return what updates pairs in rounds of different arrays, after checking each."""
-        if not pairs:
+        if not grads:
             return []
-        engine = engines.of(pairs[0].variable)
-        engine.require()
-        engine.check_kernel(self._method.kernel, self._method.state_names)
-        items = [item for pair in pairs for item in (pair.gradient, pair.variable)]
-        told = engine.key_of(items, 2.0, self._method.kernel, written=True)
-        key = None if told is None else (told, *map(id, items[1::2]))
-        if key in self._planned:
-            return [self._kept_planned(key, self._planned[key])]
-        described = [_described(number, pair, engine) for number, pair in enumerate(pairs)]
-        rounds = [self._plan(engine, own) for own in _rounds(described)]
-        self._held = [own for both in described for own in both]
-        if key is not None and len(rounds) == 1:
-            self._kept_planned(key, rounds[0])
-        return rounds
+        engine = engines.of(variables[0])
+        key, sources = engine.key_of_pairs(grads, variables, self._method.kernel)
+        planned = self._find(key)
+        if planned is None:
+            engine.require()
+            engine.check_kernel(self._method.kernel, self._method.state_names)
+            pairs = zip(numbers, grads, variables, strict=True)
+            described = [_described(*pair, engine) for pair in pairs]
+            rounds = [self._plan(engine, own) for own in _rounds(described)]
+            if key is None or len(rounds) != 1:
+                return rounds
+            planned = self._keep(key, rounds[0])
+        planned.updates.read_from(sources)
+        return [planned]
 
-    def _kept_planned(self, key: Any, planned: Planned) -> Planned:
+    def _find(self, key: Any) -> Planned | None:
+        """Return what is known, if the memory of all its arrays lives."""
+        planned = self._planned.get(key)
+        if planned is None or not all(kept.held() is not None for kept in planned.kept):
+            return None
+        self._planned.move_to_end(key)
+        return planned
+
+    def _keep(self, key: Any, planned: Planned) -> Planned:
         """Keep what was used last, and forget what was not used for longest."""
         self._planned[key] = planned
         self._planned.move_to_end(key)
@@ -92,35 +101,42 @@ class ArrayUpdater:
     def _plan(self, engine: Engine, pairs: Sequence[tuple[Gradient, Gradient]]) -> Planned:
         """Return what updates described pairs."""
         grads, params = map(list, zip(*pairs, strict=True))
-        refuse_overlaps(grads, params, "update one of them in a call of its own")
         kept = self._kept_of(engine, params)
         stream = engine.stream_of([own.facts for own in (*params, *grads)])
+        refuse_overlaps(params, params)
+        self._held += [*params, *grads]
+        grads = _apart(grads, params, stream)
+        self._held += grads
+        pairs = list(zip(grads, params, strict=True))
         spans = [update_span(grad, param.address) for grad, param in pairs]
         indices = [grad.slices.indices for grad in grads if grad.slices is not None]
         key = None if indices else (stream, *map(id, kept), *spans)
-        if key in self._planned:
-            return self._kept_planned(key, self._planned[key])
+        planned = self._find(key)
+        if planned is not None:
+            return planned
         addresses = [
             [engine.facts("state", own.states[k]).address for own in kept]
             for k in range(len(self._method.state_names))
         ]
         updates = engine.updates_of_arrays(self._method.kernel, spans, addresses, indices, stream)
         made = Planned(stream, kept, updates)
-        return made if key is None else self._kept_planned(key, made)
+        return made if key is None else self._keep(key, made)
 
     def _kept_of(self, engine: Engine, params: Sequence[Gradient]) -> list[Kept]:
         """Return what is kept for each array, made anew where it is not as it was."""
-        known, states = self._known, len(self._method.state_names)
-        fresh = {
-            id(param.source): param
+        known = {place: kept for place, kept in self._known.items() if kept.held() is not None}
+        fresh = [
+            param
             for param in params
-            if id(param.source) not in known or known[id(param.source)].kind != _kind_of(param)
-        }
+            if param.address not in known or known[param.address].kind != _kind_of(param)
+        ]
         if fresh:
             self._planned.clear()  # some could be of what was kept before
+            states = len(self._method.state_names)
             with engine.on_stream(None) as stream:  # so that whatever stream is used finds zeros
-                known |= {key: Kept(param, states, stream) for key, param in fresh.items()}
-        return [known[id(param.source)] for param in params]
+                known |= {param.address: Kept(param, states, stream) for param in fresh}
+            self._known = known
+        return [known[param.address] for param in params]
 
     def update(self, rounds: Sequence[Planned], lr: float) -> None:
         """Update the arrays."""
@@ -139,11 +155,13 @@ class ArrayUpdater:
 def _rounds(
     pairs: Sequence[tuple[Gradient, Gradient]],
 ) -> list[list[tuple[Gradient, Gradient]]]:
-    """Return pairs in their order, in lists in which no array comes twice."""
+    """Return pairs in their order, in lists in which no array comes twice; none is empty."""
     rounds: list[list[tuple[Gradient, Gradient]]] = []
     seen: set[int] = set()
     for pair in pairs:
-        own = id(pair[1].source)
+        own = pair[1].address
+        if not pair[1].size:
+            continue
         if not rounds or own in seen:
             rounds.append([])
             seen.clear()
@@ -152,17 +170,40 @@ def _rounds(
     return rounds
 
 
-def _described(number: int, pair: Pair, engine: Engine) -> tuple[Gradient, Gradient]:
+def _apart(grads: Sequence[Gradient], params: Sequence[Gradient], stream: Any) -> list[Gradient]:
+    """Return gradients, copies of those that updates would write over before they are read."""
+    extents = sorted(param.facts.extent for param in params)
+    ends = [end for _, end in extents]
+    apart = []
+    for grad, param in zip(grads, params, strict=True):
+        begin, end = grad.facts.extent
+        first = bisect.bisect_right(ends, begin)
+        met = first < len(ends) and extents[first][0] < end and not grad.lies_as(param)
+        apart.append(_with(grad, copied(grad, stream)) if met else grad)
+    return apart
+
+
+def _with(grad: Gradient, array: Any) -> Gradient:
+    """Return the description of a gradient with another array of its values."""
+    source = array if grad.slices is None else grad.slices.with_values(array)
+    return describe(grad.name, grad.key, source, grad.engine)
+
+
+def _described(
+    number: int, gradient: Any, variable: Any, engine: Engine
+) -> tuple[Gradient, Gradient]:
     """Return the gradient and the array of a pair, after checking that they fit.
 
-    Slices are coalesced: each row is updated once, by the sum of its gradients.
+    Slices are coalesced: each row is updated once, by the sum of its gradients. In the host's
+    memory gradients are cast as `ParamGroups.set_grads` casts them.
     """
-    name, gradient, variable = pair
+    name = f"grads_and_vars[{number}]"
     param, grad = (_taken(name, number, array, engine) for array in (variable, gradient))
     if param.slices is not None or isinstance(variable, np.generic):
         raise TypeError(expected(name, "an array to update", type(variable).__name__))
     check_writable(param)
-    if grad.dense_shape != param.shape or grad.native != param.native:
+    casts = engine.name == "cpu" and grad.dtype.components <= param.dtype.components
+    if grad.dense_shape != param.shape or not (casts or grad.native == param.native):
         wanted = f"a gradient of shape {param.shape} and dtype {param.native}"
         raise ValueError(expected(name, wanted, f"{grad.dense_shape} and {grad.native}"))
     if not param.facts.c_order or not (grad.facts.c_order or engine.takes_any_rows):
@@ -171,8 +212,9 @@ def _described(number: int, pair: Pair, engine: Engine) -> tuple[Gradient, Gradi
         raise ValueError(expected(name, f"C order for device={engine.name!r}", got))
     if grad.slices is not None:
         grad = describe(name, number, grad.slices.coalesce(), engine)
-    if not grad.facts.c_order or grad.address % grad.dtype.storage.itemsize:
-        grad = describe(name, number, copied(grad, None), engine)
+    aligned = grad.address % grad.dtype.storage.itemsize == 0
+    if not grad.facts.c_order or not aligned or grad.native != param.native:
+        grad = _with(grad, copied(grad, None, param.native))
     return grad, param
 
 

@@ -162,9 +162,9 @@ def _given(label: str, name: str, grad: Any, engine: Engine) -> Gradient:
     return describe(label, name, grad, engine)
 
 
-def copied(own: Gradient, stream: Any) -> Any:
-    """Return a copy of a gradient's array, on its own engine."""
-    made = own.engine.empty(own.shape, own.native)
+def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
+    """Return a copy of a gradient's array in C order, on its own engine, cast to a dtype."""
+    made = own.engine.empty(own.shape, own.native if dtype is None else dtype)
     own.engine.put(made, own.facts.array, stream)
     return made
 

@@ -148,6 +148,12 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     return device.handle_of(stream), policy, ord, written, told
 
 
+def key_of_pairs(gradients: list[Any], variables: list[Any], kernel: str) -> tuple[Any, None]:
+    """Return by what updates of tensors of PyTorch are found: where both are, and what is kept."""
+    items = [item for pair in zip(gradients, variables, strict=True) for item in pair]
+    return key_of(items, 2.0, kernel, written=True), None
+
+
 def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
     """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
     found = None if key is None else plans.find(key)

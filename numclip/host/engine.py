@@ -14,7 +14,7 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, rows, units, updates
+from numclip.host import arrays, pairs, rows, units, updates
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
 from numclip.host.units import UnitPlan
@@ -94,6 +94,11 @@ def numbers(
 
 def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:
     """Return nothing: plans of the host are not kept."""
+
+
+def key_of_pairs(gradients: list[Any], variables: list[Any], _kernel: str) -> tuple[Any, Any]:
+    """Return by what the updates of plain arrays are found, and where the gradients are."""
+    return pairs.plain(gradients, variables)
 
 
 def find_plan(_key: Any) -> None:

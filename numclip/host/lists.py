@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 _KINDS: dict[np.dtype[Any], Kind] = {}
 
 
-def _kind(items: Items) -> Kind | None:
+def kind_of(items: Items) -> Kind | None:
     """Return the kind of the first array, None where there is none."""
     for item in items:
         if item is not None:
@@ -59,6 +59,11 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
     writeable[arrays.NEEDS] |= arrays.WRITEABLE
     kind = _KINDS[dtype] = Kind(row, readable, writeable)
     return kind
+
+
+def pointers_of(items: Items) -> int:
+    """Return where the pointers to the items are."""
+    return id(items) + _POINTERS
 
 
 def _items(grads: Any) -> Items:
@@ -91,10 +96,10 @@ def _views(items: Items) -> Items:
 def global_norm(grads: Any) -> float | None:
     """Return the L2 norm of arrays."""
     items = _items(grads)
-    kind = _kind(items)
+    kind = kind_of(items)
     if kind is None:
         items = _views(items)
-        kind = _kind(items)
+        kind = kind_of(items)
         if kind is None:
             return None
     return _clip_items(items, kind, kind.readable, math.inf, 1.0)
@@ -123,7 +128,7 @@ def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
 def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
     """Hold an array's elements between two floats, in place or in a copy; return that."""
     numbers = type(low) is float and type(high) is float and low <= high
-    kind = _kind((grad,)) if numbers and _takes(grad, out) else None
+    kind = kind_of((grad,)) if numbers and _takes(grad, out) else None
     if kind is None or kind.row.components == 2:
         return None
     with np.errstate(all="ignore"):
@@ -131,12 +136,12 @@ def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
     if bounds != [low, high]:  # how they are rounded is not to depend on the thread
         return None
     facts = kind.readable if out is None else kind.writeable
-    batch, _ = _batch((grad,), kind, facts)
+    batch, _ = batch_of((grad,), kind, facts)
     if batch is None:
         return None
     result = grad if out is grad else grad.copy("K")
     if result is not grad:
-        batch, _ = _batch((result,), kind, kind.writeable)
+        batch, _ = batch_of((result,), kind, kind.writeable)
     assert batch is not None
     beyond = np.empty(len(batch.chunks), np.bool_)
     call = batches.clamping(batch, beyond, low, high)
@@ -151,10 +156,10 @@ def _takes(grads: Any, out: Any) -> bool:
 def _clip(
     items: Items, bound: float, divisor: float, *, in_place: bool
 ) -> tuple[Items, float] | None:
-    plain, kind = items, _kind(items)
+    plain, kind = items, kind_of(items)
     if kind is None:
         plain = _views(items)
-        kind = _kind(plain)
+        kind = kind_of(plain)
         if kind is None:
             return None
     if not in_place:
@@ -181,7 +186,7 @@ def _clip_little(
     """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
     row = kind.row
     return arrays.clip_little(  # type: ignore[no-any-return]
-        id(items) + _POINTERS, len(items), facts, row.limits, bound, divisor, row.like
+        pointers_of(items), len(items), facts, row.limits, bound, divisor, row.like
     )
 
 
@@ -193,8 +198,8 @@ def _clip_much(
     items: Items, kind: Kind, facts: Array, bound: float, divisor: float
 ) -> float | None:
     """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
-    batch, apart = _batch(items, kind, facts)
-    if batch is None or (facts is kind.writeable and not (apart or _are_apart(batch))):
+    batch, apart = batch_of(items, kind, facts)
+    if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
         return None
     found = _decided(batch, len(items), bound, divisor)
     if found is None:
@@ -205,13 +210,13 @@ def _clip_much(
     return norm
 
 
-def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
+def batch_of(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
     """Return arrays as a batch, None where one is not plain, and if all own their memory."""
     chunks = np.empty((0, 4), np.int64)
     needed = len(items)
     while needed > len(chunks):
         chunks = np.empty((needed, 4), np.int64)
-        arguments = id(items) + _POINTERS, len(items), facts, chunks
+        arguments = pointers_of(items), len(items), facts, chunks
         needed, elements, apart = arrays.table(*arguments)
     if needed < 0:
         return None, False
@@ -219,7 +224,7 @@ def _batch(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
     return Batch(kind.row, chunks[:needed], nbytes), apart
 
 
-def _are_apart(batch: Batch) -> bool:
+def are_apart(batch: Batch) -> bool:
     """Tell whether no chunks overlap: in sorted order each ends before the next begins."""
     begins = batch.chunks[:, cpu.SOURCE]
     ends = begins + batch.chunks[:, cpu.LENGTH] * batch.dtype.storage.itemsize
@@ -256,7 +261,7 @@ def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Ite
         if norm > bound:
             state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
         return (results, norm) if state == arrays.DONE else None
-    batch, _ = _batch(items, kind, kind.readable)
+    batch, _ = batch_of(items, kind, kind.readable)
     found = None if batch is None else _decided(batch, len(items), bound, divisor)
     if batch is None or found is None:
         return None
@@ -264,7 +269,7 @@ def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Ite
     if factor == 1.0:
         return _copied(items), norm
     results = tuple(None if item is None else np.empty_like(item) for item in items)
-    targets, _ = _batch(results, kind, kind.writeable)
+    targets, _ = batch_of(results, kind, kind.writeable)
     assert targets is not None
     batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
     _scale(batch, results, factor)

@@ -76,9 +76,11 @@ class Cut:
     def columns(self) -> Array | None:
         """Return the storage as (outer, reduced, inner) where the axes lie so, else None."""
         axes, shape = self.axes, self._held.shape
-        if not axes or axes[-1] - axes[0] + 1 != len(axes) or axes[-1] == len(shape) - 1:
+        if not axes or axes[-1] - axes[0] + 1 != len(axes):
             return None
         outer, inner = math.prod(shape[: axes[0]]), math.prod(shape[axes[-1] + 1 :])
+        if inner == 1:
+            return None
         return as_stored(self._held.reshape(outer, self.size, inner))
 
     @property
@@ -111,9 +113,9 @@ def squares(cut: Cut) -> tuple[Array, Array]:
     """Return the sum of squares of each unit as ``total * 4**exponent``."""
     dtype, held = cut.array.dtype, cut.columns()
     if held is not None:
-        totals = columns.column_squares(held)
-        totals = totals.reshape(cut.array.units, dtype.components).sum(axis=1)
-        if dtype.digits < 53 or is_safe(totals).all():
+        sums = columns.column_squares(held)
+        totals = sums.reshape(cut.array.units, dtype.components).sum(axis=1)
+        if dtype.digits < 53 or _are_right(sums, held).all():
             return totals, np.zeros(totals.size)
     return _row_squares(dtype, as_stored(cut.rows()))
 
@@ -126,10 +128,20 @@ def _row_squares(dtype: DType, rows: Array) -> tuple[Array, Array]:
     totals = np.zeros(count)
     threads.run(unit_loops.row_squares, count, rows.nbytes, rows, totals)
     exponents = np.zeros(count)
-    unsafe = ~is_safe(totals)
-    if dtype.digits == 53 and unsafe.any():
+    unsafe = np.zeros(count, np.bool_)
+    if dtype.digits == 53:
+        unsafe = ~_are_right(totals, rows[:, :, None])
+    if unsafe.any():
         totals[unsafe], exponents[unsafe] = _summed(dtype, np.ascontiguousarray(rows[unsafe]))
     return totals, exponents
+
+
+def _are_right(sums: Array, x: Array) -> Array:
+    """Tell which sums of squares over the middle axis in float64 lost nothing; of zeros none did."""
+    right: Array = is_safe(sums.reshape(-1))
+    if not right.all():
+        right |= ~x.any(axis=1).reshape(-1)
+    return right
 
 
 def _summed(dtype: DType, rows: Array) -> tuple[Array, Array]:

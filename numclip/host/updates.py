@@ -182,26 +182,33 @@ class GroupUpdates(Updates):
         threads.run_all(calls)
 
     def _row_calls(self, k: int, slices: Any, decision: Array) -> list[Call]:
-        """Return the call that updates rows by their sums.
+        """Return the call that updates rows by their sums, which are scaled on the way.
 
-        They are scaled first, as sums of rows that are not could overflow.
+        Scaled before they are summed, rows that cancel would leave the rounding of each. That is
+        done where their sums overflow.
         """
         span = self._plan.spans[k]
         if decision[SKIPPED] or not span.size:
             return []
-        copy = rows.rows_of(span).copy()
-        if decision[MODE] == MULTIPLY:
-            address = copy.ctypes.data
+        values = rows.rows_of(span)
+        sums = rows.summed(values, slices.grouping)
+        overflows = decision[MODE] == MULTIPLY and not np.isfinite(sums).all()
+        if overflows:
+            values = values.copy()
+            address = values.ctypes.data
             own: Mapping[int, Span] = {0: Span(span.dtype, address, address, span.size)}
             for batch in batches.batches(own):
                 column = self._numbers[span.dtype.compute].column
                 threads.run_all([batches.scaling(batch, decision[column : column + 1])])
-        sums = as_stored(rows.summed(copy, slices.grouping))
+            sums = rows.summed(values, slices.grouping)
+        sums = as_stored(sums)
         owner = int(self._pool_of[k])
         chunks = self._places.of_rows(k, owner, sums, slices.distinct_indices)
         call = self._call(span.dtype, chunks, sums)
-        chunks, factors, *rest = call.arguments
-        return [call._replace(arguments=(chunks, np.ones_like(factors), *rest))]
+        if overflows:
+            chunks, factors, *rest = call.arguments
+            call = call._replace(arguments=(chunks, np.ones_like(factors), *rest))
+        return [call]
 
 
 class ArrayUpdates(Updates):
@@ -225,10 +232,15 @@ class ArrayUpdates(Updates):
             span: Any = spans[k]
             stored = as_stored(rows.rows_of(span))
             self._dense.append((span.dtype, self._places.of_rows(k, k, stored, own)))
+        self._calls = [self._call(*dense) for dense in self._dense]
+
+    def read_from(self, sources: Array) -> None:
+        """Let the following steps read the chunks of gradients, all of one dtype, elsewhere."""
+        self._dense[0][1][:, updates.GRAD] = sources
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""
         self._given[:, : len(settings)] = settings
-        self._counts = np.array(counts, np.int64)
+        self._counts[:] = counts
         self._prepare(self._decisions, counted=True)
-        threads.run_all([self._call(*dense) for dense in self._dense])
+        threads.run_all(self._calls)

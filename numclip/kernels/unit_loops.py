@@ -5,9 +5,14 @@ Shares and types are as in `cpu`.
 
 import math
 
+import numpy as np
+
+from numclip.kernels.columns import add_parts, column_squares, scale_columns
 from numclip.kernels.cpu import copy, multiply, multiply_into, squares_of
-from numclip.kernels.jit import kernel
+from numclip.kernels.elements import as_computed
+from numclip.kernels.jit import inline, kernel
 from numclip.kernels.pools import _parts
+from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.tables import (
     AFTER,
     BOUND,
@@ -25,12 +30,14 @@ from numclip.tables import (
     RATIO,
     ROUNDOFF,
     SCALE,
+    TINY,
     UNSCALE,
 )
 
 norm_of, relative, write_factor = _parts.norm_of, _parts.relative, _parts.write_factor
 binned_square, joined_bins = _parts.binned_square, _parts.joined_bins
-scale_by_power, larger = _parts.scale_by_power, _parts.larger
+scale_by_power, larger, is_safe = _parts.scale_by_power, _parts.larger, _parts.is_safe
+factor_of = _parts.factor_of
 
 
 @kernel
@@ -75,6 +82,73 @@ def decide_units(sums, params, law, digits, leaves, out, last):
         write_factor(law, limits, judged, norm, leaves, digits, own)
         last[MODE] += own[MODE] != LEAVE
         last[RARE] += own[MODE] > MULTIPLY
+
+
+@inline
+def is_lossless(total, x, unit):
+    """Tell whether a unit's sum of squares in float64 lost nothing: of zeros, too, it is right."""
+    if total != 0.0:
+        return is_safe(total)
+    return not x[unit // x.shape[2], :, unit % x.shape[2]].any()
+
+
+@inline
+def unit_squares(x, digits, out):
+    """Write the sums of squares of rows, or of columns; tell whether all are right.
+
+    `x` has the shape (outer, reduced, inner), of rows the last is 1.
+    """
+    if x.shape[2] == 1:
+        row_squares(0, x.shape[0], x.reshape(x.shape[0], x.shape[1]), out)
+    else:
+        parts = np.empty((x.shape[0], -(-x.shape[1] // COLUMN_ROWS), x.shape[2]))
+        blocks = x.shape[0] * parts.shape[1] * -(-x.shape[2] // COLUMNS)
+        column_squares(0, blocks, x, COLUMN_ROWS, parts)
+        if parts.shape[1] > 1:
+            add_parts(parts)
+        for unit in range(out.size):
+            out[unit] = parts[unit // x.shape[2], 0, unit % x.shape[2]]
+    if digits == 53:
+        for unit in range(out.size):
+            if not is_lossless(out[unit], x, unit):
+                return False
+    return True
+
+
+@kernel
+def clip_little(x, params, law, digits, out):
+    """Clip units, see `unit_squares`; tell whether that is done, and else nothing is written.
+
+    Not where sums lose something, or results are to be truncated.
+    """
+    count = x.shape[0] * x.shape[2]
+    sums, owners = np.zeros(count), np.zeros(count if params.size else 0)
+    if not unit_squares(x, digits, sums):
+        return False
+    if params.size and not unit_squares(params, digits, owners):
+        return False
+    factors, clips = np.full(count, as_computed(1.0, x)), False
+    for unit in range(count):
+        norm = math.sqrt(sums[unit]), 0
+        bound, coarse = law[BOUND], law[COARSE]
+        if params.size:
+            bound, norm, coarse = relative(law, norm, (math.sqrt(owners[unit]), 0))
+        mantissa, power, small = factor_of(
+            norm[0], norm[1], bound, bound, coarse, law[ROUNDOFF], digits, law[TINY]
+        )
+        if small:
+            return False
+        if mantissa != 1.0 or power != 0:
+            factors[unit], clips = scale_by_power(mantissa, power), True
+    if not clips and x.ctypes.data == out.ctypes.data:
+        return True
+    if x.shape[2] == 1:
+        shape = x.shape[0], x.shape[1]
+        scale_rows(0, count, x.reshape(shape), factors, out.reshape(shape))
+    else:
+        shape = x.shape[0], x.shape[2]
+        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
+    return True
 
 
 @kernel

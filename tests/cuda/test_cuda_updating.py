@@ -175,7 +175,7 @@ def test_pairs_that_are_not_taken():
     slices = nc.IndexedSlices(np.ones((1, 2)), [0], (2, 2))
     sent = nc.IndexedSlices(send(np.ones((1, 2))), [0], (2, 2))
     first = (send(np.ones(3)), send(np.ones(3)))
-    overlapping = Foreign(np.ones(3), data=(first[1].address, False))
+    overlapping = Foreign(np.ones(2), data=(first[1].address + 8, False))
     for pair, error, message in [
         ((ones, there), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
         ((there, ones), TypeError, r"on the GPU, as the first array is, got ndarray elsewhere"),
@@ -192,7 +192,7 @@ def test_pairs_that_are_not_taken():
             ValueError,
             r"expected C order for device='cuda', .*pass contiguous ones",
         ),
-        ((first[0], overlapping), ValueError, r"shares memory with grads_and_vars\[0\]"),
+        ((send(np.ones(2)), overlapping), ValueError, r"shares memory with grads_and_vars\[0\]"),
         ((slices, there), TypeError, r"got IndexedSlices elsewhere"),
         ((there, sent), TypeError, r"an array to update, got IndexedSlices"),
         ((sent, first[0]), ValueError, r"of shape \(3,\) and dtype float64, got \(2, 2\)"),

@@ -7,6 +7,8 @@ import pytest
 
 import numclip as nc
 from tests.oracle import reference
+from tests.oracle.cases import normal
+from tests.oracle.checks import assert_same_bits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -33,3 +35,35 @@ def test_norms_of_other_orders_that_squares_cannot_hold(axes):
     clipped = nc.clip_by_norm(grad, 1.0, axes, ord=3)
     np.testing.assert_allclose(clipped[0, 0], 0.6 + 0.8j, rtol=1e-12)
     assert clipped[1, 1] in (1e-200j, 0.0)
+
+
+def general(array):
+    """Return the array as a view of a subclass, which no plain way takes."""
+    return array.view(Other)
+
+
+class Other(np.ndarray):
+    """Another kind of array."""
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((5, 7), 1), ((5, 7), 0), ((64, 1), 0), ((3, 1200, 2), 1), ((3, 4, 5), (1, 2)), ((9,), 0)],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-160, 1e160, 6e-8])
+def test_plain_arrays_have_the_bits_of_others(dtype, shape, axes, scale):
+    rng = np.random.default_rng(5)
+    with np.errstate(all="ignore"):
+        grad = (normal(rng, shape, "float64") * scale).astype(dtype)
+        param = (normal(rng, shape, "float64") * scale).astype(dtype)
+    grad[0] = 0
+    for bound in (0.0, 0.7 * scale, 2.0, np.inf):
+        own = nc.clip_by_norm(grad, bound, axes)
+        assert_same_bits(own, np.asarray(nc.clip_by_norm(general(grad), bound, axes)))
+        own = nc.adaptive_clip(grad, param, bound, 1e-3 * scale, axes)
+        other = nc.adaptive_clip(general(grad), param, bound, 1e-3 * scale, axes)
+        assert_same_bits(own, np.asarray(other))
+        place = grad.copy()
+        assert nc.adaptive_clip(place, param, bound, 1e-3 * scale, axes, out=place) is place
+        assert_same_bits(place, own)

@@ -163,7 +163,7 @@ def test_sparse_parameters_change_at_touched_rows_only(kind, dtype):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_repeated_rows_are_scaled_before_they_are_summed(order):
+def test_repeated_rows_are_scaled_first_where_their_sums_overflow(order):
     values = np.array([[4e4, 1.0], [4e4, 2.0]], np.float16, order=order)
     rows = nc.IndexedSlices(values, [1, 1], (3, 2))
     param = np.ones((3, 2), np.float16)
@@ -171,6 +171,24 @@ def test_repeated_rows_are_scaled_before_they_are_summed(order):
     groups.grads["e"] = rows
     nc.SGD(groups, lr=0.5).step()
     np.testing.assert_allclose(groups.params["e"], [[1, 1], [0.5, 1], [1, 1]], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 3e-7)])
+def test_rows_that_cancel_leave_no_rounding_of_each(dtype, tolerance):
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((2, 64)).astype(dtype)
+    values[1] = -values[0] * np.dtype(dtype).type(1 - 2 * np.finfo(dtype).eps)
+    rows = nc.IndexedSlices(16 * values, [1, 1], (3, 64))
+    dense = reference.densify(rows)
+    bound = 0.3 * float(np.linalg.norm(dense))
+    groups = nc.ParamGroups(
+        [nc.Group("g", {"e": np.zeros((3, 64), dtype)}, clip=nc.ByNorm(bound), sparse=True)]
+    )
+    groups.grads["e"] = rows
+    factor = nc.SGD(groups, lr=8.0).step().scale
+    assert factor < 0.3
+    wanted = -8 * factor * dense
+    np.testing.assert_allclose(groups.params["e"].astype(float), wanted, rtol=tolerance, atol=0)
 
 
 # ---- what a step leaves alone

@@ -99,3 +99,16 @@ def test_every_row_names_a_test():
     assert len(named) == len(rows)
     for name in named:
         assert callable(globals()[name])
+
+
+def test_promises_name_tests_that_there_are():
+    section = (ROOT / "README.md").read_text().split("## What you can rely on")[1]
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", section.split("\n## ")[0], flags=re.MULTILINE)
+    assert [number for number, _ in rows] == list("123456")
+    for _, held in rows:
+        suites = re.findall(r"`([\w/]+\.py)`: ((?:`test_\w+`(?:, )?)+)", held)
+        assert held.count(".py") == len(suites) > 0
+        for path, names in suites:
+            source = (ROOT / "tests" / path).read_text()
+            for name in re.findall(r"`(\w+)`", names):
+                assert f"\ndef {name}(" in source, (path, name)

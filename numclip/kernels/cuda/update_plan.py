@@ -172,6 +172,9 @@ class ArrayUpdates:
         self._decisions = device.table(decisions, stream)
         self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
 
+    def read_from(self, _sources: None) -> None:
+        """Do nothing: updates are kept for gradients where they are."""
+
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says; one launch for each dtype."""
         found = {count: methods.numbers(self._name, settings, count) for count in set(counts)}
