@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+import numclip
 from numclip.kernels import digest, span_units, spans
 
 _WORD = ir.IntType(64)
@@ -46,9 +47,9 @@ def _kernel(name: str) -> Any:
 
 @functools.cache
 def version() -> str:
-    """Return the digest of the kernels that users' code calls, and of how it calls them."""
+    """Return the release, and the digest of the kernels and of how they are called."""
     parts = [digest.of(_kernel(name).py_func) for name in KERNELS]
-    return " ".join([*parts, digest.of_modules(spans)])
+    return " ".join([numclip.__version__, *parts, digest.of_modules(spans)])
 
 
 class Current:

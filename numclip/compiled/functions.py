@@ -9,7 +9,14 @@ from numba import types
 from numclip.compiled import units
 from numclip.compiled.arrays import are_same
 from numclip.compiled.containers import all_copied, all_entered, all_left
-from numclip.compiled.tables import ELSEWHERE, clamp_array, clip_all, fail, number_of
+from numclip.compiled.tables import (
+    ELSEWHERE,
+    UNREACHABLE,
+    clamp_array,
+    clip_all,
+    fail,
+    number_of,
+)
 from numclip.compiled.types_taken import (
     check_gradient,
     check_number,
@@ -38,6 +45,7 @@ def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
         norm, status = clip_all(grads, works, (INFINITE, 0.0, number_of(ord), 0))
         if status > WRITTEN:
             fail(status)
+            raise UNREACHABLE
         return norm
 
     return norm
@@ -51,6 +59,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         norm, status = clip_all(works, works, (bound, given, ord, what))
         if status > WRITTEN:
             fail(status)
+            raise UNREACHABLE
         return works, norm
 
     def in_place(grads, out, bound, given, ord):
@@ -60,6 +69,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE))
         if status > WRITTEN:
             fail(status)
+            raise UNREACHABLE
         if status != UNCHANGED:
             all_left(grads, works)
         return grads, norm
@@ -147,6 +157,7 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
         status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
         if status > WRITTEN:
             fail(status)
+            raise UNREACHABLE
         return works[0]
 
     def in_place(grad, clip_value_min, clip_value_max, out=None):
@@ -156,6 +167,7 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
         status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
         if status > WRITTEN:
             fail(status)
+            raise UNREACHABLE
         all_left((grad,), works)
         return grad
 

@@ -39,6 +39,8 @@ _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
         ("clip_value_min: expected a number that is at most clip_value_max; neither is NaN",),
     ),
 }
+# What is raised after `fail`: so numba knows that the code ends there, and frees arrays before.
+UNREACHABLE = SystemError
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from numclip.border.arguments import axes_of
 from numclip.compiled.arrays import are_same, turned
 from numclip.compiled.tables import (
     ELSEWHERE,
+    UNREACHABLE,
     clip_array_by_columns,
     clip_array_by_rows,
     fail,
@@ -102,6 +103,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         status = clipped(work, number_of(clip_norm))
         if status > RARE:
             fail(status)
+            raise UNREACHABLE
         return work
 
     def in_place(grad, clip_norm, axes=None, ord=2, out=None):
@@ -110,6 +112,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         status = clipped(grad, number_of(clip_norm))
         if status > RARE:
             fail(status)
+            raise UNREACHABLE
         return grad
 
     def in_place_by_a_copy(grad, clip_norm, axes=None, ord=2, out=None):
@@ -119,6 +122,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         status = clipped(work, number_of(clip_norm))
         if status > RARE:
             fail(status)
+            raise UNREACHABLE
         if status == WRITTEN:
             write(work, grad)
         return grad

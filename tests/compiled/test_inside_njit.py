@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 from numba.core.errors import TypingError
+from numba.core.runtime import _nrt_python as nrt
+from numba.core.runtime import rtsys
 
 import numclip as nc
 from tests.compiled import wrappers
@@ -292,6 +294,29 @@ def test_arguments_that_are_refused_when_the_code_runs():
         with pytest.raises(ValueError, match=r"clip_norm|use_norm|share no memory|in place"):
             call()
     assert all((grad == 1.0).all() for grad in (*grads, same))
+
+
+@njit
+def catch(grad, count):
+    caught = 0
+    for _ in range(count):
+        try:
+            nc.clip_by_norm(grad, -1.0)
+        except Exception:
+            caught += 1
+    return caught
+
+
+def test_errors_free_the_new_arrays():
+    nrt.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        assert catch(np.ones(3), 100) == 100
+        after = rtsys.get_allocation_stats()
+    finally:
+        nrt.memsys_disable_stats()
+    assert after.alloc - before.alloc >= 100
+    assert after.free - before.free >= after.alloc - before.alloc - 5
 
 
 @njit
