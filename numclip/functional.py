@@ -12,7 +12,7 @@ from numclip import libraries
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.gradients import describe
-from numclip.clipping import clip, parts
+from numclip.clipping import clip, mixed, parts
 from numclip.host import lists, plain_units
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
@@ -69,6 +69,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     """
     if arguments.are_usual(ord, duplicates=duplicates):
         known = lists.global_norm(grads)
+        if known is None:
+            known = mixed.global_norm(grads)
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -157,6 +159,8 @@ def clip_by_global_norm(
     """
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
         done = lists.clip_by_global_norm(grads, float(clip_norm), out)
+        if done is None:
+            done = mixed.clip_by_global_norm(grads, float(clip_norm), out)
         if done is not None:
             return done
     order = arguments.order(ord)

@@ -94,3 +94,13 @@ def is_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) 
     """Tell whether elements lie in C order; axes of one element lie in any."""
     wanted = zip(shape, strides, strides_of(shape, itemsize), strict=True)
     return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)
+
+
+def is_nested(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether each step leads past all that smaller steps reach: elements are apart then."""
+    reach = itemsize
+    for step, length in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if step < reach:
+            return False
+        reach += step * (length - 1)
+    return True

@@ -15,6 +15,7 @@ from numclip import libraries
 from numclip.border.gradients import Gradient, Gradients, describe
 from numclip.border.structures import Structure, structure
 from numclip.errors import expected
+from numclip.memory import is_nested
 from numclip.slices import IndexedSlices
 from numclip.views import view_of
 
@@ -117,14 +118,11 @@ def overlaps_itself(found: Gradient) -> bool:
     """Tell whether two elements share memory."""
     if found.facts.dense or not found.size:
         return False
-    pairs = zip(found.facts.memory.steps, found.shape, strict=True)
-    ways = sorted((abs(step), length) for step, length in pairs if length > 1)
-    reach = found.native.itemsize
-    for step, length in ways:
-        if step < reach:
-            return _counted(found, ways)
-        reach = step * (length - 1) + reach
-    return False
+    steps, shape = found.facts.memory.steps, found.shape
+    if is_nested(shape, steps, found.native.itemsize):
+        return False
+    pairs = zip(steps, shape, strict=True)
+    return _counted(found, [(abs(step), length) for step, length in pairs if length > 1])
 
 
 def _counted(found: Gradient, ways: Sequence[tuple[int, int]]) -> bool:

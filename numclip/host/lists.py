@@ -66,7 +66,7 @@ def pointers_of(items: Items) -> int:
     return id(items) + _POINTERS
 
 
-def _items(grads: Any) -> Items:
+def items_of(grads: Any) -> Items:
     """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
     of = type(grads)
     if of is list or of is tuple:
@@ -95,7 +95,7 @@ def _views(items: Items) -> Items:
 
 def global_norm(grads: Any) -> float | None:
     """Return the L2 norm of arrays."""
-    items = _items(grads)
+    items = items_of(grads)
     kind = kind_of(items)
     if kind is None:
         items = _views(items)
@@ -110,7 +110,7 @@ def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float]
     if not _takes(grads, out):
         return None
     held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    found = _clip(_items(held), bound, 1.0, in_place=out is grads)
+    found = _clip(items_of(held), bound, 1.0, in_place=out is grads)
     if found is None:
         return None
     items, norm = found

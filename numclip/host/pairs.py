@@ -38,7 +38,7 @@ def plain(gradients: list[Any], variables: list[Any]) -> tuple[Any, Any]:
     if [grad.shape for grad in gradients] != [variable.shape for variable in variables]:
         return None, None
     places = lists.pointers_of(held) + count * arrays.WORD
-    found, _, _ = arrays.table(places, count, writeable, _UNUSED)  # type: ignore[no-untyped-call]
+    found, _, _ = arrays.table(places, count, writeable, _UNUSED)
     if found < 0:
         return None, None
     chunks = batch.chunks

@@ -49,7 +49,7 @@ def clip(
         y = as_stored(result).reshape(x.shape)
     law = _law(kind.row, x.shape[1] // kind.row.components).copy()
     law[BOUND], law[EPS] = bound, eps
-    done = unit_loops.clip_little(x, param, law, kind.row.digits, y)  # type: ignore[no-untyped-call]
+    done = unit_loops.clip_little(x, param, law, kind.row.digits, y)
     return result if done else None
 
 

@@ -137,7 +137,7 @@ def _row_squares(dtype: DType, rows: Array) -> tuple[Array, Array]:
 
 
 def _are_right(sums: Array, x: Array) -> Array:
-    """Tell which sums of squares over the middle axis in float64 lost nothing; of zeros none did."""
+    """Tell which sums of squares over the middle axis lost nothing in float64; zeros never do."""
     right: Array = is_safe(sums.reshape(-1))
     if not right.all():
         right |= ~x.any(axis=1).reshape(-1)

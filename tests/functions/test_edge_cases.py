@@ -13,6 +13,7 @@ import pytest
 
 import numclip as nc
 from tests.oracle import cases, checks, reference
+from tests.oracle.checks import assert_same_bits
 
 RNG = np.random.default_rng(17)
 VECTOR = cases.normal(RNG, (9,))
@@ -389,3 +390,63 @@ def test_units_whose_magnitudes_exceed_float64(ord):
     grad = np.full((3, 2), 1.5e308 + 1.5e308j)
     wanted = 2.0**9 * nc.clip_by_norm(grad / 2.0**9, 1e308 / 2.0**9, 1, ord=ord)
     np.testing.assert_allclose(nc.clip_by_norm(grad, 1e308, 1, ord=ord), wanted, rtol=1e-14)
+
+
+def varied(rng, scale):
+    """Return gradients of several dtypes, strided, sparse, empty and missing."""
+    with np.errstate(all="ignore"):
+        return [
+            (rng.standard_normal((5, 6)) * scale).astype(np.float32)[:, ::2],
+            rng.standard_normal((4, 3)) * scale,
+            None,
+            (rng.standard_normal(7) * scale).astype(np.float16),
+            np.asfortranarray(rng.standard_normal((3, 4)) * scale).astype(np.complex64),
+            nc.IndexedSlices(rng.standard_normal((2, 3)) * scale, [4, 1], (6, 3)),
+            np.zeros((0, 3)),
+            (rng.standard_normal((6, 4)) * scale).astype(np.float32)[::-1, 1:3].T,
+        ]
+
+
+def plainly(grads, bound, out=None):
+    """Clip the general way: of no other way is an iterator taken."""
+    clipped, norm = nc.clip_by_global_norm(iter(grads), bound, out=out)
+    return clipped, norm
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-170, 1e170, np.nan])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.5, np.inf])
+@pytest.mark.parametrize("of", [list, tuple, dict])
+def test_little_of_several_kinds_has_the_bits_of_the_general_way(scale, ratio, of):
+    grads = varied(np.random.default_rng(6), scale)
+    norm = nc.global_norm(iter(grads))
+    held = dict(enumerate(grads)) if of is dict else of(grads)
+    assert np.array_equal(nc.global_norm(held), norm, equal_nan=True)
+    bound = ratio * (norm if 0.0 < norm < np.inf else 1.0)
+    wanted, told = plainly(grads, bound)
+    clipped, found = nc.clip_by_global_norm(held, bound)
+    assert type(clipped) is of
+    assert np.array_equal([found, told], [norm, norm], equal_nan=True)
+    nc.clip_by_global_norm(held, bound, out=held)
+    for results in (clipped, held):
+        results = list(results.values()) if of is dict else results
+        for result, other, grad in zip(results, wanted, grads, strict=True):
+            assert type(result) is type(other)
+            if grad is not None:
+                pair = [getattr(item, "values", item) for item in (result, other)]
+                assert_same_bits(*map(np.ascontiguousarray, pair))
+
+
+def test_little_that_shares_memory_is_clipped_once():
+    memory = np.arange(24.0).reshape(4, 6)
+    grads = [memory[:, ::2], memory[:, 1::2], np.ones(3, np.float32)]
+    norm = nc.global_norm([memory, grads[2]])
+    clipped, found = nc.clip_by_global_norm(grads, norm / 2, out=grads)
+    assert found == norm
+    assert clipped[0] is grads[0]
+    np.testing.assert_allclose(memory, np.arange(24.0).reshape(4, 6) / 2, rtol=1e-6)
+    overlapping = [memory[:, :4], memory[:, 3:], np.ones(3, np.float32)]
+    with pytest.raises(ValueError, match="shares memory"):
+        nc.clip_by_global_norm(overlapping, 1.0, out=overlapping)
+    itself = np.lib.stride_tricks.as_strided(np.ones(9), (4, 3), (16, 8))
+    with pytest.raises(ValueError, match="distinct elements"):
+        nc.clip_by_global_norm([itself, grads[2]], 1.0, out=[itself, grads[2]])
