@@ -22,6 +22,7 @@ STOREYS = {
         "optim",
         "plotting",
         "report",
+        "resuming",
         "rules",
         "running_rules",
         "state",
