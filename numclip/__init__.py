@@ -2,6 +2,7 @@
 
 __version__ = "0.2.0"
 
+import numclip.compiled.registration as _registration  # noqa: F401
 from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
 from numclip.diagnostics import show_versions as show_versions

@@ -13,6 +13,7 @@ FACE, CLIPPING, BORDER, ENGINE, ENGINES, GROUND = range(6)
 
 STOREYS = {
     FACE: {
+        "compiled",
         "diagnostics",
         "functional",
         "group",
