@@ -477,6 +477,8 @@ class ParamGroups(state.Saved):
     def update(self, updater: GroupUpdater, unscale: float, grads: Any = None) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
         items = None if grads is None else self._ordered(grads)
+        if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
+            items = tuple([grads.get(name) for name in self._names])
         with self._lock:
             steps = self._made_steps()
             if grads is None and self._clipped is not None:
@@ -484,8 +486,8 @@ class ParamGroups(state.Saved):
             absent = self._absent() if grads is None and self._set else NOBODY
             turn = steps.taken(self.step, unscale)
             settings = updater.settings(self.step)
-            known = items is not None or (grads is None and not absent)
-            if not (known and updater.step_at_once(steps, turn, settings, items)):
+            known = items is not None or grads is None
+            if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
                 self._update(updater, steps, turn, settings, absent, grads, items)
             if self._set:
                 self._set.clear()
