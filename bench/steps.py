@@ -37,6 +37,29 @@ def numclip(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any
     return lambda: (views, made.step().norm)
 
 
+def given(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
+    """Gradients where they lie."""
+    groups = grouped(source, nc.ByGlobalNorm(bound))
+    made = optimizer(groups, lr=LR)
+    views = list(groups.params.values())
+    grads = {str(k): array for k, array in enumerate(copied(source))}
+    return lambda: (views, made.step(grads).norm)
+
+
+def set_in(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
+    """Gradients that are copied in first."""
+    groups = grouped(source, nc.ByGlobalNorm(bound))
+    made = optimizer(groups, lr=LR)
+    views = list(groups.params.values())
+    grads = {str(k): array for k, array in enumerate(copied(source))}
+
+    def call() -> tuple[Any, Any]:
+        groups.set_grads(grads)
+        return views, made.step().norm
+
+    return call
+
+
 def own_arrays(source: list[np.ndarray], bound: Bound) -> Call:
     """Parameters that stay where they are."""
     params, grads = copied(source), copied(source)
@@ -130,6 +153,8 @@ SGD = Workload(
     {
         "limit": memory_speed.read_and(memory_speed.descend, 2),
         "numclip": partial(numclip, optimizer=nc.SGD),
+        "numclip, given": partial(given, optimizer=nc.SGD),
+        "numclip, set_grads": partial(set_in, optimizer=nc.SGD),
         "NumPy loop": numpy_sgd,
         "torch foreach": partial(torch_step, name="SGD", foreach=True),
         "torch fused": partial(torch_step, name="SGD", fused=True),
@@ -143,6 +168,8 @@ ADAM = Workload(
     {
         "limit": memory_speed.read_and(memory_speed.adam, 4),
         "numclip": partial(numclip, optimizer=nc.Adam),
+        "numclip, given": partial(given, optimizer=nc.Adam),
+        "numclip, set_grads": partial(set_in, optimizer=nc.Adam),
         "numclip, own arrays": own_arrays,
         "NumPy loop": numpy_adam,
         "torch foreach": partial(torch_step, name="Adam", foreach=True),

@@ -48,6 +48,12 @@ class Plan(Protocol):
     def decide(self, outcome: Outcome, stream: Any) -> None:
         """Add the sums up, and decide for every pool."""
 
+    def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
+        """Read tensors at some addresses, 0 for no elements; None for where they are written.
+
+        Asked of an engine that has `given` alone; nothing is scaled meanwhile.
+        """
+
     def scale(self, outcome: Outcome, stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""
 
@@ -86,6 +92,41 @@ class UnitPlan(Protocol):
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
 
 
+class Given(Protocol):
+    """What reads arrays that a user passes for others, in a fixed order.
+
+    What is no ordinary array of the very dtype and shape in C order, or overlaps memory that is
+    taken, is not read. `addresses` are where the arrays were that were read last, 0 for None.
+    """
+
+    addresses: Array
+    is_little: bool  # copying it costs less than to read it elsewhere
+
+    def read(self, items: tuple[Any, ...]) -> bool:
+        """Find where arrays lie; tell whether all could be read."""
+
+    def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Copy arrays into the others or add them; tell whether all could be read.
+
+        None stands for zeros, an ellipsis for what is there.
+        """
+
+
+class AtOnce(Protocol):
+    """What takes whole steps by one call each."""
+
+    def leave(self, numbers: list[int]) -> None:
+        """Let some tensors have no gradient of the plan's in the next step, all others one."""
+
+    def step(
+        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
+    ) -> bool:
+        """Clip and update by the gradients of the plan, or given ones; tell if that was right.
+
+        What was found goes to a row of the outcomes. If it was not right, nothing else is written.
+        """
+
+
 class GroupUpdates(Protocol):
     """How parameters are updated by the gradients of a plan; pools have settings and counts."""
 
@@ -100,6 +141,15 @@ class GroupUpdates(Protocol):
 
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
         """Let the next step update the rows of some slices."""
+
+    def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
+        """Read gradients at some addresses, and leave parameters without one, 0, as they are.
+
+        None is for the gradients of the plan.
+        """
+
+    def at_once(self, given: Any, divisors: Array) -> AtOnce | None:
+        """Return what takes whole steps of little data, None where it is not that."""
 
     def step(self, outcome: Outcome, stream: Any) -> None:
         """Update by the gradients times the factors that were decided."""
@@ -215,6 +265,9 @@ class Engine(Protocol):
 
     def put(self, array: Any, source: Any, stream: Any) -> None:
         """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
+
+    def given(self, targets: Sequence[Facts], taken: Sequence[tuple[int, int]]) -> Given | None:
+        """Return what reads arrays for some targets, if it can; none may lie in memory taken."""
 
     def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
         """Copy arrays likewise, each into the one before it."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numclip.border import arguments
 from numclip.border.gradients import describe
+from numclip.border.structures import dotted
 from numclip.clipping.asking import check
 from numclip.errors import expected
 from numclip.report import WHOLE
@@ -23,10 +24,11 @@ class Group:
     ----------
     name : str
         The group's name, of which no other group has the same.
-    params : mapping of str to array
-        The initial parameters by name, of float16, bfloat16, float32, float64, complex64 or
-        complex128, of NumPy, PyTorch or with DLPack; for ``device="cuda"`` also CUDA arrays.
-        Copied into the group's buffers when `ParamGroups` is made.
+    params : mapping of str to array, or nested
+        The initial parameters by name, or in lists, tuples and mappings of them, which name them
+        by their keys joined with dots (``enc.0.W``). Of float16, bfloat16, float32, float64,
+        complex64 or complex128, of NumPy, PyTorch or with DLPack; for ``device="cuda"`` also CUDA
+        arrays. Copied into the group's buffers when `ParamGroups` is made.
     clip : rule, optional
         How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -44,7 +46,7 @@ class Group:
     """
 
     name: str
-    params: Mapping[str, Any]
+    params: Any
     clip: Rule | None = None
     nonfinite: str = "propagate"
     sparse: bool = False
@@ -56,13 +58,11 @@ class Group:
             raise TypeError(f"name: expected a non-empty str, got {self.name!r}")
         if self.name == WHOLE:
             raise ValueError(f"name: {WHOLE!r} stands for all groups in reports; take another")
-        if not isinstance(self.params, Mapping) or not self.params:
-            raise TypeError(
-                f"params: expected a mapping of names to arrays, got {type(self.params).__name__}"
-            )
-        for key, value in self.params.items():
-            if not isinstance(key, str):
-                raise TypeError(f"params: expected str names, got {key!r}")
+        params = dotted(self.params, "params")
+        if not params:
+            raise TypeError(expected("params", "at least one parameter", repr(self.params)))
+        object.__setattr__(self, "params", params)
+        for key, value in params.items():
             name = f"params[{key!r}]"
             if isinstance(value, IndexedSlices):
                 raise TypeError(f"{name}: expected an array, got IndexedSlices")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any, Never
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
+from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
-from numclip.clipping.steps import Steps, Told, Turn
+from numclip.clipping.steps import NOBODY, Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
-from numclip.engine import named
+from numclip.engine import Given, named
+from numclip.errors import expected
 from numclip.group import Group, checked
 from numclip.history import History
 from numclip.isolation import isolated
@@ -49,7 +51,7 @@ class _Grads(MutableMapping[str, Any]):
         return len(self._groups.params)
 
     def __repr__(self) -> str:
-        return repr(dict(self))
+        return repr({name: self._groups._owner(name).seen(name) for name in self})
 
 
 class ParamGroups(state.Saved):
@@ -153,6 +155,13 @@ class ParamGroups(state.Saved):
             {name: self._owner(name).params[name] for name in self._owners}
         )
         self.grads = _Grads(self)
+        self._names = tuple(self._owners)
+        dense = None if any(group.sparse for group in self._states) else self._states
+        self._taker = None if dense is None else self._made_taker(dense)
+        self._clipped: Turn | None = None  # whose gradients are there, clipped
+        self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
+        self._applied = False  # what was there before the last step
+        self._set: set[str] = set()  # since that step
         self._steps: Steps | None = None
         self._history = History(history)
         self._history.follow(self._told)
@@ -192,8 +201,14 @@ class ParamGroups(state.Saved):
         with self._lock:
             return iter(()) if self._steps is None else iter(list(self._steps.told()))
 
+    def _made_taker(self, groups: Sequence[GroupState]) -> Given | None:
+        """Return what copies ordinary arrays in by one call."""
+        facts = [grad.facts for group in groups for grad in group.gradients()]
+        return self._engine.given(facts, [extent for group in groups for extent in group.extents])
+
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
+        self._clipped = None
         for told in self._told():
             self._history.take(told)
         self._steps = None
@@ -233,32 +248,34 @@ class ParamGroups(state.Saved):
             "load_state_dict(groups.state_dict())"
         )
 
-    @isolated
-    def set_grads(self, grads: Mapping[str, Any]) -> None:
+    def set_grads(self, grads: Any) -> None:
         """Copy gradients in.
 
         Parameters
         ----------
         grads : mapping of str to array, IndexedSlices or None
-            Gradients by parameter, of its shape and a dtype that casts to its kind, of any
-            library that `global_norm` takes in the host's memory; on the GPU also CUDA arrays
-            of its very dtype in C order. `IndexedSlices` are for sparse groups. None means
-            zero. Parameters that are not named keep the gradients they have.
+            Gradients by parameter, or nested as the parameters are, of their shapes and dtypes
+            that cast to their kinds, of any library that `global_norm` takes in the host's
+            memory; on the GPU also CUDA arrays of the very dtypes in C order. `IndexedSlices`
+            are for sparse groups. None means zero. Parameters that are not named keep the
+            gradients they have; those they had at the last step are not applied again, see
+            `SGD.step`.
 
         Raises
         ------
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        fitting = self._fitting(grads)
-        self._engine.put_all(_dense(fitting), self._stream)
-        for group, name, grad in fitting:
-            if grad is None or group.sparse:
-                group.clear(name, self._stream)
-        _append(fitting, self._stream)
+        items = self._ordered(grads)
+        if items is not None and self._take(items, adds=False):
+            self._note(self._names)
+            return
+        named = self._named(grads)
+        if not self._take_some(named, adds=False):
+            self._copy(named)
+        self._note(named)
 
-    @isolated
-    def accumulate(self, grads: Mapping[str, Any]) -> None:
+    def accumulate(self, grads: Any) -> None:
         """Add gradients to those there are; sparse ones are appended.
 
         Parameters
@@ -271,13 +288,93 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        fitting = self._fitting(grads)
+        items = self._ordered(grads)
+        if items is not None and self._take(items, adds=True):
+            self._note(self._names)
+            return
+        named = self._named(grads)
+        if not self._take_some(named, adds=True):
+            self._add(named)
+        self._note(named)
+
+    def _ordered(self, grads: Any) -> tuple[Any, ...] | None:
+        """Return gradients in the order of their parameters, of a structure as the last one.
+
+        They are not checked. None where some are missing, and for another structure.
+        """
+        if type(grads) is dict and tuple(grads) == self._names:
+            return tuple(grads.values())
+        if self._outline is None:
+            return None
+        outline, order = self._outline
+        items = outline.items(grads)
+        return None if items is None else tuple([items[k] for k in order])
+
+    def _named(self, grads: Any) -> Mapping[str, Any]:
+        """Return gradients by the names of their parameters, and remember their structure."""
+        if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
+            named = grads
+        else:
+            named = dotted(grads, "grads")
+        reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
+        if reads and len(named) == len(self._names):
+            outline = Outline(grads)
+            places = {name: k for k, name in enumerate(outline.names)}
+            if places.keys() == self._owners.keys():
+                self._outline = outline, [places[name] for name in self._names]
+        return named
+
+    def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
+        return self._taker is not None and self._taker.take(items, adds=adds)
+
+    def _take_some(self, named: Mapping[str, Any], *, adds: bool) -> bool:
+        """Do the same with those that have a name; the others stay as they are."""
+        if self._taker is None or not named.keys() <= self._owners.keys():
+            return False
+        return self._take(tuple([named.get(name, ...) for name in self._names]), adds=adds)
+
+    @isolated
+    def _copy(self, named: Mapping[str, Any]) -> None:
+        """Copy gradients in, after checking each."""
+        fitting = self._fitting(named)
+        self._engine.put_all(_dense(fitting), self._stream)
+        for group, name, grad in fitting:
+            if grad is None or group.sparse:
+                group.clear(name, self._stream)
+        _append(fitting, self._stream)
+
+    @isolated
+    def _add(self, named: Mapping[str, Any]) -> None:
+        """Add gradients likewise."""
+        fitting = self._fitting(named)
         self._engine.add_all(_dense(fitting), self._stream)
         _append(fitting, self._stream)
 
+    def _note(self, named: Iterable[str]) -> None:
+        """Remember that gradients were set."""
+        self._clipped = None
+        if self._applied:
+            self._set.update(named)
+            if len(self._set) == len(self._names):
+                self._forget()
+
+    def _forget(self) -> None:
+        """Let all gradients be those of a step to come, and not be clipped."""
+        self._clipped, self._applied = None, False
+        self._set.clear()
+
+    def _absent(self) -> frozenset[str]:
+        """Return the parameters whose gradients were applied, and are not known to be others.
+
+        Where nothing at all was set, or somebody has a view of one, it may have been written to.
+        """
+        if not self._set:
+            return NOBODY
+        seen = {name for group in self for name in group.exposed}
+        return frozenset(self._names) - self._set - seen
+
     def _fitting(self, grads: Mapping[str, Any]) -> Fitting:
-        if not isinstance(grads, Mapping):
-            raise TypeError(f"grads: expected a mapping by name, got {type(grads).__name__}")
         owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
         return [(own, name, own.fitting(name, grad, self._stream)) for own, name, grad in owners]
 
@@ -285,10 +382,14 @@ class ParamGroups(state.Saved):
         """Set every gradient to zero; sparse ones lose their rows."""
         for group in self:
             group.zero(self._stream)
+        self._forget()
 
     @isolated
-    def clip(self, *, unscale: float = 1.0, apply: bool = True) -> ClipReport:
+    def clip(self, *, unscale: float = 1.0, apply: bool = True, grads: Any = None) -> ClipReport:
         """Clip the gradients of every group by its rule, in place.
+
+        An optimizer's `step` after this applies the gradients as they are then: they are not
+        clipped, counted or divided by the loss scale a second time.
 
         Parameters
         ----------
@@ -297,6 +398,9 @@ class ParamGroups(state.Saved):
             clipped in the same pass. Norms are those without it.
         apply : bool, default True
             False measures and decides, but writes no gradient and counts no step.
+        grads : mapping of str to array, IndexedSlices or None, optional
+            With ``apply=False``: gradients to measure in place of the groups' own, as
+            `SGD.step` takes them. Neither they nor the groups' own are written.
 
         Returns
         -------
@@ -309,38 +413,129 @@ class ParamGroups(state.Saved):
             Where a group's policy is "raise", for which the host waits; the message names
             group, parameter and index. Nothing is modified in any group.
         TypeError, ValueError
-            Where `unscale` does not fit, or a bound that is a function gives no bound.
+            Where `unscale` or `grads` do not fit, or a bound that is a function gives no bound.
         """
         scale = arguments.positive("unscale", unscale)
+        if grads is not None and apply:
+            raise ValueError(
+                "grads: expected None for apply=True, which clips the groups' own gradients, got "
+                "gradients; pass them to an optimizer's step(grads), or to clip_by_global_norm"
+            )
         with self._lock:
             steps = self._made_steps()
-            turn = steps.decided(self.step, scale)
+            if grads is not None:
+                return self._measured(steps, self._named(grads), scale)
+            turn = steps.taken(self.step, scale)
+            self._leave_out(steps, self._absent())
+            steps.decide(turn)
             if apply:
                 steps.write()
+                self._clipped = turn
             else:
                 steps.preview()
             return self._reported(steps, turn, counts=apply)
 
+    def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
+        """Let parameters have no gradient in the step that begins: theirs were applied before."""
+        steps.leave_out(absent)
+        for name in absent:
+            self._owner(name).clear(name, self._stream)
+
+    def _measured(self, steps: Steps, named: Mapping[str, Any], scale: float) -> ClipReport:
+        """Return what clipping would make of gradients, which take the place of ours meanwhile."""
+        absent = self._missing(named)
+        turn = steps.taken(self.step, scale)
+        held = [group.hold(self._stream) for group in self]
+        try:
+            self._copy({**dict.fromkeys(absent), **named})
+            steps.decide(turn)
+            steps.preview()
+            return self._reported(steps, turn, counts=False)
+        finally:
+            for group, own in zip(self, held, strict=True):
+                group.restore(own, self._stream)
+
+    def _missing(self, named: Mapping[str, Any]) -> frozenset[str]:
+        """Return the parameters that have no gradient among some."""
+        return frozenset(name for name in self._names if named.get(name) is None)
+
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
-        steps.take(turn, counts=counts)
-        if steps.full():
-            for told in steps.turn_over():
-                self._history.take(told)
+        if steps.take(turn, counts=counts):
+            self._turn_over(steps)
         if counts:
             self.step += 1
         return ClipReport.of((turn, None))
+
+    @isolated
+    def _turn_over(self, steps: Steps) -> None:
+        """Go on with an empty block; let the history have what is known."""
+        for told in steps.turn_over():
+            self._history.take(told)
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return what updates the parameters by an optimizer's method."""
         return GroupUpdater(self._made_steps(), self._states, method)
 
-    def update(self, updater: GroupUpdater, rates: Sequence[float], unscale: float) -> ClipReport:
+    def update(self, updater: GroupUpdater, unscale: float, grads: Any = None) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
+        items = None if grads is None else self._ordered(grads)
+        if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
+            items = tuple([grads.get(name) for name in self._names])
         with self._lock:
             steps = self._made_steps()
-            turn = updater.step(steps, self.step, rates, unscale)
+            if grads is None and self._clipped is not None:
+                return self._update_clipped(updater, steps, self._clipped, unscale)
+            absent = self._absent() if grads is None and self._set else NOBODY
+            turn = steps.taken(self.step, unscale)
+            settings = updater.settings(self.step)
+            known = items is not None or grads is None
+            if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
+                self._update(updater, steps, turn, settings, absent, grads, items)
+            if self._set:
+                self._set.clear()
+            self._clipped, self._applied = None, True
             return self._reported(steps, turn, counts=True)
+
+    @isolated
+    def _update(
+        self,
+        updater: GroupUpdater,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        absent: frozenset[str],
+        grads: Any,
+        items: tuple[Any, ...] | None,
+    ) -> None:
+        """Take a step the general way."""
+        if grads is None:
+            self._leave_out(steps, absent)
+        else:
+            named = self._named(grads)
+            absent = self._missing(named)
+            steps.leave_out(absent)
+            sources = updater.sources(steps, self._names, items)
+            if sources is not None and updater.step(steps, turn, settings, absent, sources):
+                return
+            whole = {**dict.fromkeys(absent), **named}
+            if not self._take_some(whole, adds=False):
+                self._copy(whole)
+            self._clipped = None  # whatever follows: others are there
+        updater.step(steps, turn, settings, absent)
+
+    @isolated
+    def _update_clipped(
+        self, updater: GroupUpdater, steps: Steps, turn: Turn, unscale: float
+    ) -> ClipReport:
+        """Update by gradients that `clip` has written; what it has found is what is reported."""
+        if unscale not in (1.0, turn.unscale):
+            wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
+            raise ValueError(expected("unscale", wanted, unscale))
+        updater.apply(steps, updater.settings(turn.step), self._absent())
+        self._forget()
+        self._applied = True
+        return ClipReport.of((turn, None))
 
     def _params_on_host(self) -> dict[str, Array]:
         return {name: np.array(array) for name, array in self.params.items()}
@@ -402,7 +597,7 @@ def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
 def _dense(fitting: Fitting) -> list[tuple[Any, Any]]:
     """Return each dense gradient behind the memory of ours that it is for."""
     return [
-        (group.grads[name], grad)
+        (group.seen(name), grad)
         for group, name, grad in fitting
         if grad is not None and not group.sparse
     ]

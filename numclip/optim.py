@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Never
@@ -45,24 +46,30 @@ class Optimizer(state.Saved):
     def settings(self, lr: float) -> list[float]:
         """Return the numbers that the user has chosen for a step."""
 
-    def _rate(self, own: float | None, number: int) -> float:
-        if own is not None:
-            return arguments.finite_bound("lr", own)
-        if callable(self.lr):
-            return arguments.finite_bound(f"lr(step={number})", self.lr(number))
-        return arguments.finite_bound("lr", self.lr)
+    def rate(self, own: float | None, number: int) -> float:
+        """Return the learning rate at a step, a group's own where there is one."""
+        rate = self.lr if own is None else own
+        if type(rate) is float and 0.0 <= rate < math.inf:
+            return rate
+        if callable(rate):
+            return arguments.finite_bound(f"lr(step={number})", rate(number))
+        return arguments.finite_bound("lr", rate)
 
-    @isolated
-    def step(self, *, unscale: float = 1.0) -> ClipReport:
+    def step(self, grads: Any = None, *, unscale: float = 1.0) -> ClipReport:
         """Clip every group by its rule and update its parameters.
 
         Each gradient is read once for the norms and once for the update, and not written
-        (but by rules that act within tensors, `ByValue`, `Adaptive` and `ByNorm` with axes,
-        where ``nonfinite="zero"`` finds something, and where a factor is subnormal). A skipped
-        group changes nothing.
+        (but the groups' own by rules that act within tensors, `ByValue`, `Adaptive` and `ByNorm`
+        with axes, where ``nonfinite="zero"`` finds something, and where a factor is subnormal).
+        A skipped group changes nothing.
 
         Parameters
         ----------
+        grads : mapping of str to array, IndexedSlices or None, optional
+            The gradients of the step, by parameter or nested as the parameters are, as
+            `ParamGroups.set_grads` takes them; the groups' own otherwise. They are never
+            written. A parameter without one, or with None, is left as it is, its states too; a
+            group without any does not count the step.
         unscale : float, default 1.0
             The loss scale that the gradients carry, > 0.
 
@@ -75,11 +82,34 @@ class Optimizer(state.Saved):
         ------
         NonFiniteGradientError
             Where a group's policy is "raise". Nothing is changed in any group.
+        KeyError, TypeError, ValueError
+            Where an argument does not fit; the message names it. Nothing is changed then.
+
+        Notes
+        -----
+        **Where gradients are read.** Ordinary arrays of NumPy, of their parameters' dtypes and in
+        C order, are read where they are. Others are copied to ``groups.grads`` first, as by
+        `set_grads`: those of another dtype, order or library, those that overlap parameters or
+        states, all of a group whose rule acts within tensors or whose policy is "zero", sparse
+        ones, and those on a GPU. So what ``groups.grads`` holds after ``step(grads)`` is not
+        defined.
+
+        **After clip().** A step without `grads` after `ParamGroups.clip` applies what it has
+        written, as it is: the step is counted once, at the clip, whose report is returned, and
+        `unscale` need not be repeated. Gradients that are set after the clip are clipped.
+
+        **Applied once.** Gradients that a step has applied are not applied again if others are
+        set: after `set_grads` of some parameters, those without a new gradient are left as they
+        are, as by ``step(grads)``. Where nothing was set since, or a view of a gradient was asked
+        for (``groups.grads[name]``, ``flat_grads``), it may have been written without our
+        knowing, and is applied as it is. After `zero_grads` all are zero, and are applied.
         """
-        groups, updater = self._managed()
-        scale = arguments.positive("unscale", unscale)
-        rates = [self._rate(group.lr, groups.step) for group in groups]
-        return groups.update(updater, rates, scale)
+        groups, updater = self.groups, self._updater
+        if groups is None or updater is None:
+            groups, updater = self._managed()
+        if type(unscale) is not float or not 0.0 < unscale < math.inf:
+            unscale = arguments.positive("unscale", unscale)
+        return groups.update(updater, unscale, grads)
 
     def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
         if self.groups is None or self._updater is None:
@@ -114,7 +144,7 @@ class Optimizer(state.Saved):
                 grads.append(gradient)
                 variables.append(variable)
         rounds = self._arrays.describe(numbers, grads, variables)
-        lr = self._rate(None, self._applied)
+        lr = self.rate(None, self._applied)
         self._applied += 1
         self._arrays.update(rounds, lr)
 

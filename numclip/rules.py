@@ -89,7 +89,10 @@ class Rule(ABC):
             return math.inf
         value = getattr(self, self.bound_name)
         if callable(value):
-            return arguments.bound(f"{self.bound_name}(step={step})", value(step))
+            found = value(step)
+            if type(found) is float and found >= 0.0:
+                return found
+            return arguments.bound(f"{self.bound_name}(step={step})", found)
         return math.inf if value is None else float(value)
 
     def divisor(self, size: int) -> float:

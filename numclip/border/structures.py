@@ -122,3 +122,70 @@ def _part(remaining: Iterator[Any], count: int, rebuild: Rebuild | None) -> Any:
     if rebuild is None:
         return next(remaining)
     return rebuild([next(remaining) for _ in range(count)])
+
+
+def dotted(tree: Any, name: str) -> dict[str, Any]:
+    """Return the items of a mapping, list or tuple, nested or not, by their keys joined with dots.
+
+    Keys of mappings are strings; an item of a list or tuple has its position.
+    """
+    if not isinstance(tree, (Mapping, list, tuple)):
+        raise TypeError(expected(name, "a mapping by name, nested or not", type(tree).__name__))
+    found: dict[str, Any] = {}
+    _add_dotted(tree, name, "", found)
+    return found
+
+
+def _add_dotted(level: Any, name: str, prefix: str, found: dict[str, Any]) -> None:
+    """Add the items of one level, and of those below."""
+    is_mapping = isinstance(level, Mapping)
+    for key, item in level.items() if is_mapping else enumerate(level):
+        if is_mapping and not isinstance(key, str):
+            raise TypeError(f"{name}: expected str names, got {key!r}")
+        if _is_nested(item):
+            _add_dotted(item, name, f"{prefix}{key}.", found)
+        elif f"{prefix}{key}" in found:
+            raise ValueError(f"{name}: two items have the name {prefix + str(key)!r}")
+        else:
+            found[f"{prefix}{key}"] = item
+
+
+class Outline:
+    """The types and keys of a structure of dicts, lists and tuples, by which others are compared.
+
+    `names` are those of its items, as `dotted` has them. What is an item in the structure is
+    one in all that are alike.
+    """
+
+    def __init__(self, tree: Any, prefix: str = "") -> None:
+        self.names: list[str] = []
+        self._kind, self._is_mapping = type(tree), isinstance(tree, Mapping)
+        self._keys: Any = tuple(tree) if self._is_mapping else range(len(tree))
+        self._parts: list[Outline | None] = []
+        for key, item in zip(self._keys, self._values(tree), strict=True):
+            part = Outline(item, f"{prefix}{key}.") if _is_nested(item) else None
+            self.names += [f"{prefix}{key}"] if part is None else part.names
+            self._parts.append(part)
+        self._flat = all(part is None for part in self._parts)
+
+    def items(self, tree: Any) -> list[Any] | None:
+        """Return the items of a structure in the order of the names; None if it is not alike."""
+        if type(tree) is not self._kind or len(tree) != len(self._keys):
+            return None
+        if self._is_mapping and tuple(tree) != self._keys:
+            return None
+        if self._flat:
+            return list(self._values(tree))
+        found: list[Any] = []
+        for part, item in zip(self._parts, self._values(tree), strict=True):
+            if part is None:
+                found.append(item)
+                continue
+            inner = part.items(item)
+            if inner is None:
+                return None
+            found += inner
+        return found
+
+    def _values(self, tree: Any) -> Any:
+        return tree.values() if self._is_mapping else tree

@@ -57,6 +57,8 @@ class GroupState:
         The groups whose gradients are written together with this one's, itself included.
     params, grads : mapping of str to array
         Views into the flat buffers; for a sparse group `grads` is empty.
+    exposed : set of str
+        The parameters whose gradients' views somebody may have, and write to without a word.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
     """
@@ -79,15 +81,16 @@ class GroupState:
         self.names = tuple(given)
         kinds = {name: (own.shape, own.native) for name, own in given.items()}
         self.flat_params, params = flat_buffers(kinds, engine, stream)
-        self.flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
-        self.params, self.grads = MappingProxyType(params), MappingProxyType(grads)
+        self._flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
+        self.params, self._grads = MappingProxyType(params), MappingProxyType(grads)
+        self.exposed: set[str] = set()
         for name, own in given.items():
             engine.put(params[name], _readable(own, engine), stream)
         self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
-        self._dense = [self._gradient(name, grad) for name, grad in self.grads.items()]
-        self._facts = {name: own.facts for name, own in zip(self.grads, self._dense, strict=True)}
-        flats = [engine.facts(name, flat) for name, flat in self.flat_grads.items()]
-        self._extents = [facts.extent for facts in flats]
+        self._dense = [self._gradient(name, grad) for name, grad in grads.items()]
+        self._facts = {name: own.facts for name, own in zip(grads, self._dense, strict=True)}
+        flats = [engine.facts(name, flat) for name, flat in self._flat_grads.items()]
+        self.extents = [facts.extent for facts in flats]
 
     @property
     def clip(self) -> Any:
@@ -109,6 +112,18 @@ class GroupState:
         self._nonfinite = policy
         self._changed()
 
+    @property
+    def grads(self) -> Mapping[str, Any]:
+        """Each gradient, a view."""
+        self.exposed.update(self.names)
+        return self._grads
+
+    @property
+    def flat_grads(self) -> dict[str, Any]:
+        """The gradients of each dtype as one array."""
+        self.exposed.update(self.names)
+        return self._flat_grads
+
     def __repr__(self) -> str:
         size = sum(param.size for param in self.params.values())
         kind = "sparse" if self.sparse else "dense"
@@ -126,16 +141,32 @@ class GroupState:
 
     def gradient_of(self, name: str) -> Any:
         """Return what the user sees as a parameter's gradient."""
-        return self.grads[name]
+        found = self.seen(name)
+        if found is not None:
+            self.exposed.add(name)
+        return found
+
+    def seen(self, name: str) -> Any:
+        """Return the same for who does not write to it."""
+        return self._grads[name]
 
     def clear(self, name: str, stream: Any) -> None:
         """Let a parameter's gradient be zero."""
-        self._engine.clear(self.grads[name], stream)
+        self._engine.clear(self._grads[name], stream)
 
     def zero(self, stream: Any) -> None:
         """Set the gradients to zero."""
-        for flat in self.flat_grads.values():
+        for flat in self._flat_grads.values():
             self._engine.clear(flat, stream)
+
+    def hold(self, stream: Any) -> Any:
+        """Return what brings the gradients back that there are at present."""
+        return [copied(own, stream) for own in self._dense]
+
+    def restore(self, held: Any, stream: Any) -> None:
+        """Bring gradients back."""
+        for own, copy in zip(self._dense, held, strict=True):
+            self._engine.put(own.facts.array, copy, stream)
 
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
         """Return a gradient of the parameter as it is copied in, after checking that it fits."""
@@ -159,7 +190,7 @@ class GroupState:
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""
         begin, end = own.facts.extent
-        for first, last in (extent for group in self.neighbours for extent in group._extents):
+        for first, last in (extent for group in self.neighbours for extent in group.extents):
             if begin < last and first < end and own.engine is self._engine:
                 alike = own.facts.lies_as(self._facts[name])
                 return own.facts.array if alike else copied(own, stream)
@@ -208,13 +239,13 @@ class SparseGroupState(GroupState):
 
     def __init__(self, group: Any, *arguments: Any) -> None:
         super().__init__(group, *arguments)
-        self._rows = {name: HeldRows(param, self._engine) for name, param in self.params.items()}
+        self._rows = self._no_rows()
 
     def gradients(self) -> list[Gradient]:
         """Return the gradient of each parameter, of no rows where there is none."""
         return [rows.gradient(self._gradient, name) for name, rows in self._rows.items()]
 
-    def gradient_of(self, name: str) -> IndexedSlices | None:
+    def seen(self, name: str) -> IndexedSlices | None:
         """Return a parameter's gradient as one object, None where there is none."""
         rows = self._rows[name]
         return rows.slices if rows.indices else None
@@ -227,6 +258,19 @@ class SparseGroupState(GroupState):
         """Append the rows of slices that fit to a parameter's."""
         self._rows[name].append(grad, stream)
 
+    def hold(self, stream: Any) -> Any:  # noqa: ARG002
+        """Return the rows, and go on without any."""
+        held = self._rows
+        self._rows = self._no_rows()
+        return held
+
+    def restore(self, held: Any, stream: Any) -> None:  # noqa: ARG002
+        """Bring the rows back."""
+        self._rows = held
+
+    def _no_rows(self) -> dict[str, HeldRows]:
+        return {name: HeldRows(param, self._engine) for name, param in self.params.items()}
+
     def zero(self, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows."""
         for rows in self._rows.values():
@@ -238,7 +282,7 @@ class SparseGroupState(GroupState):
         begin, end = own.facts.extent
         values = own.facts.array
         if own.engine is self._engine:
-            held = [extent for group in self.neighbours for extent in group._extents]
+            held = [extent for group in self.neighbours for extent in group.extents]
             rows = [group._rows for group in self.neighbours if isinstance(group, SparseGroupState)]
             held += [one.extent for each in rows for key, one in each.items() if key != name]
             if any(begin < last and first < end for first, last in held):

@@ -42,12 +42,19 @@ class Clipper:
         Which row of the tables is of the present step, and its sums and decisions.
     tables : list
         What is found, a row for each step: sums, decisions, and what kinds add.
+    scheduled : list
+        The rules whose bounds follow the step, and the pools of each.
     strict, follows, decides_again : bool
         Whether the policy of a group is to raise, whether rules follow the norms, and whether
         more is to be decided than `measure` decides.
+    absent : frozenset of str
+        The parameters that have no gradient at the present step, where rules follow norms.
+    writes_within : bool
+        Whether parts of a tensor are written by factors of their own, or cleaned.
     """
 
-    follows = decides_again = False
+    follows = decides_again = writes_within = False
+    absent: frozenset[str] = frozenset()
     place: int
     found: Outcome
 
@@ -59,6 +66,7 @@ class Clipper:
         self.rules = {group.name: group.clip for group in groups}
         self.keys = {group.name: shared_key(group) for group in groups}
         self.strict = any(group.nonfinite == "raise" for group in groups)
+        self.writes_within |= any(group.nonfinite == "zero" for group in groups)
         self.tensors: dict[str, range] = {}
         self.pools: dict[str, range] = {}
         self._lay_out(groups)
@@ -68,8 +76,10 @@ class Clipper:
         self._sparse = any(group.sparse for group in groups)
         self._losses: float | Array = 0.0
         self.bounds = np.full(len(self._pool_list), math.inf)
-        self._scheduled: list[Any] = []
+        self.scheduled: list[Any] = []
+        self._found: list[float] = []
         self._written: tuple[Array, float, Any] | None = None
+        self._as_they_are: Outcome | None = None
         self._set_bounds()
         self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
 
@@ -118,7 +128,7 @@ class Clipper:
             if rule is None:
                 continue
             if rule.scheduled:
-                self._scheduled.append((rule, pools))
+                self.scheduled.append((rule, pools))
             else:
                 self.bounds[pools.start : pools.stop] = rule.bound(0)
 
@@ -132,13 +142,17 @@ class Clipper:
         tables = self.tables
         return tables[0][place], tables[1][place]
 
-    def obey(self, step: int, unscale: float, stream: Any) -> None:
-        """Let decisions obey the rules at a step; refuse a bad bound."""
-        if self._scheduled:
+    def take_step(self, step: int) -> None:
+        """Take the bounds of a step; refuse a bad one."""
+        found = [rule.bound(step) for rule, _ in self.scheduled]
+        if found != self._found:
             bounds = self.bounds.copy()
-            for rule, pools in self._scheduled:
-                bounds[pools.start : pools.stop] = rule.bound(step)
-            self._take_bounds(bounds)
+            for bound, (_, pools) in zip(found, self.scheduled, strict=True):
+                bounds[pools.start : pools.stop] = bound
+            self.bounds, self._found = bounds, found
+
+    def obey(self, unscale: float, stream: Any) -> None:
+        """Let decisions obey the bounds there are."""
         if self._sparse:
             self._take_rows(stream)
         self._unscale = unscale
@@ -184,6 +198,23 @@ class Clipper:
         self.place, self.found = place, self._outcome(place)
         self.plan.decide(self.found, stream)
 
+    def leave(self, stream: Any) -> None:
+        """Decide to leave gradients as they are, but those of groups that are skipped."""
+        if self._sparse:
+            self._take_rows(stream)
+        if self._as_they_are is None:
+            (self._as_they_are,) = self.plan.outcomes(1, stream)
+        self.plan.write_laws(Law(math.inf), stream)
+        self._written = None
+        self.plan.measure(2.0, stream)
+        self.found = self._as_they_are
+        self.plan.decide(self.found, stream)
+
+    def write_left(self, stream: Any) -> Outcome:
+        """Clean what `leave` finds that is not finite, by the policy; return what is decided."""
+        self.plan.write_exceptional(self.found, stream)
+        return self.found
+
     def refused(self, stream: Any) -> list[Any]:
         """Return the groups whose policy is "raise" that hold NaN or Inf, after waiting."""
         sums = self.engine.read(self.found[0], stream)
@@ -210,6 +241,17 @@ class Clipper:
 
     def observe(self, step: int, stream: Any) -> None:
         """Let rules that follow the norms know those before and after."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, by their numbers."""
+        return [name for group in self.groups for name in group.names]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether `measure` decides all, of all groups in the order the user gave them."""
+        numbers = [group.number for group in self.groups]
+        return type(self) is Clipper and numbers == sorted(numbers)
 
     @np.errstate(invalid="ignore")
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002

@@ -70,11 +70,24 @@ class FollowingClipper(Clipper):
         """Let the rules know the norms before and after."""
         scales = self.engine.read(self.found[1], stream)[:, tables.SCALE]
         for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
-            if not bad:
+            if not bad and not self.absent.issuperset(group.names):
                 pools, state = self.pools[group.name], group.rule_state
                 clipped = norms * scales[pools.start : pools.stop]
                 rule = self.rules[group.name]
-                group.rule_state = rule.observe(norms, clipped, total, step, state)
+                made = rule.observe(norms, clipped, total, step, state)
+                if norms.size > 1 and not self.absent.isdisjoint(group.names):
+                    made = _but(
+                        np.array([name in self.absent for name in group.names]), state, made
+                    )
+                group.rule_state = made
+
+
+def _but(absent: Array, before: dict[str, Array], after: dict[str, Array]) -> dict[str, Array]:
+    """Return the state after a step, for tensors that were absent as it was before."""
+    return {
+        name: np.where(absent, before[name], own) if own.shape == absent.shape else own
+        for name, own in after.items()
+    }
 
 
 def _finite(norm: float) -> float:
@@ -115,6 +128,8 @@ class OrderClipper(Clipper):
 
 class ValueClipper(Clipper):
     """Holds elements between bounds, and measures what that makes of the norms."""
+
+    writes_within = True
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -200,7 +215,7 @@ class UnitClipper(Clipper):
     What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
     """
 
-    decides_again = True
+    decides_again = writes_within = True
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int

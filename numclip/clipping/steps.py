@@ -7,7 +7,7 @@ the history when the next one is full, or earlier for whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,9 +19,12 @@ from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
 from numclip.dtypes import Array
 from numclip.engine import Engine
+from numclip.engine import Outcome as EngineOutcome
 
 KEPT = 256
 """How many steps a block has memory for; fewer where there are many tensors."""
+
+NOBODY: frozenset[str] = frozenset()
 
 MOST_ROWS = 1 << 16
 """How many rows of sums a block has at most, of 40 bytes each."""
@@ -160,16 +163,30 @@ class Steps:
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
+        self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
 
-    def decided(self, step: int, unscale: float) -> Turn:
+    def taken(self, step: int, unscale: float) -> Turn:
+        """Begin a step with the bounds it has; refuse a bad one."""
+        if self._scheduled:
+            for clipper in self._scheduled:
+                clipper.take_step(step)
+        bounds = [clipper.bounds for clipper in self.clippers]
+        return Turn(self._block, self._place, step, unscale, bounds)
+
+    def leave_out(self, absent: frozenset[str]) -> None:
+        """Let rules that follow norms know nothing of some parameters in the step that begins."""
+        for clipper in self._following:
+            clipper.absent = absent
+
+    def decide(self, turn: Turn) -> None:
         """Measure and decide; refuse before anything is written."""
-        block, stream, place = self._block, self.stream, self._place
+        block, stream, place, step = self._block, self.stream, self._place, turn.step
         for clipper in self.clippers:
-            clipper.obey(step, unscale, stream)
+            clipper.obey(turn.unscale, stream)
         for clipper in self.clippers:
             clipper.measure(place, stream)
         for clipper in self._strict:
@@ -177,12 +194,35 @@ class Steps:
         for clipper in self._again:
             clipper.decide(step, stream)
         block.stream = stream
-        return Turn(block, place, step, unscale, [clipper.bounds for clipper in self.clippers])
+        turn.bounds = [clipper.bounds for clipper in self.clippers]
+
+    def leave(self) -> list[EngineOutcome]:
+        """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""
+        for clipper in self.clippers:
+            clipper.leave(self.stream)
+        for clipper in self._strict:
+            self._refuse(clipper)
+        return [clipper.write_left(self.stream) for clipper in self.clippers]
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         for group in clipper.refused(self.stream):
             raise first_error(group.gradients(), None, self.stream)
+
+    def read_at(self, sources: Mapping[str, int] | None) -> None:
+        """Read gradients at some addresses, 0 for those that are absent; None for the groups'."""
+        for clipper in self.clippers:
+            own = None if sources is None else [sources[name] for name in clipper.names]
+            clipper.plan.read_at(own, self.stream)
+
+    def is_exceptional(self, clipper: Any) -> bool:
+        """Tell whether an update cannot do all on its way, after waiting."""
+        return bool(self.engine.read(clipper.found[1], self.stream)[-1, tables.RARE])
+
+    @property
+    def writes_within(self) -> bool:
+        """Whether a clipper writes gradients before they are applied."""
+        return any(clipper.writes_within for clipper in self.clippers)
 
     def write(self) -> None:
         """Write the gradients, clipped."""
@@ -194,22 +234,24 @@ class Steps:
         for clipper in self.clippers:
             clipper.preview(self.stream)
 
-    def take(self, turn: Turn, *, counts: bool) -> None:
-        """Keep a step; if it counts, let the rules that follow norms know, and the history."""
+    def take(self, turn: Turn, *, counts: bool) -> bool:
+        """Keep a step; if it counts, let the rules that follow norms know, and the history.
+
+        Tell whether the block is to be handed over, and can be.
+        """
         turn.counts = counts
-        if counts:
+        if counts and self._following:
             for clipper in self._following:
                 clipper.observe(turn.step, self.stream)
         turns = self._block.turns
         if turn.place < len(turns):
             turns.pop()
         turns.append(turn)
-        self._place = min(len(turns), self._kept - 1)
-
-    def full(self) -> bool:
-        """Tell whether the block is to be handed over, and can be."""
-        full = len(self._block.turns) == self._kept
-        return full and not self.engine.is_capturing(self.stream)
+        if len(turns) < self._kept:
+            self._place = len(turns)
+            return False
+        self._place = self._kept - 1
+        return not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
         """Go on with an empty block; yield what the one before that is to tell the history."""

@@ -10,11 +10,16 @@ import numpy as np
 from numclip.border.gradients import Gradient
 from numclip.clipping.buffers import flat_buffers
 from numclip.clipping.clip import row_span
-from numclip.clipping.steps import Steps, Turn
+from numclip.clipping.steps import NOBODY, Steps, Turn
 from numclip.dtypes import Array, lookup
-from numclip.engine import Engine
+from numclip.engine import Engine, Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
+
+Rounds = list[tuple[Any, frozenset[str]]]
+"""Groups to be updated one after another, None for all, and what is left out meanwhile."""
+
+AT_ONCE: Rounds = [(None, NOBODY)]
 
 
 class Method(Protocol):
@@ -30,6 +35,9 @@ class Method(Protocol):
 
     def settings(self, lr: float) -> list[float]:
         """Return the numbers that the user has chosen for a step."""
+
+    def rate(self, own: float | None, number: int) -> float:
+        """Return the learning rate at a step, a group's own where there is one."""
 
 
 class Slots:
@@ -106,26 +114,156 @@ class GroupUpdater:
                 slots.updates, slots.pools = made, clipper.pools[group.name]
                 slots.steps = counts[group.name]
             self._updates.append(made)
-        self._written: list[Any] = [None] * len(self._updates)
+        self._written: list[list[float]] | None = None
+        self._differs = False  # whether groups that share a norm have other settings
+        params = [
+            engine.facts(name, param)
+            for group in self._groups
+            for name, param in group.params.items()
+        ]
+        sparse = any(group.sparse for group in self._groups)
+        self.given = None if sparse else engine.given(params, self._taken(engine))
+        self._at_once = None
+        if len(steps.clippers) == 1 and steps.clippers[0].in_order:
+            (clipper,), (updates,) = steps.clippers, self._updates
+            self._at_once = updates.at_once(self.given, clipper.divisors)
 
-    def step(self, steps: Steps, number: int, rates: Sequence[float], unscale: float) -> Turn:
-        """Clip every group, and update it at its rate; return what became of it."""
+    def _taken(self, engine: Engine) -> list[tuple[int, int]]:
+        """Return where a step writes: the memory of parameters and states."""
+        slots = self.slots.values()
+        params = [param for own in slots for param in own.params]
+        states = [state for own in slots for views in own.views for state in views]
+        return [engine.facts("memory", array).extent for array in (*params, *states)]
+
+    def settings(self, number: int) -> list[list[float]]:
+        """Return the settings of each group at a step."""
+        method = self._method
+        return [method.settings(method.rate(group.lr, number)) for group in self._groups]
+
+    def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
+        """Return where gradients lie, if they can be read there and are too many to be copied."""
+        if items is None or self.given is None or steps.writes_within or self.given.is_little:
+            return None
+        if not self.given.read(items):
+            return None
+        return dict(zip(names, self.given.addresses.tolist(), strict=True))
+
+    def step_at_once(
+        self,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        items: Any,
+        absent: frozenset[str],
+    ) -> bool:
+        """Take a step by one native call, by the gradients given or, without, by the groups' own.
+
+        Of the latter, some are absent.
+
+        Tell whether that was possible; if not, nothing has been changed.
+        """
+        if steps is not self._steps or self._at_once is None:
+            return False
+        if settings != self._written:
+            self._write_settings(steps, settings)
+        if self._differs:
+            return False
+        clipper = steps.clippers[0]
+        where = items, turn.place, turn.unscale
+        if not absent:
+            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+        self._at_once.leave([k for k, name in enumerate(clipper.names) if name in absent])
+        try:
+            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+        finally:
+            self._at_once.leave([])
+
+    def step(
+        self,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        absent: frozenset[str] = NOBODY,
+        sources: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Clip every group, and update it by its settings; leave parameters that are absent.
+
+        Gradients are read at the sources; if these would have to be written, nothing is done, and
+        that is told.
+        """
+        self._attach_again(steps)
+        if sources is not None:
+            steps.read_at(sources)
+        try:
+            steps.decide(turn)
+            if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
+                return False
+            stream = steps.stream
+            if sources is None:
+                outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
+            else:
+                outcomes = [clipper.found for clipper in steps.clippers]
+            self._update(steps, settings, outcomes, absent, sources)
+        finally:
+            if sources is not None:
+                steps.read_at(None)
+        return True
+
+    def apply(self, steps: Steps, settings: list[list[float]], absent: frozenset[str]) -> None:
+        """Update every group by gradients that are clipped, by its settings."""
+        self._attach_again(steps)
+        self._update(steps, settings, steps.leave(), absent, None)
+
+    def _attach_again(self, steps: Steps) -> None:
+        """Make other tables where there are other clippers."""
         if steps is not self._steps:
             counts = {name: slots.steps for name, slots in self.slots.items()}
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
+
+    def _write_settings(self, steps: Steps, settings: list[list[float]]) -> None:
+        """Let updates use some settings."""
+        if settings != self._written:
+            for clipper, updates in zip(steps.clippers, self._updates, strict=True):
+                updates.write_settings(self._table(clipper, settings), steps.stream)
+            self._written = settings
+            self._differs = any(len(_rounds(own, settings)) > 1 for own in steps.clippers)
+
+    def _update(
+        self,
+        steps: Steps,
+        settings: list[list[float]],
+        outcomes: Sequence[Outcome],
+        absent: frozenset[str],
+        sources: Mapping[str, int] | None,
+    ) -> None:
+        """Update every group by what is decided, an outcome for each clipper."""
         stream = steps.stream
-        turn = steps.decided(number, unscale)
-        settings = [self._method.settings(rate) for rate in rates]
-        for k, (clipper, updates) in enumerate(zip(steps.clippers, self._updates, strict=True)):
-            if self._written[k] != settings:
-                updates.write_settings(self._table(clipper, settings), stream)
-                self._written[k] = settings
-            outcome = clipper.write_exceptional(stream)
-            if clipper.rows:
-                updates.take_rows(clipper.rows, stream)
-            updates.step(outcome, stream)
-        return turn
+        self._write_settings(steps, settings)
+        every = zip(steps.clippers, self._updates, outcomes, strict=True)
+        for clipper, updates, outcome in every:
+            rounds = _rounds(clipper, settings) if self._differs else AT_ONCE
+            waits = len(rounds) > 1 or not absent.isdisjoint(clipper.names)
+            kept = updates.counts() if waits else None
+            for group, others in rounds:
+                if group is not None and kept is not None:
+                    own = [settings[group.number]] * len(settings)
+                    updates.write_settings(self._table(clipper, own), stream)
+                    updates.set_counts(kept)
+                left = absent | others
+                if left or sources is not None:
+                    updates.read_at(_sources(clipper, left, sources), stream)
+                try:
+                    if clipper.rows:
+                        updates.take_rows(clipper.rows, stream)
+                    updates.step(outcome, stream)
+                finally:
+                    if left or sources is not None:
+                        updates.read_at(None, stream)
+            if kept is not None:
+                _keep_counts(clipper, updates, absent, kept)
+            if len(rounds) > 1:
+                self._written = None
 
     def _table(self, clipper: Any, settings: Sequence[Sequence[float]]) -> Array:
         """Return the settings of each of a clipper's pools."""
@@ -134,6 +272,38 @@ class GroupUpdater:
             pools = clipper.pools[group.name]
             table[pools.start : pools.stop, : len(settings[group.number])] = settings[group.number]
         return table
+
+
+def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
+    """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
+    homes = [span.source for span in clipper.plan.spans]
+    if sources is not None:
+        homes = [sources[name] for name in clipper.names]
+    pairs = zip(clipper.names, homes, strict=True)
+    return [0 if name in absent else home for name, home in pairs]
+
+
+def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:
+    """Return the rounds of an update.
+
+    One for all, unless groups of one norm, and so of one row of settings, differ.
+    """
+    shared: dict[int, list[Sequence[float]]] = {}
+    for group in clipper.groups:
+        shared.setdefault(clipper.pools[group.name].start, []).append(settings[group.number])
+    if all(own.count(own[0]) == len(own) for own in shared.values()):
+        return AT_ONCE
+    every = frozenset(clipper.names)
+    return [(group, every.difference(group.names)) for group in clipper.groups]
+
+
+def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array) -> None:
+    """Let groups without any gradient not have been updated."""
+    counts, present = updates.counts(), np.zeros(len(kept), np.bool_)
+    for group in clipper.groups:
+        pools = clipper.pools[group.name]
+        present[pools.start : pools.stop] |= not absent.issuperset(group.names)
+    updates.set_counts(np.where(present, counts, kept))
 
 
 def update_span(grad: Gradient, param: int) -> Span | RowSpan:

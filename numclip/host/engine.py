@@ -15,6 +15,7 @@ from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.host import arrays, pairs, rows, units, updates
+from numclip.host.given import Given
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
 from numclip.host.units import UnitPlan
@@ -28,6 +29,7 @@ empty = arrays.empty
 new_like = arrays.new_like
 new_of_shape = arrays.new_of_shape
 plan = Plan
+given = Given
 unit_plan = UnitPlan
 sum_rows = rows.sum_rows
 sum_examples = units.sum_examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class Plan:
     def _lay_out(self) -> None:
         """Make the tables that follow from where the tensors are."""
         self._laws = Laws(self.spans, self.pools)
-        self._pools = self._laws.pool_table(self.pools)
+        self.pool_table = self._laws.pool_table(self.pools)
         self._sums = np.zeros((len(self.spans), SUM_COLUMNS))
         self._copied = {
             t: Copied(strided)
@@ -73,6 +74,7 @@ class Plan:
             t: self._copied[t].span if t in self._copied else Span(*span[:4])
             for t, span in enumerate(self.spans)
         }
+        self._at_home = self._own
         self._in_place = all(span.source == span.target for span in self._own.values())
         self._in_place &= all(copied.in_place for copied in self._copied.values())
         self._lay_out_batches()
@@ -82,9 +84,9 @@ class Plan:
         self._written = batches.batches(self._own)
         self._measured = self._plain(self._own)
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
-        self._fused = self._measured[0] if small and not self._groupings else None
+        self.fused = self._measured[0] if small and not self._groupings else None
         self._column = FACTOR
-        if self._fused is not None and self._fused.dtype.digits == 53:
+        if self.fused is not None and self.fused.dtype.digits == 53:
             self._column = FINE
 
     def _plain(self, spans: Mapping[int, Span]) -> list[Batch]:
@@ -92,6 +94,24 @@ class Plan:
         if spans is self._own and not self._groupings:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
+
+    def law_table(self, divisors: Array) -> Array:
+        """Return a table that decisions obey, whose bounds and loss scales are to be written."""
+        return self._laws.table(Law(math.inf, divisors))
+
+    def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
+        """Read tensors at some addresses, 0 for no elements; None for where they are written.
+
+        Nothing is to be written but to these places.
+        """
+        if sources is None:
+            self._own = self._at_home
+        else:
+            self._own = {
+                t: span._replace(source=source, size=span.size if source else 0)
+                for (t, span), source in zip(self._at_home.items(), sources, strict=True)
+            }
+        self._lay_out_batches()
 
     def take_rows(
         self, spans: Sequence[RowSpan], groupings: Sequence[Groups], _stream: Any = None
@@ -121,13 +141,13 @@ class Plan:
         """Measure, if that was asked for, and decide for every pool."""
         sums, decisions = outcome
         order, self._order = self._order, None
-        if order == 2.0 and self._fused is not None and self._decide_at_once(self._fused, *outcome):
+        if order == 2.0 and self.fused is not None and self._decide_at_once(self.fused, *outcome):
             self._sums = sums
             return
         if order is not None:
             self._measure(order)
         sums[:] = self._sums
-        tables = self._pools, self._law, self._shifts
+        tables = self.pool_table, self._law, self._shifts
         kernels.decide_pools(*tables, sums, decisions)
 
     def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
@@ -135,9 +155,10 @@ class Plan:
         if self._shifted:
             self._shifts[:] = 0
             self._shifted = False
-        safe = kernels.measure_and_decide(
-            batch.chunks, batch.dtype.like, self._pools, self._law, self._shifts, sums, decisions
-        )
+        if self._own is not self._at_home:
+            sums[:] = 0.0  # some may have no chunks
+        tables = self.pool_table, self._law, self._shifts, sums, decisions
+        safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
         if self._zeroing and sums[:, BAD].any():
             return False
         return safe or batch.dtype.digits < 53
@@ -181,9 +202,9 @@ class Plan:
         if self._in_place and decisions[-1, MODE] == LEAVE:
             return
         alone = self._in_place and not self._copied and decisions[-1, RARE] == 0.0
-        if self._fused is not None and alone:
+        if self.fused is not None and alone:
             tables = self.pool_of, decisions, self._column
-            kernels.scale_decided(self._fused.chunks, *tables, self._fused.dtype.like)
+            kernels.scale_decided(self.fused.chunks, *tables, self.fused.dtype.like)
             return
         modes = decisions[self.pool_of, MODE]
         written = [t for t, own in self._copied.items() if modes[t] != LEAVE or not own.in_place]

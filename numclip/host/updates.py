@@ -10,7 +10,9 @@ import numpy as np
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
 from numclip.host import batches, rows
-from numclip.kernels import threads, updates
+from numclip.host.at_once import AtOnce
+from numclip.host.given import Given
+from numclip.kernels import given, threads, updates
 from numclip.kernels.threads import Call
 from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.memory import RowSpan, Span
@@ -97,22 +99,24 @@ class Updates:
         pools = int(pool_of.max(initial=-1)) + 1
         self._counts = np.zeros(pools, np.int64)
         self._given = np.zeros((pools, SETTINGS_COLUMNS))
-        dtypes = dict.fromkeys(span.dtype for span in spans)
-        self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in dtypes}
+        self._dtypes = dict.fromkeys(span.dtype for span in spans)
+        self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in self._dtypes}
         self._passes = 2 + 2 * len(states)
-        self._dense = [
-            (dtype, self._places.whole(members, pool_of[members]))
-            for dtype in dtypes
-            if (members := self._dense_of(dtype))
-        ]
+        self._dense = self._whole(self._places)
 
-    def _dense_of(self, dtype: DType) -> list[int]:
-        spans = enumerate(self._places.spans)
-        return [k for k, span in spans if isinstance(span, Span) and span.dtype is dtype]
+    def _whole(self, places: Places) -> list[tuple[DType, Array]]:
+        """Return the updates of the dense tensors, those of each dtype."""
+        found = []
+        for dtype in self._dtypes:
+            spans = enumerate(places.spans)
+            members = [k for k, own in spans if isinstance(own, Span) and own.dtype is dtype]
+            if members:
+                found.append((dtype, places.whole(members, self._pool_of[members])))
+        return found
 
     def write_settings(self, settings: Array, _stream: Any = None) -> None:
         """Let the following steps use some settings, a row for each pool."""
-        self._given = settings
+        self._given[:] = settings
 
     def _prepare(self, decisions: Array, *, counted: bool = False) -> None:
         """Count a step for each pool that is not skipped, and find its factor and settings."""
@@ -145,9 +149,10 @@ class GroupUpdates(Updates):
         _stream: Any = None,
     ) -> None:
         super().__init__(kernel, spans, states, plan.pool_of)
-        self._plan = plan
+        self._plan, self._name, self._states = plan, kernel, states
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
+        self._own, self._left = self._dense, set[int]()
         self._small = self._found_small()
 
     def _found_small(self) -> tuple[Any, ...] | None:
@@ -163,7 +168,38 @@ class GroupUpdates(Updates):
 
     def set_counts(self, counts: Array) -> None:
         """Let pools have been updated so often."""
-        self._counts = counts
+        self._counts[:] = counts
+
+    def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
+        """Read gradients at some addresses, and leave what has none; None for those of the plan."""
+        self._dense = self._own
+        if sources is not None:
+            spans = [
+                span._replace(source=source, size=span.size if source else 0)
+                for span, source in zip(self._places.spans, sources, strict=True)
+            ]
+            self._dense = self._whole(Places(spans, self._states))
+        self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
+        self._small = self._found_small()
+
+    def at_once(self, reader: Given | None, divisors: Array) -> AtOnce | None:
+        """Return what takes whole steps by one call each, None where more is needed."""
+        batch = self._plan.fused
+        if batch is None or self._small is None or reader is None:
+            return None
+        own = self._numbers[batch.dtype.compute]
+        tables = {
+            given.PIECES: self._own[0][1].copy(),
+            given.POOLS: self._plan.pool_table,
+            given.LAWS: self._plan.law_table(divisors),
+            given.SHIFTS: np.zeros(len(self._counts), np.int64),
+            given.COUNTS: self._counts,
+            given.GIVEN: self._given,
+            given.SETTINGS: own.settings,
+            given.FACTORS: own.factors,
+        }
+        starts = np.array([span.source for span in self._plan.spans], np.int64)
+        return AtOnce(self._name, batch, starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
         """Let the next step update the rows of some slices."""
@@ -188,7 +224,7 @@ class GroupUpdates(Updates):
         done where their sums overflow.
         """
         span = self._plan.spans[k]
-        if decision[SKIPPED] or not span.size:
+        if decision[SKIPPED] or not span.size or k in self._left:
             return []
         values = rows.rows_of(span)
         sums = rows.summed(values, slices.grouping)

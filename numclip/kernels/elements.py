@@ -131,6 +131,15 @@ def _array_at(address, length, like):
     return carray(_pointer(address), length, like.dtype)
 
 
+def _table_at(address, rows, columns, like):
+    """Return the rows stored at an address likewise."""
+    return carray(_pointer(address), (rows, columns), like.dtype)
+
+
+def _table_at_interpreted(address, rows, columns, like):
+    return _array_at_interpreted(address, rows * columns, like).reshape((rows, columns))
+
+
 def _array_at_interpreted(address, length, like):
     buffer = (ctypes.c_char * (int(length) * like.itemsize)).from_address(int(address))
     return np.frombuffer(buffer, like.dtype)
@@ -150,8 +159,9 @@ def _as_computed_interpreted(value, like):
 
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
+    table_at = _table_at_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
     prefetch = _prefetch_interpreted
 else:
-    array_at, widen, narrow = inline(_array_at), _widen, _narrow
+    array_at, table_at, widen, narrow = inline(_array_at), inline(_table_at), _widen, _narrow
     as_computed, word_at, prefetch = _as_computed, _word_at, _prefetch

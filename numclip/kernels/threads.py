@@ -189,7 +189,7 @@ class Jobs:
 
 
 def _threads_for(call: Call) -> int:
-    return min(get_limit(), call.items, MOST + 1) if call.nbytes >= PARALLEL_BYTES else 1
+    return min(get_limit(), max(call.items, 1), MOST + 1) if call.nbytes >= PARALLEL_BYTES else 1
 
 
 def _words(threads: int) -> int:

@@ -72,6 +72,7 @@ def leaves(grads: Any) -> list[Any]:
 class OnDevice:
     """numclip's functions for gradients of the host, carried out on the device."""
 
+    device = "cuda"
     examples = EXAMPLES_ON_GPU[gpu()]
 
     def __getattr__(self, name: str) -> Any:

@@ -10,6 +10,8 @@ import numclip as nc
 class Host:
     """numclip's functions, for gradients of the host."""
 
+    device = "cpu"
+
     def __init__(self, examples: int) -> None:
         self.examples = examples
 

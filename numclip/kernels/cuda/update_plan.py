@@ -93,8 +93,9 @@ class GroupUpdates:
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
         self._plan, self._places = plan, Places(spans, states)
-        self._updates = self._places.by_dtype(self._places.whole(), stream)
+        self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
         self._row_updates: dict[DType, Any] = {}
+        self._left: set[int] = set()  # of tensors that are not updated
         self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
         shape = len(plan.pools), SETTINGS_COLUMNS
         self._given = HostTable(shape, stream)
@@ -114,13 +115,26 @@ class GroupUpdates:
         with device.on_stream(None) as stream:
             device.update(self._counts, counts, stream)
 
+    def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
+        """Leave the parameters whose gradients have no address; others are of the plan."""
+        self._updates = self._own
+        self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
+        if sources is not None:
+            rows = self._places.whole()
+            present = np.array(sources, np.int64) != 0
+            self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
+
+    def at_once(self, _given: Any, _divisors: Array) -> None:
+        """Return nothing: a step is a number of launches."""
+
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
         """Let the next step update the rows of some slices."""
         made = [
             self._places.rows(owner, sums, own.distinct_indices)
             for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
+            if owner not in self._left
         ]
-        self._row_updates = self._places.by_dtype(np.concatenate(made), stream)
+        self._row_updates = self._places.by_dtype(np.concatenate(made), stream) if made else {}
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Let the following steps use some settings, a row for each pool."""

@@ -1,0 +1,114 @@
+"""Arrays that a user passes for others of ours, in a fixed order: read where they lie.
+
+Every method does its whole job, or says that it cannot and has written nothing: what is no
+ordinary array of the very shape and dtype, or overlaps memory that is to be written, goes the
+general way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip.dtypes import lookup
+from numclip.facts import Facts
+from numclip.host import batches
+from numclip.host.batches import Batch
+from numclip.host.lists import READABLE, pointers_of
+from numclip.kernels import cpu, given, threads
+from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.memory import Span
+
+Extents = Sequence[tuple[int, int]]
+KEPT = ...
+"""Stands for an array that stays as it is."""
+
+
+class Given:
+    """What reads arrays for others, which are where some facts say.
+
+    `taken` are addresses between which none of them may lie. Of what is read last, `addresses`
+    are where it is, 0 for None.
+    """
+
+    def __init__(self, targets: Sequence[Facts], taken: Extents) -> None:
+        self.targets = list(targets)
+        self.addresses = np.zeros(len(targets), np.int64)
+        self._dtypes = [np.dtype(facts.native.type) for facts in targets]  # whose ids are compared
+        self.wanted = np.array(self._wanted(_merged(taken)), np.int64)
+        own = {k: _span(facts) for k, facts in enumerate(targets)}
+        self._batches = [_from_their_starts(batch, own) for batch in batches.batches(own)]
+        self.is_little = sum(batch.nbytes for batch in self._batches) < PARALLEL_BYTES
+        alone = len(self._batches) == 1 and self.is_little
+        self._only = self._batches[0] if alone else None
+
+    def _wanted(self, taken: Extents) -> list[int]:
+        """Return what `kernels.given` is told of the arrays."""
+        rows: list[int] = []
+        axes: list[int] = []
+        first = given.HEAD + given.ROW * len(self.targets)
+        for facts, dtype in zip(self.targets, self._dtypes, strict=True):
+            rows += [id(dtype), len(facts.shape), first + len(axes), facts.nbytes]
+            axes += facts.shape
+        ids = id(np.ndarray), id(None), id(KEPT)
+        head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
+        return [*head, *rows, *axes, *(low for low, _ in taken), *(high for _, high in taken)]
+
+    def read(self, items: tuple[Any, ...]) -> bool:
+        """Find where arrays lie; tell whether all are as they are wanted."""
+        return READABLE and given.read(pointers_of(items), self.wanted, self.addresses)
+
+    def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Copy arrays into ours or add them; tell whether all are as they are wanted.
+
+        None stands for zeros, `KEPT` for what is there.
+        """
+        if self._only is not None and READABLE:
+            batch = self._only
+            tables = batch.chunks, adds, batch.dtype.like, self.addresses
+            return given.take(pointers_of(items), self.wanted, *tables)  # type: ignore[no-any-return]
+        if not self.read(items):
+            return False
+        kernel = given.add_all if adds else given.copy_all
+        found = [self._found(batch) for batch in self._batches]
+        calls = [batch.call(kernel, batch.dtype.like)._replace(keep=items) for batch in found]
+        if not adds:
+            for facts, address in zip(self.targets, self.addresses.tolist(), strict=True):
+                if address == given.ABSENT:
+                    facts.array.fill(0)
+        threads.run_all(calls)
+        return True
+
+    def _found(self, batch: Batch) -> Batch:
+        """Return the chunks of the arrays that were read last."""
+        starts = self.addresses[batch.chunks[:, cpu.OWNER]]
+        chunks = batch.chunks[starts > 0]
+        chunks[:, cpu.SOURCE] += starts[starts > 0]
+        return batch._replace(chunks=chunks)
+
+
+def _span(facts: Facts) -> Span:
+    row = lookup(facts.native)
+    assert row is not None
+    return Span(row, facts.address, facts.address, facts.nbytes // row.storage.itemsize)
+
+
+def _from_their_starts(batch: Batch, own: dict[int, Span]) -> Batch:
+    """Return a batch whose sources are distances from the beginnings of their tensors."""
+    starts = np.array([span.source for span in own.values()], np.int64)
+    chunks = batch.chunks.copy()
+    chunks[:, cpu.SOURCE] -= starts[chunks[:, cpu.OWNER]]
+    return batch._replace(chunks=chunks)
+
+
+def _merged(extents: Extents) -> list[tuple[int, int]]:
+    """Return extents in ascending order, those that touch as one."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(extents):
+        if merged and low <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(high, merged[-1][1])
+        elif low < high:
+            merged.append((low, high))
+    return merged
