@@ -60,6 +60,19 @@ def set_in(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]
     return call
 
 
+def own_arrays(source: list[np.ndarray], bound: Bound) -> Call:
+    """Parameters that stay where they are."""
+    params, grads = copied(source), copied(source)
+    optimizer = nc.Adam(None, lr=LR)
+
+    def call() -> tuple[Any, Any]:
+        norm = nc.clip_by_global_norm(grads, bound(), out=grads)[1]
+        optimizer.apply_gradients(zip(grads, params, strict=True))
+        return params, norm
+
+    return call
+
+
 def numpy_sgd(source: list[np.ndarray], bound: Bound) -> Call:
     params, grads = copied(source), copied(source)
 
@@ -157,6 +170,7 @@ ADAM = Workload(
         "numclip": partial(numclip, optimizer=nc.Adam),
         "numclip, given": partial(given, optimizer=nc.Adam),
         "numclip, set_grads": partial(set_in, optimizer=nc.Adam),
+        "numclip, own arrays": own_arrays,
         "NumPy loop": numpy_adam,
         "torch foreach": partial(torch_step, name="Adam", foreach=True),
         "torch fused": partial(torch_step, name="Adam", fused=True),

@@ -2,6 +2,7 @@
 
 __version__ = "0.2.0"
 
+import numclip.compiled.registration as _registration  # noqa: F401
 from numclip.accumulator import NormAccumulator as NormAccumulator
 from numclip.diagnostics import get_num_threads as get_num_threads
 from numclip.diagnostics import set_num_threads as set_num_threads
@@ -44,3 +45,7 @@ __all__ = [
     for name, value in globals().items()
     if getattr(value, "__module__", "").startswith("numclip.")
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -121,6 +121,9 @@ class Given(Protocol):
 class AtOnce(Protocol):
     """What takes whole steps by one call each."""
 
+    def leave(self, numbers: list[int]) -> None:
+        """Let some tensors have no gradient of the plan's in the next step, all others one."""
+
     def step(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
     ) -> bool:

@@ -150,9 +150,16 @@ class GroupUpdater:
         return dict(zip(names, self.given.addresses.tolist(), strict=True))
 
     def step_at_once(
-        self, steps: Steps, turn: Turn, settings: list[list[float]], items: Any
+        self,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        items: Any,
+        absent: frozenset[str],
     ) -> bool:
         """Take a step by one native call, by the gradients given or, without, by the groups' own.
+
+        Of the latter, some are absent.
 
         Tell whether that was possible; if not, nothing has been changed.
         """
@@ -163,8 +170,14 @@ class GroupUpdater:
         if self._differs:
             return False
         clipper = steps.clippers[0]
-        place, unscale = turn.place, turn.unscale
-        return self._at_once.step(items, place, unscale, clipper.bounds, clipper.tables)
+        where = items, turn.place, turn.unscale
+        if not absent:
+            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+        self._at_once.leave([k for k, name in enumerate(clipper.names) if name in absent])
+        try:
+            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+        finally:
+            self._at_once.leave([])
 
     def step(
         self,

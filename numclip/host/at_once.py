@@ -34,23 +34,30 @@ class AtOnce:
         self._factors, self._like = tables.pop(given.FACTORS), batch.dtype.like
         chunks = batch.chunks.copy()
         distances = chunks[:, cpu.SOURCE] - starts[chunks[:, cpu.OWNER]]
-        tables = {**tables, given.CHUNKS: chunks, given.DISTANCES: distances}
-        self._held = [*tables.values(), starts, reader]
+        tables |= {given.CHUNKS: chunks, given.DISTANCES: distances}
+        tables |= {given.LENGTHS: chunks[:, cpu.LENGTH].copy()}
+        self._held = [*tables.values(), reader]
         self._own = np.zeros((given.TABLES, 3), np.int64)
         for k, table in tables.items():
             _point(self._own, k, table)
-        _point(self._own, given.ADDRESSES, starts)
+        self._starts, self._addresses = starts, starts.copy()
+        _point(self._own, given.ADDRESSES, self._addresses)
         _point(self._own, given.WANTED, reader.wanted)
         self._given = self._own.copy()
         _point(self._given, given.ADDRESSES, reader.addresses)
         self._outcomes: Sequence[Array] = ()
+
+    def leave(self, numbers: Sequence[int]) -> None:
+        """Let some tensors have no gradient of the plan's in the next step, all others one."""
+        self._addresses[:] = self._starts
+        self._addresses[numbers] = given.ABSENT
 
     def step(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
         """Take a step by the gradients of the plan, or those given; tell whether that was right.
 
-        It is not where one is absent, sums are to be taken again or gradients written.
+        It is not where sums are to be taken again or gradients written.
 
         What was found is a row of the outcomes. If it was not right, nothing else is written.
         """

@@ -14,7 +14,7 @@ import numpy as np
 from numclip.kernels import formulas
 from numclip.kernels.elements import array_at, narrow, widen
 from numclip.kernels.jit import block_sum, expanded, inline, kernel
-from numclip.kernels.tuning import BLOCK, NARROW_BLOCK
+from numclip.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
@@ -23,6 +23,7 @@ two_sum = inline(formulas.two_sum)
 power_term = inline(formulas.power_term)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
+settled = inline(formulas.settled)
 
 
 @inline
@@ -90,6 +91,19 @@ def array_of_squares(x):
     return blocks_of_squares(x, size)
 
 
+@inline
+def squares_of(x):
+    """Return the sum of squares of an array, added as those of the chunks of a tensor are."""
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x)
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
+        error += rest
+    return settled(total, error)
+
+
 @kernel
 def sum_squares(begin, end, chunks, like, out):
     """Write each chunk's sum of squares. Reads every element once."""
@@ -98,19 +112,34 @@ def sum_squares(begin, end, chunks, like, out):
         out[c] = array_of_squares(x)
 
 
+@inline
+def array_of_powers(x, scale, ord):
+    """Return the sum of ``(|x| / scale) ** ord``, a finite order."""
+    total = 0.0
+    error = 0.0
+    for i in range(x.size):
+        term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+        total, rest = two_sum(total, term)
+        error += rest
+    return total + error
+
+
+@inline
+def powers_of(x, scale, ord):
+    """Return the same sum, added as those of the chunks of a tensor are."""
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, array_of_powers(x[start : start + CHUNK], scale, ord))
+        error += rest
+    return settled(total, error)
+
+
 @kernel
 def sum_powers(begin, end, chunks, scales, ord, like, out):
     """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""
     for c in range(begin, end):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        scale = scales[chunks[c, OWNER]]
-        total = 0.0
-        error = 0.0
-        for i in range(x.size):
-            term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
-            total, rest = two_sum(total, term)
-            error += rest
-        out[c] = total + error
+        out[c] = array_of_powers(x, scales[chunks[c, OWNER]], ord)
 
 
 @kernel
@@ -203,6 +232,15 @@ def written(chunk, like):
     return out
 
 
+@inline
+def multiply_truncating(x, mantissa, power, digits, lowest):
+    """Multiply an array in place by ``mantissa * 2**power``, subnormal results toward zero."""
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        product = truncated_product(value, mantissa, power, digits, lowest)
+        x[i] = narrow(product, x[i])
+
+
 @kernel
 def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
     """Multiply as `scale` does, by ``mantissa * 2**power``, subnormal results toward zero.
@@ -216,10 +254,19 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
         x = written(chunks[c], like)
         if mantissa == 1.0 and power == 0:
             continue
-        for i in range(x.size):
-            value = np.float64(widen(x[i]))
-            product = truncated_product(value, mantissa, power, digits, lowest)
-            x[i] = narrow(product, x[i])
+        multiply_truncating(x, mantissa, power, digits, lowest)
+
+
+@inline
+def clean_array(x, components):
+    """Write 0 for each element of which one of its components is not finite."""
+    for i in range(0, x.size, components):
+        finite = True
+        for k in range(components):
+            finite &= math.isfinite(widen(x[i + k]))
+        for k in range(components):
+            if not finite:
+                x[i + k] = 0
 
 
 @kernel
@@ -229,14 +276,7 @@ def clean(begin, end, chunks, components, like):
     An element of two components is finite if both are.
     """
     for c in range(begin, end):
-        x = written(chunks[c], like)
-        for i in range(0, x.size, components):
-            finite = True
-            for k in range(components):
-                finite &= math.isfinite(widen(x[i + k]))
-            for k in range(components):
-                if not finite:
-                    x[i + k] = 0
+        clean_array(written(chunks[c], like), components)
 
 
 @inline

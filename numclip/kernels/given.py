@@ -24,9 +24,12 @@ from numclip.tables import (
     DIGITS,
     FACTOR,
     FINE,
+    FIRST,
+    LAST,
     POLICY,
     RAISE,
     RARE,
+    SET,
     UNSCALE,
     ZERO,
 )
@@ -38,8 +41,8 @@ DTYPE, AXES, FIRST_AXIS, NBYTES, ROW = range(5)
 ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
 # The tables of a step, of three words each: address, rows, columns.
-WANTED, ADDRESSES, DISTANCES, CHUNKS, PIECES, POOLS, LAWS, SHIFTS = range(8)
-SUMS, DECISIONS, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 14)
+WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
+SHIFTS, SUMS, DECISIONS, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 15)
 FACTORS = TABLES  # which kernels are given as an array
 
 
@@ -167,15 +170,31 @@ def found_turn(tables, k, turn, like):
 
 @inline
 def place(addresses, tables, chunks):
-    """Let chunks and updates read arrays; tell if none is absent."""
+    """Let chunks and updates read arrays, and those that are absent nothing; tell if all fit."""
     distances = found_row(tables, DISTANCES, tables)
+    lengths = found_row(tables, LENGTHS, tables)
     pieces = found(tables, PIECES, tables)
     for c in range(distances.size):
         address = addresses[chunks[c, OWNER]]
-        if address <= ABSENT:
+        if address == STAYS:
             return False
+        length = lengths[c] if address != ABSENT else 0
+        chunks[c, LENGTH] = pieces[c, updates.LENGTH] = length
         chunks[c, SOURCE] = pieces[c, GRAD] = address + distances[c]
     return True
+
+
+@inline
+def uncount(tables, counts, factors):
+    """Take back what was counted for groups, or those of one norm, of which all is absent."""
+    addresses, pools = found_row(tables, ADDRESSES, tables), found(tables, POOLS, tables)
+    present = np.zeros(pools.shape[0], np.bool_)
+    for p in range(pools.shape[0]):
+        for t in range(pools[p, FIRST], pools[p, LAST]):
+            present[pools[p, SET]] |= addresses[t] != ABSENT
+    for p in range(pools.shape[0]):
+        if not present[pools[p, SET]] and factors[p] != updates.LEFT:
+            counts[p] -= 1
 
 
 @inline
@@ -231,6 +250,7 @@ def descend(items, turn, unscale, tables, bounds, factors, like):
         return False
     decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
     updates.advance(decisions, column, counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
     pieces = found(tables, PIECES, tables)
     updates.descend(0, pieces.shape[0], pieces, factors, settings, like)
     return True
@@ -243,6 +263,7 @@ def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
         return False
     decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
     updates.advance(decisions, column, counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
     pieces = found(tables, PIECES, tables)
     updates.descend_with_momentum(0, pieces.shape[0], pieces, factors, settings, like)
     return True
@@ -255,6 +276,7 @@ def adam(items, turn, unscale, tables, bounds, factors, like):
         return False
     decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
     updates.advance_adam(decisions, column, counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
     pieces = found(tables, PIECES, tables)
     updates.adam(0, pieces.shape[0], pieces, factors, settings, like)
     return True

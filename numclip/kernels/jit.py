@@ -27,9 +27,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 INTERPRETED = bool(vars(config)["DISABLE_JIT"])
 
-# Division that raises keeps loops from vectorising; a kernel reports by value instead. Nobody
-# calls a kernel from C.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+# Division that raises keeps loops from vectorising; a kernel reports by value instead. What is not
+# set would be taken over from a user's function in whose compilation ours is first met.
+OWN_FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "forceinline": False}
+# Nobody calls a kernel from C.
+_OPTIONS: dict[str, Any] = {**OWN_FLAGS, "nogil": True, "no_cfunc_wrapper": True}
 # Nor a part of kernels from Python: without a wrapper it takes a fifth less time to compile.
 _PART_OPTIONS: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True}
 # Reassociation alone lets a sum vectorise. "nnan" and "ninf" stay off: NaN and Inf must pass.
@@ -205,7 +207,7 @@ def block_sum(function: Function) -> Function:
 
 def _part(function: Function, **options: Any) -> Function:
     """Compile a function that only kernels call; from Python there is no way into its code."""
-    compiled: Any = njit(**_PART_OPTIONS, **options)(function)
+    compiled: Any = njit(**{**_PART_OPTIONS, **options})(function)
     if INTERPRETED:
         return compiled  # type: ignore[no-any-return]
 

@@ -8,11 +8,11 @@ import math
 import numpy as np
 
 from numclip.kernels.columns import add_parts, column_squares, scale_columns
-from numclip.kernels.cpu import array_of_squares, copy, multiply, multiply_into
+from numclip.kernels.cpu import copy, multiply, multiply_into, squares_of
 from numclip.kernels.elements import as_computed
 from numclip.kernels.jit import inline, kernel
-from numclip.kernels.pools import _parts, settled, two_sum
-from numclip.kernels.tuning import CHUNK, COLUMN_ROWS, COLUMNS
+from numclip.kernels.pools import _parts
+from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.tables import (
     AFTER,
     BOUND,
@@ -44,12 +44,7 @@ factor_of = _parts.factor_of
 def row_squares(begin, end, x, out):
     """Write the sum of squares of each row, added as those of the chunks of a tensor are."""
     for r in range(begin, end):
-        row = x[r]
-        total = error = 0.0
-        for start in range(0, row.size, CHUNK):
-            total, rest = two_sum(total, array_of_squares(row[start : start + CHUNK]))
-            error += rest
-        out[r] = settled(total, error)
+        out[r] = squares_of(x[r])
 
 
 @kernel

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,23 +10,9 @@ import pytest
 
 import numclip as nc
 from tests.oracle import reference
+from tests.oracle.recorded import CASES, load
 
-GOLDEN = Path(__file__).parents[1] / "oracle" / "golden"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
-ARRAYS = dict(np.load(GOLDEN / "arrays.npz"))
 RELATIVE = {"float32": 2e-6, "float64": 1e-12}
-
-
-def load(entry: Any) -> Any:
-    if entry is None:
-        return None
-    if isinstance(entry, str):
-        return ARRAYS[entry]
-    if "dense" in entry:
-        return ARRAYS[entry["dense"]]
-    return nc.IndexedSlices(
-        ARRAYS[entry["values"]], ARRAYS[entry["indices"]], tuple(entry["dense_shape"])
-    )
 
 
 def run(op: str, args: dict[str, Any], inputs: list[Any]) -> list[Any]:

@@ -54,6 +54,7 @@ def left_of(groups, optimizer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.each_value
 @pytest.mark.many_calls
+@pytest.mark.full
 def test_clip_then_step_is_a_step(target, kind, rule, repeated, scale):
     """Up to the rounding of what is clipped: rules see and count each step once."""
     both, alone = (groups_by(rule, target.device) for _ in range(2))
@@ -97,6 +98,7 @@ def test_a_clipped_gradient_is_applied_as_it_is():
 
 
 @pytest.mark.parametrize("change", ["set", "accumulate", "zero", "given", "load", "rule"])
+@pytest.mark.full
 def test_a_gradient_that_is_set_after_a_clip_is_clipped(change):
     groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros(2)}, clip=nc.ByGlobalNorm(1.0))])
     optimizer, grads = nc.SGD(groups, lr=1.0), {"w": np.array([6.0, 8.0])}
@@ -120,6 +122,7 @@ def test_a_gradient_that_is_set_after_a_clip_is_clipped(change):
 
 
 @pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.full
 def test_what_a_clip_skips_a_step_skips(target, policy):
     both, alone = (groups_by(nc.ByGlobalNorm(0.5), target.device, policy) for _ in range(2))
     optimizers = [nc.Adam(groups, lr=0.1) for groups in (both, alone)]

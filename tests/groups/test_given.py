@@ -122,6 +122,7 @@ def test_any_groups(data):
 )
 @pytest.mark.parametrize("factor", [1.0, 1e-40, math.nan])
 @pytest.mark.each_value
+@pytest.mark.full
 def test_much_data(dtype, rule, factor):
     """More than is copied; some of it so small that results are subnormal, or not finite."""
 
@@ -165,6 +166,7 @@ def test_much_data_is_not_copied():
     ],
     ids=["wider", "narrower", "fortran", "strided", "swapped", "repeated"],
 )
+@pytest.mark.full
 def test_gradients_of_other_kinds(target, changed):
     def members():
         return [nc.Group("g", {"w": np.ones((4, 3), np.float32)}, clip=nc.ByGlobalNorm(0.5))]
@@ -242,6 +244,7 @@ def test_parameters_without_a_gradient_are_left(target, absent, way):
 @pytest.mark.parametrize(
     "rule", [nc.AutoClip(50), nc.ZClip(warmup=2), nc.AdaGC(warmup=2)], ids=repr
 )
+@pytest.mark.full
 def test_rules_see_no_norm_of_what_is_absent(rule):
     start = {"a": np.ones(2), "b": np.ones(3)}
     alone = [nc.ParamGroups([nc.Group(n, {n: p}, clip=rule)]) for n, p in start.items()]
@@ -288,6 +291,7 @@ def test_a_tensor_that_is_absent_keeps_its_norms():
 @pytest.mark.parametrize("rule", [None, nc.AutoClip(50)], ids=repr)
 @pytest.mark.each_value
 @pytest.mark.many_calls
+@pytest.mark.full
 def test_errors_change_nothing(target, grads, error, message, rule):
     params = {"w": np.ones((4, 3)), "b": np.ones(3)}
     group = nc.Group("g", params, clip=rule, nonfinite="raise")
@@ -307,6 +311,7 @@ def test_errors_change_nothing(target, grads, error, message, rule):
 
 
 @pytest.mark.parametrize("rule", [RULES[k] for k in (1, 2, 8, 12, 13)], ids=repr)
+@pytest.mark.full
 def test_measuring_given_gradients(target, rule):
     def members():
         params = {"w": np.ones((4, 3)), "b": np.ones(3)}
@@ -477,6 +482,7 @@ def test_nested_gradients_of_several_groups_and_in_part():
         (np.ones(3), TypeError, "grads: expected a mapping by name"),
     ],
 )
+@pytest.mark.full
 def test_nested_gradients_that_do_not_fit(grads, error, message):
     groups = nc.ParamGroups([nc.Group("g", NESTED)])
     for call in (groups.set_grads, groups.accumulate, nc.SGD(groups, lr=1.0).step):

@@ -13,6 +13,7 @@ FACE, CLIPPING, BORDER, ENGINE, ENGINES, GROUND = range(6)
 
 STOREYS = {
     FACE: {
+        "compiled",
         "diagnostics",
         "functional",
         "group",
@@ -21,6 +22,7 @@ STOREYS = {
         "optim",
         "plotting",
         "report",
+        "resuming",
         "rules",
         "running_rules",
         "state",

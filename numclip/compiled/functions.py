@@ -1,0 +1,174 @@
+"""What the functions do within compiled code, for the types that they are called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+
+from numclip.compiled import units
+from numclip.compiled.arrays import are_same
+from numclip.compiled.containers import all_copied, all_entered, all_left
+from numclip.compiled.tables import (
+    ELSEWHERE,
+    UNREACHABLE,
+    clamp_array,
+    clip_all,
+    fail,
+    number_of,
+)
+from numclip.compiled.types_taken import (
+    check_gradient,
+    check_number,
+    check_order,
+    check_out,
+    choice,
+    is_nothing,
+    members,
+    refuse,
+)
+from numclip.kernels.jit import expanded
+from numclip.kernels.spans import AVERAGE, GIVEN, IN_PLACE, ROOT_MEAN, UNCHANGED, WRITTEN
+from numclip.law import POLICIES
+
+DUPLICATES = ("sum", "raw")
+INFINITE = float("inf")
+
+
+def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
+    """Return the implementation for these types."""
+    check_order(ord, members("grads", grads))
+    choice("duplicates", duplicates, DUPLICATES)
+
+    def norm(grads, ord=2, duplicates="sum"):
+        works = all_entered(grads)
+        norm, status = clip_all(grads, works, (INFINITE, 0.0, number_of(ord), 0))
+        if status > WRITTEN:
+            fail(status)
+            raise UNREACHABLE
+        return norm
+
+    return norm
+
+
+def _clips(grads: Any, out: Any, what: int) -> Any:
+    """Return what clips arrays, in place or as new ones."""
+
+    def into_new_arrays(grads, out, bound, given, ord):
+        works = all_copied(grads)
+        norm, status = clip_all(works, works, (bound, given, ord, what))
+        if status > WRITTEN:
+            fail(status)
+            raise UNREACHABLE
+        return works, norm
+
+    def in_place(grads, out, bound, given, ord):
+        if not are_same(out, grads):
+            fail(ELSEWHERE)
+        works = all_entered(grads)
+        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE))
+        if status > WRITTEN:
+            fail(status)
+            raise UNREACHABLE
+        if status != UNCHANGED:
+            all_left(grads, works)
+        return grads, norm
+
+    return expanded(into_new_arrays if is_nothing(out) else in_place)
+
+
+def clip_by_global_norm(
+    grads: Any, clip_norm: Any, use_norm: Any, ord: Any, nonfinite: Any, duplicates: Any, out: Any
+) -> Any:
+    """Return the implementation for these types."""
+    gradients = members("grads", grads)
+    check_order(ord, gradients)
+    choice("duplicates", duplicates, DUPLICATES)
+    check_number("clip_norm", clip_norm)
+    check_out("grads", out, grads, gradients)
+    what = POLICIES[choice("nonfinite", nonfinite, tuple(POLICIES))]
+    if not is_nothing(use_norm):
+        check_number("use_norm", use_norm)
+        what |= GIVEN
+    clips = _clips(grads, out, what)
+
+    def clip(
+        grads, clip_norm, use_norm=None, ord=2, nonfinite="propagate", duplicates="sum", out=None
+    ):
+        return clips(grads, out, number_of(clip_norm), number_of(use_norm), number_of(ord))
+
+    return clip
+
+
+def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, what: int) -> Any:
+    """Return what clips one array."""
+    check_gradient("grad", grad)
+    check_number(name, bound)
+    check_order(ord, [grad])
+    check_out("grad", out, grad, [grad])
+    as_tuple = types.UniTuple(grad, 1)
+    clips = _clips(as_tuple, out, what)
+    if is_nothing(out):
+
+        def clip(grad, bound, ord, out):
+            return clips((grad,), None, number_of(bound), 0.0, number_of(ord))[0][0]
+
+    else:
+
+        def clip(grad, bound, ord, out):
+            return clips((grad,), (out,), number_of(bound), 0.0, number_of(ord))[0][0]
+
+    return expanded(clip)
+
+
+def clip_by_norm(grad: Any, clip_norm: Any, axes: Any, ord: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    if not is_nothing(axes):
+        check_gradient("grad", grad)
+        check_number("clip_norm", clip_norm)
+        check_out("grad", out, grad, [grad])
+        return units.clip_by_norm(grad, axes, ord, out)
+    clip = _one_array("clip_norm", grad, clip_norm, ord, out, 0)
+    return lambda grad, clip_norm, axes=None, ord=2, out=None: clip(grad, clip_norm, ord, out)
+
+
+def clip_by_average_norm(grad: Any, clip_norm: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    clip = _one_array("clip_norm", grad, clip_norm, 2, out, AVERAGE)
+    return lambda grad, clip_norm, out=None: clip(grad, clip_norm, 2, out)
+
+
+def clip_by_block_rms(grad: Any, threshold: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    clip = _one_array("threshold", grad, threshold, 2, out, ROOT_MEAN)
+    return lambda grad, threshold, out=None: clip(grad, threshold, 2, out)
+
+
+def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any) -> Any:
+    """Return the implementation for these types."""
+    check_gradient("grad", grad)
+    if isinstance(grad.dtype, types.Complex):
+        raise refuse("grad", "real numbers to hold between bounds", grad)
+    check_number("clip_value_min", clip_value_min)
+    check_number("clip_value_max", clip_value_max)
+
+    def into_new_array(grad, clip_value_min, clip_value_max, out=None):
+        works = all_copied((grad,))
+        status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
+        if status > WRITTEN:
+            fail(status)
+            raise UNREACHABLE
+        return works[0]
+
+    def in_place(grad, clip_value_min, clip_value_max, out=None):
+        if not are_same(out, grad):
+            fail(ELSEWHERE)
+        works = all_entered((grad,))
+        status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
+        if status > WRITTEN:
+            fail(status)
+            raise UNREACHABLE
+        all_left((grad,), works)
+        return grad
+
+    return in_place if check_out("grad", out, grad, [grad]) else into_new_array
