@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.clips import CLIP
+from bench.each import COLUMNS, MIXED, RATIO, VALUE
 from bench.per_example import PER_EXAMPLE
 from bench.sparse import ROWS, SPARSE
 from bench.steps import ADAM, SGD
@@ -20,6 +21,7 @@ from tests.oracle.cases import cut, of_shapes
 from tests.oracle.models import MODELS, Shape
 
 EXAMPLES = 64
+CHAR_RNN: list[Shape] = [(100, 80), (100, 100), (80, 100), (100, 1), (80, 1)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ CASES = [
     Case("flat 512 MB", [(1 << 27,)], CLIP, 1.0, 1.10, 1.10),
     Case("sparse rows", [(65_536, 64)], SPARSE, 3.0),
     Case("per example", [(1024, 1024), (1024,), (1024, 20), (20,)], PER_EXAMPLE, 1.3),
+    Case("each by value, char RNN", CHAR_RNN, VALUE, 1.5),
+    Case("each by columns, char RNN", CHAR_RNN, COLUMNS, 1.5),
+    Case("each by its parameter, char RNN", CHAR_RNN, RATIO, 1.5),
+    Case("two dtypes, char RNN", CHAR_RNN, MIXED, 1.5),
     Case("SGD, 4 small", MODELS["4 small"], SGD, 1.0),
     Case("SGD, ResNet-50", MODELS["ResNet-50"], SGD, 1.1, 1.15),
     Case("Adam, 4 small", MODELS["4 small"], ADAM, 3.0),

@@ -37,6 +37,19 @@ def numclip(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any
     return lambda: (views, made.step().norm)
 
 
+def own_arrays(source: list[np.ndarray], bound: Bound) -> Call:
+    """Parameters that stay where they are."""
+    params, grads = copied(source), copied(source)
+    optimizer = nc.Adam(None, lr=LR)
+
+    def call() -> tuple[Any, Any]:
+        norm = nc.clip_by_global_norm(grads, bound(), out=grads)[1]
+        optimizer.apply_gradients(zip(grads, params, strict=True))
+        return params, norm
+
+    return call
+
+
 def numpy_sgd(source: list[np.ndarray], bound: Bound) -> Call:
     params, grads = copied(source), copied(source)
 
@@ -130,6 +143,7 @@ ADAM = Workload(
     {
         "limit": memory_speed.read_and(memory_speed.adam, 4),
         "numclip": partial(numclip, optimizer=nc.Adam),
+        "numclip, own arrays": own_arrays,
         "NumPy loop": numpy_adam,
         "torch foreach": partial(torch_step, name="Adam", foreach=True),
         "torch fused": partial(torch_step, name="Adam", fused=True),

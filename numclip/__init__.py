@@ -44,3 +44,7 @@ __all__ = [
     for name, value in globals().items()
     if getattr(value, "__module__", "").startswith("numclip.")
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

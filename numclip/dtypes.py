@@ -118,6 +118,8 @@ def refusal(dtype: np.dtype[Any]) -> str:
         return f"structured dtype {dtype}; pass its fields one by one"
     if dtype.kind in "iub":
         return f"{dtype}; convert it with .astype(numpy.float32)"
+    if dtype == np.dtype("V2"):
+        return f"{dtype}, as files hold bfloat16; pass array.view(ml_dtypes.bfloat16)"
     return f"{dtype}"
 
 

@@ -33,6 +33,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
         and strides, `IndexedSlices`, or None, which counts as nothing. Only read. Arrays of
         NumPy, or of other libraries: tensors of PyTorch (with a graph or without) and what has
         DLPack are read where they lie, in the host's memory or on a GPU.
+        Sparse ones of other libraries count as `IndexedSlices` that share their values:
+        ``tf.IndexedSlices`` and PyTorch's COO, CSR and CSC, whose sparse axes are flattened into
+        one.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``. An order other than 2 takes two
         reads and copies complex gradients; for them it is the norm of the magnitudes.
@@ -159,6 +162,9 @@ def clip_by_global_norm(
     clipped; the norm is told as ``inf``. Strided, misaligned and byte-swapped arrays are
     worked on in a copy; in place they are written back, but byte-swapped ones are refused.
     CUDA arrays are worked on where they lie; misaligned ones are refused.
+    Parameters of PyTorch (leaf tensors that require grad) are refused in place of their
+    ``.grad``. A backward pass that needs a tensor as it was before an in-place call raises an
+    error.
 
     **Source.** ``tf.clip_by_global_norm`` and Pascanu, Mikolov and Bengio 2013 (arXiv
     1211.5063, algorithm 1). Differs where TensorFlow overflows, underflows, exceeds the bound
@@ -489,8 +495,10 @@ def clip_per_example(
 
     Notes
     -----
-    **Guarantees.** What one example adds has a norm of at most `clip_norm`. Sums are taken in
-    float64 and rounded to the dtype at the end. NaN or Inf in an example makes the
+    **Guarantees.** What one example adds has a norm of at most `clip_norm`, before the sum is
+    rounded: sums are taken in float64 and rounded to the nearest number of the dtype at the end,
+    by which even that of one example can exceed the bound, by a unit of roundoff (2**-11 of it for
+    float16) where nothing is subnormal. NaN or Inf in an example makes the
     sums NaN. **Source.** Abadi et al. 2016 (arXiv 1607.00133, algorithm 1), before the noise;
     ``optax.per_example_global_norm_clip`` and ``optax.per_example_layer_norm_clip``.
 

@@ -9,7 +9,6 @@ from typing import Any
 from numclip.border import arguments
 from numclip.border.gradients import describe
 from numclip.clipping.asking import check
-from numclip.dtypes import Array
 from numclip.errors import expected
 from numclip.report import WHOLE
 from numclip.rules import Rule
@@ -49,7 +48,7 @@ class Group:
     """
 
     name: str
-    params: Mapping[str, Array]
+    params: Mapping[str, Any]
     clip: Rule | None = None
     nonfinite: str = "propagate"
     sparse: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from numclip.engine import named
 from numclip.group import Group, checked
 from numclip.history import History
 from numclip.isolation import isolated
-from numclip.report import WHOLE, ClipReport
+from numclip.report import ClipReport
+from numclip.resuming import fitting_history, fitting_rules
+from numclip.running_rules import MOST
 
 Fitting = list[tuple[GroupState, str, Any]]
 """Gradients that fit: their group, their name, and what is copied in."""
@@ -47,6 +49,9 @@ class _Grads(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._groups.params)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class ParamGroups(state.Saved):
@@ -143,6 +148,8 @@ class ParamGroups(state.Saved):
                 for number, member in enumerate(members)
             }
         self._states = tuple(self._groups.values())
+        for group in self._states:
+            group.neighbours = self._states
         self._owners = {name: member.name for member in members for name in member.params}
         self.params: Mapping[str, Any] = MappingProxyType(
             {name: self._owner(name).params[name] for name in self._owners}
@@ -220,18 +227,14 @@ class ParamGroups(state.Saved):
         return len(self._groups)
 
     def __repr__(self) -> str:
-        lines = [f"ParamGroups({len(self._groups)} groups, step {self.step})"]
-        for group in self:
-            size = sum(param.size for param in group.params.values())
-            kind = "sparse" if group.sparse else "dense"
-            lines.append(
-                f"  {group.name}: {len(group.params)} {kind} tensors, {size} elements, "
-                f"clip={group.clip!r}, nonfinite={group.nonfinite!r}"
-            )
-        return "\n".join(lines)
+        title = f"ParamGroups({len(self._groups)} groups, step {self.step})"
+        return "\n  ".join([title, *map(repr, self)])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
-        raise TypeError("ParamGroups cannot be copied; make new groups and load_state_dict")
+    def __reduce__(self) -> Never:
+        raise TypeError(
+            "ParamGroups cannot be copied or pickled; make new ones, and let them "
+            "load_state_dict(groups.state_dict())"
+        )
 
     @isolated
     def set_grads(self, grads: Mapping[str, Any]) -> None:
@@ -385,11 +388,14 @@ class ParamGroups(state.Saved):
             turn = updater.step(steps, self.step, rates, unscale, ranks)
             return self._reported(steps, turn, counts=True)
 
+    def _params_on_host(self) -> dict[str, Array]:
+        return {name: np.array(array) for name, array in self.params.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the parameters, the rules' state, the history and the step."""
         return {
             "step": self.step,
-            "params": {name: np.array(array) for name, array in self.params.items()},
+            "params": self._params_on_host(),
             "rules": {
                 group.name: {"rule": repr(group.clip), **_copied(group.rule_state)}
                 for group in self
@@ -397,54 +403,44 @@ class ParamGroups(state.Saved):
             "history": self.history.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
         """Take up a state; gradients are set to zero.
 
         Parameters
         ----------
         state_dict : mapping
             From `state_dict` of groups with the same parameters and rules.
+        strict : bool, default True
+            False takes up what fits: parameters of the same name, shape and dtype, the state of a
+            rule of the same class, the history of groups there are, and the step. All else stays
+            as it is.
+
+        Returns
+        -------
+        list of str
+            What was left out and why, the bound of a rule for instance; empty where all fits.
 
         Raises
         ------
         StateError
-            Where it does not fit; the message says where. Nothing is changed then.
+            Where it does not fit and is to; the message says where. Nothing is changed then.
         """
-        expected = {key: value for key, value in self.state_dict().items() if key != "history"}
-        loaded = {key: value for key, value in state_dict.items() if key != "history"}
-        state.matches(expected, loaded)
-        history = History(self.history.capacity)
-        try:
-            history.load_state_dict(state_dict["history"])
-            foreign = set(state_dict["history"]) - {WHOLE, *self._groups}
-            if foreign:
-                raise ValueError(f"history: unknown groups {sorted(foreign)}")
-            for group in self:
-                saved = state_dict["rules"][group.name]["rule"]
-                if saved != repr(group.clip):
-                    raise ValueError(
-                        f"rule of {group.name!r}: expected {group.clip!r}, got {saved}"
-                    )
-                if group.clip is not None:
-                    rule_state = _arrays(state_dict["rules"][group.name])
-                    group.clip.check_state(rule_state, len(group.params))
-            if state_dict["step"] < 0:
-                raise ValueError(f"step: expected >= 0, got {state_dict['step']}")
-        except (KeyError, ValueError) as error:
-            raise state.StateError(f"the state does not fit: {error}") from error
+        fit, loaded = state.Fit(strict=strict), dict(state_dict)
+        rules = fitting_rules(self, loaded.pop("rules", None), fit)
+        history = fitting_history(self, loaded.pop("history", None), fit)
+        found = fit.tree({"step": self.step, "params": self._params_on_host()}, loaded)
+        if not 0 <= found["step"] <= MOST:
+            fit.leave_out(f"step: expected a count from 0 to {MOST}, got {found['step']}")
+            found["step"] = self.step
         for name, param in self.params.items():
-            param[...] = state_dict["params"][name]
+            param[...] = found["params"][name]
         for group in self:
-            group.rule_state = _copied(_arrays(state_dict["rules"][group.name]))
-        self.history = history
+            group.rule_state = _copied(rules[group.name])
         if self._ranks is not None:
             self._ranks.forget()
-        self.step = state_dict["step"]
+        self.history, self.step = history, found["step"]
         self.zero_grads()
-
-
-def _arrays(saved: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: value for name, value in saved.items() if name != "rule"}
+        return fit.left_out
 
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from numclip.border import arguments
 from numclip.dtypes import Array
-from numclip.report import WHOLE, ClipReport, Outcome, cell, table
+from numclip.report import WHOLE, ClipReport, Outcome, cell, plain, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,11 +238,11 @@ class History:
         -------
         dict of str to dict of str to list
             For each group, and for the whole under "all": "step", "norm", "clipped_norm",
-            "scale", "threshold" (NaN for none), "clipped", "skipped" and "nonfinite", oldest
-            first.
+            "scale", "threshold", "clipped", "skipped" and "nonfinite", oldest first. None stands
+            for NaN and Inf, and for no threshold.
         """
         return {
-            name: {column: rows[column].tolist() for column in COLUMNS}
+            name: {column: list(map(plain, rows[column].tolist())) for column in COLUMNS}
             for name, rows in self._ordered().items()
         }
 
@@ -286,7 +286,7 @@ class History:
         Returns
         -------
         dict of str to dict of str to array
-            As `to_dict`: int64 steps, float64 numbers, bool flags.
+            As `to_dict`: int64 steps, float64 numbers (NaN for no threshold), bool flags.
         """
         return {
             name: {column: rows[column].copy() for column in COLUMNS}

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip.dtypes import Array
 
 CUDA = 2  # DLPack's code of the device
+REFUSALS = AttributeError, BufferError, LookupError, RuntimeError, TypeError, ValueError
+"""What objects of others raise where they cannot be read."""
+
+
+def attribute(value: Any, name: str) -> Any:
+    """Return an attribute of a user's object, None where it has none; a dict's keys are none."""
+    if isinstance(value, dict):
+        return None
+    try:
+        return getattr(value, name, None)
+    except REFUSALS:
+        return None
 
 
 @functools.cache
@@ -25,19 +39,25 @@ def on_device(array: Any) -> bool:
     if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
     # That of PyTorch, whose other attributes can raise, and of IndexedSlices.
-    is_cuda = getattr(array, "is_cuda", None)
+    is_cuda = attribute(array, "is_cuda")
     if isinstance(is_cuda, bool):
         return is_cuda
-    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
+    interfaces = "__cuda_array_interface__", "__cuda_ndarray__"
+    if any(attribute(array, name) is not None for name in interfaces):
         return True
-    device = getattr(array, "__dlpack_device__", None)
-    return device is not None and int(device()[0]) == CUDA
+    device = attribute(array, "__dlpack_device__")
+    try:
+        return device is not None and int(device()[0]) == CUDA
+    except REFUSALS:
+        return False
 
 
 def is_array(value: Any) -> bool:
     """Tell whether a value is one array, of NumPy or of another library."""
-    own = isinstance(value, (np.ndarray, np.generic))
-    return own or hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    if isinstance(value, (np.ndarray, np.generic)):
+        return True
+    interfaces = "__dlpack__", "__cuda_array_interface__"
+    return any(attribute(value, name) is not None for name in interfaces)
 
 
 @functools.cache
@@ -74,21 +94,20 @@ def as_numpy(name: str, array: Any) -> Array | None:
     Memory is shared. What NumPy does not take that way, as bfloat16 of JAX, is read through
     ``__array__``, which can copy: what is returned then is read-only.
     """
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
+    if isinstance(array, np.ndarray) or attribute(array, "__dlpack__") is None:
         return None
     if library(array.__class__) == "torch":
         return _tensor_as_numpy(name, array)
-    where = getattr(array, "__dlpack_device__", None)  # what JAX traces has no memory
-    if where is None:
+    if attribute(array, "__dlpack_device__") is None:  # what JAX traces has no memory
         return None
-    if int(where()[0]) == CUDA:
+    if on_device(array):
         raise elsewhere(name, array)
     try:
         return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        if not hasattr(array, "__array__"):
+    except REFUSALS as error:
+        if attribute(array, "__array__") is None:
             raise _unreadable(name, array, error) from error
-    read = np.asarray(array).view()
+    read = _converted(name, array).view()
     read.flags.writeable = False
     return read
 
@@ -96,7 +115,15 @@ def as_numpy(name: str, array: Any) -> Array | None:
 def to_numpy(name: str, value: Any) -> Array:
     """Return an array of any library, or what `numpy.asarray` takes, as NumPy's."""
     found = as_numpy(name, value)
-    return np.asarray(value) if found is None else found
+    return _converted(name, value) if found is None else found
+
+
+def _converted(name: str, value: Any) -> Array:
+    """Return what `numpy.asarray` makes of a value."""
+    try:
+        return np.asarray(value)
+    except REFUSALS as error:
+        raise _unreadable(name, value, error) from error
 
 
 def _tensor_as_numpy(name: str, tensor: Any) -> Array:
@@ -117,11 +144,100 @@ def _refuse_tensor(name: str, tensor: Any) -> None:
     if tensor.is_cuda:
         raise elsewhere(name, tensor)
     if str(tensor.layout).startswith("torch.sparse"):
-        raise TypeError(
-            f"{name}: expected a dense tensor or IndexedSlices, got {tensor.layout}; pass "
-            "IndexedSlices(t.values(), t.indices()[0], t.shape) of t = tensor.coalesce()"
-        )
+        raise _of_layout(name, tensor)
     refuse_lazy(name, tensor)
+
+
+def _of_layout(name: str, tensor: Any) -> TypeError:
+    return TypeError(
+        f"{name}: expected a dense tensor, got one of layout {tensor.layout}; pass "
+        "tensor.to_dense()"
+    )
+
+
+class SparseParts(NamedTuple):
+    """What a sparse gradient is made of; `axes` of its axes are the first one of `dense_shape`."""
+
+    values: Any
+    indices: Any
+    dense_shape: tuple[int, ...]
+    axes: int
+
+
+def sparse_parts(name: str, value: Any) -> SparseParts | None:
+    """Return what a sparse gradient of another library is made of; None for others.
+
+    Of PyTorch's sparse tensors, or of what has the attributes of ``tf.IndexedSlices`` or
+    ``tf.SparseTensor``. Indices of several axes become those of one: the axes are flattened.
+    """
+    if isinstance(value, np.ndarray):
+        return None
+    if library(value.__class__) == "torch":
+        return _parts_of_tensor(name, value)
+    values, indices = attribute(value, "values"), attribute(value, "indices")
+    if values is None or indices is None or not hasattr(value, "dense_shape"):
+        return None
+    if value.dense_shape is None:
+        raise TypeError(
+            f"{name}: expected slices with a dense_shape, got None; pass "
+            "numclip.IndexedSlices(g.values, g.indices, shape)"
+        )
+    indices = to_numpy(f"{name}.indices", indices)
+    shape = tuple(map(int, value.dense_shape))
+    return _flattened(values, indices.T if indices.ndim == 2 else [indices], shape)
+
+
+def _parts_of_tensor(name: str, tensor: Any) -> SparseParts | None:
+    layout = str(attribute(tensor, "layout"))
+    if not layout.startswith("torch.sparse"):
+        return None
+    plain = tensor.detach()
+    if layout == "torch.sparse_coo" and plain.sparse_dim():
+        return _flattened(plain._values(), plain._indices(), tuple(plain.shape))
+    if layout not in ("torch.sparse_csr", "torch.sparse_csc") or plain.values().ndim != 1:
+        raise _of_layout(name, tensor)
+    by_row = layout.endswith("csr")
+    starts = plain.crow_indices() if by_row else plain.ccol_indices()
+    inner = plain.col_indices() if by_row else plain.row_indices()
+    lengths = starts[1:] - starts[:-1]
+    outer = (lengths.new_ones(len(lengths)).cumsum(0) - 1).repeat_interleave(lengths)
+    both = [outer, inner] if by_row else [inner, outer]
+    return _flattened(plain.values(), both, tuple(plain.shape))
+
+
+def _flattened(values: Any, indices: Any, shape: tuple[int, ...]) -> SparseParts:
+    """Return parts whose indices, an array for each of the first axes, are those of one axis."""
+    axes, flat = len(indices), indices[0]
+    for length, more in zip(shape[1:axes], indices[1:], strict=True):
+        flat = flat * length + more
+    return SparseParts(values, flat, (math.prod(shape[:axes]), *shape[axes:]), axes)
+
+
+def is_parameter(value: Any) -> bool:
+    """Tell whether a tensor is a parameter of a model, which has its gradient in `.grad`."""
+    if type(value) is np.ndarray or library(value.__class__) != "torch":
+        return False
+    return bool(attribute(value, "requires_grad") and attribute(value, "is_leaf"))
+
+
+def refuse_parameter(name: str, value: Any) -> None:
+    """Refuse to clip a parameter in place of its gradient."""
+    if is_parameter(value):
+        raise TypeError(
+            f"{name}: expected a gradient, got a parameter (a leaf tensor that requires grad); "
+            "pass its .grad, or its .detach() to clip the parameter itself"
+        )
+
+
+def note_writing(items: Iterable[Any]) -> None:
+    """Let a backward pass of PyTorch that saved one of its tensors find out that it was written."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "autograd"):
+        return
+    tensors = [item for item in items if isinstance(item, torch.Tensor)]
+    written = [tensor for tensor in tensors if not tensor.is_inference()]
+    if written:
+        torch.autograd.graph.increment_version(written)
 
 
 def elsewhere(name: str, array: Any) -> TypeError:
@@ -133,5 +249,5 @@ def elsewhere(name: str, array: Any) -> TypeError:
 
 
 def _unreadable(name: str, array: Any, error: Exception) -> TypeError:
-    kind = type(array).__name__
-    return TypeError(f"{name}: expected an array that NumPy can view, got {kind}: {error}")
+    kind, reason = type(array).__name__, str(error) or type(error).__name__
+    return TypeError(f"{name}: expected an array that NumPy can view, got {kind}: {reason}")

@@ -17,6 +17,7 @@ from numclip.dtypes import Array
 from numclip.groups import ParamGroups
 from numclip.isolation import isolated
 from numclip.report import ClipReport
+from numclip.running_rules import MOST
 
 Rate = float | Callable[[int], float]
 
@@ -125,6 +126,12 @@ class Optimizer(state.Saved):
         self._applied += 1
         self._arrays.update(rounds, lr)
 
+    def __repr__(self) -> str:
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        settings = {"lr": own.pop("lr"), **own}
+        told = [f"{k}={v!r}" for k, v in settings.items() if k not in ("groups", "state_names")]
+        return f"{type(self).__name__}({', '.join(told)})"
+
     def __reduce__(self) -> Never:
         raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")
 
@@ -140,34 +147,57 @@ class Optimizer(state.Saved):
             groups[group.name] = {"steps": slots.steps, "states": params}
         return {"optimizer": type(self).__name__, "groups": groups}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
         """Take up states from `state_dict`.
 
         Parameters
         ----------
         state_dict : mapping
             From an optimizer of the same kind, for groups with the same parameters.
+        strict : bool, default True
+            False takes up the states of parameters that fit by name and size, and the count of
+            steps of groups of which any does. All else stays as it is. Rates, betas and decay are
+            no state: they are those of this optimizer.
+
+        Returns
+        -------
+        list of str
+            What was left out and why; empty where all fits.
 
         Raises
         ------
         StateError
-            Where it does not fit; the message says where. Nothing is changed then.
+            Where it does not fit and is to; the message says where. Nothing is changed then.
         """
         groups, updater = self._managed()
-        expected = self.state_dict()
-        state.matches(expected, state_dict)
-        if expected["optimizer"] != state_dict["optimizer"]:
-            raise state.StateError(
-                f"optimizer: expected {expected['optimizer']}, got {state_dict['optimizer']}"
-            )
-        if any(saved["steps"] < 0 for saved in state_dict["groups"].values()):
-            raise state.StateError("steps: expected numbers >= 0")
-        for name, saved in state_dict["groups"].items():
+        fit, expected = state.Fit(strict=strict), self.state_dict()
+        kinds = expected["optimizer"], state_dict.get("optimizer")
+        if kinds[0] != kinds[1]:
+            fit.leave_out(f"optimizer: expected {kinds[0]}, got {kinds[1]}")
+            return fit.left_out
+        found = fit.tree(expected, dict(state_dict))
+        for name, saved in found["groups"].items():
+            own = expected["groups"][name]
+            pairs = [
+                (array, own["states"][param][label])
+                for param, arrays in saved["states"].items()
+                for label, array in arrays.items()
+            ]
+            fits = not pairs or any(array is not present for array, present in pairs)
+            if not 0 <= saved["steps"] <= MOST:
+                fit.leave_out(
+                    f"steps of {name!r}: expected a count from 0 to {MOST}, got {saved['steps']}"
+                )
+                fits = False
+            if not fits:
+                saved["steps"] = own["steps"]
+        for name, saved in found["groups"].items():
             slots = updater.slots[name]
             slots.steps = saved["steps"]
             for param, own in zip(groups[name].params, slots.views, strict=True):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
+        return fit.left_out
 
 
 class SGD(Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,11 @@ FIELDS = frozenset([*NUMBERS, "step", "groups", "tensors"])
 def cell(value: float | None) -> str:
     """Return a number as tables show it."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: None for NaN and Inf."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(align: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -165,8 +171,8 @@ class GroupReport(Outcome):
         return "clipped" if self.clipped else "untouched"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the fields by name, ready for JSON: None stands for NaN and Inf."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -241,13 +247,16 @@ class ClipReport(Outcome):
         -------
         dict
             The fields by name; "groups" and "tensors" hold a dict for each group and gradient.
-            NaN and Inf stay floats.
+            None stands for NaN and Inf.
         """
         nested = {
             "groups": {name: group.to_dict() for name, group in self.groups.items()},
-            "tensors": {name: tensor._asdict() for name, tensor in self.tensors.items()},
+            "tensors": {
+                name: {key: plain(value) for key, value in tensor._asdict().items()}
+                for name, tensor in self.tensors.items()
+            },
         }
-        return {field.name: getattr(self, field.name) for field in fields(self)} | nested
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)} | nested
 
     def describe_tensors(self) -> str:
         """Return a table of the gradients, one a row.

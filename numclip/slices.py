@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from numclip.engine import Engine
 from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.host.rows import group
+
+MOST_ROWS = 2**63 - 1  # of which int64 tells one
+MOST_BYTES, MOST_FILLING = 2**30, 1000
+"""How much is made of a sparse matrix, in bytes and over what it stores: the greater of both."""
 
 
 class Grouping(NamedTuple):
@@ -28,6 +33,28 @@ class Grouping(NamedTuple):
     def distinct(self) -> int:
         """How many distinct indices there are."""
         return int(self.starts.size) - 1
+
+
+def _refuse_masked(name: str, array: Any) -> None:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(expected(name, "an array", "a masked array; use .filled(0)"))
+
+
+def slices_of(name: str, gradient: Any) -> IndexedSlices | None:
+    """Return a sparse gradient of any library as slices that share its values; None for others."""
+    if isinstance(gradient, IndexedSlices):
+        return gradient
+    parts = libraries.sparse_parts(name, gradient)
+    if parts is None:
+        return None
+    try:
+        made = IndexedSlices(parts.values, parts.indices, parts.dense_shape)
+    except TypeError as error:
+        raise TypeError(f"{name}.{error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+    made.axes = parts.axes
+    return made
 
 
 class IndexedSlices:
@@ -73,10 +100,14 @@ class IndexedSlices:
     7.0
     """
 
+    axes = 1  # of another library's sparse array that are the first axis here
+
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
         shape = self._take(values)
         try:
             self._dense_shape = tuple(operator.index(size) for size in dense_shape)
+            if any(isinstance(size, (bool, np.bool_)) for size in dense_shape):
+                raise TypeError
         except TypeError:
             wanted = "a sequence of integers"
             raise TypeError(expected("dense_shape", wanted, repr(dense_shape))) from None
@@ -87,10 +118,9 @@ class IndexedSlices:
 
     def _take(self, values: Any) -> tuple[int, ...]:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
-        if isinstance(values, np.ma.MaskedArray):
-            raise TypeError(expected("values", "an array", "a masked array; use .filled(0)"))
+        _refuse_masked("values", values)
         if not (libraries.is_array(values) or libraries.on_device(values)):
-            values = np.asarray(values)
+            values = libraries.to_numpy("values", values)
         engine = engines.of(values)
         facts = engine.facts("values", values)
         if lookup(facts.native) is None:
@@ -105,6 +135,7 @@ class IndexedSlices:
 
     def _on_host(self, indices: Any) -> Array:
         """Return indices in the host's memory; those on a GPU are waited for."""
+        _refuse_masked("indices", indices)
         if libraries.on_device(indices) and self.is_cuda:
             found: Array = self._engine.indices_on_host(indices)
             return found
@@ -139,10 +170,9 @@ class IndexedSlices:
         shape = self.dense_shape
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices: expected integers, got {indices.dtype}")
-        if not shape or min(shape) < 0:
-            raise ValueError(
-                f"dense_shape: expected at least one dimension, none negative, got {shape}"
-            )
+        if not shape or min(shape) < 0 or max(shape) > MOST_ROWS:
+            wanted = "at least one dimension, none negative or above 2**63 - 1"
+            raise ValueError(expected("dense_shape", wanted, shape))
         if indices.ndim != 1 or not values or values[0] != indices.shape[0]:
             raise ValueError(
                 "indices: expected one for each row of values, "
@@ -162,6 +192,17 @@ class IndexedSlices:
     def __repr__(self) -> str:
         rows = f"{self.indices.size} rows of {self.dtype}"
         return f"IndexedSlices({rows}, dense_shape={self.dense_shape})"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Never:
+        """Refuse to become an array of NumPy, which can be too large to be made by the way."""
+        raise TypeError(
+            f"IndexedSlices stand for an array of shape {self.dense_shape}; make it by .to_dense()"
+        )
+
+    def __add__(self, other: Any) -> IndexedSlices:
+        if not isinstance(other, IndexedSlices):
+            return NotImplemented
+        return self.concatenate([self, other])
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -197,6 +238,62 @@ class IndexedSlices:
         if "grouping" in self.__dict__:
             other.__dict__["grouping"] = self.grouping
         return other
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Any]) -> IndexedSlices:
+        """Return the rows of several slices as one object, which stands for their sum.
+
+        Parameters
+        ----------
+        parts : iterable of IndexedSlices
+            At least one; of one dtype and dense shape, all in the host's memory or on one GPU.
+
+        Returns
+        -------
+        IndexedSlices
+            New arrays; rows that repeat are added up when they are used, or by `coalesce`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where they do not fit; the message names the first that does not.
+
+        Examples
+        --------
+        >>> import numpy as np, numclip as nc
+        >>> g = nc.IndexedSlices(np.array([[3.0, 4.0]]), [7], (1000, 2))
+        >>> both = nc.IndexedSlices.concatenate([g, g])  # or g + g
+        >>> both, nc.global_norm([both])
+        (IndexedSlices(2 rows of float64, dense_shape=(1000, 2)), 10.0)
+        """
+        members = list(parts)
+        if not members:
+            raise ValueError(expected("parts", "at least one IndexedSlices", "none"))
+        first = members[0]
+        for k, part in enumerate(members):
+            if not isinstance(part, IndexedSlices):
+                kind = type(part).__name__
+                raise TypeError(expected(f"parts[{k}]", "IndexedSlices", kind))
+            wanted, got = (
+                f"{own.dtype} of dense_shape {own.dense_shape} on {own._device!r}"
+                for own in (first, part)
+            )
+            if wanted != got:
+                raise ValueError(expected(f"parts[{k}]", f"{wanted}, as in parts[0]", got))
+        indices = np.concatenate([part.indices for part in members])
+        engine, facts = first._engine, [part._facts for part in members]
+        stream = engine.stream_of(facts)
+        made = engine.new_of_shape(facts[0], (indices.size, *first.dense_shape[1:]))
+        target = engine.facts("values", made)
+        start = 0
+        for own in facts:
+            rows = slice(start, start + own.shape[0])
+            array = target.array[rows] if engine.takes_any_rows else target.array
+            place = target.address + start * (target.nbytes // max(indices.size, 1))
+            engine.copy(target._replace(address=place, shape=own.shape, array=array), own, stream)
+            start = rows.stop
+        engine.give_back(stream, [*facts, target])
+        return cls(made, indices, first.dense_shape)
 
     def coalesce(self) -> IndexedSlices:
         """Return the slices with repeated rows summed and the indices in ascending order.
@@ -283,11 +380,24 @@ class IndexedSlices:
         -------
         IndexedSlices
             Each stored row once, in ascending order, dense along its columns.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where `m` is no such matrix, or its stored rows would take more than 1 GiB and 1000
+            times what is stored; ``m.reshape(-1, 1)`` then gives slices of its elements.
         """
         if not hasattr(m, "tocsr"):
             raise TypeError(f"m: expected a scipy.sparse matrix, got {type(m).__name__}")
         if len(m.shape) != 2:
             raise ValueError(f"m: expected two dimensions, got shape {m.shape}")
-        csr = m.tocsr()
-        rows = np.flatnonzero(np.diff(csr.indptr))
-        return cls(csr[rows].toarray(), rows.astype(np.int64), csr.shape)
+        from scipy.sparse import csr_array
+
+        coo = m.tocoo()
+        rows, places = np.unique(coo.row, return_inverse=True)
+        shape = rows.size, m.shape[1]
+        nbytes = math.prod(shape) * coo.dtype.itemsize
+        if nbytes > max(MOST_BYTES, MOST_FILLING * coo.data.nbytes):
+            got = f"rows that take {nbytes / 2**30:.1f} GiB; pass m.reshape(-1, 1) for its elements"
+            raise ValueError(expected("m", f"{coo.nnz} elements in rows that are not so wide", got))
+        return cls(csr_array((coo.data, (places, coo.col)), shape).toarray(), rows, m.shape)

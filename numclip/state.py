@@ -7,15 +7,18 @@ follows from the index, so it is compared and never parsed.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import secrets
 import shutil
 import struct
+import time
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +29,7 @@ FORMAT = "numclip state"
 VERSION = 1
 MAX_DEPTH = 64  # of dicts within dicts; one that holds itself ends here too
 
+_PREFIX, _SUFFIX, _DAY = ".numclip-", ".tmp", 86_400.0
 _INDEX = "index.npy"
 _INDEX_HEADER = 128  # bytes, whatever the length of an array of one dimension
 _CODES = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16"
@@ -48,7 +52,8 @@ def save(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     Parameters
     ----------
     path : str or path
-        The file, replaced where it exists. Used as given: no suffix is appended.
+        The file, replaced where it exists. Used as given: no suffix is appended. What is no
+        regular file, a pipe for instance, is written to.
     tree : dict
         By names, which may be any str: arrays, Python's float, int, str, bool and None, and
         dicts of the same. Arrays are of bool, integers or any dtype that gradients may have.
@@ -66,27 +71,72 @@ def save(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     -----
     Every bit is kept, those of NaNs too; the order of an array in memory is not. The same tree
     makes the same bytes.
+
+    A process that is killed leaves the old file or the new one. On Linux the new one has no name
+    until it is complete; elsewhere a temporary file can stay, which a save there removes a day
+    later.
     """
     arrays: dict[str, Array] = {}
     index = {"format": FORMAT, "version": VERSION, "tree": _describe((), tree, arrays)}
     # Not as ASCII: JSON's escapes would join two halves of a surrogate pair.
     text = json.dumps(index, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    target = os.path.realpath(os.fsdecode(path))
-    temporary = os.path.join(os.path.dirname(target), f".numclip-{secrets.token_hex(8)}.tmp")
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            _write(archive, _INDEX, np.frombuffer(text, np.uint8))
+            for name, array in arrays.items():
+                _write(archive, name, array)
+
+    name = os.fsdecode(path)
+    if os.path.exists(name) and not os.path.isfile(name):
+        write(whole := io.BytesIO())  # what is no file cannot be sought in
+        with open(name, "wb") as file:
+            file.write(whole.getbuffer())
+    else:
+        _replace(os.path.realpath(name), write)
+
+
+def _replace(target: str, write: Callable[[IO[bytes]], None]) -> None:
+    """Let a file be what `write` writes, all of it or nothing."""
+    folder = os.path.dirname(target)
+    _remove_abandoned(folder)
+    temporary = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     try:
-        with open(temporary, "xb") as file:
+        nameless = _opened_without_name(folder)
+        with open(temporary, "xb") if nameless is None else open(nameless, "wb") as file:
             if os.path.exists(target):
-                shutil.copymode(target, temporary)
-            with zipfile.ZipFile(file, "w") as archive:
-                _write(archive, _INDEX, np.frombuffer(text, np.uint8))
-                for name, array in arrays.items():
-                    _write(archive, name, array)
+                own = temporary if nameless is None else f"/proc/self/fd/{nameless}"
+                shutil.copymode(target, own)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+            if nameless is not None:
+                # A folder, which is not used, lets Python follow the link.
+                os.link(f"/proc/self/fd/{nameless}", temporary, src_dir_fd=nameless)
         os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _opened_without_name(folder: str) -> int | None:
+    """Return a new file that is gone with the process, until it is linked; None elsewhere."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError:  # file systems that have none, and folders that are not there
+        return None
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove temporary files of processes that were killed a day ago or earlier."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _DAY:
+                        os.unlink(entry.path)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -106,7 +156,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fsdecode(path)
     with open(name, "rb") as file:
         try:
-            return _read(file)
+            return _read(file if file.seekable() else io.BytesIO(file.read()))
         except MemoryError:
             raise
         except Exception as error:  # what zipfile raises for damage is not documented
@@ -123,7 +173,33 @@ def matches(expected: Any, loaded: Any) -> None:
         Where names, types of leaves, or dtypes or shapes of arrays differ; the message names the
         first place. Names may come in any order.
     """
-    _compare((), expected, loaded)
+    Fit().tree(expected, loaded)
+
+
+class Fit:
+    """What of a loaded state fits: all of it or an error, or all that is not in `left_out`."""
+
+    def __init__(self, *, strict: bool = True) -> None:
+        self.strict, self.left_out = strict, list[str]()
+
+    def leave_out(self, reason: str) -> None:
+        """Note what is not taken up, or raise `StateError`."""
+        if self.strict:
+            raise StateError(reason)
+        self.left_out.append(reason)
+
+    def tree(self, expected: Any, loaded: Any, path: _Path = ()) -> Any:
+        """Return the loaded tree where it fits, and the expected one where it does not."""
+        if _kind(expected) != _kind(loaded):
+            self.leave_out(f"{_where(path)}: expected {_kind(expected)}, got {_kind(loaded)}")
+            return expected
+        if type(expected) is not dict:
+            return loaded
+        parts = {
+            key: self.tree(expected.get(key, _ABSENT), loaded.get(key, _ABSENT), (*path, key))
+            for key in expected | loaded
+        }
+        return {key: part for key, part in parts.items() if part is not _ABSENT}
 
 
 def _where(path: _Path) -> str:
@@ -137,14 +213,6 @@ def _kind(node: Any) -> str:
     if type(node) is np.ndarray:
         return f"array of {node.dtype} and shape {node.shape}"
     return f"{type(node).__module__}.{type(node).__qualname__}".removeprefix("builtins.")
-
-
-def _compare(path: _Path, expected: Any, loaded: Any) -> None:
-    if _kind(expected) != _kind(loaded):
-        raise StateError(f"{_where(path)}: expected {_kind(expected)}, got {_kind(loaded)}")
-    if type(expected) is dict:
-        for key in expected | loaded:
-            _compare((*path, key), expected.get(key, _ABSENT), loaded.get(key, _ABSENT))
 
 
 def _check_depth(path: _Path) -> None:
@@ -197,7 +265,7 @@ def _read(file: IO[bytes]) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         total = sum(info.compress_size for info in archive.infolist())
-        if len(members) < len(archive.infolist()) or total > os.fstat(file.fileno()).st_size:
+        if len(members) < len(archive.infolist()) or total > file.seek(0, os.SEEK_END):
             raise ValueError("its members overlap")
         content = _content(archive, members, _INDEX)
         text = _array(content, "uint8", (len(content) - _INDEX_HEADER,)).tobytes()
@@ -268,8 +336,8 @@ class Saved(ABC):
         """Return copies of what makes up the state."""
 
     @abstractmethod
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up a state, or raise `StateError` and change nothing."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
+        """Take up a state, or raise `StateError` and change nothing; tell what was left out."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, all of it or nothing.
@@ -281,17 +349,28 @@ class Saved(ABC):
         """
         save(path, self.state_dict())
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
         """Take up the state in a file, as `load_state_dict`.
 
         Parameters
         ----------
         path : path-like
             A file that `save` wrote.
+        strict : bool, default True
+            Whether all of it must fit; otherwise the rest is left out.
+
+        Returns
+        -------
+        list of str
+            What was left out and why, empty where all fits.
 
         Raises
         ------
         StateError
             Where the file is no such file, is damaged, or does not fit. Nothing is changed then.
         """
-        self.load_state_dict(load(path))
+        saved = load(path)
+        try:
+            return self.load_state_dict(saved, strict=strict)
+        except StateError as error:
+            raise StateError(f"{os.fsdecode(path)}: {error}; strict=False leaves it out") from error

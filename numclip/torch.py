@@ -28,7 +28,7 @@ Gradients are clipped where they lie. `clip_grad_norm_` of gradients on a GPU wa
 | float32, four times 1e20 | norm inf, gradients 0 | norm 2e20, clipped |
 | NaN or Inf, without error_if_nonfinite | NaN and 0, or all NaN | all NaN |
 | max_norm, clip_value < 0 | every sign flips | ValueError |
-| sparse gradients (COO) | error | clipped as the sum of their rows |
+| sparse gradients (COO) | error | clipped as the dense ones they stand for |
 | gradients on several devices | moved | TypeError |
 """
 
@@ -42,7 +42,6 @@ from typing import Any
 from numclip import functional
 from numclip.border import arguments
 from numclip.errors import NonFiniteGradientError
-from numclip.slices import IndexedSlices
 
 __all__ = [
     "NonFiniteNormError",
@@ -85,7 +84,7 @@ def clip_grad_norm_(
     ----------
     parameters : iterable of tensors, or a tensor
         Their ``.grad`` is clipped; those without are left out. Dense gradients of any strides,
-        or sparse ones (COO) of rows.
+        or sparse ones (COO).
     max_norm : float
         The bound on the norm of all gradients together, >= 0. ``inf`` only measures.
     norm_type : float, default 2.0
@@ -138,7 +137,7 @@ def clip_grad_norm_(
             "parameters: got a generator that has nothing left; no gradient is clipped",
             stacklevel=2,
         )
-    return _clip([_entry(grad) for grad in grads], grads, bound, order, error_if_nonfinite)
+    return _clip(grads, bound, order, error_if_nonfinite)
 
 
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
@@ -182,11 +181,9 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
                 f"parameters[{number}].grad: expected real floating-point numbers to hold "
                 f"between bounds, got {grad.dtype}"
             )
-    entries = [_entry(grad) for grad in grads]
-    for entry in entries:
-        if entry is not None:
-            functional.clip_by_value(entry, -bound, bound, out=entry)
-    _note_writing(grads)
+    for grad in grads:
+        if grad is not None:
+            functional.clip_by_value(grad, -bound, bound, out=grad)
 
 
 def get_total_norm(
@@ -233,8 +230,7 @@ def get_total_norm(
     """
     del foreach
     order = _order(norm_type)
-    given = _listed(tensors)
-    return _clip([_entry(tensor) for tensor in given], given, None, order, error_if_nonfinite)
+    return _clip(_listed(tensors), None, order, error_if_nonfinite)
 
 
 def clip_grads_with_norm_(
@@ -279,41 +275,37 @@ def clip_grads_with_norm_(
     if norm < 0.0:
         raise ValueError(f"total_norm: expected a norm, which is >= 0, got {norm}")
     grads = _gradients(parameters)
-    entries = [_entry(grad) for grad in grads]
-    functional.clip_by_global_norm(entries, bound, use_norm=norm, out=entries)
-    _note_writing(grads)
+    functional.clip_by_global_norm(grads, bound, use_norm=norm, out=grads)
 
 
-def _clip(
-    entries: list[Any], tensors: list[Tensor], bound: float | None, order: float, strict: bool
-) -> Tensor:
+def _clip(tensors: list[Tensor], bound: float | None, order: float, strict: bool) -> Tensor:
     """Clip by the joint norm, or only measure where there is no bound; return the norm."""
     import torch
 
-    norm: Any
+    norm: Any = functional.global_norm(tensors, order) if bound is None and order >= 1.0 else None
     if not order >= 1.0:
         norm = float(_norm_of_low_order(tensors, order))
         if strict and not math.isfinite(norm):
             raise NonFiniteNormError(_complaint(order, f"it is {norm}"), None, 0, norm, 0)
         if bound is not None:
-            functional.clip_by_global_norm(entries, bound, use_norm=norm, out=entries)
-            _note_writing(tensors)
-    elif bound is None and not strict:
-        norm = functional.global_norm(entries, order)
-    else:  # a bound of inf only measures
+            functional.clip_by_global_norm(tensors, bound, use_norm=norm, out=tensors)
+    elif bound is not None or (strict and not math.isfinite(norm)):
+        # A bound of inf only measures, parameters too, and says what is not finite.
+        written = (
+            tensors if bound is not None else [t if t is None else t.detach() for t in tensors]
+        )
         try:
             _, norm = functional.clip_by_global_norm(
-                entries,
+                written,
                 math.inf if bound is None else bound,
                 ord=order,
                 nonfinite="raise" if strict else "propagate",
-                out=entries,
+                out=written,
             )
         except NonFiniteGradientError as error:
             what = f"gradient {error.name} has {error.value} at flat index {error.index}"
             facts = error.name, error.index, error.value, error.count
             raise NonFiniteNormError(_complaint(order, what), *facts) from None
-        _note_writing(tensors)
     given = [tensor for tensor in tensors if tensor is not None]
     if not given:
         return torch.tensor(0.0)
@@ -322,14 +314,6 @@ def _clip(
     if hasattr(norm, "__cuda_array_interface__"):  # it stays on the GPU, nobody waits
         return torch.as_tensor(norm, device=device).to(dtype, copy=True)
     return torch.tensor(float(norm), dtype=dtype, device=device)
-
-
-def _note_writing(tensors: list[Tensor | None]) -> None:
-    """Let a backward pass that saved one of the tensors find out that it was written."""
-    import torch
-
-    written = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
-    torch.autograd.graph.increment_version(written)
 
 
 def _complaint(order: float, what: str) -> str:
@@ -379,18 +363,3 @@ def _listed(tensors: Tensors) -> list[Tensor]:
 def _gradients(parameters: Tensors) -> list[Tensor | None]:
     """Return the gradients of parameters, None where there is none."""
     return [parameter.grad for parameter in _listed(parameters)]
-
-
-def _entry(tensor: Tensor | None) -> Any:
-    """Return a gradient as numclip takes it: the tensor, or the rows of a sparse one."""
-    import torch
-
-    if tensor is None or tensor.layout == torch.strided:
-        return tensor
-    if tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1:
-        return IndexedSlices(tensor._values(), tensor._indices()[0], tensor.shape)
-    raise TypeError(
-        f"parameters: expected dense gradients, or sparse ones (COO) of rows, got {tensor.layout} "
-        f"with {tensor.sparse_dim() if tensor.layout == torch.sparse_coo else 'other'} sparse "
-        "dimensions; pass gradient.to_dense()"
-    )

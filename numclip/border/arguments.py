@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -27,18 +28,31 @@ def real(name: str, value: Any) -> float:
     if not isinstance(value, (np.ndarray, np.generic, int)):
         view = libraries.as_numpy(name, value)
         value = value if view is None else view
+    known = value
     if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
-        narrow = value.dtype.kind == "V" and lookup(value.dtype) is not None  # bfloat16
-        if value.dtype.kind in "iuf" or narrow:
-            value = float(value)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        real = _are_real(value.dtype) and not np.ma.is_masked(value)
+        known = (float(value) if value.dtype.kind == "V" else value.item()) if real else None
+    if isinstance(known, (bool, np.bool_)) or not isinstance(known, numbers.Real):
         kind = f"{type(value).__name__} {value!r}"
         raise TypeError(expected(name, "a real number", kind))
-    try:
-        return float(value)
-    except OverflowError:
-        wanted = "a number in the range of float64"
-        raise ValueError(expected(name, wanted, f"one of {len(str(value))} characters")) from None
+    with contextlib.suppress(OverflowError):
+        number = float(known)
+        if math.isfinite(number) or known != known or abs(known) == math.inf:
+            return number
+    wanted = "a number in the range of float64"
+    raise ValueError(expected(name, wanted, f"one of {len(str(value))} characters"))
+
+
+def _are_real(dtype: np.dtype[Any]) -> bool:
+    """Tell whether numbers of a dtype are real ones."""
+    row = lookup(dtype)
+    return dtype.kind in "iuf" or (row is not None and row.components == 1)
+
+
+def _broadcasts(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Tell whether one shape broadcasts to another; `numpy.broadcast_shapes` ends at 32 axes."""
+    pairs = zip(reversed(own), reversed(shape), strict=False)
+    return len(own) <= len(shape) and all(length in (1, other) for length, other in pairs)
 
 
 def bound(name: str, value: Any) -> float:
@@ -118,6 +132,10 @@ def are_usual(
 def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Return both bounds of `clip_by_value`: floats, or arrays if one of them is an array."""
     given = {"clip_value_min": low, "clip_value_max": high}
+    for name, value in given.items():
+        if isinstance(value, np.ma.MaskedArray):
+            got = "a masked array; fill it first with .filled()"
+            raise TypeError(expected(name, "real numbers", got))
     bounds = {name: libraries.to_numpy(name, value) for name, value in given.items()}
     if any(value.ndim for value in bounds.values()):
         given = bounds
@@ -125,15 +143,11 @@ def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]
         given = {name: real(name, value) for name, value in given.items()}
         bounds = {name: np.asarray(value) for name, value in given.items()}
     for name, value in bounds.items():
-        if value.dtype.kind not in "iuf" and lookup(value.dtype) is None:
+        if not _are_real(value.dtype):
             raise TypeError(expected(name, "real numbers", value.dtype))
         if np.isnan(value).any():
             raise ValueError(expected(name, "numbers", "NaN"))
-        try:
-            fits = np.broadcast_shapes(value.shape, shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
+        if not _broadcasts(value.shape, shape):
             wanted = f"a shape that broadcasts to the gradient's {shape}"
             raise ValueError(expected(name, wanted, value.shape))
     if (bounds["clip_value_min"] > bounds["clip_value_max"]).any():

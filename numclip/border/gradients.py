@@ -16,7 +16,7 @@ from numclip.dtypes import NAMES, DType, lookup, refusal
 from numclip.engine import Engine
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.slices import IndexedSlices
+from numclip.slices import IndexedSlices, slices_of
 
 
 class Gradient(NamedTuple):
@@ -86,7 +86,7 @@ class Gradient(NamedTuple):
 
 def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -> Gradient:
     """Return the description of one gradient, which is where the engine works, if one is given."""
-    slices = gradient if isinstance(gradient, IndexedSlices) else None
+    slices = slices_of(name, gradient)
     values = gradient if slices is None else slices.values
     if engine is not None and (engine.name == "cuda") != libraries.on_device(values):
         raise _elsewhere(name, gradient, engine)
@@ -138,9 +138,18 @@ def gradients(found: Structure) -> Gradients:
     return Gradients(entries, found)
 
 
+def check_axes(entry: Gradient) -> None:
+    """Refuse a sparse gradient whose axes were flattened."""
+    if entry.slices is not None and entry.slices.axes > 1:
+        kind = type(entry.source).__name__
+        got = f"{kind} with {entry.slices.axes} sparse axes; convert it to a dense array"
+        raise TypeError(expected(entry.name, "a gradient of which at most axis 0 is sparse", got))
+
+
 def check_examples(entries: Sequence[Gradient]) -> None:
     """Refuse gradients whose first axes, the examples, differ."""
     for entry in entries:
+        check_axes(entry)
         if not entry.dense_shape:
             raise ValueError(expected(entry.name, "examples along axis 0", "a 0-d array"))
         wanted = entries[0].dense_shape[0]

@@ -16,7 +16,7 @@ from numclip.border.gradients import Gradient, Gradients, describe
 from numclip.border.structures import Structure, structure
 from numclip.errors import expected
 from numclip.memory import is_nested
-from numclip.slices import IndexedSlices
+from numclip.slices import slices_of
 from numclip.views import view_of
 
 ADVICE = "pass out= the gradients themselves to work in place"
@@ -27,6 +27,7 @@ MOST_COUNTED = 1 << 20
 def target_of(gradient: Gradient, out: Any) -> Gradient:
     """Return where the result of a single gradient goes."""
     gradient.engine.require()
+    libraries.refuse_parameter(gradient.name, gradient.source)
     if out is None:
         return new_like(gradient)
     found = _given(gradient, out, "out")
@@ -37,6 +38,8 @@ def target_of(gradient: Gradient, out: Any) -> Gradient:
 def targets_of(grads: Gradients, given: Any, out: Any) -> list[Gradient]:
     """Return where the results of several gradients go; `given` is what the user passed."""
     grads.engine.require()
+    for gradient in grads.entries:
+        libraries.refuse_parameter(gradient.name, gradient.source)
     if out is None:
         return [new_like(gradient) for gradient in grads.entries]
     other = grads.structure if out is given else structure(out, "out")
@@ -90,7 +93,7 @@ def _given(gradient: Gradient, out: Any, name: str) -> Gradient:
     """Return where a result goes that the user gives, after checking that it fits."""
     if out is gradient.source:
         found = gradient._replace(name=name)
-    elif not (isinstance(out, IndexedSlices) or libraries.is_array(out)):
+    elif not (slices_of(name, out) or libraries.is_array(out)):
         raise TypeError(expected(name, "an array to write to", type(out).__name__))
     else:
         found = describe(name, gradient.key, out, gradient.engine)

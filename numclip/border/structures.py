@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from typing import Any, NamedTuple
 
 from numclip import libraries
@@ -36,8 +36,8 @@ class Structure(NamedTuple):
 
 def structure(grads: Any, name: str = "grads") -> Structure:
     """Return the items of a list, tuple, dict or iterator, of what is nested in it likewise."""
-    single = isinstance(grads, (IndexedSlices, str, bytes)) or libraries.is_array(grads)
-    if single or not isinstance(grads, Iterable):
+    many = isinstance(grads, Iterable) and not isinstance(grads, (IndexedSlices, str, bytes))
+    if not many or (not isinstance(grads, Mapping) and libraries.is_array(grads)):
         advice = f"{type(grads).__name__}; pass a single gradient as [gradient]"
         raise TypeError(expected(name, "a list, tuple or dict of gradients", advice))
     keys, items, rebuild = _level(grads)
@@ -61,6 +61,8 @@ def _level(grads: Any) -> tuple[list[Key], list[Any], Rebuild]:
     items = list(grads)
     if isinstance(grads, tuple):
         return list(range(len(items))), items, getattr(type(grads), "_make", tuple)
+    if isinstance(grads, MutableSequence) and type(grads) is not list:
+        return list(range(len(items))), items, lambda results: _sequence_like(grads, results)
     return list(range(len(items))), items, list
 
 
@@ -69,14 +71,27 @@ def _mapping_like(given: Mapping[Any, Any], keys: list[Any], results: list[Any])
     made = dict(zip(keys, results, strict=True))
     if type(given) is dict:
         return made
-    if isinstance(given, dict):
-        other = copy.copy(given)  # with its attributes, a default factory for instance
-        other.update(made)
-        return other
+    other: Any
     try:
-        return type(given)(made)  # type: ignore[call-arg]
-    except TypeError:
+        # A copy has its attributes, a default factory for instance; keys can be the attributes.
+        if isinstance(given, dict) and getattr(given, "__dict__", None) is not given:
+            other = copy.copy(given)
+            other.update(made)
+        else:
+            other = type(given)(made)  # type: ignore[call-arg]
+    except libraries.REFUSALS:
         return made
+    return other if type(other) is type(given) and list(other.keys()) == keys else made
+
+
+def _sequence_like(given: MutableSequence[Any], results: list[Any]) -> Any:
+    """Return a sequence of the same type with other items."""
+    try:
+        other = copy.copy(given)
+        other[:] = results
+    except libraries.REFUSALS:
+        return results
+    return other if type(other) is type(given) and other is not given else results
 
 
 def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -> Structure:

@@ -13,7 +13,7 @@ import numpy as np
 from numclip import engine as engines
 from numclip.border.gradients import Gradient, describe
 from numclip.border.results import check_writable, refuse_overlaps
-from numclip.clipping.buffers import copied
+from numclip.clipping.buffers import copied, refuse_beyond
 from numclip.clipping.updating import Method, update_span
 from numclip.engine import Engine
 from numclip.errors import expected
@@ -212,6 +212,7 @@ def _described(
         raise ValueError(expected(name, f"C order for device={engine.name!r}", got))
     if grad.slices is not None:
         grad = describe(name, number, grad.slices.coalesce(), engine)
+    refuse_beyond(name, grad, param.native)
     aligned = grad.address % grad.dtype.storage.itemsize == 0
     if not grad.facts.c_order or not aligned or grad.native != param.native:
         grad = _with(grad, copied(grad, None, param.native))

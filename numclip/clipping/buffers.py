@@ -7,7 +7,7 @@ order and without gaps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -53,6 +53,8 @@ class GroupState:
         Whether the gradients are rows of the parameters, and whether ranks have parts of them.
     names : tuple of str
         The names of the parameters.
+    neighbours : sequence of GroupState
+        The groups whose gradients are written together with this one's, itself included.
     params, grads : mapping of str to array
         Views into the flat buffers; for a sparse group `grads` is empty.
     flat_params, flat_grads : dict of str to array
@@ -69,6 +71,7 @@ class GroupState:
         self.sharded = group.sharded
         self._clip, self._nonfinite = group.clip, str(group.nonfinite)
         self._changed = changed
+        self.neighbours: Sequence[GroupState] = [self]
         self._engine = engine
         given = {
             name: _given(f"params[{name!r}]", name, value, engine)
@@ -107,6 +110,14 @@ class GroupState:
         self._nonfinite = policy
         self._changed()
 
+    def __repr__(self) -> str:
+        size = sum(param.size for param in self.params.values())
+        kind = "sparse" if self.sparse else "dense"
+        return (
+            f"{self.name}: {len(self.params)} {kind} tensors, {size} elements, "
+            f"clip={self.clip!r}, nonfinite={self.nonfinite!r}"
+        )
+
     def _gradient(self, name: str, grad: Any) -> Gradient:
         return describe(f"{self.name}.{name}", name, grad, self._engine)
 
@@ -143,12 +154,13 @@ class GroupState:
             raise TypeError(expected(label, f"dtype {param.dtype} in C order", own.native))
         if own.dtype.components == 2 and param.dtype.kind != "c":
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
+        refuse_beyond(label, own, param.dtype)
         return self._apart(name, own, stream)
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""
         begin, end = own.facts.extent
-        for first, last in self._extents:
+        for first, last in (extent for group in self.neighbours for extent in group._extents):
             if begin < last and first < end and own.engine is self._engine:
                 alike = own.facts.lies_as(self._facts[name])
                 return own.facts.array if alike else copied(own, stream)
@@ -161,6 +173,19 @@ def _given(label: str, name: str, grad: Any, engine: Engine) -> Gradient:
         values = grad.values if isinstance(grad, IndexedSlices) else grad
         engine = engines.of(values)
     return describe(label, name, grad, engine)
+
+
+def refuse_beyond(label: str, own: Gradient, dtype: np.dtype[Any]) -> None:
+    """Refuse a gradient with finite elements that become infinite when cast to a dtype."""
+    if np.can_cast(own.native, dtype):
+        return
+    values = own.facts.array
+    parts = (values.real, values.imag) if own.dtype.components == 2 else (values,)
+    largest = max(np.max(np.abs(part), where=np.isfinite(part), initial=0) for part in parts)
+    if np.isinf(largest.astype(np.empty(0, dtype).real.dtype)):
+        wanted = f"elements that {dtype} holds, to which they are cast"
+        got = f"{own.native} up to {largest}; clip them first, or take a wider dtype"
+        raise ValueError(expected(label, wanted, got))
 
 
 def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
@@ -214,7 +239,9 @@ class SparseGroupState(GroupState):
         begin, end = own.facts.extent
         values = own.facts.array
         if own.engine is self._engine:
-            held = [rows.extent for key, rows in self._rows.items() if key != name]
+            held = [extent for group in self.neighbours for extent in group._extents]
+            rows = [group._rows for group in self.neighbours if isinstance(group, SparseGroupState)]
+            held += [one.extent for each in rows for key, one in each.items() if key != name]
             if any(begin < last and first < end for first, last in held):
                 values = copied(own, stream)
         return own.slices.with_values(values)

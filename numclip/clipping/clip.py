@@ -92,10 +92,13 @@ def clip_together(
         key = engine.key_of(found.items, law.ord, policy, written=True)
     norm = _clip_again(engine, key, law, policy, write=True)
     if norm is not None:
+        libraries.note_writing(found.items)
         return found.rebuild(found.items), norm
     described = gradients(found)
     targets = targets_of(described, grads, out)
     norm = clip(described.entries, targets, law, policy, duplicates, key, whole)
+    if out is not None:
+        libraries.note_writing(target.source for target in targets)
     return described.with_results([target.source for target in targets]), norm
 
 
@@ -107,6 +110,7 @@ def clip_whole(
     entry = describe("grad", 0, grad)
     target = target_of(entry, out)
     clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
+    libraries.note_writing([out])
     return target.source
 
 
@@ -259,6 +263,7 @@ def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any)
     else:
         _clamp(entry, target, low, high, stream)
         result = target.source
+    libraries.note_writing([out])
     entry.engine.give_back(stream, used)
     return result
 

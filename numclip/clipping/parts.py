@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import libraries
 from numclip.border import arguments
-from numclip.border.gradients import Gradient, check_examples, describe, gradients
+from numclip.border.gradients import Gradient, check_axes, check_examples, describe, gradients
 from numclip.border.results import new_of_shape, target_of
 from numclip.border.structures import structure
 from numclip.clipping.clip import with_rows_summed
@@ -37,6 +38,7 @@ class Limit(NamedTuple):
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound."""
     entry = describe("grad", 0, grad)
+    check_axes(entry)
     reduced = arguments.axes_of(axes, len(entry.dense_shape)) or ()
     return _clip(entry, out, Limit(reduced, bound, ord))
 
@@ -45,6 +47,7 @@ def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> An
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters'."""
     entry = describe("grad", 0, grad)
+    check_axes(entry)
     owner = describe("param", 0, param, entry.engine)
     if owner.slices is not None or owner.shape != entry.dense_shape:
         wanted = f"an array of the gradient's shape {entry.dense_shape}"
@@ -61,6 +64,7 @@ def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
     stream = entry.engine.stream_of(used)
 
     def clip_sums(sums: Gradient) -> bool:
+        _refuse_overflow(entry, sums)
         return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
 
     if entry.repeated:
@@ -68,8 +72,19 @@ def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
     else:
         _clip_units(entry, target, limit, stream)
         result = target.source
+    libraries.note_writing([out])
     entry.engine.give_back(stream, used)
     return result
+
+
+def _refuse_overflow(entry: Gradient, sums: Gradient) -> None:
+    """Refuse slices whose rows add up to more than their dtype holds, which the host looks for."""
+    host = entry.engine.name == "cpu"
+    if host and np.isinf(sums.facts.array).any() and not np.isinf(entry.facts.array).any():
+        got = "sums beyond its range; pass values of a wider dtype"
+        raise ValueError(
+            expected(entry.name, f"repeated rows whose sums {entry.native} holds", got)
+        )
 
 
 def _clip_units(
@@ -156,6 +171,8 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
     described = gradients(structure(grads))
     entries = described.entries
     check_examples(entries)
+    for entry in entries:
+        libraries.refuse_parameter(entry.name, entry.source)
     if not entries:
         return described.with_results([]), described.with_results([]) if layerwise else 0
     engine = described.engine
@@ -205,7 +222,9 @@ def _by_example(entry: Gradient, stream: Any) -> tuple[Gradient, Array | None]:
     if not entry.engine.takes_any_rows:
         return describe(entry.name, entry.key, slices.dense_on(stream)), None
     merged = slices.coalesced_on(stream) if entry.repeated else slices
-    return describe(entry.name, entry.key, merged.values), np.asarray(merged.indices)
+    found = describe(entry.name, entry.key, merged.values)
+    _refuse_overflow(entry, found)
+    return found, np.asarray(merged.indices)
 
 
 def _added(entry: Gradient, total: Gradient) -> Strided:

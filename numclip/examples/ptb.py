@@ -201,8 +201,9 @@ class Training(state.Saved):
             "position": {name: getattr(self, name) for name in counts},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
         """Take up a state, or raise StateError where it is of another training."""
+        del strict  # all of a training goes on, or none
         settings = self.settings()
         found = state_dict.get("settings", {})
         state.matches({"settings": settings}, {"settings": found})
@@ -219,6 +220,7 @@ class Training(state.Saved):
         self.perplexities = state_dict["perplexities"].copy()
         self.rng.bit_generator.state = state_dict["rng"]
         vars(self).update(state_dict["position"])
+        return []
 
 
 Stopped = Callable[[], bool]

@@ -40,18 +40,24 @@ def as_array(name: str, values: Any) -> Array:
         return np.asarray(values)
     found = libraries.as_numpy(name, values)
     if found is None:
-        kind = f"{type(values).__name__}; {_advice(values)}"
+        kind = f"{type(values).__name__}{_advice(values)}"
         raise TypeError(expected(name, "an array or IndexedSlices", kind))
     return found
 
 
 def _advice(values: Any) -> str:
-    """Say how to mend what is no gradient."""
+    """Say how to mend what is no gradient, where one call does."""
     if isinstance(values, Mapping):
-        return "pass its values"
+        return "; pass its values"
     if hasattr(values, "tocsr"):
-        return "convert it with numclip.IndexedSlices.from_scipy"
-    return "convert it with numpy.asarray"
+        return "; convert it with numclip.IndexedSlices.from_scipy"
+    try:
+        dtype = np.asarray(values).dtype
+    except libraries.REFUSALS:
+        return ""
+    if lookup(dtype):
+        return "; convert it with numpy.asarray"
+    return "; convert it with numpy.asarray(..., float)" if dtype.kind in "iub" else ""
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -8,6 +8,7 @@ has touched nothing: what is not plain, not finite or in need of care goes the g
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ import numpy as np
 from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
-from numclip.kernels import arrays, cpu, joint, threads
-from numclip.libraries import as_numpy
+from numclip.kernels import arrays, cpu, environment, joint, threads
+from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
@@ -81,7 +82,7 @@ def _views(items: Items) -> Items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
-        if getattr(item, "is_cuda", False):
+        if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
             return items
         try:
             view = as_numpy("", item)
@@ -131,22 +132,25 @@ def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
     kind = kind_of((grad,)) if numbers and _takes(grad, out) else None
     if kind is None or kind.row.components == 2:
         return None
-    with np.errstate(all="ignore"):
-        bounds = np.array([low, high]).astype(grad.dtype).astype(np.float64).tolist()
-    if bounds != [low, high]:  # how they are rounded is not to depend on the thread
-        return None
-    facts = kind.readable if out is None else kind.writeable
-    batch, _ = batch_of((grad,), kind, facts)
-    if batch is None:
-        return None
     result = grad if out is grad else grad.copy("K")
-    if result is not grad:
-        batch, _ = batch_of((result,), kind, kind.writeable)
+    bounds, items = _rounded(low, high, kind.row.native), (result,)
+    given = pointers_of(items), 1, kind.writeable, *bounds, kind.row.like
+    state = arrays.clamp_little(*given)
+    if state != arrays.MUCH:
+        return result if state == arrays.DONE else None
+    batch, _ = batch_of(items, kind, kind.writeable)
     assert batch is not None
     beyond = np.empty(len(batch.chunks), np.bool_)
-    call = batches.clamping(batch, beyond, low, high)
-    threads.run_all([call._replace(keep=(result,))])
+    threads.run_all([batches.clamping(batch, beyond, *bounds)._replace(keep=result)])
     return result
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded(low: float, high: float, dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return two numbers rounded to a dtype: to nearest, however the thread rounds."""
+    with np.errstate(all="ignore"):
+        least, most = environment.run(np.array([low, high]).astype, (dtype,), {}).tolist()
+    return float(least), float(most)
 
 
 def _takes(grads: Any, out: Any) -> bool:
@@ -165,7 +169,11 @@ def _clip(
     if not in_place:
         return _copies(plain, kind, bound, divisor)
     norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
-    return None if norm is None else (items, norm)
+    if norm is None:
+        return None
+    if plain is not items:
+        note_writing(items)
+    return items, norm
 
 
 def _clip_items(

@@ -105,7 +105,7 @@ def _squares(span: RowSpan, grouping: Groups) -> tuple[float, float, int]:
             batches.write_squares(batch, sums)
         exponent = int(sums[0, EXPONENT])
         return float(sums[0, TOTAL]), scale_by_power(terms, -2 * exponent), exponent
-    peak = np.abs(rows).max()
+    peak = np.abs(rows).max(initial=0.0)
     if peak == 0.0 or not np.isfinite(peak):
         return total, terms, 0
     exponent = int(np.frexp(peak)[1]) - 1

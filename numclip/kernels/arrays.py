@@ -16,8 +16,8 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, multiply, slot_of
-from numclip.kernels.elements import array_at, as_computed, word_at
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, clamped, multiply, slot_of
+from numclip.kernels.elements import array_at, as_computed, narrow, widen, word_at
 from numclip.kernels.jit import inline, kernel_with_gil
 from numclip.kernels.joint import decide, norm_of
 from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
@@ -25,6 +25,8 @@ from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 WORD = 8
 # Fields of an array object, in bytes after the object's header, whose last word is its type.
 DATA, NDIM, SHAPE, DESCR, FLAGS = 0, 8, 16, 40, 48
+# Those of a dtype object: its scalar type, and a word of which this tells byte order and number.
+KIND, ORDER_AND_NUMBER = WORD, -1 << 32 | 0xFF << 16
 C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100, 0x400
 # What a kernel is told of the process and of the dtype: bytes of an object's header, the
 # addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
@@ -58,10 +60,13 @@ def _word(address: int) -> int:
 
 
 def _is_laid_out(probe: Array, fields: int) -> bool:
-    """Tell whether an array's fields are where the kernels look."""
-    shape = _word(fields + SHAPE)
+    """Tell whether an array's fields, and its dtype's, are where the kernels look."""
+    shape, dtype = _word(fields + SHAPE), id(probe.dtype) + object.__basicsize__
+    order_and_number = ord(probe.dtype.byteorder) << 16 | probe.dtype.num << 32
     return (
         _word(fields - WORD) == id(np.ndarray)
+        and _word(dtype) == id(probe.dtype.type)
+        and _word(dtype + KIND) & ORDER_AND_NUMBER == order_and_number
         and _word(fields + DATA) == probe.ctypes.data
         and _word(fields + DESCR) == id(probe.dtype)
         and _word(fields + FLAGS) & 0xFFFF_FFFF == probe.flags.num
@@ -71,9 +76,19 @@ def _is_laid_out(probe: Array, fields: int) -> bool:
 
 
 @inline
+def are_equal(dtype, other):
+    """Tell whether two dtypes are: unpickled arrays have dtype objects of their own."""
+    known = word_at(dtype) == word_at(other)
+    return known and (word_at(dtype + KIND) ^ word_at(other + KIND)) & ORDER_AND_NUMBER == 0
+
+
+@inline
 def length_of(fields, facts):
     """Return the number of an array's stored numbers, -1 if it is not as the facts demand."""
-    if word_at(fields - WORD) != facts[NDARRAY] or word_at(fields + DESCR) != facts[DTYPE]:
+    dtype = word_at(fields + DESCR)
+    if word_at(fields - WORD) != facts[NDARRAY]:
+        return np.int64(-1)
+    if dtype != facts[DTYPE] and not are_equal(dtype + facts[HEADER], facts[DTYPE] + facts[HEADER]):
         return np.int64(-1)
     flags = word_at(fields + FLAGS)
     if flags & facts[NEEDS] != facts[NEEDS] or flags & (C_ORDER | FORTRAN_ORDER) == 0:
@@ -162,6 +177,23 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
             x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
             multiply(x, as_computed(factor, like))
     return DONE, norm
+
+
+@kernel_with_gil
+def clamp_little(items, count, facts, low, high, like):
+    """Hold the elements of arrays that hold little between bounds; say as `clip_little` does."""
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    used, elements = read(items, count, facts, chunks)
+    if used < 0:
+        return ELSEWHERE
+    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
+        return MUCH
+    least, most = as_computed(low, like), as_computed(high, like)
+    for c in range(used):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        for i in range(x.size):
+            x[i] = narrow(clamped(widen(x[i]), least, most), x[i])
+    return DONE
 
 
 @kernel_with_gil

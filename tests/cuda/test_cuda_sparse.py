@@ -91,6 +91,17 @@ def test_what_slices_are_not_made_of():
         nc.IndexedSlices(values, INDICES, (5, 2)).to_scipy()
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_slices_are_joined_there(name):
+    one, two = example(name, 1), example(name, 2)
+    joined = send(one) + send(two)
+    assert joined.is_cuda
+    np.testing.assert_array_equal(joined.indices, (one + two).indices)
+    checks.assert_same_bits(fetch(joined.values), (one + two).values)
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected .*'cuda', as in .*got .*'cpu'"):
+        nc.IndexedSlices.concatenate([send(one), two])
+
+
 # ---- merging
 
 

@@ -114,6 +114,73 @@ def test_from_scipy_sums_repeated_entries():
     np.testing.assert_array_equal(nc.IndexedSlices.from_scipy(matrix).to_dense(), matrix.toarray())
 
 
+def test_from_scipy_asks_for_no_more_than_is_stored_many_times():
+    rng = np.random.default_rng(0)
+    shape, count = (20_000, 5_000_000), 2000
+    places = rng.integers(0, shape[0], count), rng.integers(0, shape[1], count)
+    matrix = scipy.sparse.coo_array((np.ones(count, "f"), places), shape=shape)
+    with pytest.raises(
+        ValueError, match=r"m: expected 2000 .*GiB; pass m.reshape\(-1, 1\) for its"
+    ):
+        nc.IndexedSlices.from_scipy(matrix)
+    elements = nc.IndexedSlices.from_scipy(matrix.reshape(-1, 1))
+    assert elements.dense_shape == (shape[0] * shape[1], 1)
+    assert nc.global_norm([elements]) == pytest.approx(2000**0.5)
+    (clipped,), _ = nc.clip_by_global_norm([elements], 1.0)
+    again = clipped.to_scipy().reshape(shape).tocsr()
+    assert scipy.sparse.linalg.norm(again) == pytest.approx(1.0)
+    assert (again.astype(bool) != matrix.tocsr().astype(bool)).nnz == 0
+
+
+def test_slices_are_joined_and_stand_for_the_sum():
+    one, two, three = (random(rows=rows) for rows in (40, 7, 0))
+    joined = nc.IndexedSlices.concatenate(iter([one, two, three]))
+    assert joined.indices.tolist() == [*one.indices, *two.indices, *three.indices]
+    dense = sum(part.to_dense() for part in (one, two, three))
+    np.testing.assert_allclose(joined.to_dense(), dense, rtol=1e-6, atol=1e-6)
+    checks.assert_same_bits((one + two).values, np.concatenate([one.values, two.values]))
+    before = one.values.copy()
+    (one + two).values[...] = 0.0
+    checks.assert_same_bits(one.values, before)
+    turned = one.with_values(np.asfortranarray(one.values))
+    checks.assert_same_bits((turned + one).to_dense(), (one + one).to_dense())
+
+
+APART = [
+    (lambda _: np.ones(3), r"parts\[1\]: expected IndexedSlices, got ndarray"),
+    (
+        lambda g: g.with_values(g.values.astype("d")),
+        r"parts\[1\]: expected float32 .*got float64",
+    ),
+    (lambda g: nc.IndexedSlices(g.values, g.indices, (99, *g.dense_shape[1:])), r"\(99, "),
+]
+
+
+def test_slices_that_cannot_be_joined():
+    for other, message in APART:
+        slices = random()
+        with pytest.raises((TypeError, ValueError), match=message):
+            nc.IndexedSlices.concatenate([slices, other(slices)])
+        with pytest.raises(ValueError, match="parts: expected at least one"):
+            nc.IndexedSlices.concatenate([])
+        for odd in (np.ones(3), 0):
+            with pytest.raises(TypeError, match=r"to_dense|unsupported operand"):
+                slices + odd
+
+
+def test_slices_become_no_array_of_numpy_by_the_way():
+    slices = random()
+    for run in (
+        lambda: np.asarray(slices),
+        lambda: np.array([slices]),
+        lambda: np.linalg.norm(slices),
+    ):
+        with pytest.raises(TypeError, match=r"stand for an array of shape .*by \.to_dense\(\)"):
+            run()
+    with pytest.raises(TypeError, match="to_dense"):
+        np.ones(3) * slices
+
+
 @pytest.mark.parametrize("name", ["float32", "float64", "complex128"])
 def test_to_scipy(name):
     slices = random(name)

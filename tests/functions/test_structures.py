@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, namedtuple
+import itertools
+from collections import OrderedDict, UserDict, UserList, defaultdict, namedtuple
+from collections.abc import Mapping, MutableSequence
 
 import numpy as np
 import pytest
@@ -97,3 +99,62 @@ def test_elements_that_share_memory_are_not_written():
     odd = np.lib.stride_tricks.as_strided(np.ones(8), (2, 2), (24, 16))
     nc.clip_by_global_norm([odd], 1.0, out=[odd])
     assert nc.global_norm([odd]) <= 1.0
+
+
+class ByAttribute(dict):
+    """A dict whose keys are attributes, all others being None."""
+
+    __getattr__ = dict.get
+
+
+class ByKey(dict):
+    """A dict whose keys are attributes, where all others raise a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Itself(dict):
+    """A dict whose attributes are its items."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Stack(list):
+    """A list of a user's own class."""
+
+
+CLASSES = ByAttribute, ByKey, Itself, UserDict, UserList, Stack
+
+
+def test_structures_of_a_users_class_come_back_as_what_they_were():
+    for kind, in_place in itertools.product(CLASSES, (False, True)):
+        items = [np.array([3.0]), np.array([4.0])]
+        grads = kind(items) if issubclass(kind, MutableSequence) else kind(W=items[0], b=items[1])
+        for given in (grads, {"inner": grads} if isinstance(grads, Mapping) else grads):
+            clipped, _ = nc.clip_by_global_norm(given, 1.0, out=given if in_place else None)
+            assert type(clipped) is type(given)
+            found = clipped["inner"] if given is not grads else clipped
+            assert type(found) is kind
+            values = list(found.values() if isinstance(found, Mapping) else found)
+            assert reference.norm(values) <= 1.0
+            assert all(a is b for a, b in zip(values, items, strict=True)) is in_place
+        if kind is Itself:
+            assert found.W is found["W"]
+        assert len(grads) == 2
+
+
+def test_a_mapping_whose_class_cannot_be_made_again_comes_back_as_a_dict():
+    class Fixed(Mapping):
+        def __getitem__(self, key):
+            return {"W": np.array([3.0])}[key]
+
+        def __iter__(self):
+            return iter("W")
+
+        def __len__(self):
+            return 1
+
+    clipped, norm = nc.clip_by_global_norm(Fixed(), 1.0)
+    assert (type(clipped), norm) == (dict, 3.0)

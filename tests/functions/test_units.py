@@ -46,6 +46,7 @@ class Other(np.ndarray):
     """Another kind of array."""
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize(
     ("shape", "axes"),

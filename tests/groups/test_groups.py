@@ -285,3 +285,62 @@ def test_a_dense_group_allocates_little(rule, policy):
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+# ---- gradients that are other gradients, or that do not fit the dtype
+
+
+def apart(sparse=False):
+    params = {"x": np.zeros((2, 2)), "y": np.zeros((2, 2))}
+    members = [nc.Group("a", {"x": params["x"]}), nc.Group("b", {"y": params["y"]}, sparse=sparse)]
+    return nc.ParamGroups(members)
+
+
+def test_gradients_of_one_group_are_set_from_anothers():
+    groups = apart()
+    one, two = np.full((2, 2), 1.0), np.full((2, 2), 2.0)
+    groups.set_grads({"x": one, "y": two})
+    groups.set_grads({"x": groups.grads["y"], "y": groups.grads["x"]})
+    assert_same_bits(groups.grads["x"], two)
+    assert_same_bits(groups.grads["y"], one)
+    groups.accumulate({"x": groups.grads["y"].T, "y": groups.grads["x"][::-1]})
+    assert_same_bits(groups.grads["x"], one + two)
+    assert_same_bits(groups.grads["y"], one + two)
+
+
+def test_rows_are_set_from_dense_gradients_of_another_group():
+    groups = apart(sparse=True)
+    groups.set_grads({"x": np.full((2, 2), 1.0)})
+    rows = nc.IndexedSlices(groups.grads["x"], [0, 1], (2, 2))
+    groups.set_grads({"x": np.full((2, 2), 5.0), "y": rows})
+    assert_same_bits(groups.grads["y"].values, np.full((2, 2), 1.0))
+    groups.set_grads({"x": groups.grads["y"].values, "y": rows})
+    assert_same_bits(groups.grads["x"], np.full((2, 2), 1.0))
+    assert_same_bits(groups.grads["y"].values, np.full((2, 2), 5.0))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_elements_beyond_the_range_of_a_group_are_refused(sparse):
+    for dtype in ("float16", "float32", "complex64"):
+        groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros((1, 2), dtype)}, sparse=sparse)])
+        for given, message in {1e6 if dtype == "float16" else 1e39: "up to 1", 3.0: ""}.items():
+            dense = np.array([[given, np.inf]], "D" if dtype == "complex64" else "d")
+            grad = nc.IndexedSlices(dense, [0], (1, 2)) if sparse else dense
+            if not message:
+                groups.set_grads({"w": grad})
+                continue
+            for take in (groups.set_grads, groups.accumulate):
+                with pytest.raises(
+                    ValueError, match=rf"grads\['w'\]: expected .*{message}.*clip them"
+                ):
+                    take({"w": grad})
+            assert groups.clip().norm == 0.0
+            own = np.zeros((1, 2), dtype)
+            with pytest.raises(
+                ValueError, match=rf"grads_and_vars\[0\]: expected .*{message}.*clip"
+            ):
+                nc.SGD(None, 1.0).apply_gradients([(grad, own)])
+            assert not own.any()
+            clipped = nc.clip_by_value(dense.real.copy(), -1.0, 1.0)
+            groups.set_grads({"w": nc.IndexedSlices(clipped, [0], (1, 2)) if sparse else clipped})
+            assert groups.clip().norm == 2.0**0.5

@@ -481,3 +481,18 @@ def test_impossible_states_are_refused(rule, name, value, message):
     expected = f"{type(rule).__name__} state, {name}: expected {message}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         rule.check_state(state, 3)
+
+
+def test_a_percentile_half_way_between_two_norms_is_numpys():
+    """There the sum from below and from above round differently."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        np.sort(rng.standard_normal(2) ** 2 * 10.0 ** rng.integers(-9, 9, 2)) for _ in range(200)
+    ]
+    differing = [(a, b) for a, b in pairs if a + (b - a) * 0.5 != b - (b - a) * 0.5]
+    assert differing
+    rule = AutoClip(50)
+    for low, high in differing:
+        state = rule.observe(np.array([low]), np.array([low]), low, 0, rule.initial_state(1))
+        found = rule.thresholds(np.array([high]), high, 1, state)
+        assert found.item() == np.percentile([low, high], 50)

@@ -7,8 +7,13 @@ import json
 import os
 import random
 import re
+import signal
+import stat
 import struct
+import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -132,6 +137,7 @@ def test_links_and_modes_are_kept(tmp_path):
     assert (private.stat().st_mode, usual.stat().st_mode) == modes
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("at", ["os.fsync", "os.replace", "shutil.copymode", "zipfile.crc32"])
 def test_a_save_that_fails_changes_nothing(path, monkeypatch, at, error):
@@ -142,6 +148,75 @@ def test_a_save_that_fails_changes_nothing(path, monkeypatch, at, error):
     monkeypatch.undo()
     assert load(path) == {"old": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_where_files_without_a_name_are_not_to_be_had(path, monkeypatch):
+    for nameless in (True, False):
+        if not nameless:
+            monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+        save(path, {"old": 1})
+        path.chmod(0o640)
+        round_trip(path, sample())
+        assert list(path.parent.iterdir()) == [path]
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_temporary_files_of_killed_processes_are_removed(path):
+    old, young, other = (path.parent / f".numclip-{name}" for name in ("a.tmp", "b.tmp", "c"))
+    for file in (old, young, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    save(path, {})
+    assert {*path.parent.iterdir()} == {path, young, other}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_what_is_no_regular_file_is_written_and_not_replaced(path):
+    fifo, link = path.parent / "fifo", path.parent / "link"
+    os.mkfifo(fifo)
+    link.symlink_to("fifo")
+    save(path, sample())
+    for place in (fifo, link):
+        writer = threading.Thread(target=save, args=(place, sample()), daemon=True)
+        writer.start()
+        assert place.read_bytes() == path.read_bytes()
+        writer.join()
+        assert stat.S_ISFIFO(place.stat().st_mode)
+        writer = threading.Thread(target=fifo.write_bytes, args=(path.read_bytes(),), daemon=True)
+        writer.start()
+        assert bits(load(place)) == bits(sample())
+        writer.join()
+    assert {*path.parent.iterdir()} == {path, fifo, link}
+
+
+SAVING = """
+import sys
+import numpy as np
+from numclip.state import save
+trees = [{"number": k, "array": np.full(100_000, float(k))} for k in range(2)]
+save(sys.argv[1], trees[0])
+print("begun", flush=True)
+while True:
+    for tree in trees:
+        save(sys.argv[1], tree)
+"""
+
+
+@pytest.mark.full
+def test_a_killed_process_leaves_the_old_file_or_the_new_one(path, tmp_path):
+    rng = random.Random(0)
+    for _ in range(6):
+        child = subprocess.Popen([sys.executable, "-c", SAVING, path], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.2 * rng.random())
+        child.kill()
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+        loaded = load(path)
+        assert (loaded["array"] == loaded["number"]).all()
+    left = [file for file in tmp_path.iterdir() if file != path]
+    assert len(left) <= (1 if hasattr(os, "O_TMPFILE") else 6)
 
 
 CYCLE: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from numclip.host import lists as plain
 from numclip.kernels import arrays
 from numclip.kernels.tuning import CHUNK
 from tests.oracle.cases import LAYOUTS, normal
+from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
 from tests.oracle.strategies import names
@@ -102,6 +103,20 @@ def test_the_first_dtype_met_may_be_another_object(monkeypatch, dtype):
     assert plain.global_norm([grad]) == nc.global_norm([grad])
 
 
+def test_dtype_objects_that_are_equal_are_taken_together():
+    for dtype in DTYPES:
+        grad = normal(np.random.default_rng(5), (6,), dtype)
+        unpickled = pickle.loads(pickle.dumps([grad, grad.copy()]))
+        noted = grad.astype(np.dtype(grad.dtype, metadata={"unit": "m"}))
+        same = [grad.copy() for _ in range(4)]
+        grads = [grad, *unpickled, noted]
+        assert plain.global_norm(grads) == plain.global_norm(same)
+        for both in (grads, same):
+            assert plain.clip_by_global_norm(both, 1e-2, both) is not None
+        for found, one in zip(grads, same, strict=True):
+            assert_same_bits(np.array(found), one)
+
+
 class Subclass(np.ndarray):
     pass
 
@@ -166,7 +181,7 @@ def test_read_only_arrays_are_refused_in_place_only():
     assert plain.clip_by_global_norm(grads, 1.0, None)[1] == 2.0
 
 
-@pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "DESCR", "FLAGS"])
+@pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "DESCR", "FLAGS", "KIND"])
 def test_another_layout_is_noticed(monkeypatch, field):
     assert arrays.layout_holds()
     others = [arrays.DATA, arrays.SHAPE, 24]  # of a pointer each

@@ -21,6 +21,7 @@ STOREYS = {
         "optim",
         "plotting",
         "report",
+        "resuming",
         "rules",
         "running_rules",
         "state",

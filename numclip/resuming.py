@@ -1,0 +1,65 @@
+"""What of the saved rules and history fits parameter groups, and what does not, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from numclip.clipping.buffers import GroupState
+from numclip.dtypes import Array
+from numclip.history import History
+from numclip.report import WHOLE
+from numclip.state import Fit
+
+if TYPE_CHECKING:
+    from numclip.groups import ParamGroups
+
+
+def fitting_rules(groups: ParamGroups, saved: Any, fit: Fit) -> dict[str, dict[str, Array]]:
+    """Return the state of each group's rule: the saved one where it is of such a rule."""
+    named = fit.tree({group.name: {} for group in groups}, _without_leaves(saved), ("rules",))
+    known = saved if isinstance(saved, dict) else {}
+    return {name: _fitting_rule(groups[name], known.get(name), fit) for name in named}
+
+
+def _without_leaves(saved: Any) -> Any:
+    """Return the names of the groups, to be compared; of what is no dict, that."""
+    if not isinstance(saved, dict):
+        return saved
+    return {name: {} if isinstance(own, dict) else own for name, own in saved.items()}
+
+
+def _fitting_rule(group: GroupState, saved: Any, fit: Fit) -> dict[str, Array]:
+    own, rule = group.rule_state, repr(group.clip)
+    if not isinstance(saved, dict):
+        return own  # which has been told
+    arrays = {name: value for name, value in saved.items() if name != "rule"}
+    other = str(saved.get("rule"))
+    if other != rule:
+        fit.leave_out(f"rule of {group.name!r}: expected {rule}, got {other}")
+        if other.partition("(")[0] != rule.partition("(")[0]:
+            return own
+    try:
+        Fit().tree(own, arrays)
+        if group.clip is not None:
+            group.clip.check_state(arrays, len(group.params))
+    except ValueError as error:
+        fit.leave_out(f"state of the rule {rule} of {group.name!r}: {error}")
+        return own
+    return arrays
+
+
+def fitting_history(groups: ParamGroups, saved: Any, fit: Fit) -> History:
+    """Return the saved history of the groups that there are, or theirs where it is none."""
+    if isinstance(saved, Mapping):
+        names = {WHOLE, *(group.name for group in groups)}
+        for name in sorted(set(saved) - names, key=str):
+            fit.leave_out(f"history: unknown group {name!r}")
+        saved = {name: own for name, own in saved.items() if name in names}
+    made = History(groups.history.capacity)
+    try:
+        made.load_state_dict(saved)
+    except ValueError as error:
+        fit.leave_out(str(error))
+        return groups.history
+    return made
