@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip import tables
+from numclip import libraries, tables
 from numclip.accumulator import NormAccumulator
 from numclip.border.communicator import Communicator, Facts
 from numclip.border.gradients import Gradient, gradients
@@ -417,6 +417,8 @@ def clip_by_global_norm(
             stream = described.engine.stream_of([entry.facts for entry in entries])
             raise_of(found, int(bad.argmax()), entries, None, stream)
         norm = clip(entries, targets, law, policy, duplicates, None, merged)
+        if out is not None:
+            libraries.note_writing(target.source for target in targets)
         return described.with_results([target.source for target in targets]), norm
 
 

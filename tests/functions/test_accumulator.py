@@ -88,7 +88,7 @@ def test_thousands_of_pieces_merge_to_the_same_bits_in_any_grouping():
         assert parts[0].norm == norm
 
 
-@pytest.mark.each_value
+@pytest.mark.full
 @pytest.mark.parametrize("ord", [1, 1.5, 3, math.inf])
 @pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
 def test_other_orders_do_not_depend_on_the_order(ord, size):
@@ -118,7 +118,7 @@ def test_finite_gradients_whose_norm_exceeds_float64_are_clipped():
     assert clipped[1][0] == pytest.approx(1e300 / math.sqrt(2), rel=1e-14)
 
 
-@pytest.mark.each_value
+@pytest.mark.full
 @pytest.mark.parametrize("ord", [1, 2, math.inf])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_passes_on_to_every_piece(ord, value):

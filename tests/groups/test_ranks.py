@@ -64,7 +64,7 @@ def test_shards_of_whole_chunks_have_the_bits_of_all_at_once(size, dtype):
     checks.assert_same_bits(np.concatenate([own[0] for own, _ in results]), clipped[0])
 
 
-@pytest.mark.each_value
+@pytest.mark.full
 @pytest.mark.parametrize("ord", [1, 2, 3.5, math.inf])
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -126,6 +126,7 @@ def test_the_subnormal_results_of_all_ranks_together_stay_within_the_bound():
         assert square <= Fraction(float(bound)) ** 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_verdict_on_what_is_not_finite(value):
     def grads(comm):
@@ -186,6 +187,7 @@ def test_a_rank_that_raises_is_an_error_on_all():
     assert str(first).startswith("rank 1 raised ValueError: clip_norm: expected a number >= 0")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -236,7 +238,7 @@ def test_what_is_no_communicator_is_refused():
 # ---- groups
 
 
-@pytest.mark.each_value
+@pytest.mark.full
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_groups_are_clipped_as_if_they_were_whole(name, size):
@@ -303,7 +305,7 @@ def test_sharded_rows_that_repeat_count_as_their_sums():
 # ---- what is not finite
 
 
-@pytest.mark.each_value
+@pytest.mark.full
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("policy", ["propagate", "skip", "raise", "zero"])
 @pytest.mark.parametrize("rule", ["none", "global", "tensors", "global of order 1", "percentile"])
@@ -361,6 +363,7 @@ def make(**changes):
     return groups, nc.SGD(groups, lr=own["lr"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "text"),
     [
