@@ -139,10 +139,8 @@ def _decided(
     if not parts:
         return None
     chunks, partial = np.concatenate([part.chunks for part in parts]), np.concatenate(partials)
-    order = np.argsort(chunks[:, cpu.OWNER], kind="stable")
     strict, limits = _limits(tuple(part.dtype for part in parts))
-    totals = np.zeros(len(values.arrays))
-    norm, right = joint.joined(chunks[order], partial[order], strict, totals)
+    norm, right = joint.joined(chunks, partial, strict, np.zeros(len(values.arrays)))
     if not right:
         return None
     elements = sum(part.nbytes // part.dtype.storage.itemsize for part in parts)

@@ -202,6 +202,7 @@ def test_views_made_anew_find_the_states_of_their_memory(kind):
     assert len(fresh._arrays._known) == 2
 
 
+@pytest.mark.each_value
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_arrays_are_updated_as_others_are(kind, dtype):
