@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from types import MappingProxyType
 from typing import Any, Never
 
 import numpy as np
@@ -12,6 +11,8 @@ import numpy as np
 from numclip import state
 from numclip.border import arguments
 from numclip.border.communicator import communicator
+from numclip.border.gradients import describe
+from numclip.border.results import refuse_overlaps
 from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
 from numclip.clipping.ranks import Ranks, telling
@@ -31,26 +32,44 @@ Fitting = list[tuple[GroupState, str, Any]]
 """Gradients that fit: their group, their name, and what is copied in."""
 
 
-class _Grads(MutableMapping[str, Any]):
-    """The gradients of all groups by name; assignment copies in."""
+class _Named(MutableMapping[str, Any]):
+    """Arrays of all groups by the names of parameters; assignment copies in."""
 
     def __init__(self, groups: ParamGroups) -> None:
         self._groups = groups
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r}: parameters and gradients cannot be deleted, only overwritten")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups._names)
+
+    def __len__(self) -> int:
+        return len(self._groups._names)
+
+
+class _Params(_Named):
+    """The parameters."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self._groups._owner(name).params[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if value is not self[name]:  # as it is after ``params[name] -= step``
+            self._groups._owner(name).set_param(name, value, self._groups.stream)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _Grads(_Named):
+    """The gradients."""
 
     def __getitem__(self, name: str) -> Any:
         return self._groups._owner(name).gradient_of(name)
 
     def __setitem__(self, name: str, grad: Any) -> None:
         self._groups.set_grads({name: grad})
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"grads[{name!r}]: cannot be deleted; zero_grads() sets all to zero")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._groups.params)
-
-    def __len__(self) -> int:
-        return len(self._groups.params)
 
     def __repr__(self) -> str:
         return repr({name: self._groups._owner(name).seen(name) for name in self})
@@ -69,12 +88,16 @@ class ParamGroups(state.Saved):
         Where parameters and gradients are: in the host's memory or on an NVIDIA GPU.
     stream : stream, optional
         The CUDA stream to work on, of numba, CuPy or PyTorch; the default stream otherwise.
+    copy : bool, default True
+        False leaves the parameters where they are, in the host's memory alone: writeable arrays in
+        C order of which no two share memory are updated in place, whoever else reads them.
 
     Attributes
     ----------
     params : mapping of str to array
         Each parameter, a view into its group's buffer: of NumPy, to be written to in place, or
-        a `DeviceArray`, which CuPy, PyTorch and numba take without a copy.
+        a `DeviceArray`, which CuPy, PyTorch and numba take without a copy. Assigning copies in.
+        With ``copy=False`` the array that was passed, or NumPy's view of another library's.
     grads : mapping of str to array or IndexedSlices
         Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, whose values are
         a view until the next ones are copied in, or None. Assigning copies in.
@@ -137,7 +160,11 @@ class ParamGroups(state.Saved):
         history: int = 10_000,
         device: str = "cpu",
         stream: Any = None,
+        copy: bool = True,
     ) -> None:
+        if not copy and device != "cpu":
+            wanted = f"True for device={device!r}; apply_gradients updates CUDA arrays in place"
+            raise ValueError(expected("copy", wanted, copy))
         self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
         engine.require()
         self.stream = stream
@@ -145,7 +172,7 @@ class ParamGroups(state.Saved):
         with engine.on_stream(None) as own:
             self._groups = {
                 member.name: (SparseGroupState if member.sparse else GroupState)(
-                    member, number, engine, own, self._change
+                    member, number, engine, own, self._change, copies=bool(copy)
                 )
                 for number, member in enumerate(members)
             }
@@ -153,11 +180,10 @@ class ParamGroups(state.Saved):
         for group in self._states:
             group.neighbours = self._states
         self._owners = {name: member.name for member in members for name in member.params}
-        self.params: Mapping[str, Any] = MappingProxyType(
-            {name: self._owner(name).params[name] for name in self._owners}
-        )
-        self.grads = _Grads(self)
         self._names = tuple(self._owners)
+        self.params, self.grads = _Params(self), _Grads(self)
+        if not copy:
+            self._refuse_tied()
         dense = None if any(group.sparse for group in self._states) else self._states
         self._taker = None if dense is None else self._made_taker(dense)
         self._clipped: Turn | None = None  # whose gradients are there, clipped
@@ -204,6 +230,16 @@ class ParamGroups(state.Saved):
     def _told(self) -> Iterator[Told]:
         with self._lock:
             return iter(()) if self._steps is None else iter(list(self._steps.told()))
+
+    def _refuse_tied(self) -> None:
+        """Refuse parameters that share memory."""
+        every = self.params.items()
+        params = [describe(f"params[{name!r}]", name, own, self._engine) for name, own in every]
+        try:
+            refuse_overlaps(params, params)
+        except ValueError as error:
+            advice = "pass tied weights under one name, and the sum of their gradients"
+            raise ValueError(f"{error}; {advice}") from None
 
     def _made_taker(self, groups: Sequence[GroupState]) -> Given | None:
         """Return what copies ordinary arrays in by one call."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from numclip import engine as engines
 from numclip.border.gradients import Gradient, describe
+from numclip.border.results import check_writable
 from numclip.dtypes import Array
 from numclip.engine import Engine
 from numclip.errors import expected
@@ -56,19 +57,28 @@ class GroupState:
     neighbours : sequence of GroupState
         The groups whose gradients are written together with this one's, itself included.
     params, grads : mapping of str to array
-        Views into the flat buffers; for a sparse group `grads` is empty.
+        Views into the flat buffers, parameters that are not copied the user's own arrays; for a
+        sparse group `grads` is empty.
     exposed : set of str
         The parameters whose gradients' views somebody may have, and write to without a word.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
+        There are no `flat_params` of parameters that are not copied.
     """
 
     sparse = False
 
     def __init__(
-        self, group: Any, number: int, engine: Engine, stream: Any, changed: Callable[[], None]
+        self,
+        group: Any,
+        number: int,
+        engine: Engine,
+        stream: Any,
+        changed: Callable[[], None],
+        *,
+        copies: bool = True,
     ) -> None:
-        """Copy the parameters; `changed` is told of another rule or policy."""
+        """Copy the parameters or take them; `changed` is told of another rule or policy."""
         self.name, self.number, self.lr = group.name, number, group.lr
         self.sharded = group.sharded
         self._clip, self._nonfinite = group.clip, str(group.nonfinite)
@@ -81,12 +91,15 @@ class GroupState:
         }
         self.names = tuple(given)
         kinds = {name: (own.shape, own.native) for name, own in given.items()}
-        self.flat_params, params = flat_buffers(kinds, engine, stream)
+        self.flat_params, params = flat_buffers(kinds if copies else {}, engine, stream)
         self._flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
         self.params, self._grads = MappingProxyType(params), MappingProxyType(grads)
         self.exposed: set[str] = set()
         for name, own in given.items():
-            engine.put(params[name], _readable(own, engine), stream)
+            if copies:
+                engine.put(params[name], readable(own, engine), stream)
+            else:
+                params[name] = _taken(own)
         self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
         self._dense = [self._gradient(name, grad) for name, grad in grads.items()]
         self._facts = {name: own.facts for name, own in zip(grads, self._dense, strict=True)}
@@ -169,6 +182,13 @@ class GroupState:
         for own, copy in zip(self._dense, held, strict=True):
             self._engine.put(own.facts.array, copy, stream)
 
+    def set_param(self, name: str, value: Any, stream: Any) -> None:
+        """Copy values to a parameter, after checking that they fit."""
+        label, param = f"params[{name!r}]", self.params[name]
+        own = _given(label, name, value, self._engine)
+        self._check(label, own, param)
+        self._engine.put(param, readable(own, self._engine), stream)
+
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
         """Return a gradient of the parameter as it is copied in, after checking that it fits."""
         if grad is None:
@@ -178,6 +198,11 @@ class GroupState:
         if self.sparse != (own.slices is not None):
             wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
             raise TypeError(expected(label, wanted, type(grad).__name__))
+        self._check(label, own, param)
+        return self._apart(name, own, stream)
+
+    def _check(self, label: str, own: Gradient, param: Any) -> None:
+        """Refuse what does not fit a parameter's shape and dtype."""
         if own.dense_shape != param.shape:
             raise ValueError(expected(label, f"shape {param.shape}", own.dense_shape))
         elsewhere = own.engine.name != "cpu"  # what casts is in the host's memory
@@ -186,7 +211,6 @@ class GroupState:
         if own.dtype.components == 2 and param.dtype.kind != "c":
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
         refuse_beyond(label, own, param.dtype)
-        return self._apart(name, own, stream)
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""
@@ -226,7 +250,19 @@ def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
     return made
 
 
-def _readable(own: Gradient, engine: Engine) -> Any:
+def _taken(own: Gradient) -> Any:
+    """Return a parameter's own array, after checking that it can be updated where it is."""
+    if isinstance(own.source, np.generic):
+        wanted = "an array, which can be updated where it is, for copy=False"
+        raise TypeError(expected(own.name, wanted, type(own.source).__name__))
+    check_writable(own)
+    if not own.facts.c_order or own.address % own.dtype.storage.itemsize:
+        got = f"strides {own.facts.strides} at the address {own.address}; pass a contiguous copy"
+        raise ValueError(expected(own.name, "C order for copy=False", got))
+    return own.facts.array
+
+
+def readable(own: Gradient, engine: Engine) -> Any:
     """Return an array that an engine can copy: its own in C order, or the host's."""
     if own.engine is engine and own.facts.c_order:
         return own.facts.array
@@ -238,8 +274,8 @@ class SparseGroupState(GroupState):
 
     sparse = True
 
-    def __init__(self, group: Any, *arguments: Any) -> None:
-        super().__init__(group, *arguments)
+    def __init__(self, group: Any, *arguments: Any, copies: bool = True) -> None:
+        super().__init__(group, *arguments, copies=copies)
         self._rows = self._no_rows()
 
     def gradients(self) -> list[Gradient]:

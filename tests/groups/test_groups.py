@@ -344,3 +344,92 @@ def test_elements_beyond_the_range_of_a_group_are_refused(sparse):
             clipped = nc.clip_by_value(dense.real.copy(), -1.0, 1.0)
             groups.set_grads({"w": nc.IndexedSlices(clipped, [0], (1, 2)) if sparse else clipped})
             assert groups.clip().norm == 2.0**0.5
+
+
+# ---- parameters that stay where they are
+
+
+def own_and_copied(rule):
+    rng = np.random.default_rng(8)
+    params = {"W": rng.standard_normal((4, 3)), "b": rng.standard_normal(3).astype(np.float32)}
+    rows = {"E": rng.standard_normal((9, 2))}
+    made = []
+    for copy in (False, True):
+        own = [{name: array.copy() for name, array in group.items()} for group in (params, rows)]
+        groups = nc.ParamGroups(
+            [
+                nc.Group("g", own[0], clip=rule),
+                nc.Group("rows", own[1], clip=nc.ByNorm(1.0), sparse=True),
+            ],
+            copy=copy,
+        )
+        made.append((groups, own[0] | own[1]))
+    return made
+
+
+@pytest.mark.parametrize("make", [nc.SGD, nc.Adam])
+@pytest.mark.parametrize("rule", [nc.ByGlobalNorm(0.5), nc.ByValue(-0.1, 0.1)], ids=repr)
+def test_parameters_that_are_not_copied_are_updated_where_they_are(make, rule, tmp_path):
+    (ours, own), (theirs, _) = own_and_copied(rule)
+    optimizers = make(ours, lr=0.1), make(theirs, lr=0.1)
+    rng = np.random.default_rng(9)
+    for step in range(4):
+        grads = {name: rng.standard_normal(own[name].shape) for name in ("W", "b")}
+        grads["b"] = grads["b"].astype(np.float32)
+        grads["E"] = nc.IndexedSlices(rng.standard_normal((2, 2)), [4, 4], (9, 2))
+        for groups, optimizer in zip((ours, theirs), optimizers, strict=True):
+            if step % 2:
+                optimizer.step(grads)
+            else:
+                groups.set_grads(grads)
+                optimizer.step()
+        for name, array in own.items():
+            assert ours.params[name] is array
+            assert_same_bits(array, theirs.params[name])
+    ours.save(tmp_path / "own.npz")
+    before = {name: array.copy() for name, array in own.items()}
+    for array in own.values():
+        array[...] = 0
+    ours.load(tmp_path / "own.npz")
+    for name, array in own.items():
+        assert_same_bits(array, before[name])
+    assert not ours["g"].flat_params
+
+
+def test_parameters_are_written_by_name():
+    (ours, own), (theirs, passed) = own_and_copied(None)
+    for groups in (ours, theirs):
+        groups.params["W"] -= 1.0
+        groups.params["b"] = np.arange(3)[::-1].astype(np.float64)
+        with pytest.raises(ValueError, match=r"params\['W'\]: expected shape \(4, 3\)"):
+            groups.params["W"] = np.zeros(3)
+        with pytest.raises(KeyError, match="'V' is no parameter"):
+            groups.params["V"] = np.zeros(3)
+        with pytest.raises(TypeError, match="cannot be deleted"):
+            del groups.params["W"]
+    assert ours.params["W"] is own["W"]
+    assert own["b"].tolist() == theirs.params["b"].tolist() == [2.0, 1.0, 0.0]
+    assert_same_bits(own["W"], theirs.params["W"])
+    assert_same_bits(passed["W"] - 1.0, own["W"])
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda a: {"x": a, "y": a}, r"params\['y'\]: shares memory with params\['x'\]; pass tied"),
+        (lambda a: {"x": a[:3], "y": a[2:]}, "shares memory"),
+        (lambda a: {"x": a.T}, r"params\['x'\]: expected C order for copy=False"),
+        (lambda a: {"x": a[:, ::2]}, "expected C order for copy=False"),
+        (lambda a: {"x": np.broadcast_to(a, (2, 4, 4))}, "a writeable array, got a read-only one"),
+        (lambda a: {"x": a.astype(">f8")}, "expected native byte order"),
+        (lambda a: {"x": a[0, 0]}, "an array, which can be updated where it is"),
+    ],
+)
+def test_parameters_that_cannot_stay_are_refused(params, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        nc.ParamGroups([nc.Group("g", params(np.ones((4, 4))))], copy=False)
+
+
+def test_parameters_of_a_gpu_are_copied():
+    with pytest.raises(ValueError, match="copy: expected True for device='cuda'"):
+        nc.ParamGroups([nc.Group("g", {"x": np.ones(2)})], copy=False, device="cuda")
