@@ -105,6 +105,7 @@ class Given(Protocol):
     taken, is not read. `addresses` are where the arrays were that were read last, 0 for None.
     """
 
+    kept: Any
     addresses: Array
     is_little: bool  # copying it costs less than to read it elsewhere
 
@@ -114,7 +115,7 @@ class Given(Protocol):
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Copy arrays into the others or add them; tell whether all could be read.
 
-        None stands for zeros, an ellipsis for what is there.
+        None stands for zeros, `kept` for what is there.
         """
 
 

@@ -342,8 +342,10 @@ class ParamGroups(state.Saved):
 
         They are not checked. None where some are missing, and for another structure.
         """
-        if type(grads) is dict and tuple(grads) == self._names:
-            return tuple(grads.values())
+        if type(grads) is dict:
+            grads = grads.copy()  # another thread may change its keys
+            if tuple(grads) == self._names:
+                return tuple(grads.values())
         if self._outline is None:
             return None
         outline, order = self._outline
@@ -372,7 +374,8 @@ class ParamGroups(state.Saved):
         """Do the same with those that have a name; the others stay as they are."""
         if self._taker is None or not named.keys() <= self._owners.keys():
             return False
-        return self._take(tuple([named.get(name, ...) for name in self._names]), adds=adds)
+        items = tuple([named.get(name, self._taker.kept) for name in self._names])
+        return self._take(items, adds=adds)
 
     @isolated
     def _copy(self, named: Mapping[str, Any]) -> None:

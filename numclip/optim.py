@@ -70,7 +70,8 @@ class Optimizer(state.Saved):
             The gradients of the step, by parameter or nested as the parameters are, as
             `ParamGroups.set_grads` takes them; the groups' own otherwise. They are never
             written. A parameter without one, or with None, is left as it is, its states too; a
-            group without any does not count the step.
+            group without any does not count the step, but groups that share a norm count
+            together.
         unscale : float, default 1.0
             The loss scale that the gradients carry, > 0.
         comm : intra-communicator of mpi4py, optional
@@ -133,11 +134,13 @@ class Optimizer(state.Saved):
         grads_and_vars : iterable of (gradient, array)
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
-            optimizer keeps a state for each that it has met, and the array with it: a new view
-            is a new array. These states are not in `state_dict`. An array that comes twice is
-            updated twice; apart from that, arrays share no memory with one another or with
-            others' gradients. CUDA arrays are taken with gradients that are CUDA arrays in C
-            order or slices of them: one launch for each dtype, whatever their number, on the
+            optimizer keeps a state for the memory of each, by its address, dtype and length, while
+            that lives (other libraries' arrays are kept, too): views of it may be made anew. These
+            states are not in `state_dict`. An array that comes twice is updated twice; apart from
+            that, arrays share no memory with one another. Gradients that an update would write
+            over are copied first; those of other dtypes are cast as `ParamGroups.set_grads` casts
+            them, in the host's memory. CUDA arrays are taken with gradients that are CUDA arrays
+            in C order or slices of them: one launch for each dtype, whatever their number, on the
             stream of the first array's library, after slices are coalesced.
 
         Raises

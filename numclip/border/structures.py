@@ -170,14 +170,16 @@ class Outline:
 
     def items(self, tree: Any) -> list[Any] | None:
         """Return the items of a structure in the order of the names; None if it is not alike."""
-        if type(tree) is not self._kind or len(tree) != len(self._keys):
+        if type(tree) is not self._kind:
             return None
-        if self._is_mapping and tuple(tree) != self._keys:
+        held = dict(tree) if self._is_mapping else tuple(tree)  # another thread may change it
+        if len(held) != len(self._keys) or (self._is_mapping and tuple(held) != self._keys):
             return None
+        values = list(self._values(held))
         if self._flat:
-            return list(self._values(tree))
+            return values
         found: list[Any] = []
-        for part, item in zip(self._parts, self._values(tree), strict=True):
+        for part, item in zip(self._parts, values, strict=True):
             if part is None:
                 found.append(item)
                 continue

@@ -75,7 +75,7 @@ class ArrayUpdater:
             engine.check_kernel(self._method.kernel, self._method.state_names)
             pairs = zip(numbers, grads, variables, strict=True)
             described = [_described(*pair, engine) for pair in pairs]
-            rounds = [self._plan(engine, own) for own in _rounds(described)]
+            rounds = [self._plan(engine, own, keeps=key is None) for own in _rounds(described)]
             if key is None or len(rounds) != 1:
                 return rounds
             planned = self._keep(key, rounds[0])
@@ -98,8 +98,10 @@ class ArrayUpdater:
             self._planned.popitem(last=False)
         return planned
 
-    def _plan(self, engine: Engine, pairs: Sequence[tuple[Gradient, Gradient]]) -> Planned:
-        """Return what updates described pairs."""
+    def _plan(
+        self, engine: Engine, pairs: Sequence[tuple[Gradient, Gradient]], *, keeps: bool
+    ) -> Planned:
+        """Return what updates described pairs; one that is kept here reads them where they are."""
         grads, params = map(list, zip(*pairs, strict=True))
         kept = self._kept_of(engine, params)
         stream = engine.stream_of([own.facts for own in (*params, *grads)])
@@ -110,7 +112,7 @@ class ArrayUpdater:
         pairs = list(zip(grads, params, strict=True))
         spans = [update_span(grad, param.address) for grad, param in pairs]
         indices = [grad.slices.indices for grad in grads if grad.slices is not None]
-        key = None if indices else (stream, *map(id, kept), *spans)
+        key = (stream, *map(id, kept), *spans) if keeps and not indices else None
         planned = self._find(key)
         if planned is not None:
             return planned

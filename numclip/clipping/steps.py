@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip import tables
+from numclip.border.gradients import Gradient
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
@@ -22,6 +23,7 @@ from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import Engine
 from numclip.engine import Outcome as EngineOutcome
+from numclip.views import view_of
 
 KEPT = 256
 """How many steps a block has memory for; fewer where there are many tensors."""
@@ -175,6 +177,7 @@ class Steps:
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
         self.engine, self.stream = engine, stream
         tensors = sum(len(group.names) for group in groups)
+        self._sources: Mapping[str, int] | None = None  # where gradients are read
         self._kept = max(1, min(KEPT, MOST_ROWS // tensors))
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
@@ -251,10 +254,22 @@ class Steps:
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         for group in clipper.refused(self.stream):
-            raise first_error(group.gradients(), None, self.stream)
+            every = [self._as_read(own) for own in group.gradients()]
+            raise first_error([own for own in every if own is not None], None, self.stream)
+
+    def _as_read(self, own: Gradient) -> Gradient | None:
+        """Return a gradient where it was read; None where it was absent."""
+        if self._sources is None:
+            return own
+        address = self._sources[str(own.key)]
+        memory = own.facts.memory._replace(address=address)
+        array = view_of(memory, own.shape, own.native) if address else None
+        facts = own.facts._replace(address=address, array=array)
+        return own._replace(facts=facts) if address else None
 
     def read_at(self, sources: Mapping[str, int] | None) -> None:
         """Read gradients at some addresses, 0 for those that are absent; None for the groups'."""
+        self._sources = sources
         for clipper in self.clippers:
             own = None if sources is None else [sources[name] for name in clipper.names]
             clipper.plan.read_at(own, self.stream)

@@ -112,7 +112,7 @@ def _address(context: Any, builder: Any, name: str) -> Any:
         number = python.unserialize(python.serialize_object(Address(name, version())))
         with builder.if_else(cgutils.is_null(builder, number)) as (failed, found):
             with failed:
-                python.err_clear()
+                python.err_write_unraisable(python.get_null_object())
             with found:
                 builder.store(python.long_as_longlong(number), slot)
                 python.decref(number)

@@ -101,7 +101,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
     def into_new_array(grad, clip_norm, axes=None, ord=2, out=None):
         work = in_c_order(grad)
         status = clipped(work, number_of(clip_norm))
-        if status > RARE:
+        if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
         return work
@@ -110,7 +110,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         if not are_same(out, grad):
             fail(ELSEWHERE)
         status = clipped(grad, number_of(clip_norm))
-        if status > RARE:
+        if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
         return grad
@@ -120,7 +120,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
             fail(ELSEWHERE)
         work = in_c_order(grad)
         status = clipped(work, number_of(clip_norm))
-        if status > RARE:
+        if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
         if status == WRITTEN:

@@ -70,6 +70,7 @@ class AtOnce:
                 _point(tables, given.DECISIONS, outcomes[1][0])
         tables, address = self._own, 0
         if items is not None:
+            self._reader.check(items)
             tables, address = self._given, pointers_of(items)
         return self._kernel(  # type: ignore[no-any-return]
             address, place, unscale, tables, bounds, self._factors, self._like

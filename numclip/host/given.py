@@ -22,7 +22,7 @@ from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.memory import Span
 
 Extents = Sequence[tuple[int, int]]
-KEPT = ...
+KEPT = object()
 """Stands for an array that stays as it is."""
 
 
@@ -32,6 +32,8 @@ class Given:
     `taken` are addresses between which none of them may lie. Of what is read last, `addresses`
     are where it is, 0 for None.
     """
+
+    kept = KEPT
 
     def __init__(self, targets: Sequence[Facts], taken: Extents) -> None:
         self.targets = list(targets)
@@ -58,13 +60,20 @@ class Given:
 
     def read(self, items: tuple[Any, ...]) -> bool:
         """Find where arrays lie; tell whether all are as they are wanted."""
+        self.check(items)
         return READABLE and given.read(pointers_of(items), self.wanted, self.addresses)
+
+    def check(self, items: tuple[Any, ...]) -> None:
+        """Assert that there is an array for each of ours: kernels read so many pointers."""
+        if len(items) != len(self.targets):
+            raise AssertionError(f"{len(items)} arrays for {len(self.targets)}")
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Copy arrays into ours or add them; tell whether all are as they are wanted.
 
         None stands for zeros, `KEPT` for what is there.
         """
+        self.check(items)
         if self._only is not None and READABLE:
             batch = self._only
             tables = batch.chunks, adds, batch.dtype.like, self.addresses

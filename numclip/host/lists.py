@@ -8,7 +8,6 @@ has touched nothing: what is not plain, not finite or in need of care goes the g
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -133,24 +132,17 @@ def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
     if kind is None or kind.row.components == 2:
         return None
     result = grad if out is grad else grad.copy("K")
-    bounds, items = _rounded(low, high, kind.row.native), (result,)
-    given = pointers_of(items), 1, kind.writeable, *bounds, kind.row.like
-    state = arrays.clamp_little(*given)
+    items = (result,)
+    state = arrays.clamp_little(pointers_of(items), 1, kind.writeable, low, high, kind.row.like)
     if state != arrays.MUCH:
         return result if state == arrays.DONE else None
     batch, _ = batch_of(items, kind, kind.writeable)
     assert batch is not None
     beyond = np.empty(len(batch.chunks), np.bool_)
-    threads.run_all([batches.clamping(batch, beyond, *bounds)._replace(keep=result)])
+    with np.errstate(all="ignore"):  # a bound out of range is infinite or 0
+        call = environment.run(batches.clamping, (batch, beyond, low, high), {})
+    threads.run_all([call._replace(keep=result)])
     return result
-
-
-@functools.lru_cache(maxsize=64)
-def _rounded(low: float, high: float, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Return two numbers rounded to a dtype: to nearest, however the thread rounds."""
-    with np.errstate(all="ignore"):
-        least, most = environment.run(np.array([low, high]).astype, (dtype,), {}).tolist()
-    return float(least), float(most)
 
 
 def _takes(grads: Any, out: Any) -> bool:

@@ -92,15 +92,22 @@ def array_of_squares(x):
 
 
 @inline
-def squares_of(x):
-    """Return the sum of squares of an array, added as those of the chunks of a tensor are."""
+def parts_of_squares(x):
+    """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
     if x.size <= size:
-        return block_of_squares(x)
+        return block_of_squares(x), 0.0
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
         total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
         error += rest
+    return total, error
+
+
+@inline
+def squares_of(x):
+    """Return the sum of squares of an array."""
+    total, error = parts_of_squares(x)
     return settled(total, error)
 
 

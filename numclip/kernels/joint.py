@@ -12,7 +12,7 @@ from numclip.kernels import formulas
 from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, two_sum
 from numclip.kernels.elements import array_at
 from numclip.kernels.jit import inline, kernel
-from numclip.kernels.pools import factor_of
+from numclip.kernels.pools import add_sum, factor_of
 
 # What kernels are told of a dtype, see `dtypes.DType`.
 ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
@@ -38,12 +38,8 @@ def joined(chunks, partial, limits, totals):
             value = tensor + tensor_error
             totals[owner] = value
             safe &= is_safe(value)
-            total, rest = two_sum(total, value)
-            error, lost = two_sum(error, rest)
-            doubt += abs(lost)
-            if tensor_error != 0.0:
-                error, lost = two_sum(error, (tensor - value) + tensor_error)
-                doubt += abs(lost)
+            rest = (tensor - value) + tensor_error
+            total, error, doubt = add_sum((total, error, doubt), value, rest)
             tensor = tensor_error = 0.0
     norm = math.sqrt(total + error)
     right = safe or (limits[DIGITS] < 53.0 and math.isfinite(norm))

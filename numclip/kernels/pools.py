@@ -70,6 +70,18 @@ def add_chunks(chunks, partial, sums):
 
 
 @inline
+def add_sum(sums, value, rest):
+    """Add a tensor's sum, and what rounding took from it, to a total, its error and its doubt."""
+    total, lost = two_sum(sums[0], value)
+    error, lost = two_sum(sums[1], lost)
+    doubt = sums[2] + abs(lost)
+    if rest != 0.0:
+        error, lost = two_sum(error, rest)
+        doubt += abs(lost)
+    return total, error, doubt
+
+
+@inline
 def highest(pool, column, sums):
     """Return the highest exponent of a pool's sums that are not 0; 0 where all are."""
     exponent, empty = 0.0, True
@@ -142,12 +154,8 @@ def add_tensors(pool, column, largest, sums):
         if largest:
             total = larger(total, value)
         else:
-            total, rest = two_sum(total, value)
-            error, lost = two_sum(error, rest)
-            doubt += abs(lost)
-            if column == TOTAL and sums[t, ERROR] != 0.0:
-                error, lost = two_sum(error, scaled_down(sums[t, ERROR], apart))
-                doubt += abs(lost)
+            rest = scaled_down(sums[t, ERROR], apart) if column == TOTAL else 0.0
+            total, error, doubt = add_sum((total, error, doubt), value, rest)
     result = settled(total, error)
     if not math.isfinite(result):
         return result, 0.0, int(exponent)

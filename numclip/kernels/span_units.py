@@ -11,7 +11,7 @@ from numclip.kernels.columns import add_parts, column_squares, scale_columns
 from numclip.kernels.elements import as_computed
 from numclip.kernels.jit import inline, kernel
 from numclip.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
-from numclip.kernels.pools import factor_of, is_safe, scale_by_power
+from numclip.kernels.pools import factor_of, is_safe, scale_by_power, settled
 from numclip.kernels.spans import (
     BAD_BOUND,
     COMPLEX,
@@ -62,8 +62,8 @@ def clip_rows_of(x, count, bound, limits, precision, like):
     size = x.size // count
     units = np.empty((count, 2))
     for u in range(count):
-        total, exponent = rescued_squares(x[u * size : (u + 1) * size])
-        units[u, MANTISSA], units[u, POWER] = total, exponent
+        total, lost, exponent = rescued_squares(x[u * size : (u + 1) * size])
+        units[u, MANTISSA], units[u, POWER] = settled(total, lost), exponent
     done = decide_units(units, size, bound, limits)
     if done == UNCHANGED:
         return done

@@ -15,24 +15,26 @@ from numclip.kernels.cpu import (
     hold,
     multiply,
     multiply_truncating,
+    parts_of_squares,
     powers_of,
-    squares_of,
 )
 from numclip.kernels.elements import array_at, as_computed, word_at
 from numclip.kernels.jit import inline, kernel
 from numclip.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
 from numclip.kernels.pools import (
     _parts,
+    add_sum,
     add_tensors,
     factor_of,
     is_safe,
+    is_settled,
     larger,
     scale_by_power,
     settled,
     two_sum,
     write_sum,
 )
-from numclip.tables import PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL, ZERO
+from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL, ZERO
 
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
 FIELDS = 5
@@ -92,59 +94,51 @@ def tensor_powers(rows, t, scale, ord):
 @inline
 def plain_norm(rows, count):
     """Return the norm of all tensors, and whether it is finite and no sum left the safe range."""
-    total = error = 0.0
+    total = error = doubt = 0.0
     safe = True
     for t in range(count):
         if field(rows, t, KIND) & WIDE:
             x = array_of(rows, t, WIDE_LIKE)
-            tensor = squares_of(x)
-            safe &= is_safe(tensor) or (tensor == 0.0 and peak_of(x) == 0.0)
+            tensor, lost = parts_of_squares(x)
+            value = tensor + lost
+            safe &= is_safe(value) or (value == 0.0 and peak_of(x) == 0.0)
         else:
-            tensor = squares_of(array_of(rows, t, NARROW_LIKE))
-        total, rest = two_sum(total, tensor)
-        error += rest
-    norm = math.sqrt(settled(total, error))
-    return norm, safe and math.isfinite(norm)
+            tensor, lost = parts_of_squares(array_of(rows, t, NARROW_LIKE))
+            value = tensor + lost
+        total, error, doubt = add_sum((total, error, doubt), value, (tensor - value) + lost)
+    norm = math.sqrt(total + error)
+    return norm, safe and math.isfinite(norm) and is_settled(total, error, doubt)
 
 
 @inline
 def rescued_squares(x):
-    """Return an array's sum of squares as ``total * 4**exponent``, as `batches.write_squares`."""
-    total = squares_of(x)
-    if x.itemsize < 8 or is_safe(total):
-        return total, 0
+    """Return an array's sum of squares as ``total * 4**exponent``, as `batches.write_squares`.
+
+    Between them what rounding has taken from the total.
+    """
+    total, lost = parts_of_squares(x)
+    if x.itemsize < 8 or is_safe(total + lost):
+        return total, lost, 0
     peak = peak_of(x)
     if not 0.0 < peak < math.inf:
-        return total, 0
+        return total, lost, 0
     exponent = math.frexp(peak)[1] - 1
-    return powers_of(x, math.ldexp(1.0, exponent), 2.0), exponent
-
-
-@inline
-def tensor_squares(rows, t):
-    """Return a tensor's sum of squares as ``total * 4**exponent``."""
-    if field(rows, t, KIND) & WIDE:
-        return rescued_squares(array_of(rows, t, WIDE_LIKE))
-    return squares_of(array_of(rows, t, NARROW_LIKE)), 0
+    return powers_of(x, math.ldexp(1.0, exponent), 2.0), 0.0, exponent
 
 
 @inline
 def joint_squares(rows, count):
     """Return the sum of squares of all tensors as ``total * 4**exponent``."""
-    total = error = 0.0
-    plain = True
-    for t in range(count):
-        tensor, exponent = tensor_squares(rows, t)
-        plain &= exponent == 0
-        total, rest = two_sum(total, tensor)
-        error += rest
-    if plain:
-        return settled(total, error), 0
     sums = np.empty((count, SUM_COLUMNS))
     for t in range(count):
-        tensor, exponent = tensor_squares(rows, t)
-        write_sum(sums[t], tensor, exponent)
-    return add_tensors((0, count), TOTAL, False, sums)
+        if field(rows, t, KIND) & WIDE:
+            tensor, lost, exponent = rescued_squares(array_of(rows, t, WIDE_LIKE))
+        else:
+            tensor, lost, exponent = rescued_squares(array_of(rows, t, NARROW_LIKE))
+        write_sum(sums[t], tensor, lost)
+        sums[t, EXPONENT] = exponent
+    total, _, power = add_tensors((0, count), TOTAL, False, sums)
+    return total, power
 
 
 @inline

@@ -282,6 +282,11 @@ def test_in_prange():
 # ---- what is refused
 
 
+@njit
+def columns(grad, bound):
+    return nc.clip_by_norm(grad, bound, 0)
+
+
 def test_arguments_that_are_refused_when_the_code_runs():
     grads = np.ones(3), np.ones((2, 2))
     same = np.ones(3)
@@ -290,6 +295,8 @@ def test_arguments_that_are_refused_when_the_code_runs():
         lambda: wrappers.propagate(grads, 1.0, -1.0),
         lambda: wrappers.clip_in_place((same, same), 1.0),
         lambda: elsewhere(grads, (np.ones(3), np.ones((2, 2)))),
+        lambda: columns(grads[1], -1.0),
+        lambda: columns(grads[1], math.nan),
     ):
         with pytest.raises(ValueError, match=r"clip_norm|use_norm|share no memory|in place"):
             call()

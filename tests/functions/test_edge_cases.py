@@ -451,3 +451,20 @@ def test_little_that_shares_memory_is_clipped_once():
     itself = np.lib.stride_tricks.as_strided(np.ones(9), (4, 3), (16, 8))
     with pytest.raises(ValueError, match="distinct elements"):
         nc.clip_by_global_norm([itself, grads[2]], 1.0, out=[itself, grads[2]])
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_zeros_of_bounds_keep_their_signs(name):
+    for low, high in (
+        (-1.0, 0.0),
+        (-1.0, -0.0),
+        (0.0, 1.0),
+        (-0.0, 1.0),
+        (1e-8, 1.0),
+        (1e-320, 1.0),
+    ):
+        for value in (0.0, -0.0, 1.0, -1.0):
+            grad = np.array([value], name)
+            own = nc.clip_by_value(grad, low, high)
+            other = nc.clip_by_value(np.array([[value, 1]], name)[:, 0], low, high, out=grad.copy())
+            checks.assert_same_bits(own, other)

@@ -490,3 +490,43 @@ def test_nested_gradients_that_do_not_fit(grads, error, message):
             call(grads)
     with pytest.raises(ValueError, match=r"params: two items .*'a.b'"):
         nc.Group("g", {"a": {"b": np.ones(1)}, "a.b": np.ones(1)})
+
+
+class Popping(str):
+    """A key whose comparison takes another key away."""
+
+    __slots__ = ("owner",)
+
+    def __eq__(self, other):
+        self.owner.pop("b", None)
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_dict_that_changes_meanwhile_is_read_as_it_was():
+    groups = nc.ParamGroups([nc.Group("g", {"a": np.zeros(2), "b": np.zeros(2)})])
+    key = Popping("a")
+    key.owner = grads = {key: np.ones(2), "b": np.full(2, 2.0)}
+    groups.set_grads(grads)
+    assert [grad.tolist() for grad in groups.grads.values()] == [[1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("call", ["set_grads", "accumulate", "step"])
+def test_an_ellipsis_is_no_gradient(call):
+    groups = nc.ParamGroups([nc.Group("g", {"a": np.zeros(2), "b": np.zeros(2)})])
+    act = nc.SGD(groups, 0.1).step if call == "step" else getattr(groups, call)
+    with pytest.raises(TypeError, match=r"grads\['a'\]: .*got ellipsis"):
+        act({"a": ..., "b": np.ones(2)})
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000])
+def test_an_error_names_the_gradient_that_was_read(size):
+    rule = nc.ByGlobalNorm(1.0)
+    groups = nc.ParamGroups([nc.Group("g", {"W": np.zeros(size)}, rule, nonfinite="raise")])
+    groups.grads["W"][3] = np.inf  # which is not the step's
+    grad = np.ones(size)
+    grad[5] = np.nan
+    with pytest.raises(nc.NonFiniteGradientError, match=r"g\.W is not finite: nan at flat index 5"):
+        nc.SGD(groups, 0.1).step({"W": grad})
+    assert not groups.params["W"].any()

@@ -243,6 +243,22 @@ def test_gradients_of_other_dtypes_are_cast_as_groups_cast_them(dtype):
         assert_same_bits(variable, wanted)
 
 
+class Other(np.ndarray):
+    """Another kind of array, which is taken the general way."""
+
+
+def test_plans_that_are_known_read_the_gradients_of_the_call():
+    first, second, variable = np.ones(3), np.full(3, 100.0), np.zeros(3)
+    optimizer = nc.SGD(None, 1.0)
+    for grad in (first, second):
+        optimizer.apply_gradients([(grad, variable)])
+    variable[:] = 0
+    optimizer.apply_gradients([(first, variable), (first, variable)])
+    assert variable.tolist() == [-2.0] * 3
+    optimizer.apply_gradients([(first.view(Other), variable)])
+    assert variable.tolist() == [-3.0] * 3
+
+
 @pytest.mark.parametrize("size", [9, pytest.param(2_000_001, marks=pytest.mark.full)])
 @pytest.mark.parametrize("shift", [1, -1])
 def test_gradients_are_read_before_what_they_overlap_is_written(size, shift):
