@@ -94,7 +94,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def only_first_prints(self) -> Iterator[None]:
-        """Let no other rank print, nor end, and so perhaps end all, before the first one is done."""
+        """Let no other rank print, nor end (which may end all) before the first one is done."""
         with contextlib.ExitStack() as stack:
             if self.rank > 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))

@@ -72,7 +72,8 @@ class TestRanks:
     def test_they_train_as_one_process(self, folder, whole, size):
         code, lines, error = on_ranks(size, folder)
         assert code == 0, error
-        assert [line.split()[:2] for line in lines] == [line.split()[:2] for line in whole[0]]
+        starts, expected = ([line[:10] for line in own[:-1]] for own in (lines, whole[0]))
+        assert starts == expected  # each line once
         assert_same_training(state.load(folder / "ranks.npz"), whole[1])
 
     def test_they_train_in_float16_with_tensorflows_norm(self, folder):
