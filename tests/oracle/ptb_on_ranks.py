@@ -13,7 +13,7 @@ import numpy as np
 
 from numclip.examples import ptb
 
-TINY = ptb.Config(0.1, 1.0, 0.3, 2, 3, 4, 1, 2, 0.7, 0.5, batch_size=4, vocab_size=30)
+TINY = ptb.Config(0.1, 1.0, 0.9, 2, 3, 4, 1, 2, 0.7, 0.5, batch_size=4, vocab_size=30)
 
 
 class Training(ptb.Training):
