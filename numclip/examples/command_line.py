@@ -24,11 +24,11 @@ class Parser(argparse.ArgumentParser):
         """Print ``message`` on one line and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def require(self, *packages: str) -> None:
+    def require(self, *packages: str, extra: str = "examples") -> None:
         """Exit with code 2 unless every one of ``packages`` can be imported."""
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
-            self.error(f'cannot import {", ".join(missing)}: pip install "numclip[examples]"')
+            self.error(f'cannot import {", ".join(missing)}: pip install "numclip[{extra}]"')
 
     def add_picture(self, name: str) -> None:
         """Let the user choose where the picture goes."""

@@ -13,6 +13,10 @@ parameters share one norm, and so one panel. With --duplicates raw there is no p
 On two idle cores the configuration small reads 8,000 words a second or more: an epoch of the manual
 takes 8 seconds and all 13 take two minutes; an epoch of the Penn Treebank takes two minutes. A word
 takes medium 5 times as many multiplications, and large 20 times. Ctrl-C ends with the table so far.
+
+``mpiexec -n 4 python -m mpi4py -m numclip.examples.ptb --data-parallel`` trains the same model by
+four processes, to rounding. Each runs over a quarter of every batch's sequences; they add up their
+gradients, and clip and descend by the same. A checkpoint goes on with any number of processes.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from numclip.examples.command_line import Parser, output_file, positive_int, who
 from numclip.examples.corpus import Words, read_words
 from numclip.examples.cross_entropy import Array
 from numclip.examples.data import DataError
+from numclip.examples.data_parallel import Ranks, all_ranks, refuse_unequal_shares
 from numclip.examples.progress import interruptible, progress_bar, say
 from numclip.examples.windows import Windows, cut
 
@@ -104,8 +109,9 @@ def perplexity_of(cost: float, words: int) -> float:
 class Training(state.Saved):
     """A model on its way through the epochs; saved and loaded, it goes on with the same bits."""
 
-    def __init__(self, texts: Texts, args: argparse.Namespace) -> None:
+    def __init__(self, texts: Texts, args: argparse.Namespace, ranks: Ranks | None = None) -> None:
         config = self.config = CONFIGS[args.config]
+        self.ranks = ranks or Ranks()
         self.texts, self.args = texts, args
         self.rng = np.random.default_rng(args.seed)
         params = lstm_network.initial_params(
@@ -149,7 +155,7 @@ class Training(state.Saved):
         masks = lstm_network.dropout_masks(self.rng, config.keep_prob, shape)
         if self.batch == 0:
             self.rnn_state[...] = 0
-        cost, gradients, self.rnn_state = lstm_network.cost_and_gradients(
+        cost, gradients, self.rnn_state = self.ranks.cost_and_gradients(
             self.float32_params(), words, targets, self.rnn_state, masks, self.loss_scale
         )
         before = time.perf_counter()
@@ -160,8 +166,10 @@ class Training(state.Saved):
         self.batch += 1
 
     def update(self, gradients: Mapping[str, Array | nc.IndexedSlices]) -> None:
-        """Clip the gradients and descend, or skip the step where one overflowed."""
+        """Clip the sum of the ranks' gradients and descend, or skip a step that overflowed."""
         self.groups.set_grads(gradients)
+        for flat in self.groups["layers"].flat_grads.values():
+            self.ranks.add_up(flat)
         raw_norm = 0.0
         if self.args.duplicates == "raw":
             grads = dict(self.groups.grads)
@@ -170,7 +178,7 @@ class Training(state.Saved):
                 grads, bound, nonfinite="skip", duplicates="raw", out=grads
             )
             raw_norm = norm / self.loss_scale
-        report = self.optimizer.step(unscale=self.loss_scale)
+        report = self.optimizer.step(unscale=self.loss_scale, comm=self.ranks.comm)
         if report.skipped:
             self.skipped += 1
             self.loss_scale /= 2
@@ -265,14 +273,14 @@ def evaluate(training: Training, windows: Windows, stopped: Stopped) -> float | 
 
 def run(training: Training, stopped: Stopped) -> float | None:
     """Train through all epochs; return the test perplexity, None where it was interrupted."""
-    texts, args = training.texts, training.args
+    texts, args, ranks = training.texts, training.args, training.ranks
     while training.epoch <= min(args.epochs, training.config.max_max_epoch):
         start = time.perf_counter()
         rate = training.config.rate(training.epoch)
         print(f"Epoch {training.epoch}: learning rate {rate:.4g}", flush=True)
-        if not train_epoch(training, stopped):
+        if not train_epoch(training, lambda: ranks.of_first(stopped)):
             return None
-        validation = evaluate(training, texts.validation, stopped)
+        validation = ranks.of_first(lambda: evaluate(training, texts.validation, stopped))
         if validation is None:
             return None
         seconds = time.perf_counter() - start
@@ -284,7 +292,7 @@ def run(training: Training, stopped: Stopped) -> float | None:
         training.epoch, training.batch, training.cost = training.epoch + 1, 0, 0.0
         if args.save:
             training.save(args.save)
-    return evaluate(training, texts.test, stopped)
+    return ranks.of_first(lambda: evaluate(training, texts.test, stopped))
 
 
 def table(training: Training, test: float | None) -> Iterator[str]:
@@ -301,7 +309,8 @@ def table(training: Training, test: float | None) -> Iterator[str]:
     yield f"{steps:,} steps, {training.clipped:,} clipped, {training.skipped:,} skipped"
     if training.seconds[1:]:  # the first step compiles
         total, in_numclip = np.sum(training.seconds[1:], axis=0)
-        yield f"{in_numclip / total:.1%} of the training time was spent in numclip"
+        place = "numclip" if training.ranks.size == 1 else "numclip and in sums over the ranks"
+        yield f"{in_numclip / total:.1%} of the training time was spent in {place}"
 
 
 def build_parser() -> Parser:
@@ -342,6 +351,11 @@ def build_parser() -> Parser:
         help="write a checkpoint after every epoch, and at Ctrl-C",
     )
     option("--resume", type=Path, metavar="FILE", help="go on from a checkpoint, bit for bit")
+    option(
+        "--data-parallel",
+        action="store_true",
+        help="share every batch among the processes that mpiexec has started; needs mpi4py",
+    )
     parser.add_picture("ptb.png")
     option("--quiet", action="store_true", help="show no progress bar")
     return parser
@@ -354,12 +368,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.duplicates == "raw":
         args.picture = None  # the groups' history has the norms of summed rows alone
     parser.require("tqdm", *(["matplotlib"] if args.picture else []))
+    ranks = all_ranks(parser) if args.data_parallel else Ranks()
+    if ranks.rank > 0:
+        args.picture, args.save, args.quiet = None, None, True
+    with ranks.only_first_prints():
+        return train(parser, args, ranks)
+
+
+def train(parser: Parser, args: argparse.Namespace, ranks: Ranks) -> int:
+    """Train as the options say; return the exit code."""
     config = CONFIGS[args.config]
+    refuse_unequal_shares(parser, ranks, config.batch_size)
     try:
-        words = read_words(args.data_path, config.vocab_size)
-        training = Training(cut_texts(words, config), args)
+        words = ranks.of_first(lambda: read_words(args.data_path, config.vocab_size))
+        training = Training(cut_texts(words, config), args, ranks)
         if args.resume:
-            training.load(args.resume)
+            training.load_state_dict(ranks.of_first(lambda: state.load(args.resume)))
     except DataError as error:
         parser.error(str(error))
     except OSError as error:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 300
-BESIDE = Path(sys.executable).with_name("mpiexec")
-MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
+from tests.oracle import mpi
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(MPIEXEC is None, reason='no mpiexec; pip install "numclip[test]"'),
-    pytest.mark.skipif(
-        importlib.util.find_spec("mpi4py") is None, reason='no mpi4py; pip install "numclip[mpi]"'
-    ),
-]
+pytestmark = mpi.MARKS
 
 
-def start(size: int, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of tests.oracle.on_ranks; a run that takes too long is an error."""
-    # Open MPI asks to be told of more ranks than cores.
-    environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
-    environment |= {"NUMCLIP_NUM_THREADS": "1", "NUMCLIP_QUIET": "1"}
-    command = [str(MPIEXEC), "-n", str(size), sys.executable, "-m", "mpi4py"]
-    return subprocess.run(
-        [*command, "-m", "tests.oracle.on_ranks", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+def start(size, program):
+    """Run a program of tests.oracle.on_ranks."""
+    return mpi.start(size, "-m", "tests.oracle.on_ranks", program)
 
 
 def told(size: int, program: str) -> list[str]:

@@ -1,0 +1,40 @@
+"""Processes of MPI, which tests start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 300
+BESIDE = Path(sys.executable).with_name("mpiexec")
+MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
+
+MARKS = [
+    pytest.mark.full,
+    pytest.mark.skipif(MPIEXEC is None, reason='no mpiexec; pip install "numclip[test]"'),
+    pytest.mark.skipif(
+        importlib.util.find_spec("mpi4py") is None, reason='no mpi4py; pip install "numclip[mpi]"'
+    ),
+]
+
+
+def start(size: int, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on so many ranks; a run that takes too long is an error."""
+    # Open MPI asks to be told of more ranks than cores.
+    environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
+    environment |= {"NUMCLIP_NUM_THREADS": "1", "NUMCLIP_QUIET": "1"}
+    return subprocess.run(
+        [str(MPIEXEC), "-n", str(size), sys.executable, "-m", "mpi4py", *argv],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
