@@ -196,6 +196,7 @@ def test_reports_are_values():
 # ---- the record
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("capacity", [1, 2, 7, 64, 65, 100, 200])
 @pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 129, 200, 333])
 def test_the_last_steps_are_kept(capacity, count):
