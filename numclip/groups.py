@@ -54,6 +54,7 @@ class _Params(_Named):
     def __getitem__(self, name: str) -> Any:
         return self._groups._owner(name).params[name]
 
+    @isolated
     def __setitem__(self, name: str, value: Any) -> None:
         if value is not self[name]:  # as it is after ``params[name] -= step``
             self._groups._owner(name).set_param(name, value, self._groups.stream)
@@ -299,7 +300,8 @@ class ParamGroups(state.Saved):
             memory; on the GPU also CUDA arrays of the very dtypes in C order. `IndexedSlices`
             are for sparse groups. None means zero. Parameters that are not named keep the
             gradients they have; those they had at the last step are not applied again, see
-            `SGD.step`.
+            `SGD.step`. Finite elements that a cast makes infinite are refused, unless the group's
+            policy is "skip" or "raise", which then find them.
 
         Raises
         ------

@@ -187,6 +187,7 @@ class GroupState:
         label, param = f"params[{name!r}]", self.params[name]
         own = _given(label, name, value, self._engine)
         self._check(label, own, param)
+        refuse_beyond(label, own, param.dtype)
         self._engine.put(param, readable(own, self._engine), stream)
 
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
@@ -199,6 +200,8 @@ class GroupState:
             wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
             raise TypeError(expected(label, wanted, type(grad).__name__))
         self._check(label, own, param)
+        if self._nonfinite not in ("skip", "raise"):
+            refuse_beyond(label, own, param.dtype)
         return self._apart(name, own, stream)
 
     def _check(self, label: str, own: Gradient, param: Any) -> None:
@@ -210,7 +213,6 @@ class GroupState:
             raise TypeError(expected(label, f"dtype {param.dtype} in C order", own.native))
         if own.dtype.components == 2 and param.dtype.kind != "c":
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
-        refuse_beyond(label, own, param.dtype)
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
         """Return a gradient's array, a copy where another one is to be written over it."""

@@ -346,6 +346,25 @@ def test_elements_beyond_the_range_of_a_group_are_refused(sparse):
             assert groups.clip().norm == 2.0**0.5
 
 
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_elements_beyond_the_range_are_left_to_a_policy_that_finds_them(policy):
+    group = nc.Group("g", {"w": np.zeros(2, np.float16)}, nc.ByGlobalNorm(1.0), policy)
+    groups = nc.ParamGroups([group])
+    optimizer = nc.SGD(groups, 1.0)
+    for step in (
+        lambda: groups.set_grads({"w": np.array([1e6, 1.0])}) or optimizer.step(),
+        lambda: optimizer.step({"w": np.array([1e6, 1.0], np.float32)}),
+    ):
+        if policy == "skip":
+            assert step().skipped
+        else:
+            with pytest.raises(nc.NonFiniteGradientError, match=r"g\.w is not finite: inf at"):
+                step()
+        assert not groups.params["w"].any()
+    with pytest.raises(ValueError, match=r"params\['w'\]: expected elements that float16 holds"):
+        groups.params["w"] = np.array([1e6, 1.0])
+
+
 # ---- parameters that stay where they are
 
 
