@@ -9,12 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numba import njit
 
 import numclip as nc
-from numclip.compiled import calls
 
 pytestmark = [pytest.mark.full, pytest.mark.jit_only]
 
@@ -113,17 +110,24 @@ def test_code_from_another_process(tmp_path):
 
 
 def test_code_that_cannot_have_its_kernels():
-    """Where numba did not ask whether code is outdated, the code does."""
-
-    @njit
-    def clip(grad):
-        return nc.clip_by_norm(grad, 0.123)
-
-    original = calls.version
-    calls.version = lambda: "of another release"
-    try:
-        clip.compile("float64[:](float64[::1])")
-    finally:
-        calls.version = original
-    with pytest.raises(RuntimeError, match="numclip was updated since"):
-        clip(np.ones(3))
+    """Where numba did not ask whether code is outdated, the code does; the reason is told."""
+    program = """
+import numpy as np, numclip as nc
+from numba import njit
+from numclip.compiled import calls
+@njit
+def clip(grad):
+    return nc.clip_by_norm(grad, 0.123)
+original, calls.version = calls.version, lambda: "of another release"
+clip.compile("float64[:](float64[::1])")
+calls.version = original
+try:
+    clip(np.ones(3))
+except RuntimeError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("numclip was updated since")
+    assert "OutdatedCodeError" in done.stderr
