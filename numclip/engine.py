@@ -39,6 +39,9 @@ class Plan(Protocol):
     def take_rows(self, spans: Sequence[Any], groupings: Sequence[Groups], stream: Any) -> None:
         """Let the tensors whose rows can share an index be these."""
 
+    def leave(self, stream: Any) -> None:
+        """Let decisions leave tensors as they are, until a law is written."""
+
     def write_laws(self, law: Law, stream: Any) -> None:
         """Let decisions obey a law."""
 

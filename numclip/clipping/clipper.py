@@ -279,7 +279,7 @@ class Clipper:
             self._take_rows(stream)
         if self._as_they_are is None:
             (self._as_they_are,) = self.plan.outcomes(1, stream)
-        self.plan.write_laws(Law(math.inf), stream)
+        self.plan.leave(stream)
         self._written = None
         self.plan.measure(2.0, stream)
         self.found = self._as_they_are

@@ -135,6 +135,10 @@ class Plan:
         """Let decisions obey a law."""
         self._law = self._laws.table(law)
 
+    def leave(self, _stream: Any = None) -> None:
+        """Let decisions leave tensors as they are."""
+        self._law = self._laws.table(Law(math.inf))
+
     def measure(self, ord: float, _stream: Any = None) -> None:
         """Let the next decision follow from the norms of an order, of what memory holds then."""
         self._order = ord

@@ -131,16 +131,6 @@ def array_of_powers(x, scale, ord):
     return total + error
 
 
-@inline
-def powers_of(x, scale, ord):
-    """Return the same sum, added as those of the chunks of a tensor are."""
-    total = error = 0.0
-    for start in range(0, x.size, CHUNK):
-        total, rest = two_sum(total, array_of_powers(x[start : start + CHUNK], scale, ord))
-        error += rest
-    return settled(total, error)
-
-
 @kernel
 def sum_powers(begin, end, chunks, scales, ord, like, out):
     """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""

@@ -170,18 +170,15 @@ def found_turn(tables, k, turn, like):
 
 @inline
 def place(addresses, tables, chunks):
-    """Let chunks and updates read arrays, and those that are absent nothing; tell if all fit."""
+    """Let chunks and updates read arrays, and those that are absent nothing."""
     distances = found_row(tables, DISTANCES, tables)
     lengths = found_row(tables, LENGTHS, tables)
     pieces = found(tables, PIECES, tables)
     for c in range(distances.size):
         address = addresses[chunks[c, OWNER]]
-        if address == STAYS:
-            return False
         length = lengths[c] if address != ABSENT else 0
         chunks[c, LENGTH] = pieces[c, updates.LENGTH] = length
         chunks[c, SOURCE] = pieces[c, GRAD] = address + distances[c]
-    return True
 
 
 @inline
@@ -224,8 +221,7 @@ def decide(items, turn, unscale, tables, bounds, like):
     addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
     if items != 0 and not find(items, found_row(tables, WANTED, tables), addresses):
         return False
-    if not place(addresses, tables, chunks):
-        return False
+    place(addresses, tables, chunks)
     laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)

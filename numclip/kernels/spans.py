@@ -11,12 +11,12 @@ import numpy as np
 
 from numclip.dtypes import lookup
 from numclip.kernels.cpu import (
+    array_of_powers,
     clean_array,
     hold,
     multiply,
     multiply_truncating,
     parts_of_squares,
-    powers_of,
 )
 from numclip.kernels.elements import array_at, as_computed, word_at
 from numclip.kernels.jit import inline, kernel
@@ -34,6 +34,7 @@ from numclip.kernels.pools import (
     two_sum,
     write_sum,
 )
+from numclip.kernels.tuning import CHUNK
 from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL, ZERO
 
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
@@ -81,6 +82,16 @@ def tensor_peak(rows, t):
     if field(rows, t, KIND) & WIDE:
         return peak_of(array_of(rows, t, WIDE_LIKE))
     return peak_of(array_of(rows, t, NARROW_LIKE))
+
+
+@inline
+def powers_of(x, scale, ord):
+    """Return the same sum, added as those of the chunks of a tensor are."""
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, array_of_powers(x[start : start + CHUNK], scale, ord))
+        error += rest
+    return settled(total, error)
 
 
 @inline

@@ -394,8 +394,8 @@ def test_reports_and_norms_are_read_when_asked_for(monkeypatch):
     assert isinstance(reports[0], nc.ClipReport)
     assert norm == 3.0
     assert fetch(clipped[0]) @ fetch(clipped[0]) <= 1.0
-    assert [report.step for report in reports] == [0, 1]
-    assert repr(reports[1]).startswith("step 1:")
+    assert [report.step for report in reports] == [0, 0]  # one applies what the other wrote
+    assert repr(reports[1]).startswith("step 0:")
 
 
 @pytest.mark.parametrize("make", [nc.SGD, nc.Adam])
@@ -417,7 +417,7 @@ def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypat
     groups.clip(unscale=4.0)
     optimizer.step(unscale=4.0)
     monkeypatch.undo()
-    assert len(groups.history) == 4
+    assert len(groups.history) == 2
 
 
 @pytest.mark.parametrize("rule", [None, nc.ByGlobalNorm(3.0), nc.ByValue(-1, 1)], ids=repr)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip.kernels import arrays
 from tests.oracle import reference
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
@@ -68,3 +69,16 @@ def test_plain_arrays_have_the_bits_of_others(dtype, shape, axes, scale):
         place = grad.copy()
         assert nc.adaptive_clip(place, param, bound, 1e-3 * scale, axes, out=place) is place
         assert_same_bits(place, own)
+
+
+def test_parameters_whose_squares_overflow_go_the_general_way():
+    grad, param = np.full((2, 3), 1e198), np.full((2, 3), 1e200)
+    own = nc.adaptive_clip(grad, param, 1e-3, axes=1)
+    assert_same_bits(own, np.asarray(nc.adaptive_clip(general(grad), param, 1e-3, axes=1)))
+    np.testing.assert_allclose(own, 1e197, rtol=1e-12)
+
+
+def test_much_is_held_between_bounds_by_all_threads(monkeypatch):
+    monkeypatch.setattr(arrays, "PARALLEL_BYTES", 8)  # which compiled kernels do not see
+    grad = np.linspace(-3, 3, 50)
+    np.testing.assert_array_equal(nc.clip_by_value(grad, -1.0, 2.0), np.clip(grad, -1, 2))

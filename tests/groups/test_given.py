@@ -530,3 +530,23 @@ def test_an_error_names_the_gradient_that_was_read(size):
     with pytest.raises(nc.NonFiniteGradientError, match=r"g\.W is not finite: nan at flat index 5"):
         nc.SGD(groups, 0.1).step({"W": grad})
     assert not groups.params["W"].any()
+
+
+def test_groups_without_a_gradient_do_not_count_the_step():
+    members = [nc.Group(name, {name.lower(): np.zeros(1)}, nc.ByGlobalNorm(9.0)) for name in "AB"]
+    groups = nc.ParamGroups(members)
+    optimizer = nc.Adam(groups, 1.0)
+    optimizer.step({"b": np.ones(1)})
+    optimizer.step({"a": np.ones(1)})
+    saved = optimizer.state_dict()["groups"]
+    assert [saved[name]["steps"] for name in "AB"] == [1, 1]
+    np.testing.assert_allclose(groups.params["a"], -1.0)
+
+
+def test_gradients_of_two_dtypes_add_up():
+    groups = nc.ParamGroups([nc.Group("g", {"a": np.zeros(3, "f"), "b": np.zeros(2)})])
+    grads = {"a": np.arange(3, dtype="f"), "b": np.ones(2)}
+    for _ in range(3):
+        groups.accumulate(grads)
+    assert groups.grads["a"].tolist() == [0.0, 3.0, 6.0]
+    assert groups.grads["b"].tolist() == [3.0, 3.0]

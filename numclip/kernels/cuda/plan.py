@@ -89,7 +89,8 @@ class Plan:
         self._pools = device.table(self._facts.pool_table(self.pools), stream)
         groups = 1 + max(pool.group for pool in pools)
         self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
-        self._laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
+        self._laws = self._own_laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
+        self._leaving: HostTable | None = None
         self._groupings: list[Groups] = []
         # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
         whole = [span for span in spans if not isinstance(span, Span)]
@@ -165,7 +166,16 @@ class Plan:
 
         It is written to the plan's own table, or to another one for `decide` to be given.
         """
-        (laws or self._laws).write(self._facts.table(law), stream)
+        if laws is None:
+            laws = self._laws = self._own_laws
+        laws.write(self._facts.table(law), stream)
+
+    def leave(self, stream: Any) -> None:
+        """Let decisions leave tensors as they are: by a law of its own, sent once."""
+        if self._leaving is None:
+            self._leaving = HostTable(self._own_laws.sent.shape, stream)
+        self._laws = self._leaving
+        self._laws.write(self._facts.table(Law(math.inf)), stream)
 
     def measure(self, ord: float, stream: Any) -> None:
         """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
