@@ -533,11 +533,12 @@ def test_an_error_names_the_gradient_that_was_read(size):
 
 
 def test_groups_without_a_gradient_do_not_count_the_step():
-    members = [nc.Group(name, {name.lower(): np.zeros(1)}, nc.ByGlobalNorm(9.0)) for name in "AB"]
-    groups = nc.ParamGroups(members)
+    params = {name: {name.lower(): np.zeros(1, np.float32)} for name in "AB"}
+    rule = nc.ByGlobalNorm(9.0)
+    groups = nc.ParamGroups([nc.Group(name, own, rule) for name, own in params.items()])
     optimizer = nc.Adam(groups, 1.0)
-    optimizer.step({"b": np.ones(1)})
-    optimizer.step({"a": np.ones(1)})
+    optimizer.step({"b": np.ones(1, np.float32)})
+    optimizer.step({"a": np.ones(1, np.float32)})
     saved = optimizer.state_dict()["groups"]
     assert [saved[name]["steps"] for name in "AB"] == [1, 1]
     np.testing.assert_allclose(groups.params["a"], -1.0)
