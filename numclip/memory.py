@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from numclip.dtypes import DType
 
@@ -94,6 +96,13 @@ def is_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) 
     """Tell whether elements lie in C order; axes of one element lie in any."""
     wanted = zip(shape, strides, strides_of(shape, itemsize), strict=True)
     return 0 in shape or all(n == 1 or step == own for n, step, own in wanted)
+
+
+def owner_of(array: Any) -> Any:
+    """Return the array of NumPy that owns the memory of one, or what else it is a view of."""
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return array
 
 
 def is_nested(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:

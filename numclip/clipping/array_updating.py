@@ -17,6 +17,7 @@ from numclip.clipping.buffers import copied, refuse_beyond
 from numclip.clipping.updating import Method, update_span
 from numclip.engine import Engine
 from numclip.errors import expected
+from numclip.memory import owner_of
 from numclip.slices import IndexedSlices
 
 KEPT = 8
@@ -30,9 +31,7 @@ class Kept:
     """
 
     def __init__(self, param: Gradient, states: int, stream: Any) -> None:
-        array = owner = param.facts.array
-        while isinstance(owner, np.ndarray) and owner.base is not None:
-            owner = owner.base
+        array, owner = param.facts.array, owner_of(param.facts.array)
         plain = isinstance(owner, np.ndarray)
         self.held: Callable[[], Any] = weakref.ref(owner) if plain else lambda: array
         self.kind, self.steps, engine = _kind_of(param), 0, param.engine

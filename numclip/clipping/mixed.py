@@ -18,7 +18,7 @@ from numclip.host import batches, lists
 from numclip.host.batches import Batch
 from numclip.kernels import cpu, joint, threads
 from numclip.kernels.tuning import PARALLEL_BYTES
-from numclip.memory import is_nested
+from numclip.memory import is_nested, owner_of
 from numclip.slices import IndexedSlices
 
 
@@ -102,15 +102,9 @@ def _is_writeable(array: Array) -> bool:
 def _are_apart(arrays: Sequence[Array | None], backs: Sequence[tuple[Array, Array]]) -> bool:
     """Tell whether each array is in memory that is owned by an array of its own."""
     every = [*(array for array in arrays if array is not None), *(array for array, _ in backs)]
-    owners = set()
-    for array in every:
-        owner: Any = array
-        while type(owner) is np.ndarray and owner.base is not None:
-            owner = owner.base
-        if type(owner) is not np.ndarray or not owner.flags.owndata:
-            return False
-        owners.add(id(owner))
-    return len(owners) == len(every)
+    owners = {id(owner): owner for owner in map(owner_of, every)}
+    plain = all(type(own) is np.ndarray and own.flags.owndata for own in owners.values())
+    return plain and len(owners) == len(every)
 
 
 def _decided(
@@ -163,11 +157,9 @@ def _write(parts: Sequence[Batch], factors: Array, backs: Sequence[tuple[Array, 
     if not backs:
         threads.run_all(calls)
         return
-    make = threads.ready(calls)
 
-    def write() -> None:
-        make()
+    def bring_back() -> None:
         for array, copy in backs:
             array[...] = copy
 
-    threads.whole(write)
+    threads.run_then(calls, bring_back)

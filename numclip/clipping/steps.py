@@ -262,10 +262,11 @@ class Steps:
         if self._sources is None:
             return own
         address = self._sources[str(own.key)]
+        if not address:
+            return None
         memory = own.facts.memory._replace(address=address)
-        array = view_of(memory, own.shape, own.native) if address else None
-        facts = own.facts._replace(address=address, array=array)
-        return own._replace(facts=facts) if address else None
+        array = view_of(memory, own.shape, own.native)
+        return own._replace(facts=own.facts._replace(address=address, array=array))
 
     def read_at(self, sources: Mapping[str, int] | None) -> None:
         """Read gradients at some addresses, 0 for those that are absent; None for the groups'."""

@@ -258,14 +258,12 @@ class Plan:
         if not copied:
             threads.run_all(calls)
             return
-        make = threads.ready(calls)
 
-        def write() -> None:
-            make()
+        def bring_back() -> None:
             for t in copied:
                 self._copied[t].write_back()
 
-        threads.whole(write)
+        threads.run_then(calls, bring_back)
 
     def clamp(
         self, outcome: Outcome, low: float, high: float, _stream: Any, members: range

@@ -297,15 +297,13 @@ class UnitPlan:
                 for cut in cuts
                 if cut.array.size and (active or cut.array.read != cut.array.written)
             ]
-        make = threads.ready([call for call, _ in made])
 
-        def write() -> None:
-            make()
+        def bring_back() -> None:
             for _, back in made:
                 if back is not None:
                     back()
 
-        threads.whole(write)
+        threads.run_then([call for call, _ in made], bring_back)
 
     def summaries(self, count: int, _stream: Any = None) -> list[Array]:
         """Return memory for what `summarize` tells, so often."""

@@ -167,6 +167,17 @@ def whole(write: Callable[[], None]) -> None:
         raise
 
 
+def run_then(calls: Sequence[Call], bring_back: Callable[[], None]) -> None:
+    """Make calls, and bring what they wrote to copies back: all of it, as `whole` does."""
+    make = ready(calls)
+
+    def write() -> None:
+        make()
+        bring_back()
+
+    whole(write)
+
+
 class Jobs:
     """Calls of kernels that are ready to be made, each once, see `entries`."""
 
