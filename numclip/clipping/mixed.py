@@ -16,8 +16,9 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.host import batches, lists
 from numclip.host.batches import Batch
-from numclip.kernels import cpu, joint, threads
-from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.host.kernels import cpu, joint
+from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime import threads
 from numclip.memory import is_nested, owner_of
 from numclip.slices import IndexedSlices
 

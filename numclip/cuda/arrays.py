@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from numclip.cuda import contiguous, device
 from numclip.cuda.copies import host_copy
 from numclip.cuda.facts import facts_of
 from numclip.cuda.streams import in_order
 from numclip.dtypes import Array, lookup
 from numclip.facts import Facts
-from numclip.kernels.cuda import chunks, device
 from numclip.libraries import on_device, to_numpy
 from numclip.memory import Span
 
@@ -127,13 +127,13 @@ class DeviceArray:
         if on_device(source):
             entry = self._fitting(source)
             with device.on_stream(stream) as own, in_order(own, [entry]):
-                chunks.add(self._span(entry.address), own)
+                contiguous.add(self._span(entry.address), own)
             return
         source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         with device.on_stream(stream) as own:
             sent = device.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
-            chunks.add(self._span(sent.address), own)
+            contiguous.add(self._span(sent.address), own)
 
     def _span(self, source: int) -> Span:
         """Return where an array like this one is read, and this one written."""
@@ -181,12 +181,12 @@ class DeviceArray:
 
 def copy_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Copy an array of the GPU into each of ours, with as many launches as there are dtypes."""
-    _move(chunks.copy_all, pairs, stream)
+    _move(contiguous.copy_all, pairs, stream)
 
 
 def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Add an array of the GPU to each of ours, with as many launches as there are dtypes."""
-    _move(chunks.add_all, pairs, stream)
+    _move(contiguous.add_all, pairs, stream)
 
 
 def _move(move: Any, pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:

@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 
 from numclip import methods
-from numclip.cuda import arrays, copies, plans, streams, tensors
+from numclip.cuda import arrays, copies, device, plans, rows, streams, strided, tensors, updates
 from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.facts import facts_of
+from numclip.cuda.plan import Plan
 from numclip.cuda.protocols import library_of
+from numclip.cuda.strided import Sums
+from numclip.cuda.units import UnitPlan
 from numclip.cuda.values import DeviceFloat, DeviceInt
 from numclip.dtypes import Array, DType, lookup
 from numclip.engine import Groups, Outcome
 from numclip.facts import Facts
-from numclip.kernels.cuda import device, tiling, update_plan
-from numclip.kernels.cuda import grouping as grouping_module
-from numclip.kernels.cuda.plan import Plan
-from numclip.kernels.cuda.tiling import Sums
-from numclip.kernels.cuda.unit_plan import UnitPlan
 from numclip.law import Pool
 from numclip.libraries import on_device
 from numclip.memory import AnySpan, RowSpan, Span, Strided
@@ -38,7 +36,7 @@ stream_from = streams.stream_from
 give_back = streams.give_back
 plan = Plan
 unit_plan = UnitPlan
-clamp_between = tiling.clamp_between
+clamp_between = strided.clamp_between
 name = "cuda"
 
 
@@ -182,7 +180,7 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
     length = math.prod(source.shape[1:]) * row.components
     size = source.nbytes // row.storage.itemsize
     span = RowSpan(row, source.address, target.address, size, length)
-    grouping_module.sum_rows(span, to, grouping, places, stream)
+    rows.sum_rows(span, to, grouping, places, stream)
 
 
 indices_on_host = copies.host_indices
@@ -254,10 +252,10 @@ def hand_over(table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
 
 on_stream = device.on_stream
 is_capturing = device.is_captured
-updates_of_groups = update_plan.GroupUpdates
-updates_of_arrays = update_plan.ArrayUpdates
+updates_of_groups = updates.GroupUpdates
+updates_of_arrays = updates.ArrayUpdates
 
 
 def check_kernel(kernel: str, states: Sequence[str]) -> None:
     """Refuse an update kernel that there is not, or that has not the states it needs."""
-    methods.check(kernel, states, update_plan.KERNELS, name)
+    methods.check(kernel, states, updates.KERNELS, name)

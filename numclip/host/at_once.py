@@ -10,8 +10,8 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
+from numclip.host.kernels import cpu, given
 from numclip.host.lists import READABLE, pointers_of
-from numclip.kernels import cpu, given
 
 KERNELS = {
     "descend": given.descend,

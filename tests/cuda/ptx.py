@@ -13,7 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels.cuda import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
+from numclip.cuda.kernels import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")

@@ -10,7 +10,7 @@ import numclip
 
 def kernel_names() -> set[str]:
     names = set()
-    for path in Path(numclip.__file__).parent.joinpath("kernels", "cuda").glob("*.py"):
+    for path in Path(numclip.__file__).parent.joinpath("cuda", "kernels").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef):
                 decorators = {d.id for d in node.decorator_list if isinstance(d, ast.Name)}

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip import tables
+from numclip.cuda import strided
+from numclip.cuda.strided import Memory, Strided
 from numclip.dtypes import lookup
-from numclip.kernels.cuda import tables, tiling
-from numclip.kernels.cuda.tiling import Memory, Strided
 from tests.cuda.devices import HARDWARE, fetch, ready, send
 from tests.oracle import reference
 from tests.oracle.cases import normal
@@ -64,9 +65,9 @@ def test_tiles_cover_every_element_once(view, data):
     axes = None if axes is None or view.ndim == 0 else tuple(axes)
     array = described(view, axes)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiling, "LEAST_BYTES", data.draw(st.sampled_from([16, 64, 4096])))
-        patched.setattr(tiling.device, "THREADS", data.draw(st.sampled_from([4, 256])))
-        table, sums = tiling.cut(array, [array.read])
+        patched.setattr(strided, "LEAST_BYTES", data.draw(st.sampled_from([16, 64, 4096])))
+        patched.setattr(strided.device, "THREADS", data.draw(st.sampled_from([4, 256])))
+        table, sums = strided.cut(array, [array.read])
     wanted = []
     for index in np.ndindex(view.shape):
         number = 0
@@ -95,9 +96,9 @@ def test_tiles_cover_every_element_once(view, data):
 def test_tiles_are_not_many_where_axes_are_short(shape, axes):
     """There would be more bytes of tiles than of elements."""
     array = described(np.empty(shape, "f")[..., ::-1], axes)
-    table, sums = tiling.cut(array, [array.read])
-    assert len(table) < 3 * tiling.TILES
-    assert sums * array.units < 3 * max(tiling.TILES, array.units)
+    table, sums = strided.cut(array, [array.read])
+    assert len(table) < 3 * strided.TILES
+    assert sums * array.units < 3 * max(strided.TILES, array.units)
 
 
 VIEWS = {

@@ -14,9 +14,9 @@ import pytest
 from numba.core.dispatcher import Dispatcher
 
 import numclip
-from numclip import kernels
-from numclip.kernels import digest
-from numclip.kernels.jit import INTERPRETED
+from numclip.host import kernels
+from numclip.host.runtime import digest
+from numclip.host.runtime.jit import INTERPRETED
 
 PACKAGE = Path(numclip.__file__).parent
 PROGRAM = """
@@ -96,12 +96,11 @@ def test_functions_that_call_each_other_have_digests():
 
 
 def dispatchers():
-    for found in pkgutil.iter_modules(kernels.__path__, "numclip.kernels."):
-        if not found.ispkg:
-            module = importlib.import_module(found.name)
-            for name, value in vars(module).items():
-                if isinstance(value, Dispatcher) and value.py_func.__module__ == found.name:
-                    yield f"{found.name}.{name}", value
+    for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(found.name)
+        for name, value in vars(module).items():
+            if isinstance(value, Dispatcher) and value.py_func.__module__ == found.name:
+                yield f"{found.name}.{name}", value
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in this run")
@@ -114,7 +113,8 @@ LISTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numclip
-from numclip.kernels import arrays, cpu, digest, updates
+from numclip.host.kernels import arrays, cpu, updates
+from numclip.host.runtime import digest
 assert numclip.__file__.startswith(sys.argv[1]), numclip.__file__
 for kernel in arrays.clip_little, cpu.merge, updates.adam:
     print(digest.of(kernel.py_func))

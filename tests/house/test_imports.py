@@ -31,14 +31,14 @@ STOREYS = {
     CLIPPING: {"accumulator", "clipping"},
     BORDER: {"border", "isolation", "slices"},
     ENGINE: {"engine"},
-    ENGINES: {"host", "cuda", "kernels"},
+    ENGINES: {"host", "cuda"},
     GROUND: {
         "decisions",
         "dtypes",
         "errors",
         "facts",
         "halves",
-        "kernels.formulas",
+        "formulas",
         "law",
         "libraries",
         "memory",
@@ -53,7 +53,6 @@ DOORS = {
     ("engine", "cuda.engine"),
     ("functional", "host.lists"),  # the fast door: a whole list in one native call
 }
-OWN_ENGINE = {"host": "host", "kernels": "host", "cuda": "cuda", "kernels.cuda": "cuda"}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -99,9 +98,8 @@ def storey(name: str) -> int:
     raise AssertionError(f"{name} is on no storey")
 
 
-def engine_of(name: str) -> str | None:
-    matching = [prefix for prefix in OWN_ENGINE if f"{name}.".startswith(f"{prefix}.")]
-    return OWN_ENGINE[max(matching, key=len)] if matching else None
+def engine_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def test_imports_point_down():
