@@ -191,7 +191,7 @@ def _woven(gradients: Sequence[Gradient]) -> list[int]:
     """Return for each array the number of a set of which no two share memory.
 
     Columns of one matrix are such a set: their steps are alike, and modulo these their addresses
-    are apart.
+    are apart. One that is not apart from those before it is a set of its own.
     """
     sets: dict[Any, list[int]] = {}
     for k, own in enumerate(gradients):
@@ -201,12 +201,13 @@ def _woven(gradients: Sequence[Gradient]) -> list[int]:
     for members in sets.values():
         if len(members) > 1:
             first = gradients[members[0]]
-            step = math.gcd(*first.facts.memory.steps)
-            places = np.sort([gradients[k].address % step for k in members])
-            gaps = np.diff(places, append=places[0] + step)
-            if step and (gaps >= first.native.itemsize).all():
-                for k in members:
-                    numbers[k] = members[0]
+            step, itemsize = math.gcd(*first.facts.memory.steps), first.native.itemsize
+            places = sorted((gradients[k].address % step if step else 0, k) for k in members)
+            end, owner = places[0]
+            last = end + step - itemsize
+            for place, k in places:
+                if end <= place <= last:
+                    numbers[k], end = owner, place + itemsize
     return numbers
 
 
