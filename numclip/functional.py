@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from numclip import libraries
 from numclip.accumulator import NormAccumulator
 from numclip.border import arguments
@@ -220,8 +218,9 @@ def clip_by_norm(
 
     Parameters
     ----------
-    grad : array or IndexedSlices
-        A gradient of any dtype and shape, see `global_norm`.
+    grad : array or IndexedSlices, or a list, tuple or dict of them
+        A gradient of any dtype and shape, see `global_norm`. Of a structure, nested or
+        not, each gradient is clipped by itself.
     clip_norm : float
         The bound on the norm, >= 0. ``inf`` never clips, 0 gives zeros.
     axes : int or sequence of int, optional
@@ -229,12 +228,12 @@ def clip_by_norm(
         norm; all by default. Of the dense array, for `IndexedSlices`.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
-    out : array or IndexedSlices, optional
+    out : array or IndexedSlices, or a list, tuple or dict of them, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
     Returns
     -------
-    array or IndexedSlices
+    array or IndexedSlices, or a list, tuple or dict of them
         The clipped gradient. With `axes`, repeated rows are summed first: new slices are
         coalesced, and `out` holds each sum in the first of its rows and 0 in the others; but
         where no unit is clipped, rows are as they were, for which the GPU is waited for.
@@ -265,9 +264,13 @@ def clip_by_norm(
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
-    if order == 2.0 and type(grad) is np.ndarray:
-        reduced = arguments.axes_of(axes, grad.ndim)
-        result = plain_units.clip(grad, bound, reduced or (), out)
+    if order == 2.0:
+        result = lists.each(
+            grad,
+            out,
+            lambda own, to, reduced, _: plain_units.clip(own, bound, reduced, to),
+            lambda own: arguments.axes_of(axes, own.ndim) or (),
+        )
         if result is not None:
             return result
     return parts.clip_by_norm(grad, bound, axes, order, out)
@@ -278,17 +281,18 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
 
     Parameters
     ----------
-    grad : array or IndexedSlices
-        A gradient of any dtype and shape, see `global_norm`.
+    grad : array or IndexedSlices, or a list, tuple or dict of them
+        A gradient of any dtype and shape, see `global_norm`. Of a structure, nested or
+        not, each gradient is clipped by itself.
     clip_norm : float
         The bound on the L2 norm divided by the number of elements (of the dense array, for
         `IndexedSlices`), >= 0.
-    out : array or IndexedSlices, optional
+    out : array or IndexedSlices, or a list, tuple or dict of them, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
     Returns
     -------
-    array or IndexedSlices
+    array or IndexedSlices, or a list, tuple or dict of them
         The clipped gradient.
 
     Raises
@@ -315,17 +319,18 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
 
     Parameters
     ----------
-    grad : array or IndexedSlices
-        A gradient of any dtype and shape, see `global_norm`.
+    grad : array or IndexedSlices, or a list, tuple or dict of them
+        A gradient of any dtype and shape, see `global_norm`. Of a structure, nested or
+        not, each gradient is clipped by itself.
     threshold : float
         The bound on the root mean square of the elements (of the dense array, for
         `IndexedSlices`), >= 0.
-    out : array or IndexedSlices, optional
+    out : array or IndexedSlices, or a list, tuple or dict of them, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
     Returns
     -------
-    array or IndexedSlices
+    array or IndexedSlices, or a list, tuple or dict of them
         The clipped gradient.
 
     Raises
@@ -353,18 +358,19 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
 
     Parameters
     ----------
-    grad : array or IndexedSlices
-        A gradient of a real dtype and any shape, see `global_norm`.
+    grad : array or IndexedSlices, or a list, tuple or dict of them
+        A gradient of a real dtype and any shape, see `global_norm`. Of a structure, nested or
+        not, each gradient is clipped by itself.
     clip_value_min, clip_value_max : float or array
         The bounds, rounded to the dtype of `grad`; arrays broadcast to its (dense) shape, and
         take a slower path. Neither may be NaN, none of the first exceed the second's. CUDA
         arrays are read for that, which waits for the GPU.
-    out : array or IndexedSlices, optional
+    out : array or IndexedSlices, or a list, tuple or dict of them, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
     Returns
     -------
-    array or IndexedSlices
+    array or IndexedSlices, or a list, tuple or dict of them
         The clipped gradient. Repeated rows are summed first: new slices are coalesced, and
         `out` holds each sum in the first of its rows and 0 in the others.
 
@@ -386,10 +392,9 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     >>> nc.clip_by_value(np.array([-3.0, 0.5, np.inf]), -1.0, 1.0)
     array([-1. ,  0.5,  1. ])
     """
-    if type(grad) is np.ndarray:
-        result = lists.clamp(grad, clip_value_min, clip_value_max, out)
-        if result is not None:
-            return result
+    result = lists.clamp(grad, clip_value_min, clip_value_max, out)
+    if result is not None:
+        return result
 
     def bounds(shape: tuple[int, ...]) -> tuple[Any, Any]:
         low, high = map(
@@ -415,10 +420,11 @@ def adaptive_clip(
 
     Parameters
     ----------
-    grad : array or IndexedSlices
-        A gradient of any dtype and shape, see `global_norm`.
-    param : array
-        The parameter, of the same (dense) shape. Only read.
+    grad : array or IndexedSlices, or a list, tuple or dict of them
+        A gradient of any dtype and shape, see `global_norm`. Of a structure, nested or
+        not, each gradient is clipped by itself.
+    param : array, or a list, tuple or dict of them
+        The parameter, of the same (dense) shape; one for each key of a structure. Only read.
     clip_factor : float, default 0.01
         The greatest ratio of the norms, >= 0.
     eps : float, default 1e-3
@@ -426,12 +432,12 @@ def adaptive_clip(
     axes : int or sequence of int, optional
         The axes the norms are taken over. By default all but the last, so that a unit is what
         feeds one output (weights of inputs x outputs, HWIO filters); all for one dimension.
-    out : array or IndexedSlices, optional
+    out : array or IndexedSlices, or a list, tuple or dict of them, optional
         Where to write: `grad` itself, or one of the same shape and dtype.
 
     Returns
     -------
-    array or IndexedSlices
+    array or IndexedSlices, or a list, tuple or dict of them
         The clipped gradient. Repeated rows are summed as in `clip_by_norm` with axes. On a GPU,
         the parameter's rows are copied for slices whose axis 0 is not reduced.
 
@@ -455,9 +461,14 @@ def adaptive_clip(
     """
     factor = arguments.bound("clip_factor", clip_factor)
     least = arguments.bound("eps", eps)
-    if type(grad) is type(param) is np.ndarray:
-        reduced = arguments.adaptive_axes(axes, grad.ndim)
-        result = plain_units.clip(grad, factor, reduced, out, param, least)
+    if param is not None:
+        result = lists.each(
+            grad,
+            out,
+            lambda own, to, over, owner: plain_units.clip(own, factor, over, to, owner, least),
+            lambda own: arguments.adaptive_axes(axes, own.ndim),
+            param,
+        )
         if result is not None:
             return result
     return parts.adaptive_clip(grad, param, factor, least, axes, out)
@@ -529,8 +540,13 @@ def _clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord == 2.0 and type(grad) is np.ndarray and grad.size:
-        result = lists.clip(grad, bound, out, divisor(grad.size))
+    if ord == 2.0:
+        result = lists.each(
+            grad,
+            out,
+            lambda own, to, over, _: lists.clip(own, bound, to, over),
+            lambda own: divisor(max(own.size, 1)),
+        )
         if result is not None:
             return result
     return clip.clip_whole(grad, bound, out, divisor, ord)

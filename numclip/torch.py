@@ -181,9 +181,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
                 f"parameters[{number}].grad: expected real floating-point numbers to hold "
                 f"between bounds, got {grad.dtype}"
             )
-    for grad in grads:
-        if grad is not None:
-            functional.clip_by_value(grad, -bound, bound, out=grad)
+    every = [*{id(grad): grad for grad in grads}.values()]  # a parameter may stand there twice
+    functional.clip_by_value(every, -bound, bound, out=every)
 
 
 def get_total_norm(
@@ -230,7 +229,7 @@ def get_total_norm(
     """
     del foreach
     order = _order(norm_type)
-    return _clip(_listed(tensors), None, order, error_if_nonfinite)
+    return _clip(_listed("tensors", tensors), None, order, error_if_nonfinite)
 
 
 def clip_grads_with_norm_(
@@ -349,17 +348,15 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _listed(tensors: Tensors) -> list[Tensor]:
+def _listed(name: str, tensors: Tensors) -> list[Tensor]:
     """Return tensors as a list, a single one too."""
     if _is_tensor(tensors):
         return [tensors]
     if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes)):
-        raise TypeError(
-            f"parameters: expected an iterable of tensors, got {type(tensors).__name__}"
-        )
+        raise TypeError(f"{name}: expected an iterable of tensors, got {type(tensors).__name__}")
     return list(tensors)
 
 
 def _gradients(parameters: Tensors) -> list[Tensor | None]:
     """Return the gradients of parameters, None where there is none."""
-    return [parameter.grad for parameter in _listed(parameters)]
+    return [parameter.grad for parameter in _listed("parameters", parameters)]

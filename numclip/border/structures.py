@@ -33,6 +33,13 @@ class Structure(NamedTuple):
         path = key if isinstance(key, tuple) else (key,)
         return self.name + "".join(f"[{step!r}]" for step in path)
 
+    def item(self, key: Key) -> tuple[str, Any]:
+        """Return what errors call the item of a key, and the item."""
+        name = self.name_of(key)
+        if key not in self.keys:
+            raise ValueError(expected(self.name, f"an entry {name}", f"only {self.keys[:5]}"))
+        return name, self.items[self.keys.index(key)]
+
 
 def structure(grads: Any, name: str = "grads") -> Structure:
     """Return the items of a list, tuple, dict or iterator, of what is nested in it likewise."""
@@ -44,6 +51,13 @@ def structure(grads: Any, name: str = "grads") -> Structure:
     if not any(map(_is_nested, items)):
         return Structure(name, keys, items, rebuild)
     return _flattened(name, keys, items, rebuild)
+
+
+def is_structure(grads: Any) -> bool:
+    """Tell whether an argument that may be a single gradient is a structure of them."""
+    if isinstance(grads, (list, tuple)):
+        return _is_nested(grads)
+    return isinstance(grads, (Mapping, MutableSequence, Iterator))
 
 
 def _is_nested(item: Any) -> bool:

@@ -13,8 +13,9 @@ from numclip import engine as engines
 from numclip import formulas, libraries, tables
 from numclip.border.arguments import refuse_excluding_zero
 from numclip.border.gradients import Gradient, describe, gradients
-from numclip.border.results import target_of, targets_of
+from numclip.border.results import targets_of
 from numclip.border.structures import Structure, structure
+from numclip.clipping.each import clip_each
 from numclip.clipping.nonfinite import first_error
 from numclip.engine import Engine, Outcome, Plan
 from numclip.errors import expected
@@ -105,12 +106,16 @@ def clip_together(
 def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
-    """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    entry = describe("grad", 0, grad)
-    target = target_of(entry, out)
-    clip([entry], [target], Law(bound, divisor(max(entry.dense_size, 1)), ord=ord))
-    libraries.note_writing([out])
-    return target.source
+    """Clip each gradient by its norm over a divisor, which follows from its number of elements."""
+
+    def write(entry: Gradient, target: Gradient, law: Law, _: bool) -> Any:
+        clip([entry], [target], law)
+        return target.source
+
+    def law_of(entry: Gradient) -> Law:
+        return Law(bound, divisor(max(entry.dense_size, 1)), ord=ord)
+
+    return clip_each(grad, out, law_of, write)
 
 
 def clip(
@@ -242,27 +247,33 @@ def _decided(engine: Engine, outcome: Outcome, column: int, stream: Any) -> floa
 @isolated
 def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any) -> Any:
     """Hold each element between two bounds, which `bounds` checks for a shape."""
-    entry = describe("grad", 0, grad)
-    if entry.dtype.components == 2:
-        wanted = "real numbers to hold between bounds"
-        raise TypeError(expected("grad", wanted, entry.native))
-    low, high = bounds(entry.dense_shape)
-    if entry.slices is not None:
-        refuse_excluding_zero(low, high)
-    target = target_of(entry, out)
+
+    def check(entry: Gradient) -> tuple[Any, Any]:
+        if entry.dtype.components == 2:
+            wanted = "real numbers to hold between bounds"
+            raise TypeError(expected(entry.name, wanted, entry.native))
+        low, high = bounds(entry.dense_shape)
+        if entry.slices is not None:
+            refuse_excluding_zero(low, high)
+        return low, high
+
+    return clip_each(grad, out, check, _hold)
+
+
+def _hold(entry: Gradient, target: Gradient, bounds: tuple[Any, Any], new: bool) -> Any:
+    """Hold each element between two bounds; of rows that repeat, each sum."""
     used = [entry.facts, target.facts]
     stream = entry.engine.stream_of(used)
 
     def clamp_sums(sums: Gradient) -> bool:
-        _clamp(sums, sums, low, high, stream)
+        _clamp(sums, sums, *bounds, stream)
         return True
 
     if entry.repeated:
-        result = with_rows_summed(entry, target, out, clamp_sums, stream)
+        result = with_rows_summed(entry, target, clamp_sums, stream, new=new)
     else:
-        _clamp(entry, target, low, high, stream)
+        _clamp(entry, target, *bounds, stream)
         result = target.source
-    libraries.note_writing([out])
     entry.engine.give_back(stream, used)
     return result
 
@@ -297,9 +308,10 @@ def _sent(bound: Any, entry: Gradient, stream: Any) -> tuple[Memory, Any]:
 def with_rows_summed(
     entry: Gradient,
     target: Gradient,
-    out: Any,
     operate: Callable[[Gradient], bool],
     stream: Any,
+    *,
+    new: bool,
 ) -> Any:
     """Run an operation that is not linear on the sums of rows, in place.
 
@@ -314,7 +326,7 @@ def with_rows_summed(
         if not entry.lies_as(target):
             engine.copy(target.facts, entry.facts, stream)
         return target.source
-    if out is None:
+    if new:
         return merged
     order, starts = slices.grouping
     firsts = order[starts[:-1]]

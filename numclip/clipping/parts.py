@@ -12,9 +12,10 @@ import numpy as np
 from numclip import libraries
 from numclip.border import arguments
 from numclip.border.gradients import Gradient, check_axes, check_examples, describe, gradients
-from numclip.border.results import new_of_shape, target_of
-from numclip.border.structures import structure
+from numclip.border.results import new_of_shape
+from numclip.border.structures import is_structure, structure
 from numclip.clipping.clip import with_rows_summed
+from numclip.clipping.each import clip_each
 from numclip.dtypes import Array
 from numclip.engine import UnitPlan
 from numclip.errors import expected
@@ -37,29 +38,35 @@ class Limit(NamedTuple):
 @isolated
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
     """Hold the norm of each unit to a bound."""
-    entry = describe("grad", 0, grad)
-    check_axes(entry)
-    reduced = arguments.axes_of(axes, len(entry.dense_shape)) or ()
-    return _clip(entry, out, Limit(reduced, bound, ord))
+
+    def limit_of(entry: Gradient) -> Limit:
+        check_axes(entry)
+        return Limit(arguments.axes_of(axes, len(entry.dense_shape)) or (), bound, ord)
+
+    return clip_each(grad, out, limit_of, _clip)
 
 
 @isolated
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
     """Hold the norm of each unit to a fraction of its parameters'."""
-    entry = describe("grad", 0, grad)
-    check_axes(entry)
-    owner = describe("param", 0, param, entry.engine)
-    if owner.slices is not None or owner.shape != entry.dense_shape:
-        wanted = f"an array of the gradient's shape {entry.dense_shape}"
-        got = "IndexedSlices" if owner.slices is not None else owner.shape
-        raise ValueError(expected("param", wanted, got))
-    reduced = arguments.adaptive_axes(axes, len(entry.dense_shape))
-    return _clip(entry, out, Limit(reduced, factor, owner=owner, eps=eps))
+    params = structure(param, "param") if is_structure(grad) else None
+
+    def limit_of(entry: Gradient) -> Limit:
+        check_axes(entry)
+        name, own = ("param", param) if params is None else params.item(entry.key)
+        owner = describe(name, 0, own, entry.engine)
+        if owner.slices is not None or owner.shape != entry.dense_shape:
+            wanted = f"an array of the gradient's shape {entry.dense_shape}"
+            got = "IndexedSlices" if owner.slices is not None else owner.shape
+            raise ValueError(expected(name, wanted, got))
+        reduced = arguments.adaptive_axes(axes, len(entry.dense_shape))
+        return Limit(reduced, factor, owner=owner, eps=eps)
+
+    return clip_each(grad, out, limit_of, _clip)
 
 
-def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
+def _clip(entry: Gradient, target: Gradient, limit: Limit, new: bool) -> Any:
     """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
-    target = target_of(entry, out)
     used = [each.facts for each in (entry, target, limit.owner) if each is not None]
     stream = entry.engine.stream_of(used)
 
@@ -68,11 +75,10 @@ def _clip(entry: Gradient, out: Any, limit: Limit) -> Any:
         return _clip_units(sums, sums, limit, stream, _unrounded(entry, sums.shape, stream))
 
     if entry.repeated:
-        result = with_rows_summed(entry, target, out, clip_sums, stream)
+        result = with_rows_summed(entry, target, clip_sums, stream, new=new)
     else:
         _clip_units(entry, target, limit, stream)
         result = target.source
-    libraries.note_writing([out])
     entry.engine.give_back(stream, used)
     return result
 

@@ -9,6 +9,7 @@ has touched nothing: what is not plain, not finite or in need of care goes the g
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,14 +111,12 @@ def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float]
     """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
     if not _takes(grads, out):
         return None
-    held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
+    held = _held(grads)
     found = _clip(items_of(held), bound, 1.0, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
-    if type(held) is not dict:
-        return [*items] if type(held) is list else items, norm
-    return held if out is grads else dict(zip(held, items, strict=True)), norm
+    return _rebuilt(held, items, out), norm
 
 
 def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
@@ -126,24 +125,116 @@ def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
     return None if found is None else found[0][0]
 
 
-def clamp(grad: Array, low: Any, high: Any, out: Any) -> Any:
-    """Hold an array's elements between two floats, in place or in a copy; return that."""
-    numbers = type(low) is float and type(high) is float and low <= high
-    kind = kind_of((grad,)) if numbers and _takes(grad, out) else None
-    if kind is None or kind.row.components == 2:
+def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
+    """Hold the elements of arrays between two floats, in place or in copies; return these.
+
+    `grads` is a list, tuple or dict of arrays, or an array.
+    """
+    if type(grads) is np.ndarray:
+        results = _clamp((grads,), low, high, in_place=out is grads) if _takes(grads, out) else None
+        return None if results is None else results[0]
+    if not _takes(grads, out):
         return None
-    result = grad if out is grad else grad.copy("K")
-    items = (result,)
-    state = arrays.clamp_little(pointers_of(items), 1, kind.writeable, low, high, kind.row.like)
+    held = _held(grads)
+    items = items_of(held)
+    if out is grads and not _are_distinct(items):
+        return None
+    results = _clamp(items, low, high, in_place=out is grads)
+    return None if results is None else _rebuilt(held, results, out)
+
+
+def _clamp(items: Items, low: Any, high: Any, *, in_place: bool) -> Items | None:
+    low, high = _number(low), _number(high)
+    kind = kind_of(items) if low <= high else None
+    if kind is None or kind.row.components == 2 or (not in_place and not _are_arrays(items)):
+        return None
+    results = items if in_place else _copied(items)
+    count, facts, like = len(items), kind.writeable, kind.row.like
+    state = arrays.clamp_little(pointers_of(results), count, facts, low, high, like)
     if state != arrays.MUCH:
-        return result if state == arrays.DONE else None
-    batch, _ = batch_of(items, kind, kind.writeable)
+        return results if state == arrays.DONE else None
+    batch, _ = batch_of(results, kind, facts)
     assert batch is not None
     beyond = np.empty(len(batch.chunks), np.bool_)
     with np.errstate(all="ignore"):  # a bound out of range is infinite or 0
         call = environment.run(batches.clamping, (batch, beyond, low, high), {})
-    threads.run_all([call._replace(keep=result)])
-    return result
+    threads.run_all([call._replace(keep=results)])
+    return results
+
+
+def _number(value: Any) -> float:
+    """Return a bound as a float, NaN where the general way has to look at it."""
+    exact = type(value) is int and abs(value) <= 1 << 53
+    return float(value) if exact or type(value) in (float, np.float64, np.float32) else math.nan
+
+
+def each(
+    grads: Any,
+    out: Any,
+    one: Callable[..., Any],
+    prepare: Callable[[Array], Any],
+    owners: Any = None,
+) -> Any:
+    """Clip an array, or each of a list, tuple or dict of arrays, by itself; return the results.
+
+    `one` takes an array, where to write, what `prepare` returned for it and its owner, if there
+    are owners: it does all, or returns None, and the general way does all of it again, which
+    leaves what is clipped as it is. `prepare` raises where an argument does not fit.
+    """
+    if type(grads) is np.ndarray:
+        return one(grads, out, prepare(grads), owners)
+    if not _takes(grads, out) or type(owners) not in (type(grads), type(None)):
+        return None
+    held = _held(grads)
+    items = items_of(held)
+    own = items_of(owners) if owners is not None else (None,) * len(items)
+    if not _are_arrays(items) or (out is grads and not _are_distinct(items)):
+        return None
+    if owners is not None and not _fit(held, items, owners, own):
+        return None
+    every = [None if item is None else prepare(item) for item in items]
+    results = []
+    for item, wanted, owner in zip(items, every, own, strict=True):
+        result = None if item is None else one(item, None if out is None else item, wanted, owner)
+        if result is None and item is not None:
+            return None
+        results.append(result)
+    return _rebuilt(held, tuple(results), out)
+
+
+def _held(grads: Any) -> Any:
+    """Return a structure whose keys no other thread changes."""
+    return grads.copy() if type(grads) is dict else grads
+
+
+def _rebuilt(held: Any, results: Items, out: Any) -> Any:
+    """Return results in the structure of a list, tuple or dict."""
+    if type(held) is dict:
+        return held if out is not None else dict(zip(held, results, strict=True))
+    return [*results] if type(held) is list else results
+
+
+def _are_arrays(items: Items) -> bool:
+    """Tell whether all are arrays of gradients, or None, and there is one."""
+    kinds = [kind_of((item,)) for item in items if item is not None]
+    return None not in kinds and bool(kinds)
+
+
+def _are_distinct(items: Items) -> bool:
+    """Tell whether arrays can be written, each being in memory of its own."""
+    given = [item for item in items if item is not None]
+    plain = all(type(item) is np.ndarray and item.flags.writeable for item in given)
+    return (
+        plain and all(item.flags.owndata for item in given) and len({*map(id, given)}) == len(given)
+    )
+
+
+def _fit(held: Any, items: Items, owners: Any, own: Items) -> bool:
+    """Tell whether there is an array of the same shape for each."""
+    if len(own) != len(items) or (type(held) is dict and [*held] != [*owners]):
+        return False
+    pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
+    return all(type(b) is np.ndarray and a.shape == b.shape for a, b in pairs)
 
 
 def _takes(grads: Any, out: Any) -> bool:

@@ -38,10 +38,8 @@ def clip(
     if kind is None or not axes or not 0 < grad.nbytes < PARALLEL_BYTES:
         return None
     x = _cut(grad, kind.row, axes)
-    if x is None or (owner is not None and owner.shape != grad.shape):
-        return None
-    param = x[:0] if owner is None else _cut(owner, kind.row, axes)
-    if param is None:
+    param = x if owner is None else _cut(owner, kind.row, axes)
+    if x is None or param is None or (owner is not None and owner.shape != grad.shape):
         return None
     result, y = grad, x
     if out is None:
@@ -49,7 +47,7 @@ def clip(
         y = as_stored(result).reshape(x.shape)
     law = _law(kind.row, x.shape[1] // kind.row.components).copy()
     law[BOUND], law[EPS] = bound, eps
-    done = unit_loops.clip_little(x, param, law, kind.row.digits, y)
+    done = unit_loops.clip_little(x, param if owner is not None else x[:0], law, kind.row.digits, y)
     return result if done else None
 
 

@@ -214,3 +214,17 @@ def test_what_is_not_finite_counts_as_0_where_it_will_be(dtype, ord):
     wanted = nc.clip_by_norm(clean, 0.3, 0, ord=ord)
     found = np.where(np.isfinite(grad), fetch(sent), 0)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_structure_is_clipped_one_by_one():
+    grads, params = [normal(RNG, SHAPE, "float32")] * 2, [normal(RNG, (3, 2, 7), "float32")] * 2
+    sent, owners = list(map(send, grads)), dict(enumerate(map(send, params)))
+    for clip in (
+        lambda grad: nc.clip_by_norm(grad, 1.7),
+        lambda grad: nc.clip_by_norm(grad, 1.7, axes=(0, 2)),
+        lambda grad: nc.clip_by_value(grad, -0.5, 0.5),
+    ):
+        for result in clip(sent):
+            assert_same_bits(fetch(result), fetch(clip(sent[0])))
+    result = nc.adaptive_clip(dict(enumerate(sent)), owners, 0.1)
+    assert_same_bits(fetch(result[1]), fetch(nc.adaptive_clip(sent[1], owners[1], 0.1)))
