@@ -135,6 +135,9 @@ class Case:
             )()
         return made
 
+    def entry_or_entries(self) -> Any:
+        return self.entries() if self.rarely(4) else self.entry()
+
     def slices(self) -> Any:
         shape = (int(self.rng.integers(1, 6)), *self.shape()[:2])
         rows = int(self.rng.integers(0, 6))
@@ -159,6 +162,14 @@ class Case:
             lambda: OrderedDict(names),
             lambda: iter(items) if self.rarely() else items,
         )()
+
+    def params_of(self, grads: Any) -> Any:
+        if isinstance(grads, (list, tuple)):
+            return type(grads)(map(self.params_of, grads))
+        if isinstance(grads, dict):
+            return {name: self.params_of(item) for name, item in grads.items()}
+        shape = getattr(grads, "dense_shape", getattr(grads, "shape", (2,)))
+        return self.array(self.shape() if self.rarely() else tuple(shape))
 
     # ---- numbers
 
@@ -275,19 +286,20 @@ def clip_by_global_norm(case: Case) -> Any:
 
 
 def one_by_norm(case: Case) -> Any:
-    grad, bound = case.entry(), case.bound()
+    grad, bound = case.entry_or_entries(), case.bound()
     axes, ord = (case.axes(), case.order()) if case.rarely(2) else (None, 2)
     out = case.out(grad)
 
     def check(before: list[Any], found: Any) -> None:
         if axes is None and ord == 2 and are_finite(before) and float(bound) < math.inf:
-            checks.assert_clipped(before, [found], Fraction(float(bound)) ** 2)
+            for old, new in zip(before, leaves(found), strict=True):
+                checks.assert_clipped([old], [new], Fraction(float(bound)) ** 2)
 
     return grad, out, lambda: nc.clip_by_norm(grad, bound, axes, ord=ord, out=out), check
 
 
 def one_by_size(case: Case) -> Any:
-    grad, bound, function = case.entry(), case.bound(), case.one(
+    grad, bound, function = case.entry_or_entries(), case.bound(), case.one(
         nc.clip_by_average_norm, nc.clip_by_block_rms
     )  # fmt: skip
     out = case.out(grad)
@@ -295,24 +307,24 @@ def one_by_size(case: Case) -> Any:
 
 
 def one_by_value(case: Case) -> Any:
-    grad, low, high = case.entry(), case.one(-1.0, 0, case.bound()), case.bound()
+    grad, low, high = case.entry_or_entries(), case.one(-1.0, 0, case.bound()), case.bound()
     if case.rarely(6):
         high = case.array(case.one((), (3,), (1,), case.shape()))
     out = case.out(grad)
 
     def check(before: list[Any], found: Any) -> None:
-        plain = isinstance(before[0], np.ndarray) and not np.ndim(high) and not np.ndim(low)
-        if plain and are_finite(before):
-            wanted = reference.clip_by_value(before[0], *map(float, (low, high)))
-            np.testing.assert_array_equal(native(found), wanted)
+        for old, new in zip(before, leaves(found), strict=True):
+            plain = isinstance(old, np.ndarray) and not np.ndim(high) and not np.ndim(low)
+            if plain and are_finite([old]):
+                wanted = reference.clip_by_value(old, *map(float, (low, high)))
+                np.testing.assert_array_equal(native(new), wanted)
 
     return grad, out, lambda: nc.clip_by_value(grad, low, high, out=out), check
 
 
 def adaptive(case: Case) -> Any:
-    grad, factor, eps, axes = case.entry(), case.bound(), case.one(1e-3, case.bound()), case.axes()
-    shape = getattr(grad, "dense_shape", getattr(grad, "shape", (2,)))
-    param = case.array(case.shape() if case.rarely() else tuple(shape))
+    grad, factor, eps = case.entry_or_entries(), case.bound(), case.one(1e-3, case.bound())
+    axes, param = case.axes(), case.params_of(grad)
     out = case.out(grad)
     return grad, out, lambda: nc.adaptive_clip(grad, param, factor, eps, axes, out=out), None
 
