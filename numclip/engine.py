@@ -57,6 +57,9 @@ class Plan(Protocol):
         The sums of the outcome stay as they are.
         """
 
+    def at_once(self, divisors: Array) -> AtOnce | None:
+        """Return what clips little data by one call each, None where it is not that."""
+
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
 
@@ -123,18 +126,34 @@ class Given(Protocol):
 
 
 class AtOnce(Protocol):
-    """What takes whole steps by one call each."""
+    """What clips, or takes whole steps, by one call each, or by two: `measure`, then `take`.
+
+    What is found goes to a row of the outcomes, numbered `place`. If a call says that this is not
+    right, nothing else was written.
+    """
+
+    def measure(
+        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
+    ) -> bool:
+        """Measure the gradients of the plan, or given ones; tell if that was right."""
+
+    def take(
+        self,
+        items: Any,
+        place: int,
+        unscale: float,
+        bounds: Array,
+        outcomes: Sequence[Any],
+        measures: bool = True,
+    ) -> bool:
+        """Clip by bounds, or clip and update; measure first, or use what was; tell likewise."""
+
+
+class StepsAtOnce(AtOnce, Protocol):
+    """What takes whole steps."""
 
     def leave(self, numbers: list[int]) -> None:
         """Let some tensors have no gradient of the plan's in the next step, all others one."""
-
-    def step(
-        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
-    ) -> bool:
-        """Clip and update by the gradients of the plan, or given ones; tell if that was right.
-
-        What was found goes to a row of the outcomes. If it was not right, nothing else is written.
-        """
 
 
 class GroupUpdates(Protocol):
@@ -158,7 +177,7 @@ class GroupUpdates(Protocol):
         None is for the gradients of the plan.
         """
 
-    def at_once(self, given: Any, divisors: Array) -> AtOnce | None:
+    def at_once(self, given: Any, divisors: Array) -> StepsAtOnce | None:
         """Return what takes whole steps of little data, None where it is not that."""
 
     def step(self, outcome: Outcome, stream: Any) -> None:

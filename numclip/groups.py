@@ -429,7 +429,6 @@ class ParamGroups(state.Saved):
             group.zero(self._stream)
         self._forget()
 
-    @isolated
     def clip(
         self,
         *,
@@ -507,15 +506,25 @@ class ParamGroups(state.Saved):
         if grads is not None:
             return self._measured(steps, self._named(grads), scale, ranks)
         turn = steps.taken(self.step, scale)
-        absent = self._absent()
-        self._leave_out(steps, absent)
+        absent = self._absent() if self._set else NOBODY
+        if absent or steps.follows:
+            self._leave_out(steps, absent)
+        if not (apply and ranks is None and steps.clip_at_once(turn)):
+            self._clip_by_parts(steps, turn, absent, apply, ranks)
+        if apply:
+            self._clipped = turn
+        return self._reported(steps, turn, counts=apply)
+
+    @isolated
+    def _clip_by_parts(
+        self, steps: Steps, turn: Turn, absent: frozenset[str], apply: bool, ranks: Ranks | None
+    ) -> None:
+        """Measure and decide, then write the gradients or find out what that would make."""
         steps.decide(turn, ranks, f"clip(apply={apply}){self._without(absent)}")
         if apply:
             steps.write()
-            self._clipped = turn
         else:
             steps.preview()
-        return self._reported(steps, turn, counts=apply)
 
     def _without(self, absent: frozenset[str]) -> str:
         """Say which parameters have no gradient, of those that all ranks have."""
@@ -528,6 +537,7 @@ class ParamGroups(state.Saved):
         for name in absent:
             self._owner(name).clear(name, self._stream)
 
+    @isolated
     def _measured(
         self, steps: Steps, named: Mapping[str, Any], scale: float, ranks: Ranks | None
     ) -> ClipReport:

@@ -21,7 +21,7 @@ from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
 from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
-from numclip.engine import Engine
+from numclip.engine import AtOnce, Engine
 from numclip.engine import Outcome as EngineOutcome
 from numclip.views import view_of
 
@@ -184,6 +184,10 @@ class Steps:
         self._following = [clipper for clipper in self.clippers if clipper.follows]
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
+        self._native: AtOnce | None = None  # what clips by one call
+        if len(self.clippers) == 1 and self.clippers[0].by_norms:
+            (clipper,) = self.clippers
+            self._native = clipper.plan.at_once(clipper.divisors)
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
@@ -200,6 +204,11 @@ class Steps:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
         for clipper in self._following:
             clipper.absent = absent
+
+    def absent_of(self, items: Sequence[Any]) -> frozenset[str]:
+        """Return the parameters that have no gradient among some for all, in their order."""
+        names = self.clippers[0].names
+        return frozenset(name for name, item in zip(names, items, strict=True) if item is None)
 
     def decide(self, turn: Turn, ranks: Ranks | None = None, call: str = "") -> None:
         """Measure and decide; refuse before anything is written.
@@ -220,6 +229,19 @@ class Steps:
         self._block.stream = stream
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
+
+    @property
+    def follows(self) -> bool:
+        """Whether some rules follow the norms."""
+        return bool(self._following)
+
+    def clip_at_once(self, turn: Turn) -> bool:
+        """Clip by one native call; tell whether that was right, if not no gradient is written."""
+        return self._native is not None and self.take_at_once(self._native, turn)
+
+    def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
+        """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
+        return self.clippers[0].take_at_once(native, turn, items)  # type: ignore[no-any-return]
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""

@@ -169,13 +169,14 @@ class GroupUpdater:
             self._write_settings(steps, settings)
         if self._differs:
             return False
-        clipper = steps.clippers[0]
-        where = items, turn.place, turn.unscale
+        if steps.follows:
+            steps.leave_out(absent if items is None else steps.absent_of(items))
         if not absent:
-            return self._at_once.step(*where, clipper.bounds, clipper.tables)
-        self._at_once.leave([k for k, name in enumerate(clipper.names) if name in absent])
+            return steps.take_at_once(self._at_once, turn, items)
+        names = steps.clippers[0].names
+        self._at_once.leave([k for k, name in enumerate(names) if name in absent])
         try:
-            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+            return steps.take_at_once(self._at_once, turn, items)
         finally:
             self._at_once.leave([])
 

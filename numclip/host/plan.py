@@ -12,9 +12,10 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
+from numclip.host.at_once import ClipsAtOnce
 from numclip.host.batches import Batch
 from numclip.host.strided import Copied
-from numclip.kernels import cpu, threads
+from numclip.kernels import cpu, given, threads
 from numclip.kernels import pools as kernels
 from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.law import Law, Laws, Pool, by_norms, whole_pools
@@ -97,9 +98,21 @@ class Plan:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
-    def law_table(self, divisors: Array) -> Array:
-        """Return a table that decisions obey, whose bounds and loss scales are to be written."""
-        return self._laws.table(Law(math.inf, divisors))
+    def tables_at_once(self, divisors: Array) -> dict[int, Array]:
+        """Return what `kernels.given` works on; bounds and loss scales are written to the laws."""
+        return {
+            given.POOLS: self.pool_table,
+            given.LAWS: self._laws.table(Law(math.inf, divisors)),
+            given.SHIFTS: np.zeros(len(self.pools), np.int64),
+            given.POOL_OF: self.pool_of,
+        }
+
+    def at_once(self, divisors: Array) -> ClipsAtOnce | None:
+        """Return what clips by one call each, None where more is needed."""
+        plain = self._in_place and not self._copied and self.fused is not None
+        if not plain or any(isinstance(span, RowSpan) for span in self.spans):
+            return None
+        return ClipsAtOnce(self.fused, self.tables_at_once(divisors))
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.

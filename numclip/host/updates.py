@@ -10,7 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
 from numclip.host import batches, rows
-from numclip.host.at_once import AtOnce
+from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
 from numclip.kernels import given, threads, updates
 from numclip.kernels.threads import Call
@@ -182,24 +182,22 @@ class GroupUpdates(Updates):
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         self._small = self._found_small()
 
-    def at_once(self, reader: Given | None, divisors: Array) -> AtOnce | None:
+    def at_once(self, reader: Given | None, divisors: Array) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
         batch = self._plan.fused
         if batch is None or self._small is None or reader is None:
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
+            **self._plan.tables_at_once(divisors),
             given.PIECES: self._own[0][1].copy(),
-            given.POOLS: self._plan.pool_table,
-            given.LAWS: self._plan.law_table(divisors),
-            given.SHIFTS: np.zeros(len(self._counts), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,
             given.FACTORS: own.factors,
         }
         starts = np.array([span.source for span in self._plan.spans], np.int64)
-        return AtOnce(self._name, batch, starts, reader, tables)
+        return StepsAtOnce(self._name, batch, starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
         """Let the next step update the rows of some slices."""
