@@ -87,7 +87,8 @@ class AutoClip(Rule):
         if count < self.warmup:
             return np.array([np.inf])
         known = self._ascending(state)
-        norm, place = norms.item(), bisect_left(known, norms.item())
+        norm: float = norms.item()
+        place = bisect_left(known, norm)
         oldest = len(known)  # which the norm takes the place of, where the ring is full
         if count >= self.window:
             oldest = bisect_left(known, state["norms"].item(count % self.window))

@@ -90,12 +90,15 @@ class FollowingClipper(Clipper):
     @isolated
     def observe(self, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
-        scales = self.engine.read(self.found[1], stream)[:, tables.SCALE]
+        decisions = self.engine.read(self.found[1], stream)
         for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
             if not bad and not self.absent.issuperset(group.names):
                 pools, state = self.pools[group.name], group.rule_state
-                clipped = norms * scales[pools.start : pools.stop]
                 rule = self.rules[group.name]
+                if rule.scope == "group":
+                    clipped = np.array([total * decisions.item(pools.start, tables.SCALE)])
+                else:
+                    clipped = norms * decisions[pools.start : pools.stop, tables.SCALE]
                 made = rule.observe(norms, clipped, total, step, state)
                 if norms.size > 1 and not self.absent.isdisjoint(group.names):
                     made = _but(

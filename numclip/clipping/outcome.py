@@ -270,7 +270,7 @@ def joined(sums: Array, unscale: Any) -> Any:
     """Return the norm that belongs to tensors' sums of squares together."""
     if sums.ndim == 2:
         rows = sums.tolist()
-        if not any([row[tables.EXPONENT] for row in rows]):
+        if not any(row[tables.EXPONENT] for row in rows):
             parts = [row[k] for row in rows for k in (tables.TOTAL, tables.ERROR)]
             return np.float64(math.sqrt(math.fsum(parts)) / unscale)
         return joined(sums[None], unscale)[0]

@@ -241,7 +241,7 @@ class Steps:
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
-        return self.clippers[0].take_at_once(native, turn, items)  # type: ignore[no-any-return]
+        return self.clippers[0].take_at_once(native, turn, items)
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""

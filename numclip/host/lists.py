@@ -8,7 +8,9 @@ has touched nothing: what is not plain, not finite or in need of care goes the g
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
 from numclip.kernels import arrays, cpu, environment, joint, threads
+from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]
@@ -201,7 +204,7 @@ def _clip_much(
     batch, apart = batch_of(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
         return None
-    found = _decided(batch, len(items), bound, divisor)
+    found = decided([batch], len(items), bound, divisor)
     if found is None:
         return None
     norm, factor = found
@@ -231,18 +234,36 @@ def are_apart(batch: Batch) -> bool:
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
-def _decided(batch: Batch, count: int, bound: float, divisor: float) -> tuple[float, float] | None:
+def decided(
+    parts: Sequence[Batch], count: int, bound: float, divisor: float = 1.0
+) -> tuple[float, float] | None:
     """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care."""
-    partial = np.empty(len(batch.chunks))
-    batch.run(cpu.sum_squares, batch.dtype.like, partial)
-    limits = batch.dtype.limits
-    norm, right = joint.joined(batch.chunks, partial, limits, np.zeros(count))
+    partials = [np.empty(len(batch.chunks)) for batch in parts]
+    for batch, partial in zip(parts, partials, strict=True):
+        if batch.nbytes < PARALLEL_BYTES:
+            cpu.sum_squares(0, len(partial), batch.chunks, batch.dtype.like, partial)
+        else:
+            batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    chunks, partial = parts[0].chunks, partials[0]
+    if len(parts) > 1:
+        chunks, partial = np.concatenate([own.chunks for own in parts]), np.concatenate(partials)
+    strict, limits = _limits(tuple([batch.dtype for batch in parts]))
+    norm, right = joint.joined(chunks, partial, strict, np.zeros(count))
     norm /= divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    elements = batch.nbytes // batch.dtype.storage.itemsize
+    elements = sum([batch.nbytes // batch.dtype.storage.itemsize for batch in parts])
     factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
     return None if truncate else (norm, factor)
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(rows: tuple[DType, ...]) -> tuple[Array, Array]:
+    """Return what `joint.joined` and `joint.decide` are told of gradients of some dtypes."""
+    every = np.array([row.limits for row in rows])
+    strict, limits = every.max(axis=0), every.max(axis=0)
+    limits[joint.DIGITS] = every[:, joint.DIGITS].min()
+    return strict, limits
 
 
 def _scale(batch: Batch, items: Items, factor: float) -> None:
@@ -262,7 +283,7 @@ def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Ite
             state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
         return (results, norm) if state == arrays.DONE else None
     batch, _ = batch_of(items, kind, kind.readable)
-    found = None if batch is None else _decided(batch, len(items), bound, divisor)
+    found = None if batch is None else decided([batch], len(items), bound, divisor)
     if batch is None or found is None:
         return None
     norm, factor = found

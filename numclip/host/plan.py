@@ -109,8 +109,9 @@ class Plan:
 
     def at_once(self, divisors: Array) -> ClipsAtOnce | None:
         """Return what clips by one call each, None where more is needed."""
-        plain = self._in_place and not self._copied and self.fused is not None
-        if not plain or any(isinstance(span, RowSpan) for span in self.spans):
+        plain = self._in_place and not self._copied
+        plain = plain and not any(isinstance(span, RowSpan) for span in self.spans)
+        if self.fused is None or not plain:
             return None
         return ClipsAtOnce(self.fused, self.tables_at_once(divisors))
 

@@ -14,7 +14,7 @@ from numclip.kernels import updates
 from numclip.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, copy
 from numclip.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.kernels.jit import expanded, inline, kernel, kernel_with_gil
+from numclip.kernels.jit import inline, kernel, kernel_with_gil
 from numclip.kernels.pools import decide_all, measure_and_decide, scale_decided
 from numclip.kernels.updates import GRAD
 from numclip.tables import (
@@ -167,7 +167,7 @@ def found_turn(tables, k, turn, like):
 
 @inline
 def place(items, tables):
-    """Let chunks and updates read the arrays, and those that are absent nothing; tell if all fit."""
+    """Let chunks and updates read the arrays, of absent ones nothing; tell if all fit."""
     addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
     if items != OWN and not find(items, found_row(tables, WANTED, tables), addresses):
         return False
