@@ -76,9 +76,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = lists.global_norm(grads)
+        known = lists.global_norm(grads, float(ord))
         if known is None:
-            known = mixed.global_norm(grads)
+            known = mixed.global_norm(grads, float(ord))
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -185,9 +185,9 @@ def clip_by_global_norm(
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = lists.clip_by_global_norm(grads, float(clip_norm), out)
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out, float(ord))
         if done is None:
-            done = mixed.clip_by_global_norm(grads, float(clip_norm), out)
+            done = mixed.clip_by_global_norm(grads, float(clip_norm), out, float(ord))
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
@@ -261,7 +261,7 @@ def clip_by_norm(
            [0.3, 0.4]])
     """
     usual = arguments.are_usual(ord, clip_norm)
-    order = 2.0 if usual else arguments.order(ord)
+    order = float(ord) if usual else arguments.order(ord)
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
@@ -529,8 +529,8 @@ def _clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord == 2.0 and type(grad) is np.ndarray and grad.size:
-        result = lists.clip(grad, bound, out, divisor(grad.size))
+    if ord in (2.0, math.inf) and type(grad) is np.ndarray and grad.size:
+        result = lists.clip(grad, bound, out, divisor(grad.size), ord)
         if result is not None:
             return result
     return clip.clip_whole(grad, bound, out, divisor, ord)

@@ -1,4 +1,4 @@
-"""Gradients that hold little, of several dtypes, strided or sparse, clipped without a plan.
+"""Gradients that hold little, of several dtypes, strided, sparse or nested, without a plan.
 
 As in `numclip.host.lists`: a function does the whole job with the bits of the general way, or
 returns None and has touched nothing.
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip.border.structures import Structure, structure
 from numclip.dtypes import Array
 from numclip.host import batches, lists
 from numclip.host.batches import Batch
@@ -28,25 +29,49 @@ class Values(NamedTuple):
     backs: list[tuple[Array, Array]]
 
 
-def global_norm(grads: Any) -> float | None:
-    """Return the L2 norm of gradients."""
-    values = _values(lists.items_of(grads), in_place=False)
-    parts = None if values is None else _parts(values.arrays, write=False)
-    found = lists.decided(parts, len(values.arrays), math.inf) if values and parts else None
-    return None if found is None else found[0]
-
-
-def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
-    """Clip gradients by their joint L2 norm, in place or into new ones; return both."""
-    if not (out is None or out is grads):
+def global_norm(grads: Any, ord: float) -> float | None:
+    """Return the norm of gradients, of the order 2 or infinite."""
+    if not isinstance(grads, (list, tuple, dict)):
         return None
-    held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    items = lists.items_of(held)
-    values = _values(items, in_place=out is grads)
+    found = structure(grads)
+    if _is_flattened(found, grads):
+        norm = lists.global_norm(found.items, ord)
+        if norm is not None:
+            return norm
+    values = _values(found.items, in_place=False)
+    parts = None if values is None else _parts(values.arrays, write=False)
+    known = lists.decided(parts, len(found.items), math.inf, ord=ord) if parts else None
+    return None if known is None else known[0]
+
+
+def clip_by_global_norm(grads: Any, bound: float, out: Any, ord: float) -> tuple[Any, float] | None:
+    """Clip gradients by their joint norm, in place or into new ones; return both."""
+    if not (out is None or out is grads) or not isinstance(grads, (list, tuple, dict)):
+        return None
+    found = structure(grads)
+    if _is_flattened(found, grads):
+        target = None if out is None else found.items
+        done = lists.clip_by_global_norm(found.items, bound, target, ord)
+        if done is not None:
+            return found.rebuild(done[0]), done[1]
+    clipped = _clip(found.items, bound, ord, in_place=out is not None)
+    return None if clipped is None else (found.rebuild(clipped[0]), clipped[1])
+
+
+def _is_flattened(found: Structure, grads: Any) -> bool:
+    """Tell whether gradients are nested, or in no plain list, tuple or dict."""
+    nested = any(type(key) is tuple for key in found.keys)
+    return nested or type(grads) not in (list, tuple, dict)
+
+
+def _clip(
+    items: list[Any], bound: float, ord: float, *, in_place: bool
+) -> tuple[list[Any], float] | None:
+    values = _values(items, in_place=in_place)
     if values is None:
         return None
-    results: Sequence[Any] = items
-    if out is None:  # copies stay in the cache: a third faster than to read and write apart
+    results = items
+    if not in_place:  # copies stay in the cache: a third faster than to read and write apart
         copied = {id(copy) for _, copy in values.backs}
         arrays = [
             own if own is None or id(own) in copied else own.copy("K") for own in values.arrays
@@ -57,15 +82,13 @@ def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float]
             for item, array in zip(items, arrays, strict=True)
         ]
     parts = _parts(values.arrays, write=True)
-    found = lists.decided(parts, len(items), bound) if parts else None
+    found = lists.decided(parts, len(items), bound, ord=ord) if parts else None
     if parts is None or found is None:
         return None
     norm, factor = found
     if factor != 1.0:
         _write(parts, np.full(len(items), factor), values.backs)
-    if type(held) is dict:
-        return held if out is grads else dict(zip(held, results, strict=True)), norm
-    return type(held)(results), norm
+    return results, norm
 
 
 def _values(items: Sequence[Any], *, in_place: bool) -> Values | None:

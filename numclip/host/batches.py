@@ -11,7 +11,7 @@ from numclip.dtypes import Array, DType
 from numclip.kernels import cpu, pools, threads
 from numclip.kernels.formulas import is_safe
 from numclip.kernels.threads import Call
-from numclip.kernels.tuning import CHUNK
+from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.memory import Span
 from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
 
@@ -44,7 +44,10 @@ class Batch(NamedTuple):
 
     def run(self, kernel: Any, *arguments: Any) -> None:
         """Call a kernel on shares of the chunks."""
-        threads.run_all([self.call(kernel, *arguments)])
+        if self.nbytes < PARALLEL_BYTES:
+            kernel(0, len(self.chunks), self.chunks, *arguments)
+        else:
+            threads.run_all([self.call(kernel, *arguments)])
 
 
 def batches(spans: Mapping[int, Span]) -> list[Batch]:
@@ -94,12 +97,29 @@ def _rescue(batch: Batch, sums: Array) -> None:
 
 def largest(batch: Batch, count: int) -> Array:
     """Return the largest magnitude of each of `count` tensors; NaN where there is one."""
+    partial = _peaks(batch)
+    bits = np.zeros(count, partial.dtype)
+    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
+    return _as_floats(bits, batch)
+
+
+def peak(batch: Batch) -> float:
+    """Return the largest magnitude of all tensors, of which one has elements, likewise."""
+    return _as_floats(_peaks(batch).max(keepdims=True), batch).item()  # type: ignore[no-any-return]
+
+
+def _peaks(batch: Batch) -> Array:
+    """Return the largest magnitude of each chunk as the integer of its bits."""
     itemsize = batch.dtype.storage.itemsize
     mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
     partial = np.empty(len(batch.chunks), mask.dtype)
     batch.run(cpu.max_magnitude, mask, partial)
-    bits = np.zeros(count, mask.dtype)
-    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
+    return partial
+
+
+def _as_floats(bits: Array, batch: Batch) -> Array:
+    """Return the numbers that have some bits."""
+    itemsize = batch.dtype.storage.itemsize
     if batch.dtype.name == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return bits.view(f"f{itemsize}").astype(np.float64)

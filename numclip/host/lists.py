@@ -19,11 +19,11 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
 from numclip.kernels import arrays, cpu, environment, joint, threads
-from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
+MOST_SQUARED = 1 << 31
 _POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
@@ -84,6 +84,8 @@ def _views(items: Items) -> Items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
+        if isinstance(item, (list, tuple, dict)):  # which are nested gradients
+            return items
         if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
             return items
         try:
@@ -96,8 +98,8 @@ def _views(items: Items) -> Items:
     return tuple(views)
 
 
-def global_norm(grads: Any) -> float | None:
-    """Return the L2 norm of arrays."""
+def global_norm(grads: Any, ord: float = 2.0) -> float | None:
+    """Return the norm of arrays, of the order 2 or infinite."""
     items = items_of(grads)
     kind = kind_of(items)
     if kind is None:
@@ -105,15 +107,17 @@ def global_norm(grads: Any) -> float | None:
         kind = kind_of(items)
         if kind is None:
             return None
-    return _clip_items(items, kind, kind.readable, math.inf, 1.0)
+    return _clip_items(items, kind, kind.readable, math.inf, 1.0, ord)
 
 
-def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
-    """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
+def clip_by_global_norm(
+    grads: Any, bound: float, out: Any, ord: float = 2.0
+) -> tuple[Any, float] | None:
+    """Clip arrays by their joint norm, in place or into new ones; return them and the norm."""
     if not _takes(grads, out):
         return None
     held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    found = _clip(items_of(held), bound, 1.0, in_place=out is grads)
+    found = _clip(items_of(held), bound, 1.0, ord, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
@@ -122,9 +126,11 @@ def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float]
     return held if out is grads else dict(zip(held, items, strict=True)), norm
 
 
-def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
-    """Clip an array by its L2 norm over `divisor`, in place or into a new one; return that."""
-    found = _clip((grad,), bound, divisor, in_place=out is grad) if _takes(grad, out) else None
+def clip(grad: Array, bound: float, out: Any, divisor: float, ord: float) -> Any:
+    """Clip an array by its norm over `divisor`, in place or into a new one; return that."""
+    if not _takes(grad, out):
+        return None
+    found = _clip((grad,), bound, divisor, ord, in_place=out is grad)
     return None if found is None else found[0][0]
 
 
@@ -153,7 +159,7 @@ def _takes(grads: Any, out: Any) -> bool:
 
 
 def _clip(
-    items: Items, bound: float, divisor: float, *, in_place: bool
+    items: Items, bound: float, divisor: float, ord: float, *, in_place: bool
 ) -> tuple[Items, float] | None:
     plain, kind = items, kind_of(items)
     if kind is None:
@@ -162,8 +168,8 @@ def _clip(
         if kind is None:
             return None
     if not in_place:
-        return _copies(plain, kind, bound, divisor)
-    norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
+        return _copies(plain, kind, bound, divisor, ord)
+    norm = _clip_items(plain, kind, kind.writeable, bound, divisor, ord)
     if norm is None:
         return None
     if plain is not items:
@@ -172,22 +178,24 @@ def _clip(
 
 
 def _clip_items(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
 ) -> float | None:
     """Clip the arrays in place, if the facts ask for arrays that can be written."""
-    state, norm = _clip_little(items, kind, facts, bound, divisor)
+    state, norm = _clip_little(items, kind, facts, bound, divisor, ord)
     if state == arrays.DONE:
         return norm
     if state == arrays.ELSEWHERE:
         return None
-    return _clip_much(items, kind, facts, bound, divisor)
+    return _clip_much(items, kind, facts, bound, divisor, ord)
 
 
 def _clip_little(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
 ) -> tuple[int, float]:
-    """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
+    """Clip as `_clip_items` does by an L2 norm arrays that hold little; say whether that was so."""
     row = kind.row
+    if ord != 2.0:
+        return arrays.MUCH, 0.0
     return arrays.clip_little(  # type: ignore[no-any-return]
         pointers_of(items), len(items), facts, row.limits, bound, divisor, row.like
     )
@@ -198,13 +206,13 @@ def _copied(items: Items) -> Items:
 
 
 def _clip_much(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
 ) -> float | None:
     """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
     batch, apart = batch_of(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
         return None
-    found = decided([batch], len(items), bound, divisor)
+    found = decided([batch], len(items), bound, divisor, ord)
     if found is None:
         return None
     norm, factor = found
@@ -235,26 +243,38 @@ def are_apart(batch: Batch) -> bool:
 
 
 def decided(
-    parts: Sequence[Batch], count: int, bound: float, divisor: float = 1.0
+    parts: Sequence[Batch], count: int, bound: float, divisor: float = 1.0, ord: float = 2.0
 ) -> tuple[float, float] | None:
-    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care."""
-    partials = [np.empty(len(batch.chunks)) for batch in parts]
-    for batch, partial in zip(parts, partials, strict=True):
-        if batch.nbytes < PARALLEL_BYTES:
-            cpu.sum_squares(0, len(partial), batch.chunks, batch.dtype.like, partial)
-        else:
-            batch.run(cpu.sum_squares, batch.dtype.like, partial)
-    chunks, partial = parts[0].chunks, partials[0]
-    if len(parts) > 1:
-        chunks, partial = np.concatenate([own.chunks for own in parts]), np.concatenate(partials)
+    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care.
+
+    An infinite order is of real arrays.
+    """
     strict, limits = _limits(tuple([batch.dtype for batch in parts]))
-    norm, right = joint.joined(chunks, partial, strict, np.zeros(count))
+    elements = sum([batch.nbytes // batch.dtype.storage.itemsize for batch in parts])
+    if ord == math.inf:
+        if not 0 < elements < MOST_SQUARED or any(batch.dtype.components == 2 for batch in parts):
+            return None
+        norm = max([batches.peak(batch) for batch in parts])
+        right = math.isfinite(norm)
+        elements *= elements  # whose root is the norm of ones of `law.Laws`
+    else:
+        norm, right = _joined(parts, strict, count)
     norm /= divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    elements = sum([batch.nbytes // batch.dtype.storage.itemsize for batch in parts])
     factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
     return None if truncate else (norm, factor)
+
+
+def _joined(parts: Sequence[Batch], limits: Array, count: int) -> tuple[float, bool]:
+    """Return the L2 norm of `count` arrays, and if it is right."""
+    partials = [np.empty(len(batch.chunks)) for batch in parts]
+    for batch, partial in zip(parts, partials, strict=True):
+        batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    chunks, partial = parts[0].chunks, partials[0]
+    if len(parts) > 1:
+        chunks, partial = np.concatenate([own.chunks for own in parts]), np.concatenate(partials)
+    return joint.joined(chunks, partial, limits, np.zeros(count))  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)
@@ -272,18 +292,20 @@ def _scale(batch: Batch, items: Items, factor: float) -> None:
     threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
 
 
-def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
-    """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
-    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor)
+def _copies(
+    items: Items, kind: Kind, bound: float, divisor: float, ord: float
+) -> tuple[Items, float] | None:
+    """Return new arrays, clipped by the joint norm over `divisor`, and that norm."""
+    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor, ord)
     if state == arrays.ELSEWHERE:
         return None
     if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
         results = _copied(items)
         if norm > bound:
-            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
+            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor, ord)
         return (results, norm) if state == arrays.DONE else None
     batch, _ = batch_of(items, kind, kind.readable)
-    found = None if batch is None else decided([batch], len(items), bound, divisor)
+    found = None if batch is None else decided([batch], len(items), bound, divisor, ord)
     if batch is None or found is None:
         return None
     norm, factor = found

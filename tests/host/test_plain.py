@@ -39,8 +39,17 @@ def results(grads: Grads, bound: float, *, in_place: bool) -> list[Any]:
     own = copied(grads)
     norm = nc.global_norm(own)
     clipped, told = nc.clip_by_global_norm(own, bound, out=own if in_place else None)
+    far, held = copied(grads), copied(grads)
+    above, told_above = nc.clip_by_global_norm(
+        far, bound, ord=math.inf, out=far if in_place else None
+    )
+    nested = {"a": [tuple(held[1:])], "b": held[0]}
+    inner, told_inner = nc.clip_by_global_norm(nested, bound, out=nested if in_place else None)
+    assert type(inner["a"][0]) is tuple
     single = [nc.clip_by_average_norm(grad, bound / 9) for grad in grads if grad is not None]
-    written = [*own, *clipped, *single, np.float64(norm), np.float64(told)]
+    single += [nc.clip_by_norm(grad, bound, ord=math.inf) for grad in grads if grad is not None]
+    norms = map(np.float64, (norm, told, nc.global_norm(grads, math.inf), told_above, told_inner))
+    written = [*own, *clipped, *far, *above, *held, inner["b"], *inner["a"][0], *single, *norms]
     return [None if array is None else np.asarray(array).tobytes() for array in written]
 
 
