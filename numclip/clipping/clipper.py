@@ -17,7 +17,7 @@ from numclip import tables
 from numclip.clipping.clip import repeated_loss, row_span, span_of
 from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of, scaled_norms
 from numclip.dtypes import Array
-from numclip.engine import AtOnce, Engine, Outcome
+from numclip.engine import Engine, Outcome
 from numclip.law import Law, Pool
 from numclip.memory import AnySpan
 from numclip.slices import IndexedSlices
@@ -272,10 +272,6 @@ class Clipper:
             self.plan.decide(self.found, stream)
         else:
             self.plan.decide_by(self.given, self.found, stream)
-
-    def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
-        """Take a step by native calls, see `Steps.take_at_once`."""
-        return native.take(items, turn.place, turn.unscale, self.bounds, self.tables)
 
     def leave(self, stream: Any) -> None:
         """Decide to leave gradients as they are, but those of groups that are skipped."""

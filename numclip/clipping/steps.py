@@ -147,8 +147,13 @@ class Turn:
         bounds: list[Array],
         told: Any = None,
     ) -> None:
-        self.block, self.place, self.step, self.unscale = block, place, step, unscale
-        self.bounds, self.told, self.counts = bounds, told, False
+        self.block = block
+        self.place = place
+        self.step = step
+        self.unscale = unscale
+        self.bounds = bounds
+        self.told = told
+        self.counts = False
 
     def outcome(self) -> Outcome:
         """Return what became of the groups, after waiting for it."""
@@ -172,6 +177,8 @@ class Steps:
         What clips the groups, by the kinds of their rules.
     stream : stream
         Where in order everything is done.
+    follows : bool
+        Whether some rules follow the norms.
     """
 
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
@@ -182,12 +189,13 @@ class Steps:
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
+        self.follows = bool(self._following)
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
+        self._only = self.clippers[0] if len(self.clippers) == 1 else None
         self._native: AtOnce | None = None  # what clips by one call
-        if len(self.clippers) == 1 and self.clippers[0].by_norms:
-            (clipper,) = self.clippers
-            self._native = clipper.plan.at_once(clipper.divisors)
+        if self._only is not None and self._only.by_norms:
+            self._native = self._only.plan.at_once(self._only.divisors)
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
@@ -197,7 +205,10 @@ class Steps:
         if self._scheduled:
             for clipper in self._scheduled:
                 clipper.take_step(step)
-        bounds = [clipper.bounds for clipper in self.clippers]
+        if self._only is None:
+            bounds = [clipper.bounds for clipper in self.clippers]
+        else:
+            bounds = [self._only.bounds]
         return Turn(self._block, self._place, step, unscale, bounds)
 
     def leave_out(self, absent: frozenset[str]) -> None:
@@ -230,18 +241,16 @@ class Steps:
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
 
-    @property
-    def follows(self) -> bool:
-        """Whether some rules follow the norms."""
-        return bool(self._following)
-
     def clip_at_once(self, turn: Turn) -> bool:
         """Clip by one native call; tell whether that was right, if not no gradient is written."""
         return self._native is not None and self.take_at_once(self._native, turn)
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
-        return self.clippers[0].take_at_once(native, turn, items)
+        clipper: Any = self.clippers[0]
+        if self.follows:
+            return clipper.take_at_once(native, turn, items)  # type: ignore[no-any-return]
+        return native.take(items, turn.place, turn.unscale, clipper.bounds, clipper.tables)
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""
