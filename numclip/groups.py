@@ -361,7 +361,8 @@ class ParamGroups(state.Saved):
         else:
             named = dotted(grads, "grads")
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
-        if reads and len(named) == len(self._names):
+        in_order = isinstance(grads, dict) and tuple(grads) == self._names
+        if reads and len(named) == len(self._names) and not in_order:
             outline = Outline(grads)
             places = {name: k for k, name in enumerate(outline.names)}
             if places.keys() == self._owners.keys():

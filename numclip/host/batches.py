@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,10 @@ class Batch(NamedTuple):
         """Return the chunks of the chosen tensors alone (a mask over all)."""
         return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
 
+    def read_at(self, starts: Array, sources: Sequence[int]) -> Batch:
+        """Return the chunks of tensors that begin elsewhere, without those that begin at 0."""
+        return self._replace(chunks=moved(self.chunks, self.chunks[:, cpu.OWNER], starts, sources))
+
     def in_place(self, chosen: Array) -> Batch:
         """Return the batch with the chosen tensors read where they are written."""
         own = chosen[self.chunks[:, cpu.OWNER]]
@@ -48,6 +52,18 @@ class Batch(NamedTuple):
             kernel(0, len(self.chunks), self.chunks, *arguments)
         else:
             threads.run_all([self.call(kernel, *arguments)])
+
+
+def moved(chunks: Array, tensors: Array, starts: Array, sources: Sequence[int]) -> Array:
+    """Return the chunks of tensors that begin elsewhere than they did, but of those at 0.
+
+    Where a chunk is read is its first column.
+    """
+    addresses = np.array(sources, np.int64)
+    present = addresses[tensors] != 0
+    made: Array = chunks[present]
+    made[:, 0] += (addresses - starts)[tensors[present]]
+    return made
 
 
 def batches(spans: Mapping[int, Span]) -> list[Batch]:

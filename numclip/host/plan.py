@@ -77,7 +77,8 @@ class Plan:
             t: self._copied[t].span if t in self._copied else Span(*span[:4])
             for t, span in enumerate(self.spans)
         }
-        self._at_home = self._own
+        self._starts = np.array([span.source for span in self._own.values()], np.int64)
+        self._sources: Sequence[int] | None = None
         self._in_place = all(span.source == span.target for span in self._own.values())
         self._in_place &= all(copied.in_place for copied in self._copied.values())
         self._lay_out_batches()
@@ -86,6 +87,11 @@ class Plan:
         """Make the tables of chunks."""
         self._written = batches.batches(self._own)
         self._measured = self._plain(self._own)
+        self._at_home = self._written, self._measured
+        self._find_fused()
+
+    def _find_fused(self) -> None:
+        """Find the batch that one call measures and decides, where there is one alone."""
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self.fused = self._measured[0] if small and not self._groupings else None
         self._column = FACTOR
@@ -120,14 +126,12 @@ class Plan:
 
         Nothing is to be written but to these places.
         """
-        if sources is None:
-            self._own = self._at_home
-        else:
-            self._own = {
-                t: span._replace(source=source, size=span.size if source else 0)
-                for (t, span), source in zip(self._at_home.items(), sources, strict=True)
-            }
-        self._lay_out_batches()
+        self._sources = sources
+        self._written, self._measured = self._at_home
+        if sources is not None:
+            self._written = [batch.read_at(self._starts, sources) for batch in self._written]
+            self._measured = self._written  # no rows repeat
+        self._find_fused()
 
     def take_rows(
         self, spans: Sequence[RowSpan], groupings: Sequence[Groups], _stream: Any = None
@@ -184,7 +188,7 @@ class Plan:
         if self._shifted:
             self._shifts[:] = 0
             self._shifted = False
-        if self._own is not self._at_home:
+        if self._sources is not None:
             sums[:] = 0.0  # some may have no chunks
         tables = self.pool_table, self._law, self._shifts, sums, decisions
         safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
@@ -218,6 +222,11 @@ class Plan:
         if order != 2.0:
             tables = self._law, self._shifts, self._sums
             known: dict[int, Span | RowSpan] = {**spans, **summed}
+            if self._sources is not None:
+                known = {
+                    t: span._replace(source=source, size=span.size if source else 0)
+                    for (t, span), source in zip(spans.items(), self._sources, strict=True)
+                }
             orders.write_powers(known, self._groupings, self.pools, order, *tables)
             return
         for batch in self._plain(spans) if spans is not self._own else self._measured:

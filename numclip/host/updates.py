@@ -38,6 +38,16 @@ class Places:
         self.spans = list(spans)
         self._addresses = [[span.target for span in spans], *map(list, states)]
 
+    @property
+    def starts(self) -> Array:
+        """Where each gradient begins."""
+        return np.array([span.source for span in self.spans], np.int64)
+
+    def tensors_of(self, numbers: Sequence[int]) -> Array:
+        """Return the number of each chunk's tensor, for `whole`."""
+        sizes = np.array([self.spans[k].size for k in numbers], np.int64)
+        return np.repeat(numbers, -(-sizes // CHUNK))
+
     def whole(self, numbers: Sequence[int], owners: Array) -> Array:
         """Return the updates of whole tensors, chunk by chunk."""
         spans = [self.spans[k] for k in numbers]
@@ -102,17 +112,14 @@ class Updates:
         self._dtypes = dict.fromkeys(span.dtype for span in spans)
         self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in self._dtypes}
         self._passes = 2 + 2 * len(states)
-        self._dense = self._whole(self._places)
-
-    def _whole(self, places: Places) -> list[tuple[DType, Array]]:
-        """Return the updates of the dense tensors, those of each dtype."""
-        found = []
+        self._dense: list[tuple[DType, Array]] = []  # the updates of dense tensors
+        self._tensors: list[Array] = []  # of each chunk of these
         for dtype in self._dtypes:
-            spans = enumerate(places.spans)
-            members = [k for k, own in spans if isinstance(own, Span) and own.dtype is dtype]
+            every = enumerate(self._places.spans)
+            members = [k for k, own in every if isinstance(own, Span) and own.dtype is dtype]
             if members:
-                found.append((dtype, places.whole(members, self._pool_of[members])))
-        return found
+                self._dense.append((dtype, self._places.whole(members, pool_of[members])))
+                self._tensors.append(self._places.tensors_of(members))
 
     def write_settings(self, settings: Array, _stream: Any = None) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -149,7 +156,7 @@ class GroupUpdates(Updates):
         _stream: Any = None,
     ) -> None:
         super().__init__(kernel, spans, states, plan.pool_of)
-        self._plan, self._name, self._states = plan, kernel, states
+        self._plan, self._name = plan, kernel
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
         self._own, self._left = self._dense, set[int]()
@@ -174,11 +181,11 @@ class GroupUpdates(Updates):
         """Read gradients at some addresses, and leave what has none; None for those of the plan."""
         self._dense = self._own
         if sources is not None:
-            spans = [
-                span._replace(source=source, size=span.size if source else 0)
-                for span, source in zip(self._places.spans, sources, strict=True)
+            starts = self._places.starts
+            self._dense = [
+                (dtype, batches.moved(chunks, tensors, starts, sources))
+                for (dtype, chunks), tensors in zip(self._own, self._tensors, strict=True)
             ]
-            self._dense = self._whole(Places(spans, self._states))
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         self._small = self._found_small()
 
