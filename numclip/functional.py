@@ -76,8 +76,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = lists.global_norm(grads)
-        if known is None:
+        known = lists.global_norm(grads, ord)
+        if known is None and ord == 2:
             known = mixed.global_norm(grads)
         if known is not None:
             return known
@@ -185,8 +185,8 @@ def clip_by_global_norm(
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = lists.clip_by_global_norm(grads, float(clip_norm), out)
-        if done is None:
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out, ord)
+        if done is None and ord == 2:
             done = mixed.clip_by_global_norm(grads, float(clip_norm), out)
         if done is not None:
             return done
@@ -261,7 +261,7 @@ def clip_by_norm(
            [0.3, 0.4]])
     """
     usual = arguments.are_usual(ord, clip_norm)
-    order = 2.0 if usual else arguments.order(ord)
+    order = float(ord) if usual else arguments.order(ord)
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
@@ -529,8 +529,8 @@ def _clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord == 2.0 and type(grad) is np.ndarray and grad.size:
-        result = lists.clip(grad, bound, out, divisor(grad.size))
+    if (ord == 2.0 or ord == math.inf) and type(grad) is np.ndarray and grad.size:
+        result = lists.clip(grad, bound, out, divisor(grad.size), ord)
         if result is not None:
             return result
     return clip.clip_whole(grad, bound, out, divisor, ord)

@@ -138,7 +138,7 @@ def _decided(
     if not right:
         return None
     elements = sum(part.nbytes // part.dtype.storage.itemsize for part in parts)
-    factor, truncate = joint.decide(norm, bound, elements, 1.0, limits)
+    factor, truncate = joint.decide(norm, bound, math.sqrt(elements), 1.0, limits)
     return None if truncate else (norm, factor, parts)
 
 
