@@ -17,7 +17,7 @@ from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
 from numclip.clipping import clip, mixed, parts, ranks
 from numclip.errors import expected
-from numclip.host import lists, plain_units
+from numclip.host import lists, plain_examples, plain_units
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
 from numclip.sums import Whole
@@ -511,6 +511,10 @@ def clip_per_example(
     """
     bound = arguments.bound("clip_norm", clip_norm)
     arguments.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    if layerwise is None:
+        done = plain_examples.clip(grads, bound)
+        if done is not None:
+            return done
     return parts.clip_per_example(grads, bound, layerwise)
 
 
