@@ -44,7 +44,7 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     threads.run(
         examples.find_factors, factors.size, nbytes, table, law, like, factors, clipped, keep=items
     )
-    if (factors == examples.UNKNOWN).any():
+    if like.itemsize == 8 and (factors == examples.UNKNOWN).any():
         return None
     threads.run(
         examples.sum_blocks, blocks, nbytes, table, factors, EXAMPLE_COLUMNS, like, keep=results
