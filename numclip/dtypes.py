@@ -64,6 +64,12 @@ class DType:
         """What `kernels.joint` is told: roundoff, digits, `tiny` and `coarse`."""
         return np.array([self.roundoff, self.digits, self.tiny, self.coarse])
 
+    @cached_property
+    def mask(self) -> Array:
+        """An unsigned integer of the stored bits but for the sign, as an array of one."""
+        bits = 8 * self.storage.itemsize
+        return np.array([(1 << (bits - 1)) - 1], f"u{bits // 8}")
+
 
 def _row(
     name: str, storage: type, compute: type, components: int, precision: tuple[int, int]

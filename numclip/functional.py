@@ -17,7 +17,7 @@ from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
 from numclip.clipping import clip, mixed, parts, ranks
 from numclip.errors import expected
-from numclip.host import lists, plain_units
+from numclip.host import lists, plain_examples, plain_units
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
 from numclip.sums import Whole
@@ -76,9 +76,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = lists.global_norm(grads, float(ord))
+        known = lists.global_norm(grads, ord)
         if known is None:
-            known = mixed.global_norm(grads, float(ord))
+            known = mixed.global_norm(grads, ord)
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -185,9 +185,9 @@ def clip_by_global_norm(
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = lists.clip_by_global_norm(grads, float(clip_norm), out, float(ord))
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out, ord)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, float(clip_norm), out, float(ord))
+            done = mixed.clip_by_global_norm(grads, float(clip_norm), out, ord)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
@@ -511,6 +511,10 @@ def clip_per_example(
     """
     bound = arguments.bound("clip_norm", clip_norm)
     arguments.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    if layerwise is None:
+        done = plain_examples.clip(grads, bound)
+        if done is not None:
+            return done
     return parts.clip_per_example(grads, bound, layerwise)
 
 
@@ -529,7 +533,7 @@ def _clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord in (2.0, math.inf) and type(grad) is np.ndarray and grad.size:
+    if (ord == 2.0 or ord == math.inf) and type(grad) is np.ndarray and grad.size:
         result = lists.clip(grad, bound, out, divisor(grad.size), ord)
         if result is not None:
             return result

@@ -116,7 +116,7 @@ def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
 def are_usual(
     ord: Any, bound: Any = 0.0, nonfinite: Any = POLICIES[0], duplicates: Any = DUPLICATES[0]
 ) -> bool:
-    """Tell whether arguments are right and of the commonest types, the order 2 or infinite."""
+    """Tell whether arguments are right and of the commonest types, with the order 2 or inf."""
     return (
         type(bound) in _NUMBERS
         and (0 <= bound <= LARGEST or bound == math.inf)

@@ -16,6 +16,7 @@ from numclip.border.structures import Structure, structure
 from numclip.dtypes import Array
 from numclip.host import batches, lists
 from numclip.host.batches import Batch
+from numclip.host.lists import Measure
 from numclip.kernels import threads
 from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.memory import is_nested, owner_of
@@ -40,7 +41,7 @@ def global_norm(grads: Any, ord: float) -> float | None:
             return norm
     values = _values(found.items, in_place=False)
     parts = None if values is None else _parts(values.arrays, write=False)
-    known = lists.decided(parts, len(found.items), math.inf, ord=ord) if parts else None
+    known = lists.decided(parts, len(found.items), math.inf, Measure(ord)) if parts else None
     return None if known is None else known[0]
 
 
@@ -82,7 +83,7 @@ def _clip(
             for item, array in zip(items, arrays, strict=True)
         ]
     parts = _parts(values.arrays, write=True)
-    found = lists.decided(parts, len(items), bound, ord=ord) if parts else None
+    found = lists.decided(parts, len(items), bound, Measure(ord)) if parts else None
     if parts is None or found is None:
         return None
     norm, factor = found

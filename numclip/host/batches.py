@@ -15,8 +15,6 @@ from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.memory import Span
 from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
 
-_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 class Batch(NamedTuple):
     """The chunks of some of a plan's tensors; their owners are the tensors' numbers there."""
@@ -113,32 +111,14 @@ def _rescue(batch: Batch, sums: Array) -> None:
 
 def largest(batch: Batch, count: int) -> Array:
     """Return the largest magnitude of each of `count` tensors; NaN where there is one."""
-    partial = _peaks(batch)
-    bits = np.zeros(count, partial.dtype)
-    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
-    return _as_floats(bits, batch)
-
-
-def peak(batch: Batch) -> float:
-    """Return the largest magnitude of all tensors, of which one has elements, likewise."""
-    return _as_floats(_peaks(batch).max(keepdims=True), batch).item()  # type: ignore[no-any-return]
-
-
-def _peaks(batch: Batch) -> Array:
-    """Return the largest magnitude of each chunk as the integer of its bits."""
-    itemsize = batch.dtype.storage.itemsize
-    mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
+    mask = batch.dtype.mask
     partial = np.empty(len(batch.chunks), mask.dtype)
     batch.run(cpu.max_magnitude, mask, partial)
-    return partial
-
-
-def _as_floats(bits: Array, batch: Batch) -> Array:
-    """Return the numbers that have some bits."""
-    itemsize = batch.dtype.storage.itemsize
+    bits = np.zeros(count, mask.dtype)
+    np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
     if batch.dtype.name == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(f"f{itemsize}").astype(np.float64)
+    return bits.view(f"f{bits.itemsize}").astype(np.float64)
 
 
 def powers(batch: Batch, scales: Array, ord: float, count: int) -> Array:

@@ -18,12 +18,11 @@ import numpy as np
 from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
-from numclip.kernels import arrays, cpu, environment, joint, threads
+from numclip.kernels import arrays, cpu, environment, formulas, joint, threads
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
-MOST_SQUARED = 1 << 31
 _POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
@@ -33,6 +32,13 @@ class Kind(NamedTuple):
     row: DType
     readable: Array
     writeable: Array
+
+
+class Measure(NamedTuple):
+    """A norm of order 2 over a divisor, or one of order ``inf``."""
+
+    ord: float
+    divisor: float = 1.0
 
 
 _KINDS: dict[np.dtype[Any], Kind] = {}
@@ -99,7 +105,7 @@ def _views(items: Items) -> Items:
 
 
 def global_norm(grads: Any, ord: float = 2.0) -> float | None:
-    """Return the norm of arrays, of the order 2 or infinite."""
+    """Return the norm of arrays."""
     items = items_of(grads)
     kind = kind_of(items)
     if kind is None:
@@ -107,7 +113,7 @@ def global_norm(grads: Any, ord: float = 2.0) -> float | None:
         kind = kind_of(items)
         if kind is None:
             return None
-    return _clip_items(items, kind, kind.readable, math.inf, 1.0, ord)
+    return _clip_items(items, kind, kind.readable, math.inf, Measure(ord))
 
 
 def clip_by_global_norm(
@@ -117,7 +123,7 @@ def clip_by_global_norm(
     if not _takes(grads, out):
         return None
     held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    found = _clip(items_of(held), bound, 1.0, ord, in_place=out is grads)
+    found = _clip(items_of(held), bound, Measure(ord), in_place=out is grads)
     if found is None:
         return None
     items, norm = found
@@ -130,7 +136,7 @@ def clip(grad: Array, bound: float, out: Any, divisor: float, ord: float) -> Any
     """Clip an array by its norm over `divisor`, in place or into a new one; return that."""
     if not _takes(grad, out):
         return None
-    found = _clip((grad,), bound, divisor, ord, in_place=out is grad)
+    found = _clip((grad,), bound, Measure(ord, divisor), in_place=out is grad)
     return None if found is None else found[0][0]
 
 
@@ -159,7 +165,7 @@ def _takes(grads: Any, out: Any) -> bool:
 
 
 def _clip(
-    items: Items, bound: float, divisor: float, ord: float, *, in_place: bool
+    items: Items, bound: float, measure: Measure, *, in_place: bool
 ) -> tuple[Items, float] | None:
     plain, kind = items, kind_of(items)
     if kind is None:
@@ -168,8 +174,8 @@ def _clip(
         if kind is None:
             return None
     if not in_place:
-        return _copies(plain, kind, bound, divisor, ord)
-    norm = _clip_items(plain, kind, kind.writeable, bound, divisor, ord)
+        return _copies(plain, kind, bound, measure)
+    norm = _clip_items(plain, kind, kind.writeable, bound, measure)
     if norm is None:
         return None
     if plain is not items:
@@ -178,27 +184,28 @@ def _clip(
 
 
 def _clip_items(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> float | None:
     """Clip the arrays in place, if the facts ask for arrays that can be written."""
-    state, norm = _clip_little(items, kind, facts, bound, divisor, ord)
+    state, norm = _clip_little(items, kind, facts, bound, measure)
     if state == arrays.DONE:
         return norm
     if state == arrays.ELSEWHERE:
         return None
-    return _clip_much(items, kind, facts, bound, divisor, ord)
+    return _clip_much(items, kind, facts, bound, measure)
 
 
 def _clip_little(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> tuple[int, float]:
-    """Clip as `_clip_items` does by an L2 norm arrays that hold little; say whether that was so."""
+    """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
     row = kind.row
-    if ord != 2.0:
-        return arrays.MUCH, 0.0
-    return arrays.clip_little(  # type: ignore[no-any-return]
-        pointers_of(items), len(items), facts, row.limits, bound, divisor, row.like
-    )
+    own = pointers_of(items), len(items), facts, row.limits, bound
+    if measure.ord == 2.0:
+        return arrays.clip_little(*own, measure.divisor, row.like)  # type: ignore[no-any-return]
+    if row.components == 2:  # the magnitudes are not those of the parts
+        return arrays.ELSEWHERE, 0.0
+    return arrays.clip_little_by_peak(*own, row.mask, row.like)  # type: ignore[no-any-return]
 
 
 def _copied(items: Items) -> Items:
@@ -206,13 +213,13 @@ def _copied(items: Items) -> Items:
 
 
 def _clip_much(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float, ord: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> float | None:
     """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
     batch, apart = batch_of(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
         return None
-    found = decided([batch], len(items), bound, divisor, ord)
+    found = decided([batch], len(items), bound, measure)
     if found is None:
         return None
     norm, factor = found
@@ -243,26 +250,23 @@ def are_apart(batch: Batch) -> bool:
 
 
 def decided(
-    parts: Sequence[Batch], count: int, bound: float, divisor: float = 1.0, ord: float = 2.0
+    parts: Sequence[Batch], count: int, bound: float, measure: Measure
 ) -> tuple[float, float] | None:
-    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care.
-
-    An infinite order is of real arrays.
-    """
+    """Return the norm of `count` arrays, and the factor; None if they need care."""
     strict, limits = _limits(tuple([batch.dtype for batch in parts]))
-    elements = sum([batch.nbytes // batch.dtype.storage.itemsize for batch in parts])
-    if ord == math.inf:
-        if not 0 < elements < MOST_SQUARED or any(batch.dtype.components == 2 for batch in parts):
-            return None
-        norm = max([batches.peak(batch) for batch in parts])
-        right = math.isfinite(norm)
-        elements *= elements  # whose root is the norm of ones of `law.Laws`
-    else:
+    if measure.ord == 2.0:
         norm, right = _joined(parts, strict, count)
-    norm /= divisor
+    elif any(batch.dtype.components == 2 for batch in parts):
+        return None  # the magnitudes are not those of the parts
+    else:
+        norm = float(np.max([batches.largest(batch, count).max(initial=0.0) for batch in parts]))
+        right = math.isfinite(norm)
+    norm /= measure.divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
+    elements = sum([batch.nbytes / batch.dtype.storage.itemsize for batch in parts])
+    ones = formulas.root(elements, measure.ord)
+    factor, truncate = joint.decide(norm, bound, ones, measure.divisor, limits)
     return None if truncate else (norm, factor)
 
 
@@ -292,20 +296,18 @@ def _scale(batch: Batch, items: Items, factor: float) -> None:
     threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
 
 
-def _copies(
-    items: Items, kind: Kind, bound: float, divisor: float, ord: float
-) -> tuple[Items, float] | None:
-    """Return new arrays, clipped by the joint norm over `divisor`, and that norm."""
-    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor, ord)
+def _copies(items: Items, kind: Kind, bound: float, measure: Measure) -> tuple[Items, float] | None:
+    """Return new arrays, clipped by their joint norm, and that norm."""
+    state, norm = _clip_little(items, kind, kind.readable, math.inf, measure)
     if state == arrays.ELSEWHERE:
         return None
     if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
         results = _copied(items)
         if norm > bound:
-            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor, ord)
+            state, _ = _clip_little(results, kind, kind.writeable, bound, measure)
         return (results, norm) if state == arrays.DONE else None
     batch, _ = batch_of(items, kind, kind.readable)
-    found = None if batch is None else decided([batch], len(items), bound, divisor, ord)
+    found = None if batch is None else decided([batch], len(items), bound, measure)
     if batch is None or found is None:
         return None
     norm, factor = found
