@@ -14,7 +14,7 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, pairs, rows, units, updates
+from numclip.host import arrays, halves, pairs, rows, units, updates
 from numclip.host.given import Given
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
@@ -30,6 +30,7 @@ new_like = arrays.new_like
 new_of_shape = arrays.new_of_shape
 plan = Plan
 given = Given
+half_copies = halves.HalfCopies
 unit_plan = UnitPlan
 sum_rows = rows.sum_rows
 sum_examples = units.sum_examples

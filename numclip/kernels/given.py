@@ -104,14 +104,18 @@ def read(items, wanted, addresses):
 
 @inline
 def copy(source, target):
-    """Copy an array."""
-    for i in range(source.size):
-        target[i] = source[i]
+    """Copy an array, to one of float32 where it is of 16 bits."""
+    if source.itemsize == target.itemsize:
+        for i in range(source.size):
+            target[i] = source[i]
+    else:
+        for i in range(source.size):
+            target[i] = widen(source[i])
 
 
 @inline
 def add(source, target):
-    """Add an array to another, as NumPy does."""
+    """Add an array to another likewise, as NumPy does."""
     for i in range(source.size):
         target[i] = narrow(widen(target[i]) + widen(source[i]), target[i])
 
@@ -124,7 +128,7 @@ def clear(target):
 
 
 @kernel_with_gil
-def take(items, wanted, chunks, adds, like, addresses):
+def take(items, wanted, chunks, adds, like, wide, addresses):
     """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
 
     The sources of chunks are distances from their arrays' beginnings. An array that is absent
@@ -136,7 +140,7 @@ def take(items, wanted, chunks, adds, like, addresses):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
             continue
-        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], like)
+        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)
         if address == ABSENT:
             if not adds:
                 clear(target)
@@ -279,16 +283,16 @@ def adam(items, turn, unscale, tables, bounds, factors, like):
 
 
 @kernel
-def copy_all(begin, end, chunks, like):
+def copy_all(begin, end, chunks, like, wide):
     """Copy each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
 
 
 @kernel
-def add_all(begin, end, chunks, like):
+def add_all(begin, end, chunks, like, wide):
     """Add each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
