@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Never
@@ -31,8 +30,6 @@ from numclip.running_rules import MOST
 
 Fitting = list[tuple[GroupState, str, Any]]
 """Gradients that fit: their group, their name, and what is copied in."""
-
-NOTHING = contextlib.nullcontext()
 
 
 class _Named(MutableMapping[str, Any]):
@@ -269,17 +266,11 @@ class ParamGroups(state.Saved):
                 group.take_over(self._stream, whole=whole)
         self._behind = False
 
-    @contextlib.contextmanager
-    def _updating(self) -> Iterator[None]:
-        """Let masters follow parameters before an update, and parameters masters after it."""
-        self._take_over()
-        self._behind = True
-        try:
-            yield
-        finally:
-            for group in self._mastered:
-                group.round(self._stream, whole=False)
-            self._behind = False
+    def _round(self) -> None:
+        """Let parameters be their rounded masters; sparse ones at the rows that have gradients."""
+        for group in self._mastered:
+            group.round(self._stream, whole=False)
+        self._behind = False
 
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
@@ -624,20 +615,38 @@ class ParamGroups(state.Saved):
         items = None if grads is None else self._ordered(grads)
         if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
             items = tuple([grads.get(name) for name in self._names])
-        with self._lock, self._updating() if self._mastered else NOTHING:
-            steps = self._made_steps()
-            if grads is None and self._clipped is not None:
-                return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
-            absent = self._absent() if grads is None and self._set else NOBODY
-            turn = steps.taken(self.step, unscale)
-            settings = updater.settings(self.step)
-            known = ranks is None and (items is not None or grads is None)
-            if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
-                self._update(updater, steps, turn, settings, absent, grads, items, ranks)
-            if self._set:
-                self._set.clear()
-            self._clipped, self._applied = None, True
-            return self._reported(steps, turn, counts=True)
+        with self._lock:
+            if not self._mastered:
+                return self._step(updater, unscale, grads, items, ranks)
+            self._take_over()
+            self._behind = True
+            try:
+                return self._step(updater, unscale, grads, items, ranks)
+            finally:
+                self._round()
+
+    def _step(
+        self,
+        updater: GroupUpdater,
+        unscale: float,
+        grads: Any,
+        items: tuple[Any, ...] | None,
+        ranks: Ranks | None,
+    ) -> ClipReport:
+        """Take a step at once, or the general way; `items` are its gradients, if they are known."""
+        steps = self._made_steps()
+        if grads is None and self._clipped is not None:
+            return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
+        absent = self._absent() if grads is None and self._set else NOBODY
+        turn = steps.taken(self.step, unscale)
+        settings = updater.settings(self.step)
+        known = ranks is None and (items is not None or grads is None)
+        if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
+            self._update(updater, steps, turn, settings, absent, grads, items, ranks)
+        if self._set:
+            self._set.clear()
+        self._clipped, self._applied = None, True
+        return self._reported(steps, turn, counts=True)
 
     @isolated
     def _update(

@@ -7,8 +7,8 @@ from typing import Any
 
 from numclip.dtypes import FLOAT32, Array, DType
 from numclip.host import batches
-from numclip.kernels import cpu, halves, threads
-from numclip.kernels.threads import Call
+from numclip.kernels import cpu, halves
+from numclip.kernels.tuning import PARALLEL_BYTES
 
 
 class HalfCopies:
@@ -20,15 +20,20 @@ class HalfCopies:
             batch = batches.of_table(dtype, table)
             distances = batch.chunks[:, cpu.SOURCE] - table[batch.chunks[:, cpu.OWNER], 0]
             batch.chunks[:, cpu.TARGET] += distances  # which are half of those in float32
-            self._batches.append(batch)
+            likes = dtype.like, FLOAT32.like
+            self._batches.append((batch, likes, (0, len(batch.chunks), batch.chunks, *likes)))
 
     def round_all(self, _stream: Any = None) -> None:
         """Let copies be the nearest ones to their numbers."""
-        threads.run_all(self._calls(halves.round_all))
+        self._each(halves.round_all)
 
     def take_over(self, _stream: Any = None) -> None:
         """Let numbers be those of the copies that are none of theirs."""
-        threads.run_all(self._calls(halves.take_over))
+        self._each(halves.take_over)
 
-    def _calls(self, kernel: Any) -> list[Call]:
-        return [batch.call(kernel, batch.dtype.like, FLOAT32.like) for batch in self._batches]
+    def _each(self, kernel: Any) -> None:
+        for batch, likes, arguments in self._batches:
+            if batch.nbytes < PARALLEL_BYTES:
+                kernel(*arguments)
+            else:
+                batch.run(kernel, *likes)
