@@ -35,6 +35,11 @@ class DType:
     grain: float
 
     @property
+    def is_half(self) -> bool:
+        """Whether it has 16 bits."""
+        return self.storage.itemsize == 2
+
+    @property
     def storage(self) -> np.dtype[Any]:
         """The dtype that memory is read as."""
         return self.like.dtype
@@ -101,7 +106,7 @@ _ROWS = {
     )
 }
 NAMES = ", ".join(_ROWS)
-FLOAT64 = _ROWS["float64"]
+FLOAT32, FLOAT64 = _ROWS["float32"], _ROWS["float64"]
 
 # bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
 _BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -123,6 +123,16 @@ class Given(Protocol):
 
         None stands for zeros, `kept` for what is there.
         """
+
+
+class HalfCopies(Protocol):
+    """Float32 numbers and their 16-bit copies."""
+
+    def round_all(self, stream: Any) -> None:
+        """Let copies be the nearest ones to their numbers."""
+
+    def take_over(self, stream: Any) -> None:
+        """Let numbers be those of the copies that are none of theirs."""
 
 
 class AtOnce(Protocol):
@@ -295,8 +305,19 @@ class Engine(Protocol):
     def put(self, array: Any, source: Any, stream: Any) -> None:
         """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
 
-    def given(self, targets: Sequence[Facts], taken: Sequence[tuple[int, int]]) -> Given | None:
-        """Return what reads arrays for some targets, if it can; none may lie in memory taken."""
+    def given(
+        self,
+        targets: Sequence[Facts],
+        taken: Sequence[tuple[int, int]],
+        natives: Sequence[np.dtype[Any]] | None = None,
+    ) -> Given | None:
+        """Return what reads arrays for some targets, if it can; none may lie in memory taken.
+
+        They have the dtypes `natives` where these are told, of 16 bits for targets of float32.
+        """
+
+    def half_copies(self, tables: Mapping[DType, Array], stream: Any) -> HalfCopies:
+        """Return what rounds numbers; rows are of (copies, numbers, length), by copies' dtypes."""
 
     def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
         """Copy arrays likewise, each into the one before it."""

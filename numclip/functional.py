@@ -110,7 +110,7 @@ def clip_by_global_norm(
         A norm to use instead of computing it, for instance from `global_norm`. Where rows
         repeat, the gradients are read all the same, for what rounding can add to their sums.
         An accumulator of all pieces of which these gradients are one holds the pieces together
-        to the bound.
+        to the bound; with ``nonfinite="zero"`` all it was given must be finite.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -209,6 +209,8 @@ def _law(
     elif use_norm is not None:
         given = arguments.given_norm(use_norm)
     arguments.choice("nonfinite", nonfinite, POLICIES)
+    if isinstance(use_norm, NormAccumulator):
+        use_norm.check_policy("use_norm", nonfinite)
     arguments.choice("duplicates", duplicates, DUPLICATES)
     return Law(bound, given=given, ord=order), whole
 

@@ -320,7 +320,7 @@ def _family(group: Any, entry: Gradient, base: int) -> Family:
     rule, owner = group.clip, None
     axes = rule.reduced_axes(len(entry.shape))
     if rule.floor is not None:
-        param = describe(entry.name, entry.key, group.params[entry.key], entry.engine)
+        param = describe(entry.name, entry.key, group.updated[entry.key], entry.engine)
         owner = _strided(param, axes)
     return Family((_strided(entry, axes),), owner, group.nonfinite == "zero", base)
 

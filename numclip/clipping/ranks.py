@@ -341,7 +341,7 @@ def _description(engine: Any, groups: Sequence[Any]) -> Facts:
     found = {"device": engine.name, "groups": ", ".join(group.name for group in groups)}
     for group in groups:
         name = f"group {group.name!r}"
-        for fact in ("clip", "nonfinite", "sparse", "sharded", "lr"):
+        for fact in ("clip", "nonfinite", "sparse", "sharded", "lr", "master"):
             found[f"{name}, {fact}"] = repr(getattr(group, fact))
         for key, param in group.params.items():
             row: Any = lookup(param.dtype)

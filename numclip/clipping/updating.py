@@ -48,9 +48,9 @@ class Slots:
     """
 
     def __init__(self, group: Any, states: int, engine: Engine, stream: Any) -> None:
-        self.params = list(group.params.values())
+        self.params = list(group.updated.values())
         self.views: list[list[Any]] = [[] for _ in self.params]
-        kinds = {name: _state_like(param) for name, param in group.params.items()}
+        kinds = {name: _state_like(param) for name, param in group.updated.items()}
         for _ in range(states):
             _, views = flat_buffers(kinds, engine, stream)
             for own, view in zip(self.views, views.values(), strict=True):
@@ -120,7 +120,7 @@ class GroupUpdater:
         params = [
             engine.facts(name, param)
             for group in self._groups
-            for name, param in group.params.items()
+            for name, param in group.updated.items()
         ]
         sparse = any(group.sparse for group in self._groups)
         self.given = None if sparse else engine.given(params, self._taken(engine))

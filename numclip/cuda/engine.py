@@ -22,6 +22,7 @@ from numclip.engine import Groups, Outcome
 from numclip.facts import Facts
 from numclip.kernels.cuda import device, tiling, update_plan
 from numclip.kernels.cuda import grouping as grouping_module
+from numclip.kernels.cuda.chunks import HalfCopies
 from numclip.kernels.cuda.plan import Plan
 from numclip.kernels.cuda.tiling import Sums
 from numclip.kernels.cuda.unit_plan import UnitPlan
@@ -38,6 +39,7 @@ stream_from = streams.stream_from
 give_back = streams.give_back
 plan = Plan
 unit_plan = UnitPlan
+half_copies = HalfCopies
 clamp_between = tiling.clamp_between
 name = "cuda"
 
@@ -214,10 +216,13 @@ def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
 
 def put(array: DeviceArray, source: Any, stream: Any) -> None:
     """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
-    array.copy_from(_sendable(array, source), stream)
+    if on_device(source) and facts_of("source", source).native != array.dtype:
+        arrays.copy_all([(array, source)], stream)
+    else:
+        array.copy_from(_sendable(array, source), stream)
 
 
-def given(_targets: Sequence[Facts], _taken: Sequence[tuple[int, int]]) -> None:
+def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None) -> None:
     """Return nothing: what is passed for arrays of the GPU is copied into them."""
 
 

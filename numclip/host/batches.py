@@ -73,13 +73,18 @@ def batches(spans: Mapping[int, Span]) -> list[Batch]:
 
 
 def _batch(dtype: DType, numbers: list[int], spans: Mapping[int, Span]) -> Batch:
-    table = np.array([spans[number][1:4] for number in numbers], np.int64)
+    batch = of_table(dtype, np.array([spans[number][1:4] for number in numbers], np.int64))
+    if numbers[-1] != len(numbers) - 1:
+        batch.chunks[:, cpu.OWNER] = np.array(numbers)[batch.chunks[:, cpu.OWNER]]
+    return batch
+
+
+def of_table(dtype: DType, table: Array) -> Batch:
+    """Return tensors, rows of (source, target, length), as a batch; owners are rows."""
     itemsize = dtype.storage.itemsize
     count, elements = cpu.count_chunks(table, CHUNK)
     chunks = np.empty((count, 4), np.int64)
     cpu.split(table, itemsize, CHUNK, chunks)
-    if numbers[-1] != len(numbers) - 1:
-        chunks[:, cpu.OWNER] = np.array(numbers)[chunks[:, cpu.OWNER]]
     return Batch(dtype, chunks, elements * itemsize)
 
 

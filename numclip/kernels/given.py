@@ -12,7 +12,7 @@ import numpy as np
 
 from numclip.kernels import updates
 from numclip.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
-from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, copy
+from numclip.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.kernels.elements import array_at, narrow, table_at, widen, word_at
 from numclip.kernels.jit import inline, kernel, kernel_with_gil
 from numclip.kernels.pools import decide_all, measure_and_decide, scale_decided
@@ -107,8 +107,19 @@ def read(items, wanted, addresses):
 
 
 @inline
+def copy(source, target):
+    """Copy an array, to one of float32 where it is of 16 bits."""
+    if source.itemsize == target.itemsize:
+        for i in range(source.size):
+            target[i] = source[i]
+    else:
+        for i in range(source.size):
+            target[i] = widen(source[i])
+
+
+@inline
 def add(source, target):
-    """Add an array to another, as NumPy does."""
+    """Add an array to another likewise, as NumPy does."""
     for i in range(source.size):
         target[i] = narrow(widen(target[i]) + widen(source[i]), target[i])
 
@@ -121,7 +132,7 @@ def clear(target):
 
 
 @kernel_with_gil
-def take(items, wanted, chunks, adds, like, addresses):
+def take(items, wanted, chunks, adds, like, wide, addresses):
     """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
 
     The sources of chunks are distances from their arrays' beginnings. An array that is absent
@@ -133,7 +144,7 @@ def take(items, wanted, chunks, adds, like, addresses):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
             continue
-        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], like)
+        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)
         if address == ABSENT:
             if not adds:
                 clear(target)
@@ -294,16 +305,16 @@ def adam(items, turn, unscale, tables, bounds, factors, like):
 
 
 @kernel
-def copy_all(begin, end, chunks, like):
+def copy_all(begin, end, chunks, like, wide):
     """Copy each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
 
 
 @kernel
-def add_all(begin, end, chunks, like):
+def add_all(begin, end, chunks, like, wide):
     """Add each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
