@@ -60,7 +60,7 @@ class ClipsAtOnce:
         outcomes: Sequence[Array],
         measures: bool = True,
     ) -> bool:
-        """Clip, by what was measured before where `measures` says so."""
+        """Clip; without `measures`, by what was measured before."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         return given.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
@@ -120,7 +120,7 @@ class StepsAtOnce(ClipsAtOnce):
         outcomes: Sequence[Array],
         measures: bool = True,
     ) -> bool:
-        """Clip and update."""
+        """Clip and update, likewise."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
