@@ -41,6 +41,9 @@ class Measure(NamedTuple):
     divisor: float = 1.0
 
 
+L2, PEAK = Measure(2.0), Measure(math.inf)  # to make one takes 0.4 us
+
+
 _KINDS: dict[np.dtype[Any], Kind] = {}
 
 
@@ -113,7 +116,7 @@ def global_norm(grads: Any, ord: float = 2.0) -> float | None:
         kind = kind_of(items)
         if kind is None:
             return None
-    return _clip_items(items, kind, kind.readable, math.inf, Measure(ord))
+    return _clip_items(items, kind, kind.readable, math.inf, L2 if ord == 2.0 else PEAK)
 
 
 def clip_by_global_norm(
@@ -123,7 +126,7 @@ def clip_by_global_norm(
     if not _takes(grads, out):
         return None
     held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    found = _clip(items_of(held), bound, Measure(ord), in_place=out is grads)
+    found = _clip(items_of(held), bound, L2 if ord == 2.0 else PEAK, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
@@ -200,12 +203,15 @@ def _clip_little(
 ) -> tuple[int, float]:
     """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
     row = kind.row
-    own = pointers_of(items), len(items), facts, row.limits, bound
     if measure.ord == 2.0:
-        return arrays.clip_little(*own, measure.divisor, row.like)  # type: ignore[no-any-return]
+        return arrays.clip_little(  # type: ignore[no-any-return]
+            pointers_of(items), len(items), facts, row.limits, bound, measure.divisor, row.like
+        )
     if row.components == 2:  # the magnitudes are not those of the parts
         return arrays.ELSEWHERE, 0.0
-    return arrays.clip_little_by_peak(*own, row.mask, row.like)  # type: ignore[no-any-return]
+    return arrays.clip_little_by_peak(  # type: ignore[no-any-return]
+        pointers_of(items), len(items), facts, row.limits, bound, row.mask, row.like
+    )
 
 
 def _copied(items: Items) -> Items:
