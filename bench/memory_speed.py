@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from bench.workload import Bound, Call
-from numclip.kernels import threads
-from numclip.kernels.jit import block_sum, kernel
+from numclip.host.runtime import threads
+from numclip.host.runtime.jit import block_sum, kernel
 
 SHARE = 16_384
 

@@ -1,11 +1,12 @@
-"""The measurements behind numclip/kernels/tuning.py."""
+"""The measurements behind numclip/host/kernels/tuning.py."""
 
 import numpy as np
 import pytest
 from numba import njit
 
 from numclip.host import rows
-from numclip.kernels import columns, cpu, grouping, jit, threads, tuning
+from numclip.host.kernels import columns, cpu, grouping, tuning
+from numclip.host.runtime import jit, threads
 
 
 def chunks_of(x, length):

@@ -14,8 +14,8 @@ from numclip.border.arguments import DUPLICATES
 from numclip.clipping.pieces import Piece, piece
 from numclip.dtypes import Array
 from numclip.errors import expected
+from numclip.formulas import power_term, root, scale_by_power
 from numclip.isolation import in_ordinary_environment
-from numclip.kernels.formulas import power_term, root, scale_by_power
 from numclip.sums import GRID, Whole, exact, exact_columns, rounded, row_of
 
 Found = tuple[float, float, int]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from numclip.kernels import formulas
-from numclip.kernels.formulas import clip_factor, factor_over, root, scale_by_power
+from numclip import formulas
+from numclip.formulas import clip_factor, factor_over, root, scale_by_power
 from numclip.tables import (
     AIM,
     BOUND,

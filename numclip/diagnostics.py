@@ -15,7 +15,7 @@ from numclip.border.gradients import describe
 from numclip.dtypes import Array
 from numclip.group import Group
 from numclip.groups import ParamGroups
-from numclip.kernels import cache, threads
+from numclip.host.runtime import cache, threads
 from numclip.optim import SGD, Adam
 from numclip.rules import ByGlobalNorm
 from numclip.slices import IndexedSlices
@@ -100,7 +100,7 @@ def show_versions() -> None:
 
     The last line says in which folder compiled code is kept, or why in none. It is never read
     from a folder, or written to one, that another user owns or can write, or that lies in one;
-    see `numclip.kernels.cache` for which are looked at. ``NUMBA_CACHE_DIR`` names one.
+    see `numclip.host.runtime.cache` for which are looked at. ``NUMBA_CACHE_DIR`` names one.
     """
     from numclip import __version__
 

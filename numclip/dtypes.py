@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from numclip.kernels import formulas
+from numclip import formulas
 
 Array = npt.NDArray[Any]
 

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from numclip.kernels import environment
+from numclip.host.runtime import environment
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip import tables
+from numclip import formulas, tables
 from numclip.dtypes import FLOAT64, Array, DType
-from numclip.kernels import formulas
 from numclip.memory import RowSpan, Strided
 
 silent = np.errstate(all="ignore")  # numbers may overflow or underflow: then they are far enough

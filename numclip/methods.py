@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from numclip import formulas
 from numclip.errors import expected
-from numclip.kernels import formulas
 
 SETTINGS_COLUMNS = 5
 """Of the numbers that the user has chosen for a step, a row for each pool."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip import tables
 from numclip.dtypes import Array
-from numclip.kernels.formulas import BIN_EXPONENT, power_term, root, scale_by_power
+from numclip.formulas import BIN_EXPONENT, power_term, root, scale_by_power
 
 GRID = 3400
 """Sums are multiples of ``2**-GRID``: ``4**exponent`` times the smallest number is, of any sum."""

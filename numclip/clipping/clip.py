@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numclip import engine as engines
-from numclip import libraries, tables
+from numclip import formulas, libraries, tables
 from numclip.border.arguments import refuse_excluding_zero
 from numclip.border.gradients import Gradient, describe, gradients
 from numclip.border.results import target_of, targets_of
@@ -19,7 +19,6 @@ from numclip.clipping.nonfinite import first_error
 from numclip.engine import Engine, Outcome, Plan
 from numclip.errors import expected
 from numclip.isolation import isolated
-from numclip.kernels import formulas
 from numclip.law import ABSENT, Law, Pool
 from numclip.memory import AnySpan, Memory, RowSpan, Strided
 from numclip.sums import Whole

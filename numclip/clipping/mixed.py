@@ -16,9 +16,9 @@ from numclip.border.structures import Structure, structure
 from numclip.dtypes import Array
 from numclip.host import batches, lists
 from numclip.host.batches import Batch
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.lists import Measure
-from numclip.kernels import threads
-from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime import threads
 from numclip.memory import is_nested, owner_of
 from numclip.slices import IndexedSlices
 

@@ -26,9 +26,9 @@ from numclip.clipping.nonfinite import first_error
 from numclip.clipping.pieces import piece_of
 from numclip.dtypes import Array, lookup
 from numclip.errors import NonFiniteGradientError, RankError
+from numclip.formulas import BIN_EXPONENT
+from numclip.host.kernels import pools as kernels
 from numclip.isolation import isolated
-from numclip.kernels import pools as kernels
-from numclip.kernels.formulas import BIN_EXPONENT
 from numclip.law import Law
 from numclip.sums import Whole, exact, joined_norms, rounded
 

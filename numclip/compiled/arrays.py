@@ -11,8 +11,8 @@ from numba.core import cgutils
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
 
-from numclip.kernels.jit import OWN_FLAGS, inline
-from numclip.kernels.spans import COMPLEX, FIELDS, WIDE
+from numclip.host.kernels.spans import COMPLEX, FIELDS, WIDE
+from numclip.host.runtime.jit import OWN_FLAGS, inline
 
 WORD = ir.IntType(64)
 _WIDE_ELEMENTS = (types.float64, types.complex128)

@@ -16,7 +16,8 @@ from numba import types
 from numba.core import cgutils
 
 import numclip
-from numclip.kernels import digest, span_units, spans
+from numclip.host.kernels import span_units, spans
+from numclip.host.runtime import digest
 
 _WORD = ir.IntType(64)
 _NUMBERS = (types.float64,) * 3

@@ -11,7 +11,7 @@ from numba.typed import List as TypedList
 
 from numclip.compiled.arrays import copied, entered, left
 from numclip.compiled.types_taken import CONTAINERS, members
-from numclip.kernels.jit import OWN_FLAGS
+from numclip.host.runtime.jit import OWN_FLAGS
 
 
 def _like(items: Any, parts: list[Any]) -> Any:

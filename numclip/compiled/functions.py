@@ -27,8 +27,8 @@ from numclip.compiled.types_taken import (
     members,
     refuse,
 )
-from numclip.kernels.jit import expanded
-from numclip.kernels.spans import AVERAGE, GIVEN, IN_PLACE, ROOT_MEAN, UNCHANGED, WRITTEN
+from numclip.host.kernels.spans import AVERAGE, GIVEN, IN_PLACE, ROOT_MEAN, UNCHANGED, WRITTEN
+from numclip.host.runtime.jit import expanded
 from numclip.law import POLICIES
 
 DUPLICATES = ("sum", "raw")

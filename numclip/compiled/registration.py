@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba.extending import overload
 
 from numclip import functional
-from numclip.kernels.jit import OWN_FLAGS
+from numclip.host.runtime.jit import OWN_FLAGS
 
 
 @overload(functional.global_norm, jit_options=OWN_FLAGS)

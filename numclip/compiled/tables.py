@@ -15,9 +15,9 @@ from numclip.compiled.arrays import WORD, write_row
 from numclip.compiled.calls import KERNELS, emit_call, emit_clip
 from numclip.compiled.types_taken import CONTAINERS, is_nothing
 from numclip.errors import NonFiniteGradientError
-from numclip.kernels import spans
-from numclip.kernels.jit import OWN_FLAGS
-from numclip.kernels.spans import FIELDS
+from numclip.host.kernels import spans
+from numclip.host.kernels.spans import FIELDS
+from numclip.host.runtime.jit import OWN_FLAGS
 
 _IN_PLACE = "out: expected the gradients themselves, to work in place, or None"
 ELSEWHERE = -1

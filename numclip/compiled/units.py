@@ -17,8 +17,8 @@ from numclip.compiled.tables import (
     number_of,
 )
 from numclip.compiled.types_taken import check_default, is_nothing, refuse, value_of
-from numclip.kernels.jit import inline
-from numclip.kernels.spans import RARE, WRITTEN
+from numclip.host.kernels.spans import RARE, WRITTEN
+from numclip.host.runtime.jit import inline
 
 
 @inline

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from numclip.cuda import contiguous as chunks
+from numclip.cuda import device
 from numclip.cuda.copies import host_copy
 from numclip.cuda.facts import facts_of
 from numclip.cuda.streams import in_order
 from numclip.dtypes import Array, lookup
 from numclip.facts import Facts
-from numclip.kernels.cuda import chunks, device
 from numclip.libraries import on_device, to_numpy
 from numclip.memory import Span
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from numclip.cuda import device
 from numclip.cuda.protocols import told
 from numclip.cuda.streams import current_stream
 from numclip.dtypes import Array
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.kernels.cuda import device
 from numclip.memory import is_c_order
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from numclip.libraries import bfloat16
 
 VERSION = 1, 0

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from numclip import methods
-from numclip.cuda import arrays, copies, plans, streams, tensors
+from numclip.cuda import arrays, copies, device, plans, streams, tensors
+from numclip.cuda import rows as grouping_module
+from numclip.cuda import strided as tiling
+from numclip.cuda import updates as update_plan
 from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.contiguous import HalfCopies
 from numclip.cuda.facts import facts_of
+from numclip.cuda.plan import Plan
 from numclip.cuda.protocols import library_of
+from numclip.cuda.strided import Sums
+from numclip.cuda.units import UnitPlan
 from numclip.cuda.values import DeviceFloat, DeviceInt
 from numclip.dtypes import Array, DType, lookup
 from numclip.engine import Groups, Outcome
 from numclip.facts import Facts
-from numclip.kernels.cuda import device, tiling, update_plan
-from numclip.kernels.cuda import grouping as grouping_module
-from numclip.kernels.cuda.chunks import HalfCopies
-from numclip.kernels.cuda.plan import Plan
-from numclip.kernels.cuda.tiling import Sums
-from numclip.kernels.cuda.unit_plan import UnitPlan
 from numclip.law import Pool
 from numclip.libraries import on_device
 from numclip.memory import AnySpan, RowSpan, Span, Strided

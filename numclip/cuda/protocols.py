@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import dlpack
+from numclip.cuda import device, dlpack
 from numclip.cuda.dlpack import Told
-from numclip.kernels.cuda import device
 from numclip.libraries import bfloat16, library, refuse_lazy
 
 

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from numclip.cuda import device
 from numclip.cuda.protocols import library_of
 from numclip.facts import Facts
-from numclip.kernels.cuda import device
 
 
 def stream_from(stream: Any) -> Any:

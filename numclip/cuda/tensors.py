@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 
 
 def facts(items: Sequence[Any]) -> tuple[Any, ...] | None:

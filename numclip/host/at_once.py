@@ -13,8 +13,8 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
+from numclip.host.kernels import cpu, given
 from numclip.host.lists import pointers_of
-from numclip.kernels import cpu, given
 
 KERNELS = {
     "descend": given.descend,

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.kernels import cpu, pools, threads
-from numclip.kernels.formulas import is_safe
-from numclip.kernels.threads import Call
-from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.formulas import is_safe
+from numclip.host.kernels import cpu, pools
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.runtime import threads
+from numclip.host.runtime.threads import Call
 from numclip.memory import Span
 from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
 

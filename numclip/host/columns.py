@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.kernels import columns, threads
-from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS, EXAMPLE_COLUMNS
+from numclip.host.kernels import columns
+from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS, EXAMPLE_COLUMNS
+from numclip.host.runtime import threads
 
 
 def column_squares(x: Array) -> Array:

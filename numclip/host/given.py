@@ -17,9 +17,10 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.facts import Facts
 from numclip.host import batches
 from numclip.host.batches import Batch
+from numclip.host.kernels import cpu, given
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.lists import pointers_of
-from numclip.kernels import cpu, given, threads
-from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime import threads
 from numclip.memory import Span
 
 Extents = Sequence[tuple[int, int]]

@@ -7,8 +7,8 @@ from typing import Any
 
 from numclip.dtypes import FLOAT32, Array, DType
 from numclip.host import batches
-from numclip.kernels import cpu, halves
-from numclip.kernels.tuning import PARALLEL_BYTES
+from numclip.host.kernels import cpu, halves
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 
 
 class HalfCopies:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import formulas
 from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
-from numclip.kernels import arrays, cpu, environment, formulas, joint, threads
+from numclip.host.kernels import arrays, cpu, joint
+from numclip.host.runtime import environment, threads
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 
 Items = tuple[Any, ...]

@@ -11,7 +11,7 @@ import numpy as np
 
 from numclip.dtypes import Array
 from numclip.host import lists
-from numclip.kernels import arrays, cpu
+from numclip.host.kernels import arrays, cpu
 
 _UNUSED = np.empty((0, 4), np.int64)
 _FACTS: dict[str, tuple[Array, Array]] = {}

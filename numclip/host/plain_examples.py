@@ -12,9 +12,10 @@ import numpy as np
 
 from numclip.dtypes import FLOAT64, Array
 from numclip.host import lists
+from numclip.host.kernels import arrays, examples
+from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
+from numclip.host.runtime import threads
 from numclip.host.units import LONG_ROW
-from numclip.kernels import arrays, examples, threads
-from numclip.kernels.tuning import EXAMPLE_COLUMNS
 from numclip.law import Family, unit_laws
 from numclip.memory import Memory, Strided
 from numclip.tables import BOUND

@@ -14,9 +14,9 @@ import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
 from numclip.host import lists
+from numclip.host.kernels import unit_loops
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.units import LONG_ROW
-from numclip.kernels import unit_loops
-from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.law import Family, unit_laws
 from numclip.memory import Memory, Strided
 from numclip.tables import BOUND, EPS

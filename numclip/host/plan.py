@@ -14,10 +14,11 @@ from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
 from numclip.host.at_once import ClipsAtOnce
 from numclip.host.batches import Batch
+from numclip.host.kernels import cpu, given
+from numclip.host.kernels import pools as kernels
+from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime import threads
 from numclip.host.strided import Copied
-from numclip.kernels import cpu, given, threads
-from numclip.kernels import pools as kernels
-from numclip.kernels.tuning import PARALLEL_BYTES
 from numclip.law import Law, Laws, Pool, by_norms, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 from numclip.tables import (

@@ -7,12 +7,12 @@ import numpy as np
 from numclip.dtypes import FLOAT64, Array, as_stored
 from numclip.engine import Groups
 from numclip.facts import Facts
+from numclip.formulas import is_safe, scale_by_power
 from numclip.host import batches
+from numclip.host.kernels import grouping as kernels
+from numclip.host.kernels.tuning import CHUNK
+from numclip.host.runtime import threads
 from numclip.host.strided import elements
-from numclip.kernels import grouping as kernels
-from numclip.kernels import threads
-from numclip.kernels.formulas import is_safe, scale_by_power
-from numclip.kernels.tuning import CHUNK
 from numclip.memory import Memory, RowSpan, Span, strides_of
 from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
 

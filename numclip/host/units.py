@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
+from numclip.formulas import is_safe
 from numclip.host import batches, columns, orders
+from numclip.host.kernels import unit_loops
+from numclip.host.kernels.tuning import CHUNK
+from numclip.host.runtime import threads
+from numclip.host.runtime.threads import Call
 from numclip.host.strided import elements
-from numclip.kernels import threads, unit_loops
-from numclip.kernels.formulas import is_safe
-from numclip.kernels.threads import Call
-from numclip.kernels.tuning import CHUNK
 from numclip.law import Family, unit_laws
 from numclip.memory import Span, Strided, strides_of
 from numclip.tables import (

@@ -12,9 +12,10 @@ from numclip.engine import Outcome
 from numclip.host import batches, rows
 from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
-from numclip.kernels import given, threads, updates
-from numclip.kernels.threads import Call
-from numclip.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.kernels import given, updates
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.runtime import threads
+from numclip.host.runtime.threads import Call
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED

@@ -23,7 +23,7 @@ import numba
 import numclip as nc
 from numba import njit
 if "changed" in sys.argv:
-    from numclip.kernels import spans
+    from numclip.host.kernels import spans
     spans.FIELD_THAT_WAS_ADDED = 5
 
 @njit(cache=True)

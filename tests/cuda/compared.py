@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import numclip as nc
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.oracle import reference
 from tests.oracle.checks import assert_same_bits
 

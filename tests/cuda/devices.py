@@ -12,8 +12,8 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
+from numclip.cuda import device
 from numclip.cuda.arrays import DeviceArray
-from numclip.kernels.cuda import device
 from tests.cuda.gpu import HARDWARE
 from tests.cuda.gpu import ready as ready
 from tests.rings import EXAMPLES_ON_GPU, gpu

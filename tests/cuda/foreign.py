@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.cuda.devices import fetch, send
 
 CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5}

@@ -38,7 +38,7 @@ def new_stream() -> int:
     """The handle of a stream that waits for no other, as PyTorch's and JAX's do."""
     from cuda.bindings import driver
 
-    from numclip.kernels.cuda import device
+    from numclip.cuda import device
 
     device.require()
     error, stream = driver.cuStreamCreate(1)
@@ -56,7 +56,7 @@ def require() -> None:
     if MISSING is not None:
         pytest.skip(MISSING)
     try:
-        from numclip.kernels.cuda import device
+        from numclip.cuda import device
 
         device.require()
     except nc.DeviceError as error:

@@ -13,7 +13,7 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.kernels.cuda import (
+from numclip.cuda.kernels import (
     halves,
     norms,
     rows,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from numclip import tables
+from numclip.cuda import contiguous as chunks
+from numclip.cuda import device
 from numclip.dtypes import lookup
-from numclip.kernels.cuda import chunks, device, tables
 from tests.cuda.devices import ready
 
 __all__ = ["ready"]

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import dlpack
+from numclip.cuda import device, dlpack
 from numclip.cuda.arrays import DeviceArray
-from numclip.kernels.cuda import device
 from tests.cuda.devices import fetch, ready
 from tests.cuda.foreign import Foreign, Producer, settle, settled
 from tests.cuda.gpu import HARDWARE, late, new_stream

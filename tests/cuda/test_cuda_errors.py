@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import engine, streams
+from numclip.cuda import device, driver, engine, streams
 from numclip.cuda.arrays import DeviceArray
-from numclip.kernels.cuda import device, driver
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Tensor, torch
 from tests.cuda.gpu import new_stream
@@ -54,7 +53,7 @@ def test_no_numba_cuda():
 
 def test_numba_cuda_that_is_not_in_the_place_of_numbas_own():
     """Where no .pth file runs: with PYTHONPATH, in a zip file, or without `site`."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; import numclip.kernels.cuda.device"
+    code = f"import sys; sys.path[:] = {sys.path!r}; import numclip.cuda.device"
     command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     last = result.stderr.strip().splitlines()[-1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.cuda.devices import fetch, ready, send
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits

@@ -10,8 +10,8 @@ import pytest
 
 import numclip as nc
 from numclip.clipping import steps as kept_steps
+from numclip.cuda import device
 from numclip.cuda.values import DeviceFloat
-from numclip.kernels.cuda import device
 from tests.cuda.compared import FOLLOWING, MOVING, WAITING, forbid, numbers, pair
 from tests.cuda.devices import OnDevice, fetch, hardware, ready, send
 from tests.oracle import plain_optim

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda import rows as grouping
 from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import lookup
 from numclip.host.rows import group
-from numclip.kernels.cuda import device, grouping, tables
 from numclip.memory import RowSpan
 from tests.cuda.devices import HARDWARE, OnDevice, fetch, ready, send
 from tests.oracle import cases, checks, reference

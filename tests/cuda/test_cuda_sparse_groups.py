@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.cuda.compared import FOLLOWING, forbid, numbers, pair
 from tests.cuda.devices import HARDWARE, fetch, ready, send
 from tests.oracle import plain_optim

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.cuda.compared import assert_as_on_the_cpu
 from tests.cuda.devices import fetch, ready, send
 from tests.oracle import reference

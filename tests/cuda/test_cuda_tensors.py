@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import engine, tensors
-from numclip.kernels.cuda import device
+from numclip.cuda import device, engine, tensors
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Tensor, torch
 from tests.cuda.gpu import new_stream

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip import tables
+from numclip.cuda import strided as tiling
+from numclip.cuda.strided import Memory, Strided
 from numclip.dtypes import lookup
-from numclip.kernels.cuda import tables, tiling
-from numclip.kernels.cuda.tiling import Memory, Strided
 from tests.cuda.devices import HARDWARE, fetch, ready, send
 from tests.oracle import reference
 from tests.oracle.cases import normal

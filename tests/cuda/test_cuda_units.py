@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip import tables
 from numclip.border.gradients import describe
 from numclip.clipping import parts
-from numclip.cuda import plans
-from numclip.kernels.cuda import device, tables
-from numclip.kernels.cuda.unit_plan import UnitPlan
+from numclip.cuda import device, plans
+from numclip.cuda.units import UnitPlan
 from numclip.law import Family
 from numclip.memory import Strided
 from tests.cuda.compared import assert_as_on_the_cpu

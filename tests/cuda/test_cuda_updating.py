@@ -10,8 +10,7 @@ import pytest
 
 import numclip as nc
 from numclip.clipping import array_updating as updating
-from numclip.cuda import engine
-from numclip.kernels.cuda import device
+from numclip.cuda import device, engine
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Producer, Tensor, settle, torch
 from tests.oracle import plain_optim

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels.cuda import device
+from numclip.cuda import device
 from tests.cuda import standin
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Producer, Tensor, settled, torch

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 
 import numclip as nc
-from numclip.kernels.tuning import STRIP
+from numclip.host.kernels.tuning import STRIP
 from tests.oracle import cases, checks, reference
 
 ROWS = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]], np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels import arrays
+from numclip.host.kernels import arrays
 from tests.oracle import reference
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from numba.core import config
 
-from numclip.kernels import cache
+from numclip.host.runtime import cache
 
 pytestmark = pytest.mark.full  # child processes, or minutes
 
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(folder, room_for):
 
 KILLED = f"""
 import os, signal
-from numclip.kernels import cache
+from numclip.host.runtime import cache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 os.replace = die

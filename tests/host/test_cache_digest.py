@@ -15,8 +15,8 @@ from numba.core.dispatcher import Dispatcher
 
 import numclip
 from numclip import kernels
-from numclip.kernels import digest
-from numclip.kernels.jit import INTERPRETED
+from numclip.host.runtime import digest
+from numclip.host.runtime.jit import INTERPRETED
 
 PACKAGE = Path(numclip.__file__).parent
 PROGRAM = """
@@ -114,7 +114,8 @@ LISTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numclip
-from numclip.kernels import arrays, cpu, digest, updates
+from numclip.host.kernels import arrays, cpu, updates
+from numclip.host.runtime import digest
 assert numclip.__file__.startswith(sys.argv[1]), numclip.__file__
 for kernel in arrays.clip_little, cpu.merge, updates.adam:
     print(digest.of(kernel.py_func))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels import environment
-from numclip.kernels.jit import INTERPRETED
-from numclip.kernels.registers import REGISTER
+from numclip.host.runtime import environment
+from numclip.host.runtime.jit import INTERPRETED
+from numclip.host.runtime.registers import REGISTER
 
 pytestmark = [
     pytest.mark.full,  # child processes, or minutes
@@ -149,7 +149,7 @@ def test_threads_compute_as_the_caller_does(odd, dtype, limit):
 
 
 def test_threads_that_start_in_an_odd_environment_compute_in_the_ordinary(odd):
-    from numclip.kernels import threads
+    from numclip.host.runtime import threads
 
     grad = np.tile(tiny("f4"), 6000)
     nc.set_num_threads(1)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from numclip.kernels.jit import INTERPRETED
+from numclip.host.runtime.jit import INTERPRETED
 
 pytestmark = [
     pytest.mark.full,  # child processes, or minutes
@@ -17,7 +17,7 @@ pytestmark = [
 PROGRAM = """
 import signal, sys, time
 import numpy as np, numclip as nc
-from numclip.kernels import threads
+from numclip.host.runtime import threads
 
 class Alarm({base}):
     pass
@@ -107,7 +107,7 @@ def test_a_clip_in_place_is_whole_or_has_not_begun(kind, base):
 STARTS = """
 import _thread, signal, time
 import numpy as np, numclip as nc
-from numclip.kernels import threads
+from numclip.host.runtime import threads
 
 nc.set_num_threads(4)
 x = [np.ones(3_000_000, np.float32)]

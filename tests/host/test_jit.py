@@ -13,8 +13,9 @@ from numba import njit
 from numba.core.registry import cpu_target
 
 import numclip
-from numclip.kernels import cpu, elements, jit
-from numclip.kernels.jit import INTERPRETED
+from numclip.host.kernels import cpu, elements
+from numclip.host.runtime import jit
+from numclip.host.runtime.jit import INTERPRETED
 
 PACKAGE = Path(numclip.__file__).parent
 CLIP = (
@@ -28,7 +29,7 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled
 # A kernel that compiles in a moment, with a part that is compiled into it.
 KERNEL = """
 import sys
-from numclip.kernels.jit import inline, kernel
+from numclip.host.runtime.jit import inline, kernel
 @inline
 def part(x):
     return 2.0 * x
@@ -78,8 +79,8 @@ def test_broken_cache_files_are_replaced(tmp_path):
 def test_code_that_cannot_be_loaded_is_compiled(tmp_path, payload):
     """A file that is what it says can still hold what this process cannot use."""
     spoilt = f"""
-from numclip.kernels import jit
-from numclip.kernels.jit import dumps
+from numclip.host.runtime import jit
+from numclip.host.runtime.jit import dumps
 def ended(pair):
     return dumps((["no_function_of_this_name"], pair[1]))
 def spoil(pair):
@@ -185,7 +186,7 @@ def test_nowhere_to_keep_code_is_announced_with_the_reason(tmp_path):
 HALVES = """
 import sys
 import numpy as np
-from numclip.kernels import cpu, elements
+from numclip.host.kernels import cpu, elements
 from numba.core.registry import cpu_target
 values = np.arange(65_536, dtype=np.uint16)
 for storage in np.uint16, np.int16:
@@ -238,7 +239,7 @@ def test_halves_are_computed_alike_on_any_target(tmp_path, halves_here, environm
 def test_a_part_of_kernels_is_not_called_from_python(tmp_path, used):
     """It has no way in from there; numba would call address 0."""
     code = f"""
-from numclip.kernels.jit import inline, kernel
+from numclip.host.runtime.jit import inline, kernel
 @inline
 def part(x):
     return 2.0 * x

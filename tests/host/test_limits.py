@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from numclip.kernels import limits
+from numclip.host.runtime import limits
 
 VERSION_2 = "30 24 0:26 {root} {mounted} rw,nosuid shared:4 - cgroup2 cgroup rw"
 VERSION_1 = "34 24 0:30 {root} {mounted} rw,nosuid shared:9 - cgroup cgroup rw,{controllers}"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import numclip as nc
 from numclip.host import lists as plain
-from numclip.kernels import arrays
-from numclip.kernels.tuning import CHUNK
+from numclip.host.kernels import arrays
+from numclip.host.kernels.tuning import CHUNK
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES

@@ -9,7 +9,7 @@ import pytest
 
 import numclip as nc
 from numclip.host import lists, plain_examples
-from numclip.kernels.tuning import EXAMPLE_COLUMNS
+from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES

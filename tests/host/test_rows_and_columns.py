@@ -9,9 +9,9 @@ import pytest
 
 import numclip as nc
 from numclip.host import columns as host_columns
+from numclip.host.kernels import grouping
+from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.rows import group
-from numclip.kernels import grouping
-from numclip.kernels.tuning import COLUMN_ROWS, COLUMNS
 
 
 @pytest.mark.parametrize("row", [np.uint32, np.int64])

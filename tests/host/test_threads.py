@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.kernels import threads
-from numclip.kernels.jit import INTERPRETED, kernel
+from numclip.host.runtime import threads
+from numclip.host.runtime.jit import INTERPRETED, kernel
 
 LARGE = threads.PARALLEL_BYTES
 alone_when_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels run alone")
@@ -153,7 +153,7 @@ def test_a_forked_child_makes_threads_of_its_own(busy):
     code = """
 import ctypes, os, sys, warnings
 import numpy as np, numclip as nc
-from numclip.kernels import team, threads
+from numclip.host.runtime import team, threads
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 nc.set_num_threads(2)
 g = [np.ones(threads.PARALLEL_BYTES // 8)]
@@ -220,7 +220,7 @@ grads = [np.ones(1_500_000, np.float32)]
 nc.clip_by_global_norm(grads, 1e9, out=grads)
 nc.clip_by_global_norm([np.ones(1_500_000, np.float32)], 0.5)
 if sys.argv[1] == "False":
-    from numclip.kernels import threads
+    from numclip.host.runtime import threads
     threads._team = None  # the end of the process has to start its threads
 def last(bound):
     norm = nc.clip_by_global_norm(grads, bound, out=grads)[1]
@@ -252,7 +252,7 @@ for _ in range(3):
     assert nc.global_norm(x) == 2_000_000**0.5
 assert len(os.listdir("/proc/self/task")) == before
 threading.stack_size(0)
-from numclip.kernels import threads
+from numclip.host.runtime import threads
 assert threads._team.started == 0
 threads._team.retry = 0.0
 assert nc.global_norm(x) == 2_000_000**0.5
@@ -269,7 +269,7 @@ def test_threads_that_did_start_end_where_others_are_refused():
     code = """
 import _thread, os, time
 import numpy as np, numclip as nc
-from numclip.kernels import threads
+from numclip.host.runtime import threads
 nc.set_num_threads(9)
 x = [np.ones(9_000_000, np.float32)]
 norm = nc.global_norm(x)

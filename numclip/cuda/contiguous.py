@@ -1,0 +1,211 @@
+"""Contiguous memory, cut into chunks that are read in 16-byte packets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda.kernels import halves, norms, scaling
+from numclip.cuda.kernels.packets import WORD
+from numclip.dtypes import Array, DType
+from numclip.memory import Span
+
+MOST_CHUNKS = 8192
+"""Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
+measured yet: 32 turns of a block's threads take some 20 us, where 4 GB are read in 1000."""
+
+PIECE_BYTES = device.CHUNK_BYTES >> 2
+"""What a block adds at a time, where it has no sum to write."""
+
+
+class Shared(NamedTuple):
+    """The tables that all works of a plan share."""
+
+    tensors: Any
+    partial: Any
+
+
+def like(dtype: DType) -> Any:
+    """Return what tells a kernel how elements are stored."""
+    return dtype.storage.type(0)
+
+
+def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
+    """Return the table of chunks, how many are before each tensor, and where each one starts.
+
+    Chunks begin at multiples of 16 bytes where source and target can both do so: a first, short
+    one goes up to there.
+    """
+    itemsizes = np.array([span.dtype.storage.itemsize for span in spans], np.int64)
+    return cut(itemsizes, np.array([span[1:] for span in spans], np.int64).reshape(-1, 3))
+
+
+def cut(itemsizes: Array, places: Array) -> tuple[Array, Array, Array]:
+    """Return the same of tensors by their itemsizes, sources, targets and sizes."""
+    sources, targets, sizes = places.T
+    heads = -sources % WORD // np.maximum(itemsizes, 1)
+    heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
+    longer = -(-sizes * itemsizes // (MOST_CHUNKS * device.CHUNK_BYTES))
+    limits = np.maximum(longer, 1) * (device.CHUNK_BYTES // np.maximum(itemsizes, 1))
+    counts = (heads > 0) + -(-(sizes - heads) // limits)
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    owners = np.repeat(np.arange(len(places)), counts)
+    turns = np.arange(owners.size) - firsts[owners] - (heads[owners] > 0)
+    starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
+    stops = np.where(turns < 0, heads[owners], starts + limits[owners])
+    chunks = np.empty((owners.size, 5), np.int64)
+    chunks[:, tables.SOURCE] = sources[owners] + starts * itemsizes[owners]
+    chunks[:, tables.TARGET] = targets[owners] + starts * itemsizes[owners]
+    chunks[:, tables.LENGTH] = np.minimum(stops, sizes[owners]) - starts
+    chunks[:, tables.OWNER] = owners
+    chunks[:, tables.PART] = np.arange(owners.size)
+    return chunks, firsts, starts
+
+
+def copied_first(table: Array) -> Array:
+    """Return a table with what is in place last: there a block without work is done."""
+    in_place = table[:, tables.SOURCE] == table[:, tables.TARGET]
+    return table[np.argsort(in_place, kind="stable")]
+
+
+class Chunks:
+    """The work on some of a plan's tensors, by their numbers, that lie in contiguous memory.
+
+    `counts` says how many partial sums each of them takes.
+    """
+
+    repeats = False
+
+    def __init__(self, spans: Mapping[int, Span]) -> None:
+        self._spans, self._numbers = list(spans.values()), np.array(list(spans), np.int64)
+        self._chunks, self._firsts, _ = split(self._spans)
+        self.counts = np.diff(self._firsts)
+
+    def send(self, parts: Array, stream: Any) -> None:
+        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+        owners = self._chunks[:, tables.OWNER].copy()
+        self._chunks[:, tables.PART] += (parts - self._firsts[:-1])[owners]
+        self._chunks[:, tables.OWNER] = self._numbers[owners]
+        self._dtypes = np.array([span.dtype for span in self._spans], object)[owners]
+        self._tables = self._by_dtype(np.ones(owners.size, bool), stream)
+        self._some: dict[range, dict[DType, Any]] = {}
+
+    def _by_dtype(self, chosen: Array, stream: Any) -> dict[DType, Any]:
+        """Return tables of the chosen chunks (a mask) of each dtype that has some."""
+        dtypes = dict.fromkeys(self._dtypes[chosen])
+        rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
+        return {dtype: device.table(copied_first(own), stream) for dtype, own in rows.items()}
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Sum the squares of each chunk: one read."""
+        self._each(norms.sum_squares, stream, shared.tensors, after=[shared.partial])
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Find the largest magnitude of each chunk: one read."""
+        self._each(norms.max_magnitude, stream, shared.tensors, after=[shared.partial])
+
+    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
+        """Sum the powers of each chunk's magnitudes over the peak of its pool: one read."""
+        self._each(norms.sum_powers, stream, shared.tensors, laws, after=[shared.partial])
+
+    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
+        """Launch a kernel for each dtype."""
+        for dtype, chunks in self._tables.items():
+            count = chunks.shape[0]
+            device.launch(kernel, count, stream, chunks, *before, like(dtype), *after)
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write each tensor times the factor that was decided; one read, one write, or none."""
+        self._scale(scaling.scale, shared, decisions, stream)
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        self._scale(scaling.scale_rare, shared, decisions, stream)
+
+    def _scale(self, kernel: Any, shared: Shared, decisions: Any, stream: Any) -> None:
+        for dtype, chunks in self._tables.items():
+            precision = [np.int64(number) for number in dtype.precision]
+            arguments = shared.tensors, decisions, *precision, like(dtype)
+            device.launch(kernel, chunks.shape[0], stream, chunks, *arguments)
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        if members not in self._some:
+            inside = np.isin(self._chunks[:, tables.OWNER], np.array(members))
+            chosen = self._tables if inside.all() else self._by_dtype(inside, stream)
+            self._some[members] = chosen
+        for dtype, chunks in self._some[members].items():
+            arguments = shared.tensors, decisions, *bounds, like(dtype)
+            device.launch(scaling.clamp, chunks.shape[0], stream, chunks, *arguments)
+
+
+def copy_all(spans: Sequence[Span], stream: Any) -> None:
+    """Copy what is read to what is written to; a launch for each dtype, whatever their number."""
+    _move(scaling.copy_chunks, spans, stream)
+
+
+def add_all(spans: Sequence[Span], stream: Any) -> None:
+    """Add what is read to what is written to; a launch for each dtype, whatever their number."""
+    _move(scaling.add_chunks, spans, stream)
+
+
+class HalfCopies:
+    """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
+
+    def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
+        self._tables = {dtype: device.table(_halved(own), stream) for dtype, own in tables.items()}
+
+    def round_all(self, stream: Any) -> None:
+        """Let copies be the nearest ones to their numbers."""
+        self._each(halves.round_chunks, stream)
+
+    def take_over(self, stream: Any) -> None:
+        """Let numbers be those of the copies that are none of theirs."""
+        self._each(halves.take_over_chunks, stream)
+
+    def _each(self, kernel: Any, stream: Any) -> None:
+        for dtype, table in self._tables.items():
+            device.launch(kernel, table.shape[0], stream, table, like(dtype))
+
+
+def widen_all(spans: Sequence[Span], stream: Any, *, adds: bool) -> None:
+    """Copy what is read of 16 bits to what is written to in float32, or add it."""
+    for dtype in dict.fromkeys(span.dtype for span in spans):
+        own = np.array([span[1:] for span in spans if span.dtype is dtype], np.int64)
+        table = device.table(_halved(own), stream)
+        device.launch(
+            halves.widen_chunks, table.shape[0], stream, table, np.int64(adds), like(dtype)
+        )
+
+
+def _halved(table: Array) -> Array:
+    """Return the chunks of rows of (halves, float32, length), which begin where halves can."""
+    places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
+    found, _, starts = cut(np.full(len(table), 2), places)
+    found[:, tables.TARGET] = table[found[:, tables.OWNER], tables.TARGET] + 4 * starts
+    return found
+
+
+def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:
+    for dtype in dict.fromkeys(span.dtype for span in spans):
+        chunks, _, _ = split([span for span in spans if span.dtype is dtype])
+        table = device.table(chunks, stream)
+        device.launch(kernel, chunks.shape[0], stream, table, like(dtype))
+
+
+def add(span: Span, stream: Any) -> None:
+    """Add what is read to what is written to; no table is needed.
+
+    Pieces but the first begin at multiples of 16 bytes where source and target can both do so.
+    """
+    itemsize = span.dtype.storage.itemsize
+    skew, limit = span.source % WORD // itemsize, PIECE_BYTES // itemsize
+    count = -(-(span.size + skew) // limit) if span.size else 0
+    numbers = [np.int64(number) for number in (*span[1:], skew, limit)]
+    device.launch(scaling.add, count, stream, *numbers, like(span.dtype))

@@ -1,0 +1,1 @@
+"""The kernels of NVIDIA GPUs, by numba-cuda."""

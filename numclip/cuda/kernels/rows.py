@@ -1,0 +1,329 @@
+"""Rows that share an index: measured by their sums, or written as sums, from where they lie.
+
+A table of groups says where the rows of each index stand in `order`, and how many there are. A
+*share* is a row of another table: some groups of a tensor, in a strip of columns that a block
+can hold. Threads are columns, lanes that share the rows of a group, and teams that take groups
+in turn. Sums are in two float64, and depend on the tables alone, not on the grid.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.cuda.device import THREADS, cuda, inline, kernel
+from numclip.cuda.kernels.blocks import block_max, block_sum, lane_sum
+from numclip.cuda.kernels.packets import load, size_of, store
+from numclip.cuda.kernels.scalars import (
+    binned_square,
+    joined_bins,
+    larger,
+    power_term,
+    settled,
+    two_sum,
+    usable,
+)
+from numclip.formulas import BIN_EXPONENT, BIN_SCALE
+from numclip.tables import (
+    BAD,
+    BEGIN,
+    COLUMN,
+    COMPONENTS,
+    END,
+    EXPONENT,
+    FACTOR,
+    LANES,
+    LENGTH,
+    MEMBERS,
+    MODE,
+    MULTIPLY,
+    ORD,
+    OWNER,
+    PART,
+    PEAK,
+    PLACE,
+    POOL,
+    SKIPPED,
+    SOURCE,
+    START,
+    TARGET,
+    TERMS,
+    TERMS_EXPONENT,
+    TERMS_PEAK,
+    TOTAL,
+    WIDTH,
+    ZEROING,
+)
+
+THREAD_BITS = THREADS.bit_length() - 1
+NOTHING = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@inline
+def number_of(share, part):
+    """Return which of a row's stored numbers a thread has; `part` is 1 for imaginary ones."""
+    column = share[COLUMN] + (np.int64(cuda.threadIdx.x) & ((1 << share[WIDTH]) - 1))
+    return column * share[COMPONENTS] + part
+
+
+@inline
+def lane_of(share):
+    """Return the lane of a thread in its team."""
+    return np.int64(cuda.threadIdx.x) >> (THREAD_BITS - share[LANES])
+
+
+@inline
+def teams_of(share):
+    """Return how many teams a block has."""
+    return np.int64(THREADS) >> (share[WIDTH] + share[LANES])
+
+
+@inline
+def team_of(share):
+    """Return the team of a thread."""
+    return (np.int64(cuda.threadIdx.x) >> share[WIDTH]) & (teams_of(share) - 1)
+
+
+@inline
+def element_of(share, row, number, like):
+    """Return a stored number of a row, and whether it, or its other part, is not finite."""
+    place = share[SOURCE] + (row * share[LENGTH] + number) * size_of(like)
+    value = np.float64(load(place, like))
+    odd = not math.isfinite(value)
+    if share[COMPONENTS] == 2:
+        other = size_of(like) if number & 1 == 0 else -size_of(like)
+        odd = odd or not math.isfinite(np.float64(load(place + other, like)))
+    return value, odd
+
+
+@inline
+def lane_sums(share, group, number, order, masked, scale, like):
+    """Return what a lane adds to a sum, its rounding error and that of magnitudes.
+
+    Elements are taken times `scale`. How many are not finite comes last; they count as 0 where
+    `masked`.
+    """
+    total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
+    k = group[START] + lane_of(share)
+    stop = group[START] + group[MEMBERS]
+    while k < stop:
+        value, odd = element_of(share, order[k], number, like)
+        if odd:
+            bad += 1.0
+            value = 0.0 if masked else value
+        value *= scale
+        total, rest = two_sum(total, value)
+        error += rest
+        terms += abs(value)
+        k += np.int64(1) << share[LANES]
+    return total, error, terms, bad
+
+
+@inline
+def team_sums(share, total, error, terms, room):
+    """Return a sum and that of magnitudes to the first lane of each team, 0 to the others."""
+    if share[LANES] == 0:
+        return settled(total, error), terms
+    i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[LANES]
+    total = lane_sum(total, error, i, apart, room)
+    terms = lane_sum(terms, 0.0, i, apart, room)
+    return (total, terms) if i < apart else (0.0, 0.0)
+
+
+@inline
+def sums_of(share, g, groups, order, part, how, room):
+    """Return a thread's sum of a group in a column and that of magnitudes, and how many are bad.
+
+    All threads of a block come here together. `how` has what `lane_sums` takes last.
+    """
+    total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
+    number = number_of(share, part)
+    if g < share[END] and number < share[LENGTH]:
+        masked, scale, like = how
+        total, error, terms, bad = lane_sums(share, groups[g], number, order, masked, scale, like)
+    total, terms = team_sums(share, total, error, terms, room)
+    return total, terms, bad
+
+
+@inline
+def with_square(bins, value, like):
+    """Return bins of squares, each with its rounding error, after adding the square of a value.
+
+    Only sums of float64 can be out of the middle one.
+    """
+    small, middle, large = 0.0, value * value, 0.0
+    if size_of(like) == 8:
+        small, middle, large = binned_square(value)
+    small, low = two_sum(bins[0], small)
+    middle, mid = two_sum(bins[2], middle)
+    large, high = two_sum(bins[4], large)
+    return small, bins[1] + low, middle, bins[3] + mid, large, bins[5] + high
+
+
+@inline
+def joined(bins, room):
+    """Return the sum of the squares of all threads as ``total * 4**exponent``."""
+    small, middle = block_sum(bins[0], bins[1], room), block_sum(bins[2], bins[3], room)
+    return joined_bins(small, middle, block_sum(bins[4], bins[5], room))
+
+
+@inline
+def share_squares(share, groups, order, how, room):
+    """Return a share's squares of sums and of sums of magnitudes, and how many are bad."""
+    sums, terms, bad = NOTHING, NOTHING, 0.0
+    g = share[BEGIN]
+    while g < share[END]:
+        own, part = g + team_of(share), np.int64(0)
+        while part < share[COMPONENTS]:
+            value, size, odd = sums_of(share, own, groups, order, part, how, room)
+            sums, terms = with_square(sums, value, how[2]), with_square(terms, size, how[2])
+            bad += odd
+            part += 1
+        g += teams_of(share)
+    return joined(sums, room), joined(terms, room), block_sum(bad, 0.0, room)
+
+
+@kernel
+def sum_row_squares(shares, groups, order, tensors, like, out):
+    """Write each share's squared norms of sums and of sums of magnitudes. Reads all rows once.
+
+    Where a sum exceeds float64 they are read again, divided by a power of two.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        share, shift = shares[s], 0
+        masked = tensors[share[OWNER], ZEROING] != 0
+        sums, terms, bad = share_squares(share, groups, order, (masked, 1.0, like), room)
+        if size_of(like) == 8 and not math.isfinite(terms[0]):
+            how, shift = (masked, 1.0 / BIN_SCALE, like), BIN_EXPONENT
+            sums, terms, bad = share_squares(share, groups, order, how, room)
+        if cuda.threadIdx.x == 0:
+            found = out[share[PART]]
+            found[TOTAL], found[EXPONENT], found[BAD] = sums[0], sums[1] + shift, bad
+            found[TERMS], found[TERMS_EXPONENT] = terms[0], terms[1] + shift
+        s += cuda.gridDim.x
+
+
+@kernel
+def max_row_magnitude(shares, groups, order, tensors, like, out):
+    """Write each share's largest parts of sums and of their terms. Reads all rows once.
+
+    A sum that exceeds float64 is not finite.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        share = shares[s]
+        how = tensors[share[OWNER], ZEROING] != 0, 1.0, like
+        largest, terms, bad = 0.0, 0.0, 0.0
+        g = share[BEGIN]
+        while g < share[END]:
+            own, part = g + team_of(share), np.int64(0)
+            while part < share[COMPONENTS]:
+                value, size, odd = sums_of(share, own, groups, order, part, how, room)
+                largest, terms = larger(largest, abs(value)), larger(terms, size)
+                bad += odd + (0.0 if math.isfinite(value) else 1.0)
+                part += 1
+            g += teams_of(share)
+        largest, terms = block_max(largest, room), block_max(terms, room)
+        bad = block_sum(bad, 0.0, room)
+        if cuda.threadIdx.x == 0:
+            found = out[share[PART]]
+            found[TOTAL], found[EXPONENT], found[BAD] = largest, 0.0, bad
+            found[TERMS], found[TERMS_EXPONENT] = terms, 0.0
+        s += cuda.gridDim.x
+
+
+@inline
+def ratios_of(share, g, groups, order, how, law, room):
+    """Return a thread's magnitudes of a group's sum and of its terms, each over its peak."""
+    value, size = 0.0, 0.0
+    part = np.int64(0)
+    while part < share[COMPONENTS]:
+        total, terms, _ = sums_of(share, g, groups, order, part, how, room)
+        value = math.hypot(value, total / usable(law[PEAK]))
+        size = math.hypot(size, terms / usable(law[TERMS_PEAK]))
+        part += 1
+    return value, size
+
+
+@inline
+def share_powers(share, groups, order, how, law, room):
+    """Return a share's sums of powers; of infinite order, the largest ratios."""
+    total, error, terms, ord = 0.0, 0.0, 0.0, law[ORD]
+    g = share[BEGIN]
+    while g < share[END]:
+        value, size = ratios_of(share, g + team_of(share), groups, order, how, law, room)
+        if ord == math.inf:
+            total, terms = larger(total, value), larger(terms, size)
+        else:
+            total, rest = two_sum(total, power_term(value, ord))
+            error += rest
+            terms += power_term(size, ord)
+        g += teams_of(share)
+    if ord == math.inf:
+        return block_max(total, room), block_max(terms, room)
+    return block_sum(total, error, room), block_sum(terms, 0.0, room)
+
+
+@kernel
+def sum_row_powers(shares, groups, order, tensors, laws, like, out):
+    """Write each share's sums of ``(|x| / peak) ** ord``, of sums and of their terms.
+
+    Of infinite order, the largest ratios.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        share = shares[s]
+        tensor = tensors[share[OWNER]]
+        how = tensor[ZEROING] != 0, 1.0, like
+        total, terms = share_powers(share, groups, order, how, laws[tensor[POOL]], room)
+        if cuda.threadIdx.x == 0:
+            out[share[PART], TOTAL], out[share[PART], TERMS] = total, terms
+        s += cuda.gridDim.x
+
+
+@inline
+def write_sums(share, groups, order, how, to, room):
+    """Write the sums of a share's groups of rows, each rounded once, as the rows in their place.
+
+    They are stored as `to` is.
+    """
+    g = share[BEGIN]
+    while g < share[END]:
+        own, part = g + team_of(share), np.int64(0)
+        while part < share[COMPONENTS]:
+            value, _, _ = sums_of(share, own, groups, order, part, how, room)
+            number = number_of(share, part)
+            if own < share[END] and number < share[LENGTH] and lane_of(share) == 0:
+                place = groups[own, PLACE] * share[LENGTH] + number
+                store(share[TARGET] + place * size_of(to), value, to)
+            part += 1
+        g += teams_of(share)
+
+
+@kernel
+def sum_rows(shares, groups, order, like, to):
+    """Write the sum of each group of rows, stored as `to` is. Reads all rows once."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        write_sums(shares[s], groups, order, (False, 1.0, like), to, room)
+        s += cuda.gridDim.x
+
+
+@kernel
+def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
+    """Write the sum of each group of rows times the factor of their pool, if that is not skipped.
+
+    A factor that is no plain number was applied before.
+    """
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < shares.shape[0]:
+        decision = decisions[tensors[shares[s, OWNER], POOL]]
+        if decision[SKIPPED] == 0.0:
+            factor = decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
+            write_sums(shares[s], groups, order, (False, factor, like), like, room)
+        s += cuda.gridDim.x

@@ -1,0 +1,204 @@
+"""From sums to the factors of units, which have norms of their own.
+
+A *family* is the units of some tensors with as many each: of one tensor, or examples, of which
+every tensor has a part. A *slab* is ``2**BITS`` of a family's units, at most; a block takes a slab
+at a time, the lanes of a unit share its partial sums. A family with a PARAM is held to a
+fraction of that tensor's norms. BASE is the row of the decisions that say if all is skipped.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.cuda.device import THREADS, cuda, inline, kernel
+from numclip.cuda.kernels.blocks import arrives_last, block_max, block_sum, lane_max
+from numclip.cuda.kernels.scalars import (
+    binned_square,
+    joined_bins,
+    larger,
+    norm_of,
+    relative,
+    scale_by_power,
+    write_factor,
+)
+from numclip.cuda.kernels.verdict import BINS, EMPTY, add_rows, join, joined
+from numclip.tables import (
+    AFTER,
+    BAD,
+    BASE,
+    BITS,
+    BOUND,
+    CLIPPED,
+    CLIPPED_COUNT,
+    COARSE,
+    COUNT,
+    EXPONENT,
+    FIRST,
+    LAST,
+    LAW,
+    LEAST,
+    LEAVE,
+    MODE,
+    MULTIPLY,
+    NORM,
+    NUMBER,
+    ORD,
+    PARAM,
+    PEAK,
+    PRECISION,
+    RARE,
+    RATIO,
+    ROUNDOFF,
+    ROW,
+    SCALE,
+    SKIPPED,
+    TERMS,
+    TOTAL,
+    UNITS,
+    UNSCALE,
+)
+
+
+@inline
+def unit_of(slab):
+    """Return the number of the thread's unit, its lane, and how many lanes there are."""
+    i, bits = np.int64(cuda.threadIdx.x), slab[BITS]
+    return slab[NUMBER] + (i & ((1 << bits) - 1)), i >> bits, np.int64(THREADS) >> bits
+
+
+@inline
+def is_told(slab, u, lane):
+    """Tell whether the thread is the one that writes about its unit."""
+    return lane == 0 and u - slab[NUMBER] < slab[COUNT]
+
+
+@inline
+def unit_total(slab, first, last, tensors, partial, room):
+    """Return the sum of powers of the thread's unit over some tensors, as the rows are."""
+    u, lane, lanes = unit_of(slab)
+    bins, t = EMPTY, first
+    while t < last:
+        start = tensors[t, FIRST] + u + lane * slab[UNITS]
+        stop = tensors[t, LAST] if u < slab[UNITS] else start
+        bins = add_rows(partial, TOTAL, start, stop, lanes * slab[UNITS], bins)
+        t += 1
+    total, exponent, _ = joined(bins, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
+    return total, exponent
+
+
+@kernel
+def find_unit_peaks(slabs, tensors, laws, partial, column, out):
+    """Write the largest of each unit's partial maxima to a column; PEAK is the first one."""
+    room = cuda.shared.array((2, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < slabs.shape[0]:
+        slab = slabs[s]
+        u, lane, lanes = unit_of(slab)
+        largest, t = 0.0, slab[FIRST]
+        while t < slab[LAST]:
+            part = tensors[t, FIRST] + u + lane * slab[UNITS]
+            while part < tensors[t, LAST] and u < slab[UNITS]:
+                largest = larger(largest, partial[part, TOTAL])
+                part += lanes * slab[UNITS]
+            t += 1
+        largest = lane_max(largest, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
+        if is_told(slab, u, lane):
+            own = out[slab[ROW] + u]
+            own[column] = largest
+            if column == PEAK:
+                own[RATIO], own[ORD] = 1.0, laws[slab[LAW], ORD]
+        s += cuda.gridDim.x
+
+
+@inline
+def decide_slab(slab, tensors, law, partial, base, room, out):
+    """Write the factors of a slab's units; return the mode of the one the thread wrote."""
+    u, lane, _ = unit_of(slab)
+    total, exponent = unit_total(slab, slab[FIRST], slab[LAST], tensors, partial, room)
+    other, shift = 1.0, 0
+    if slab[PARAM] >= 0:
+        param = slab[PARAM]
+        other, shift = unit_total(slab, param, param + 1, tensors, partial, room)
+    if not is_told(slab, u, lane):
+        return float(LEAVE)
+    own = out[slab[ROW] + u]
+    root, power = norm_of(total, exponent, law[ORD], own[PEAK], own[RATIO])
+    norm = root / law[UNSCALE], power
+    bound, judged, coarse = law[BOUND], norm, law[COARSE]
+    if slab[PARAM] >= 0:
+        bound, judged, coarse = relative(law, norm, (math.sqrt(other), shift))
+    leaves = base[slab[BASE], SKIPPED] != 0.0
+    limits = bound, bound, coarse, law[ROUNDOFF]
+    write_factor(law, limits, judged, norm, leaves, int(slab[PRECISION]), own)
+    return own[MODE]
+
+
+@kernel
+def decide_units(slabs, tensors, laws, partial, base, tickets, out):
+    """Write the factor of every unit, and in the last row if there is work, and rare work.
+
+    `tickets` counts the blocks, then those with work and those with rare work; all are 0 again
+    in the end.
+    """
+    room = cuda.shared.array((BINS, THREADS), np.float64)
+    work, rare = 0.0, 0.0
+    s = np.int64(cuda.blockIdx.x)
+    while s < slabs.shape[0]:
+        mode = decide_slab(slabs[s], tensors, laws[slabs[s, LAW]], partial, base, room, out)
+        work += 1.0 if mode != LEAVE else 0.0
+        rare += 1.0 if mode > MULTIPLY else 0.0
+        s += cuda.gridDim.x
+    work, rare = block_sum(work, 0.0, room), block_sum(rare, 0.0, room)
+    if cuda.threadIdx.x == 0:
+        cuda.atomic.max(tickets, 1, np.uint32(work > 0.0))
+        cuda.atomic.max(tickets, 2, np.uint32(rare > 0.0))
+    if arrives_last(tickets, 0, cuda.gridDim.x, room) and cuda.threadIdx.x == 0:
+        last = out.shape[0] - 1
+        out[last, MODE], out[last, RARE] = tickets[1], tickets[2]
+        tickets[1], tickets[2] = 0, 0
+
+
+@inline
+def sum_slab(slab, bound, units, out, room):
+    """Write the squares of a slab's norms after clipping, as sums are written.
+
+    In place of what is not finite, how many units exceed the bound; in place of terms, the
+    smallest factor, negative.
+    """
+    i = np.int64(cuda.threadIdx.x)
+    small, middle, large, least, count = 0.0, 0.0, 0.0, -1.0, 0.0
+    if i < slab[COUNT]:
+        unit = units[slab[ROW] + slab[NUMBER] + i]
+        small, middle, large = binned_square(unit[CLIPPED])
+        least, count = -unit[SCALE], (1.0 if unit[NORM] > bound else 0.0)
+    small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
+    total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
+    count, least = block_sum(count, 0.0, room), block_max(least, room)
+    if i == 0:
+        out[TOTAL], out[EXPONENT], out[BAD], out[TERMS] = total, exponent, count, least
+
+
+@kernel
+def summarize_units(slabs, families, laws, units, tickets, partial, out):
+    """Write each family's norm after clipping, smallest factor, and how many exceed the bound.
+
+    `families` tells FIRST and LAST of each one's slabs, `partial` has a row for each slab.
+    `tickets` counts the slabs of each family that are done; all are 0 again in the end.
+    """
+    room = cuda.shared.array((BINS, THREADS), np.float64)
+    s = np.int64(cuda.blockIdx.x)
+    while s < slabs.shape[0]:
+        f = slabs[s, LAW]
+        sum_slab(slabs[s], laws[f, BOUND], units, partial[s], room)
+        first, last = families[f, FIRST], families[f, LAST]
+        if arrives_last(tickets, f, last - first, room):
+            total, exponent, count = join(partial, TOTAL, first, last, room)
+            least, k = -1.0, first + cuda.threadIdx.x
+            while k < last:
+                least = larger(least, partial[k, TERMS])
+                k += THREADS
+            least = block_max(least, room)
+            if cuda.threadIdx.x == 0:
+                out[f, AFTER] = scale_by_power(math.sqrt(total), int(exponent))
+                out[f, LEAST], out[f, CLIPPED_COUNT] = -least, count
+        s += cuda.gridDim.x

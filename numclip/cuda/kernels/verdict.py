@@ -1,0 +1,149 @@
+"""From sums to factors: a *pool* is the tensors of one norm, a *set* those skipped together.
+
+Norm, verdict and factor stay on the device.
+"""
+
+import numpy as np
+
+from numclip.cuda.device import THREADS, cuda, inline, kernel
+from numclip.cuda.kernels.blocks import arrives_last, block_sum, lane_bins
+from numclip.cuda.kernels.scalars import (
+    decide,
+    joined_bins,
+    power_term,
+    two_sum,
+    usable,
+    write_norm,
+    write_spread,
+)
+from numclip.tables import (
+    BAD,
+    BROKEN,
+    DIGITS,
+    EXPONENT,
+    FIRST,
+    LAST,
+    LEAVE,
+    MODE,
+    MULTIPLY,
+    ORD,
+    PEAK,
+    POLICY,
+    POOL,
+    RARE,
+    REPEATED,
+    REPEATS,
+    SET,
+    TERMS,
+    TERMS_EXPONENT,
+    TERMS_PEAK,
+    TOTAL,
+)
+
+BINS = 7  # three sums, their errors, what is not finite
+EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@inline
+def add_rows(sums, column, k, last, step, bins):
+    """Return bins of sums, their errors and what is not finite, with every `step`-th row added.
+
+    `column` is TOTAL or TERMS; the exponent is in the next one.
+    """
+    small, middle, large, low, mid, high, bad = bins
+    while k < last:
+        total, exponent = sums[k, column], sums[k, column + 1]
+        small, rest = two_sum(small, total if exponent < 0.0 else 0.0)
+        low += rest
+        middle, rest = two_sum(middle, total if exponent == 0.0 else 0.0)
+        mid += rest
+        large, rest = two_sum(large, total if exponent > 0.0 else 0.0)
+        high += rest
+        bad += sums[k, BAD]
+        k += step
+    return small, middle, large, low, mid, high, bad
+
+
+@inline
+def joined(bins, place, apart, room):
+    """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
+    small, middle, large, bad = lane_bins(bins, place, apart, room)
+    total, exponent = joined_bins(small, middle, large)
+    return total, exponent, bad
+
+
+@inline
+def join(sums, column, first, last, room):
+    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+    i = cuda.threadIdx.x
+    return joined(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
+
+
+@inline
+def add_parts(tensor, law, partial, out, room):
+    """Write the sums of a tensor's parts, and those of the magnitudes of its terms."""
+    total, exponent, bad = join(partial, TOTAL, tensor[FIRST], tensor[LAST], room)
+    terms, terms_exponent = total, exponent
+    if tensor[REPEATS] != 0:
+        terms, terms_exponent, _ = join(partial, TERMS, tensor[FIRST], tensor[LAST], room)
+    elif law[ORD] != 2.0:
+        terms *= power_term(usable(law[PEAK]) / usable(law[TERMS_PEAK]), law[ORD])
+    if cuda.threadIdx.x == 0:
+        out[TOTAL], out[EXPONENT], out[BAD] = total, exponent, bad
+        out[TERMS], out[TERMS_EXPONENT] = terms, terms_exponent
+
+
+@inline
+def add_tensors(pool, law, sums, out, room):
+    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
+    total, exponent, bad = join(sums, TOTAL, pool[FIRST], pool[LAST], room)
+    terms, terms_exponent = total, exponent
+    if pool[REPEATED] != 0:
+        terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
+    if cuda.threadIdx.x == 0:
+        write_norm(law, total, exponent, 0, bad, out)
+        if pool[REPEATED] != 0:
+            write_spread(law, (total, exponent), (terms, terms_exponent), out)
+
+
+@kernel
+def judge(tensors, pools, laws, partial, tickets, sums, decisions):
+    """Add up each tensor's chunks, each pool's tensors, and decide; a block for each tensor.
+
+    `tickets` counts, for each pool, tensors that are done; after them, for each set, those
+    that are not finite, and last the blocks. All are 0 again in the end.
+    """
+    room = cuda.shared.array((BINS, THREADS), np.float64)
+    t = np.int64(cuda.blockIdx.x)
+    count = pools.shape[0]
+    while t < tensors.shape[0]:
+        p = tensors[t, POOL]
+        add_parts(tensors[t], laws[p], partial, sums[t], room)
+        if arrives_last(tickets, p, pools[p, LAST] - pools[p, FIRST], room):
+            add_tensors(pools[p], laws[p], sums, decisions[p], room)
+            if cuda.threadIdx.x == 0 and decisions[p, BROKEN] != 0.0:
+                cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
+        t += cuda.gridDim.x
+    if arrives_last(tickets, tickets.shape[0] - 1, cuda.gridDim.x, room):
+        decide_all(pools, laws, tickets, decisions, room)
+
+
+@inline
+def decide_all(pools, laws, tickets, decisions, room):
+    """Decide for every pool, once all norms are there; tell in the last row if there is work."""
+    count = pools.shape[0]
+    work, rare = 0.0, 0.0
+    p = np.int64(cuda.threadIdx.x)
+    while p < count:
+        bad = tickets[count + pools[p, SET]] != 0
+        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
+        work += 1.0 if decisions[p, MODE] != LEAVE else 0.0
+        rare += 1.0 if decisions[p, MODE] > MULTIPLY else 0.0
+        p += THREADS
+    work, rare = block_sum(work, 0.0, room), block_sum(rare, 0.0, room)
+    if cuda.threadIdx.x == 0:  # the sums also waited until every thread had read the tickets
+        decisions[count, MODE], decisions[count, RARE] = work, rare
+    k = count + cuda.threadIdx.x
+    while k < tickets.shape[0]:
+        tickets[k] = 0
+        k += THREADS

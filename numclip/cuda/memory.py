@@ -1,0 +1,360 @@
+"""The GPU's memory: what users' arrays lie in, tables of plans, and copies in and out.
+
+Tables come from an arena for each stream, which grows and is used again, as an allocation takes
+long and giving memory back waits for the whole GPU. They are sent from pinned memory, as the
+host can have to wait for a copy from any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver as cu
+
+from numclip.cuda.driver import (
+    NO_TIMING,
+    OUT_OF_MEMORY,
+    checked,
+    forked,
+    gpu,
+    handle_of,
+    is_captured,
+    order,
+    synchronize,
+)
+from numclip.dtypes import Array
+
+RELAXED = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+ALIGNMENT = 256
+ARENA_BYTES = 1 << 20
+"""What an arena asks of the driver at a time, at least."""
+
+MOST_KEPT = 1 << 26
+"""The largest table that an arena keeps; larger ones are given back to the driver."""
+
+RING_BYTES = 1 << 18
+"""Half of the pinned memory of a stream, at first."""
+
+MOST_PINNED = 1 << 25
+"""The most bytes sent through pinned memory at a time; the host can wait for more than that."""
+
+
+@contextlib.contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Let memory be taken and given back while some stream is captured, which has no part in it."""
+    mode = checked(cu.cuThreadExchangeStreamCaptureMode(RELAXED))
+    try:
+        yield
+    finally:
+        checked(cu.cuThreadExchangeStreamCaptureMode(mode))
+
+
+def _taken(nbytes: int) -> int:
+    """Return the address of new memory; PyTorch gives back what it keeps unused if there is none.
+
+    Its allocator holds on to all it ever had.
+    """
+    gpu()
+    with _beside_captures():
+        result = cu.cuMemAlloc(max(nbytes, 1))
+        if result[0] == OUT_OF_MEMORY and "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+            result = cu.cuMemAlloc(max(nbytes, 1))
+    return int(checked(result))
+
+
+def _give_back(address: int) -> None:
+    """Give memory back; in a forked process it is no one's."""
+    if not forked():
+        gpu()
+        with _beside_captures():
+            checked(cu.cuMemFree(address))
+
+
+class Memory:
+    """Bytes of the GPU that are this object's own."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.address = nbytes, _taken(nbytes)
+        weakref.finalize(self, _give_back, self.address).atexit = False
+
+
+def allocate(nbytes: int) -> Memory:
+    """Return memory of the GPU, aligned to 64 bytes or more."""
+    return Memory(nbytes)
+
+
+class _Block:
+    """Memory of an arena; it goes back there with this object."""
+
+    def __init__(self, arena: _Arena, place: int, address: int) -> None:
+        self._arena, self._class, self.address = arena, place, address
+        self._streams: set[Any] = set()
+
+    def used_on(self, stream: Any) -> None:
+        """Note that it is used on a stream."""
+        if stream != self._arena.stream:
+            self._streams.add(stream)
+
+    def __del__(self) -> None:
+        self._arena.free[self._class].append((self.address, self._streams))
+
+
+class _Arena:
+    """Memory for the tables of one stream, in blocks of powers of two."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.free: list[list[tuple[int, set[Any]]]] = [[] for _ in range(64)]
+        self._next = 0
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def block(self, nbytes: int) -> Any:
+        """Return a block of so many bytes, or more."""
+        if nbytes > MOST_KEPT:
+            return _Large(nbytes)
+        kind = max(nbytes - 1, ALIGNMENT - 1).bit_length()
+        try:
+            address, streams = self.free[kind].pop()
+        except IndexError:
+            return _Block(self, kind, self._carved(1 << kind))
+        for stream in streams:  # that it was used on before
+            order(self.stream, stream)
+        return _Block(self, kind, address)
+
+    def _carved(self, nbytes: int) -> int:
+        with self._lock:
+            if self._end - self._next < nbytes:
+                size = max(ARENA_BYTES, nbytes)
+                self._next = _taken(size)
+                self._end = self._next + size
+            found, self._next = self._next, self._next + nbytes
+            return found
+
+
+class _Large(Memory):
+    """A table too large for an arena."""
+
+    def used_on(self, stream: Any) -> None:
+        """Do nothing: giving it back waits for all streams."""
+
+
+_arenas: dict[int, _Arena] = {}
+
+
+class Table:
+    """An array of the GPU's memory in C order, as kernels take it."""
+
+    def __init__(self, block: Any, address: int, shape: tuple[int, ...], dtype: Any) -> None:
+        self._block, self.address, self.shape, self.dtype = block, address, shape, np.dtype(dtype)
+        self.size = math.prod(shape)
+        self.launches: dict[Any, Any] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return int(self.size * self.dtype.itemsize)
+
+    def __getitem__(self, at: int | slice) -> Table:
+        """Return the row of a number, or the table of rows that follow one another."""
+        rest = self.shape[1:]
+        if isinstance(at, slice):
+            first, last, _ = at.indices(self.shape[0])
+            shape: tuple[int, ...] = (max(last - first, 0), *rest)
+        else:
+            first, shape = at, rest
+        place = self.address + first * math.prod(rest) * self.dtype.itemsize
+        return Table(self._block, place, shape, self.dtype)
+
+    def used_on(self, stream: Any) -> None:
+        """Note that it is used on a stream."""
+        self._block.used_on(stream)
+
+    def words(self) -> list[int]:
+        """Return what numba's kernels take as an array: its sizes, address, shape and steps."""
+        lengths = itertools.accumulate(self.shape[:0:-1], int.__mul__, initial=self.dtype.itemsize)
+        steps = list(lengths)[::-1]
+        return [0, 0, self.size, self.dtype.itemsize, self.address, *self.shape, *steps]
+
+
+def scratch(shape: tuple[int, ...], stream: Any = 0, dtype: Any = np.float64) -> Table:
+    """Return a table on the GPU that kernels are to fill, on a stream."""
+    handle = handle_of(stream)
+    if handle not in _arenas:
+        _arenas.setdefault(handle, _Arena(stream))
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    block = _arenas[handle].block(nbytes)
+    return Table(block, block.address, shape, dtype)
+
+
+def table(array: Array, stream: Any) -> Table:
+    """Return a copy of a table on the GPU, as kernels take it, sent in the order of the stream."""
+    made = scratch(array.shape, stream, array.dtype)
+    update(made, array, stream)
+    return made
+
+
+def update(to: Table, array: Array, stream: Any) -> None:
+    """Write a table that is on the GPU, in the order of the stream."""
+    to.used_on(stream)
+    write(to.address, np.ascontiguousarray(array, to.dtype).reshape(-1).view(np.uint8), stream)
+
+
+def read_table(array: Table, stream: Any) -> Array:
+    """Return a copy of a table, after what the stream still has to do."""
+    copy: Array = read(array.address, array.nbytes, stream).view(array.dtype).reshape(array.shape)
+    return copy
+
+
+def _pinned(nbytes: int) -> tuple[int, Array]:
+    """Return the address of new pinned memory of the host, and its bytes."""
+    with _beside_captures():
+        address = int(checked(cu.cuMemHostAlloc(nbytes, 0)))
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    return address, np.frombuffer(memory, np.uint8)
+
+
+class _Landing:
+    """Pinned memory of the host that one table is copied to at a time."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._address, self._bytes = _pinned(nbytes)
+        self._event = checked(cu.cuEventCreate(NO_TIMING))
+        weakref.finalize(self, _unpin, self._address, self._event).atexit = False
+
+    def take(self, table: Table, stream: Any) -> None:
+        """Copy a table after what the stream still has to do, without waiting."""
+        handle = handle_of(stream)
+        checked(cu.cuMemcpyDtoHAsync(self._address, table.address, table.nbytes, handle))
+        checked(cu.cuEventRecord(self._event, handle))
+
+    def wait(self) -> Array:
+        """Return a copy of what was taken, after waiting for it."""
+        gpu()
+        checked(cu.cuEventSynchronize(self._event))
+        return self._bytes.copy()
+
+
+def _unpin(address: int, event: Any) -> None:
+    """Give pinned memory back once it is filled; in a forked process it is no one's."""
+    if not forked():
+        gpu()
+        with _beside_captures():
+            checked(cu.cuEventSynchronize(event))
+            checked(cu.cuMemFreeHost(address))
+            checked(cu.cuEventDestroy(event))
+
+
+_landings: dict[int, list[_Landing]] = {}
+"""Those that are free, by how many bytes they hold."""
+
+
+def read_later(array: Table, stream: Any) -> Callable[[], Array]:
+    """Return what waits for a copy of a table as it is now; the copy itself begins at once.
+
+    It is to be called once.
+    """
+    gpu()
+    free = _landings.setdefault(array.nbytes, [])
+    landing = free.pop() if free else _Landing(array.nbytes)
+    landing.take(array, stream)
+    shape, dtype = array.shape, array.dtype
+
+    def read() -> Array:
+        found: Array = landing.wait().view(dtype).reshape(shape)
+        free.append(landing)
+        return found
+
+    return read
+
+
+class _Ring:
+    """Pinned memory of the host from which one stream copies; one half is filled at a time."""
+
+    def __init__(self, stream: int, nbytes: int) -> None:
+        self._stream, self.half = stream, nbytes
+        self._address, self._bytes = _pinned(2 * nbytes)
+        self._events = [checked(cu.cuEventCreate(NO_TIMING)) for _ in range(2)]
+        self._side, self._used = 0, 0
+
+    def send(self, target: int, source: Array) -> None:
+        """Copy bytes to the GPU, once they are in the ring."""
+        if self._used + source.size > self.half:
+            checked(cu.cuEventRecord(self._events[self._side], self._stream))
+            self._side, self._used = 1 - self._side, 0
+            event = self._events[self._side]
+            if cu.cuEventQuery(event)[0]:
+                checked(cu.cuEventSynchronize(event))
+        start = self._side * self.half + self._used
+        self._bytes[start : start + source.size] = source
+        place = self._address + start
+        checked(cu.cuMemcpyHtoDAsync(target, place, source.size, self._stream))
+        self._used += -(-source.size // ALIGNMENT) * ALIGNMENT
+
+    def close(self) -> None:
+        """Give the memory back, once it is read."""
+        synchronize(self._stream)
+        checked(cu.cuMemFreeHost(self._address))
+
+
+_rings: dict[int, _Ring] = {}
+_sending = threading.Lock()
+
+
+def write(address: int, source: Array, stream: Any) -> None:
+    """Copy bytes of the host to the GPU; they may change at once."""
+    if not source.size:
+        return
+    gpu()
+    handle = handle_of(stream)
+    if is_captured(handle):  # a graph would read the host's memory again, as it is then
+        raise RuntimeError(
+            "stream: expected one that is not captured, as something changed on the host (a bound, "
+            "a rate, the loss scale, rows) and is to be sent; take a step with it first"
+        )
+    if source.size > MOST_PINNED:
+        checked(cu.cuMemcpyHtoDAsync(address, source.ctypes.data, source.size, handle))
+        synchronize(stream)
+        return
+    with _sending:
+        ring = _rings.get(handle)
+        if ring is None or ring.half < source.size:
+            if ring is not None:
+                ring.close()
+            size = max(RING_BYTES, 1 << (2 * source.size - 1).bit_length())
+            ring = _rings[handle] = _Ring(handle, size)
+        ring.send(address, source)
+
+
+def read(address: int, nbytes: int, stream: Any) -> Array:
+    """Return a copy of memory of the GPU on the host, after what the stream still has to do."""
+    made = np.empty(nbytes, np.uint8)
+    if nbytes:
+        gpu()
+        checked(cu.cuMemcpyDtoHAsync(made.ctypes.data, address, nbytes, handle_of(stream)))
+        synchronize(stream)
+    return made
+
+
+def copy(target: int, source: int, nbytes: int, stream: Any) -> None:
+    """Copy bytes within the GPU."""
+    if nbytes:
+        gpu()
+        checked(cu.cuMemcpyDtoDAsync(target, source, nbytes, handle_of(stream)))
+
+
+def clear(address: int, nbytes: int, stream: Any) -> None:
+    """Set bytes of the GPU to 0."""
+    if nbytes:
+        gpu()
+        checked(cu.cuMemsetD8Async(address, 0, nbytes, handle_of(stream)))

@@ -1,0 +1,243 @@
+"""Operations of the GPU on tensors: their tables, scratch memory, launches.
+
+A plan is made once for some tensors and used for many steps. None of its operations waits for
+the GPU, and none but `write_laws` with new laws moves anything over the bus.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda.contiguous import Chunks, Shared
+from numclip.cuda.kernels import norms, verdict
+from numclip.cuda.rows import Groups, Rows
+from numclip.cuda.strided import Tiles
+from numclip.dtypes import Array
+from numclip.law import Law, Laws, Pool, by_norms, whole_pools
+from numclip.memory import AnySpan, RowSpan, Span, Strided
+
+
+class HostTable:
+    """A table of zeros that the host may write to; it is sent only where it differs."""
+
+    def __init__(self, shape: tuple[int, int], stream: Any) -> None:
+        self.sent = np.zeros(shape)
+        self.table = device.table(self.sent, stream)
+
+    def write(self, table: Array, stream: Any) -> None:
+        """Let what follows in the stream see a table."""
+        if not np.array_equal(table, self.sent, equal_nan=True):
+            device.update(self.table, table, stream)
+            self.sent = table
+
+
+class Work(Protocol):
+    """How some of a plan's tensors are measured and written, as `Chunks` does it."""
+
+    counts: Array
+    repeats: bool
+
+    def send(self, parts: Array, stream: Any) -> None:
+        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Write the partial sums of squares."""
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Write the partial maxima."""
+
+    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
+        """Write the partial sums of powers over the peaks in the laws."""
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write each tensor times the factor that was decided."""
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number."""
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+
+
+WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
+"""What works on each kind of tensor."""
+
+
+class Plan:
+    """What the kernels need to measure and scale some tensors.
+
+    Its partial sums and its law are of one use at a time: threads that share a plan hold `lock`
+    from the law to the last launch that reads a decision.
+    """
+
+    def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> None:
+        self.lock = threading.RLock()
+        self.spans: list[Any] = list(spans)
+        self.pools = list(pools)
+        firsts = self._set_works(stream)
+        self.tensors = device.table(self._tensor_table(firsts), stream)
+        partial = device.table(np.zeros((max(int(firsts[-1]), 1), tables.SUM_COLUMNS)), stream)
+        self._shared = Shared(self.tensors, partial)
+        self._facts = Laws(self.spans, self.pools)
+        self._pools = device.table(self._facts.pool_table(self.pools), stream)
+        groups = 1 + max(pool.group for pool in pools)
+        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
+        self._laws = self._own_laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
+        self._leaving: HostTable | None = None
+        self._groupings: list[Groups] = []
+        # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
+        whole = [span for span in spans if not isinstance(span, Span)]
+        self._hypotenuses = any(span.dtype.components == 2 for span in whole)
+
+    def _set_works(self, stream: Any) -> Array:
+        """Share the tensors among works; return where the partial sums of each begin, and end."""
+        members: dict[type, dict[int, Any]] = {}
+        for k, span in enumerate(self.spans):
+            members.setdefault(type(span), {})[k] = span
+        self._works: list[Work] = [WORKS[kind](own) for kind, own in members.items()]
+        numbers = [list(own) for own in members.values()]
+        counts = np.zeros(len(self.spans), np.int64)
+        for work, own in zip(self._works, numbers, strict=True):
+            counts[own] = work.counts
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        for work, own in zip(self._works, numbers, strict=True):
+            work.send(firsts[own], stream)
+        return firsts
+
+    def _tensor_table(self, firsts: Array) -> Array:
+        table = np.zeros((len(self.spans), 5), np.int64)
+        table[:, tables.FIRST], table[:, tables.LAST] = firsts[:-1], firsts[1:]
+        for p, pool in enumerate(self.pools):
+            table[pool.first : pool.last, tables.POOL] = p
+            table[pool.first : pool.last, tables.ZEROING] = pool.policy == "zero"
+        table[:, tables.REPEATS] = [WORKS[type(span)].repeats for span in self.spans]
+        return table
+
+    def take_rows(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
+        """Let the tensors whose rows can share an index be these; send nothing if they are."""
+        numbers = [k for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        known = [self.spans[k] for k in numbers] == list(spans)
+        if known and list(map(id, groupings)) == list(map(id, self._groupings)):
+            return
+        for k, span in zip(numbers, spans, strict=True):
+            self.spans[k] = span
+        self._groupings = list(groupings)
+        self._facts = Laws(self.spans, self.pools)
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.take(spans, groupings, stream)
+
+    def keep_sums(self) -> None:
+        """Have memory for the sums of rows, which `sum_scaled` writes."""
+        self._groupings = []
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.keep_sums()
+
+    def row_sums(self) -> list[tuple[int, RowSpan, int]]:
+        """Return the number of each tensor whose rows can share an index, and where sums are."""
+        found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        sums = [place for work in self._works if isinstance(work, Rows) for place in work.sums]
+        return [(*own, place) for own, place in zip(found, sums, strict=True)]
+
+    def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided; of what is not skipped."""
+        for work in self._works:
+            if isinstance(work, Rows):
+                work.sum_scaled(self._shared, outcome[1], stream)
+
+    def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
+        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
+        shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS
+        sums = np.zeros((count, len(self.spans), tables.SUM_COLUMNS))
+        decisions = np.zeros(shape)
+        both = device.table(sums, stream), device.table(decisions, stream)
+        return [(both[0][k], both[1][k]) for k in range(count)]
+
+    def write_laws(self, law: Law, stream: Any, laws: HostTable | None = None) -> None:
+        """Let decisions obey a law, whose numbers may be arrays with one for each pool.
+
+        It is written to the plan's own table, or to another one for `decide` to be given.
+        """
+        if laws is None:
+            laws = self._laws = self._own_laws
+        laws.write(self._facts.table(law), stream)
+
+    def at_once(self, _divisors: Array) -> None:
+        """Return nothing: a clip is a number of launches."""
+
+    def leave(self, stream: Any) -> None:
+        """Let decisions leave tensors as they are: by a law of its own, sent once."""
+        if self._leaving is None:
+            self._leaving = HostTable(self._own_laws.sent.shape, stream)
+        self._laws = self._leaving
+        self._laws.write(self._facts.table(Law(math.inf)), stream)
+
+    def measure(self, ord: float, stream: Any) -> None:
+        """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
+        if ord == 2.0:
+            for work in self._works:
+                work.sum_squares(self._shared, stream)
+            return
+        for work in self._works:
+            work.max_magnitude(self._shared, stream)
+        self._find(tables.PEAK, stream)
+        if ord != math.inf or self._hypotenuses:
+            for work in self._works:
+                work.sum_powers(self._shared, self._laws.table, stream)
+        if ord == math.inf and self._hypotenuses:
+            self._find(tables.RATIO, stream)
+
+    def _find(self, column: int, stream: Any) -> None:
+        """Take the largest of each pool's partial maxima into the law."""
+        arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
+        device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
+
+    def decide(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
+        """Add the sums up, and decide for every pool."""
+        table = (laws or self._laws).table
+        tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
+        device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
+
+    def decide_by(self, totals: Array, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Decide by one row of sums for each pool, in place of its own."""
+        law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))
+        if (law[:, tables.ORD] != 2.0).any():
+            law, shifts, totals = by_norms(law, totals)
+            law[:, [tables.PEAK, tables.TERMS_PEAK]] = np.ldexp(
+                law[:, [tables.PEAK]], shifts[:, None]
+            )
+        tensors = np.zeros((len(pools), 5), np.int64)
+        tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
+        tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1
+        sent = [device.table(table, stream) for table in (tensors, pools, law, totals)]
+        spare = device.table(np.zeros_like(totals), stream)
+        arguments = *sent, self._tickets, spare, outcome[1]
+        device.launch(verdict.judge, len(pools), stream, *arguments)
+
+    def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Write each tensor times the factor that was decided; one read, one write, or none."""
+        for work in self._works:
+            work.scale(self._shared, outcome[1], stream)
+
+    def write_exceptional(self, outcome: tuple[Any, Any], stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        for work in self._works:
+            work.scale_rare(self._shared, outcome[1], stream)
+
+    def clamp(
+        self, outcome: tuple[Any, Any], low: float, high: float, stream: Any, members: range
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        bounds = np.float64(low), np.float64(high)
+        for work in self._works:
+            work.clamp(self._shared, outcome[1], bounds, members, stream)

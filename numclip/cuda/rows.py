@@ -1,0 +1,238 @@
+"""Rows that share an index: how their sums are shared among the blocks of the GPU.
+
+The tables are made on the host, from a grouping of the rows, and sent whenever that changes.
+How many shares a tensor has follows from the length of its rows alone, so that a plan stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda.contiguous import Chunks, Shared, like
+from numclip.cuda.kernels import rows
+from numclip.cuda.strided import Tiles
+from numclip.dtypes import Array, DType
+from numclip.memory import Memory, RowSpan, Span, Strided
+
+ALIGNMENT = 64  # bytes between the sums of tensors
+
+Groups = tuple[Array, Array]
+"""The rows in an order that brings equal indices together, and where each group starts."""
+
+
+class _Mapped(NamedTuple):
+    """The tables of some tensors of one dtype, see `rows`."""
+
+    shares: Array
+    groups: Array
+    order: Array
+
+
+def _flat(span: RowSpan) -> Strided:
+    """Return complex rows as an array of their elements."""
+    itemsize = span.dtype.storage.itemsize * span.dtype.components
+    memories = Memory(span.source, (itemsize,)), Memory(span.target, (itemsize,))
+    return Strided(span.dtype, (span.size // span.dtype.components,), *memories)
+
+
+def _columns(span: RowSpan) -> int:
+    """Return the elements of a row, at least one."""
+    return max(span.length // span.dtype.components, 1)
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is at least a number."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def count(span: RowSpan) -> int:
+    """Return how many shares a tensor has: one at least for each strip of columns."""
+    return max(device.ROW_SHARES, -(-_columns(span) // device.THREADS))
+
+
+def _widths(span: RowSpan) -> tuple[int, int]:
+    """Return how many columns a block takes, powers of two: of groups of few rows, and of many.
+
+    These are shared by lanes, the more of them the fewer columns there are, but for those of a
+    sector of memory.
+    """
+    wide = min(_power(_columns(span)), device.THREADS)
+    itemsize = span.dtype.storage.itemsize * span.dtype.components
+    narrow = max(_power(device.SECTOR // itemsize), _power(8 * _columns(span) // count(span)))
+    return wide, min(wide, narrow)
+
+
+def _cut(counts: Array, parts: int) -> Array:
+    """Return where each of some parts of the groups begins, and the last ends, by their rows."""
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    targets = ends[-1] * np.arange(parts + 1) // max(parts, 1)
+    cuts: Array = np.searchsorted(ends, targets)
+    return cuts
+
+
+def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> Array:
+    """Return at most so many shares of some groups, in strips of `width` columns."""
+    strips = -(-columns // width)
+    cuts = _cut(counts, max(most // strips, 1))
+    shares = np.zeros((strips * (cuts.size - 1), tables.SHARE_COLUMNS), np.int64)
+    shares[:, tables.BEGIN], shares[:, tables.END] = np.tile([cuts[:-1], cuts[1:]], strips)
+    shares[:, tables.COLUMN] = np.repeat(width * np.arange(strips), cuts.size - 1)
+    shares[:, tables.WIDTH], shares[:, tables.LANES] = _exponent(width), _exponent(lanes)
+    return shares
+
+
+def _exponent(power: int) -> int:
+    return power.bit_length() - 1
+
+
+def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
+    """Return the tables of one tensor; groups of many rows come first, and are shared by lanes."""
+    order, starts = grouping
+    sizes, columns, most = np.diff(starts), _columns(span), count(span)
+    wide, narrow = _widths(span)
+    lanes, least = device.THREADS // narrow, -(-columns // narrow)
+    long = sizes > device.LONG_GROUP if lanes > 1 and 2 * least <= most else sizes < 0
+    groups = np.stack([starts[:-1], sizes, places], axis=1)[np.argsort(~long, kind="stable")]
+    many = int(np.count_nonzero(long))
+    own = 0
+    if many:
+        share = most * int(sizes[long].sum()) // order.size
+        own = min(max(share, least), most - least * (many < sizes.size))
+    parts = [_shares(groups[:many, 1], columns, narrow, lanes, own)] if many else []
+    if many < sizes.size:
+        parts.append(_shares(groups[many:, 1], columns, wide, 1, most - own))
+        parts[-1][:, [tables.BEGIN, tables.END]] += many
+    found = np.concatenate([np.zeros((0, tables.SHARE_COLUMNS), np.int64), *parts])
+    shares = np.zeros((most, tables.SHARE_COLUMNS), np.int64)
+    shares[: len(found)] = found
+    shares[:, tables.SOURCE], shares[:, tables.TARGET] = span.source, span.target
+    shares[:, tables.LENGTH], shares[:, tables.OWNER] = span.length, owner
+    shares[:, tables.PART] = part + np.arange(most)
+    shares[:, tables.COMPONENTS] = span.dtype.components
+    return _Mapped(shares, groups, order)
+
+
+def _joined(parts: Sequence[_Mapped]) -> _Mapped:
+    """Return the tables of several tensors as one of each kind."""
+    groups = list(itertools.accumulate((len(part.groups) for part in parts), initial=0))
+    orders = list(itertools.accumulate((part.order.size for part in parts), initial=0))
+    for part, group, order in zip(parts, groups, orders, strict=False):
+        part.shares[:, [tables.BEGIN, tables.END]] += group
+        part.groups[:, tables.START] += order
+    return _Mapped(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class Rows:
+    """The work on some of a plan's tensors, by their numbers, whose rows can share an index.
+
+    `counts` says how many partial sums each of them takes. `take` says where the rows are;
+    `sums` are then the addresses of memory for their sums, where `keep_sums` was asked for it.
+    """
+
+    repeats = True
+
+    def __init__(self, spans: Mapping[int, RowSpan]) -> None:
+        self._numbers = list(spans)
+        self.counts = np.array([count(span) for span in spans.values()], np.int64)
+        self._keeps = False
+
+    def send(self, parts: Array, _stream: Any) -> None:
+        """Take up where the partial sums of each tensor begin."""
+        self._parts = parts
+
+    def keep_sums(self) -> None:
+        """Have memory for the sums from the next `take` on."""
+        self._keeps = True
+
+    def take(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
+        """Send where the rows of each tensor are, and which of them share an index."""
+        counts = [grouping[1].size - 1 for grouping in groupings]
+        self.sums = self._sums(spans, counts, stream)
+        numbers = zip(self._numbers, map(int, self._parts), strict=True)
+        mapped = [
+            _mapped(span._replace(target=place), grouping, *own, np.arange(count))
+            for span, grouping, count, place, own in zip(
+                spans, groupings, counts, self.sums, numbers, strict=True
+            )
+        ]
+        self._tables: dict[DType, list[Any]] = {}
+        for dtype in dict.fromkeys(span.dtype for span in spans):
+            own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
+            self._tables[dtype] = [device.table(array, stream) for array in _joined(own)]
+        self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
+        for work in self._written:
+            work.send(np.zeros(len(work.counts), np.int64), stream)
+
+    def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int], stream: Any) -> list[int]:
+        """Return where the sums of each tensor's groups go, one behind the other."""
+        if not self._keeps:
+            return [0] * len(spans)
+        sizes = [
+            -(-count * span.length * span.dtype.storage.itemsize // ALIGNMENT) * ALIGNMENT
+            for span, count in zip(spans, counts, strict=True)
+        ]
+        self._memory: Any = device.scratch((sum(sizes),), stream, np.uint8)
+        starts = itertools.accumulate(sizes[:-1], initial=self._memory.address)
+        return list(starts)
+
+    def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
+        """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
+        real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
+        flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
+        writers: list[Any] = [Chunks(real)] if real else []
+        return [*writers, Tiles(flat)] if flat else writers
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Sum the squares of each share's sums: one read."""
+        self._each(rows.sum_row_squares, stream, shared.tensors, after=[shared.partial])
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Find the largest magnitude of each share's sums: one read."""
+        self._each(rows.max_row_magnitude, stream, shared.tensors, after=[shared.partial])
+
+    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
+        """Sum the powers of the magnitudes of each share's sums over the peak: one read."""
+        self._each(rows.sum_row_powers, stream, shared.tensors, laws, after=[shared.partial])
+
+    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
+        """Launch a kernel for each dtype."""
+        for dtype, own in self._tables.items():
+            device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
+
+    def sum_scaled(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write the sums of rows times the factor that was decided: one read."""
+        self._each(rows.sum_scaled_rows, stream, shared.tensors, decisions)
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write the rows as they lie times the factor that was decided."""
+        for work in self._written:
+            work.scale(shared, decisions, stream)
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        for work in self._written:
+            work.scale_rare(shared, decisions, stream)
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the rows as they lie held between two bounds, but of those skipped."""
+        for work in self._written:
+            work.clamp(shared, decisions, bounds, members, stream)
+
+
+def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
+    """Write the sum of each group of rows to the target, as the row that is its place.
+
+    `to` is the dtype there, real or complex as that of the rows.
+    """
+    if not span.size:
+        return
+    made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
+    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype), like(to))

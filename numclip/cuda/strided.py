@@ -1,0 +1,293 @@
+"""Memory of any steps, cut into tiles: which directions these have, and the tables of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda.contiguous import Shared, copied_first, like
+from numclip.cuda.kernels import tile_scaling, tiles
+from numclip.dtypes import Array, DType
+from numclip.memory import Memory, Strided
+
+SECTOR = 32  # bytes: memory is read in as many
+LINE = 128  # bytes: what a warp reads at its best
+# Bytes of a tile: the more there are, the fewer sums are written; the fewer, the more blocks.
+LEAST_BYTES, MOST_BYTES = device.CHUNK_BYTES >> 3, device.CHUNK_BYTES
+TILES = 2048  # that an array is cut into between the two
+TURNS = 16  # elements a thread reads before lanes are added up, where there are so many
+
+
+class Direction(NamedTuple):
+    """An axis, or some that are gone along as one: bytes a step, and how units are numbered."""
+
+    length: int
+    steps: tuple[int, ...]
+    number: int = 0
+    kept: bool = False
+
+    @property
+    def extent(self) -> int:
+        """The bytes from the first element to the last, and as many as a step more."""
+        return abs(self.steps[0]) * self.length
+
+
+def directions(array: Strided, memories: Sequence[Memory]) -> list[Direction]:
+    """Return the directions of an array, from the longest step in the first memory to the least."""
+    number, numbers = 1, {}
+    for k in reversed(array.kept):
+        numbers[k] = number
+        number *= array.shape[k]
+    found = [
+        Direction(n, tuple(m.steps[k] for m in memories), numbers.get(k, 0), k in numbers)
+        for k, n in enumerate(array.shape)
+        if n != 1
+    ]
+    found.sort(key=lambda direction: -abs(direction.steps[0]))
+    merged: list[Direction] = []
+    for inner in found:
+        if merged and _continues(merged[-1], inner):
+            outer = merged.pop()
+            inner = inner._replace(length=outer.length * inner.length)
+        merged.append(inner)
+    return merged
+
+
+def _continues(outer: Direction, inner: Direction) -> bool:
+    """Tell whether a step outside is as all steps inside together."""
+    pairs = zip((*outer.steps, outer.number), (*inner.steps, inner.number), strict=True)
+    return outer.kept == inner.kept and all(far == near * inner.length for far, near in pairs)
+
+
+def patch(found: Sequence[Direction], none: Direction) -> tuple[Direction, Direction]:
+    """Return the direction of a tile's lines, and that of their neighbours, `none` for neither.
+
+    Lines go along what is reduced. What lies closest in memory is one of the two, unless it
+    is too short to matter, or a tile had fewer elements than a block has threads: there could be
+    a tile for every few elements. The other is long.
+    """
+    kept = [direction for direction in found if direction.kept]
+    reduced = [direction for direction in found if not direction.kept]
+    wide = [direction for direction in found if direction.extent >= SECTOR]
+    closest = (wide or found or [none])[-1]
+    along = _longest(reduced, none)
+    if kept:
+        longest = along, _longest(kept, none)
+        chosen = (along, closest) if closest.kept else (closest, longest[1])
+        return longest if chosen[0].length * chosen[1].length < device.THREADS else chosen
+    others = [direction for direction in reduced if direction is not along]
+    return along, closest if closest in others else _longest(others, none)
+
+
+def _longest(found: Sequence[Direction], none: Direction) -> Direction:
+    return max(found, key=lambda direction: direction.length, default=none)
+
+
+def bits_of(number: int) -> int:
+    """Return the exponent of the least power of two that is at least a number."""
+    return max(number - 1, 0).bit_length()
+
+
+def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
+    """Return how many neighbours are read at a time, as a power of two; the rest are lanes."""
+    lanes = bits_of(-(-along.length // TURNS))
+    least = 0
+    if abs(along.steps[0]) < abs(across.steps[0]) or across.length == 1:
+        lanes = max(lanes, min(bits_of(SECTOR // itemsize), bits_of(along.length)))
+    else:
+        least = min(bits_of(LINE // itemsize), tiles.ALL_BITS)
+    return min(max(tiles.ALL_BITS - lanes, least, 0), bits_of(across.length))
+
+
+def _offsets(rest: Sequence[Direction], steps: Sequence[int]) -> Array:
+    """Return the sum of steps for each combination of places along some directions."""
+    total = np.zeros(1, np.int64)
+    for direction, step in zip(rest, steps, strict=True):
+        places = np.arange(direction.length, dtype=np.int64) * step
+        total = (total[:, None] + places).reshape(-1)
+    return total
+
+
+MEMORY_COLUMNS = (
+    (tables.SOURCE, tables.STEP, tables.UNIT_STEP),
+    (tables.TARGET, tables.TARGET_STEP, tables.TARGET_UNIT_STEP),
+    (tables.LOW, tables.LOW_STEP, tables.LOW_UNIT_STEP),
+    (tables.HIGH, tables.HIGH_STEP, tables.HIGH_UNIT_STEP),
+)
+
+
+class Pieces(NamedTuple):
+    """How an array is cut: into tiles of lines of some length; the rest is gone through."""
+
+    along: Direction
+    across: Direction
+    rest: list[Direction]
+    length: int
+    lines: int
+    bits: int
+
+
+def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces:
+    """Return how an array is cut; one without elements into tiles of empty lines."""
+    none = Direction(1, (0,) * len(memories))
+    found = directions(array, memories)
+    if 0 in array.shape:
+        found = [direction for direction in found if direction.kept]
+    along, across = patch(found, none)
+    rest = [direction for direction in found if direction is not along and direction is not across]
+    if 0 in array.shape:
+        along = none._replace(length=0)
+    bits = width_bits(along, across, array.itemsize)
+    nbytes = array.size * array.dtype.storage.itemsize
+    most = min(max(nbytes // TILES, LEAST_BYTES), MOST_BYTES) // array.itemsize
+    length, lines = max(along.length if whole else min(most >> bits, along.length), 1), 1 << bits
+    if across.kept and along.length <= length:
+        lines *= max(most // (length << bits), 1)
+    return Pieces(along, across, rest, length, lines, bits)
+
+
+def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> tuple[Array, int]:
+    """Return the table of an array's tiles, and how many sums each unit has.
+
+    `memories` are those of the columns SOURCE, TARGET, LOW and HIGH, as many as there are. The
+    column PART counts from the array's first sum. Lines can be left `whole`.
+    """
+    along, across, rest, length, lines, bits = pieces(array, memories, whole=whole)
+    starts, firsts = np.arange(0, max(along.length, 1), length), np.arange(0, across.length, lines)
+    reduced = [1 if direction.kept else direction.length for direction in rest]
+    radix = [math.prod(reduced[k + 1 :]) * (n > 1) for k, n in enumerate(reduced)]
+    turns = _offsets(rest, radix)[:, None, None]
+    if not across.kept:
+        turns = turns * len(firsts) + np.arange(len(firsts))[:, None]
+    turns = turns * len(starts) + np.arange(len(starts))
+    numbers = _offsets(rest, [direction.number for direction in rest])[:, None, None]
+    numbers = numbers + (firsts * across.number)[:, None]
+    table = np.zeros((len(turns), len(firsts), len(starts), tables.TILE_COLUMNS), np.int64)
+    table[..., tables.LENGTH] = np.minimum(length, along.length - starts)
+    table[..., tables.COUNT] = np.minimum(lines, across.length - firsts)[:, None]
+    table[..., tables.BITS], table[..., tables.COMPONENTS] = bits, array.dtype.components
+    table[..., tables.NUMBER], table[..., tables.NUMBER_STEP] = numbers, across.number
+    table[..., tables.PART] = turns * array.units + numbers
+    for k, memory in enumerate(memories):
+        address, step, unit_step = MEMORY_COLUMNS[k]
+        offsets = _offsets(rest, [direction.steps[k] for direction in rest])[:, None, None]
+        offsets = offsets + (firsts * across.steps[k])[:, None] + starts * along.steps[k]
+        table[..., address] = memory.address + offsets
+        table[..., step], table[..., unit_step] = along.steps[k], across.steps[k]
+    sums = math.prod(reduced) * len(starts) * (1 if across.kept else len(firsts))
+    return table.reshape(-1, tables.TILE_COLUMNS), sums
+
+
+class Tiles:
+    """The work on some of a plan's tensors, by their numbers, that lie in memory of any steps.
+
+    `counts` says how many partial sums each of them takes: so many for each unit, unit by unit.
+    """
+
+    repeats = False
+
+    def __init__(self, arrays: Mapping[int, Strided]) -> None:
+        self._arrays = dict(arrays)
+        self._cut = {k: cut(array, [array.read] * 2) for k, array in arrays.items()}
+        sums = [self._cut[k][1] * array.units for k, array in arrays.items()]
+        self.counts = np.array(sums, np.int64)
+        self._written: dict[range | None, dict[DType, Any]] = {}
+
+    def send(self, parts: Array, stream: Any) -> None:
+        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+        found = {}
+        for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
+            table[:, tables.PART] += part
+            found[k] = table
+        self._tables = _by_dtype(self._arrays, found, stream)
+        if all(array.read == array.written for array in self._arrays.values()):
+            self._written[None] = self._tables
+
+    def _written_tables(self, members: range | None, stream: Any) -> dict[DType, Any]:
+        """Return the tables by which some tensors, or all, are written; made once."""
+        if members not in self._written:
+            chosen = [k for k in self._arrays if members is None or k in members]
+            found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
+            self._written[members] = _by_dtype(self._arrays, found, stream)
+        return self._written[members]
+
+    def sum_squares(self, shared: Shared, stream: Any) -> None:
+        """Sum the squares of each tile: one read."""
+        self._measure(tiles.sum_tile_squares, stream, shared.tensors, shared.partial)
+
+    def max_magnitude(self, shared: Shared, stream: Any) -> None:
+        """Find the largest real or imaginary part of each tile: one read."""
+        self._measure(tiles.max_tile_magnitude, stream, shared.tensors, shared.partial)
+
+    def sum_powers(self, shared: Shared, peaks: Any, stream: Any) -> None:
+        """Sum the powers of magnitudes over peaks, those of pools or of units: one read.
+
+        Of infinite order, find the largest magnitude over the peak.
+        """
+        for dtype, table in self._tables.items():
+            arguments = shared.tensors, peaks, like(dtype), shared.partial
+            device.launch(tiles.sum_tile_powers, table.shape[0], stream, table, *arguments)
+
+    def _measure(self, kernel: Any, stream: Any, tensors: Any, partial: Any) -> None:
+        for dtype, table in self._tables.items():
+            device.launch(kernel, table.shape[0], stream, table, tensors, like(dtype), partial)
+
+    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Write each tensor times its factors; one read, one write, or none."""
+        self._scale(tables.MULTIPLY, shared, decisions, stream)
+
+    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
+        """Scale, in place, what has a factor that is no plain number; rarely any."""
+        self._scale(tables.TRUNCATE, shared, decisions, stream)
+
+    def _scale(self, least: int, shared: Shared, decisions: Any, stream: Any) -> None:
+        for dtype, table in self._written_tables(None, stream).items():
+            numbers = [np.int64(number) for number in (least, *dtype.precision)]
+            arguments = shared.tensors, decisions, *numbers, like(dtype)
+            device.launch(tile_scaling.scale_tiles, table.shape[0], stream, table, *arguments)
+
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        for dtype, table in self._written_tables(members, stream).items():
+            arguments = shared.tensors, decisions, *bounds, like(dtype)
+            device.launch(tile_scaling.clamp_tiles, table.shape[0], stream, table, *arguments)
+
+
+def _by_dtype(
+    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any
+) -> dict[DType, Any]:
+    """Return one table of the tiles of each dtype that has some, sent to the GPU."""
+    rows: dict[DType, list[Array]] = {}
+    for k, table in found.items():
+        table[:, tables.OWNER] = k
+        rows.setdefault(arrays[k].dtype, []).append(table)
+    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
+    return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
+
+
+def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
+    """Write an array held between others, of the same shape and dtype."""
+    table = device.table(cut(array, [array.read, array.written, low, high])[0], stream)
+    kernel = tile_scaling.clamp_tiles_between
+    device.launch(kernel, table.shape[0], stream, table, like(array.dtype))
+
+
+class Sums:
+    """The sums over the first axis of some tensors, by their numbers, each row times a factor."""
+
+    def __init__(self, arrays: Mapping[int, Strided], stream: Any) -> None:
+        found = {k: cut(a, [a.read, a.written], whole=True)[0] for k, a in arrays.items()}
+        self._tables = _by_dtype(arrays, found, stream)
+
+    def write(self, tensors: Any, units: Any, stream: Any) -> None:
+        """Write the sums, in float64, where the arrays are written; those have steps of 0."""
+        for dtype, table in self._tables.items():
+            arguments = tensors, units, like(dtype)
+            device.launch(tile_scaling.sum_examples, table.shape[0], stream, table, *arguments)

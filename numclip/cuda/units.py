@@ -1,0 +1,169 @@
+"""Operations of the GPU on arrays with units: their tables, scratch memory, launches."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip import tables
+from numclip.cuda import device
+from numclip.cuda.contiguous import Shared
+from numclip.cuda.kernels import units
+from numclip.cuda.kernels.tiles import ALL_BITS
+from numclip.cuda.plan import HostTable
+from numclip.cuda.strided import Tiles, bits_of
+from numclip.dtypes import Array
+from numclip.law import Family, unit_laws
+
+PARTS = 8
+"""How many partial sums of a unit one thread adds up, where there are so many."""
+
+
+class UnitPlan:
+    """What the kernels need to measure and scale the units of some families.
+
+    Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
+    bus but new laws. The decision for each unit stands in `units`, in the order of families.
+    That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
+    Threads that share a plan hold `lock` from the law to the last launch.
+    """
+
+    def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
+        self.families, self._ord = list(families), ord
+        self.lock = threading.RLock()
+        arrays = [array for family in families for array in family.arrays]
+        params = [family.param for family in families if family.param is not None]
+        measured = [array for family in families for array in family.measured or family.arrays]
+        self._works = Tiles(dict(enumerate(measured))), Tiles(dict(enumerate(params, len(arrays))))
+        counts = np.concatenate([work.counts for work in self._works])
+        tensors = _tensor_table(self.families, counts)
+        for work, rows in zip(self._works, np.split(tensors, [len(arrays)]), strict=True):
+            work.send(rows[:, tables.FIRST], stream)
+        self._written = self._works[0]
+        if measured != arrays:
+            self._written = Tiles(dict(enumerate(arrays)))
+            self._written.send(np.zeros(len(arrays), np.int64), stream)
+        slabs, families_of = _slabs(_family_table(self.families), tensors)
+        self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
+        self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
+        self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
+        partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
+        self.shared = Shared(device.table(tensors, stream), partial)
+        count = sum(family.units for family in families) + 1
+        self.units = device.scratch((count, tables.UNIT_COLUMNS), stream)
+        self.nbytes = 8 * (partial.size + self.units.size)
+        self._tickets = device.table(np.zeros(3, np.uint32), stream)
+        self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
+        self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
+
+    def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
+        """Let decisions obey bounds, one or one for each family; of ratios where params are.
+
+        `eps` is the least norm of parameters that counts, one or one for each family.
+        """
+        table = unit_laws(self.families, self._ord, bound, eps, unscale)
+        self._laws.write(table, stream)
+
+    def measure(self, stream: Any) -> None:
+        """Write the partial sums of gradients and parameters: one read of each, or two."""
+        grads, params = self._works
+        params.sum_squares(self.shared, stream)
+        if self._ord == 2.0:
+            grads.sum_squares(self.shared, stream)
+            return
+        grads.max_magnitude(self.shared, stream)
+        self._find(tables.PEAK, stream)
+        hypotenuses = any(a.dtype.components == 2 for f in self.families for a in f.arrays)
+        if self._ord != math.inf or hypotenuses:
+            grads.sum_powers(self.shared, self.units, stream)
+        if self._ord == math.inf and hypotenuses:
+            self._find(tables.RATIO, stream)
+
+    def _find(self, column: int, stream: Any) -> None:
+        """Take the largest of each unit's partial maxima into a column."""
+        tensors, partial = self.shared
+        arguments = self._slabs, tensors, self._laws.table, partial, np.int64(column), self.units
+        device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments)
+
+    def decide(self, stream: Any, base: Any = None) -> None:
+        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        base = self._unskipped if base is None else base
+        inputs = self._slabs, self.shared.tensors, self._laws.table, self.shared.partial, base
+        arguments = *inputs, self._tickets, self.units
+        device.launch(units.decide_units, max(self._slabs.shape[0], 1), stream, *arguments)
+
+    def changes(self, stream: Any) -> bool:
+        """Tell whether some unit is scaled, after waiting for the decisions."""
+        last = device.read_table(self.units[self.units.shape[0] - 1], stream)
+        return bool(last[tables.MODE])
+
+    def scale(self, stream: Any) -> None:
+        """Write each unit times its factor; one read, one write, or none."""
+        self._written.scale(self.shared, self.units, stream)
+
+    def summaries(self, count: int, stream: Any) -> list[Any]:
+        """Return memory for what `summarize` tells, so often."""
+        table = np.zeros((count, len(self.families), 3))
+        table[..., tables.LEAST] = 1.0  # of families without units
+        made = device.table(table, stream)
+        return [made[k] for k in range(count)]
+
+    def summarize(self, out: Any, stream: Any) -> None:
+        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        inputs = self._slabs, self._families, self._laws.table, self.units
+        arguments = *inputs, self._arrived, self._summed, out
+        device.launch(units.summarize_units, self._slabs.shape[0], stream, *arguments)
+
+
+def _tensor_table(families: Sequence[Family], counts: Array) -> Array:
+    """Return the table of tensors: the arrays of all families, then the parameters."""
+    table = np.zeros((len(counts), 4), np.int64)
+    table[:, tables.LAST] = np.cumsum(counts)
+    table[:, tables.FIRST] = table[:, tables.LAST] - counts
+    first, row = 0, 0
+    for family in families:
+        own = table[first : first + len(family.arrays)]
+        own[:, tables.POOL], own[:, tables.ZEROING] = row, family.zeroing
+        first, row = first + len(family.arrays), row + family.units
+    return table
+
+
+def _family_table(families: Sequence[Family]) -> Array:
+    """Return a row for each family, with the columns of slabs."""
+    table = np.zeros((len(families), tables.SLAB_COLUMNS), np.int64)
+    first, row, param = 0, 0, sum(len(family.arrays) for family in families)
+    for f, family in enumerate(families):
+        own = table[f]
+        own[tables.FIRST], own[tables.LAST] = first, first + len(family.arrays)
+        own[tables.LAW], own[tables.UNITS], own[tables.ROW] = f, family.units, row
+        own[tables.PARAM] = -1 if family.param is None else param
+        own[tables.BASE] = family.base
+        own[tables.PRECISION] = family.digits
+        first, row = first + len(family.arrays), row + family.units
+        param += family.param is not None
+    return table
+
+
+def _slabs(families: Array, tensors: Array) -> tuple[Array, Array]:
+    """Return the table of slabs, and where those of each family begin and end.
+
+    Those whose units have many partial sums are narrow.
+    """
+    counts = tensors[:, tables.LAST] - tensors[:, tables.FIRST]
+    slabs = []
+    for row in families:
+        units = int(row[tables.UNITS])
+        own = counts[row[tables.FIRST] : row[tables.LAST]]
+        parts = int(own.max(initial=0)) // max(units, 1)
+        bits = max(ALL_BITS - bits_of(-(-parts // PARTS)), 0)
+        own = np.repeat(row[None], -(-units >> bits), axis=0)
+        own[:, tables.NUMBER] = np.arange(len(own)) << bits
+        own[:, tables.COUNT] = np.minimum(1 << bits, units - own[:, tables.NUMBER])
+        own[:, tables.BITS] = bits
+        slabs.append(own)
+    ends = np.cumsum([len(own) for own in slabs])
+    return np.concatenate(slabs), np.stack([ends - [len(own) for own in slabs], ends], axis=1)

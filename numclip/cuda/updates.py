@@ -1,0 +1,202 @@
+"""What an optimizer's step on the GPU is done with: a table of updates, settings and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from numclip import methods
+from numclip.cuda import device
+from numclip.cuda.contiguous import like, split
+from numclip.cuda.kernels import updates
+from numclip.cuda.plan import HostTable, Plan
+from numclip.dtypes import Array, DType
+from numclip.engine import Outcome
+from numclip.memory import RowSpan, Span
+from numclip.methods import SETTINGS_COLUMNS
+from numclip.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
+
+KERNELS = {
+    "descend": updates.descend,
+    "descend_with_momentum": updates.descend_with_momentum,
+    "adam": updates.adam,
+}
+"""What takes a step, by the name that an optimizer has for it."""
+
+
+class Places:
+    """Where parameters and their states are: what rows of tables of updates are made of.
+
+    `spans` say where the gradients are read and the parameters written; `states` are the
+    addresses of each tensor's states.
+    """
+
+    def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
+        self._spans = list(spans)
+        self._addresses = np.array([[span.target for span in spans], *states], np.int64)
+
+    def whole(self) -> Array:
+        """Return the updates of whole tensors, chunk by chunk."""
+        whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
+        chunks, _, starts = split(list(whole.values()))
+        rows = self.filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
+        rows[:, updates.GRAD], rows[:, updates.LENGTH] = chunks[:, SOURCE], chunks[:, LENGTH]
+        return rows
+
+    def filled(self, owners: Array, starts: Array) -> Array:
+        """Return updates of the owners' parameters and states, from some numbers of them on."""
+        rows = np.zeros((owners.size, 6), np.int64)
+        for k, addresses in enumerate(self._addresses):
+            kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
+            sizes = np.array([kind.itemsize for kind in kinds], np.int64)
+            rows[:, updates.PARAM + k] = addresses[owners] + starts * sizes[owners]
+        rows[:, updates.OWNER] = owners
+        return rows
+
+    def rows(self, owner: int, sums: int, indices: Array) -> Array:
+        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
+        span: Any = self._spans[owner]
+        itemsize = span.dtype.storage.itemsize
+        limit = device.CHUNK_BYTES // itemsize
+        starts = np.arange(0, span.length, limit)
+        begins = (indices[:, None] * span.length + starts).reshape(-1)
+        rows = self.filled(np.full(begins.size, owner), begins)
+        places = np.arange(indices.size)[:, None] * span.length + starts
+        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
+        rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
+        return rows
+
+    def by_dtype(self, rows: Array, stream: Any) -> dict[DType, Any]:
+        """Return tables of the updates of each dtype that has some."""
+        dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
+        return {
+            dtype: device.table(rows[dtypes == dtype], stream)
+            for dtype in dict.fromkeys(dtypes.tolist())
+        }
+
+
+class GroupUpdates:
+    """What the kernels need to update parameters by the gradients of a plan.
+
+    A row of settings and a count of steps stand for each pool. Where rows can share an index,
+    `take_rows` is told them before each step.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        plan: Plan,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        stream: Any,
+    ) -> None:
+        self._name, self._kernel = kernel, KERNELS[kernel]
+        self._plan, self._places = plan, Places(spans, states)
+        self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
+        self._row_updates: dict[DType, Any] = {}
+        self._left: set[int] = set()  # of tensors that are not updated
+        self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
+        shape = len(plan.pools), SETTINGS_COLUMNS
+        self._given = HostTable(shape, stream)
+        self._settings = device.table(np.zeros(shape), stream)
+        self._sparse = any(isinstance(span, RowSpan) for span in spans)
+        if self._sparse:
+            plan.keep_sums()
+
+    def counts(self) -> Array:
+        """Return how often each pool was updated, after waiting for it."""
+        with device.on_stream(None) as stream:
+            counts: Array = device.read_table(self._counts, stream)
+        return counts
+
+    def set_counts(self, counts: Array) -> None:
+        """Let pools have been updated so often."""
+        with device.on_stream(None) as stream:
+            device.update(self._counts, counts, stream)
+
+    def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
+        """Leave the parameters whose gradients have no address; others are of the plan."""
+        self._updates = self._own
+        self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
+        if sources is not None:
+            rows = self._places.whole()
+            present = np.array(sources, np.int64) != 0
+            self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
+
+    def at_once(self, _given: Any, _divisors: Array) -> None:
+        """Return nothing: a step is a number of launches."""
+
+    def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
+        """Let the next step update the rows of some slices."""
+        made = [
+            self._places.rows(owner, sums, own.distinct_indices)
+            for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
+            if owner not in self._left
+        ]
+        self._row_updates = self._places.by_dtype(np.concatenate(made), stream) if made else {}
+
+    def write_settings(self, settings: Array, stream: Any) -> None:
+        """Let the following steps use some settings, a row for each pool."""
+        self._given.write(settings, stream)
+
+    def step(self, outcome: Outcome, stream: Any) -> None:
+        """Take a step; one launch to count it, one for each dtype."""
+        if self._sparse:
+            self._plan.sum_scaled(outcome, stream)
+        settings = self._given.table
+        if self._name == "adam":
+            settings = self._settings
+            tables = outcome[1], self._given.table, self._counts, settings
+            device.launch(updates.advance_adam, 1, stream, *tables)
+        else:
+            device.launch(updates.advance, 1, stream, outcome[1], self._counts)
+        for found in (self._updates, self._row_updates):
+            for dtype, rows in found.items():
+                arguments = self._plan.tensors, outcome[1], settings, like(dtype)
+                device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)
+
+
+class ArrayUpdates:
+    """What the kernels need to update arrays by gradients that are not clipped.
+
+    `spans` and `states` are as of `Places`; `indices` are those of the rows, each once, that
+    each `RowSpan` reads. A row of numbers stands for each array.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        spans: Sequence[Span | RowSpan],
+        states: Sequence[Sequence[int]],
+        indices: Sequence[Array],
+        stream: Any,
+    ) -> None:
+        self._name, self._kernel = kernel, KERNELS[kernel]
+        places = Places(spans, states)
+        sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        pairs = zip(sparse, indices, strict=True)
+        rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
+        everything = np.concatenate([places.whole(), *rows])
+        self._updates = places.by_dtype(everything, stream)
+        tensors = np.zeros((len(spans), POOL + 1), np.int64)
+        tensors[:, POOL] = np.arange(len(spans))
+        self._tensors = device.table(tensors, stream)
+        decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
+        self._decisions = device.table(decisions, stream)
+        self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
+
+    def read_from(self, _sources: None) -> None:
+        """Do nothing: updates are kept for gradients where they are."""
+
+    def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
+        """Update each array for the time that its count says; one launch for each dtype."""
+        found = {count: methods.numbers(self._name, settings, count) for count in set(counts)}
+        table = np.zeros((len(counts), SETTINGS_COLUMNS))
+        for row, count in zip(table, counts, strict=True):
+            row[: len(found[count])] = found[count]
+        self._numbers.write(table, stream)
+        for dtype, rows in self._updates.items():
+            arguments = self._tensors, self._decisions, self._numbers.table, like(dtype)
+            device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)

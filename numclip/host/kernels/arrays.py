@@ -1,0 +1,246 @@
+"""Plain NumPy arrays, read out of a tuple and clipped in one native call.
+
+In Python each array costs microseconds before its elements are seen. These kernels follow the
+pointers of a tuple to its arrays, and theirs to shape and data, as every C extension does:
+the first fields of an array object are part of NumPy's C interface (`PyArrayObject_fields`),
+and `layout_holds` looks whether this process has them. Kernels hold the GIL while they read
+objects. Every entry is checked; one that is not an exact ndarray of the one dtype, contiguous,
+aligned and (if it is to be written) writeable is said to be so, and nothing is written.
+"""
+
+import ctypes
+import math
+import platform
+import sys
+import sysconfig
+
+import numpy as np
+
+from numclip.dtypes import Array
+from numclip.host.kernels.cpu import (
+    LENGTH,
+    OWNER,
+    SOURCE,
+    TARGET,
+    clamped,
+    largest_bits,
+    multiply,
+    slot_of,
+)
+from numclip.host.kernels.elements import array_at, as_computed, narrow, widen, word_at
+from numclip.host.kernels.joint import decide, norm_of
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.runtime.jit import inline, kernel_with_gil
+
+WORD = 8
+# Fields of an array object, in bytes after the object's header, whose last word is its type.
+DATA, NDIM, SHAPE, DESCR, FLAGS = 0, 8, 16, 40, 48
+# Those of a dtype object: its scalar type, and a word of which this tells byte order and number.
+KIND, ORDER_AND_NUMBER = WORD, -1 << 32 | 0xFF << 16
+C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100, 0x400
+# What a kernel is told of the process and of the dtype: bytes of an object's header, the
+# addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
+HEADER, NDARRAY, NONE, DTYPE, ITEMSIZE, COMPONENTS, NEEDS = range(7)
+DONE, ELSEWHERE, MUCH = range(3)
+SPARE = 64  # chunks that a call has room for beyond one for each array
+
+
+def layout_holds() -> bool:
+    """Tell whether this process lays arrays and tuples out as the kernels assume."""
+    ordinary = (
+        platform.python_implementation() == "CPython"
+        and sys.byteorder == "little"
+        and ctypes.sizeof(ctypes.c_void_p) == WORD
+        and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    )
+    header = object.__basicsize__
+    if not ordinary or np.ndarray.__basicsize__ < header + FLAGS + WORD:
+        return False
+    matrix = np.zeros((3, 5), np.float32)
+    probes = matrix, matrix.T, matrix[1:, ::2], np.zeros(0), np.zeros(()), np.frombuffer(b"a", "u1")
+    pointers = id(probes) + tuple.__basicsize__
+    return all(
+        _word(pointers + k * WORD) == id(probe) and _is_laid_out(probe, id(probe) + header)
+        for k, probe in enumerate(probes)
+    )
+
+
+def _word(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _is_laid_out(probe: Array, fields: int) -> bool:
+    """Tell whether an array's fields, and its dtype's, are where the kernels look."""
+    shape, dtype = _word(fields + SHAPE), id(probe.dtype) + object.__basicsize__
+    order_and_number = ord(probe.dtype.byteorder) << 16 | probe.dtype.num << 32
+    return (
+        _word(fields - WORD) == id(np.ndarray)
+        and _word(dtype) == id(probe.dtype.type)
+        and _word(dtype + KIND) & ORDER_AND_NUMBER == order_and_number
+        and _word(fields + DATA) == probe.ctypes.data
+        and _word(fields + DESCR) == id(probe.dtype)
+        and _word(fields + FLAGS) & 0xFFFF_FFFF == probe.flags.num
+        and _word(fields + NDIM) & 0xFFFF_FFFF == probe.ndim
+        and tuple(_word(shape + k * WORD) for k in range(probe.ndim)) == probe.shape
+    )
+
+
+@inline
+def are_equal(dtype, other):
+    """Tell whether two dtypes are: unpickled arrays have dtype objects of their own."""
+    known = word_at(dtype) == word_at(other)
+    return known and (word_at(dtype + KIND) ^ word_at(other + KIND)) & ORDER_AND_NUMBER == 0
+
+
+@inline
+def length_of(fields, facts):
+    """Return the number of an array's stored numbers, -1 if it is not as the facts demand."""
+    dtype = word_at(fields + DESCR)
+    if word_at(fields - WORD) != facts[NDARRAY]:
+        return np.int64(-1)
+    if dtype != facts[DTYPE] and not are_equal(dtype + facts[HEADER], facts[DTYPE] + facts[HEADER]):
+        return np.int64(-1)
+    flags = word_at(fields + FLAGS)
+    if flags & facts[NEEDS] != facts[NEEDS] or flags & (C_ORDER | FORTRAN_ORDER) == 0:
+        return np.int64(-1)
+    length = facts[COMPONENTS]
+    shape = word_at(fields + SHAPE)
+    for k in range(word_at(fields + NDIM) & 0xFFFF_FFFF):
+        length *= word_at(shape + k * WORD)
+    return length
+
+
+@inline
+def read(items, count, facts, chunks):
+    """Write the chunks of `count` arrays, whose pointers are at `items`, as far as there is room.
+
+    Return how many there are, -1 where an entry is not as the facts demand, and all elements.
+    """
+    used = 0
+    elements = np.int64(0)
+    for t in range(count):
+        item = word_at(items + t * WORD)
+        if item == facts[NONE]:
+            continue
+        fields = item + facts[HEADER]
+        length = length_of(fields, facts)
+        if length < 0:
+            return -1, elements
+        elements += length
+        address = word_at(fields + DATA)
+        start = 0
+        while start < length:
+            if used < chunks.shape[0]:
+                chunks[used, SOURCE] = chunks[used, TARGET] = address + start * facts[ITEMSIZE]
+                chunks[used, LENGTH] = min(CHUNK, length - start)
+                chunks[used, OWNER] = t
+            used += 1
+            start += CHUNK
+    return used, elements
+
+
+@inline
+def own_their_data(items, count, facts):
+    """Tell whether the arrays are different ones, each with memory of its own."""
+    size = 4
+    while size < 2 * count:
+        size *= 2
+    seen = np.zeros(size, np.int64)
+    for t in range(count):
+        item = word_at(items + t * WORD)
+        if item == facts[NONE]:
+            continue
+        if word_at(item + facts[HEADER] + FLAGS) & OWNER_OF_DATA == 0:
+            return False
+        slot = slot_of(item, size)
+        while seen[slot] != 0:
+            if seen[slot] == item:
+                return False
+            slot = (slot + 1) & (size - 1)
+        seen[slot] = item
+    return True
+
+
+@inline
+def read_little(items, count, facts, like, chunks):
+    """Read arrays as `read` does; return DONE, ELSEWHERE or MUCH first."""
+    used, elements = read(items, count, facts, chunks)
+    if used < 0:
+        return ELSEWHERE, used, elements
+    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
+        return MUCH, used, elements
+    return DONE, used, elements
+
+
+@inline
+def scale(chunks, norm, bound, ones, divisor, limits, like):
+    """Multiply chunks by the factor for their norm; return DONE, or ELSEWHERE to truncate."""
+    factor, truncate = decide(norm, bound, ones, divisor, limits)
+    if truncate:
+        return ELSEWHERE
+    if factor != 1.0:
+        for c in range(chunks.shape[0]):
+            x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+            multiply(x, as_computed(factor, like))
+    return DONE
+
+
+@kernel_with_gil
+def clip_little(items, count, facts, limits, bound, divisor, like):
+    """Clip arrays in place by their norm over `divisor`, where they are plain and hold little.
+
+    Return DONE, ELSEWHERE or MUCH, and the norm. Where the facts do not ask for arrays that
+    can be written, `bound` is infinite.
+    """
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    state, used, elements = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state, 0.0
+    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
+        return MUCH, 0.0
+    norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
+    norm /= divisor
+    if not safe:
+        return ELSEWHERE, 0.0
+    ones = math.sqrt(elements)
+    return scale(chunks[:used], norm, bound, ones, divisor, limits, like), norm
+
+
+@kernel_with_gil
+def clip_little_by_peak(items, count, facts, limits, bound, mask, like):
+    """Clip real arrays by their largest magnitude, as `clip_little` does by their L2 norm."""
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    state, used, elements = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state, 0.0
+    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
+        return MUCH, 0.0
+    peak = np.zeros(1, mask.dtype)
+    for c in range(used):
+        peak[0] = max(peak[0], largest_bits(chunks[c], mask))
+    norm = np.float64(widen(peak.view(like.dtype)[0]))
+    if not math.isfinite(norm):
+        return ELSEWHERE, 0.0
+    return scale(chunks[:used], norm, bound, np.float64(elements), 1.0, limits, like), norm
+
+
+@kernel_with_gil
+def clamp_little(items, count, facts, low, high, like):
+    """Hold the elements of arrays that hold little between bounds; say as `clip_little` does."""
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    state, used, _ = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state
+    least, most = as_computed(low, like), as_computed(high, like)
+    for c in range(used):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        for i in range(x.size):
+            x[i] = narrow(clamped(widen(x[i]), least, most), x[i])
+    return DONE
+
+
+@kernel_with_gil
+def table(items, count, facts, chunks):
+    """Write the chunks of arrays; return what `read` does, and if all own their data."""
+    used, elements = read(items, count, facts, chunks)
+    return used, elements, used >= 0 and own_their_data(items, count, facts)

@@ -1,0 +1,311 @@
+"""Loops over memory on the CPU.
+
+Kernels work on a table of chunks, a row each: where the chunk is read (address), where it is
+written, its number of elements, the tensor that owns it. Like every long loop they take the
+range ``[begin, end)`` of their share first, and release the GIL. `like` is an empty array that
+says how elements are stored. Sums are in float64: a plain sum over each block, the blocks
+added with their rounding errors kept, so a result depends on the chunk alone.
+"""
+
+import math
+
+import numpy as np
+
+from numclip import formulas
+from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
+from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
+
+SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
+GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
+
+two_sum = inline(formulas.two_sum)
+power_term = inline(formulas.power_term)
+truncated_product = inline(formulas.truncated_product)
+clamped = inline(formulas.clamped)
+settled = inline(formulas.settled)
+
+
+@inline
+def slot_of(key, slots):
+    """Return where a key goes first in a hash table; `slots` is a power of two."""
+    return (key * GOLDEN >> 32) & (slots - 1)
+
+
+@kernel
+def count_chunks(spans, limit):
+    """Return how many chunks `split` makes of tensors, and the number of elements in all."""
+    count = 0
+    elements = 0
+    for t in range(spans.shape[0]):
+        count += -(-spans[t, LENGTH] // limit)
+        elements += spans[t, LENGTH]
+    return count, elements
+
+
+@kernel
+def split(spans, itemsize, limit, chunks):
+    """Write tensors, rows of (source, target, length), cut into chunks of `limit` elements."""
+    c = 0
+    for t in range(spans.shape[0]):
+        for start in range(0, spans[t, LENGTH], limit):
+            chunks[c, SOURCE] = spans[t, SOURCE] + start * itemsize
+            chunks[c, TARGET] = spans[t, TARGET] + start * itemsize
+            chunks[c, LENGTH] = min(limit, spans[t, LENGTH] - start)
+            chunks[c, OWNER] = t
+            c += 1
+
+
+@block_sum
+def block_of_squares(x):
+    """Return the sum of squares of a short array."""
+    total = 0.0
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        total += value * value
+    return total
+
+
+@inline
+def blocks_of_squares(x, size):
+    """Return the sum of squares of an array, right to a few units of roundoff."""
+    total = 0.0
+    error = 0.0
+    for start in range(0, x.size, 4 * size):
+        low = block_of_squares(x[start : start + size])
+        low += block_of_squares(x[start + size : start + 2 * size])
+        high = block_of_squares(x[start + 2 * size : start + 3 * size])
+        high += block_of_squares(x[start + 3 * size : start + 4 * size])
+        total, rest = two_sum(total, low + high)
+        error += rest
+    # An infinite total has no error; its two_sum is NaN.
+    return total + error if math.isfinite(total) else total
+
+
+@expanded
+def array_of_squares(x):
+    """Return what `blocks_of_squares` does; one block needs no compensation."""
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x)
+    return blocks_of_squares(x, size)
+
+
+@inline
+def parts_of_squares(x):
+    """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
+    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
+    if x.size <= size:
+        return block_of_squares(x), 0.0
+    total = error = 0.0
+    for start in range(0, x.size, CHUNK):
+        total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
+        error += rest
+    return total, error
+
+
+@inline
+def squares_of(x):
+    """Return the sum of squares of an array."""
+    total, error = parts_of_squares(x)
+    return settled(total, error)
+
+
+@kernel
+def sum_squares(begin, end, chunks, like, out):
+    """Write each chunk's sum of squares. Reads every element once."""
+    for c in range(begin, end):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        out[c] = array_of_squares(x)
+
+
+@inline
+def array_of_powers(x, scale, ord):
+    """Return the sum of ``(|x| / scale) ** ord``, a finite order."""
+    total = 0.0
+    error = 0.0
+    for i in range(x.size):
+        term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+        total, rest = two_sum(total, term)
+        error += rest
+    return total + error
+
+
+@kernel
+def sum_powers(begin, end, chunks, scales, ord, like, out):
+    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""
+    for c in range(begin, end):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        out[c] = array_of_powers(x, scales[chunks[c, OWNER]], ord)
+
+
+@inline
+def largest_bits(chunk, mask):
+    """Return the largest magnitude of a chunk as the integer of its bits; NaN exceeds Inf.
+
+    `mask` is an array of one unsigned integer of the element's size that leaves out the sign:
+    the bits of positive floats order as the floats do.
+    """
+    bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
+    largest = bits[0] & mask[0]
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & mask[0])
+    return largest
+
+
+@kernel
+def max_magnitude(begin, end, chunks, mask, out):
+    """Write each chunk's largest magnitude, see `largest_bits`."""
+    for c in range(begin, end):
+        out[c] = largest_bits(chunks[c], mask)
+
+
+@inline
+def settle(total, error):
+    """Add the collected errors to their sums; an infinite sum has none."""
+    for i in range(total.size):
+        if math.isfinite(total[i]):
+            total[i] += error[i]
+
+
+@kernel
+def merge(chunks, partial, out):
+    """Add the partial sums of each tensor in the order of its chunks."""
+    errors = np.zeros_like(out)
+    for c in range(chunks.shape[0]):
+        t = chunks[c, OWNER]
+        total, rest = two_sum(out[t], partial[c])
+        out[t] = total
+        errors[t] += rest
+    settle(out, errors)
+
+
+@inline
+def scaled(value, factor):
+    """Return an element times the factor, rounded once."""
+    return narrow(widen(value) * factor, value)
+
+
+@inline
+def multiply(x, factor):
+    """Multiply an array in place."""
+    for i in range(x.size):
+        x[i] = scaled(x[i], factor)
+
+
+@inline
+def multiply_into(x, factor, out):
+    """Multiply an array into another: a loop of its own, as one that may alias is scalar."""
+    for i in range(x.size):
+        out[i] = scaled(x[i], factor)
+
+
+@kernel
+def scale(begin, end, chunks, factors, like):
+    """Multiply each chunk by the factor of its owner. Reads and writes every element once.
+
+    A factor of 1 copies bits; in place, it touches nothing.
+    """
+    for c in range(begin, end):
+        factor = factors[chunks[c, OWNER]]
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        out = array_at(chunks[c, TARGET], chunks[c, LENGTH], like)
+        if chunks[c, SOURCE] == chunks[c, TARGET]:
+            if factor != 1.0:
+                multiply(x, factor)
+        elif factor != 1.0:
+            multiply_into(x, factor, out)
+        else:
+            copy(x, out)
+
+
+@inline
+def copy(x, out):
+    """Copy an array."""
+    for i in range(x.size):
+        out[i] = x[i]
+
+
+@inline
+def written(chunk, like):
+    """Return the array a chunk is written to, after copying there what the chunk reads."""
+    out = array_at(chunk[TARGET], chunk[LENGTH], like)
+    if chunk[SOURCE] != chunk[TARGET]:
+        copy(array_at(chunk[SOURCE], chunk[LENGTH], like), out)
+    return out
+
+
+@inline
+def multiply_truncating(x, mantissa, power, digits, lowest):
+    """Multiply an array in place by ``mantissa * 2**power``, subnormal results toward zero."""
+    for i in range(x.size):
+        value = np.float64(widen(x[i]))
+        product = truncated_product(value, mantissa, power, digits, lowest)
+        x[i] = narrow(product, x[i])
+
+
+@kernel
+def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
+    """Multiply as `scale` does, by ``mantissa * 2**power``, subnormal results toward zero.
+
+    `precision` holds the digits of the dtype and the exponent of its smallest number.
+    """
+    digits, lowest = int(precision[0]), int(precision[1])
+    for c in range(begin, end):
+        mantissa = mantissas[chunks[c, OWNER]]
+        power = int(powers[chunks[c, OWNER]])
+        x = written(chunks[c], like)
+        if mantissa == 1.0 and power == 0:
+            continue
+        multiply_truncating(x, mantissa, power, digits, lowest)
+
+
+@inline
+def clean_array(x, components):
+    """Write 0 for each element of which one of its components is not finite."""
+    for i in range(0, x.size, components):
+        finite = True
+        for k in range(components):
+            finite &= math.isfinite(widen(x[i + k]))
+        for k in range(components):
+            if not finite:
+                x[i + k] = 0
+
+
+@kernel
+def clean(begin, end, chunks, components, like):
+    """Copy each chunk to where it goes, with 0 for elements that are not finite.
+
+    An element of two components is finite if both are.
+    """
+    for c in range(begin, end):
+        clean_array(written(chunks[c], like), components)
+
+
+@inline
+def hold(x, low, high):
+    """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
+    beyond = 0
+    for i in range(x.size):
+        value = widen(x[i])
+        beyond |= int(value < low) | int(value > high)
+        x[i] = narrow(clamped(value, low, high), x[i])
+    return beyond != 0
+
+
+@kernel
+def clamp(begin, end, chunks, low, high, like, beyond):
+    """Hold each element between `low` and `high`. Reads and writes every element once.
+
+    `beyond` tells of each chunk if an element was beyond them.
+    """
+    for c in range(begin, end):
+        beyond[c] = hold(written(chunks[c], like), low, high)
+
+
+@inline
+def add_exactly(x, total, error):
+    """Add an array to another, collecting the rounding errors."""
+    for i in range(x.size):
+        total[i], rest = two_sum(total[i], np.float64(widen(x[i])))
+        error[i] += rest

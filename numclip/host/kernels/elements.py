@@ -1,0 +1,184 @@
+"""Elements in memory: addresses as arrays, and elements as they are computed.
+
+float16 travels as uint16 and bfloat16 as int16, so that the array's type tells them apart.
+Both are computed in float32. Interpreted, the same names are plain NumPy.
+"""
+
+import ctypes
+import functools
+import re
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+from numclip.halves import (
+    float_to_bfloat,
+    float_to_half,
+    half_to_float,
+    narrow_interpreted,
+    widen_interpreted,
+)
+from numclip.host.runtime.jit import INTERPRETED, inline
+
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+@functools.cache
+def converts_halves(codegen) -> bool:
+    """Tell whether the processor that code is made for converts float16 by itself.
+
+    For others, as `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` can ask for, LLVM calls a function
+    that no process has, and ends it. So LLVM is asked what it would make of two conversions.
+    """
+    module = ir.Module()
+    module.triple = binding.get_process_triple()
+    for name, made, taken, convert in (
+        ("narrower", ir.HalfType(), _F32, ir.IRBuilder.fptrunc),
+        ("wider", _F32, ir.HalfType(), ir.IRBuilder.fpext),
+    ):
+        function = ir.Function(module, ir.FunctionType(made, [taken]), name)
+        builder = ir.IRBuilder(function.append_basic_block())
+        builder.ret(convert(builder, function.args[0], made))
+    parsed = binding.parse_assembly(str(module))
+    return not re.search("hfsf|sfhf|h2f|f2h", codegen._tm.emit_assembly(parsed))
+
+
+@intrinsic
+def _pointer(_typing, address):
+    """Turn an address into a pointer."""
+
+    def emit(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), emit
+
+
+@intrinsic
+def _word_at(_typing, address):
+    """Return the 64-bit integer stored at an address; an array there would cost four times more."""
+
+    def emit(_context, builder, _signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], _I64.as_pointer()))
+
+    return types.int64(address), emit
+
+
+@intrinsic
+def _prefetch(_typing, address):
+    """Ask for the cache line of an address, which need not be readable, before it is used."""
+
+    def emit(context, builder, _signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        builder.call(ask, [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(address), emit
+
+
+@intrinsic
+def _widen(_typing, value):
+    """Return the value of a stored element in the type it is computed in."""
+    if value not in (types.float32, types.float64, types.uint16, types.int16):
+        raise TypingError(f"no gradient element is stored as {value}")
+
+    def emit(context, builder, _signature, arguments):
+        if value == types.uint16:
+            native = converts_halves(context.codegen())
+            return half_to_float(builder, arguments[0], native=native)
+        if value == types.int16:
+            wide = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
+            return builder.bitcast(wide, _F32)
+        return arguments[0]
+
+    computed = types.float64 if value == types.float64 else types.float32
+    return computed(value), emit
+
+
+@intrinsic
+def _narrow(_typing, value, like):
+    """Return `value` as an element stored like `like`."""
+
+    def emit(context, builder, signature, arguments):
+        if like in (types.float32, types.float64):
+            return context.cast(builder, arguments[0], signature.args[0], like)
+        number = context.cast(builder, arguments[0], signature.args[0], types.float32)
+        if like == types.uint16:
+            return float_to_half(builder, number, native=converts_halves(context.codegen()))
+        return float_to_bfloat(builder, number)
+
+    return like(value, like), emit
+
+
+@intrinsic
+def _nearest(_typing, value, like):
+    """Return the nearest element of 16 bits to a float32, stored like `like`; of two, the even."""
+
+    def emit(context, builder, _signature, arguments):
+        if like == types.uint16:
+            native = converts_halves(context.codegen())
+            return float_to_half(builder, arguments[0], native=native, nearest=True)
+        return float_to_bfloat(builder, arguments[0], nearest=True)
+
+    return like(value, like), emit
+
+
+@intrinsic
+def _as_computed(_typing, value, like):
+    """Return a number in the type that elements stored like `like` are computed in."""
+    wanted = types.float64 if like.dtype == types.float64 else types.float32
+
+    def emit(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], signature.args[0], wanted)
+
+    return wanted(value, like), emit
+
+
+def _array_at(address, length, like):
+    """Return the `length` elements stored at `address` as an array with the dtype of `like`."""
+    return carray(_pointer(address), length, like.dtype)
+
+
+def _table_at(address, rows, columns, like):
+    """Return the rows stored at an address likewise."""
+    return carray(_pointer(address), (rows, columns), like.dtype)
+
+
+def _table_at_interpreted(address, rows, columns, like):
+    return _array_at_interpreted(address, rows * columns, like).reshape((rows, columns))
+
+
+def _array_at_interpreted(address, length, like):
+    buffer = (ctypes.c_char * (int(length) * like.itemsize)).from_address(int(address))
+    return np.frombuffer(buffer, like.dtype)
+
+
+def _word_at_interpreted(address):
+    return ctypes.c_int64.from_address(int(address)).value
+
+
+def _prefetch_interpreted(_address):
+    pass
+
+
+def _nearest_interpreted(value, like):
+    return narrow_interpreted(value, like, nearest=True)
+
+
+def _as_computed_interpreted(value, like):
+    return np.float64(value) if like.dtype == np.float64 else np.float32(value)
+
+
+if INTERPRETED:
+    array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
+    table_at = _table_at_interpreted
+    as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
+    prefetch, nearest = _prefetch_interpreted, _nearest_interpreted
+else:
+    array_at, table_at, widen, narrow = inline(_array_at), inline(_table_at), _widen, _narrow
+    as_computed, word_at, prefetch, nearest = _as_computed, _word_at, _prefetch, _nearest

@@ -1,0 +1,320 @@
+"""Gradients that a user passes for parameters: read where they lie, copied in, or applied.
+
+As `arrays` reads a tuple, but each array is compared with what is wanted for its parameter: dtype,
+shape, C order, and memory apart from what is to be written. Every array is read before anything
+is written; one that is not as it is wanted is said to be so, and nothing is written.
+
+`wanted` is one array: a head, a row for each array, the shapes, and where memory is taken, as the
+first addresses in ascending order followed by the ends.
+"""
+
+import numpy as np
+
+from numclip.host.kernels import updates
+from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
+from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
+from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
+from numclip.host.kernels.pools import decide_all, measure_and_decide, scale_decided
+from numclip.host.kernels.updates import GRAD
+from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
+from numclip.tables import (
+    AIM,
+    BOUND,
+    BROKEN,
+    DIGITS,
+    FACTOR,
+    FINE,
+    FIRST,
+    LAST,
+    LEAVE,
+    MODE,
+    POLICY,
+    RAISE,
+    RARE,
+    SET,
+    UNSCALE,
+    ZERO,
+)
+
+HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, HEAD = range(7)
+# Of the row of each array; FIRST_AXIS is where its shape begins.
+DTYPE, AXES, FIRST_AXIS, NBYTES, ROW = range(5)
+# What is found of an array instead of its address.
+ABSENT, STAYS, ELSEWHERE = 0, -1, -2
+PLAIN = C_ORDER | ALIGNED
+# The tables of a step, of three words each: address, rows, columns.
+WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
+SHIFTS, SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 16)
+FACTORS = TABLES  # which kernels are given as an array
+# Where a step finds arrays, if not in a tuple: in the plan, or measured by the call before.
+OWN, AGAIN = 0, -1
+
+
+@inline
+def is_taken(begin, end, wanted):
+    """Tell whether some bytes overlap memory that is taken."""
+    first, count = wanted[EXTENTS], wanted[EXTENT_COUNT]
+    low, high = np.int64(0), count  # the first extent that begins at `end` or later
+    while low < high:
+        middle = (low + high) // 2
+        if wanted[first + middle] < end:
+            low = middle + 1
+        else:
+            high = middle
+    return low > 0 and begin < end and wanted[first + count + low - 1] > begin
+
+
+@inline
+def address_of(item, row, wanted):
+    """Return where an array lies, whose row of what is wanted begins at `row`."""
+    if item == wanted[NONE]:
+        return np.int64(ABSENT)
+    if item == wanted[KEPT]:
+        return np.int64(STAYS)
+    fields = item + wanted[HEADER]
+    if word_at(fields - WORD) != wanted[NDARRAY]:
+        return np.int64(ELSEWHERE)
+    axes = wanted[row + AXES]
+    plain = word_at(fields + DESCR) == wanted[row + DTYPE]
+    plain &= word_at(fields + FLAGS) & PLAIN == PLAIN
+    if not plain or word_at(fields + NDIM) & 0xFFFF_FFFF != axes:
+        return np.int64(ELSEWHERE)
+    shape, own = word_at(fields + SHAPE), wanted[row + FIRST_AXIS]
+    for k in range(axes):
+        if word_at(shape + k * WORD) != wanted[own + k]:
+            return np.int64(ELSEWHERE)
+    address = word_at(fields + DATA)
+    if is_taken(address, address + wanted[row + NBYTES], wanted):
+        return np.int64(ELSEWHERE)
+    return address
+
+
+@inline
+def find(items, wanted, addresses):
+    """Write where each array of a tuple lies, whose pointers are at `items`; tell if all fit."""
+    for t in range(addresses.size):
+        address = address_of(word_at(items + t * WORD), HEAD + t * ROW, wanted)
+        addresses[t] = address
+        if address == ELSEWHERE:
+            return False
+    return True
+
+
+@kernel_with_gil
+def read(items, wanted, addresses):
+    """Do what `find` does."""
+    return find(items, wanted, addresses)
+
+
+@inline
+def copy(source, target):
+    """Copy an array, to one of float32 where it is of 16 bits."""
+    if source.itemsize == target.itemsize:
+        for i in range(source.size):
+            target[i] = source[i]
+    else:
+        for i in range(source.size):
+            target[i] = widen(source[i])
+
+
+@inline
+def add(source, target):
+    """Add an array to another likewise, as NumPy does."""
+    for i in range(source.size):
+        target[i] = narrow(widen(target[i]) + widen(source[i]), target[i])
+
+
+@inline
+def clear(target):
+    """Set an array to zeros."""
+    for i in range(target.size):
+        target[i] = 0
+
+
+@kernel_with_gil
+def take(items, wanted, chunks, adds, like, wide, addresses):
+    """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
+
+    The sources of chunks are distances from their arrays' beginnings. An array that is absent
+    is of zeros.
+    """
+    if not find(items, wanted, addresses):
+        return False
+    for c in range(chunks.shape[0]):
+        address = addresses[chunks[c, OWNER]]
+        if address == STAYS:
+            continue
+        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)
+        if address == ABSENT:
+            if not adds:
+                clear(target)
+            continue
+        source = array_at(address + chunks[c, SOURCE], chunks[c, LENGTH], like)
+        if adds:
+            add(source, target)
+        else:
+            copy(source, target)
+    return True
+
+
+@inline
+def found(tables, k, like):
+    """Return a table by its words."""
+    return table_at(tables[k, 0], tables[k, 1], tables[k, 2], like)
+
+
+@inline
+def found_row(tables, k, like):
+    """Return a table of one row as an array."""
+    return array_at(tables[k, 0], tables[k, 2], like)
+
+
+@inline
+def found_turn(tables, k, turn, like):
+    """Return the table of a turn, of tables that follow one another."""
+    rows, columns = tables[k, 1], tables[k, 2]
+    return table_at(tables[k, 0] + turn * rows * columns * WORD, rows, columns, like)
+
+
+@inline
+def place(items, tables):
+    """Let chunks and updates read the arrays, of absent ones nothing; tell if all fit."""
+    addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
+    if items != OWN and not find(items, found_row(tables, WANTED, tables), addresses):
+        return False
+    distances = found_row(tables, DISTANCES, tables)
+    lengths = found_row(tables, LENGTHS, tables)
+    pieces = found(tables, PIECES, tables)
+    for c in range(distances.size):
+        address = addresses[chunks[c, OWNER]]
+        length = lengths[c] if address != ABSENT else 0
+        chunks[c, LENGTH] = pieces[c, updates.LENGTH] = length
+        chunks[c, SOURCE] = pieces[c, GRAD] = address + distances[c]
+    return True
+
+
+@inline
+def uncount(tables, counts, factors):
+    """Take back what was counted for groups, or those of one norm, of which all is absent."""
+    addresses, pools = found_row(tables, ADDRESSES, tables), found(tables, POOLS, tables)
+    present = np.zeros(pools.shape[0], np.bool_)
+    for p in range(pools.shape[0]):
+        for t in range(pools[p, FIRST], pools[p, LAST]):
+            present[pools[p, SET]] |= addresses[t] != ABSENT
+    for p in range(pools.shape[0]):
+        if not present[pools[p, SET]] and factors[p] != updates.LEFT:
+            counts[p] -= 1
+
+
+@inline
+def obey(tables, unscale, bounds):
+    """Return the laws, after writing bounds and loss scale; no rows repeat."""
+    laws = found(tables, LAWS, bounds)
+    for p in range(bounds.size):
+        laws[p, BOUND] = laws[p, AIM] = bounds[p]
+        laws[p, UNSCALE] = unscale
+    return laws
+
+
+@inline
+def needs_care(pools, decisions, safe):
+    """Tell whether sums are to be taken again, gradients written, or an error raised."""
+    care = decisions[pools.shape[0], RARE] != 0.0
+    for p in range(pools.shape[0]):
+        policy = pools[p, POLICY]
+        care |= not safe and pools[p, DIGITS] == 53
+        care |= decisions[p, BROKEN] != 0.0 and policy in (RAISE, ZERO)
+    return care
+
+
+@kernel
+def decide(measures, turn, unscale, tables, bounds, like):
+    """Decide by what chunks hold, or by what was measured before; tell whether that is right."""
+    laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
+    shifts = found_row(tables, SHIFTS, tables)
+    sums = found_turn(tables, SUMS, turn, bounds)
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    safe = True
+    if measures:
+        chunks = found(tables, CHUNKS, tables)
+        safe = measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions)
+    else:
+        decide_all(pools, laws, shifts, sums, decisions)
+    return not needs_care(pools, decisions, safe)
+
+
+@inline
+def column_of(like):
+    """Return the column of decisions that has the factors of elements stored as `like`."""
+    return FINE if like.itemsize == 8 else FACTOR
+
+
+@kernel
+def clip(measures, turn, unscale, tables, bounds, like):
+    """Decide as `decide` does; if that is right, multiply arrays in place by their factors."""
+    if not decide(measures, turn, unscale, tables, bounds, like):
+        return False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    if decisions[bounds.size, MODE] != LEAVE:
+        chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
+        scale_decided(chunks, pool_of, decisions, column_of(like), like)
+    return True
+
+
+@kernel_with_gil
+def measure(items, turn, unscale, tables, bounds, like):
+    """Find the arrays, measure them and decide; tell whether that is right."""
+    return place(items, tables) and decide(True, turn, unscale, tables, bounds, like)
+
+
+@inline
+def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
+    """Take a step of an optimizer, if that is right; else write what is decided alone."""
+    if items != AGAIN and not place(items, tables):
+        return False
+    if not decide(items != AGAIN, turn, unscale, tables, bounds, like):
+        return False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)
+    settings, pieces = found(tables, SETTINGS, factors), found(tables, PIECES, tables)
+    advance(decisions, column_of(factors), counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
+    update(0, pieces.shape[0], pieces, factors, settings, like)
+    return True
+
+
+@kernel_with_gil
+def descend(items, turn, unscale, tables, bounds, factors, like):
+    """Take a step of `updates.descend` as `step` does."""
+    advance, update = updates.advance, updates.descend
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+
+
+@kernel_with_gil
+def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
+    """Do the same by `updates.descend_with_momentum`."""
+    advance, update = updates.advance, updates.descend_with_momentum
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+
+
+@kernel_with_gil
+def adam(items, turn, unscale, tables, bounds, factors, like):
+    """Do the same by `updates.adam`."""
+    advance, update = updates.advance_adam, updates.adam
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+
+
+@kernel
+def copy_all(begin, end, chunks, like, wide):
+    """Copy each chunk to where it goes."""
+    for c in range(begin, end):
+        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
+
+
+@kernel
+def add_all(begin, end, chunks, like, wide):
+    """Add each chunk to where it goes."""
+    for c in range(begin, end):
+        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))

@@ -1,0 +1,70 @@
+"""One norm over all tensors of a table of chunks, and its factor, without a batch's generality.
+
+For sums of squares that lose nothing: what is not finite, over- or underflows in float64, or
+needs its subnormal results truncated is said to be so, and left to other kernels.
+"""
+
+import math
+
+import numpy as np
+
+from numclip import formulas
+from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, two_sum
+from numclip.host.kernels.elements import array_at
+from numclip.host.kernels.pools import add_sum, factor_of
+from numclip.host.runtime.jit import inline, kernel
+
+# What kernels are told of a dtype, see `dtypes.DType`.
+ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
+
+is_safe = inline(formulas.is_safe)
+is_settled = inline(formulas.is_settled)
+scale_by_power = inline(formulas.scale_by_power)
+
+
+@kernel
+def joined(chunks, partial, limits, totals):
+    """Return the norm of all chunks, added as in `pools`, and if it is right.
+
+    `totals` receives the sum of each tensor that has a chunk.
+    """
+    total = error = doubt = tensor = tensor_error = 0.0
+    safe = True
+    for c in range(partial.size):
+        tensor, rest = two_sum(tensor, partial[c])
+        tensor_error += rest
+        owner = chunks[c, OWNER]
+        if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
+            value = tensor + tensor_error
+            totals[owner] = value
+            safe &= is_safe(value)
+            rest = (tensor - value) + tensor_error
+            total, error, doubt = add_sum((total, error, doubt), value, rest)
+            tensor = tensor_error = 0.0
+    norm = math.sqrt(total + error)
+    right = safe or (limits[DIGITS] < 53.0 and math.isfinite(norm))
+    return norm, right and is_settled(total, error, doubt)
+
+
+@kernel
+def norm_of(chunks, like, limits, totals):
+    """Return as `joined` does, reading every element once."""
+    partial = np.empty(chunks.shape[0])
+    for c in range(partial.size):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        partial[c] = array_of_squares(x)
+    return joined(chunks, partial, limits, totals)
+
+
+@kernel
+def decide(norm, bound, ones, divisor, limits):
+    """Return the factor for a norm over a divisor, and whether to truncate.
+
+    That is said of the results, see `decisions.factor_of`; `ones` is the norm of as many ones.
+    """
+    coarse = ones / divisor * limits[COARSE]
+    digits = int(limits[DIGITS])
+    mantissa, power, truncate = factor_of(
+        norm, 0, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST]
+    )
+    return scale_by_power(mantissa, power), truncate

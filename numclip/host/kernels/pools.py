@@ -1,0 +1,252 @@
+"""From the sums of chunks to the decision for each pool, on the host; see `decisions`.
+
+Chunks are added in their order with the rounding errors kept, and tensors as if exactly: the sum
+of a pool is rounded once, so that it does not depend on the order of the tensors.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.decisions import DECISIONS, SCALARS, compiled
+from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, array_of_squares, multiply
+from numclip.host.kernels.elements import array_at, as_computed
+from numclip.host.runtime.jit import inline, kernel
+from numclip.tables import (
+    BAD,
+    BROKEN,
+    DIGITS,
+    ERROR,
+    EXPONENT,
+    FIRST,
+    LAST,
+    LEAVE,
+    MODE,
+    MULTIPLY,
+    ORD,
+    POLICY,
+    RARE,
+    REPEATED,
+    SET,
+    TERMS,
+    TERMS_EXPONENT,
+    TOTAL,
+)
+
+_parts = compiled((*SCALARS, *DECISIONS), inline)
+two_sum, settled, is_safe = _parts.two_sum, _parts.settled, _parts.is_safe
+is_settled = _parts.is_settled
+scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
+write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
+
+MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
+SMALLEST = 5e-324
+
+
+@inline
+def write_sum(out, total, error):
+    """Write the sum of a tensor in which no rows repeat: its terms are its elements."""
+    rounded = settled(total, error)
+    finite = math.isfinite(rounded)
+    out[TOTAL], out[EXPONENT], out[BAD] = rounded, 0.0, 0.0 if finite else 1.0
+    out[TERMS], out[TERMS_EXPONENT] = rounded, 0.0
+    out[ERROR] = (total - rounded) + error if finite else 0.0
+
+
+@inline
+def add_chunks(chunks, partial, sums):
+    """Write the sum of each tensor that has a chunk; tell whether all are in the safe range."""
+    tensor = error = 0.0
+    safe = True
+    for c in range(partial.size):
+        tensor, rest = two_sum(tensor, partial[c])
+        error += rest
+        owner = chunks[c, OWNER]
+        if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
+            write_sum(sums[owner], tensor, error)
+            safe &= is_safe(sums[owner, TOTAL])
+            tensor = error = 0.0
+    return safe
+
+
+@inline
+def add_sum(sums, value, rest):
+    """Add a tensor's sum, and what rounding took from it, to a total, its error and its doubt."""
+    total, lost = two_sum(sums[0], value)
+    error, lost = two_sum(sums[1], lost)
+    doubt = sums[2] + abs(lost)
+    if rest != 0.0:
+        error, lost = two_sum(error, rest)
+        doubt += abs(lost)
+    return total, error, doubt
+
+
+@inline
+def highest(pool, column, sums):
+    """Return the highest exponent of a pool's sums that are not 0; 0 where all are."""
+    exponent, empty = 0.0, True
+    for t in range(pool[FIRST], pool[LAST]):
+        if sums[t, column] != 0.0 and (empty or sums[t, column + 1] > exponent):
+            exponent, empty = sums[t, column + 1], False
+    return exponent
+
+
+@inline
+def scaled_down(value, apart):
+    """Return ``value * 4**apart``, never more; what would vanish still counts where sums tie."""
+    if apart == 0.0:
+        return value
+    small = scale_by_power(value, 2 * int(apart))
+    return SMALLEST if small == 0.0 and value > 0.0 else small
+
+
+@inline
+def add_part(parts, count, value):
+    """Add to an exact sum, numbers of rising magnitude that do not overlap (Shewchuk 1997)."""
+    kept = 0
+    for i in range(count):
+        value, rest = two_sum(value, parts[i])
+        if rest != 0.0:
+            parts[kept] = rest
+            kept += 1
+    parts[kept] = value
+    return kept + 1
+
+
+@inline
+def rounded(parts, count):
+    """Return an exact sum rounded to nearest, and about what rounding has taken from it."""
+    total, rest = parts[count - 1], 0.0
+    i = count - 1
+    while i > 0 and rest == 0.0:
+        i -= 1
+        total, rest = two_sum(total, parts[i])
+    if i > 0 and (rest > 0.0) == (parts[i - 1] > 0.0):  # not a tie, if it was taken for one
+        up = total + 2.0 * rest
+        if up - total == 2.0 * rest:
+            return up, -rest
+    return total, rest
+
+
+@inline
+def add_exactly(pool, column, exponent, sums):
+    """Return what `add_tensors` does, of finite sums, by exact arithmetic."""
+    parts, count = np.empty(MOST_PARTS), 0
+    for t in range(pool[FIRST], pool[LAST]):
+        apart = sums[t, column + 1] - exponent
+        count = add_part(parts, count, scaled_down(sums[t, column], apart))
+        if column == TOTAL:
+            count = add_part(parts, count, scaled_down(sums[t, ERROR], apart))
+    return rounded(parts, count)
+
+
+@inline
+def add_tensors(pool, column, largest, sums):
+    """Return the sum of a pool's tensors as ``total * 4**exponent``; of inf order, the largest.
+
+    Between them what rounding has taken from the total, to about 53 bits.
+    """
+    exponent = highest(pool, column, sums)
+    total = error = doubt = 0.0
+    for t in range(pool[FIRST], pool[LAST]):
+        apart = sums[t, column + 1] - exponent
+        value = scaled_down(sums[t, column], apart)
+        if largest:
+            total = larger(total, value)
+        else:
+            rest = scaled_down(sums[t, ERROR], apart) if column == TOTAL else 0.0
+            total, error, doubt = add_sum((total, error, doubt), value, rest)
+    result = settled(total, error)
+    if not math.isfinite(result):
+        return result, 0.0, int(exponent)
+    if is_settled(total, error, doubt):
+        return result, (total - result) + error, int(exponent)
+    result, rest = add_exactly(pool, column, exponent, sums)
+    return result, rest, int(exponent)
+
+
+@inline
+def add_bad(pool, sums):
+    """Return how many of a pool's tensors are not finite."""
+    bad = 0.0
+    for t in range(pool[FIRST], pool[LAST]):
+        bad += sums[t, BAD]
+    return bad
+
+
+@inline
+def decide_all(pools, laws, shifts, sums, decisions):
+    """Write the norm and the decision of each pool, and in the last row if there is work."""
+    count = pools.shape[0]
+    skipped = np.zeros(count, np.bool_)
+    for p in range(count):
+        largest = laws[p, ORD] == math.inf
+        total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
+        bad = add_bad(pools[p], sums)
+        write_norm(laws[p], total, exponent, shifts[p], bad, decisions[p])
+        if pools[p, REPEATED] != 0:
+            terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
+            write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
+        if decisions[p, BROKEN] != 0.0:
+            skipped[pools[p, SET]] = True
+    last = decisions[count]
+    last[MODE] = last[RARE] = 0.0
+    for p in range(count):
+        bad = skipped[pools[p, SET]]
+        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
+        last[MODE] += decisions[p, MODE] != LEAVE
+        last[RARE] += decisions[p, MODE] > MULTIPLY
+
+
+@kernel
+def decide_pools(pools, laws, shifts, sums, decisions):
+    """Decide for every pool, from the sums of the tensors. One more row tells if there is work."""
+    decide_all(pools, laws, shifts, sums, decisions)
+
+
+@inline
+def are_elements(pool, sums):
+    """Tell whether the terms of all of a pool's tensors are their elements."""
+    alike = True
+    for t in range(pool[FIRST], pool[LAST]):
+        alike &= sums[t, TERMS] == sums[t, TOTAL] and sums[t, TERMS_EXPONENT] == sums[t, EXPONENT]
+    return alike
+
+
+@kernel
+def add_pools(pools, sums, out):
+    """Write the sum of each pool's tensors, as rows of sums are; of order 2."""
+    for p in range(pools.shape[0]):
+        total, error, exponent = add_tensors(pools[p], TOTAL, False, sums)
+        terms, power = total, exponent
+        if not are_elements(pools[p], sums):
+            terms, _, power = add_tensors(pools[p], TERMS, False, sums)
+        out[p, TOTAL], out[p, EXPONENT], out[p, BAD] = total, exponent, add_bad(pools[p], sums)
+        out[p, TERMS], out[p, TERMS_EXPONENT], out[p, ERROR] = terms, power, error
+
+
+@kernel
+def add_partials(chunks, partial, sums):
+    """Add the sums of squares of chunks, as `add_chunks` does."""
+    return add_chunks(chunks, partial, sums)
+
+
+@kernel
+def measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions):
+    """Read every element once, and decide; tell whether all sums are in the safe range."""
+    partial = np.empty(chunks.shape[0])
+    for c in range(partial.size):
+        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+        partial[c] = array_of_squares(x)
+    safe = add_chunks(chunks, partial, sums)
+    decide_all(pools, laws, shifts, sums, decisions)
+    return safe
+
+
+@kernel
+def scale_decided(chunks, pool_of, decisions, column, like):
+    """Multiply tensors in place by the factors that are decided, a column of the decisions."""
+    for c in range(chunks.shape[0]):
+        factor = as_computed(decisions[pool_of[chunks[c, OWNER]], column], like)
+        if factor != 1.0:
+            multiply(array_at(chunks[c, TARGET], chunks[c, LENGTH], like), factor)

@@ -1,0 +1,130 @@
+"""Optimizer steps on the CPU: gradient, parameter and state are read and written once.
+
+A table of updates has a row for each chunk: the addresses of the gradient, the parameter and
+up to two states, the number of elements, the pool that owns them. The clip's factor is applied
+on the way; the clipped gradient is never written. A pool has a factor, which is 0 or more, NaN,
+or less than 0 where it is left as it is, and a row of settings; both are in the type the elements
+are computed in, and so are the states.
+"""
+
+import numpy as np
+
+from numclip import formulas
+from numclip.decisions import compiled
+from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.runtime.jit import inline, kernel
+from numclip.tables import MODE, MULTIPLY, SKIPPED
+
+GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
+LEFT = -1.0  # the factor of a pool that is left as it is
+
+sgd_velocity = inline(formulas.sgd_velocity)
+sgd_direction = inline(formulas.sgd_direction)
+moment = inline(formulas.moment)
+adam_step = inline(formulas.adam_step)
+adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).adam_numbers
+
+
+@inline
+def factor_of(decision, column):
+    """Return the factor that an update is to take; what is no plain number is taken already."""
+    if decision[SKIPPED] != 0.0:
+        return LEFT
+    return decision[column] if decision[MODE] == MULTIPLY else 1.0
+
+
+@kernel
+def advance(decisions, column, counts, counted, given, factors, settings):
+    """Count a step for each pool that is not skipped; write its factor, a column, and settings.
+
+    Nothing is added to `counts` where they are `counted` already.
+    """
+    for p in range(counts.size):
+        factor = factor_of(decisions[p], column)
+        factors[p] = factor
+        if factor != LEFT:
+            counts[p] += 0 if counted else 1
+            for k in range(given.shape[1]):
+                settings[p, k] = given[p, k]
+
+
+@kernel
+def advance_adam(decisions, column, counts, counted, given, factors, settings):
+    """Do the same, with the settings that `formulas.adam_numbers` returns."""
+    for p in range(counts.size):
+        factor = factor_of(decisions[p], column)
+        factors[p] = factor
+        if factor != LEFT:
+            counts[p] += 0 if counted else 1
+            own = given[p]
+            found = adam_numbers(own[0], own[1], own[2], own[3], own[4], float(counts[p]))
+            for k in range(len(found)):
+                settings[p, k] = found[k]
+
+
+@kernel
+def descend(begin, end, updates, factors, settings, like):
+    """Take a plain gradient step: settings are the rate and the L2 penalty. Three passes."""
+    for c in range(begin, end):
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        rate, decay = settings[p, 0], settings[p, 1]
+        grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
+        param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
+        for i in range(param.size):
+            value = widen(param[i])
+            step = rate * (widen(grad[i]) * factor + decay * value)
+            param[i] = narrow(value - step, param[i])
+
+
+@kernel
+def descend_with_momentum(begin, end, updates, factors, settings, like):
+    """Take a step with momentum. Five passes.
+
+    Settings are the rate, the L2 penalty, the momentum, and the weights that the gradient
+    and the velocity have in the step: (0, 1), or Nesterov's (1, momentum).
+    """
+    for c in range(begin, end):
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        rate, decay, momentum = settings[p, 0], settings[p, 1], settings[p, 2]
+        own, lookahead = settings[p, 3], settings[p, 4]
+        grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
+        param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
+        velocity = array_at(updates[c, FIRST], updates[c, LENGTH], factors)
+        for i in range(param.size):
+            value = widen(param[i])
+            slope = widen(grad[i]) * factor + decay * value
+            velocity[i] = sgd_velocity(slope, velocity[i], momentum)
+            step = sgd_direction(slope, velocity[i], own, lookahead)
+            param[i] = narrow(value - rate * step, param[i])
+
+
+@kernel
+def adam(begin, end, updates, factors, settings, like):
+    """Take a step of Adam with decoupled weight decay. Seven passes.
+
+    Settings are what `formulas.adam_numbers` returns.
+    """
+    for c in range(begin, end):
+        p = updates[c, OWNER]
+        factor = factors[p]
+        if factor == LEFT:
+            continue
+        decay, weight, square_weight = settings[p, 0], settings[p, 1], settings[p, 2]
+        rate, eps = settings[p, 3], settings[p, 4]
+        grad = array_at(updates[c, GRAD], updates[c, LENGTH], like)
+        param = array_at(updates[c, PARAM], updates[c, LENGTH], like)
+        mean = array_at(updates[c, FIRST], updates[c, LENGTH], factors)
+        square = array_at(updates[c, SECOND], updates[c, LENGTH], factors)
+        for i in range(param.size):
+            slope = widen(grad[i]) * factor
+            mean[i] = moment(slope, mean[i], weight)
+            square[i] = moment(slope * slope, square[i], square_weight)
+            step = adam_step(mean[i], np.sqrt(square[i]), rate, eps)
+            value = widen(param[i])
+            param[i] = narrow(value - (step + decay * value), param[i])

@@ -1,0 +1,1 @@
+"""How the host's kernels are compiled, kept, and run by several threads."""

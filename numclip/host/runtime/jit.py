@@ -1,0 +1,221 @@
+"""How the CPU's kernels are compiled: the one place that names numba's options and its cache.
+
+`device` is that place for numba-cuda, which is loaded only when a GPU is asked for.
+"""
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+import numpy as np
+from llvmlite import binding
+from numba import njit
+from numba.core import config, sigutils
+from numba.core.compiler import Compiler, CompileResult
+from numba.core.runtime.nrt import rtsys
+from numba.core.serialize import dumps
+
+from numclip.host.runtime import cache, digest, entries, registers
+from numclip.host.runtime.entries import KernelCompiler
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+INTERPRETED = bool(vars(config)["DISABLE_JIT"])
+
+# Division that raises keeps loops from vectorising; a kernel reports by value instead. What is not
+# set would be taken over from a user's function in whose compilation ours is first met.
+OWN_FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "forceinline": False}
+# Nobody calls a kernel from C.
+_OPTIONS: dict[str, Any] = {**OWN_FLAGS, "nogil": True, "no_cfunc_wrapper": True}
+# Nor a part of kernels from Python: without a wrapper it takes a fifth less time to compile.
+_PART_OPTIONS: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True}
+# Reassociation alone lets a sum vectorise. "nnan" and "ninf" stay off: NaN and Inf must pass.
+_SUM_FLAGS = {"reassoc", "contract", "nsz"}
+# What NUMBA_... can say about the code that numba makes, beside the processor.
+_SETTINGS = (
+    "OPT",
+    "LOOP_VECTORIZE",
+    "SLP_VECTORIZE",
+    "LLVM_REFPRUNE_PASS",
+    "LLVM_REFPRUNE_FLAGS",
+    "DEBUGINFO_DEFAULT",
+    "BOUNDSCHECK",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "NRT_STATS",
+    "USING_SVML",
+)
+QUIET = "NUMCLIP_QUIET"
+
+_announced = False
+
+
+def _announce() -> None:
+    """Say once, on stderr, why this call takes longer than the next."""
+    global _announced
+    if _announced or os.environ.get(QUIET, "0") not in ("", "0"):
+        return
+    _announced = True
+    path, refused = cache.folder()
+    kept = f"kept in {path}" if path else f"kept nowhere ({'; '.join(refused)})"
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(Exception):  # it can be closed
+        print(
+            f"numclip: compiling, which takes seconds; the code is {kept} ({QUIET}=1 hides this)",
+            file=sys.stderr,
+        )
+
+
+def description(function: Callable[..., Any], options: Any, kinds: Any, target: Any) -> str:
+    """Say what compiled code is for, to the last thing that it depends on.
+
+    `kinds` are the types of its arguments, `target` the processor and the features it may use.
+    """
+    settings = {name: str(vars(config).get(name)) for name in _SETTINGS}
+    return "\n".join(
+        f"{name}: {value}"
+        for name, value in {
+            "function": f"{function.__module__}.{function.__qualname__}",
+            "source": digest.of(function),
+            "arguments": [str(kind) for kind in kinds],
+            "compiler": digest.of_modules(entries, registers),
+            "options": sorted((key, str(_ordered(value))) for key, value in options.items()),
+            "target": [str(part) for part in target],
+            "settings": settings,
+            "numba": numba.__version__,
+            "llvmlite": (llvmlite.__version__, binding.llvm_version_info),
+            "numpy": np.__version__,
+            "python": (sys.version, sys.implementation.name, getattr(sys, "abiflags", "")),
+        }.items()
+    )
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+class Cache:
+    """What numba asks for a kernel's code on disk, and gives it to; see `cache`."""
+
+    def __init__(self, function: Callable[..., Any], options: Any) -> None:
+        self._function = function
+        self._options = options
+
+    @property
+    def cache_path(self) -> str | None:
+        """The folder, as numba's statistics tell it."""
+        return cache.folder().path
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """Return the compiled function for a signature, None where it must be compiled."""
+        wanted, _ = sigutils.normalize_signature(signature)
+        try:
+            found = self._load(tuple(wanted), target)
+        except Exception:  # broken code can raise whatever reading it raises
+            found = None
+        if found is None:
+            _announce()
+        return found
+
+    def _load(self, wanted: Any, target: Any) -> Any:
+        payload = cache.read(self._function.__qualname__, self._description(wanted, target))
+        if payload is None:
+            return None
+        symbols, reduced = pickle.loads(payload)
+        # numba would load its whole library first, with scipy.linalg: half a second. Code needs
+        # no more of it than the symbols that it was linked to.
+        rtsys.initialize(target)
+        if not all(map(binding.address_of_symbol, symbols)):
+            target.refresh()
+        if not all(map(binding.address_of_symbol, symbols)):
+            return None  # LLVM would end the process
+        result = CompileResult._rebuild(target, *reduced)
+        same = result.fndesc.qualname == self._function.__qualname__
+        return result if same and tuple(result.signature.args) == wanted else None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep a compiled function, where that is possible."""
+        if result.lifted or result.library.has_dynamic_globals:
+            return
+        wanted, _ = sigutils.normalize_signature(signature)
+        with contextlib.suppress(Exception):  # what cannot be described or pickled is not kept
+            described = self._description(wanted, result.target_context)
+            payload = dumps((_symbols(result.library), result._reduce()))
+            cache.write(self._function.__qualname__, described, payload)
+
+    def _description(self, wanted: Any, target: Any) -> str:
+        return description(self._function, self._options, wanted, target.codegen().magic_tuple())
+
+    def flush(self) -> None:
+        """Do nothing: no other code has this one's name."""
+
+    enable = disable = flush
+
+
+def _symbols(library: Any) -> list[str]:
+    """Return the names of functions and variables that a library takes from the process."""
+    module = library._final_module
+    return sorted(
+        value.name
+        for value in (*module.functions, *module.global_variables)
+        if value.is_declaration and not value.name.startswith("llvm.")
+    )
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` at its first call and keep the code on disk where that is possible."""
+    return _cached(function, {**_OPTIONS, "pipeline_class": KernelCompiler})
+
+
+def kernel_with_gil(function: Function) -> Function:
+    """Compile a kernel that reads Python objects, which no other thread may change meanwhile."""
+    return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": KernelCompiler})
+
+
+def without_entry(function: Function) -> Function:
+    """Compile a function that reads or sets the floating-point environment, see `entries`."""
+    return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": Compiler})
+
+
+def _cached(function: Function, options: dict[str, Any]) -> Function:
+    if INTERPRETED:
+        return np.errstate(all="ignore")(function)  # compiled code does not warn
+    compiled: Any = njit(**options)(function)
+    compiled._cache = Cache(compiled.py_func, {**compiled.targetoptions, **options})
+    return compiled  # type: ignore[no-any-return]
+
+
+def inline(function: Function) -> Function:
+    """Compile `function` as a part of the kernels that call it."""
+    return _part(function)
+
+
+def expanded(function: Function) -> Function:
+    """Write `function` out where kernels call it: a call costs 3 ns, as much as 250 bytes read."""
+    return _part(function, inline="always")
+
+
+def block_sum(function: Function) -> Function:
+    """Compile a plain sum over a slice, vectorised by reassociation, as a part of kernels."""
+    return _part(function, fastmath=_SUM_FLAGS)
+
+
+def _part(function: Function, **options: Any) -> Function:
+    """Compile a function that only kernels call; from Python there is no way into its code."""
+    compiled: Any = njit(**{**_PART_OPTIONS, **options})(function)
+    if INTERPRETED:
+        return compiled  # type: ignore[no-any-return]
+
+    def refuse(*_arguments: Any, **_names: Any) -> None:
+        raise TypeError(f"{function.__qualname__} is a part of kernels: only they can call it")
+
+    def add(result: Any) -> None:  # numba's own also lets Python call it
+        compiled.overloads[tuple(result.signature.args)] = result
+
+    compiled._compile_for_args, compiled.add_overload = refuse, add
+    return compiled  # type: ignore[no-any-return]

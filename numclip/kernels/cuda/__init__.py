@@ -1,1 +1,0 @@
-"""The kernels of NVIDIA GPUs, by numba-cuda; loaded only when a GPU is asked for."""
