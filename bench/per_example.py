@@ -1,4 +1,7 @@
-"""Clipping each example's gradients and summing them: numclip and its peers."""
+"""Clipping each example's gradients and summing them: numclip and its peers.
+
+No example can be added before its norm is known: what exceeds the caches is read twice.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ def exact(grads: list[np.ndarray], bound: float) -> tuple[Any, float]:
 def norms_of(grads: list[np.ndarray]) -> np.ndarray:
     flat = [grad.reshape(len(grad), -1) for grad in grads]
     return np.sqrt(sum(np.einsum("nk,nk->n", x, x, dtype=np.float64) for x in flat))
+
+
+def two_reads(source: list[np.ndarray], _: Bound) -> Call:
+    read = memory_speed.streams(None, 1, sum(grad.size for grad in source))
+    return lambda: (read(), read())
 
 
 def numclip(source: list[np.ndarray], bound: Bound) -> Call:
@@ -70,12 +78,12 @@ def torch_opacus(source: list[np.ndarray], bound: Bound) -> Call:
 PER_EXAMPLE = Workload(
     exact,
     {
-        "limit": memory_speed.read_and(None, 1),
+        "limit": two_reads,
         "numclip": numclip,
         "NumPy einsum": numpy_einsum,
         "optax jit": optax_jit,
         "torch as Opacus": torch_opacus,
     },
-    passes=(1, 1),
+    passes=(2, 2),
     norm=lambda grads: float(np.median(norms_of(grads))),
 )

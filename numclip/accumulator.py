@@ -50,8 +50,9 @@ class NormAccumulator:
     for the same dtypes, and all pieces together are held to the bound as strictly as in one call.
     Sums are exact: integers of some 500 bytes.
 
-    **Edge cases.** Without gradients the norm is 0.0. NaN and Inf pass on. A tensor that arrives in
-    parts counts part by part: its bits are those of the parts as tensors.
+    **Edge cases.** Without gradients the norm is 0.0. NaN and Inf pass on; a clip with
+    ``nonfinite="zero"`` refuses them, as the norm of the rest is not known. A tensor that arrives
+    in parts counts part by part: its bits are those of the parts as tensors.
 
     **Threads.** `add` and `merge` may be called by several threads at a time. CUDA arrays are
     waited for. An accumulator can be pickled and copied.
@@ -165,6 +166,15 @@ class NormAccumulator:
         """Refuse, by the name of an argument, an accumulator of another order."""
         if self.ord != ord:
             raise ValueError(expected(name, f"one of ord={ord:g}", f"one of ord={self.ord:g}"))
+
+    def check_policy(self, name: str, nonfinite: str) -> None:
+        """Refuse likewise one of which too little is known for a policy."""
+        if nonfinite == "zero" and self._special:
+            wanted = 'finite gradients for nonfinite="zero"'
+            got = (
+                f"a norm of {self.norm}; that of the rest is not known, so clean them before add()"
+            )
+            raise ValueError(expected(name, wanted, got))
 
     @property
     def whole(self) -> Whole:

@@ -35,6 +35,11 @@ class DType:
     grain: float
 
     @property
+    def is_half(self) -> bool:
+        """Whether it has 16 bits."""
+        return self.storage.itemsize == 2
+
+    @property
     def storage(self) -> np.dtype[Any]:
         """The dtype that memory is read as."""
         return self.like.dtype
@@ -63,6 +68,12 @@ class DType:
     def limits(self) -> Array:
         """What `kernels.joint` is told: roundoff, digits, `tiny` and `coarse`."""
         return np.array([self.roundoff, self.digits, self.tiny, self.coarse])
+
+    @cached_property
+    def mask(self) -> Array:
+        """An unsigned integer of the stored bits but for the sign, as an array of one."""
+        bits = 8 * self.storage.itemsize
+        return np.array([(1 << (bits - 1)) - 1], f"u{bits // 8}")
 
 
 def _row(
@@ -95,7 +106,7 @@ _ROWS = {
     )
 }
 NAMES = ", ".join(_ROWS)
-FLOAT64 = _ROWS["float64"]
+FLOAT32, FLOAT64 = _ROWS["float32"], _ROWS["float64"]
 
 # bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
 _BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -56,6 +56,9 @@ class Plan(Protocol):
 
         The sums of the outcome stay as they are.
         """
+
+    def at_once(self, divisors: Array) -> AtOnce | None:
+        """Return what clips little data by one call each, None where it is not that."""
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
@@ -122,19 +125,45 @@ class Given(Protocol):
         """
 
 
+class HalfCopies(Protocol):
+    """Float32 numbers and their 16-bit copies."""
+
+    def round_all(self, stream: Any) -> None:
+        """Let copies be the nearest ones to their numbers."""
+
+    def take_over(self, stream: Any) -> None:
+        """Let numbers be those of the copies that are none of theirs."""
+
+
 class AtOnce(Protocol):
-    """What takes whole steps by one call each."""
+    """What clips, or takes whole steps, by one call each, or by two: `measure`, then `take`.
+
+    What is found goes to a row of the outcomes, numbered `place`. If a call says that this is not
+    right, nothing else was written.
+    """
+
+    def measure(
+        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
+    ) -> bool:
+        """Measure the gradients of the plan, or given ones; tell if that was right."""
+
+    def take(
+        self,
+        items: Any,
+        place: int,
+        unscale: float,
+        bounds: Array,
+        outcomes: Sequence[Any],
+        measures: bool = True,
+    ) -> bool:
+        """Clip by bounds, or clip and update; measure first, or use what was; tell likewise."""
+
+
+class StepsAtOnce(AtOnce, Protocol):
+    """What takes whole steps."""
 
     def leave(self, numbers: list[int]) -> None:
         """Let some tensors have no gradient of the plan's in the next step, all others one."""
-
-    def step(
-        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
-    ) -> bool:
-        """Clip and update by the gradients of the plan, or given ones; tell if that was right.
-
-        What was found goes to a row of the outcomes. If it was not right, nothing else is written.
-        """
 
 
 class GroupUpdates(Protocol):
@@ -158,7 +187,7 @@ class GroupUpdates(Protocol):
         None is for the gradients of the plan.
         """
 
-    def at_once(self, given: Any, divisors: Array) -> AtOnce | None:
+    def at_once(self, given: Any, divisors: Array) -> StepsAtOnce | None:
         """Return what takes whole steps of little data, None where it is not that."""
 
     def step(self, outcome: Outcome, stream: Any) -> None:
@@ -276,8 +305,19 @@ class Engine(Protocol):
     def put(self, array: Any, source: Any, stream: Any) -> None:
         """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
 
-    def given(self, targets: Sequence[Facts], taken: Sequence[tuple[int, int]]) -> Given | None:
-        """Return what reads arrays for some targets, if it can; none may lie in memory taken."""
+    def given(
+        self,
+        targets: Sequence[Facts],
+        taken: Sequence[tuple[int, int]],
+        natives: Sequence[np.dtype[Any]] | None = None,
+    ) -> Given | None:
+        """Return what reads arrays for some targets, if it can; none may lie in memory taken.
+
+        They have the dtypes `natives` where these are told, of 16 bits for targets of float32.
+        """
+
+    def half_copies(self, tables: Mapping[DType, Array], stream: Any) -> HalfCopies:
+        """Return what rounds numbers; rows are of (copies, numbers, length), by copies' dtypes."""
 
     def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
         """Copy arrays likewise, each into the one before it."""

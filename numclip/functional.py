@@ -15,7 +15,7 @@ from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
 from numclip.clipping import clip, mixed, parts, ranks
 from numclip.errors import expected
-from numclip.host import lists, plain_units
+from numclip.host import lists, plain_examples, plain_units
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
 from numclip.sums import Whole
@@ -74,9 +74,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = lists.global_norm(grads)
+        known = lists.global_norm(grads, ord)
         if known is None:
-            known = mixed.global_norm(grads)
+            known = mixed.global_norm(grads, ord)
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -108,7 +108,7 @@ def clip_by_global_norm(
         A norm to use instead of computing it, for instance from `global_norm`. Where rows
         repeat, the gradients are read all the same, for what rounding can add to their sums.
         An accumulator of all pieces of which these gradients are one holds the pieces together
-        to the bound.
+        to the bound; with ``nonfinite="zero"`` all it was given must be finite.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"
@@ -183,9 +183,9 @@ def clip_by_global_norm(
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
     if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = lists.clip_by_global_norm(grads, float(clip_norm), out)
+        done = lists.clip_by_global_norm(grads, float(clip_norm), out, ord)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, float(clip_norm), out)
+            done = mixed.clip_by_global_norm(grads, float(clip_norm), out, ord)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
@@ -207,6 +207,8 @@ def _law(
     elif use_norm is not None:
         given = arguments.given_norm(use_norm)
     arguments.choice("nonfinite", nonfinite, POLICIES)
+    if isinstance(use_norm, NormAccumulator):
+        use_norm.check_policy("use_norm", nonfinite)
     arguments.choice("duplicates", duplicates, DUPLICATES)
     return Law(bound, given=given, ord=order), whole
 
@@ -260,7 +262,7 @@ def clip_by_norm(
            [0.3, 0.4]])
     """
     usual = arguments.are_usual(ord, clip_norm)
-    order = 2.0 if usual else arguments.order(ord)
+    order = float(ord) if usual else arguments.order(ord)
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         return _clip_whole(grad, bound, out, lambda _: 1.0, order)
@@ -522,6 +524,10 @@ def clip_per_example(
     """
     bound = arguments.bound("clip_norm", clip_norm)
     arguments.choice("layerwise", layerwise, (None, "uniform", "proportional"))
+    if layerwise is None:
+        done = plain_examples.clip(grads, bound)
+        if done is not None:
+            return done
     return parts.clip_per_example(grads, bound, layerwise)
 
 
@@ -540,11 +546,11 @@ def _clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
 ) -> Any:
     """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord == 2.0:
+    if ord == 2.0 or ord == math.inf:
         result = lists.each(
             grad,
             out,
-            lambda own, to, over, _: lists.clip(own, bound, to, over),
+            lambda own, to, over, _: lists.clip(own, bound, to, over, ord),
             lambda own: divisor(max(own.size, 1)),
         )
         if result is not None:

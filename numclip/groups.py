@@ -99,6 +99,7 @@ class ParamGroups(state.Saved):
         Each parameter, a view into its group's buffer: of NumPy, to be written to in place, or
         a `DeviceArray`, which CuPy, PyTorch and numba take without a copy. Assigning copies in.
         With ``copy=False`` the array that was passed, or NumPy's view of another library's.
+        Where a group has masters, see `Group`, these are rounded to it.
     grads : mapping of str to array or IndexedSlices
         Each gradient, a view likewise; a sparse parameter's is `IndexedSlices`, whose values are
         a view until the next ones are copied in, or None. Assigning copies in.
@@ -185,8 +186,9 @@ class ParamGroups(state.Saved):
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
             self._refuse_tied()
-        dense = None if any(group.sparse for group in self._states) else self._states
-        self._taker = None if dense is None else self._made_taker(dense)
+        self._mastered = [group for group in self._states if group.masters]
+        self._behind = False  # whether parameters may not be their rounded masters yet
+        self._takers = self._made_takers()
         self._clipped: Turn | None = None  # whose gradients are there, clipped
         self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
         self._applied = False  # what was there before the last step
@@ -242,10 +244,33 @@ class ParamGroups(state.Saved):
             advice = "pass tied weights under one name, and the sum of their gradients"
             raise ValueError(f"{error}; {advice}") from None
 
-    def _made_taker(self, groups: Sequence[GroupState]) -> Given | None:
-        """Return what copies ordinary arrays in by one call."""
+    def _made_takers(self) -> list[Given]:
+        """Return what copies arrays in by one call: of the dtypes of gradients, of parameters."""
+        groups = self._states
+        if any(group.sparse for group in groups):
+            return []
         facts = [grad.facts for group in groups for grad in group.gradients()]
-        return self._engine.given(facts, [extent for group in groups for extent in group.extents])
+        taken = [extent for group in groups for extent in group.extents]
+        natives = [param.dtype for param in self.params.values()]
+        made = [self._engine.given(facts, taken)]
+        if self._mastered:
+            made.append(self._engine.given(facts, taken, natives))
+        return [taker for taker in made if taker is not None]
+
+    def _take_over(self, *, whole: bool = False) -> None:
+        """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
+        for group in self._mastered:
+            if self._behind:  # an update was interrupted
+                group.round(self._stream)
+            else:
+                group.take_over(self._stream, whole=whole)
+        self._behind = False
+
+    def _round(self) -> None:
+        """Let parameters be their rounded masters; sparse ones at the rows that have gradients."""
+        for group in self._mastered:
+            group.round(self._stream, whole=False)
+        self._behind = False
 
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
@@ -361,7 +386,8 @@ class ParamGroups(state.Saved):
         else:
             named = dotted(grads, "grads")
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
-        if reads and len(named) == len(self._names):
+        in_order = isinstance(grads, dict) and tuple(grads) == self._names
+        if reads and len(named) == len(self._names) and not in_order:
             outline = Outline(grads)
             places = {name: k for k, name in enumerate(outline.names)}
             if places.keys() == self._owners.keys():
@@ -370,13 +396,13 @@ class ParamGroups(state.Saved):
 
     def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
-        return self._taker is not None and self._taker.take(items, adds=adds)
+        return any(taker.take(items, adds=adds) for taker in self._takers)
 
     def _take_some(self, named: Mapping[str, Any], *, adds: bool) -> bool:
         """Do the same with those that have a name; the others stay as they are."""
-        if self._taker is None or not named.keys() <= self._owners.keys():
+        if not self._takers or not named.keys() <= self._owners.keys():
             return False
-        items = tuple([named.get(name, self._taker.kept) for name in self._names])
+        items = tuple([named.get(name, self._takers[0].kept) for name in self._names])
         return self._take(items, adds=adds)
 
     @isolated
@@ -429,7 +455,6 @@ class ParamGroups(state.Saved):
             group.zero(self._stream)
         self._forget()
 
-    @isolated
     def clip(
         self,
         *,
@@ -503,19 +528,30 @@ class ParamGroups(state.Saved):
 
     def _clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> ClipReport:
         """Clip as `clip` does, after its arguments were checked."""
+        self._take_over()
         steps = self._made_steps()
         if grads is not None:
             return self._measured(steps, self._named(grads), scale, ranks)
         turn = steps.taken(self.step, scale)
-        absent = self._absent()
-        self._leave_out(steps, absent)
+        absent = self._absent() if self._set else NOBODY
+        if absent or steps.follows:
+            self._leave_out(steps, absent)
+        if not (apply and ranks is None and steps.clip_at_once(turn)):
+            self._clip_by_parts(steps, turn, absent, apply, ranks)
+        if apply:
+            self._clipped = turn
+        return self._reported(steps, turn, counts=apply)
+
+    @isolated
+    def _clip_by_parts(
+        self, steps: Steps, turn: Turn, absent: frozenset[str], apply: bool, ranks: Ranks | None
+    ) -> None:
+        """Measure and decide, then write the gradients or find out what that would make."""
         steps.decide(turn, ranks, f"clip(apply={apply}){self._without(absent)}")
         if apply:
             steps.write()
-            self._clipped = turn
         else:
             steps.preview()
-        return self._reported(steps, turn, counts=apply)
 
     def _without(self, absent: frozenset[str]) -> str:
         """Say which parameters have no gradient, of those that all ranks have."""
@@ -528,6 +564,7 @@ class ParamGroups(state.Saved):
         for name in absent:
             self._owner(name).clear(name, self._stream)
 
+    @isolated
     def _measured(
         self, steps: Steps, named: Mapping[str, Any], scale: float, ranks: Ranks | None
     ) -> ClipReport:
@@ -590,19 +627,37 @@ class ParamGroups(state.Saved):
         if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
             items = tuple([grads.get(name) for name in self._names])
         with self._lock:
-            steps = self._made_steps()
-            if grads is None and self._clipped is not None:
-                return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
-            absent = self._absent() if grads is None and self._set else NOBODY
-            turn = steps.taken(self.step, unscale)
-            settings = updater.settings(self.step)
-            known = ranks is None and (items is not None or grads is None)
-            if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
-                self._update(updater, steps, turn, settings, absent, grads, items, ranks)
-            if self._set:
-                self._set.clear()
-            self._clipped, self._applied = None, True
-            return self._reported(steps, turn, counts=True)
+            if not self._mastered:
+                return self._step(updater, unscale, grads, items, ranks)
+            self._take_over()
+            self._behind = True
+            try:
+                return self._step(updater, unscale, grads, items, ranks)
+            finally:
+                self._round()
+
+    def _step(
+        self,
+        updater: GroupUpdater,
+        unscale: float,
+        grads: Any,
+        items: tuple[Any, ...] | None,
+        ranks: Ranks | None,
+    ) -> ClipReport:
+        """Take a step at once, or the general way; `items` are its gradients, if they are known."""
+        steps = self._made_steps()
+        if grads is None and self._clipped is not None:
+            return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
+        absent = self._absent() if grads is None and self._set else NOBODY
+        turn = steps.taken(self.step, unscale)
+        settings = updater.settings(self.step)
+        known = ranks is None and (items is not None or grads is None)
+        if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
+            self._update(updater, steps, turn, settings, absent, grads, items, ranks)
+        if self._set:
+            self._set.clear()
+        self._clipped, self._applied = None, True
+        return self._reported(steps, turn, counts=True)
 
     @isolated
     def _update(
@@ -629,6 +684,8 @@ class ParamGroups(state.Saved):
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
+                for group in self._mastered if not self._takers else ():
+                    group.take_over(self._stream, whole=False)  # at other rows
             self._clipped = None  # whatever follows: others are there
         updater.step(steps, turn, settings, absent, None, ranks)
 
@@ -650,14 +707,21 @@ class ParamGroups(state.Saved):
         self._applied = True
         return ClipReport.of((turn, None))
 
-    def _params_on_host(self) -> dict[str, Array]:
-        return {name: np.array(array) for name, array in self.params.items()}
+    def _arrays_on_host(self) -> dict[str, Any]:
+        """Return copies of the parameters, and of the masters where there are some."""
+        masters = {name: own for group in self for name, own in group.masters.items()}
+        every = {"params": self.params, "masters": masters} if masters else {"params": self.params}
+        return {kind: {key: np.array(a) for key, a in own.items()} for kind, own in every.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the parameters, the rules' state, the history and the step."""
+        """Return copies of parameters, their masters, the rules' state, the history and the step.
+
+        ``state_dict()["masters"]`` is there if any group has masters.
+        """
+        self._take_over(whole=True)
         return {
             "step": self.step,
-            "params": self._params_on_host(),
+            **self._arrays_on_host(),
             "rules": {
                 group.name: {"rule": repr(group.clip), **_copied(group.rule_state)}
                 for group in self
@@ -673,9 +737,10 @@ class ParamGroups(state.Saved):
         state_dict : mapping
             From `state_dict` of groups with the same parameters and rules.
         strict : bool, default True
-            False takes up what fits: parameters of the same name, shape and dtype, the state of a
-            rule of the same class, the history of groups there are, and the step. All else stays
-            as it is.
+            False takes up what fits: parameters and masters of the same name, shape and dtype, the
+            state of a rule of the same class, the history of groups there are, and the step. All
+            else stays as it is, but for masters whose parameters alone are taken up: they are
+            these.
 
         Returns
         -------
@@ -690,12 +755,12 @@ class ParamGroups(state.Saved):
         fit, loaded = state.Fit(strict=strict), dict(state_dict)
         rules = fitting_rules(self, loaded.pop("rules", None), fit)
         history = fitting_history(self, loaded.pop("history", None), fit)
-        found = fit.tree({"step": self.step, "params": self._params_on_host()}, loaded)
+        own = {"step": self.step, **self._arrays_on_host()}
+        found = fit.tree(own, loaded)
         if not 0 <= found["step"] <= MOST:
             fit.leave_out(f"step: expected a count from 0 to {MOST}, got {found['step']}")
             found["step"] = self.step
-        for name, param in self.params.items():
-            param[...] = found["params"][name]
+        self._load_arrays(own, found)
         for group in self:
             group.rule_state = _copied(rules[group.name])
         self.history, self.step = history, found["step"]
@@ -703,6 +768,23 @@ class ParamGroups(state.Saved):
             self._ranks.forget()
         self.zero_grads()
         return fit.left_out
+
+    def _load_arrays(self, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Take up parameters and masters; what is not to be is that of `own`."""
+        new = {
+            kind: {key: a for key, a in found[kind].items() if a is not own[kind][key]}
+            for kind in own.keys() - {"step"}
+        }
+        for group in self._mastered:
+            for name in group.masters:
+                value = new["masters"].get(name, new["params"].get(name))
+                if value is not None:
+                    group.updated[name][...] = value
+            group.round(self._stream)
+        for name, value in new["params"].items():
+            self.params[name][...] = value
+        self._behind = False
+        self._take_over(whole=True)
 
 
 def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:

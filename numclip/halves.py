@@ -12,6 +12,7 @@ _MAGNITUDE, _SIGN = 0x7FFF_FFFF, 0x8000
 _INFINITY, _QUIET = 0x7F80_0000, 0x0040_0000
 _HALF_INFINITY, _HALF_NAN = 0x7C00, 0x7E00
 _HALF_NORMAL = 113 << 23  # 2**-14, the smallest normal float16, as a float32's bits
+_ONE_HALF = 126 << 23  # 0.5 likewise
 _REBIAS = 112 << 23  # difference of the exponents' biases
 
 
@@ -33,8 +34,8 @@ def half_to_float(builder, half, *, native):
     return builder.bitcast(builder.or_(bits, sign), _F32)
 
 
-def float_to_half(builder, value, *, native):
-    """Emit float16 bits: to nearest even, below the normal numbers toward zero."""
+def float_to_half(builder, value, *, native, nearest=False):
+    """Emit float16 bits: to nearest even, below the normal numbers toward zero if not `nearest`."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _int(_MAGNITUDE))
     positive = builder.bitcast(magnitude, _F32)
@@ -50,21 +51,27 @@ def float_to_half(builder, value, *, native):
         is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
         payload = builder.and_(builder.lshr(magnitude, _int(13)), _int(0x3FF))
         rounded = builder.select(is_nan, builder.or_(payload, _int(_HALF_NAN)), rounded)
-    count = builder.fptosi(builder.fmul(positive, ir.Constant(_F32, 2.0**24)), _I32)
+    if nearest:  # half a unit in the last place of a sum from 0.5 to 1 is one of the counts
+        sum_ = builder.fadd(positive, ir.Constant(_F32, 0.5))
+        count = builder.sub(builder.bitcast(sum_, _I32), _int(_ONE_HALF))
+    else:
+        count = builder.fptosi(builder.fmul(positive, ir.Constant(_F32, 2.0**24)), _I32)
     small = builder.icmp_unsigned("<", magnitude, _int(_HALF_NORMAL))
-    rounded = builder.select(small, count, rounded)
+    if not (native and nearest):
+        rounded = builder.select(small, count, rounded)
     sign = builder.and_(builder.lshr(bits, _int(16)), _int(_SIGN))
     return builder.trunc(builder.or_(rounded, sign), _I16)
 
 
-def float_to_bfloat(builder, value):
-    """Emit bfloat16 bits: to nearest even, below the normal numbers toward zero."""
+def float_to_bfloat(builder, value, *, nearest=False):
+    """Emit bfloat16 bits likewise."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _int(_MAGNITUDE))
     odd = builder.and_(builder.lshr(bits, _int(16)), _int(1))
     rounded = builder.add(builder.add(bits, _int(0x7FFF)), odd)
-    small = builder.icmp_unsigned("<", magnitude, _int(1 << 23))
-    rounded = builder.select(small, bits, rounded)
+    if not nearest:
+        small = builder.icmp_unsigned("<", magnitude, _int(1 << 23))
+        rounded = builder.select(small, bits, rounded)
     is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
     rounded = builder.select(is_nan, builder.or_(bits, _int(_QUIET)), rounded)
     return builder.trunc(builder.lshr(rounded, _int(16)), _I16)
@@ -79,18 +86,18 @@ def widen_interpreted(value):
     return value
 
 
-def narrow_interpreted(value, like):
+def narrow_interpreted(value, like, *, nearest=False):
     """Return `value` as an element stored like `like`."""
     if like.dtype.kind == "f":
         return like.dtype.type(value)
     number = np.float32(value)
     bits = int(number.view(np.uint32))
     if like.dtype == np.uint16:
-        if abs(number) < 2.0**-14:
+        if abs(number) < 2.0**-14 and not nearest:
             return np.uint16(int(abs(number) * 2.0**24) | bits >> 16 & _SIGN)
         return np.float16(number).view(np.uint16)
     if np.isnan(number):
         bits |= _QUIET
-    elif bits & _MAGNITUDE >= 1 << 23:
+    elif nearest or bits & _MAGNITUDE >= 1 << 23:
         bits += 0x7FFF + (bits >> 16 & 1)
     return np.uint16(bits >> 16).view(np.int16)

@@ -115,10 +115,10 @@ class Optimizer(state.Saved):
         if groups is None or updater is None:
             groups, updater = self._managed()
         ranks = groups.ranks_of(comm)
+        if ranks is None:  # a block that does nothing would take 0.4 us
+            return groups.update(updater, _loss_scale(unscale), grads)
         with telling(ranks):
-            if type(unscale) is not float or not 0.0 < unscale < math.inf:
-                unscale = arguments.positive("unscale", unscale)
-            return groups.update(updater, unscale, grads, ranks)
+            return groups.update(updater, _loss_scale(unscale), grads, ranks)
 
     def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
         if self.groups is None or self._updater is None:
@@ -231,6 +231,13 @@ class Optimizer(state.Saved):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
         return fit.left_out
+
+
+def _loss_scale(unscale: Any) -> float:
+    """Return a loss scale, after checking it."""
+    if type(unscale) is float and 0.0 < unscale < math.inf:
+        return unscale
+    return arguments.positive("unscale", unscale)
 
 
 class SGD(Optimizer):

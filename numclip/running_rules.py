@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -15,6 +16,13 @@ from numclip.dtypes import Array
 from numclip.rules import Bound, Rule, State, bound_or_schedule, put
 
 MOST = 2**62  # steps that are counted; one more must fit into int64
+
+
+class _Norms(dict[str, Array]):
+    """A ring of norms; beside it, until the state after takes them over, these in order."""
+
+    __slots__ = ("ascending",)
+    ascending: list[float] | None
 
 
 @final
@@ -75,28 +83,56 @@ class AutoClip(Rule):
 
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the percentile."""
-        if state["count"] < self.warmup:
-            return np.full(norms.shape, np.inf)
-        after = self.observe(norms, norms, total, step, state)
-        known = after["norms"][: min(int(after["count"]), self.window)]
-        # The bits of numpy.percentile, which took 330 us for 10,000 norms and 255 for 100 where
-        # this took 76 and 2.
-        position = (known.size - 1) * (self.percentile / 100.0)
+        count = int(state["count"])
+        if count < self.warmup:
+            return np.array([np.inf])
+        known = self._ascending(state)
+        norm: float = norms.item()
+        place = bisect_left(known, norm)
+        oldest = len(known)  # which the norm takes the place of, where the ring is full
+        if count >= self.window:
+            oldest = bisect_left(known, state["norms"].item(count % self.window))
+            place -= oldest < place
+
+        def known_with_norm(k: int) -> float:
+            """Return the k-th of the norms, of the present one and without the oldest."""
+            if k == place:
+                return norm
+            k -= k > place
+            return known[k + (k >= oldest)]
+
+        # The bits of numpy.percentile, which took 330 us for 10,000 norms where this takes 1.
+        last = min(count, self.window - 1)
+        position = last * (self.percentile / 100.0)
         below = math.floor(position)
-        above = min(below + 1, known.size - 1)
-        low, high = np.partition(known, (below, above))[[below, above]]
+        low, high = known_with_norm(below), known_with_norm(min(below + 1, last))
         share = position - below
         nearer, weight = (low, share) if share < 0.5 else (high, share - 1.0)
-        return np.full(norms.shape, nearer + (high - low) * weight)
+        return np.array([nearer + (high - low) * weight])
+
+    def _ascending(self, state: State) -> list[float]:
+        """Return the norms that are known in ascending order."""
+        if not isinstance(state, _Norms) or state.ascending is None:
+            known = state["norms"][: min(int(state["count"]), self.window)]
+            return sorted(known.tolist())
+        return state.ascending
 
     def observe(
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Put the norm in the place of the oldest."""
-        count = int(state["count"])
-        ring = state["norms"].copy()
-        ring[count % self.window] = norms[0]
-        return {"norms": ring, "count": np.array(count + 1, np.int64)}
+        count, norm = int(state["count"]), norms.item()
+        known, ring = self._ascending(state), state["norms"].copy()
+        if isinstance(state, _Norms):
+            state.ascending = None
+        place = count % self.window
+        if count >= self.window:
+            del known[bisect_left(known, ring.item(place))]
+        insort(known, norm)
+        ring[place] = norm
+        after = _Norms(norms=ring, count=np.array(count + 1, np.int64))
+        after.ascending = known
+        return after
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         return _counted(found, MOST) if name == "count" else Rule._sane(self, name, found)
@@ -260,11 +296,12 @@ class AdaGC(Rule):
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the bound of each tensor."""
         warming = self._warming(state)
-        bounds = np.full(norms.shape, np.inf)
-        if total > self.absolute:
-            bounds[warming] = norms[warming] * (self.absolute / total)
-        with np.errstate(over="ignore"):
-            bounds[~warming] = self.relative * state["gamma"][~warming]
+        with np.errstate(over="ignore", invalid="ignore"):
+            bounds: Array = self.relative * state["gamma"]
+        if warming.any():
+            bounds[warming] = np.inf
+            if total > self.absolute:
+                bounds[warming] = norms[warming] * (self.absolute / total)
         return bounds
 
     def observe(
@@ -272,8 +309,11 @@ class AdaGC(Rule):
     ) -> dict[str, Array]:
         """Take up the norms after clipping."""
         gamma, warming = state["gamma"], self._warming(state)
-        found = np.minimum(gamma, clipped)
-        found[~warming] = _blend(gamma[~warming], clipped[~warming], self.beta)
+        if warming.any():
+            found = np.minimum(gamma, clipped)
+            found[~warming] = _blend(gamma[~warming], clipped[~warming], self.beta)
+        else:
+            found = _blend(gamma, clipped, self.beta)
         count = min(int(state["count"]) + 1, self.warmup)
         return {
             "count": np.array(count, np.int64),

@@ -116,12 +116,12 @@ def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
 def are_usual(
     ord: Any, bound: Any = 0.0, nonfinite: Any = POLICIES[0], duplicates: Any = DUPLICATES[0]
 ) -> bool:
-    """Tell whether arguments are right and of the commonest types, with the order 2."""
+    """Tell whether arguments are right and of the commonest types, with the order 2 or inf."""
     return (
         type(bound) in _NUMBERS
         and (0 <= bound <= LARGEST or bound == math.inf)
         and type(ord) in _NUMBERS
-        and ord == 2
+        and (ord == 2 or ord == math.inf)
         and type(nonfinite) is str
         and nonfinite in POLICIES
         and type(duplicates) is str

@@ -16,6 +16,7 @@ import numpy as np
 from numclip import engine as engines
 from numclip.border.gradients import Gradient, describe
 from numclip.border.results import check_writable
+from numclip.clipping.masters import Masters, Rows
 from numclip.dtypes import Array
 from numclip.engine import Engine
 from numclip.errors import expected
@@ -59,11 +60,17 @@ class GroupState:
     params, grads : mapping of str to array
         Views into the flat buffers, parameters that are not copied the user's own arrays; for a
         sparse group `grads` is empty.
+    master : {"float32"} or None
+        Whether parameters of 16 bits have masters, and the dtype of these and of their gradients.
+    masters : mapping of str to array
+        The masters, to be read: the next step takes up what was written to `params`.
+    updated : mapping of str to array
+        What an optimizer updates: masters, and parameters without one.
     exposed : set of str
         The parameters whose gradients' views somebody may have, and write to without a word.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
-        There are no `flat_params` of parameters that are not copied.
+        There are no `flat_params` of parameters that are not copied; masters are not in them.
     """
 
     sparse = False
@@ -92,14 +99,21 @@ class GroupState:
         self.names = tuple(given)
         kinds = {name: (own.shape, own.native) for name, own in given.items()}
         self.flat_params, params = flat_buffers(kinds if copies else {}, engine, stream)
-        self._flat_grads, grads = flat_buffers({} if self.sparse else kinds, engine, stream)
-        self.params, self._grads = MappingProxyType(params), MappingProxyType(grads)
-        self.exposed: set[str] = set()
         for name, own in given.items():
             if copies:
                 engine.put(params[name], readable(own, engine), stream)
             else:
                 params[name] = _taken(own)
+        self.params = MappingProxyType(params)
+        self.master = group.master
+        halves = {name: own for name, own in given.items() if self.master and own.dtype.is_half}
+        wide = {name: (own.shape, np.dtype(np.float32)) for name, own in halves.items()}
+        _, masters = flat_buffers(wide, engine, stream)
+        self._masters = Masters(params, masters, engine, stream) if wide else None
+        self.updated = MappingProxyType(params | masters)
+        self._flat_grads, grads = flat_buffers({} if self.sparse else kinds | wide, engine, stream)
+        self._grads = MappingProxyType(grads)
+        self.exposed: set[str] = set()
         self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
         self._dense = [self._gradient(name, grad) for name, grad in grads.items()]
         self._facts = {name: own.facts for name, own in zip(grads, self._dense, strict=True)}
@@ -127,6 +141,12 @@ class GroupState:
         self._changed()
 
     @property
+    def masters(self) -> Mapping[str, Any]:
+        """The masters, which NumPy does not write to."""
+        arrays = {} if self._masters is None else self._masters.arrays
+        return MappingProxyType({name: _read_only(own) for name, own in arrays.items()})
+
+    @property
     def grads(self) -> Mapping[str, Any]:
         """Each gradient, a view."""
         self.exposed.update(self.names)
@@ -141,9 +161,10 @@ class GroupState:
     def __repr__(self) -> str:
         size = sum(param.size for param in self.params.values())
         kind = "sparse" if self.sparse else "dense"
+        master = f", master={self.master!r}" if self.master else ""
         return (
             f"{self.name}: {len(self.params)} {kind} tensors, {size} elements, "
-            f"clip={self.clip!r}, nonfinite={self.nonfinite!r}"
+            f"clip={self.clip!r}, nonfinite={self.nonfinite!r}{master}"
         )
 
     def _gradient(self, name: str, grad: Any) -> Gradient:
@@ -183,33 +204,54 @@ class GroupState:
             self._engine.put(own.facts.array, copy, stream)
 
     def set_param(self, name: str, value: Any, stream: Any) -> None:
-        """Copy values to a parameter, after checking that they fit."""
+        """Copy values to a parameter, by its master if it has one, after checking that they fit."""
         label, param = f"params[{name!r}]", self.params[name]
         own = _given(label, name, value, self._engine)
-        self._check(label, own, param)
+        self._check(label, own, name)
         refuse_beyond(label, own, param.dtype)
-        self._engine.put(param, readable(own, self._engine), stream)
+        self._engine.put(self.updated[name], readable(own, self._engine), stream)
+        if self._masters is not None:
+            self._masters.round(stream, {name: None})
+
+    def take_over(self, stream: Any, *, whole: bool = True) -> None:
+        """Let masters be what was written to their parameters; of rows alone that have gradients.
+
+        Of a sparse group these are all whose masters an update changes.
+        """
+        if self._masters is not None:
+            self._masters.take_over(stream, None if whole else self._touched())
+
+    def round(self, stream: Any, *, whole: bool = True) -> None:
+        """Let parameters be their rounded masters likewise."""
+        if self._masters is not None:
+            self._masters.round(stream, None if whole else self._touched())
+
+    def _touched(self) -> Rows | None:
+        """Return the rows that have gradients, None for all."""
+        return None
 
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
         """Return a gradient of the parameter as it is copied in, after checking that it fits."""
         if grad is None:
             return None
-        label, param = f"grads[{name!r}]", self.params[name]
+        label, param = f"grads[{name!r}]", self.updated[name]
         own = _given(label, name, grad, self._engine)
         if self.sparse != (own.slices is not None):
             wanted = "IndexedSlices, as its group is sparse" if self.sparse else "an array"
             raise TypeError(expected(label, wanted, type(grad).__name__))
-        self._check(label, own, param)
+        self._check(label, own, name)
         if self._nonfinite not in ("skip", "raise"):
             refuse_beyond(label, own, param.dtype)
         return self._apart(name, own, stream)
 
-    def _check(self, label: str, own: Gradient, param: Any) -> None:
-        """Refuse what does not fit a parameter's shape and dtype."""
+    def _check(self, label: str, own: Gradient, name: str) -> None:
+        """Refuse what does not fit a parameter's shape and dtype, nor its master's."""
+        param = self.params[name]
         if own.dense_shape != param.shape:
             raise ValueError(expected(label, f"shape {param.shape}", own.dense_shape))
         elsewhere = own.engine.name != "cpu"  # what casts is in the host's memory
-        if elsewhere and not (own.native == param.dtype and own.facts.c_order):
+        fits = own.native in (param.dtype, self.updated[name].dtype)
+        if elsewhere and not (fits and own.facts.c_order):
             raise TypeError(expected(label, f"dtype {param.dtype} in C order", own.native))
         if own.dtype.components == 2 and param.dtype.kind != "c":
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
@@ -250,6 +292,14 @@ def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
     made = own.engine.empty(own.shape, own.native if dtype is None else dtype)
     own.engine.put(made, own.facts.array, stream)
     return made
+
+
+def _read_only(array: Any) -> Any:
+    """Return a view that is not written to, where NumPy makes it."""
+    if isinstance(array, np.ndarray):
+        array = array.view()
+        array.flags.writeable = False
+    return array
 
 
 def _taken(own: Gradient) -> Any:
@@ -308,7 +358,10 @@ class SparseGroupState(GroupState):
         self._rows = held
 
     def _no_rows(self) -> dict[str, HeldRows]:
-        return {name: HeldRows(param, self._engine) for name, param in self.params.items()}
+        return {name: HeldRows(param, self._engine) for name, param in self.updated.items()}
+
+    def _touched(self) -> Rows:
+        return {name: rows.joined for name, rows in self._rows.items()}
 
     def zero(self, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows."""
@@ -381,9 +434,13 @@ class HeldRows:
     def slices(self) -> IndexedSlices:
         """The rows as one object, whose values are a view; the same one while they stay."""
         if self._slices is None:
-            joined = np.concatenate([np.empty(0, np.int64), *self.indices])
-            self._slices = IndexedSlices(self._part(0, self._count), joined, self._shape)
+            self._slices = IndexedSlices(self._part(0, self._count), self.joined, self._shape)
         return self._slices
+
+    @property
+    def joined(self) -> Array:
+        """The indices of all parts."""
+        return np.concatenate([np.empty(0, np.int64), *self.indices])
 
     def gradient(self, describe: Callable[[str, Any], Gradient], name: str) -> Gradient:
         """Return the description of the rows, the same one while they stay."""

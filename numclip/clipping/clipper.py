@@ -55,7 +55,11 @@ class Clipper:
         The parameters that have no gradient at the present step, where rules follow norms.
     writes_within : bool
         Whether parts of a tensor are written by factors of their own, or cleaned.
+    by_norms : bool
+        Whether bounds on L2 norms are all that decides.
     """
+
+    by_norms = True
 
     follows = decides_again = writes_within = False
     absent: frozenset[str] = frozenset()
@@ -196,10 +200,6 @@ class Clipper:
         self.unscale = unscale
         self._write_law(unscale, stream)
 
-    def _take_bounds(self, bounds: Array) -> None:
-        if (bounds != self.bounds).any():
-            self.bounds = bounds
-
     def _take_rows(self, stream: Any) -> None:
         """Let the plan know the rows that the sparse groups have at present."""
         entries = [(group, e) for group in self.groups if group.sparse for e in group.gradients()]
@@ -326,9 +326,9 @@ class Clipper:
 
     @property
     def in_order(self) -> bool:
-        """Whether `measure` decides all, of all groups in the order the user gave them."""
+        """Whether norms decide all, of all groups in the order the user gave them."""
         numbers = [group.number for group in self.groups]
-        return type(self) is Clipper and numbers == sorted(numbers)
+        return self.by_norms and numbers == sorted(numbers)
 
     @np.errstate(invalid="ignore")
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002

@@ -15,7 +15,8 @@ from numclip.clipping.asking import check
 from numclip.clipping.clipper import Clipper
 from numclip.clipping.outcome import Columns, GroupOutcome, Read, joined, norms_of
 from numclip.dtypes import Array
-from numclip.engine import Engine, Outcome
+from numclip.engine import AtOnce, Engine, Outcome
+from numclip.isolation import isolated
 from numclip.law import Family, Law
 from numclip.memory import Strided
 
@@ -34,19 +35,36 @@ class FollowingClipper(Clipper):
 
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
-        sums, decisions = (self.engine.read(table, stream) for table in self.found)
+        self._follow(step, stream)
+        self._write_law(self.unscale, stream)
+        self._decide_again(stream)
+
+    def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
+        """Take a step by two calls, the first of which measures."""
+        where = items, turn.place, turn.unscale
+        if not native.measure(*where, self._unbounded, self.tables):
+            return False
+        self.unscale, self.found, self.told = turn.unscale, self._outcome(turn.place), None
+        self._follow(turn.step, None)
+        turn.bounds = [self.bounds]
+        return native.take(*where, self.bounds, self.tables, measures=False)
+
+    @isolated
+    def _follow(self, step: int, stream: Any) -> None:
+        """Take the bounds that the rules make of the norms."""
+        read = self.engine.read
+        sums, decisions = read(self.found[0], stream), read(self.found[1], stream)
         bounds, self._seen = self._unbounded.copy(), []
         for group in self.groups:
             seen = self._norms_of(group, sums, decisions)
             self._seen.append(seen)
             pools = self.pools[group.name]
-            if not decisions[pools.start, tables.SKIPPED]:
+            if not decisions.item(pools.start, tables.SKIPPED):
                 norms, total, _ = seen
                 own = self.rules[group.name].thresholds(norms, total, step, group.rule_state)
                 bounds[pools.start : pools.stop] = own
-        self._take_bounds(bounds)
-        self._write_law(self.unscale, stream)
-        self._decide_again(stream)
+        if bounds.tobytes() != self.bounds.tobytes():
+            self.bounds = bounds
 
     def _norms_of(self, group: Any, sums: Array, decisions: Array) -> tuple[Array, float, bool]:
         """Return the norms a rule is told, the group's, and whether a gradient is not finite.
@@ -54,28 +72,33 @@ class FollowingClipper(Clipper):
         NaN is told as 0, Inf as the largest number.
         """
         pools = self.pools[group.name]
-        divisors = self.divisors[pools.start : pools.stop]
+        first = pools.start
         if self.rules[group.name].scope == "group":
-            own = decisions[pools.start]
-            total = _finite(float(own[tables.NORM] * divisors[0]))
-            return np.array([total]), total, bool(own[tables.BROKEN])
+            total = _finite(decisions.item(first, tables.NORM) * self.divisors.item(first))
+            return np.array([total]), total, bool(decisions.item(first, tables.BROKEN))
+        divisors = self.divisors[first : pools.stop]
         tensors = self.tensors[group.name]
         if self.told is not None:
             sums, tensors = self.told, self.told_rows[group.name]
         own = sums[tensors.start : tensors.stop]
         norms = norms_of(own, self.unscale) / divisors
         total = _finite(float(joined(own, self.unscale)))
-        found = np.nan_to_num(norms, nan=0.0, posinf=LARGEST)
-        return found, total, bool(own[:, tables.BAD].any())
+        if not math.isfinite(norms.dot(norms)):  # in a tenth of the time of the following
+            norms = np.nan_to_num(norms, nan=0.0, posinf=LARGEST)
+        return norms, total, any(own[:, tables.BAD].tolist())
 
+    @isolated
     def observe(self, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
-        scales = self.engine.read(self.found[1], stream)[:, tables.SCALE]
+        decisions = self.engine.read(self.found[1], stream)
         for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
             if not bad and not self.absent.issuperset(group.names):
                 pools, state = self.pools[group.name], group.rule_state
-                clipped = norms * scales[pools.start : pools.stop]
                 rule = self.rules[group.name]
+                if rule.scope == "group":
+                    clipped = np.array([total * decisions.item(pools.start, tables.SCALE)])
+                else:
+                    clipped = norms * decisions[pools.start : pools.stop, tables.SCALE]
                 made = rule.observe(norms, clipped, total, step, state)
                 if norms.size > 1 and not self.absent.isdisjoint(group.names):
                     made = _but(
@@ -99,6 +122,7 @@ def _finite(norm: float) -> float:
 class OrderClipper(Clipper):
     """Clips by norms of one order other than 2; L2 norms are told beside them."""
 
+    by_norms = False
     decides_again = True
 
     def __init__(
@@ -141,6 +165,7 @@ class OrderClipper(Clipper):
 class ValueClipper(Clipper):
     """Holds elements between bounds, and measures what that makes of the norms."""
 
+    by_norms = False
     writes_within = True
 
     def __init__(
@@ -227,6 +252,7 @@ class UnitClipper(Clipper):
     What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
     """
 
+    by_norms = False
     decides_again = writes_within = True
 
     def __init__(
@@ -294,7 +320,7 @@ def _family(group: Any, entry: Gradient, base: int) -> Family:
     rule, owner = group.clip, None
     axes = rule.reduced_axes(len(entry.shape))
     if rule.floor is not None:
-        param = describe(entry.name, entry.key, group.params[entry.key], entry.engine)
+        param = describe(entry.name, entry.key, group.updated[entry.key], entry.engine)
         owner = _strided(param, axes)
     return Family((_strided(entry, axes),), owner, group.nonfinite == "zero", base)
 

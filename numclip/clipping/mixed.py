@@ -1,4 +1,4 @@
-"""Gradients that hold little, of several dtypes, strided or sparse, clipped without a plan.
+"""Gradients that hold little, of several dtypes, strided, sparse or nested, without a plan.
 
 As in `numclip.host.lists`: a function does the whole job with the bits of the general way, or
 returns None and has touched nothing.
@@ -6,18 +6,18 @@ returns None and has touched nothing.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.dtypes import Array, DType
+from numclip.border.structures import Structure, structure
+from numclip.dtypes import Array
 from numclip.host import batches, lists
 from numclip.host.batches import Batch
-from numclip.host.kernels import cpu, joint
 from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.lists import Measure
 from numclip.host.runtime import threads
 from numclip.memory import is_nested, owner_of
 from numclip.slices import IndexedSlices
@@ -30,24 +30,49 @@ class Values(NamedTuple):
     backs: list[tuple[Array, Array]]
 
 
-def global_norm(grads: Any) -> float | None:
-    """Return the L2 norm of gradients."""
-    values = _values(lists.items_of(grads), in_place=False)
-    found = None if values is None else _decided(values, math.inf, write=False)
-    return None if found is None else found[0]
-
-
-def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
-    """Clip gradients by their joint L2 norm, in place or into new ones; return both."""
-    if not (out is None or out is grads):
+def global_norm(grads: Any, ord: float) -> float | None:
+    """Return the norm of gradients, of the order 2 or infinite."""
+    if not isinstance(grads, (list, tuple, dict)):
         return None
-    held = grads.copy() if type(grads) is dict else grads  # another thread may change its keys
-    items = lists.items_of(held)
-    values = _values(items, in_place=out is grads)
+    found = structure(grads)
+    if _is_flattened(found, grads):
+        norm = lists.global_norm(found.items, ord)
+        if norm is not None:
+            return norm
+    values = _values(found.items, in_place=False)
+    parts = None if values is None else _parts(values.arrays, write=False)
+    known = lists.decided(parts, len(found.items), math.inf, Measure(ord)) if parts else None
+    return None if known is None else known[0]
+
+
+def clip_by_global_norm(grads: Any, bound: float, out: Any, ord: float) -> tuple[Any, float] | None:
+    """Clip gradients by their joint norm, in place or into new ones; return both."""
+    if not (out is None or out is grads) or not isinstance(grads, (list, tuple, dict)):
+        return None
+    found = structure(grads)
+    if _is_flattened(found, grads):
+        target = None if out is None else found.items
+        done = lists.clip_by_global_norm(found.items, bound, target, ord)
+        if done is not None:
+            return found.rebuild(done[0]), done[1]
+    clipped = _clip(found.items, bound, ord, in_place=out is not None)
+    return None if clipped is None else (found.rebuild(clipped[0]), clipped[1])
+
+
+def _is_flattened(found: Structure, grads: Any) -> bool:
+    """Tell whether gradients are nested, or in no plain list, tuple or dict."""
+    nested = any(type(key) is tuple for key in found.keys)
+    return nested or type(grads) not in (list, tuple, dict)
+
+
+def _clip(
+    items: list[Any], bound: float, ord: float, *, in_place: bool
+) -> tuple[list[Any], float] | None:
+    values = _values(items, in_place=in_place)
     if values is None:
         return None
-    results: Sequence[Any] = items
-    if out is None:
+    results = items
+    if not in_place:  # copies stay in the cache: a third faster than to read and write apart
         copied = {id(copy) for _, copy in values.backs}
         arrays = [
             own if own is None or id(own) in copied else own.copy("K") for own in values.arrays
@@ -57,99 +82,73 @@ def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float]
             item.with_values(array) if type(item) is IndexedSlices else array
             for item, array in zip(items, arrays, strict=True)
         ]
-    found = _decided(values, bound, write=True)
-    if found is None:
+    parts = _parts(values.arrays, write=True)
+    found = lists.decided(parts, len(items), bound, Measure(ord)) if parts else None
+    if parts is None or found is None:
         return None
-    norm, factor, parts = found
+    norm, factor = found
     if factor != 1.0:
         _write(parts, np.full(len(items), factor), values.backs)
-    if type(held) is dict:
-        return held if out is grads else dict(zip(held, results, strict=True)), norm
-    return type(held)(results), norm
+    return results, norm
 
 
 def _values(items: Sequence[Any], *, in_place: bool) -> Values | None:
     """Return the values of gradients, copies of strided ones; None where there are others."""
     arrays: list[Array | None] = []
-    backs = []
+    strided = []
     nbytes = 0
-    for item in items:
-        values = item
-        if type(item) is IndexedSlices:
-            values = None if item.has_duplicates else item.values
-        if values is None and item is None:
-            arrays.append(None)
+    for k, item in enumerate(items):
+        values = item.values if type(item) is IndexedSlices else item
+        arrays.append(values)
+        if item is None:
             continue
         if type(values) is not np.ndarray or lists.kind_of((values,)) is None:
             return None
         nbytes += values.nbytes
-        if nbytes >= PARALLEL_BYTES:
+        if nbytes >= PARALLEL_BYTES or (values is not item and item.has_duplicates):
             return None
         if not (values.flags.forc and values.flags.aligned):
-            if in_place and not _is_writeable(values):
-                return None
-            backs.append((values, values.copy("C")))
-            values = backs[-1][1]
-        arrays.append(values)
-    if in_place and not _are_apart(arrays, backs):
+            strided.append((k, values))
+    if in_place and not (all(_is_writeable(own) for _, own in strided) and _are_apart(arrays)):
         return None
+    backs = []
+    for k, own in strided:
+        arrays[k] = copy = own.copy("C")
+        backs.append((own, copy))
     return Values(arrays, backs) if arrays else None
+
+
+def _parts(arrays: Sequence[Array | None], *, write: bool) -> list[Batch] | None:
+    """Return the arrays of each dtype as a batch; None where one cannot be read or written."""
+    kinds: dict[Any, list[Array | None]] = {}
+    for number, array in enumerate(arrays):
+        if array is not None:
+            key = array.dtype
+            if key not in kinds:
+                kinds[key] = [None] * len(arrays)
+            kinds[key][number] = array
+    parts = []
+    for own in kinds.values():
+        held = tuple(own)
+        kind = lists.kind_of(held)
+        assert kind is not None
+        batch, _ = lists.batch_of(held, kind, kind.writeable if write else kind.readable)
+        if batch is None:
+            return None
+        parts.append(batch)
+    return parts
 
 
 def _is_writeable(array: Array) -> bool:
     return array.flags.writeable and is_nested(array.shape, array.strides, array.itemsize)
 
 
-def _are_apart(arrays: Sequence[Array | None], backs: Sequence[tuple[Array, Array]]) -> bool:
+def _are_apart(arrays: Sequence[Array | None]) -> bool:
     """Tell whether each array is in memory that is owned by an array of its own."""
-    every = [*(array for array in arrays if array is not None), *(array for array, _ in backs)]
+    every = [array for array in arrays if array is not None]
     owners = {id(owner): owner for owner in map(owner_of, every)}
     plain = all(type(own) is np.ndarray and own.flags.owndata for own in owners.values())
     return plain and len(owners) == len(every)
-
-
-def _decided(
-    values: Values, bound: float, *, write: bool
-) -> tuple[float, float, list[Batch]] | None:
-    """Return the norm, the factor, and the gradients of each dtype; None if they need care."""
-    kinds: dict[Any, list[Array | None]] = {}
-    for number, array in enumerate(values.arrays):
-        if array is not None:
-            key = array.dtype
-            if key not in kinds:
-                kinds[key] = [None] * len(values.arrays)
-            kinds[key][number] = array
-    parts, partials = [], []
-    for arrays in kinds.values():
-        held = tuple(arrays)
-        kind = lists.kind_of(held)
-        assert kind is not None
-        batch, _ = lists.batch_of(held, kind, kind.writeable if write else kind.readable)
-        if batch is None:
-            return None
-        partial = np.empty(len(batch.chunks))
-        cpu.sum_squares(0, len(partial), batch.chunks, batch.dtype.like, partial)
-        parts.append(batch)
-        partials.append(partial)
-    if not parts:
-        return None
-    chunks, partial = np.concatenate([part.chunks for part in parts]), np.concatenate(partials)
-    strict, limits = _limits(tuple(part.dtype for part in parts))
-    norm, right = joint.joined(chunks, partial, strict, np.zeros(len(values.arrays)))
-    if not right:
-        return None
-    elements = sum(part.nbytes // part.dtype.storage.itemsize for part in parts)
-    factor, truncate = joint.decide(norm, bound, elements, 1.0, limits)
-    return None if truncate else (norm, factor, parts)
-
-
-@functools.lru_cache(maxsize=64)
-def _limits(rows: tuple[DType, ...]) -> tuple[Array, Array]:
-    """Return what `joint.joined` and `joint.decide` are told of gradients of some dtypes."""
-    every = np.array([row.limits for row in rows])
-    strict, limits = every.max(axis=0), every.max(axis=0)
-    limits[joint.DIGITS] = every[:, joint.DIGITS].min()
-    return strict, limits
 
 
 def _write(parts: Sequence[Batch], factors: Array, backs: Sequence[tuple[Array, Array]]) -> None:

@@ -269,6 +269,10 @@ def hypotenuses(norms: Array) -> Any:
 def joined(sums: Array, unscale: Any) -> Any:
     """Return the norm that belongs to tensors' sums of squares together."""
     if sums.ndim == 2:
+        rows = sums.tolist()
+        if not any(row[tables.EXPONENT] for row in rows):
+            parts = [row[k] for row in rows for k in (tables.TOTAL, tables.ERROR)]
+            return np.float64(math.sqrt(math.fsum(parts)) / unscale)
         return joined(sums[None], unscale)[0]
     totals, exponents = sums[:, :, [tables.TOTAL, tables.ERROR]], sums[:, :, tables.EXPONENT]
     peaks = np.zeros(len(sums))
@@ -283,8 +287,10 @@ def joined(sums: Array, unscale: Any) -> Any:
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def norms_of(sums: Array, unscale: Any) -> Array:
     """Return the norm of each tensor, from its sum of squares."""
-    roots = np.sqrt(sums[..., tables.TOTAL]) / np.expand_dims(unscale, -1)
-    return np.ldexp(roots, sums[..., tables.EXPONENT].astype(np.intc))  # type: ignore[no-any-return]
+    roots: Array = np.sqrt(sums[..., tables.TOTAL])
+    roots /= np.expand_dims(unscale, -1) if np.ndim(unscale) else unscale
+    exponents = sums[..., tables.EXPONENT]
+    return np.ldexp(roots, exponents.astype(np.intc)) if exponents.any() else roots
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")

@@ -35,6 +35,7 @@ from numclip.sums import Whole, exact, joined_norms, rounded
 COLUMNS = tables.SUM_COLUMNS
 LOSS = COLUMNS  # of a row that is told; after it the norm, where its order is not 2
 WIDTH = COLUMNS + 1
+_ALONE = contextlib.nullcontext()
 ALIKE = 2.0**-46
 """How far the sums of replicas may differ: processors of other types add in another order."""
 
@@ -332,7 +333,7 @@ class Ranks:
 
 def telling(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
     """Let other ranks know what is raised, where there are some."""
-    return contextlib.nullcontext() if ranks is None else ranks.communicator.telling()
+    return _ALONE if ranks is None else ranks.communicator.telling()
 
 
 def _description(engine: Any, groups: Sequence[Any]) -> Facts:
@@ -340,7 +341,7 @@ def _description(engine: Any, groups: Sequence[Any]) -> Facts:
     found = {"device": engine.name, "groups": ", ".join(group.name for group in groups)}
     for group in groups:
         name = f"group {group.name!r}"
-        for fact in ("clip", "nonfinite", "sparse", "sharded", "lr"):
+        for fact in ("clip", "nonfinite", "sparse", "sharded", "lr", "master"):
             found[f"{name}, {fact}"] = repr(getattr(group, fact))
         for key, param in group.params.items():
             row: Any = lookup(param.dtype)

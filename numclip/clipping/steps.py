@@ -21,7 +21,7 @@ from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
 from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
-from numclip.engine import Engine
+from numclip.engine import AtOnce, Engine
 from numclip.engine import Outcome as EngineOutcome
 from numclip.views import view_of
 
@@ -147,8 +147,13 @@ class Turn:
         bounds: list[Array],
         told: Any = None,
     ) -> None:
-        self.block, self.place, self.step, self.unscale = block, place, step, unscale
-        self.bounds, self.told, self.counts = bounds, told, False
+        self.block = block
+        self.place = place
+        self.step = step
+        self.unscale = unscale
+        self.bounds = bounds
+        self.told = told
+        self.counts = False
 
     def outcome(self) -> Outcome:
         """Return what became of the groups, after waiting for it."""
@@ -172,6 +177,8 @@ class Steps:
         What clips the groups, by the kinds of their rules.
     stream : stream
         Where in order everything is done.
+    follows : bool
+        Whether some rules follow the norms.
     """
 
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
@@ -182,8 +189,13 @@ class Steps:
         self.clippers = clippers(groups, engine, stream, self._kept)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
+        self.follows = bool(self._following)
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
+        self._only = self.clippers[0] if len(self.clippers) == 1 else None
+        self._native: AtOnce | None = None  # what clips by one call
+        if self._only is not None and self._only.by_norms:
+            self._native = self._only.plan.at_once(self._only.divisors)
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
@@ -193,13 +205,21 @@ class Steps:
         if self._scheduled:
             for clipper in self._scheduled:
                 clipper.take_step(step)
-        bounds = [clipper.bounds for clipper in self.clippers]
+        if self._only is None:
+            bounds = [clipper.bounds for clipper in self.clippers]
+        else:
+            bounds = [self._only.bounds]
         return Turn(self._block, self._place, step, unscale, bounds)
 
     def leave_out(self, absent: frozenset[str]) -> None:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
         for clipper in self._following:
             clipper.absent = absent
+
+    def absent_of(self, items: Sequence[Any]) -> frozenset[str]:
+        """Return the parameters that have no gradient among some for all, in their order."""
+        names = self.clippers[0].names
+        return frozenset(name for name, item in zip(names, items, strict=True) if item is None)
 
     def decide(self, turn: Turn, ranks: Ranks | None = None, call: str = "") -> None:
         """Measure and decide; refuse before anything is written.
@@ -220,6 +240,17 @@ class Steps:
         self._block.stream = stream
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
+
+    def clip_at_once(self, turn: Turn) -> bool:
+        """Clip by one native call; tell whether that was right, if not no gradient is written."""
+        return self._native is not None and self.take_at_once(self._native, turn)
+
+    def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
+        """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
+        clipper: Any = self.clippers[0]
+        if self.follows:
+            return clipper.take_at_once(native, turn, items)  # type: ignore[no-any-return]
+        return native.take(items, turn.place, turn.unscale, clipper.bounds, clipper.tables)
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""

@@ -48,9 +48,9 @@ class Slots:
     """
 
     def __init__(self, group: Any, states: int, engine: Engine, stream: Any) -> None:
-        self.params = list(group.params.values())
+        self.params = list(group.updated.values())
         self.views: list[list[Any]] = [[] for _ in self.params]
-        kinds = {name: _state_like(param) for name, param in group.params.items()}
+        kinds = {name: _state_like(param) for name, param in group.updated.items()}
         for _ in range(states):
             _, views = flat_buffers(kinds, engine, stream)
             for own, view in zip(self.views, views.values(), strict=True):
@@ -120,7 +120,7 @@ class GroupUpdater:
         params = [
             engine.facts(name, param)
             for group in self._groups
-            for name, param in group.params.items()
+            for name, param in group.updated.items()
         ]
         sparse = any(group.sparse for group in self._groups)
         self.given = None if sparse else engine.given(params, self._taken(engine))
@@ -169,13 +169,14 @@ class GroupUpdater:
             self._write_settings(steps, settings)
         if self._differs:
             return False
-        clipper = steps.clippers[0]
-        where = items, turn.place, turn.unscale
+        if steps.follows:
+            steps.leave_out(absent if items is None else steps.absent_of(items))
         if not absent:
-            return self._at_once.step(*where, clipper.bounds, clipper.tables)
-        self._at_once.leave([k for k, name in enumerate(clipper.names) if name in absent])
+            return steps.take_at_once(self._at_once, turn, items)
+        names = steps.clippers[0].names
+        self._at_once.leave([k for k, name in enumerate(names) if name in absent])
         try:
-            return self._at_once.step(*where, clipper.bounds, clipper.tables)
+            return steps.take_at_once(self._at_once, turn, items)
         finally:
             self._at_once.leave([])
 

@@ -140,10 +140,12 @@ class DeviceArray:
         row: Any = lookup(self.dtype)
         return Span(row, source, self.address, self.size * row.components)
 
-    def _fitting(self, source: Any) -> Facts:
-        """Return the description of an array on the GPU that fits this one."""
+    def _fitting(self, source: Any, *, widens: bool = False) -> Facts:
+        """Return the description of an array on the GPU that fits this one, widened or as it is."""
         entry = facts_of("source", source)
-        self._check(entry.shape, entry.native, c_order=entry.c_order)
+        row = lookup(entry.native)
+        widened = widens and self.dtype == np.float32 and row is not None and row.is_half
+        self._check(entry.shape, self.dtype if widened else entry.native, c_order=entry.c_order)
         return entry
 
     def _check(self, shape: Any, dtype: Any, *, c_order: bool = True) -> None:
@@ -180,22 +182,32 @@ class DeviceArray:
 
 
 def copy_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Copy an array of the GPU into each of ours, with as many launches as there are dtypes."""
-    _move(contiguous.copy_all, pairs, stream)
+    """Copy an array of the GPU into each of ours, with as many launches as there are dtypes.
+
+    One of 16 bits can be widened to float32.
+    """
+    _move(pairs, stream, adds=False)
 
 
 def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Add an array of the GPU to each of ours, with as many launches as there are dtypes."""
-    _move(contiguous.add_all, pairs, stream)
+    """Add an array of the GPU to each of ours likewise."""
+    _move(pairs, stream, adds=True)
 
 
-def _move(move: Any, pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
+def _move(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
     if not pairs:
         return
-    entries = [own._fitting(source) for own, source in pairs]
-    spans = [own._span(e.address) for (own, _), e in zip(pairs, entries, strict=True)]
+    alike: list[Span] = []
+    halves: list[Span] = []
+    entries = [own._fitting(source, widens=True) for own, source in pairs]
+    for (own, _), entry in zip(pairs, entries, strict=True):
+        row: Any = lookup(entry.native)
+        (alike if entry.native == own.dtype else halves).append(
+            own._span(entry.address)._replace(dtype=row)
+        )
     with in_order(stream, entries):
-        move(spans, stream)
+        (contiguous.add_all if adds else contiguous.copy_all)(alike, stream)
+        contiguous.widen_all(halves, stream, adds=adds)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from numclip import tables
 from numclip.cuda import device
-from numclip.cuda.kernels import norms, scaling
+from numclip.cuda.kernels import halves, norms, scaling
 from numclip.cuda.kernels.packets import WORD
 from numclip.dtypes import Array, DType
 from numclip.memory import Span
@@ -41,7 +41,11 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
     one goes up to there.
     """
     itemsizes = np.array([span.dtype.storage.itemsize for span in spans], np.int64)
-    places = np.array([span[1:] for span in spans], np.int64).reshape(-1, 3)
+    return cut(itemsizes, np.array([span[1:] for span in spans], np.int64).reshape(-1, 3))
+
+
+def cut(itemsizes: Array, places: Array) -> tuple[Array, Array, Array]:
+    """Return the same of tensors by their itemsizes, sources, targets and sizes."""
     sources, targets, sizes = places.T
     heads = -sources % WORD // np.maximum(itemsizes, 1)
     heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
@@ -49,7 +53,7 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
     limits = np.maximum(longer, 1) * (device.CHUNK_BYTES // np.maximum(itemsizes, 1))
     counts = (heads > 0) + -(-(sizes - heads) // limits)
     firsts = np.concatenate([[0], np.cumsum(counts)])
-    owners = np.repeat(np.arange(len(spans)), counts)
+    owners = np.repeat(np.arange(len(places)), counts)
     turns = np.arange(owners.size) - firsts[owners] - (heads[owners] > 0)
     starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
     stops = np.where(turns < 0, heads[owners], starts + limits[owners])
@@ -149,6 +153,43 @@ def copy_all(spans: Sequence[Span], stream: Any) -> None:
 def add_all(spans: Sequence[Span], stream: Any) -> None:
     """Add what is read to what is written to; a launch for each dtype, whatever their number."""
     _move(scaling.add_chunks, spans, stream)
+
+
+class HalfCopies:
+    """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
+
+    def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
+        self._tables = {dtype: device.table(_halved(own), stream) for dtype, own in tables.items()}
+
+    def round_all(self, stream: Any) -> None:
+        """Let copies be the nearest ones to their numbers."""
+        self._each(halves.round_chunks, stream)
+
+    def take_over(self, stream: Any) -> None:
+        """Let numbers be those of the copies that are none of theirs."""
+        self._each(halves.take_over_chunks, stream)
+
+    def _each(self, kernel: Any, stream: Any) -> None:
+        for dtype, table in self._tables.items():
+            device.launch(kernel, table.shape[0], stream, table, like(dtype))
+
+
+def widen_all(spans: Sequence[Span], stream: Any, *, adds: bool) -> None:
+    """Copy what is read of 16 bits to what is written to in float32, or add it."""
+    for dtype in dict.fromkeys(span.dtype for span in spans):
+        own = np.array([span[1:] for span in spans if span.dtype is dtype], np.int64)
+        table = device.table(_halved(own), stream)
+        device.launch(
+            halves.widen_chunks, table.shape[0], stream, table, np.int64(adds), like(dtype)
+        )
+
+
+def _halved(table: Array) -> Array:
+    """Return the chunks of rows of (halves, float32, length), which begin where halves can."""
+    places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
+    found, _, starts = cut(np.full(len(table), 2), places)
+    found[:, tables.TARGET] = table[found[:, tables.OWNER], tables.TARGET] + 4 * starts
+    return found
 
 
 def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:

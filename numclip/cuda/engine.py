@@ -14,6 +14,7 @@ import numpy as np
 from numclip import methods
 from numclip.cuda import arrays, copies, device, plans, rows, streams, strided, tensors, updates
 from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.contiguous import HalfCopies
 from numclip.cuda.facts import facts_of
 from numclip.cuda.plan import Plan
 from numclip.cuda.protocols import library_of
@@ -36,6 +37,7 @@ stream_from = streams.stream_from
 give_back = streams.give_back
 plan = Plan
 unit_plan = UnitPlan
+half_copies = HalfCopies
 clamp_between = strided.clamp_between
 name = "cuda"
 
@@ -212,10 +214,13 @@ def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
 
 def put(array: DeviceArray, source: Any, stream: Any) -> None:
     """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
-    array.copy_from(_sendable(array, source), stream)
+    if on_device(source) and facts_of("source", source).native != array.dtype:
+        arrays.copy_all([(array, source)], stream)
+    else:
+        array.copy_from(_sendable(array, source), stream)
 
 
-def given(_targets: Sequence[Facts], _taken: Sequence[tuple[int, int]]) -> None:
+def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None) -> None:
     """Return nothing: what is passed for arrays of the GPU is copied into them."""
 
 

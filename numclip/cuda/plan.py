@@ -172,6 +172,9 @@ class Plan:
             laws = self._laws = self._own_laws
         laws.write(self._facts.table(law), stream)
 
+    def at_once(self, _divisors: Array) -> None:
+        """Return nothing: a clip is a number of launches."""
+
     def leave(self, stream: Any) -> None:
         """Let decisions leave tensors as they are: by a law of its own, sent once."""
         if self._leaving is None:

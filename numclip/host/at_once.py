@@ -1,4 +1,7 @@
-"""Steps of little data: gradients found, measured, decided and applied by one native call."""
+"""Steps of little data by one native call each, or by two where bounds follow the norms.
+
+Each call finds the gradients, measures, decides and writes; of two, the first one measures alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
 from numclip.host.kernels import cpu, given
-from numclip.host.lists import READABLE, pointers_of
+from numclip.host.lists import pointers_of
 
 KERNELS = {
     "descend": given.descend,
@@ -20,60 +23,111 @@ KERNELS = {
 }
 
 
-class AtOnce:
-    """What takes steps of one batch by one call each.
+class ClipsAtOnce:
+    """What clips one batch in place; see `numclip.engine.AtOnce`.
 
-    `starts` are where its tensors begin, `tables` the rest of what a kernel works on, by their
-    numbers in `kernels.given`.
+    `tables` are what kernels work on beside the chunks, by their numbers in `kernels.given`.
+    """
+
+    def __init__(self, batch: Batch, tables: dict[int, Array]) -> None:
+        self._like, self._chunks = batch.dtype.like, batch.chunks.copy()
+        self._held = [*tables.values()]
+        self._own = np.zeros((given.TABLES, 3), np.int64)
+        for k, table in {given.CHUNKS: self._chunks, **tables}.items():
+            _point(self._own, k, table)
+        self._outcomes: Sequence[Array] = ()
+
+    def _turn_to(self, outcomes: Sequence[Array]) -> None:
+        """Let what is found be written to some tables."""
+        self._outcomes = outcomes
+        _point(self._own, given.SUMS, outcomes[0][0])
+        _point(self._own, given.DECISIONS, outcomes[1][0])
+
+    def measure(
+        self, _items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
+    ) -> bool:
+        """Measure and decide alone."""
+        if outcomes is not self._outcomes:
+            self._turn_to(outcomes)
+        return given.decide(True, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+
+    def take(
+        self,
+        _items: Any,
+        place: int,
+        unscale: float,
+        bounds: Array,
+        outcomes: Sequence[Array],
+        measures: bool = True,
+    ) -> bool:
+        """Clip; without `measures`, by what was measured before."""
+        if outcomes is not self._outcomes:
+            self._turn_to(outcomes)
+        return given.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+
+
+class StepsAtOnce(ClipsAtOnce):
+    """What takes steps of one batch, by its gradients or by given ones.
+
+    `starts` are where its tensors begin.
     """
 
     def __init__(
         self, kernel: str, batch: Batch, starts: Array, reader: Given, tables: dict[int, Array]
     ) -> None:
-        self._kernel, self._batch, self._reader = KERNELS[kernel], batch, reader
-        self._factors, self._like = tables.pop(given.FACTORS), batch.dtype.like
-        chunks = batch.chunks.copy()
-        distances = chunks[:, cpu.SOURCE] - starts[chunks[:, cpu.OWNER]]
-        tables |= {given.CHUNKS: chunks, given.DISTANCES: distances}
-        tables |= {given.LENGTHS: chunks[:, cpu.LENGTH].copy()}
-        self._held = [*tables.values(), reader]
-        self._own = np.zeros((given.TABLES, 3), np.int64)
-        for k, table in tables.items():
-            _point(self._own, k, table)
-        self._starts, self._addresses = starts, starts.copy()
+        self._kernel, self._factors = KERNELS[kernel], tables.pop(given.FACTORS)
+        distances = batch.chunks[:, cpu.SOURCE] - starts[batch.chunks[:, cpu.OWNER]]
+        tables |= {given.DISTANCES: distances, given.LENGTHS: batch.chunks[:, cpu.LENGTH].copy()}
+        super().__init__(batch, tables)
+        self._starts, self._addresses, self._reader = starts, starts.copy(), reader
         _point(self._own, given.ADDRESSES, self._addresses)
         _point(self._own, given.WANTED, reader.wanted)
         self._given = self._own.copy()
         _point(self._given, given.ADDRESSES, reader.addresses)
-        self._outcomes: Sequence[Array] = ()
 
     def leave(self, numbers: Sequence[int]) -> None:
-        """Let some tensors have no gradient of the plan's in the next step, all others one."""
+        """Let some tensors have no gradient of the batch's in the next step, all others one."""
         self._addresses[:] = self._starts
         self._addresses[numbers] = given.ABSENT
 
-    def step(
+    def _turn_to(self, outcomes: Sequence[Array]) -> None:
+        super()._turn_to(outcomes)
+        for k in (given.SUMS, given.DECISIONS):
+            self._given[k] = self._own[k]
+
+    def _read(self, items: Any) -> tuple[int, Array]:
+        """Return where kernels find gradients, and by which tables."""
+        if items is None:
+            return given.OWN, self._own
+        self._reader.check(items)
+        return pointers_of(items), self._given
+
+    def measure(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
-        """Take a step by the gradients of the plan, or those given; tell whether that was right.
-
-        It is not where sums are to be taken again or gradients written.
-
-        What was found is a row of the outcomes. If it was not right, nothing else is written.
-        """
-        if items is not None and not READABLE:
-            return False
+        """Find gradients, measure and decide alone."""
         if outcomes is not self._outcomes:
-            self._outcomes = outcomes
-            for tables in (self._own, self._given):
-                _point(tables, given.SUMS, outcomes[0][0])
-                _point(tables, given.DECISIONS, outcomes[1][0])
-        tables, address = self._own, 0
-        if items is not None:
-            self._reader.check(items)
-            tables, address = self._given, pointers_of(items)
+            self._turn_to(outcomes)
+        pointers, tables = self._read(items)
+        return given.measure(pointers, place, unscale, tables, bounds, self._like)  # type: ignore[no-any-return]
+
+    def take(
+        self,
+        items: Any,
+        place: int,
+        unscale: float,
+        bounds: Array,
+        outcomes: Sequence[Array],
+        measures: bool = True,
+    ) -> bool:
+        """Clip and update, likewise."""
+        if outcomes is not self._outcomes:
+            self._turn_to(outcomes)
+        pointers, tables = self._read(items)
+        if not measures:
+            pointers = given.AGAIN
         return self._kernel(  # type: ignore[no-any-return]
-            address, place, unscale, tables, bounds, self._factors, self._like
+            pointers, place, unscale, tables, bounds, self._factors, self._like
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,13 +10,11 @@ import numpy as np
 from numclip.dtypes import Array, DType
 from numclip.formulas import is_safe
 from numclip.host.kernels import cpu, pools
-from numclip.host.kernels.tuning import CHUNK
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
 from numclip.memory import Span
 from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
-
-_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Batch(NamedTuple):
@@ -29,6 +27,10 @@ class Batch(NamedTuple):
     def of(self, chosen: Array) -> Batch:
         """Return the chunks of the chosen tensors alone (a mask over all)."""
         return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
+
+    def read_at(self, starts: Array, sources: Sequence[int]) -> Batch:
+        """Return the chunks of tensors that begin elsewhere, without those that begin at 0."""
+        return self._replace(chunks=moved(self.chunks, self.chunks[:, cpu.OWNER], starts, sources))
 
     def in_place(self, chosen: Array) -> Batch:
         """Return the batch with the chosen tensors read where they are written."""
@@ -45,7 +47,22 @@ class Batch(NamedTuple):
 
     def run(self, kernel: Any, *arguments: Any) -> None:
         """Call a kernel on shares of the chunks."""
-        threads.run_all([self.call(kernel, *arguments)])
+        if self.nbytes < PARALLEL_BYTES:
+            kernel(0, len(self.chunks), self.chunks, *arguments)
+        else:
+            threads.run_all([self.call(kernel, *arguments)])
+
+
+def moved(chunks: Array, tensors: Array, starts: Array, sources: Sequence[int]) -> Array:
+    """Return the chunks of tensors that begin elsewhere than they did, but of those at 0.
+
+    Where a chunk is read is its first column.
+    """
+    addresses = np.array(sources, np.int64)
+    present = addresses[tensors] != 0
+    made: Array = chunks[present]
+    made[:, 0] += (addresses - starts)[tensors[present]]
+    return made
 
 
 def batches(spans: Mapping[int, Span]) -> list[Batch]:
@@ -57,13 +74,18 @@ def batches(spans: Mapping[int, Span]) -> list[Batch]:
 
 
 def _batch(dtype: DType, numbers: list[int], spans: Mapping[int, Span]) -> Batch:
-    table = np.array([spans[number][1:4] for number in numbers], np.int64)
+    batch = of_table(dtype, np.array([spans[number][1:4] for number in numbers], np.int64))
+    if numbers[-1] != len(numbers) - 1:
+        batch.chunks[:, cpu.OWNER] = np.array(numbers)[batch.chunks[:, cpu.OWNER]]
+    return batch
+
+
+def of_table(dtype: DType, table: Array) -> Batch:
+    """Return tensors, rows of (source, target, length), as a batch; owners are rows."""
     itemsize = dtype.storage.itemsize
     count, elements = cpu.count_chunks(table, CHUNK)
     chunks = np.empty((count, 4), np.int64)
     cpu.split(table, itemsize, CHUNK, chunks)
-    if numbers[-1] != len(numbers) - 1:
-        chunks[:, cpu.OWNER] = np.array(numbers)[chunks[:, cpu.OWNER]]
     return Batch(dtype, chunks, elements * itemsize)
 
 
@@ -95,15 +117,14 @@ def _rescue(batch: Batch, sums: Array) -> None:
 
 def largest(batch: Batch, count: int) -> Array:
     """Return the largest magnitude of each of `count` tensors; NaN where there is one."""
-    itemsize = batch.dtype.storage.itemsize
-    mask = np.array([(1 << (8 * itemsize - 1)) - 1], _BITS[itemsize])
+    mask = batch.dtype.mask
     partial = np.empty(len(batch.chunks), mask.dtype)
     batch.run(cpu.max_magnitude, mask, partial)
     bits = np.zeros(count, mask.dtype)
     np.maximum.at(bits, batch.chunks[:, cpu.OWNER], partial)
     if batch.dtype.name == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(f"f{itemsize}").astype(np.float64)
+    return bits.view(f"f{bits.itemsize}").astype(np.float64)
 
 
 def powers(batch: Batch, scales: Array, ord: float, count: int) -> Array:

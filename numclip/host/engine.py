@@ -14,8 +14,9 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, pairs, rows, units, updates
-from numclip.host.given import Given
+from numclip.host import arrays, halves, pairs, rows, units, updates
+from numclip.host.given import Extents, Given
+from numclip.host.lists import READABLE
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
 from numclip.host.units import UnitPlan
@@ -29,7 +30,7 @@ empty = arrays.empty
 new_like = arrays.new_like
 new_of_shape = arrays.new_of_shape
 plan = Plan
-given = Given
+half_copies = halves.HalfCopies
 unit_plan = UnitPlan
 sum_rows = rows.sum_rows
 sum_examples = units.sum_examples
@@ -149,6 +150,13 @@ def part(array: Array, start: int, shape: tuple[int, ...]) -> Array:
 def put(array: Array, source: Array, _stream: Any = None) -> None:
     """Copy an array into one of the same shape, cast to its dtype."""
     array[...] = source
+
+
+def given(
+    targets: Sequence[Facts], taken: Extents, natives: Sequence[np.dtype[Any]] | None = None
+) -> Given | None:
+    """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
+    return Given(targets, taken, natives) if READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:

@@ -7,18 +7,19 @@ general way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from numclip.dtypes import lookup
+from numclip.dtypes import Array, DType, lookup
 from numclip.facts import Facts
 from numclip.host import batches
 from numclip.host.batches import Batch
 from numclip.host.kernels import cpu, given
 from numclip.host.kernels.tuning import PARALLEL_BYTES
-from numclip.host.lists import READABLE, pointers_of
+from numclip.host.lists import pointers_of
 from numclip.host.runtime import threads
 from numclip.memory import Span
 
@@ -30,22 +31,51 @@ KEPT = object()
 class Given:
     """What reads arrays for others, which are where some facts say.
 
-    `taken` are addresses between which none of them may lie. Of what is read last, `addresses`
+    `taken` are addresses between which none of them may lie. Arrays have the dtypes `natives`,
+    where these are told, of 16 bits for others of float32. Of what is read last, `addresses`
     are where it is, 0 for None.
     """
 
     kept = KEPT
 
-    def __init__(self, targets: Sequence[Facts], taken: Extents) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Facts],
+        taken: Extents,
+        natives: Sequence[np.dtype[Any]] | None = None,
+    ) -> None:
         self.targets = list(targets)
         self.addresses = np.zeros(len(targets), np.int64)
-        self._dtypes = [np.dtype(facts.native.type) for facts in targets]  # whose ids are compared
+        natives = natives or [facts.native for facts in targets]
+        self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
         self.wanted = np.array(self._wanted(_merged(taken)), np.int64)
-        own = {k: _span(facts) for k, facts in enumerate(targets)}
-        self._batches = [_from_their_starts(batch, own) for batch in batches.batches(own)]
-        self.is_little = sum(batch.nbytes for batch in self._batches) < PARALLEL_BYTES
+        self._batches = self._made_batches(natives)
+        self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         alone = len(self._batches) == 1 and self.is_little
         self._only = self._batches[0] if alone else None
+
+    def _made_batches(self, natives: Sequence[np.dtype[Any]]) -> list[tuple[Batch, Array]]:
+        """Return the batches of each dtype, and as what it is written.
+
+        Their sources are distances from the beginnings of arrays.
+        """
+        starts = np.array([facts.address for facts in self.targets], np.int64)
+        spans: dict[DType, dict[int, Span]] = {}
+        for k, (facts, native) in enumerate(zip(self.targets, natives, strict=True)):
+            row, written = lookup(native), lookup(facts.native)
+            assert row is not None
+            assert written is not None
+            size = math.prod(facts.shape) * row.components
+            spans.setdefault(written, {})[k] = Span(row, facts.address, facts.address, size)
+        found = []
+        for written, own in spans.items():
+            for batch in batches.batches(own):
+                home = starts[batch.chunks[:, cpu.OWNER]]
+                batch.chunks[:, cpu.SOURCE] -= home
+                ratio = written.storage.itemsize // batch.dtype.storage.itemsize
+                batch.chunks[:, cpu.TARGET] = home + ratio * batch.chunks[:, cpu.SOURCE]
+                found.append((batch, written.like))
+        return found
 
     def _wanted(self, taken: Extents) -> list[int]:
         """Return what `kernels.given` is told of the arrays."""
@@ -53,7 +83,8 @@ class Given:
         axes: list[int] = []
         first = given.HEAD + given.ROW * len(self.targets)
         for facts, dtype in zip(self.targets, self._dtypes, strict=True):
-            rows += [id(dtype), len(facts.shape), first + len(axes), facts.nbytes]
+            nbytes = math.prod(facts.shape) * dtype.itemsize
+            rows += [id(dtype), len(facts.shape), first + len(axes), nbytes]
             axes += facts.shape
         ids = id(np.ndarray), id(None), id(KEPT)
         head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
@@ -62,7 +93,7 @@ class Given:
     def read(self, items: tuple[Any, ...]) -> bool:
         """Find where arrays lie; tell whether all are as they are wanted."""
         self.check(items)
-        return READABLE and given.read(pointers_of(items), self.wanted, self.addresses)
+        return given.read(pointers_of(items), self.wanted, self.addresses)  # type: ignore[no-any-return]
 
     def check(self, items: tuple[Any, ...]) -> None:
         """Assert that there is an array for each of ours: kernels read so many pointers."""
@@ -75,15 +106,17 @@ class Given:
         None stands for zeros, `KEPT` for what is there.
         """
         self.check(items)
-        if self._only is not None and READABLE:
-            batch = self._only
-            tables = batch.chunks, adds, batch.dtype.like, self.addresses
+        if self._only is not None:
+            batch, wide = self._only
+            tables = batch.chunks, adds, batch.dtype.like, wide, self.addresses
             return given.take(pointers_of(items), self.wanted, *tables)  # type: ignore[no-any-return]
         if not self.read(items):
             return False
         kernel = given.add_all if adds else given.copy_all
-        found = [self._found(batch) for batch in self._batches]
-        calls = [batch.call(kernel, batch.dtype.like)._replace(keep=items) for batch in found]
+        found = [(self._found(batch), wide) for batch, wide in self._batches]
+        calls = [
+            batch.call(kernel, batch.dtype.like, wide)._replace(keep=items) for batch, wide in found
+        ]
         if not adds:
             for facts, address in zip(self.targets, self.addresses.tolist(), strict=True):
                 if address == given.ABSENT:
@@ -97,20 +130,6 @@ class Given:
         chunks = batch.chunks[starts > 0]
         chunks[:, cpu.SOURCE] += starts[starts > 0]
         return batch._replace(chunks=chunks)
-
-
-def _span(facts: Facts) -> Span:
-    row = lookup(facts.native)
-    assert row is not None
-    return Span(row, facts.address, facts.address, facts.nbytes // row.storage.itemsize)
-
-
-def _from_their_starts(batch: Batch, own: dict[int, Span]) -> Batch:
-    """Return a batch whose sources are distances from the beginnings of their tensors."""
-    starts = np.array([span.source for span in own.values()], np.int64)
-    chunks = batch.chunks.copy()
-    chunks[:, cpu.SOURCE] -= starts[chunks[:, cpu.OWNER]]
-    return batch._replace(chunks=chunks)
 
 
 def _merged(extents: Extents) -> list[tuple[int, int]]:

@@ -8,12 +8,14 @@ has touched nothing: what is not plain, not finite or in need of care goes the g
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from numclip import formulas
 from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches
 from numclip.host.batches import Batch
@@ -32,6 +34,16 @@ class Kind(NamedTuple):
     row: DType
     readable: Array
     writeable: Array
+
+
+class Measure(NamedTuple):
+    """A norm of order 2 over a divisor, or one of order ``inf``."""
+
+    ord: float
+    divisor: float = 1.0
+
+
+L2, PEAK = Measure(2.0), Measure(math.inf)  # to make one takes 0.4 us
 
 
 _KINDS: dict[np.dtype[Any], Kind] = {}
@@ -83,6 +95,8 @@ def _views(items: Items) -> Items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
+        if isinstance(item, (list, tuple, dict)):  # which are nested gradients
+            return items
         if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
             return items
         try:
@@ -95,8 +109,8 @@ def _views(items: Items) -> Items:
     return tuple(views)
 
 
-def global_norm(grads: Any) -> float | None:
-    """Return the L2 norm of arrays."""
+def global_norm(grads: Any, ord: float = 2.0) -> float | None:
+    """Return the norm of arrays."""
     items = items_of(grads)
     kind = kind_of(items)
     if kind is None:
@@ -104,24 +118,28 @@ def global_norm(grads: Any) -> float | None:
         kind = kind_of(items)
         if kind is None:
             return None
-    return _clip_items(items, kind, kind.readable, math.inf, 1.0)
+    return _clip_items(items, kind, kind.readable, math.inf, L2 if ord == 2.0 else PEAK)
 
 
-def clip_by_global_norm(grads: Any, bound: float, out: Any) -> tuple[Any, float] | None:
-    """Clip arrays by their joint L2 norm, in place or into new ones; return them and the norm."""
+def clip_by_global_norm(
+    grads: Any, bound: float, out: Any, ord: float = 2.0
+) -> tuple[Any, float] | None:
+    """Clip arrays by their joint norm, in place or into new ones; return them and the norm."""
     if not _takes(grads, out):
         return None
     held = _held(grads)
-    found = _clip(items_of(held), bound, 1.0, in_place=out is grads)
+    found = _clip(items_of(held), bound, L2 if ord == 2.0 else PEAK, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
     return _rebuilt(held, items, out), norm
 
 
-def clip(grad: Array, bound: float, out: Any, divisor: float) -> Any:
-    """Clip an array by its L2 norm over `divisor`, in place or into a new one; return that."""
-    found = _clip((grad,), bound, divisor, in_place=out is grad) if _takes(grad, out) else None
+def clip(grad: Array, bound: float, out: Any, divisor: float, ord: float) -> Any:
+    """Clip an array by its norm over `divisor`, in place or into a new one; return that."""
+    if not _takes(grad, out):
+        return None
+    found = _clip((grad,), bound, Measure(ord, divisor), in_place=out is grad)
     return None if found is None else found[0][0]
 
 
@@ -242,7 +260,7 @@ def _takes(grads: Any, out: Any) -> bool:
 
 
 def _clip(
-    items: Items, bound: float, divisor: float, *, in_place: bool
+    items: Items, bound: float, measure: Measure, *, in_place: bool
 ) -> tuple[Items, float] | None:
     plain, kind = items, kind_of(items)
     if kind is None:
@@ -251,8 +269,8 @@ def _clip(
         if kind is None:
             return None
     if not in_place:
-        return _copies(plain, kind, bound, divisor)
-    norm = _clip_items(plain, kind, kind.writeable, bound, divisor)
+        return _copies(plain, kind, bound, measure)
+    norm = _clip_items(plain, kind, kind.writeable, bound, measure)
     if norm is None:
         return None
     if plain is not items:
@@ -261,24 +279,30 @@ def _clip(
 
 
 def _clip_items(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> float | None:
     """Clip the arrays in place, if the facts ask for arrays that can be written."""
-    state, norm = _clip_little(items, kind, facts, bound, divisor)
+    state, norm = _clip_little(items, kind, facts, bound, measure)
     if state == arrays.DONE:
         return norm
     if state == arrays.ELSEWHERE:
         return None
-    return _clip_much(items, kind, facts, bound, divisor)
+    return _clip_much(items, kind, facts, bound, measure)
 
 
 def _clip_little(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> tuple[int, float]:
     """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
     row = kind.row
-    return arrays.clip_little(  # type: ignore[no-any-return]
-        pointers_of(items), len(items), facts, row.limits, bound, divisor, row.like
+    if measure.ord == 2.0:
+        return arrays.clip_little(  # type: ignore[no-any-return]
+            pointers_of(items), len(items), facts, row.limits, bound, measure.divisor, row.like
+        )
+    if row.components == 2:  # the magnitudes are not those of the parts
+        return arrays.ELSEWHERE, 0.0
+    return arrays.clip_little_by_peak(  # type: ignore[no-any-return]
+        pointers_of(items), len(items), facts, row.limits, bound, row.mask, row.like
     )
 
 
@@ -287,13 +311,13 @@ def _copied(items: Items) -> Items:
 
 
 def _clip_much(
-    items: Items, kind: Kind, facts: Array, bound: float, divisor: float
+    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
 ) -> float | None:
     """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
     batch, apart = batch_of(items, kind, facts)
     if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
         return None
-    found = _decided(batch, len(items), bound, divisor)
+    found = decided([batch], len(items), bound, measure)
     if found is None:
         return None
     norm, factor = found
@@ -323,18 +347,45 @@ def are_apart(batch: Batch) -> bool:
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
-def _decided(batch: Batch, count: int, bound: float, divisor: float) -> tuple[float, float] | None:
-    """Return the norm of `count` arrays over `divisor`, and the factor; None if they need care."""
-    partial = np.empty(len(batch.chunks))
-    batch.run(cpu.sum_squares, batch.dtype.like, partial)
-    limits = batch.dtype.limits
-    norm, right = joint.joined(batch.chunks, partial, limits, np.zeros(count))
-    norm /= divisor
+def decided(
+    parts: Sequence[Batch], count: int, bound: float, measure: Measure
+) -> tuple[float, float] | None:
+    """Return the norm of `count` arrays, and the factor; None if they need care."""
+    strict, limits = _limits(tuple([batch.dtype for batch in parts]))
+    if measure.ord == 2.0:
+        norm, right = _joined(parts, strict, count)
+    elif any(batch.dtype.components == 2 for batch in parts):
+        return None  # the magnitudes are not those of the parts
+    else:
+        norm = float(np.max([batches.largest(batch, count).max(initial=0.0) for batch in parts]))
+        right = math.isfinite(norm)
+    norm /= measure.divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    elements = batch.nbytes // batch.dtype.storage.itemsize
-    factor, truncate = joint.decide(norm, bound, elements, divisor, limits)
+    elements = sum([batch.nbytes / batch.dtype.storage.itemsize for batch in parts])
+    ones = formulas.root(elements, measure.ord)
+    factor, truncate = joint.decide(norm, bound, ones, measure.divisor, limits)
     return None if truncate else (norm, factor)
+
+
+def _joined(parts: Sequence[Batch], limits: Array, count: int) -> tuple[float, bool]:
+    """Return the L2 norm of `count` arrays, and if it is right."""
+    partials = [np.empty(len(batch.chunks)) for batch in parts]
+    for batch, partial in zip(parts, partials, strict=True):
+        batch.run(cpu.sum_squares, batch.dtype.like, partial)
+    chunks, partial = parts[0].chunks, partials[0]
+    if len(parts) > 1:
+        chunks, partial = np.concatenate([own.chunks for own in parts]), np.concatenate(partials)
+    return joint.joined(chunks, partial, limits, np.zeros(count))  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(rows: tuple[DType, ...]) -> tuple[Array, Array]:
+    """Return what `joint.joined` and `joint.decide` are told of gradients of some dtypes."""
+    every = np.array([row.limits for row in rows])
+    strict, limits = every.max(axis=0), every.max(axis=0)
+    limits[joint.DIGITS] = every[:, joint.DIGITS].min()
+    return strict, limits
 
 
 def _scale(batch: Batch, items: Items, factor: float) -> None:
@@ -343,18 +394,18 @@ def _scale(batch: Batch, items: Items, factor: float) -> None:
     threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
 
 
-def _copies(items: Items, kind: Kind, bound: float, divisor: float) -> tuple[Items, float] | None:
-    """Return new arrays, clipped by the joint L2 norm over `divisor`, and that norm."""
-    state, norm = _clip_little(items, kind, kind.readable, math.inf, divisor)
+def _copies(items: Items, kind: Kind, bound: float, measure: Measure) -> tuple[Items, float] | None:
+    """Return new arrays, clipped by their joint norm, and that norm."""
+    state, norm = _clip_little(items, kind, kind.readable, math.inf, measure)
     if state == arrays.ELSEWHERE:
         return None
     if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
         results = _copied(items)
         if norm > bound:
-            state, _ = _clip_little(results, kind, kind.writeable, bound, divisor)
+            state, _ = _clip_little(results, kind, kind.writeable, bound, measure)
         return (results, norm) if state == arrays.DONE else None
     batch, _ = batch_of(items, kind, kind.readable)
-    found = None if batch is None else _decided(batch, len(items), bound, divisor)
+    found = None if batch is None else decided([batch], len(items), bound, measure)
     if batch is None or found is None:
         return None
     norm, factor = found

@@ -12,8 +12,9 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
+from numclip.host.at_once import ClipsAtOnce
 from numclip.host.batches import Batch
-from numclip.host.kernels import cpu
+from numclip.host.kernels import cpu, given
 from numclip.host.kernels import pools as kernels
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
@@ -77,7 +78,8 @@ class Plan:
             t: self._copied[t].span if t in self._copied else Span(*span[:4])
             for t, span in enumerate(self.spans)
         }
-        self._at_home = self._own
+        self._starts = np.array([span.source for span in self._own.values()], np.int64)
+        self._sources: Sequence[int] | None = None
         self._in_place = all(span.source == span.target for span in self._own.values())
         self._in_place &= all(copied.in_place for copied in self._copied.values())
         self._lay_out_batches()
@@ -86,6 +88,11 @@ class Plan:
         """Make the tables of chunks."""
         self._written = batches.batches(self._own)
         self._measured = self._plain(self._own)
+        self._at_home = self._written, self._measured
+        self._find_fused()
+
+    def _find_fused(self) -> None:
+        """Find the batch that one call measures and decides, where there is one alone."""
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self.fused = self._measured[0] if small and not self._groupings else None
         self._column = FACTOR
@@ -98,23 +105,34 @@ class Plan:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
-    def law_table(self, divisors: Array) -> Array:
-        """Return a table that decisions obey, whose bounds and loss scales are to be written."""
-        return self._laws.table(Law(math.inf, divisors))
+    def tables_at_once(self, divisors: Array) -> dict[int, Array]:
+        """Return what `kernels.given` works on; bounds and loss scales are written to the laws."""
+        return {
+            given.POOLS: self.pool_table,
+            given.LAWS: self._laws.table(Law(math.inf, divisors)),
+            given.SHIFTS: np.zeros(len(self.pools), np.int64),
+            given.POOL_OF: self.pool_of,
+        }
+
+    def at_once(self, divisors: Array) -> ClipsAtOnce | None:
+        """Return what clips by one call each, None where more is needed."""
+        plain = self._in_place and not self._copied
+        plain = plain and not any(isinstance(span, RowSpan) for span in self.spans)
+        if self.fused is None or not plain:
+            return None
+        return ClipsAtOnce(self.fused, self.tables_at_once(divisors))
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
 
         Nothing is to be written but to these places.
         """
-        if sources is None:
-            self._own = self._at_home
-        else:
-            self._own = {
-                t: span._replace(source=source, size=span.size if source else 0)
-                for (t, span), source in zip(self._at_home.items(), sources, strict=True)
-            }
-        self._lay_out_batches()
+        self._sources = sources
+        self._written, self._measured = self._at_home
+        if sources is not None:
+            self._written = [batch.read_at(self._starts, sources) for batch in self._written]
+            self._measured = self._written  # no rows repeat
+        self._find_fused()
 
     def take_rows(
         self, spans: Sequence[RowSpan], groupings: Sequence[Groups], _stream: Any = None
@@ -171,7 +189,7 @@ class Plan:
         if self._shifted:
             self._shifts[:] = 0
             self._shifted = False
-        if self._own is not self._at_home:
+        if self._sources is not None:
             sums[:] = 0.0  # some may have no chunks
         tables = self.pool_table, self._law, self._shifts, sums, decisions
         safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
@@ -205,6 +223,11 @@ class Plan:
         if order != 2.0:
             tables = self._law, self._shifts, self._sums
             known: dict[int, Span | RowSpan] = {**spans, **summed}
+            if self._sources is not None:
+                known = {
+                    t: span._replace(source=source, size=span.size if source else 0)
+                    for (t, span), source in zip(spans.items(), self._sources, strict=True)
+                }
             orders.write_powers(known, self._groupings, self.pools, order, *tables)
             return
         for batch in self._plain(spans) if spans is not self._own else self._measured:

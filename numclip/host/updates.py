@@ -10,7 +10,7 @@ import numpy as np
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
 from numclip.host import batches, rows
-from numclip.host.at_once import AtOnce
+from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
 from numclip.host.kernels import given, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
@@ -38,6 +38,16 @@ class Places:
     def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
         self.spans = list(spans)
         self._addresses = [[span.target for span in spans], *map(list, states)]
+
+    @property
+    def starts(self) -> Array:
+        """Where each gradient begins."""
+        return np.array([span.source for span in self.spans], np.int64)
+
+    def tensors_of(self, numbers: Sequence[int]) -> Array:
+        """Return the number of each chunk's tensor, for `whole`."""
+        sizes = np.array([self.spans[k].size for k in numbers], np.int64)
+        return np.repeat(numbers, -(-sizes // CHUNK))
 
     def whole(self, numbers: Sequence[int], owners: Array) -> Array:
         """Return the updates of whole tensors, chunk by chunk."""
@@ -103,17 +113,14 @@ class Updates:
         self._dtypes = dict.fromkeys(span.dtype for span in spans)
         self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in self._dtypes}
         self._passes = 2 + 2 * len(states)
-        self._dense = self._whole(self._places)
-
-    def _whole(self, places: Places) -> list[tuple[DType, Array]]:
-        """Return the updates of the dense tensors, those of each dtype."""
-        found = []
+        self._dense: list[tuple[DType, Array]] = []  # the updates of dense tensors
+        self._tensors: list[Array] = []  # of each chunk of these
         for dtype in self._dtypes:
-            spans = enumerate(places.spans)
-            members = [k for k, own in spans if isinstance(own, Span) and own.dtype is dtype]
+            every = enumerate(self._places.spans)
+            members = [k for k, own in every if isinstance(own, Span) and own.dtype is dtype]
             if members:
-                found.append((dtype, places.whole(members, self._pool_of[members])))
-        return found
+                self._dense.append((dtype, self._places.whole(members, pool_of[members])))
+                self._tensors.append(self._places.tensors_of(members))
 
     def write_settings(self, settings: Array, _stream: Any = None) -> None:
         """Let the following steps use some settings, a row for each pool."""
@@ -150,7 +157,7 @@ class GroupUpdates(Updates):
         _stream: Any = None,
     ) -> None:
         super().__init__(kernel, spans, states, plan.pool_of)
-        self._plan, self._name, self._states = plan, kernel, states
+        self._plan, self._name = plan, kernel
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
         self._own, self._left = self._dense, set[int]()
@@ -175,32 +182,30 @@ class GroupUpdates(Updates):
         """Read gradients at some addresses, and leave what has none; None for those of the plan."""
         self._dense = self._own
         if sources is not None:
-            spans = [
-                span._replace(source=source, size=span.size if source else 0)
-                for span, source in zip(self._places.spans, sources, strict=True)
+            starts = self._places.starts
+            self._dense = [
+                (dtype, batches.moved(chunks, tensors, starts, sources))
+                for (dtype, chunks), tensors in zip(self._own, self._tensors, strict=True)
             ]
-            self._dense = self._whole(Places(spans, self._states))
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         self._small = self._found_small()
 
-    def at_once(self, reader: Given | None, divisors: Array) -> AtOnce | None:
+    def at_once(self, reader: Given | None, divisors: Array) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
         batch = self._plan.fused
         if batch is None or self._small is None or reader is None:
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
+            **self._plan.tables_at_once(divisors),
             given.PIECES: self._own[0][1].copy(),
-            given.POOLS: self._plan.pool_table,
-            given.LAWS: self._plan.law_table(divisors),
-            given.SHIFTS: np.zeros(len(self._counts), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,
             given.FACTORS: own.factors,
         }
         starts = np.array([span.source for span in self._plan.spans], np.int64)
-        return AtOnce(self._name, batch, starts, reader, tables)
+        return StepsAtOnce(self._name, batch, starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
         """Let the next step update the rows of some slices."""

@@ -13,7 +13,17 @@ from numba import cuda
 from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
-from numclip.cuda.kernels import norms, rows, scaling, tile_scaling, tiles, units, updates, verdict
+from numclip.cuda.kernels import (
+    halves,
+    norms,
+    rows,
+    scaling,
+    tile_scaling,
+    tiles,
+    units,
+    updates,
+    verdict,
+)
 
 TABLE = types.Array(types.int64, 2, "C")
 NUMBERS = types.Array(types.float64, 2, "C")
@@ -26,6 +36,7 @@ STORAGE = {
     "float64": types.float64,
 }
 LIKE = object()  # stands for each type of storage
+HALF = object()  # stands for those of 16 bits
 SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     norms: {
         "sum_squares": (TABLE, TABLE, LIKE, NUMBERS),
@@ -48,6 +59,11 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
         "add": (types.int64,) * 5 + (LIKE,),
+    },
+    halves: {
+        "round_chunks": (TABLE, HALF),
+        "take_over_chunks": (TABLE, HALF),
+        "widen_chunks": (TABLE, types.int64, HALF),
     },
     tiles: {
         "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),
@@ -84,8 +100,11 @@ def everything(capability: tuple[int, int]) -> dict[str, str]:
     found = {}
     for module, table in SIGNATURES.items():
         for name, signature in table.items():
-            for dtype, like in STORAGE.items() if LIKE in signature else [("", None)]:
-                own = tuple(like if part is LIKE else part for part in signature)
+            own_types = STORAGE.items() if LIKE in signature else [("", None)]
+            if HALF in signature:
+                own_types = list(STORAGE.items())[:2]
+            for dtype, like in own_types:
+                own = tuple(like if part in (LIKE, HALF) else part for part in signature)
                 found[f"{name} {dtype}".strip()] = code(getattr(module, name), own, capability)
     return found
 

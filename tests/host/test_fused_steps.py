@@ -1,4 +1,4 @@
-"""Measuring and deciding by one call gives what several calls give, bit for bit."""
+"""Steps by one native call, or two, give what several calls give, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip.clipping.steps import Steps
 from numclip.host.plan import Plan
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
@@ -23,7 +24,9 @@ RULES = {
     "never": lambda: nc.ByGlobalNorm(math.inf),
     "tiny": lambda: nc.ByGlobalNorm(1e-42),
     "by step": lambda: nc.ByGlobalNorm(lambda step: 3.0 / (1 + step)),
+    "each": lambda: nc.ByNorm(2.0),
     "AutoClip": lambda: nc.AutoClip(percentile=40),
+    "AdaGC": lambda: nc.AdaGC(warmup=1),
     "ZClip": lambda: nc.ZClip(warmup=1, max_norm=4.0),
 }
 OPTIMIZERS = {
@@ -53,6 +56,8 @@ def run(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> list[Any]:
 def same_both_ways(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> None:
     at_once = run(steps, rule, optimizer)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "take_at_once", lambda *_: False)
+        assert run(steps, rule, optimizer) == at_once
         patch.setattr(Plan, "_decide_at_once", lambda *_: False)
         assert run(steps, rule, optimizer) == at_once
 

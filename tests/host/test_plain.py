@@ -41,6 +41,13 @@ def results(grads: Grads, bound: float, *, in_place: bool) -> list[Any]:
     clipped, told = nc.clip_by_global_norm(own, bound, out=own if in_place else None)
     single = [nc.clip_by_average_norm(grad, bound / 9) for grad in grads if grad is not None]
     written = [*own, *clipped, *single, np.float64(norm), np.float64(told)]
+    held, peak = nc.clip_by_global_norm(own, bound / 9, ord=math.inf, out=own if in_place else None)
+    written += [*own, *held, np.float64(peak), np.float64(nc.global_norm(own, math.inf))]
+    parts = copied(grads)
+    nested = {"a": [tuple(parts[1:])], "b": parts[0]}
+    inner, joint = nc.clip_by_global_norm(nested, bound, out=nested if in_place else None)
+    assert type(inner["a"][0]) is tuple
+    written += [*parts, *inner["a"][0], inner["b"], np.float64(joint)]
     return [None if array is None else np.asarray(array).tobytes() for array in written]
 
 
@@ -84,6 +91,11 @@ def test_what_is_plain_is_taken(dtype):
         [normal(rng, (7,), dtype) for _ in range(300)],
     ):
         assert plain.global_norm(grads) == nc.global_norm(grads)
+        peak = plain.global_norm(grads, math.inf)
+        if dtype.startswith("complex"):
+            assert peak is None
+        else:
+            assert peak == max(float(np.abs(g).max()) for g in grads if g is not None and g.size)
         for bound in (1e-3, 1e3):
             result, norm = plain.clip_by_global_norm(tuple(copied(grads)), bound, None)
             assert norm == nc.global_norm(grads)

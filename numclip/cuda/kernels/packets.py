@@ -141,6 +141,34 @@ def rounded(_typing, value, like):
     return _computed(like)(value, like), emit
 
 
+def _nearest(builder, value, like):
+    """Return the nearest element of 16 bits to a float32, of two the even one."""
+    if like == types.uint16:
+        return float_to_half(builder, value, native=True, nearest=True)
+    return float_to_bfloat(builder, value, nearest=True)
+
+
+@intrinsic
+def nearest(_typing, value, like):
+    """Return the nearest element to a float32, of two the even one, in float32."""
+
+    def emit(_context, builder, _signature, arguments):
+        return _widened(builder, _nearest(builder, arguments[0], like), like)
+
+    return types.float32(value, like), emit
+
+
+@intrinsic
+def differ(_typing, value, other, like):
+    """Tell whether the nearest elements to two of float32 have other bits."""
+
+    def emit(_context, builder, _signature, arguments):
+        own, others = (_nearest(builder, number, like) for number in arguments[:2])
+        return builder.icmp_unsigned("!=", own, others)
+
+    return types.boolean(value, other, like), emit
+
+
 @intrinsic
 def load_packet(_typing, address, stride, like):
     """Return eight elements, of words that are `stride` bytes apart."""

@@ -9,6 +9,7 @@ aligned and (if it is to be written) writeable is said to be so, and nothing is 
 """
 
 import ctypes
+import math
 import platform
 import sys
 import sysconfig
@@ -16,7 +17,16 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, clamped, multiply, slot_of
+from numclip.host.kernels.cpu import (
+    LENGTH,
+    OWNER,
+    SOURCE,
+    TARGET,
+    clamped,
+    largest_bits,
+    multiply,
+    slot_of,
+)
 from numclip.host.kernels.elements import array_at, as_computed, narrow, widen, word_at
 from numclip.host.kernels.joint import decide, norm_of
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
@@ -151,6 +161,30 @@ def own_their_data(items, count, facts):
     return True
 
 
+@inline
+def read_little(items, count, facts, like, chunks):
+    """Read arrays as `read` does; return DONE, ELSEWHERE or MUCH first."""
+    used, elements = read(items, count, facts, chunks)
+    if used < 0:
+        return ELSEWHERE, used, elements
+    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
+        return MUCH, used, elements
+    return DONE, used, elements
+
+
+@inline
+def scale(chunks, norm, bound, ones, divisor, limits, like):
+    """Multiply chunks by the factor for their norm; return DONE, or ELSEWHERE to truncate."""
+    factor, truncate = decide(norm, bound, ones, divisor, limits)
+    if truncate:
+        return ELSEWHERE
+    if factor != 1.0:
+        for c in range(chunks.shape[0]):
+            x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
+            multiply(x, as_computed(factor, like))
+    return DONE
+
+
 @kernel_with_gil
 def clip_little(items, count, facts, limits, bound, divisor, like):
     """Clip arrays in place by their norm over `divisor`, where they are plain and hold little.
@@ -159,35 +193,44 @@ def clip_little(items, count, facts, limits, bound, divisor, like):
     can be written, `bound` is infinite.
     """
     chunks = np.empty((count + SPARE, 4), np.int64)
-    used, elements = read(items, count, facts, chunks)
-    if used < 0:
-        return ELSEWHERE, 0.0
-    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
-        return MUCH, 0.0
+    state, used, elements = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state, 0.0
     if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
         return MUCH, 0.0
-    chunks = chunks[:used]
-    norm, safe = norm_of(chunks, like, limits, np.empty(count))
+    norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
     norm /= divisor
-    factor, truncate = decide(norm, bound, elements, divisor, limits)
-    if truncate or not safe:
+    if not safe:
         return ELSEWHERE, 0.0
-    if factor != 1.0:
-        for c in range(used):
-            x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-            multiply(x, as_computed(factor, like))
-    return DONE, norm
+    ones = math.sqrt(elements)
+    return scale(chunks[:used], norm, bound, ones, divisor, limits, like), norm
+
+
+@kernel_with_gil
+def clip_little_by_peak(items, count, facts, limits, bound, mask, like):
+    """Clip real arrays by their largest magnitude, as `clip_little` does by their L2 norm."""
+    chunks = np.empty((count + SPARE, 4), np.int64)
+    state, used, elements = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state, 0.0
+    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
+        return MUCH, 0.0
+    peak = np.zeros(1, mask.dtype)
+    for c in range(used):
+        peak[0] = max(peak[0], largest_bits(chunks[c], mask))
+    norm = np.float64(widen(peak.view(like.dtype)[0]))
+    if not math.isfinite(norm):
+        return ELSEWHERE, 0.0
+    return scale(chunks[:used], norm, bound, np.float64(elements), 1.0, limits, like), norm
 
 
 @kernel_with_gil
 def clamp_little(items, count, facts, low, high, like):
     """Hold the elements of arrays that hold little between bounds; say as `clip_little` does."""
     chunks = np.empty((count + SPARE, 4), np.int64)
-    used, elements = read(items, count, facts, chunks)
-    if used < 0:
-        return ELSEWHERE
-    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
-        return MUCH
+    state, used, _ = read_little(items, count, facts, like, chunks)
+    if state != DONE:
+        return state
     least, most = as_computed(low, like), as_computed(high, like)
     for c in range(used):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)

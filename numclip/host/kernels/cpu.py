@@ -139,19 +139,25 @@ def sum_powers(begin, end, chunks, scales, ord, like, out):
         out[c] = array_of_powers(x, scales[chunks[c, OWNER]], ord)
 
 
-@kernel
-def max_magnitude(begin, end, chunks, mask, out):
-    """Write each chunk's largest magnitude as the integer of its bits; NaN exceeds Inf.
+@inline
+def largest_bits(chunk, mask):
+    """Return the largest magnitude of a chunk as the integer of its bits; NaN exceeds Inf.
 
     `mask` is an array of one unsigned integer of the element's size that leaves out the sign:
     the bits of positive floats order as the floats do.
     """
+    bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
+    largest = bits[0] & mask[0]
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & mask[0])
+    return largest
+
+
+@kernel
+def max_magnitude(begin, end, chunks, mask, out):
+    """Write each chunk's largest magnitude, see `largest_bits`."""
     for c in range(begin, end):
-        bits = array_at(chunks[c, SOURCE], chunks[c, LENGTH], mask)
-        largest = bits[0] & mask[0]
-        for i in range(bits.size):
-            largest = max(largest, bits[i] & mask[0])
-        out[c] = largest
+        out[c] = largest_bits(chunks[c], mask)
 
 
 @inline

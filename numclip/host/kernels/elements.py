@@ -116,6 +116,19 @@ def _narrow(_typing, value, like):
 
 
 @intrinsic
+def _nearest(_typing, value, like):
+    """Return the nearest element of 16 bits to a float32, stored like `like`; of two, the even."""
+
+    def emit(context, builder, _signature, arguments):
+        if like == types.uint16:
+            native = converts_halves(context.codegen())
+            return float_to_half(builder, arguments[0], native=native, nearest=True)
+        return float_to_bfloat(builder, arguments[0], nearest=True)
+
+    return like(value, like), emit
+
+
+@intrinsic
 def _as_computed(_typing, value, like):
     """Return a number in the type that elements stored like `like` are computed in."""
     wanted = types.float64 if like.dtype == types.float64 else types.float32
@@ -153,6 +166,10 @@ def _prefetch_interpreted(_address):
     pass
 
 
+def _nearest_interpreted(value, like):
+    return narrow_interpreted(value, like, nearest=True)
+
+
 def _as_computed_interpreted(value, like):
     return np.float64(value) if like.dtype == np.float64 else np.float32(value)
 
@@ -161,7 +178,7 @@ if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
     table_at = _table_at_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
-    prefetch = _prefetch_interpreted
+    prefetch, nearest = _prefetch_interpreted, _nearest_interpreted
 else:
     array_at, table_at, widen, narrow = inline(_array_at), inline(_table_at), _widen, _narrow
-    as_computed, word_at, prefetch = _as_computed, _word_at, _prefetch
+    as_computed, word_at, prefetch, nearest = _as_computed, _word_at, _prefetch, _nearest

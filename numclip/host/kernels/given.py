@@ -14,7 +14,7 @@ from numclip.host.kernels import updates
 from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.host.kernels.pools import measure_and_decide
+from numclip.host.kernels.pools import decide_all, measure_and_decide, scale_decided
 from numclip.host.kernels.updates import GRAD
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -26,6 +26,8 @@ from numclip.tables import (
     FINE,
     FIRST,
     LAST,
+    LEAVE,
+    MODE,
     POLICY,
     RAISE,
     RARE,
@@ -42,8 +44,10 @@ ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
 # The tables of a step, of three words each: address, rows, columns.
 WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
-SHIFTS, SUMS, DECISIONS, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 15)
+SHIFTS, SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 16)
 FACTORS = TABLES  # which kernels are given as an array
+# Where a step finds arrays, if not in a tuple: in the plan, or measured by the call before.
+OWN, AGAIN = 0, -1
 
 
 @inline
@@ -104,14 +108,18 @@ def read(items, wanted, addresses):
 
 @inline
 def copy(source, target):
-    """Copy an array."""
-    for i in range(source.size):
-        target[i] = source[i]
+    """Copy an array, to one of float32 where it is of 16 bits."""
+    if source.itemsize == target.itemsize:
+        for i in range(source.size):
+            target[i] = source[i]
+    else:
+        for i in range(source.size):
+            target[i] = widen(source[i])
 
 
 @inline
 def add(source, target):
-    """Add an array to another, as NumPy does."""
+    """Add an array to another likewise, as NumPy does."""
     for i in range(source.size):
         target[i] = narrow(widen(target[i]) + widen(source[i]), target[i])
 
@@ -124,7 +132,7 @@ def clear(target):
 
 
 @kernel_with_gil
-def take(items, wanted, chunks, adds, like, addresses):
+def take(items, wanted, chunks, adds, like, wide, addresses):
     """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
 
     The sources of chunks are distances from their arrays' beginnings. An array that is absent
@@ -136,7 +144,7 @@ def take(items, wanted, chunks, adds, like, addresses):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
             continue
-        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], like)
+        target = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)
         if address == ABSENT:
             if not adds:
                 clear(target)
@@ -169,8 +177,11 @@ def found_turn(tables, k, turn, like):
 
 
 @inline
-def place(addresses, tables, chunks):
-    """Let chunks and updates read arrays, and those that are absent nothing."""
+def place(items, tables):
+    """Let chunks and updates read the arrays, of absent ones nothing; tell if all fit."""
+    addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
+    if items != OWN and not find(items, found_row(tables, WANTED, tables), addresses):
+        return False
     distances = found_row(tables, DISTANCES, tables)
     lengths = found_row(tables, LENGTHS, tables)
     pieces = found(tables, PIECES, tables)
@@ -179,6 +190,7 @@ def place(addresses, tables, chunks):
         length = lengths[c] if address != ABSENT else 0
         chunks[c, LENGTH] = pieces[c, updates.LENGTH] = length
         chunks[c, SOURCE] = pieces[c, GRAD] = address + distances[c]
+    return True
 
 
 @inline
@@ -216,79 +228,93 @@ def needs_care(pools, decisions, safe):
 
 
 @kernel
-def decide(items, turn, unscale, tables, bounds, like):
-    """Find the arrays, measure them and decide; tell whether that is right."""
-    addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
-    if items != 0 and not find(items, found_row(tables, WANTED, tables), addresses):
-        return False
-    place(addresses, tables, chunks)
+def decide(measures, turn, unscale, tables, bounds, like):
+    """Decide by what chunks hold, or by what was measured before; tell whether that is right."""
     laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
+    shifts = found_row(tables, SHIFTS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)
-    shifts = found_row(tables, SHIFTS, tables)
-    safe = measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions)
+    safe = True
+    if measures:
+        chunks = found(tables, CHUNKS, tables)
+        safe = measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions)
+    else:
+        decide_all(pools, laws, shifts, sums, decisions)
     return not needs_care(pools, decisions, safe)
 
 
 @inline
-def numbers(tables, turn, bounds, factors):
-    """Return what counts a step: decisions and their column, counts, numbers given and made."""
+def column_of(like):
+    """Return the column of decisions that has the factors of elements stored as `like`."""
+    return FINE if like.itemsize == 8 else FACTOR
+
+
+@kernel
+def clip(measures, turn, unscale, tables, bounds, like):
+    """Decide as `decide` does; if that is right, multiply arrays in place by their factors."""
+    if not decide(measures, turn, unscale, tables, bounds, like):
+        return False
     decisions = found_turn(tables, DECISIONS, turn, bounds)
-    column = FINE if factors.itemsize == 8 else FACTOR
+    if decisions[bounds.size, MODE] != LEAVE:
+        chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
+        scale_decided(chunks, pool_of, decisions, column_of(like), like)
+    return True
+
+
+@kernel_with_gil
+def measure(items, turn, unscale, tables, bounds, like):
+    """Find the arrays, measure them and decide; tell whether that is right."""
+    return place(items, tables) and decide(True, turn, unscale, tables, bounds, like)
+
+
+@inline
+def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
+    """Take a step of an optimizer, if that is right; else write what is decided alone."""
+    if items != AGAIN and not place(items, tables):
+        return False
+    if not decide(items != AGAIN, turn, unscale, tables, bounds, like):
+        return False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
     counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)
-    return decisions, column, counts, given, found(tables, SETTINGS, factors)
+    settings, pieces = found(tables, SETTINGS, factors), found(tables, PIECES, tables)
+    advance(decisions, column_of(factors), counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
+    update(0, pieces.shape[0], pieces, factors, settings, like)
+    return True
 
 
 @kernel_with_gil
 def descend(items, turn, unscale, tables, bounds, factors, like):
-    """Take a step of `updates.descend`, if that is right; else write what is decided alone."""
-    if not decide(items, turn, unscale, tables, bounds, like):
-        return False
-    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
-    updates.advance(decisions, column, counts, False, given, factors, settings)
-    uncount(tables, counts, factors)
-    pieces = found(tables, PIECES, tables)
-    updates.descend(0, pieces.shape[0], pieces, factors, settings, like)
-    return True
+    """Take a step of `updates.descend` as `step` does."""
+    advance, update = updates.advance, updates.descend
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
 def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.descend_with_momentum`."""
-    if not decide(items, turn, unscale, tables, bounds, like):
-        return False
-    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
-    updates.advance(decisions, column, counts, False, given, factors, settings)
-    uncount(tables, counts, factors)
-    pieces = found(tables, PIECES, tables)
-    updates.descend_with_momentum(0, pieces.shape[0], pieces, factors, settings, like)
-    return True
+    advance, update = updates.advance, updates.descend_with_momentum
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
 def adam(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.adam`."""
-    if not decide(items, turn, unscale, tables, bounds, like):
-        return False
-    decisions, column, counts, given, settings = numbers(tables, turn, bounds, factors)
-    updates.advance_adam(decisions, column, counts, False, given, factors, settings)
-    uncount(tables, counts, factors)
-    pieces = found(tables, PIECES, tables)
-    updates.adam(0, pieces.shape[0], pieces, factors, settings, like)
-    return True
+    advance, update = updates.advance_adam, updates.adam
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
 
 
 @kernel
-def copy_all(begin, end, chunks, like):
+def copy_all(begin, end, chunks, like, wide):
     """Copy each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
 
 
 @kernel
-def add_all(begin, end, chunks, like):
+def add_all(begin, end, chunks, like, wide):
     """Add each chunk to where it goes."""
     for c in range(begin, end):
         source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], like))
+        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))

@@ -57,12 +57,12 @@ def norm_of(chunks, like, limits, totals):
 
 
 @kernel
-def decide(norm, bound, elements, divisor, limits):
-    """Return the factor for the norm of some elements over a divisor, and whether to truncate.
+def decide(norm, bound, ones, divisor, limits):
+    """Return the factor for a norm over a divisor, and whether to truncate.
 
-    That is said of the results, see `decisions.factor_of`.
+    That is said of the results, see `decisions.factor_of`; `ones` is the norm of as many ones.
     """
-    coarse = math.sqrt(elements) / divisor * limits[COARSE]
+    coarse = ones / divisor * limits[COARSE]
     digits = int(limits[DIGITS])
     mantissa, power, truncate = factor_of(
         norm, 0, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST]

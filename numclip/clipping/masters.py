@@ -1,0 +1,91 @@
+"""Float32 masters of 16-bit parameters: optimizers update the masters, models read the rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numclip.dtypes import Array, DType, lookup
+from numclip.engine import Engine, HalfCopies
+
+Rows = Mapping[str, Array | None]
+"""Some rows of some parameters by their indices, None for all."""
+
+
+class _Place(NamedTuple):
+    """Where a parameter and its master lie; `length` is that of a row."""
+
+    dtype: DType
+    param: int
+    master: int
+    size: int
+    length: int
+
+
+class Masters:
+    """The masters of some parameters.
+
+    What somebody writes to a parameter is found by comparing it with its rounded master.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Any], arrays: Mapping[str, Any], engine: Engine, stream: Any
+    ) -> None:
+        """Let `arrays`, which are of zeros, be the masters of parameters of their names."""
+        self.arrays, self._engine = arrays, engine
+        self._places = {name: _place(params[name], own, engine) for name, own in arrays.items()}
+        self._all = engine.half_copies(_runs(self._places.values()), stream)
+        self.take_over(stream)
+
+    def take_over(self, stream: Any, rows: Rows | None = None) -> None:
+        """Let masters be what was written to their parameters."""
+        self._copies(rows, stream).take_over(stream)
+
+    def round(self, stream: Any, rows: Rows | None = None) -> None:
+        """Let parameters be their masters, rounded to the nearest, of two to the even one."""
+        self._copies(rows, stream).round_all(stream)
+
+    def _copies(self, rows: Rows | None, stream: Any) -> HalfCopies:
+        if rows is None:
+            return self._all
+        found: dict[DType, list[Array]] = {}
+        for name, indices in rows.items():
+            place = self._places.get(name)
+            if place is not None:
+                found.setdefault(place.dtype, []).append(_table(place, indices))
+        tables = {dtype: np.concatenate(own) for dtype, own in found.items()}
+        return self._engine.half_copies(tables, stream)
+
+
+def _place(param: Any, master: Any, engine: Engine) -> _Place:
+    own, wide = engine.facts("param", param), engine.facts("master", master)
+    dtype = lookup(own.native)
+    assert dtype is not None
+    return _Place(dtype, own.address, wide.address, param.size, math.prod(own.shape[1:]))
+
+
+def _table(place: _Place, indices: Array | None) -> Array:
+    """Return rows of a parameter, or all of it, as the engine is told them."""
+    if indices is None:
+        return np.array([place[1:4]], np.int64)
+    table = np.empty((indices.size, 3), np.int64)
+    table[:, 0] = place.param + 2 * place.length * indices
+    table[:, 1] = place.master + 4 * place.length * indices
+    table[:, 2] = place.length
+    return table
+
+
+def _runs(places: Iterable[_Place]) -> dict[DType, Array]:
+    """Return whole parameters likewise, those that follow one another as one."""
+    found: dict[DType, list[list[int]]] = {}
+    for place in places:
+        rows = found.setdefault(place.dtype, [[place.param, place.master, 0]])
+        param, master, size = rows[-1]
+        if place[1:3] == (param + 2 * size, master + 4 * size):
+            rows[-1][2] += place.size
+        else:
+            rows.append(list(place[1:4]))
+    return {dtype: np.array(rows, np.int64) for dtype, rows in found.items()}

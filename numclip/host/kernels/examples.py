@@ -1,0 +1,79 @@
+"""Plain arrays of gradients per example: norms over all arrays, factors, and sums over examples.
+
+Arrays are read out of a tuple as in `arrays`. Shares and types are as in `cpu`.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.host.kernels.arrays import DATA, HEADER, SHAPE, WORD, length_of
+from numclip.host.kernels.columns import sum_examples
+from numclip.host.kernels.cpu import settled, squares_of, two_sum
+from numclip.host.kernels.elements import array_at, table_at, word_at
+from numclip.host.kernels.pools import factor_of, is_safe, scale_by_power
+from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
+from numclip.tables import BOUND, COARSE, ROUNDOFF, TINY
+
+SOURCE, TARGET, LENGTH, FIRST = range(4)  # of arrays: the last is their first block of columns
+UNKNOWN = -1.0  # instead of a factor
+
+
+@kernel_with_gil
+def find(items, results, facts, width, table):
+    """Write where arrays and their sums lie; return how many blocks of `width` columns they have.
+
+    -1 where an array is not as the facts demand. `items` and `results` are where their pointers
+    are; each array has an axis of examples, which are some.
+    """
+    blocks = 0
+    for t in range(table.shape[0]):
+        fields = word_at(items + t * WORD) + facts[HEADER]
+        length = length_of(fields, facts)
+        if length < 0:
+            return -1
+        length //= word_at(word_at(fields + SHAPE))
+        table[t, SOURCE], table[t, LENGTH], table[t, FIRST] = word_at(fields + DATA), length, blocks
+        table[t, TARGET] = word_at(word_at(results + t * WORD) + facts[HEADER] + DATA)
+        blocks += -(-length // width)
+    return blocks
+
+
+@inline
+def squares_of_example(e, table, like):
+    """Return an example's sum of squares over all arrays, and whether it lost nothing."""
+    total = error = 0.0
+    right = True
+    for t in range(table.shape[0]):
+        length = table[t, LENGTH]
+        x = array_at(table[t, SOURCE] + e * length * like.itemsize, length, like)
+        value = squares_of(x)
+        if like.itemsize == 8 and not is_safe(value):
+            right &= value == 0.0 and not x.any()
+        total, rest = two_sum(total, value)
+        error += rest
+    return settled(total, error), right
+
+
+@kernel
+def find_factors(begin, end, table, law, like, factors, clipped):
+    """Write the factor of each example, for a sum in float64, and whether it is clipped."""
+    for e in range(begin, end):
+        total, right = squares_of_example(e, table, like)
+        norm = math.sqrt(total)
+        mantissa, power, _ = factor_of(
+            norm, 0, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], 53, law[TINY]
+        )
+        factors[e] = scale_by_power(mantissa, power) if right else UNKNOWN
+        clipped[e] = norm > law[BOUND]
+
+
+@kernel
+def sum_blocks(begin, end, table, factors, width, like):
+    """Write sums over examples, each times its factor; the share is of blocks of columns."""
+    for block in range(begin, end):
+        t = np.searchsorted(table[:, FIRST], block, side="right") - 1
+        x = table_at(table[t, SOURCE], factors.size, table[t, LENGTH], like)
+        own = block - table[t, FIRST]
+        out = array_at(table[t, TARGET], table[t, LENGTH], like)
+        sum_examples(own, own + 1, x, factors, width, out)
