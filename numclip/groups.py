@@ -519,7 +519,7 @@ class ParamGroups(state.Saved):
 
     def _without(self, absent: frozenset[str]) -> str:
         """Say which parameters have no gradient, of those that all ranks have."""
-        left = sorted(name for name in absent if not self._owner(name).sharded)
+        left = absent and sorted(name for name in absent if not self._owner(name).sharded)
         return f" without {left}" if left else ""
 
     def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
@@ -575,12 +575,14 @@ class ParamGroups(state.Saved):
                 "comm: expected the communicator of the ranks that share group "
                 f"{self._sharded!r}, got None"
             )
-        found = communicator(comm)
-        if found is None:
-            return None
-        if self._ranks is None or self._ranks.communicator.comm != comm:
-            self._ranks = Ranks(found)
-        return self._ranks
+        known = self._ranks
+        if known is None or known.communicator.comm is not comm or not comm:
+            found = communicator(comm)
+            if found is None:
+                return None
+            if known is None or known.communicator.comm != comm:
+                self._ranks = known = Ranks(found)
+        return known
 
     def update(
         self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None

@@ -212,7 +212,7 @@ class Steps:
             for clipper in self.clippers:
                 clipper.obey(turn.unscale, stream)
             for clipper in self.clippers:
-                clipper.measure(place, stream)
+                clipper.measure(place, stream, decides=ranks is None)
 
         self._together(measure, turn, ranks, call)
         for clipper in self._again:
@@ -245,7 +245,7 @@ class Steps:
     def _facts(self, turn: Turn, call: str) -> dict[str, str]:
         """Say of a step what must be the same on all ranks."""
         found = {"call": call, "step": str(turn.step), "unscale": repr(turn.unscale)}
-        for clipper in self.clippers:
+        for clipper in self._scheduled:
             for name, rule in clipper.rules.items():
                 if rule is not None and rule.scheduled:
                     found[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
