@@ -135,12 +135,12 @@ class Part:
             found.append(joined_norms(parts, clipper.ord))
         return found
 
-    def take(self, communicator: Communicator, stream: Any) -> None:
+    def take(self, steps: Any, communicator: Communicator, stream: Any) -> None:
         """Decide by the rows of all ranks."""
         clipper, every, source, given = self.clipper, self.every, self._source, self._given
         bad, row, rank, scaled = merge_ranks(every, self._sharded, self._pools, source, given)
         if bad and clipper.strict:
-            self._refuse_bad(communicator, stream)
+            self._refuse_bad(steps, communicator, stream)
         if rank:
             raise self._difference(row, rank)
         if scaled:
@@ -160,13 +160,13 @@ class Part:
                 self._dispute(group, every[rows.start], own, given, told)
         clipper.decide_given(given, told, losses, stream)
 
-    def _refuse_bad(self, communicator: Communicator, stream: Any) -> None:
+    def _refuse_bad(self, steps: Any, communicator: Communicator, stream: Any) -> None:
         """Raise, on all ranks, the error of the first one with a bad gradient that may not be."""
         for group in self.clipper.groups:
             own = self.rows[group.name]
             bad = self.every[own.start : own.stop, :, tables.BAD].any(axis=0)
             if group.nonfinite == "raise" and bad.any():
-                raise_of(communicator, int(bad.argmax()), group.gradients(), None, stream)
+                raise_of(communicator, int(bad.argmax()), steps.gradients(group), None, stream)
 
     def _dispute(self, group: Any, every: Array, merged: Array, given: Array, told: Array) -> None:
         """Let copies that are not finite on some ranks alone be so on all."""
@@ -281,7 +281,7 @@ class Ranks:
             self._agree(steps)
             self._exchanged(measure, facts, stream)
         for part in self._parts:
-            part.take(self.communicator, stream)
+            part.take(steps, self.communicator, stream)
 
     def _exchanged(
         self, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any

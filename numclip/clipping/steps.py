@@ -254,8 +254,12 @@ class Steps:
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         for group in clipper.refused(self.stream):
-            every = [self._as_read(own) for own in group.gradients()]
-            raise first_error([own for own in every if own is not None], None, self.stream)
+            raise first_error(self.gradients(group), None, self.stream)
+
+    def gradients(self, group: Any) -> list[Gradient]:
+        """Return the gradients of a group where they are read, but those that are absent."""
+        every = [self._as_read(own) for own in group.gradients()]
+        return [own for own in every if own is not None]
 
     def _as_read(self, own: Gradient) -> Gradient | None:
         """Return a gradient where it was read; None where it was absent."""

@@ -529,6 +529,33 @@ def test_gradients_where_they_lie_are_those_of_all_ranks():
         assert not b.any()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("max_norm", [1e-3, 1e-300])  # the latter makes factors subnormal
+@pytest.mark.parametrize("scale", [1.0, 1e20, math.nan])
+def test_it_is_a_ranks_own_business_where_it_reads_much_data(max_norm, scale):
+    grad = np.random.default_rng(2).standard_normal((800, 700)).astype(np.float32).astype(float)
+    grad[3, 5] *= scale
+
+    def stepped(grads, comm=None):
+        clip = nc.ByGlobalNorm(max_norm)
+        groups = nc.ParamGroups([nc.Group("g", {"w": np.ones(grad.shape)}, clip, "raise")])
+        optimizer = nc.SGD(groups, lr=1e100)
+        try:
+            report = optimizer.step({"w": grads}, comm=comm)
+        except nc.NonFiniteGradientError as error:
+            return str(error).removeprefix("rank 0: ")
+        if max_norm > 1e-300:
+            assert groups.grads["w"].any() == (grads is not grad)
+        return numbers(report), groups.params["w"].copy()
+
+    def program(comm):
+        return stepped([grad, np.asfortranarray(grad)][comm.Get_rank()], comm)
+
+    expected = stepped(np.asfortranarray(grad))
+    for found in together(2, program):
+        np.testing.assert_equal(found, expected)
+
+
 def test_parameters_that_only_some_ranks_leave_are_an_error_where_they_are_copies():
     def program(comm):
         _, optimizer = pair(sharded=False)
