@@ -49,8 +49,9 @@ def main() -> None:
         for each in COPIED:
             copy = shutil.copytree if (ROOT / each).is_dir() else shutil.copy
             copy(ROOT / each, folder / "outside" / each)
-        run(*pip, "list")
-        run(python, "-m", "pytest", "-q", *rest, cwd=folder / "outside")
+        outside = folder / "outside"
+        run(python, "-c", "import numclip; numclip.show_versions()", cwd=outside)
+        run(python, "-m", "pytest", "-q", *rest, cwd=outside)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class Clipper:
     def take_powers(self, stream: Any) -> None:
         """Measure by the rules' order, where that is not 2."""
 
-    def decide_given(self, given: Array, told: Array, losses: Array, stream: Any) -> None:
+    def decide_given(self, given: Array, told: Array, losses: float | Array, stream: Any) -> None:
         """Decide by the sums of all ranks for each pool; reports tell others."""
         self.given, self.told = given, told
         if not self._leaves:

@@ -147,13 +147,13 @@ class Part:
             _normalise(given)
         if clipper.ord != 2.0:
             self._take_norms(stream)
-        told, losses = self._sums.take(self._told, 0), None
-        if clipper.losses_of_tensors is not None:
-            losses = np.zeros(len(given))
-        for group in clipper.groups if bad or losses is not None else ():
+        sparse = clipper.losses_of_tensors is not None
+        told: Any = self._sums.take(self._told, 0)
+        losses: Any = np.zeros(len(given)) if sparse else 0.0
+        for group in clipper.groups if bad or sparse else ():
             rows, pools = self.rows[group.name], clipper.pools[group.name]
             own = source[rows.start : rows.stop]
-            if losses is not None:
+            if sparse:
                 losses[pools.start : pools.stop] += self._losses(group, own)
             if bad:
                 given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
@@ -189,9 +189,9 @@ class Part:
     def _difference(self, row: int, rank: int) -> RankError:
         """Return the error that says how the copies of a rank differ from those of the first."""
         name = next(name for name, own in self.rows.items() if row in own)
-        totals = self.every[row, [0, rank], tables.TOTAL]
-        one, two = (math.sqrt(total) for total in totals.tolist())
-        bad = self.every[row, [0, rank], tables.BAD]
+        rows = self.every[row, [0, rank]]
+        one, two = (Whole(own, 0, 0.0).norm(2.0) for own in rows)
+        bad = rows[:, tables.BAD]
         cause = ""
         if bad[0] != bad[1]:
             cause = f" (without what is NaN or Inf on rank {(0, rank)[bad.argmax()]})"
