@@ -1,6 +1,6 @@
 """Draw the README's picture: a two-layer network on handwritten digits, two groups, two rules.
 
-Run ``python -m bench.pictures`` (needs numclip[examples]); it writes history.png beside itself.
+Run ``python -m bench.pictures`` (needs pip install '.[examples]'); it writes history.png here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """A clip of ranks against a bare Allreduce: ``mpiexec -n 4 python -m mpi4py -m bench.ranks``.
 
-The rank's own clip is timed beside both, in turns: what is left is what the other ranks cost.
+The rank's own clip is timed beside both, in turns: what is left is what the other ranks cost. Then
+follows what the latencies measured here make of more ranks, see `modelled`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +16,12 @@ import numpy as np
 from mpi4py import MPI
 
 import numclip as nc
+from numclip.clipping.ranks import COLUMNS, WIDTH, add_pools
 
 TENSORS, LENGTH, ROUNDS = 1000, 256, 300
+QUIET = 0.05  # other processes slow most rounds: the quickest ones count
+MESSAGE = 72  # bytes that a rank tells: 16, and 56 for the only group
+SIZES = [10**k for k in range(1, 6)]
 
 
 def groups_of(*, sharded: bool) -> nc.ParamGroups:
@@ -26,15 +32,8 @@ def groups_of(*, sharded: bool) -> nc.ParamGroups:
     return groups
 
 
-def measured(comm: Any) -> dict[str, float]:
-    """Median microseconds of each way, from the call to its return on the slowest rank."""
-    shared, own = groups_of(sharded=True), groups_of(sharded=False)
-    one, total = np.ones(1), np.ones(1)
-    ways: dict[str, Callable[[], Any]] = {
-        "Allreduce of 8 bytes": lambda: comm.Allreduce(one, total),
-        "clip of this rank alone": own.clip,
-        "clip of all ranks": lambda: shared.clip(comm=comm),
-    }
+def timed(comm: Any, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Microseconds of each way, from the call to its return on the slowest rank."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -42,11 +41,87 @@ def measured(comm: Any) -> dict[str, float]:
             start = time.perf_counter()
             way()
             times[name].append(comm.allreduce(time.perf_counter() - start, MPI.MAX))
-    return {name: round(1e6 * float(np.median(own)), 1) for name, own in times.items()}
+    return {name: 1e6 * float(np.quantile(own, QUIET)) for name, own in times.items()}
+
+
+def measured(comm: Any) -> dict[str, float]:
+    """Time a clip with others, the same without them, and what others cost at least."""
+    shared, own = groups_of(sharded=True), groups_of(sharded=False)
+    one, total = np.ones(1), np.ones(1)
+    return timed(
+        comm,
+        {
+            "Allreduce of 8 bytes": lambda: comm.Allreduce(one, total),
+            "clip of this rank alone": own.clip,
+            "the same with comm=MPI.COMM_SELF": lambda: own.clip(comm=MPI.COMM_SELF),
+            "clip of all ranks": lambda: shared.clip(comm=comm),
+        },
+    )
+
+
+def message_costs(comm: Any) -> tuple[float, float]:
+    """Measure, between two ranks, microseconds of a message and of each byte that it has."""
+    costs = []
+    for length in (MESSAGE, 1 << 20):
+        data = np.zeros(length, np.uint8)
+
+        def there_and_back(data: Any = data) -> None:
+            if comm.rank == 0:
+                comm.Send(data, 1)
+                comm.Recv(data, 1)
+            elif comm.rank == 1:
+                comm.Recv(data, 0)
+                comm.Send(data, 0)
+
+        costs.append(timed(comm, {"": there_and_back})[""] / 2)
+    latency, large = costs
+    return latency, (large - latency) / (1 << 20)
+
+
+def merging(ranks: int) -> float:
+    """Measure the microseconds in which a rank adds up the rows of so many."""
+    span, every, merged = np.array([[0, ranks]]), np.ones((ranks, WIDTH)), np.zeros((1, COLUMNS))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        add_pools(span, every, merged)
+        times.append(time.perf_counter() - start)
+    return 1e6 * min(times)
+
+
+def modelled(ranks: int, message: float, byte: float) -> dict[str, tuple[float, float, float]]:
+    """Return steps after one another, bytes that a rank receives and microseconds, of some ways.
+
+    A *tree* is recursive doubling: with each step a rank has twice as many rows. In a *ring* each
+    rank hands on a row a step. Both bring all rows to all ranks, which add them up in one order.
+    A *sum* goes up a tree and down again (MPI's Allreduce): less to receive, but the order, and so
+    the bits, are the MPI library's choice.
+    """
+    deep, rows = math.ceil(math.log2(ranks)), MESSAGE * (ranks - 1)
+    received = byte * rows + merging(ranks)
+    tree = deep, rows, message * deep + received
+    return {
+        "a tree": tree,
+        "a ring": (ranks - 1, rows, message * (ranks - 1) + received),
+        "a sum": (2 * deep, 2 * deep * MESSAGE, 2 * deep * (message + byte * MESSAGE)),
+        "a tree for each tensor": (TENSORS * tree[0], TENSORS * tree[1], TENSORS * tree[2]),
+    }
+
+
+def print_model(message: float, byte: float) -> None:
+    print(f"a message takes {message:.2f} us, and {1e3 * byte:.3f} us for each 1000 bytes")
+    print(f"{'ranks':>7} {'one collective by':22} {'steps':>9} {'bytes':>11} {'us':>11}")
+    for ranks in SIZES:
+        for way, (steps, received, us) in modelled(ranks, message, byte).items():
+            print(f"{ranks:7} {way:22} {steps:9} {received:11} {us:11.0f}")
 
 
 if __name__ == "__main__":
     world = MPI.COMM_WORLD
     found = measured(world)
+    costs = message_costs(world)
     if world.rank == 0:
-        print(json.dumps({"ranks": world.size, **found}, indent=2))
+        times = {name: round(us, 1) for name, us in found.items()}
+        print(json.dumps({"ranks": world.size, **times}, indent=2))
+        if world.size > 1:
+            print_model(*costs)

@@ -1,6 +1,6 @@
 """Run the exploding-gradients example on five seeds; exit with 1 unless all go as it says.
 
-Run ``python -m bench.seeds`` (needs numclip[examples]; a quarter of an hour).
+Run ``python -m bench.seeds`` (needs pip install '.[examples]'; a quarter of an hour).
 """
 
 from __future__ import annotations

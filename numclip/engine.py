@@ -51,6 +51,9 @@ class Plan(Protocol):
     def decide(self, outcome: Outcome, stream: Any) -> None:
         """Add the sums up, and decide for every pool."""
 
+    def add(self, outcome: Outcome, stream: Any) -> None:
+        """Add the sums up; `decide_by` is to follow, and need not be preceded by a decision."""
+
     def decide_by(self, totals: Array, outcome: Outcome, stream: Any) -> None:
         """Decide by one row of sums for each pool, see `numclip.sums.Whole`, in place of its own.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-INSTALL = 'pip install "numclip[cuda12]" (or cuda13, as the driver wants)'
+INSTALL = 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6" (or cu13, as the driver wants)'
 """How to get what a GPU needs."""
 
 

@@ -510,9 +510,14 @@ class ParamGroups(state.Saved):
         the host, which waits for them. A program in which one rank raises elsewhere leaves the
         others waiting: run it by ``python -m mpi4py``, which ends all.
 
+        **Copies.** Ranks compare the norms of groups that are not sharded, to a relative 2**-47:
+        copies that were never averaged differ in them. Elements in another order or of other signs
+        have the same norm, and are not noticed: to see them takes one more read of all gradients.
+
         **Cost.** With a latency L, a tree gathers from R ranks in about ``L log2(R)``, a ring in
-        ``L (R - 1)``; each receives ``R`` rows. At 1e5 ranks and 1 us that is 17 us and 7 MB for
-        one group, at 1e3 ranks 10 us and 72 kB: less than reading the gradients once.
+        ``L (R - 1)``; each receives ``R`` rows. At 1e3 ranks and 1 us that is 10 us and 72 kB for
+        one group, at 1e5 ranks 17 us and 7 MB, which take a millisecond to add up: less than
+        reading the gradients once. ``bench/ranks.py`` prints this for the latencies it measures.
         """
         ranks = self.ranks_of(comm)
         with telling(ranks):
@@ -555,7 +560,7 @@ class ParamGroups(state.Saved):
 
     def _without(self, absent: frozenset[str]) -> str:
         """Say which parameters have no gradient, of those that all ranks have."""
-        left = sorted(name for name in absent if not self._owner(name).sharded)
+        left = absent and sorted(name for name in absent if not self._owner(name).sharded)
         return f" without {left}" if left else ""
 
     def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
@@ -612,12 +617,14 @@ class ParamGroups(state.Saved):
                 "comm: expected the communicator of the ranks that share group "
                 f"{self._sharded!r}, got None"
             )
-        found = communicator(comm)
-        if found is None:
-            return None
-        if self._ranks is None or self._ranks.communicator.comm != comm:
-            self._ranks = Ranks(found)
-        return self._ranks
+        known = self._ranks
+        if known is None or known.communicator.comm is not comm or not comm:
+            found = communicator(comm)
+            if found is None:
+                return None
+            if known is None or known.communicator.comm != comm:
+                self._ranks = known = Ranks(found)
+        return known
 
     def update(
         self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
@@ -671,23 +678,27 @@ class ParamGroups(state.Saved):
         items: tuple[Any, ...] | None,
         ranks: Ranks | None,
     ) -> None:
-        """Take a step the general way; ranks read no gradients elsewhere, as some might not."""
+        """Take a step the general way."""
         if grads is None:
             self._leave_out(steps, absent)
-        else:
-            named = self._named(grads)
-            absent = self._missing(named)
-            steps.leave_out(absent)
-            sources = None if ranks else updater.sources(steps, self._names, items)
-            if sources is not None and updater.step(steps, turn, settings, absent, sources):
-                return
+            updater.step(steps, turn, settings, absent, ranks)
+            return
+        named = self._named(grads)
+        absent = self._missing(named)
+        steps.leave_out(absent)
+
+        def copy() -> None:
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
                 for group in self._mastered if not self._takers else ():
                     group.take_over(self._stream, whole=False)  # at other rows
             self._clipped = None  # whatever follows: others are there
-        updater.step(steps, turn, settings, absent, None, ranks)
+
+        sources = updater.sources(steps, self._names, items)
+        if sources is None:
+            copy()
+        updater.step(steps, turn, settings, absent, ranks, sources, copy)
 
     @isolated
     def _update_clipped(

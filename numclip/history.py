@@ -272,7 +272,7 @@ class History:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
-            message = 'plot() needs matplotlib: pip install "numclip[examples]"'
+            message = "plot() needs matplotlib: pip install matplotlib"
             raise ImportError(message) from error
         series = self._ordered()
         figure = draw({name: series[name] for name in series if name != WHOLE} or series)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ WELL, RAISED, ASKS = range(3)  # what a rank says of itself: it measured, it rai
 HEAD = 2  # numbers of a message before the values: that, and the digest of the facts
 NEEDED = "Allgather", "allgather", "Get_rank", "Get_size", "Is_inter"
 
-Facts = Mapping[str, str]
+Facts = dict[str, str]
 """What must be the same on all ranks, in words."""
 
 
@@ -31,23 +30,28 @@ class Communicator:
         Which one this process is, and of how many.
     count : int or None
         How many values ranks exchange; None where they are to agree first.
+    values, every : array
+        What this rank is to tell, (count,), and what all have told, (size, count).
     """
 
+    count: int | None = None
+    values: Array
+    every: Array
+
     def __init__(self, comm: Any, count: int | None = None) -> None:
-        self.comm, self.count = comm, count
+        self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._awaited = False  # whether the other ranks wait for this one
+        if count is not None:
+            self.agreed(count)
 
-    @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Let the other ranks know what is raised before they have heard of this one."""
         self._awaited = True
-        try:
-            yield
-        except BaseException as error:
-            if self._awaited:
-                self._tell(error)
-            raise
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None and self._awaited:
+            self._tell(error)
 
     def _tell(self, error: BaseException) -> None:
         """Tell an error in place of what is to be agreed on, or exchanged."""
@@ -56,43 +60,40 @@ class Communicator:
         if self.count is None:
             self.comm.allgather((RAISED, text))
         else:
-            self._gathered(RAISED, 0, np.zeros(self.count))
+            self._gather(RAISED, 0)
             self.comm.allgather(text)
 
-    def exchange(self, values: Array, facts: Facts) -> Array | None:
-        """Return the values of every rank, a row for each, by one collective call.
+    def exchange(self, facts: Facts) -> bool:
+        """Let every rank have the values of all, by one collective call; return True.
 
-        Where a rank asks whether all agree, None is returned on all. Raises, on all ranks, a
+        Where a rank asks whether all agree, return False on all. Raises, on all ranks, a
         RankError where facts differ, and on all others where one has raised.
         """
-        every = self._gathered(WELL, digest(facts), values)
-        heads = every[:, :HEAD].view(np.int64)
-        if heads[0, 0] == WELL and (heads == heads[0]).all():
-            return every[:, HEAD:]
-        if (heads[:, 0] == RAISED).any():
-            texts = self.comm.allgather(None)
-            raise _raised({rank: text for rank, text in enumerate(texts) if text is not None})
-        if (heads[:, 0] == ASKS).any():
-            return None
+        self._gather(WELL, digest(facts))
+        if self._heads.tobytes() == self._head.tobytes() * self.size:
+            return True
+        if self._asked():
+            return False
         raise self._difference(facts)
 
     def ask(self) -> None:
         """Let all ranks agree again, in place of an exchange."""
-        assert self.count is not None
-        every = self._gathered(ASKS, 0, np.zeros(self.count))
-        if (every[:, :HEAD].view(np.int64)[:, 0] == RAISED).any():
+        self._gather(ASKS, 0)
+        self._asked()
+
+    def _asked(self) -> bool:
+        """Tell whether a rank asks; raise where one has raised."""
+        states = self._heads.view(np.int64)[:, 0]
+        if (states == RAISED).any():
             texts = self.comm.allgather(None)
             raise _raised({rank: text for rank, text in enumerate(texts) if text is not None})
+        return bool((states == ASKS).any())
 
-    def _gathered(self, state: int, code: int, values: Array) -> Array:
-        """Return the messages of all ranks, of which this one's is a state, a code and values."""
-        message = np.empty(HEAD + values.size)
-        message[:HEAD].view(np.int64)[:] = state, code
-        message[HEAD:] = values
-        every = np.empty((self.size, message.size))
+    def _gather(self, state: int, code: int) -> None:
+        """Gather the messages of all ranks, of which this one's is a state, a code and values."""
+        self._head[:] = state, code
         self._awaited = False
-        self.comm.Allgather(message, every)
-        return every
+        self.comm.Allgather(self._message, self._messages)
 
     def agree(self, facts: Facts) -> None:
         """Refuse, on all ranks, facts that are not the same on all."""
@@ -107,6 +108,10 @@ class Communicator:
     def agreed(self, count: int) -> None:
         """Exchange so many values from now on."""
         self.count, self._awaited = count, True
+        self._message = np.zeros(HEAD + count)
+        self._messages = np.empty((self.size, HEAD + count))
+        self._head, self.values = self._message[:HEAD].view(np.int64), self._message[HEAD:]
+        self._heads, self.every = self._messages[:, :HEAD], self._messages[:, HEAD:]
 
     def everyones(self, value: Any) -> list[Any]:
         """Return a value of each rank."""
@@ -114,7 +119,7 @@ class Communicator:
 
     def _difference(self, facts: Facts) -> RankError:
         """Return the error that says where the facts of a rank differ from those of the first."""
-        first, *others = self.everyones(dict(facts))
+        first, *others = self.everyones(facts)
         for rank, other in enumerate(others, 1):
             for key in [*first, *other]:
                 one, two = first.get(key, "nothing"), other.get(key, "nothing")
@@ -146,6 +151,6 @@ def communicator(comm: Any, count: int | None = None) -> Communicator | None:
 
 def digest(facts: Facts) -> int:
     """Return 64 bits that facts have in common with no others."""
-    text = "\n".join(f"{key}: {value}" for key, value in facts.items())
+    text = "\n".join([*facts, *facts.values()])
     found = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(found, "little", signed=True)

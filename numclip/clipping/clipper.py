@@ -241,13 +241,13 @@ class Clipper:
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 
-    def measure(self, place: int, stream: Any) -> None:
-        """Take the L2 norms and find what is not finite; decide."""
+    def measure(self, place: int, stream: Any, *, decides: bool = True) -> None:
+        """Take the L2 norms and find what is not finite; decide, unless all ranks are to."""
         self.plan.measure(2.0, stream)
         self.place, self.found = place, self._outcome(place)
         self.given = self.told = None
         self._leaves = False
-        self.plan.decide(self.found, stream)
+        (self.plan.decide if decides else self.plan.add)(self.found, stream)
 
     @property
     def powers(self) -> Outcome:
@@ -257,7 +257,7 @@ class Clipper:
     def take_powers(self, stream: Any) -> None:
         """Measure by the rules' order, where that is not 2."""
 
-    def decide_given(self, given: Array, told: Array, losses: Array, stream: Any) -> None:
+    def decide_given(self, given: Array, told: Array, losses: float | Array, stream: Any) -> None:
         """Decide by the sums of all ranks for each pool; reports tell others."""
         self.given, self.told = given, told
         if not self._leaves:

@@ -27,17 +27,14 @@ from numclip.clipping.pieces import piece_of
 from numclip.dtypes import Array, lookup
 from numclip.errors import NonFiniteGradientError, RankError
 from numclip.formulas import BIN_EXPONENT
-from numclip.host.kernels import pools as kernels
+from numclip.host.kernels.pools import add_pools
+from numclip.host.kernels.ranks import LOSS, WIDTH, merge_ranks
 from numclip.isolation import isolated
 from numclip.law import Law
 from numclip.sums import Whole, exact, joined_norms, rounded
 
 COLUMNS = tables.SUM_COLUMNS
-LOSS = COLUMNS  # of a row that is told; after it the norm, where its order is not 2
-WIDTH = COLUMNS + 1
 _ALONE = contextlib.nullcontext()
-ALIKE = 2.0**-46
-"""How far the sums of replicas may differ: processors of other types add in another order."""
 
 
 class Part:
@@ -49,7 +46,12 @@ class Part:
         How many rows there are.
     width : int
         How many numbers each has.
+    own, every : array
+        The rows of this rank, (count, width), and of all, (count, ranks, width).
     """
+
+    own: Array
+    every: Array
 
     def __init__(self, clipper: Any) -> None:
         self.clipper = clipper
@@ -63,23 +65,24 @@ class Part:
             sharded += [group.sharded] * (len(spans) - first)
             self.rows[group.name] = range(first, len(spans))
         self._spans = np.array(spans, np.int64)
-        self._copies = [k for k, own in enumerate(sharded) if not own]
+        self._sharded = np.array(sharded)
         self.count = len(spans)
         self.width = WIDTH if clipper.ord == 2.0 else WIDTH + 2
         self._pools = np.array(list(self._pool_spans()), np.int64)
-        self._told: list[int] = []
+        told: list[int] = []
         clipper.told_rows = {}
         for group in clipper.groups:
-            first, own, tensors = (
-                len(self._told),
-                self.rows[group.name],
-                clipper.tensors[group.name],
-            )
+            first, own = len(told), self.rows[group.name]
             of_rows = group.sharded or _scope(clipper, group) == "group"
-            self._told += own if of_rows else [self.count + t for t in tensors]
-            clipper.told_rows[group.name] = range(first, len(self._told))
-        most = max(*self._told, *self._pools[:, 0].tolist())
-        self._takes_tensors = most >= self.count
+            told += own if of_rows else [self.count + t for t in clipper.tensors[group.name]]
+            clipper.told_rows[group.name] = range(first, len(told))
+        self._told = np.array(told)
+        takes_tensors = max(*told, *self._pools[:, 0].tolist()) >= self.count
+        tensors = sum(map(len, clipper.tensors.values())) if takes_tensors else 0
+        self._source = np.zeros((self.count + tensors, self.width))
+        self._sums = self._source[:, :COLUMNS]
+        self._tensors = self._sums[self.count :]
+        self._given = np.zeros((len(self._pools), COLUMNS))
 
     def _pool_spans(self) -> Iterator[tuple[int, int]]:
         """Yield of which rows each pool is: of those that are told, or after them of tensors."""
@@ -97,19 +100,24 @@ class Part:
         for p in range(len(found)):
             yield found[p]
 
-    def local(self, stream: Any) -> Array:
-        """Return the rows of this rank."""
+    def take_memory(self, own: Array, every: Array) -> None:
+        """Tell rows by some memory, and find there those of all ranks."""
+        self.own = own.reshape(self.count, self.width)
+        self.every = every.reshape(len(every), self.count, self.width).transpose(1, 0, 2)
+
+    def tell(self, stream: Any) -> None:
+        """Write the rows of this rank."""
         clipper = self.clipper
         sums = clipper.engine.read(clipper.found[0], stream)
-        rows = np.zeros((self.count, self.width))
-        rows[:, :COLUMNS] = _added(self._spans, sums)
+        if self._tensors.size:
+            self._tensors[:] = sums
+        add_pools(self._spans, sums, self.own)
         losses = clipper.losses_of_tensors
         if losses is not None:
-            rows[:, LOSS] = [losses[first:last].sum() for first, last in self._spans.tolist()]
+            self.own[:, LOSS] = [losses[first:last].sum() for first, last in self._spans.tolist()]
         if clipper.ord != 2.0:
             clipper.take_powers(stream)
-            rows[:, WIDTH:] = self._norms(stream)
-        return rows
+            self.own[:, WIDTH:] = self._norms(stream)
 
     def _norms(self, stream: Any) -> list[tuple[float, int]]:
         """Return the norm of each row's tensors, of the clipper's order; see `joined_norms`."""
@@ -128,28 +136,38 @@ class Part:
             found.append(joined_norms(parts, clipper.ord))
         return found
 
-    def take(self, every: Array, stream: Any) -> None:
-        """Decide by the rows of all ranks, (ranks, rows, numbers)."""
-        merged = self._merged(every)
-        clipper = self.clipper
-        source = merged[:, :COLUMNS]
-        if self._takes_tensors:
-            source = np.concatenate([source, clipper.engine.read(clipper.found[0], stream)])
-        given = _added(self._pools, source)
-        _normalise(given)
+    def take(self, steps: Any, communicator: Communicator, stream: Any) -> None:
+        """Decide by the rows of all ranks."""
+        clipper, every, source, given = self.clipper, self.every, self._source, self._given
+        bad, row, rank, scaled = merge_ranks(every, self._sharded, self._pools, source, given)
+        if bad and clipper.strict:
+            self._refuse_bad(steps, communicator, stream)
+        if rank:
+            raise self._difference(row, rank)
+        if scaled:
+            _normalise(given)
         if clipper.ord != 2.0:
-            given[:, [tables.TOTAL, tables.EXPONENT]] = list(self._given_norms(merged, stream))
-        told, losses = source[self._told], np.zeros(len(given))
-        bad = every[:, :, tables.BAD].any()
-        for group in clipper.groups if bad or clipper.losses_of_tensors is not None else ():
+            self._take_norms(stream)
+        sparse = clipper.losses_of_tensors is not None
+        told: Any = self._sums.take(self._told, 0)
+        losses: Any = np.zeros(len(given)) if sparse else 0.0
+        for group in clipper.groups if bad or sparse else ():
             rows, pools = self.rows[group.name], clipper.pools[group.name]
-            own = merged[rows.start : rows.stop]
-            if clipper.losses_of_tensors is not None:
+            own = source[rows.start : rows.stop]
+            if sparse:
                 losses[pools.start : pools.stop] += self._losses(group, own)
             if bad:
                 given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
-                self._dispute(group, every[:, rows.start : rows.stop], own, given, told)
+                self._dispute(group, every[rows.start], own, given, told)
         clipper.decide_given(given, told, losses, stream)
+
+    def _refuse_bad(self, steps: Any, communicator: Communicator, stream: Any) -> None:
+        """Raise, on all ranks, the error of the first one with a bad gradient that may not be."""
+        for group in self.clipper.groups:
+            own = self.rows[group.name]
+            bad = self.every[own.start : own.stop, :, tables.BAD].any(axis=0)
+            if group.nonfinite == "raise" and bad.any():
+                raise_of(communicator, int(bad.argmax()), steps.gradients(group), None, stream)
 
     def _dispute(self, group: Any, every: Array, merged: Array, given: Array, told: Array) -> None:
         """Let copies that are not finite on some ranks alone be so on all."""
@@ -157,7 +175,7 @@ class Part:
             return
         pools, tellers = self.clipper.pools[group.name], self.clipper.told_rows[group.name]
         told[tellers.start, tables.BAD] += merged[0, tables.BAD]
-        counts, totals = every[:, :, tables.BAD], every[:, :, tables.TOTAL]
+        counts, totals = every[:, tables.BAD], every[:, tables.TOTAL]
         if (counts != counts[0]).any() and not np.isfinite(totals).all():
             given[pools.start : pools.stop, tables.TOTAL] = merged[0, tables.TOTAL]
             told[tellers.start : tellers.stop, tables.TOTAL] = merged[0, tables.TOTAL]
@@ -169,59 +187,38 @@ class Part:
         tensors = self.clipper.tensors[group.name]
         return self.clipper.losses_of_tensors[tensors.start : tensors.stop]
 
-    def _merged(self, every: Array) -> Array:
-        """Return the rows of all ranks as one: of shards the sums, of replicas the first."""
-        ranks, count = every.shape[:2]
-        spans = np.arange(count)[:, None] * ranks + np.array([0, ranks])
-        flat = every.transpose(1, 0, 2)[:, :, :COLUMNS].reshape(-1, COLUMNS)
-        merged = np.empty((count, self.width))
-        merged[:, :COLUMNS] = _added(spans, flat)
-        merged[:, LOSS] = every[:, :, LOSS].sum(axis=0)
-        if self.width > WIDTH:
-            for k in range(count):
-                parts = [(m, int(e)) for m, e in every[:, k, WIDTH:].tolist()]
-                merged[k, WIDTH:] = joined_norms(parts, self.clipper.ord)
-        for k in self._copies:
-            worst = int((every[:, k, tables.BAD] > 0.0).argmax())
-            merged[k] = every[worst, k]
-            if math.isfinite(merged[k, tables.TOTAL]):
-                self._refuse_differing(k, every[:, k])
-        return merged
+    def _difference(self, row: int, rank: int) -> RankError:
+        """Return the error that says how the copies of a rank differ from those of the first."""
+        name = next(name for name, own in self.rows.items() if row in own)
+        rows = self.every[row, [0, rank]]
+        one, two = (Whole(own, 0, 0.0).norm(2.0) for own in rows)
+        bad = rows[:, tables.BAD]
+        cause = ""
+        if bad[0] != bad[1]:
+            cause = f" (without what is NaN or Inf on rank {(0, rank)[bad.argmax()]})"
+        return RankError(
+            f"group {name!r}: the gradients differ, of norm {one!r} on rank 0 and {two!r} on "
+            f"rank {rank}{cause}, but the group is not sharded; nothing was modified on any rank"
+        )
 
-    def _refuse_differing(self, k: int, rows: Array) -> None:
-        """Refuse replicas whose sums differ by more than rounding."""
-        totals, exponents = rows[:, tables.TOTAL], rows[:, tables.EXPONENT]
-        differs = abs(totals - totals[0]) > ALIKE * abs(totals[0])
-        differs |= (exponents != exponents[0]) & (totals != 0.0)
-        if differs.any():
-            name = next(name for name, own in self.rows.items() if k in own)
-            rank = int(differs.argmax())
-            one, two = (math.sqrt(total) for total in totals[[0, rank]].tolist())
-            raise RankError(
-                f"group {name!r}: the gradients differ, of norm {one!r} on rank 0 and {two!r} on "
-                f"rank {rank}, but the group is not sharded; nothing was modified on any rank"
-            )
-
-    def _given_norms(self, merged: Array, stream: Any) -> Iterator[tuple[float, int]]:
-        """Yield the norm of each pool, of the clipper's order."""
-        clipper = self.clipper
+    def _take_norms(self, stream: Any) -> None:
+        """Take the norm of each pool, of the clipper's order."""
+        clipper, source = self.clipper, self._source
+        for k in np.flatnonzero(self._sharded).tolist():
+            source[k, WIDTH:] = joined_norms(_pairs(self.every[k, :, WIDTH:]), clipper.ord)
         decisions = clipper.engine.read(clipper.found[1], stream)
         for p, (first, last) in enumerate(self._pools.tolist()):
-            scale = clipper.unscale * clipper.divisors[p]
             if first >= self.count:  # a tensor of this rank's own
                 root, power = decisions[p, [tables.ROOT, tables.ROOT_EXPONENT]].tolist()
-                yield root * scale, int(power)
+                norm = root * (clipper.unscale * clipper.divisors[p]), power
             else:
-                parts = [(m, int(e)) for m, e in merged[first:last, WIDTH:].tolist()]
-                yield joined_norms(parts, clipper.ord)
+                norm = joined_norms(_pairs(source[first:last, WIDTH:]), clipper.ord)
+            self._given[p, [tables.TOTAL, tables.EXPONENT]] = norm
 
 
-def _added(spans: Array, rows: Array) -> Array:
-    """Return the sum of each span of rows of sums, rounded once."""
-    add: Any = kernels.add_pools
-    out = np.zeros((len(spans), COLUMNS))
-    add(spans, np.ascontiguousarray(rows), out)
-    return out
+def _pairs(columns: Array) -> list[tuple[float, int]]:
+    """Return norms as pairs of a number and an exponent."""
+    return [(norm, int(exponent)) for norm, exponent in columns.tolist()]
 
 
 def _scope(clipper: Any, group: Any) -> str | None:
@@ -241,8 +238,6 @@ def _share(every: Array, inside: Array, ord: float) -> float:
 
 def _normalise(rows: Array) -> None:
     """Bring rows of sums to the exponents that both engines know."""
-    if not rows[:, tables.EXPONENT :: tables.TERMS_EXPONENT - tables.EXPONENT].any():
-        return
     for total, exponent in ((tables.TOTAL, tables.EXPONENT), (tables.TERMS, tables.TERMS_EXPONENT)):
         size = abs(rows[:, exponent])
         odd = (size != 0.0) & (size != BIN_EXPONENT)
@@ -283,43 +278,28 @@ class Ranks:
         elif self._steps is not steps:
             self.communicator.ask()
             self._agree(steps)
-        measure()
-        every = self._exchanged(facts, stream)
-        if every is None:  # another rank has asked
+        if not self._exchanged(measure, facts, stream):  # another rank has asked
             self._agree(steps)
-            measure()
-            every = self._exchanged(facts, stream)
-        assert every is not None
-        start = 0
+            self._exchanged(measure, facts, stream)
         for part in self._parts:
-            stop = start + part.count * part.width
-            rows = every[:, start:stop].reshape(len(every), part.count, part.width)
-            start = stop
-            self._refuse_bad(part, rows, stream)
-            part.take(rows, stream)
+            part.take(steps, self.communicator, stream)
 
-    def _exchanged(self, facts: Callable[[], Facts], stream: Any) -> Array | None:
-        """Return the rows of all ranks, of all parts; None where one asks whether all agree."""
-        rows = [part.local(stream).ravel() for part in self._parts]
-        return self.communicator.exchange(np.concatenate(rows), facts())
-
-    def _refuse_bad(self, part: Part, rows: Array, stream: Any) -> None:
-        """Raise, on all ranks, the error of the first one with a bad gradient that may not be."""
-        if not part.clipper.strict:
-            return
-        for group in part.clipper.groups:
-            own = part.rows[group.name]
-            bad = rows[:, own.start : own.stop, tables.BAD].any(axis=1)
-            if group.nonfinite == "raise" and bad.any():
-                raise_of(self.communicator, int(bad.argmax()), group.gradients(), None, stream)
+    def _exchanged(
+        self, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any
+    ) -> bool:
+        """Measure, and exchange the rows of all parts; see `Communicator.exchange`."""
+        measure()
+        for part in self._parts:
+            part.tell(stream)
+        return self.communicator.exchange(facts())
 
     def _agree(self, steps: Any) -> None:
         """Make sure that all ranks have the same groups; know how much all have of the shards."""
         groups = [group for clipper in steps.clippers for group in clipper.groups]
         self.communicator.agree(_description(steps.engine, groups))
         shards = [group for group in groups if group.sharded]
-        sizes = [[math.prod(param.shape) for param in group.params.values()] for group in shards]
-        every = self.communicator.everyones(sizes) if shards else []
+        counts = [[math.prod(param.shape) for param in group.params.values()] for group in shards]
+        every = self.communicator.everyones(counts) if shards else []
         totals = {
             group.name: np.array([own[k] for own in every]).sum(axis=0).tolist()
             for k, group in enumerate(shards)
@@ -327,13 +307,18 @@ class Ranks:
         for clipper in steps.clippers:
             clipper.take_sizes(totals)
         self._parts = [Part(clipper) for clipper in steps.clippers]
+        sizes = [part.count * part.width for part in self._parts]
+        self.communicator.agreed(sum(sizes))
+        told, end = self.communicator, 0
+        for part, size in zip(self._parts, sizes, strict=True):
+            start, end = end, end + size
+            part.take_memory(told.values[start:end], told.every[:, start:end])
         self._steps = steps
-        self.communicator.agreed(sum(part.count * part.width for part in self._parts))
 
 
 def telling(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
     """Let other ranks know what is raised, where there are some."""
-    return _ALONE if ranks is None else ranks.communicator.telling()
+    return _ALONE if ranks is None else ranks.communicator
 
 
 def _description(engine: Any, groups: Sequence[Any]) -> Facts:
@@ -395,7 +380,7 @@ def clip_by_global_norm(
 
     `checked` checks the arguments and returns the law.
     """
-    with found.telling():
+    with found:
         law = checked()
         held = structure(grads)
         described = gradients(held)
@@ -410,10 +395,10 @@ def clip_by_global_norm(
             "nonfinite": repr(policy),
             "duplicates": repr(duplicates),
         }
-        every = found.exchange(np.array([*whole.row, whole.loss, float(whole.size)]), facts)
-        assert every is not None
-        merged = _joined(every, law.ord)
-        bad = every[:, tables.BAD] != 0.0
+        found.values[:] = *whole.row, whole.loss, whole.size
+        found.exchange(facts)
+        merged = _joined(found.every, law.ord)
+        bad = found.every[:, tables.BAD] != 0.0
         if policy == "raise" and bad.any():
             stream = described.engine.stream_of([entry.facts for entry in entries])
             raise_of(found, int(bad.argmax()), entries, None, stream)
@@ -425,11 +410,10 @@ def clip_by_global_norm(
 
 def _joined(every: Array, ord: float) -> Whole:
     """Return what all ranks have, each a row, its loss and its size."""
-    row = _added(np.array([[0, len(every)]]), every[:, :COLUMNS])
-    _normalise(row)
+    row = np.zeros((1, COLUMNS))
+    if add_pools(np.array([[0, len(every)]]), np.ascontiguousarray(every), row):
+        _normalise(row)
     if ord != 2.0:
-        columns = every[:, [tables.TOTAL, tables.EXPONENT]].tolist()
-        row[0, [tables.TOTAL, tables.EXPONENT]] = joined_norms(
-            [(norm, int(power)) for norm, power in columns], ord
-        )
+        pairs = _pairs(every[:, [tables.TOTAL, tables.EXPONENT]])
+        row[0, [tables.TOTAL, tables.EXPONENT]] = joined_norms(pairs, ord)
     return Whole(row[0], int(every[:, SIZE].sum()), float(every[:, LOSS].sum()))

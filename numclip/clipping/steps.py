@@ -232,7 +232,7 @@ class Steps:
             for clipper in self.clippers:
                 clipper.obey(turn.unscale, stream)
             for clipper in self.clippers:
-                clipper.measure(place, stream)
+                clipper.measure(place, stream, decides=ranks is None)
 
         self._together(measure, turn, ranks, call)
         for clipper in self._again:
@@ -276,7 +276,7 @@ class Steps:
     def _facts(self, turn: Turn, call: str) -> dict[str, str]:
         """Say of a step what must be the same on all ranks."""
         found = {"call": call, "step": str(turn.step), "unscale": repr(turn.unscale)}
-        for clipper in self.clippers:
+        for clipper in self._scheduled:
             for name, rule in clipper.rules.items():
                 if rule is not None and rule.scheduled:
                     found[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
@@ -285,8 +285,12 @@ class Steps:
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
         for group in clipper.refused(self.stream):
-            every = [self._as_read(own) for own in group.gradients()]
-            raise first_error([own for own in every if own is not None], None, self.stream)
+            raise first_error(self.gradients(group), None, self.stream)
+
+    def gradients(self, group: Any) -> list[Gradient]:
+        """Return the gradients of a group where they are read, but those that are absent."""
+        every = [self._as_read(own) for own in group.gradients()]
+        return [own for own in every if own is not None]
 
     def _as_read(self, own: Gradient) -> Gradient | None:
         """Return a gradient where it was read; None where it was absent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,14 +185,15 @@ class GroupUpdater:
         steps: Steps,
         turn: Turn,
         settings: list[list[float]],
-        absent: frozenset[str] = NOBODY,
+        absent: frozenset[str],
+        ranks: Ranks | None,
         sources: Mapping[str, int] | None = None,
-        ranks: Ranks | None = None,
-    ) -> bool:
+        copy: Callable[[], None] | None = None,
+    ) -> None:
         """Clip every group, and update it by its settings; leave parameters that are absent.
 
-        Gradients are read at the sources; if these would have to be written, nothing is done, and
-        that is told.
+        Gradients are read at the sources; if they have to be written, `copy` brings them home. It
+        is this rank's own business where they are read: all take the same decisions.
         """
         self._attach_again(steps)
         if sources is not None:
@@ -200,7 +201,10 @@ class GroupUpdater:
         try:
             steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
-                return False
+                assert copy is not None
+                sources = None
+                steps.read_at(None)
+                copy()
             stream = steps.stream
             if sources is None:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
@@ -210,7 +214,6 @@ class GroupUpdater:
         finally:
             if sources is not None:
                 steps.read_at(None)
-        return True
 
     def _call(self, settings: list[list[float]], absent: frozenset[str]) -> str:
         """Say what a step does that must be the same on all ranks."""

@@ -208,6 +208,8 @@ class Plan:
         tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
         device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
 
+    add = decide  # one launch does both
+
     def decide_by(self, totals: Array, outcome: tuple[Any, Any], stream: Any) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
         law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))

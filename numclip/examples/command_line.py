@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 PICTURES = (".png", ".svg", ".pdf")
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+"""What pip calls packages, where that is not their name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,11 +26,12 @@ class Parser(argparse.ArgumentParser):
         """Print ``message`` on one line and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def require(self, *packages: str, extra: str = "examples") -> None:
+    def require(self, *packages: str) -> None:
         """Exit with code 2 unless every one of ``packages`` can be imported."""
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
-            self.error(f'cannot import {", ".join(missing)}: pip install "numclip[{extra}]"')
+            wanted = " ".join(DISTRIBUTIONS.get(name, name) for name in missing)
+            self.error(f"cannot import {', '.join(missing)}: pip install {wanted}")
 
     def add_picture(self, name: str) -> None:
         """Let the user choose where the picture goes."""

@@ -113,7 +113,7 @@ class Ranks:
 
 def all_ranks(parser: Parser) -> Ranks:
     """Return the processes that mpiexec has started; exit with code 2 where there is no MPI."""
-    parser.require("mpi4py", extra="mpi")
+    parser.require("mpi4py")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -164,16 +164,22 @@ class Plan:
 
     def decide(self, outcome: Outcome, _stream: Any = None) -> None:
         """Measure, if that was asked for, and decide for every pool."""
+        self._decide(self.pool_table, outcome)
+
+    def add(self, outcome: Outcome, _stream: Any = None) -> None:
+        """Measure, if that was asked for, and decide nothing."""
+        self._decide(self.pool_table[:0], outcome)
+
+    def _decide(self, pools: Array, outcome: Outcome) -> None:
         sums, decisions = outcome
         order, self._order = self._order, None
-        if order == 2.0 and self.fused is not None and self._decide_at_once(self.fused, *outcome):
+        if order == 2.0 and self.fused is not None and self._at_once(self.fused, pools, *outcome):
             self._sums = sums
             return
         if order is not None:
             self._measure(order)
         sums[:] = self._sums
-        tables = self.pool_table, self._law, self._shifts
-        kernels.decide_pools(*tables, sums, decisions)
+        kernels.decide_pools(pools, self._law, self._shifts, sums, decisions)
 
     def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
@@ -184,14 +190,14 @@ class Plan:
             self._whole_pools = whole_pools(self.pool_table)
         kernels.decide_pools(self._whole_pools, law, shifts, totals, outcome[1])
 
-    def _decide_at_once(self, batch: Batch, sums: Array, decisions: Array) -> bool:
+    def _at_once(self, batch: Batch, pools: Array, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""
         if self._shifted:
             self._shifts[:] = 0
             self._shifted = False
         if self._sources is not None:
             sums[:] = 0.0  # some may have no chunks
-        tables = self.pool_table, self._law, self._shifts, sums, decisions
+        tables = pools, self._law, self._shifts, sums, decisions
         safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
         if self._zeroing and sums[:, BAD].any():
             return False

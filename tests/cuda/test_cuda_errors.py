@@ -40,7 +40,7 @@ def without_gpu(code: str, before: str = "") -> str:
 def test_no_gpu():
     message = without_gpu(f"{GROUPS}, device='cuda')")
     assert message.startswith('numclip.errors.DeviceError: device: "cuda" needs an NVIDIA')
-    assert 'pip install "numclip[cuda12]"' in message
+    assert 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"' in message
 
 
 def test_no_numba_cuda():
@@ -48,7 +48,7 @@ def test_no_numba_cuda():
         f"{GROUPS}, device='cuda')", "import sys; sys.modules['numba_cuda'] = None"
     )
     assert "needs the package numba-cuda, which is missing" in message
-    assert 'pip install "numclip[cuda12]"' in message
+    assert 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"' in message
 
 
 def test_numba_cuda_that_is_not_in_the_place_of_numbas_own():

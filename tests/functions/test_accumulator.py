@@ -74,18 +74,37 @@ def test_what_decides_a_tie_counts_wherever_it_arrives():
     assert nc.global_norm(TIE) == nc.global_norm(TIE[::-1]) == 1.5
 
 
-def test_thousands_of_pieces_merge_to_the_same_bits_in_any_grouping():
+def merged(parts, fan):
+    """Merge neighbours, so many at a time, until one is left; the parts stay as they are."""
+    parts = list(map(copy.copy, parts))
+    while len(parts) > 1:
+        for k, part in enumerate(parts):
+            if k % fan:
+                parts[k - k % fan].merge(part)
+        parts = parts[::fan]
+    return parts[0]
+
+
+def assert_any_grouping_has_the_bits_of_all_at_once(ranks):
     rng = np.random.default_rng(3)
     scales = 10.0 ** rng.integers(-12, 12, 10_000)
     grads = list(rng.standard_normal((10_000, 3)) * scales[:, None])
-    norm = nc.global_norm(grads)
-    for ranks in (1, 10, 100, 1000):
-        parts = [accumulated([grads[k::ranks]]) for k in range(ranks)]
-        while len(parts) > 1:  # a tree
-            for one, other in zip(parts[::2], parts[1::2], strict=False):
-                one.merge(other)
-            parts = parts[::2]
-        assert parts[0].norm == norm
+    parts = [accumulated([grads[k::ranks]]) for k in range(ranks)]
+    shuffled = [parts[k] for k in rng.permutation(ranks)]
+    trees = [merged(parts, 2), merged(parts[::-1], 2), merged(shuffled, 7)]
+    chains = [merged(parts, ranks + 1), merged(shuffled, ranks + 1)]
+    assert {whole.norm for whole in trees + chains} == {nc.global_norm(grads)}
+
+
+def test_any_grouping_of_ranks_has_the_bits_of_all_at_once():
+    for ranks in (1, 10, 100):
+        assert_any_grouping_has_the_bits_of_all_at_once(ranks)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1000, 10_000])
+def test_any_grouping_of_thousands_of_ranks_has_the_bits_of_all_at_once(ranks):
+    assert_any_grouping_has_the_bits_of_all_at_once(ranks)
 
 
 @pytest.mark.full

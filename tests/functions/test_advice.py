@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +32,13 @@ class Refusing:
 class Nowhere(Refusing):
     def __dlpack_device__(self) -> Any:
         raise RuntimeError("array has been deleted")
+
+
+def test_only_what_an_index_has_is_to_be_installed_from_one():
+    sources = [path.read_text() for path in Path(nc.__file__).parent.rglob("*.py")]
+    advice = [found for text in sources for found in re.findall(r"pip install ([^\n]*)", text)]
+    assert any(found.startswith("ml_dtypes") for found in advice)
+    assert not [found for found in advice if "numclip" in found]
 
 
 def test_an_array_that_nothing_can_read_is_named():

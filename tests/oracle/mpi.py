@@ -18,9 +18,9 @@ MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
 
 MARKS = [
     pytest.mark.full,
-    pytest.mark.skipif(MPIEXEC is None, reason='no mpiexec; pip install "numclip[test]"'),
+    pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec; pip install mpich"),
     pytest.mark.skipif(
-        importlib.util.find_spec("mpi4py") is None, reason='no mpi4py; pip install "numclip[mpi]"'
+        importlib.util.find_spec("mpi4py") is None, reason="no mpi4py; pip install mpi4py"
     ),
 ]
 

@@ -199,7 +199,7 @@ def test_texts_without_usable_paragraphs_are_refused(capsys, tmp_path):
 def test_a_missing_package_is_named_with_the_cure(capsys, monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
     line = error_line(capsys, program, "--picture", str(tmp_path / "gru.png"))
-    assert line == f'cannot import {package}: pip install "numclip[examples]"'
+    assert line == f"cannot import {package}: pip install {package}"
 
 
 def test_help_shows_every_option(capsys):

@@ -65,3 +65,10 @@ def test_a_rank_that_dies_ends_the_run(program):
     done = start(3, program)
     assert done.returncode != 0
     assert "went on" not in done.stdout
+
+
+def test_the_bench_tells_what_it_measures_and_what_that_makes_of_more():
+    done = mpi.start(2, "-m", "bench.ranks")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"clip of all ranks": ' in done.stdout
+    assert " 100000 a tree " in done.stdout

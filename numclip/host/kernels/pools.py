@@ -213,16 +213,25 @@ def are_elements(pool, sums):
     return alike
 
 
+@inline
+def write_total(pool, sums, out):
+    """Write the sum of a pool's tensors, as rows of sums are; of order 2."""
+    total, error, exponent = add_tensors(pool, TOTAL, False, sums)
+    terms, power = total, exponent
+    if not are_elements(pool, sums):
+        terms, _, power = add_tensors(pool, TERMS, False, sums)
+    out[TOTAL], out[EXPONENT], out[BAD] = total, exponent, add_bad(pool, sums)
+    out[TERMS], out[TERMS_EXPONENT], out[ERROR] = terms, power, error
+
+
 @kernel
 def add_pools(pools, sums, out):
-    """Write the sum of each pool's tensors, as rows of sums are; of order 2."""
+    """Write the sum of each pool's tensors; tell whether one has an exponent."""
+    scaled = False
     for p in range(pools.shape[0]):
-        total, error, exponent = add_tensors(pools[p], TOTAL, False, sums)
-        terms, power = total, exponent
-        if not are_elements(pools[p], sums):
-            terms, _, power = add_tensors(pools[p], TERMS, False, sums)
-        out[p, TOTAL], out[p, EXPONENT], out[p, BAD] = total, exponent, add_bad(pools[p], sums)
-        out[p, TERMS], out[p, TERMS_EXPONENT], out[p, ERROR] = terms, power, error
+        write_total(pools[p], sums, out[p])
+        scaled |= out[p, EXPONENT] != 0.0 or out[p, TERMS_EXPONENT] != 0.0
+    return scaled
 
 
 @kernel

@@ -1,0 +1,61 @@
+"""Rows of sums that ranks tell one another, merged to one row; see `clipping.ranks`."""
+
+import math
+
+from numclip.host.kernels.pools import add_pools, write_total
+from numclip.host.runtime.jit import inline, kernel
+from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TOTAL
+
+LOSS = SUM_COLUMNS  # of a row that is told; after it the norm, where its order is not 2
+WIDTH = LOSS + 1
+ALIKE = 2.0**-46
+"""How far the sums of copies may differ: processors of other types add in another order."""
+
+
+@inline
+def first_bad(rows):
+    """Return the first rank whose row is not finite, 0 where all are."""
+    for r in range(rows.shape[0]):
+        if rows[r, BAD] > 0.0:
+            return r
+    return 0
+
+
+@inline
+def first_differing(rows):
+    """Return the first rank whose sum differs from that of rank 0 by more than rounding, or 0."""
+    total, exponent = rows[0, TOTAL], rows[0, EXPONENT]
+    for r in range(1, rows.shape[0]):
+        own = rows[r, TOTAL]
+        other = own != 0.0 and rows[r, EXPONENT] != exponent
+        if other or abs(own - total) > ALIKE * abs(total):
+            return r
+    return 0
+
+
+@inline
+def merge(every, sharded, merged):
+    """Write the sums of shards, and of copies the first that is not finite; see `merge_ranks`."""
+    bad, row, rank = 0.0, 0, 0
+    for k in range(every.shape[0]):
+        rows, out = every[k], merged[k]
+        if sharded[k]:
+            write_total((0, rows.shape[0]), rows, out)
+            out[LOSS] = rows[:, LOSS].sum()
+        else:
+            out[:] = rows[first_bad(rows)]
+            if rank == 0 and math.isfinite(out[TOTAL]):
+                row, rank = k, first_differing(rows)
+        bad += out[BAD]
+    return bad, row, rank
+
+
+@kernel
+def merge_ranks(every, sharded, pools, source, given):
+    """Merge the rows of all ranks to the first rows of `source`, and add up those of each pool.
+
+    `every` is (rows, ranks, columns). Return how many tensors are not finite, the row and the rank
+    of the first copy that differs (rank 0 where none does), and what `add_pools` does.
+    """
+    bad, row, rank = merge(every, sharded, source)
+    return bad, row, rank, add_pools(pools, source, given)
