@@ -7,26 +7,32 @@ from numclip.kernels.cuda.scalars import larger, settled, two_sum
 
 
 @inline
-def lane_sum(total, error, place, apart, room):
-    """Return the sum of sums and their errors over the threads of a place modulo `apart`.
+def tree_sum(total, error, place, count, apart, room):
+    """Return the sum of `count` sums and their errors over the places modulo `apart`.
 
-    They are added in a tree; `apart` is a power of two.
+    They are added in a tree; `apart` is a power of two, and `count` a multiple of it.
     """
     totals, errors = room[0], room[1]
     totals[place] = total
     errors[place] = error
     cuda.syncthreads()
-    half = THREADS >> 1
-    while half >= apart:
-        if place < half:
+    while count > apart:
+        half = (count + 1) >> 1
+        if place < count - half:
             totals[place], rest = two_sum(totals[place], totals[place + half])
             errors[place] += errors[place + half] + rest
         cuda.syncthreads()
-        half >>= 1
+        count = half
     own = place & (apart - 1)
     result = settled(totals[own], errors[own])
     cuda.syncthreads()
     return result
+
+
+@inline
+def lane_sum(total, error, place, apart, room):
+    """Return the sum of sums and their errors over the threads of a place modulo `apart`."""
+    return tree_sum(total, error, place, THREADS, apart, room)
 
 
 @inline
