@@ -21,6 +21,7 @@ from numclip.kernels.spans import FIELDS
 
 _IN_PLACE = "out: expected the gradients themselves, to work in place, or None"
 ELSEWHERE = -1
+UNFIT = spans.RARE + 1
 _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
     ELSEWHERE: (ValueError, (_IN_PLACE,)),
     spans.BAD_BOUND: (
@@ -37,6 +38,10 @@ _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
     spans.BAD_INTERVAL: (
         ValueError,
         ("clip_value_min: expected a number that is at most clip_value_max; neither is NaN",),
+    ),
+    UNFIT: (
+        ValueError,
+        ("clip_value_min, clip_value_max: expected shapes that broadcast to the gradient's",),
     ),
 }
 # What is raised after `fail`: so numba knows that the code ends there, and frees arrays before.

@@ -232,6 +232,12 @@ def test_clip_by_value(target, case):
             checks.assert_same_bits(work, clipped)
 
 
+def test_zeros_keep_their_sign_between_bounds_of_zero(target):
+    grad, zeros = np.array([-0.0, 0.0] * 40, "f"), np.zeros(80)
+    for low, high in ((0.0, 0.0), (zeros, 1.0), (-1.0, zeros)):
+        checks.assert_same_bits(target.clip_by_value(grad, low, high), grad)
+
+
 def test_the_largest_magnitude_of_real_and_complex_gradients(target):
     grads = [np.full(5, 3.0), np.array([1 + 1j]), np.array([2, 3], "f")]
     assert target.global_norm(grads, math.inf) == 3.0
