@@ -44,6 +44,52 @@ def turned(_typing: Any, array: Any, order: Any) -> Any:
     return array.copy(layout="A")(array, order), emit
 
 
+@intrinsic
+def spread(_typing: Any, value: Any, array: Any) -> Any:
+    """Return a number, or an array that broadcasts to another's shape, as a view of that shape.
+
+    And whether it does broadcast.
+    """
+    kind = types.unliteral(value)
+    element = kind.dtype if isinstance(kind, types.Array) else kind
+    made = types.Array(element, array.ndim, "A", readonly=True)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        proxy = cgutils.create_struct_proxy
+        whole = proxy(array)(context, builder, value=arguments[1])
+        lengths = cgutils.unpack_tuple(builder, whole.shape)
+        zero, one = ir.Constant(WORD, 0), ir.Constant(WORD, 1)
+        view, fits = proxy(made)(context, builder), ir.Constant(ir.IntType(1), 1)
+        view.meminfo, view.parent = (ir.Constant(v.type, None) for v in (view.meminfo, view.parent))
+        strides = [zero] * array.ndim
+        if isinstance(kind, types.Array):
+            own = proxy(kind)(context, builder, value=arguments[0])
+            view.data, view.meminfo, view.parent = own.data, own.meminfo, own.parent
+            fits = ir.Constant(ir.IntType(1), kind.ndim <= array.ndim)
+            axes = zip(
+                *(cgutils.unpack_tuple(builder, v) for v in (own.shape, own.strides)), strict=True
+            )
+            for k, (size, stride) in enumerate(list(axes)[max(kind.ndim - array.ndim, 0) :]):
+                at = k + max(array.ndim - kind.ndim, 0)
+                is_one = builder.icmp_signed("==", size, one)
+                same = builder.icmp_signed("==", size, lengths[at])
+                fits = builder.and_(fits, builder.or_(is_one, same))
+                strides[at] = builder.select(is_one, zero, stride)
+        else:
+            number = context.cast(builder, arguments[0], value, kind)
+            view.data = cgutils.alloca_once_value(
+                builder, context.get_value_as_data(builder, kind, number)
+            )
+        view.shape = whole.shape
+        view.strides = cgutils.pack_array(builder, strides, WORD)
+        view.itemsize = ir.Constant(WORD, element.bitwidth // 8)
+        view.nitems = whole.nitems
+        pair = context.make_tuple(builder, signature.return_type, [view._getvalue(), fits])
+        return impl_ret_borrowed(context, builder, signature.return_type, pair)
+
+    return types.Tuple((made, types.boolean))(value, array), emit
+
+
 @inline
 def lies_in_order(shape, strides, itemsize, fortran):
     """Tell whether an array is contiguous, in C or in Fortran order."""
@@ -149,6 +195,48 @@ def are_same(_typing: Any, one: Any, other: Any) -> Any:
         return is_same(builder, context, one, *arguments)
 
     return types.boolean(one, other), emit
+
+
+def _is_distinct(builder: Any, context: Any, kind: Any, value: Any) -> Any:
+    """Emit whether no two elements of an array share memory, or of any array of a tuple.
+
+    Of an array whose steps are not nested, as those of a view can be, that is not known.
+    """
+    distinct = ir.Constant(ir.IntType(1), 1)
+    if not isinstance(kind, types.Array):
+        for k, part in enumerate(() if isinstance(kind, types.NoneType) else kind):
+            own = builder.extract_value(value, k)
+            distinct = builder.and_(distinct, _is_distinct(builder, context, part, own))
+        return distinct
+    if kind.layout != "A":
+        return distinct
+    array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
+    zero, one = ir.Constant(WORD, 0), ir.Constant(WORD, 1)
+    sizes = cgutils.unpack_tuple(builder, array.shape)
+    axes = []  # how far apart elements are, and how far the last is from the first
+    for size, stride in zip(sizes, cgutils.unpack_tuple(builder, array.strides), strict=True):
+        negative = builder.icmp_signed("<", stride, zero)
+        step = builder.select(negative, builder.neg(stride), stride)
+        axes.append((step, builder.mul(builder.sub(size, one), step)))
+    for k, (step, _) in enumerate(axes):
+        taken = array.itemsize
+        for closer, reach in axes[:k] + axes[k + 1 :]:
+            is_closer = builder.icmp_signed("<=", closer, step)
+            taken = builder.add(taken, builder.select(is_closer, reach, zero))
+        single = builder.icmp_signed("==", sizes[k], one)
+        apart = builder.or_(single, builder.icmp_signed(">=", step, taken))
+        distinct = builder.and_(distinct, apart)
+    return builder.or_(distinct, builder.icmp_signed("==", array.nitems, zero))
+
+
+@intrinsic
+def are_distinct(_typing: Any, grads: Any) -> Any:
+    """Tell whether no two elements of an array, or of one of a tuple, share memory."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _is_distinct(builder, context, grads, arguments[0])
+
+    return types.boolean(grads), emit
 
 
 def _ends(builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import types
 
 from numclip.compiled import units
-from numclip.compiled.arrays import are_same
-from numclip.compiled.containers import all_copied, all_entered, all_left
+from numclip.compiled.arrays import copied, entered, left, spread
+from numclip.compiled.containers import (
+    all_copied,
+    all_entered,
+    all_left,
+    check_target,
+    fault_of_target,
+)
 from numclip.compiled.tables import (
-    ELSEWHERE,
+    UNFIT,
     UNREACHABLE,
     clamp_array,
     clip_all,
@@ -18,6 +25,7 @@ from numclip.compiled.tables import (
     number_of,
 )
 from numclip.compiled.types_taken import (
+    check_bound,
     check_gradient,
     check_number,
     check_order,
@@ -27,8 +35,18 @@ from numclip.compiled.types_taken import (
     members,
     refuse,
 )
-from numclip.host.kernels.spans import AVERAGE, GIVEN, IN_PLACE, ROOT_MEAN, UNCHANGED, WRITTEN
-from numclip.host.runtime.jit import expanded
+from numclip.host.kernels.cpu import clamped
+from numclip.host.kernels.spans import (
+    AVERAGE,
+    BAD_INTERVAL,
+    FOUND,
+    GIVEN,
+    IN_PLACE,
+    ROOT_MEAN,
+    UNCHANGED,
+    WRITTEN,
+)
+from numclip.host.runtime.jit import expanded, inline
 from numclip.law import POLICIES
 
 DUPLICATES = ("sum", "raw")
@@ -63,10 +81,10 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         return works, norm
 
     def in_place(grads, out, bound, given, ord):
-        if not are_same(out, grads):
-            fail(ELSEWHERE)
+        # The kernel hands back what is wrong: a branch here would count references to `out`.
+        wrong = fault_of_target(out, grads) << FOUND
         works = all_entered(grads)
-        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE))
+        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE | wrong))
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
@@ -144,31 +162,55 @@ def clip_by_block_rms(grad: Any, threshold: Any, out: Any) -> Any:
     return lambda grad, threshold, out=None: clip(grad, threshold, 2, out)
 
 
+@inline
+def clamp_all(work, low, high):
+    """Hold the numbers of an array between two; return what became of them."""
+    return clamp_array(work, number_of(low), number_of(high))
+
+
+@inline
+def clamp_between(work, low, high):
+    """Hold them between numbers or arrays that broadcast to the array's shape."""
+    lows, low_fits = spread(low, work)
+    highs, high_fits = spread(high, work)
+    if not (low_fits and high_fits):
+        return UNFIT
+    for index in np.ndindex(work.shape):
+        if not lows[index] <= highs[index]:
+            return BAD_INTERVAL
+    for index in np.ndindex(work.shape):
+        least, most = work.dtype.type(lows[index]), work.dtype.type(highs[index])
+        work[index] = clamped(work[index], least, most)
+    return WRITTEN
+
+
 def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any) -> Any:
     """Return the implementation for these types."""
     check_gradient("grad", grad)
     if isinstance(grad.dtype, types.Complex):
         raise refuse("grad", "real numbers to hold between bounds", grad)
-    check_number("clip_value_min", clip_value_min)
-    check_number("clip_value_max", clip_value_max)
+    are_arrays = [
+        check_bound("clip_value_min", clip_value_min),
+        check_bound("clip_value_max", clip_value_max),
+    ]
+    clamp = clamp_between if any(are_arrays) else clamp_all
 
     def into_new_array(grad, clip_value_min, clip_value_max, out=None):
-        works = all_copied((grad,))
-        status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
+        work = copied(grad, None)
+        status = clamp(work, clip_value_min, clip_value_max)
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
-        return works[0]
+        return work
 
     def in_place(grad, clip_value_min, clip_value_max, out=None):
-        if not are_same(out, grad):
-            fail(ELSEWHERE)
-        works = all_entered((grad,))
-        status = clamp_array(works[0], number_of(clip_value_min), number_of(clip_value_max))
+        check_target(out, grad)
+        work = entered(grad, None)
+        status = clamp(work, clip_value_min, clip_value_max)
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
-        all_left((grad,), works)
+        left(grad, work)
         return grad
 
     return in_place if check_out("grad", out, grad, [grad]) else into_new_array

@@ -49,6 +49,14 @@ def check_number(name: str, kind: Any) -> None:
         raise refuse(name, "a real number", kind)
 
 
+def check_bound(name: str, kind: Any) -> bool:
+    """Tell whether a bound is an array with axes; refuse what is no real number, nor such."""
+    if isinstance(kind, types.Array) and isinstance(kind.dtype, (types.Integer, types.Float)):
+        return kind.ndim > 0
+    check_number(name, kind)
+    return False
+
+
 def check_default(name: str, kind: Any, value: Any, advice: str) -> None:
     """Refuse an argument that compiled code takes only as it is by default."""
     try:

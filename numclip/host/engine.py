@@ -139,7 +139,8 @@ def clamp_between(array: Strided, low: Memory, high: Memory, _stream: Any = None
         elements(array.dtype, array.shape, memory)
         for memory in (array.read, low, high, array.written)
     )
-    target[...] = np.maximum(np.minimum(own, most), least)
+    # NumPy's minimum and maximum may exchange zeros of different signs.
+    target[...] = np.where(own > most, most, np.where(own < least, least, own))
 
 
 def part(array: Array, start: int, shape: tuple[int, ...]) -> Array:

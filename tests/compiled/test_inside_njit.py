@@ -131,6 +131,44 @@ def test_clip_by_value(dtype):
 
 
 @pytest.mark.full
+def test_bounds_that_are_arrays():
+    """Of any shape that broadcasts; the sign of a zero between bounds of 0 stays."""
+    rng = np.random.default_rng(3)
+    row = np.array([-0.5, 0.0, 1e-60])
+    for dtype, shape in (("float32", (4, 3)), ("float64", (2, 4, 3))):
+        grad = cases.normal(rng, shape, dtype)
+        grad.flat[:4] = [-0.0, math.nan, math.inf, 1e-45]
+        for low, high in (
+            (row, 0.5),
+            (-1, np.array([[1], [0], [2], [3]])),
+            (row.astype("f"), row[::-1].astype("f") + 2),
+            (np.array(-0.5), np.broadcast_to(row + 1, shape)),
+            (np.zeros(1), np.zeros((4, 1))),
+        ):
+            expected = nc.clip_by_value(grad, low, high)
+            for array in (grad.copy(), cases.strided(grad)):
+                checks.assert_same_bits(wrappers.clip_by_value(array, low, high), expected)
+                checks.assert_same_bits(array, grad)
+                wrappers.clip_by_value_in_place(array, low, high)
+                checks.assert_same_bits(array, expected)
+
+
+@pytest.mark.full
+def test_bounds_that_are_no_such_arrays():
+    grad = np.ones((2, 3))
+    for low, high in (
+        (np.ones(2), 2.0),
+        (0.0, np.ones((2, 2, 3))),
+        (np.array([0, math.nan, 0]), 1.0),
+        (np.array([0, 2, 0]), 1),
+        (0.5, np.array([[1.0], [math.nan]])),
+    ):
+        with pytest.raises(ValueError, match="clip_value_min"):
+            wrappers.clip_by_value_in_place(grad, low, high)
+    assert (grad == 1.0).all()
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("ord", [1.0, 1.5, 3.0, math.inf])
 def test_other_orders(ord):
     rng = np.random.default_rng(5)
@@ -205,6 +243,7 @@ def test_golden(case):
     inputs, args = [load(entry) for entry in case["inputs"]], dict(case["args"])
     dense = all(type(grad) is np.ndarray and str(grad.dtype) in DTYPES for grad in inputs)
     function = getattr(wrappers, case["op"], None)
+    args.pop("array_bounds", None)
     if args.keys() - {"clip_norm", "threshold", "clip_value_min", "clip_value_max"} or not dense:
         pytest.skip("not taken, or tried elsewhere")
     if case["op"] == "clip_by_global_norm":
@@ -303,6 +342,34 @@ def test_arguments_that_are_refused_when_the_code_runs():
     assert all((grad == 1.0).all() for grad in (*grads, same))
 
 
+def tangled(shape, strides):
+    return np.lib.stride_tricks.as_strided(np.ones(40), shape, strides)
+
+
+@pytest.mark.full
+def test_elements_that_share_memory_are_refused_in_place():
+    apart = tangled((3, 2), (24, 8))[::-1], tangled((1, 4), (0, 16)), tangled((0, 2), (0, 0))
+    rest = np.ones((2, 2))
+    for grad in (tangled((3, 2), (8, 8)), tangled((2, 4), (0, 8)), tangled((2, 3), (16, 8))):
+        for call in (
+            lambda grad: wrappers.clip_in_place((rest, grad), 1.0),
+            lambda grad: wrappers.clip_in_place(numba.typed.List([grad, grad[1:]]), 1.0),
+            lambda grad: wrappers.all_in_place(grad, 0, 1.0),
+            lambda grad: wrappers.clip_by_value_in_place(grad, 0.0, 0.5),
+            lambda grad: wrappers.clip_by_value_in_place(grad, np.zeros(1), 0.5),
+            lambda grad: wrappers.along(0, True)(grad, 0.1),
+        ):
+            with pytest.raises(ValueError, match="elements of each, that share no memory"):
+                call(grad)
+        assert (grad == 1.0).all()
+        assert (rest == 1.0).all()
+        expected = nc.clip_by_global_norm([grad], 1.0)[0]
+        assert_all_same_bits(wrappers.clip((grad,), 1.0)[0], expected)
+    for grad in apart:
+        expected = nc.clip_by_value(grad, 0.0, 0.5)
+        checks.assert_same_bits(wrappers.clip_by_value_in_place(grad, 0.0, 0.5), expected)
+
+
 @njit
 def catch(grad, count):
     caught = 0
@@ -355,6 +422,7 @@ REFUSED = [
     (lambda: wrappers.clip_in_place((read_only(np.ones(3)),), 1.0), "read-only"),
     (lambda: wrappers.clip_of_order((np.ones(3, complex),), 1.0, 3.0), "complex"),
     (lambda: wrappers.clip_by_value(np.ones(3, complex), 0.0, 1.0), "real numbers to hold"),
+    (lambda: wrappers.clip_by_value(np.ones(3), np.ones(3, complex), 2.0), "clip_value_min: exp"),
     (lambda: elsewhere((np.ones(3),), (np.ones((3, 3)),)), "grads itself"),
     (lambda: along(np.ones((2, 3)), 0), "axes: expected .* written in the call"),
     (lambda: wrappers.along(2, False)(np.ones((2, 3)), 1.0), "axes: expected different axes"),

@@ -43,10 +43,9 @@ def test_no_gpu():
     assert 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"' in message
 
 
-def test_no_numba_cuda():
-    message = without_gpu(
-        f"{GROUPS}, device='cuda')", "import sys; sys.modules['numba_cuda'] = None"
-    )
+@pytest.mark.parametrize("code", [f"{GROUPS}, device='cuda')", "import numclip.cuda"])
+def test_no_numba_cuda(code):
+    message = without_gpu(code, "import sys; sys.modules['numba_cuda'] = None")
     assert "needs the package numba-cuda, which is missing" in message
     assert 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"' in message
 

@@ -11,4 +11,5 @@ larger, usable, root = _parts.larger, _parts.usable, _parts.root
 power_term, scale_by_power = _parts.power_term, _parts.scale_by_power
 truncated_product, clamped = _parts.truncated_product, _parts.clamped
 norm_of, write_norm, write_spread = _parts.norm_of, _parts.write_norm, _parts.write_spread
+factor_of = _parts.factor_of
 write_factor, decide, relative = _parts.write_factor, _parts.decide, _parts.relative

@@ -31,6 +31,7 @@ static jmp_buf scheduler;
 static ucontext_t scheduler_start;
 static int current, threads, said, random_order;
 static unsigned block, blocks;
+static const unsigned *sides;
 static uint64_t state = 88172645463325252u;
 static void (*entry)(void **);
 static void **arguments;
@@ -137,9 +138,11 @@ static void run_block(void) {
     }
 }
 
-void standin_run_kernel(void (*function)(void **), unsigned grid, unsigned size, void **given) {
+void standin_run_kernel(void (*function)(void **), unsigned grid, const unsigned *size,
+                        void **given) {
     unsigned *order = malloc(grid * sizeof *order);
-    entry = function, arguments = given, blocks = grid, threads = (int)size;
+    entry = function, arguments = given, blocks = grid, sides = size;
+    threads = (int)(size[0] * size[1] * size[2]);
     order_of(order, grid);
     for (unsigned k = 0; k < grid; k++) {
         block = order[k];
@@ -158,7 +161,12 @@ void standin_random_order(int on, uint64_t seed) {
 
 /* What kernels call. */
 
-int32_t standin_thread(void) { return current; }
+int32_t standin_thread(void) { return current % (int)sides[0]; }
+int32_t standin_thread_y(void) { return current / (int)sides[0] % (int)sides[1]; }
+int32_t standin_thread_z(void) { return current / (int)(sides[0] * sides[1]); }
+int32_t standin_threads(void) { return (int32_t)sides[0]; }
+int32_t standin_threads_y(void) { return (int32_t)sides[1]; }
+int32_t standin_threads_z(void) { return (int32_t)sides[2]; }
 int32_t standin_block(void) { return (int32_t)block; }
 int32_t standin_blocks(void) { return (int32_t)blocks; }
 void standin_barrier(void) { pause_as(AT_BARRIER); }

@@ -72,7 +72,7 @@ struct operation {
     uint32_t value;
     int width;
     struct kernel *kernel;
-    unsigned grid, block;
+    unsigned grid, block[3];
     void **arguments;  /* one block of memory with what they point to */
     int device;
     struct event event;  /* to be waited for */
@@ -721,10 +721,12 @@ struct launch {
 result cuLaunchKernelEx(const struct launch *launch, struct kernel *kernel, void **given, void **x) {
     CALLED();
     (void)x;
-    if (!launch->grid[0] || !launch->block[0])
+    const unsigned *block = launch->block, size = block[0] * block[1] * block[2];
+    if (!launch->grid[0] || !size || size > 1024)
         return INVALID_VALUE;
     struct operation *own = operation(LAUNCH);
-    own->kernel = kernel, own->grid = launch->grid[0], own->block = launch->block[0];
+    own->kernel = kernel, own->grid = launch->grid[0];
+    memcpy(own->block, block, sizeof own->block);
     own->device = current_device();
     own->arguments = calloc((size_t)kernel->count + 1, sizeof(void *) + 8);
     for (int k = 0; k < kernel->count; k++) {

@@ -23,6 +23,11 @@ BYTES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "i32": 4, "float": 4}  # 8 else
 # What a GPU's code calls, by what does the same here.
 RENAMED = {
     "llvm.nvvm.read.ptx.sreg.tid.x": "standin_thread",
+    "llvm.nvvm.read.ptx.sreg.tid.y": "standin_thread_y",
+    "llvm.nvvm.read.ptx.sreg.tid.z": "standin_thread_z",
+    "llvm.nvvm.read.ptx.sreg.ntid.x": "standin_threads",
+    "llvm.nvvm.read.ptx.sreg.ntid.y": "standin_threads_y",
+    "llvm.nvvm.read.ptx.sreg.ntid.z": "standin_threads_z",
     "llvm.nvvm.read.ptx.sreg.ctaid.x": "standin_block",
     "llvm.nvvm.read.ptx.sreg.nctaid.x": "standin_blocks",
     "llvm.nvvm.barrier0.or": "standin_barrier_or",
@@ -63,7 +68,7 @@ def for_the_host(code: str) -> str:
         code = re.sub(rf'@"?{re.escape(theirs)}"?(?=\()', f"@{own}", code)
     code = re.sub(r" addrspace\(\d+\)", "", code).replace("addrspacecast", "bitcast")
     code = re.sub(r"\bf(mul|add|sub) (?=double|float)", r"f\1 contract ", code)
-    pure = r"declare i32 @standin_(?:thread|block|blocks)\([^\n]*"
+    pure = r"declare i32 @standin_(?:threads?(?:_[yz])?|blocks?)\([^\n]*"
     code = re.sub(f"({pure})", r"\1 memory(none) nounwind willreturn", code)
     while True:
         plain = POINTER.sub("ptr", code)

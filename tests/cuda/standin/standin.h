@@ -3,4 +3,5 @@
 #include <stdint.h>
 
 /* A kernel runs its blocks one after another; see blocks.c. */
-void standin_run_kernel(void (*function)(void **), unsigned grid, unsigned size, void **given);
+void standin_run_kernel(void (*function)(void **), unsigned grid, const unsigned *size,
+                        void **given);
