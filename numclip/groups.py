@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import compress, repeat
+from operator import is_
 from typing import Any, Never
 
 import numpy as np
@@ -588,7 +590,8 @@ class ParamGroups(state.Saved):
 
     def _missing(self, named: Mapping[str, Any]) -> frozenset[str]:
         """Return the parameters that have no gradient among some."""
-        return frozenset(name for name in self._names if named.get(name) is None)
+        values = map(named.get, self._names)
+        return frozenset(compress(self._names, map(is_, values, repeat(None))))
 
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""

@@ -296,11 +296,15 @@ class GroupUpdater:
 
 def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
     """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
-    homes = [span.source for span in clipper.plan.spans]
-    if sources is not None:
-        homes = [sources[name] for name in clipper.names]
-    pairs = zip(clipper.names, homes, strict=True)
-    return [0 if name in absent else home for name, home in pairs]
+    names = clipper.names
+    if sources is None:
+        homes = [span.source for span in clipper.plan.spans]
+    else:
+        homes = [sources[name] for name in names]
+    if absent:
+        pairs = zip(names, homes, strict=True)
+        homes = [0 if name in absent else home for name, home in pairs]
+    return homes
 
 
 def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:

@@ -59,10 +59,9 @@ def moved(chunks: Array, tensors: Array, starts: Array, sources: Sequence[int]) 
     Where a chunk is read is its first column.
     """
     addresses = np.array(sources, np.int64)
-    present = addresses[tensors] != 0
-    made: Array = chunks[present]
-    made[:, 0] += (addresses - starts)[tensors[present]]
-    return made
+    made = chunks.copy()
+    made[:, 0] += (addresses - starts)[tensors]
+    return made if addresses.all() else made[addresses[tensors] != 0]
 
 
 def batches(spans: Mapping[int, Span]) -> list[Batch]:

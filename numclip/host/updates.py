@@ -161,7 +161,7 @@ class GroupUpdates(Updates):
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
         self._own, self._left = self._dense, set[int]()
-        self._small = self._found_small()
+        self._small = self._own_small = self._found_small()
 
     def _found_small(self) -> tuple[Any, ...] | None:
         """Return what the kernel takes, where one call is all and no threads can share it."""
@@ -180,15 +180,15 @@ class GroupUpdates(Updates):
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read gradients at some addresses, and leave what has none; None for those of the plan."""
-        self._dense = self._own
+        self._dense, self._small = self._own, self._own_small
         if sources is not None:
             starts = self._places.starts
             self._dense = [
                 (dtype, batches.moved(chunks, tensors, starts, sources))
                 for (dtype, chunks), tensors in zip(self._own, self._tensors, strict=True)
             ]
+            self._small = None if self._own_small is None else self._found_small()
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
-        self._small = self._found_small()
 
     def at_once(self, reader: Given | None, divisors: Array) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
