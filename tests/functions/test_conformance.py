@@ -79,6 +79,7 @@ def test_global_norm_of_other_orders(target, case, ord):
 
 
 @pytest.mark.within_njit
+@pytest.mark.each_value
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("case", params(CASES))
 def test_clip_by_global_norm(target, case, ratio):
