@@ -137,7 +137,9 @@ class Part:
         given = _added(self._pools, source)
         _normalise(given)
         if clipper.ord != 2.0:
-            given[:, [tables.TOTAL, tables.EXPONENT]] = list(self._given_norms(merged, stream))
+            norms = list(self._given_norms(merged, stream))
+            for columns in NORM_COLUMNS:
+                given[:, columns] = norms
         told, losses = source[self._told], np.zeros(len(given))
         bad = every[:, :, tables.BAD].any()
         for group in clipper.groups if bad or clipper.losses_of_tensors is not None else ():
@@ -377,6 +379,9 @@ def raise_of(
     raise NonFiniteGradientError(f"rank {rank}: {message}", name, index, value, count, rank)
 
 
+NORM_COLUMNS = [tables.TOTAL, tables.EXPONENT], [tables.TERMS, tables.TERMS_EXPONENT]
+"""Of sums: where norms of other orders than 2 are told, and those of terms."""
+
 SIZE = WIDTH  # of what a function tells: a row, its loss and how many numbers it is of
 TOLD = WIDTH + 1
 
@@ -426,9 +431,7 @@ def _joined(every: Array, ord: float) -> Whole:
     """Return what all ranks have, each a row, its loss and its size."""
     row = _added(np.array([[0, len(every)]]), every[:, :COLUMNS])
     _normalise(row)
-    if ord != 2.0:
-        columns = every[:, [tables.TOTAL, tables.EXPONENT]].tolist()
-        row[0, [tables.TOTAL, tables.EXPONENT]] = joined_norms(
-            [(norm, int(power)) for norm, power in columns], ord
-        )
+    for columns in NORM_COLUMNS if ord != 2.0 else ():
+        norms = [(norm, int(power)) for norm, power in every[:, columns].tolist()]
+        row[0, columns] = joined_norms(norms, ord)
     return Whole(row[0], int(every[:, SIZE].sum()), float(every[:, LOSS].sum()))
