@@ -16,7 +16,7 @@ from numclip.dtypes import Array
 from numclip.errors import expected
 from numclip.formulas import power_term, root, scale_by_power
 from numclip.isolation import in_ordinary_environment
-from numclip.sums import GRID, Whole, exact, exact_columns, rounded, row_of
+from numclip.sums import GRID, Whole, exact, exact_columns, rounded
 
 Found = tuple[float, float, int]
 """A total, what rounding has taken from it, and its exponent."""
@@ -77,7 +77,8 @@ class NormAccumulator:
         # Exact sums in units of `sums.GRID`: of order 2 one of squares, under 0; of others, of
         # powers of fractions, under the exponents of these. Of order inf, the fractions alone.
         self._sums: dict[int, int] = {}
-        self._terms = self._loss = self._size = 0
+        self._terms: dict[int, int] = {}  # likewise, of rows that repeat the magnitudes
+        self._loss = self._size = 0
         self._bad, self._special = 0.0, 0.0
 
     def __repr__(self) -> str:
@@ -86,7 +87,7 @@ class NormAccumulator:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             found = {name: value for name, value in vars(self).items() if name != "_lock"}
-            return {**found, "_sums": dict(self._sums)}
+            return {**found, "_sums": dict(self._sums), "_terms": dict(self._terms)}
 
     def __setstate__(self, found: dict[str, Any]) -> None:
         vars(self).update(found)
@@ -134,10 +135,11 @@ class NormAccumulator:
 
     def _take(self, found: dict[str, Any]) -> None:
         with self._lock:
-            for power, units in found["_sums"].items():
-                own = self._sums.get(power, 0)
-                self._sums[power] = max(own, units) if self.ord == math.inf else own + units
-            self._terms += found["_terms"]
+            for name in ("_sums", "_terms"):
+                sums: dict[int, int] = getattr(self, name)
+                for power, units in found[name].items():
+                    own = sums.get(power, 0)
+                    sums[power] = max(own, units) if self.ord == math.inf else own + units
             self._loss += found["_loss"]
             self._size += found["_size"]
             self._bad += found["_bad"]
@@ -147,15 +149,15 @@ class NormAccumulator:
     @in_ordinary_environment
     def norm(self) -> float:
         """The norm of all that was added, a float."""
-        total, _, exponent = self._found()
+        total, _, exponent = self._found("_sums")
         if self.ord == 2.0:
             return scale_by_power(math.sqrt(total), exponent)
         return scale_by_power(total, exponent)
 
-    def _found(self) -> Found:
+    def _found(self, name: str) -> Found:
         """Return the sum of squares over ``4**exponent``, the norm over ``2**exponent`` else."""
         with self._lock:
-            sums, special = dict(self._sums), self._special
+            sums, special = dict(getattr(self, name)), self._special
         if special:
             return special, 0.0, 0
         if self.ord == 2.0:
@@ -179,11 +181,10 @@ class NormAccumulator:
     @property
     def whole(self) -> Whole:
         """What a clip is told of all that was added."""
-        total, error, exponent = self._found()
-        row: Array = row_of(0, self._terms, self._bad)
-        row[[tables.TOTAL, tables.ERROR, tables.EXPONENT]] = total, error, exponent
-        if self.ord != 2.0 or self._special:
-            row[[tables.TERMS, tables.TERMS_EXPONENT]] = total, exponent
+        row = np.zeros(tables.SUM_COLUMNS)
+        row[[tables.TOTAL, tables.ERROR, tables.EXPONENT]] = self._found("_sums")
+        row[[tables.TERMS, tables.TERMS_EXPONENT]] = self._found("_terms")[::2]
+        row[tables.BAD] = self._bad
         return Whole(row, self._size, self._loss / (1 << GRID))
 
     @classmethod
@@ -198,24 +199,23 @@ class NormAccumulator:
 @in_ordinary_environment
 def _taken(ord: float, found: Piece) -> dict[str, Any]:
     """Return a piece as the state of an accumulator, without those tensors that are not finite."""
-    told = found.sums[:, tables.TOTAL] if ord == 2.0 else found.decisions[:-1, tables.ROOT]
+    told = found.sums[:, tables.TOTAL] if ord == 2.0 else found.norms[:, 0]
     bad = ~np.isfinite(told)
     sums = found.sums[~bad]
-    terms = 0
     if ord == 2.0:
         squares, terms = tables.TOTAL, tables.TERMS
         alike = sums[:, squares : squares + 2] == sums[:, terms : terms + 2]
         elements = alike.all(axis=1)  # where no rows repeat
         of_elements = _exact_squares(sums[elements])
         units = {0: of_elements + _exact_squares(sums[~elements])}
-        terms = of_elements + exact_columns(sums[~elements], terms, terms + 1)
+        of_terms = {0: of_elements + exact_columns(sums[~elements], terms, terms + 1)}
     else:
-        units = _powers(found.decisions[:-1][~bad], ord)
+        units, of_terms = (_powers(own[~bad], ord) for own in (found.norms, found.terms))
     with np.errstate(invalid="ignore"):
         special = float(told[bad].sum())
     return {
         "_sums": units,
-        "_terms": terms,
+        "_terms": of_terms,
         "_loss": exact([found.loss]),
         "_size": found.size,
         "_bad": float(found.sums[:, tables.BAD].sum()),
@@ -227,11 +227,10 @@ def _exact_squares(sums: Array) -> int:
     return exact_columns(sums, tables.TOTAL, tables.EXPONENT, tables.ERROR)
 
 
-def _powers(decisions: Array, ord: float) -> dict[int, int]:
+def _powers(norms: Array, ord: float) -> dict[int, int]:
     """Return exact sums of the powers of tensors' norms, as fractions of powers of two."""
     found: dict[int, int] = {}
-    columns = decisions[:, [tables.ROOT, tables.ROOT_EXPONENT]]
-    for norm, power in columns.tolist():
+    for norm, power in norms.tolist():
         fraction, exponent = math.frexp(norm)
         key = exponent + int(power)
         units = exact([fraction if ord == math.inf else power_term(fraction, ord)])

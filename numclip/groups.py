@@ -322,11 +322,11 @@ class ParamGroups(state.Saved):
         Parameters
         ----------
         grads : mapping of str to array, IndexedSlices or None
-            Gradients by parameter, or nested as the parameters are, of their shapes and dtypes
-            that cast to their kinds, of any library that `global_norm` takes in the host's
-            memory; on the GPU also CUDA arrays of the very dtypes in C order. `IndexedSlices`
-            are for sparse groups. None means zero. Parameters that are not named keep the
-            gradients they have; those they had at the last step are not applied again, see
+            Gradients by parameter, or nested as the parameters are, of their shapes and dtypes that
+            cast to their kinds, of any library that `global_norm` takes in the host's memory; on
+            the GPU also CUDA arrays of the very dtypes in C order (of parameters or masters).
+            `IndexedSlices` are for sparse groups. None means zero. Parameters that are not named
+            keep the gradients they have; those they had at the last step are not applied again, see
             `SGD.step`. Finite elements that a cast makes infinite are refused, unless the group's
             policy is "skip" or "raise", which then find them.
 

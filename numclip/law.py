@@ -169,10 +169,13 @@ class Laws:
 def by_norms(law: Array, totals: Array) -> tuple[Array, Array, Array]:
     """Return a table of laws, its shifts and rows of sums by which pools have given norms.
 
-    `totals` has the norms, as `numclip.sums.Whole` says of orders other than 2.
+    `totals` has the norms, those of terms too, as `numclip.sums.Whole` says of orders but 2.
     """
     law, sums = law.copy(), totals.copy()
-    law[:, tables.PEAK] = law[:, tables.TERMS_PEAK] = totals[:, tables.TOTAL]
+    law[:, tables.PEAK] = totals[:, tables.TOTAL]
+    powers = totals[:, tables.TERMS_EXPONENT] - totals[:, tables.EXPONENT]
+    with np.errstate(over="ignore"):
+        law[:, tables.TERMS_PEAK] = np.ldexp(totals[:, tables.TERMS], powers.astype(np.int64))
     law[:, tables.RATIO] = law[:, tables.TERMS_RATIO] = 1.0
     sums[:, tables.TOTAL] = sums[:, tables.TERMS] = 1.0
     sums[:, [tables.EXPONENT, tables.TERMS_EXPONENT, tables.ERROR]] = 0.0

@@ -94,10 +94,10 @@ class Optimizer(state.Saved):
 
         Notes
         -----
-        **Where gradients are read.** Ordinary arrays of NumPy, of their parameters' dtypes and in
-        C order, are read where they are. Others are copied to ``groups.grads`` first, as by
-        `set_grads`: those of another dtype, order or library, those that overlap parameters or
-        states, all of a group whose rule acts within tensors or whose policy is "zero", sparse
+        **Where gradients are read.** Ordinary arrays of NumPy, of their parameters' (or masters')
+        dtypes and in C order, are read where they are. Others are copied to ``groups.grads`` first,
+        as by `set_grads`: those of another dtype, order or library, those that overlap parameters
+        or states, all of a group whose rule acts within tensors or whose policy is "zero", sparse
         ones, and those on a GPU. So what ``groups.grads`` holds after ``step(grads)`` is not
         defined.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class Whole(NamedTuple):
     """What one norm is of, where the gradients at hand are a part of it.
 
     `row` is a row of sums; for orders other than 2 its TOTAL and EXPONENT are the norm itself,
-    ``TOTAL * 2**EXPONENT``. `size` is how many stored numbers there are, `loss` as in `Law`.
+    ``TOTAL * 2**EXPONENT``, and so are those of terms. `size` is how many stored numbers there are,
+    `loss` as in `Law`.
     """
 
     row: Array
@@ -84,12 +85,3 @@ def joined_norms(parts: Iterable[tuple[float, int]], ord: float) -> tuple[float,
     if ord == math.inf:
         return max(norms), highest
     return root(math.fsum(power_term(norm, ord) for norm in norms), ord), highest
-
-
-def row_of(units: int, terms: int, bad: float) -> Array:
-    """Return a row of sums."""
-    row: Any = np.zeros(tables.SUM_COLUMNS)
-    row[tables.TOTAL], row[tables.ERROR], row[tables.EXPONENT] = rounded(units)
-    row[tables.TERMS], _, row[tables.TERMS_EXPONENT] = rounded(terms)
-    row[tables.BAD] = bad
-    return row  # type: ignore[no-any-return]

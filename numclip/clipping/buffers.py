@@ -250,9 +250,10 @@ class GroupState:
         if own.dense_shape != param.shape:
             raise ValueError(expected(label, f"shape {param.shape}", own.dense_shape))
         elsewhere = own.engine.name != "cpu"  # what casts is in the host's memory
-        fits = own.native in (param.dtype, self.updated[name].dtype)
-        if elsewhere and not (fits and own.facts.c_order):
-            raise TypeError(expected(label, f"dtype {param.dtype} in C order", own.native))
+        dtypes = dict.fromkeys([param.dtype, self.updated[name].dtype])
+        if elsewhere and not (own.native in dtypes and own.facts.c_order):
+            wanted = f"dtype {' or '.join(map(str, dtypes))} in C order"
+            raise TypeError(expected(label, wanted, own.native))
         if own.dtype.components == 2 and param.dtype.kind != "c":
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
 

@@ -132,8 +132,6 @@ def clip(
     Without targets they are only measured. The plan is found again by the key, if there is one.
     The norm is that of the whole, if there is one.
     """
-    if whole is not None and policy == "zero" and not math.isfinite(whole.row[tables.TOTAL]):
-        whole = None  # as with a norm that is given
     if not entries:
         if whole is not None:
             return whole.norm(law.ord)

@@ -213,7 +213,8 @@ class Part:
                 norm = root * (clipper.unscale * clipper.divisors[p]), power
             else:
                 norm = joined_norms(_pairs(source[first:last, WIDTH:]), clipper.ord)
-            self._given[p, [tables.TOTAL, tables.EXPONENT]] = norm
+            for columns in NORM_COLUMNS:
+                self._given[p, columns] = norm
 
 
 def _pairs(columns: Array) -> list[tuple[float, int]]:
@@ -363,6 +364,9 @@ def raise_of(
     raise NonFiniteGradientError(f"rank {rank}: {message}", name, index, value, count, rank)
 
 
+NORM_COLUMNS = [tables.TOTAL, tables.EXPONENT], [tables.TERMS, tables.TERMS_EXPONENT]
+"""Of sums: where norms of other orders than 2 are told, and those of terms."""
+
 SIZE = WIDTH  # of what a function tells: a row, its loss and how many numbers it is of
 TOLD = WIDTH + 1
 
@@ -413,7 +417,6 @@ def _joined(every: Array, ord: float) -> Whole:
     row = np.zeros((1, COLUMNS))
     if add_pools(np.array([[0, len(every)]]), np.ascontiguousarray(every), row):
         _normalise(row)
-    if ord != 2.0:
-        pairs = _pairs(every[:, [tables.TOTAL, tables.EXPONENT]])
-        row[0, [tables.TOTAL, tables.EXPONENT]] = joined_norms(pairs, ord)
+    for columns in NORM_COLUMNS if ord != 2.0 else ():
+        row[0, columns] = joined_norms(_pairs(every[:, columns]), ord)
     return Whole(row[0], int(every[:, SIZE].sum()), float(every[:, LOSS].sum()))

@@ -215,9 +215,8 @@ class Plan:
         law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))
         if (law[:, tables.ORD] != 2.0).any():
             law, shifts, totals = by_norms(law, totals)
-            law[:, [tables.PEAK, tables.TERMS_PEAK]] = np.ldexp(
-                law[:, [tables.PEAK]], shifts[:, None]
-            )
+            peaks = [tables.PEAK, tables.TERMS_PEAK]
+            law[:, peaks] = np.ldexp(law[:, peaks], shifts[:, None])
         tensors = np.zeros((len(pools), 5), np.int64)
         tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
         tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1

@@ -18,6 +18,7 @@ class HalfCopies:
         self._batches = []
         for dtype, table in tables.items():
             batch = batches.of_table(dtype, table)
+            batch = batch._replace(nbytes=3 * batch.nbytes)  # with the numbers
             distances = batch.chunks[:, cpu.SOURCE] - table[batch.chunks[:, cpu.OWNER], 0]
             batch.chunks[:, cpu.TARGET] += distances  # which are half of those in float32
             likes = dtype.like, FLOAT32.like

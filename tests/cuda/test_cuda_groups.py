@@ -345,6 +345,36 @@ def test_gradients_come_from_host_and_device():
     assert not any(fetch(grad).any() for grad in groups.grads.values())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_16_bits_are_widened_for_masters(dtype):
+    rng = np.random.default_rng(0)
+    params = {name: normal(rng, shape, dtype) for name, shape in [("v", (1003,)), ("w", (5, 3))]}
+    table = {"e": normal(rng, (9, 3), dtype)}
+    members = [
+        nc.Group("g", params, master="float32"),
+        nc.Group("rows", table, sparse=True, master="float32"),
+    ]
+    groups = nc.ParamGroups(members, device="cuda")
+    grads = {name: normal(rng, param.shape, dtype) for name, param in params.items()}
+    rows = nc.IndexedSlices(normal(rng, (4, 3), dtype), [8, 1, 1, 5], (9, 3))
+    sent = {name: send(grad) for name, grad in grads.items()} | {"e": send(rows)}
+    groups.set_grads(sent)
+    groups.accumulate(sent)
+    for name, grad in grads.items():
+        assert_same_bits(fetch(groups.grads[name]), grad.astype("f") + grad.astype("f"))
+    wide = np.concatenate([rows.values, rows.values]).astype("f")
+    assert_same_bits(fetch(groups.grads["e"].values), wide)
+    for value in (grads["w"], grads["w"].astype("f") / 3):
+        groups.params["w"] = send(value)
+        assert_same_bits(fetch(groups["g"].masters["w"]), value.astype("f"))
+        assert_same_bits(fetch(groups.params["w"]), value.astype(dtype))
+    with pytest.raises(TypeError, match=rf"expected dtype {dtype} or float32 in C order, got f"):
+        groups.set_grads({"v": send(np.ones(1003))})
+    plain = nc.ParamGroups([nc.Group("g", {"v": np.ones(3, "f")})], device="cuda")
+    with pytest.raises(TypeError, match="expected dtype float32 in C order, got float16"):
+        plain.set_grads({"v": send(np.ones(3, "e"))})
+
+
 def test_parameters_come_from_host_and_device():
     params = params_of("float32")
     params["turned"] = np.arange(6.0).reshape(2, 3).T
@@ -404,7 +434,7 @@ def test_after_the_first_step_nothing_is_allocated_moved_or_waited_for(monkeypat
     members = [
         nc.Group("one", params_of(), clip=nc.ByGlobalNorm(0.5), nonfinite="skip"),
         nc.Group("two", {"x": np.ones(9, "f")}, clip=nc.ByNorm(0.5), nonfinite="zero"),
-        nc.Group("three", {"y": np.ones(9, "e")}, clip=nc.ByValue(-0.1, 0.1)),
+        nc.Group("three", {"y": np.ones(9, "e")}, clip=nc.ByValue(-0.1, 0.1), master="float32"),
         nc.Group("four", {"z": np.ones(9, "e")}, clip=nc.ByNorm(0.5, ord=3)),
         nc.Group("five", {"v": np.ones((4, 2), "f")}, clip=nc.Adaptive(0.1), nonfinite="zero"),
     ]

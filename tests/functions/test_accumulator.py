@@ -128,6 +128,26 @@ def test_other_orders_do_not_depend_on_the_order(ord, size):
     assert nc.global_norm(clipped, ord) == pytest.approx(norm / 3, rel=1e-14)
 
 
+def test_rows_that_cancel_are_held_to_the_bound_as_all_at_once(target):
+    rng, ord = np.random.default_rng(8), math.inf
+    for size in (1.0, 2.0**1015) * 2:
+        grads = []
+        for _ in range(3):
+            values = rng.standard_normal((12, 2))
+            values[1::2] = -values[::2] * (1 + rng.integers(0, 3, (6, 1)) * 2.0**-52)
+            rows = np.repeat(rng.integers(0, 6, 6), 2)
+            grads.append(nc.IndexedSlices(values * size, rows, (6, 2)))
+        whole = accumulated([[g] for g in grads], ord)
+        for ratio in rng.uniform(0.05, 1.0, 4):
+            bound = whole.norm * ratio
+            wanted, _ = target.clip_by_global_norm(grads, bound, ord=ord)
+            for grad, own in zip(grads, wanted, strict=True):
+                (found,), _ = target.clip_by_global_norm([grad], bound, whole, ord=ord)
+                assert abs(reference.densify(found)).max() <= bound
+                if target.device == "cpu":  # where the norm has the same bits
+                    checks.assert_same_bits(found, own)
+
+
 def test_finite_gradients_whose_norm_exceeds_float64_are_clipped():
     grads = [np.full(1, 1.5e308), np.full(1, 1.5e308, np.float64)]
     whole = accumulated([[g] for g in grads])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 
 import ml_dtypes
 import numpy as np
@@ -298,3 +299,20 @@ def test_arguments():
     plain = nc.ParamGroups([nc.Group("g", {"w": half})])
     assert not plain["g"].masters
     assert "masters" not in plain.state_dict()
+
+
+def test_an_update_that_is_interrupted_before_it_is_rounded_stays(monkeypatch):
+    dtype = HALVES["bfloat16"]
+    groups, wide = pair(dtype)
+    optimizers = [nc.SGD(own, lr=0.1) for own in (groups, wide)]
+    for step in range(3):
+        grads = gradients(np.random.default_rng(step), dtype)
+        with monkeypatch.context() as changed:
+            if step == 1:
+                changed.setattr(groups, "_round", lambda: signal.raise_signal(signal.SIGINT))
+                with pytest.raises(KeyboardInterrupt):
+                    optimizers[0].step(grads)
+            else:
+                optimizers[0].step(grads)
+        optimizers[1].step(grads)
+    assert_rounded(groups, wide, dtype)

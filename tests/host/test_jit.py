@@ -185,10 +185,14 @@ def test_nowhere_to_keep_code_is_announced_with_the_reason(tmp_path):
 
 HALVES = """
 import sys
+import ml_dtypes
 import numpy as np
-from numclip.host.kernels import cpu, elements
+from numclip.host.kernels import cpu, elements, halves
 from numba.core.registry import cpu_target
 values = np.arange(65_536, dtype=np.uint16)
+lows = 0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF
+wide = np.concatenate([values.astype(np.uint32) << 16 | low for low in lows]).view(np.float32)
+wide = np.append(wide, values * np.float32(2.0**-26))  # where float16 is subnormal
 for storage in np.uint16, np.int16:
     x = values.astype(storage)
     y = np.empty_like(x)
@@ -199,6 +203,13 @@ for storage in np.uint16, np.int16:
     squares = np.empty(x.size)
     cpu.sum_squares(0, x.size, ones, x[:0], squares)
     sys.stdout.write(y.tobytes().hex() + squares.tobytes().hex() + "\\n")
+    nearest = np.empty(wide.size, storage)
+    halves.round_all(0, 1, np.array([[nearest.ctypes.data, wide.ctypes.data, wide.size, 0]]),
+                     nearest[:0], wide[:0])
+    with np.errstate(all="ignore"):
+        wanted = wide.astype(np.float16 if storage is np.uint16 else ml_dtypes.bfloat16)
+    assert (np.isnan(wide) | (nearest == wanted.view(storage))).all()
+    assert np.isnan(nearest.view(wanted.dtype)[np.isnan(wide)].astype(float)).all()
 print(elements.converts_halves(cpu_target.target_context.codegen()))
 """
 
