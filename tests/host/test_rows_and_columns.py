@@ -43,6 +43,7 @@ def test_rows_that_cancel_within_those_added_together(columns, big):
         np.testing.assert_array_equal(slices.coalesce().values, np.full((1, columns), 2.5 + more))
 
 
+@pytest.mark.jit_only
 @pytest.mark.parametrize("name", ["float16", "float32"])
 def test_norms_of_sums_of_any_number_of_rows(name):
     """Rows that cancel by up to 2**10, in groups that share their blocks of eight with zeros."""
