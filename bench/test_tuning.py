@@ -93,8 +93,8 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
 def sums_of_groups(monkeypatch, name, value):
     """Return the kernel of summed rows, compiled for another constant."""
     monkeypatch.setattr(grouping, name, value)
-    inlined = "begin_sums", "add_strip", "add_four", "fetch", "sum_strips", "strip_squares"
-    for function in inlined:
+    sums = "add_strip", "add_eight", "add_four_exactly", "row_or_zeros", "four_rows", "sum_strips"
+    for function in ("fetch", *sums, "strip_squares"):
         monkeypatch.setattr(grouping, function, jit.inline(getattr(grouping, function).py_func))
     return jit.kernel(grouping.grouped_squares.py_func)
 

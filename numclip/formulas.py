@@ -62,7 +62,7 @@ def is_safe(total: Any) -> Any:
 
 def scale_by_power(value: float, exponent: int) -> float:
     """Return ``value * 2**exponent``, infinite on overflow where `math.ldexp` may raise."""
-    if value == 0.0 or not math.isfinite(value):
+    if exponent == 0 or value == 0.0 or not math.isfinite(value):
         return value
     fraction, power = math.frexp(value)
     if power + exponent > 1024:

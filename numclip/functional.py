@@ -35,8 +35,8 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
         ``tf.IndexedSlices`` and PyTorch's COO, CSR and CSC, whose sparse axes are flattened into
         one.
     ord : float, default 2
-        The order of the norm, a real number >= 1 or ``inf``. An order other than 2 takes two
-        reads and copies complex gradients; for them it is the norm of the magnitudes.
+        The order of the norm, a real number >= 1 or ``inf``. An order other than 2 and ``inf``
+        takes two reads. All but 2 copy complex gradients, and are norms of their magnitudes.
     duplicates : {"sum", "raw"}, default "sum"
         Whether rows that repeat in `IndexedSlices` are added up before their norm is taken,
         or taken as they lie, as TensorFlow does.

@@ -135,7 +135,7 @@ class Laws:
     @silent
     def table(self, law: Law) -> Array:
         """Return the table that decisions obey, a row for each pool."""
-        rest = law[1:]
+        rest = law._replace(bound=0.0, loss=0.0)
         if self._rest is None or not all(map(operator.is_, rest, self._rest)):
             self._rest, self._base = rest, self._unbounded(law)
         table = self._base.copy()
@@ -144,7 +144,7 @@ class Laws:
         return table
 
     def _unbounded(self, law: Law) -> Array:
-        """Return the table without the bounds, which is kept while only these change."""
+        """Return the table without bounds and losses, which is kept while only these change."""
         table = np.zeros((len(self._members), tables.LAW_COLUMNS))
         table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord

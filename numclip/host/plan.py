@@ -139,10 +139,14 @@ class Plan:
     ) -> None:
         """Let the tensors whose rows can share an index be these."""
         numbers = [t for t, span in enumerate(self.spans) if isinstance(span, RowSpan)]
+        pairs = zip(numbers, groupings, strict=True)
+        found = {t: own for t, own in pairs if rows.repeats(own)}
+        same = found.keys() == self._groupings.keys()
+        self._groupings = found
+        if same and not self._copied and [self.spans[t] for t in numbers] == list(spans):
+            return  # as many rows as before, in the same memory
         for t, span in zip(numbers, spans, strict=True):
             self.spans[t] = span
-        pairs = zip(numbers, groupings, strict=True)
-        self._groupings = {t: own for t, own in pairs if rows.repeats(own)}
         self._lay_out()
 
     def outcomes(self, count: int, _stream: Any = None) -> list[Outcome]:

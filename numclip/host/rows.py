@@ -17,8 +17,8 @@ from numclip.memory import Memory, RowSpan, Span, strides_of
 from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
 
 CANCELLATION = 2.0**20
-"""How often the rows' magnitudes may exceed their sums for sums of four rows to be rounded: their
-norm is then right to 2**-32."""
+"""How often the rows' magnitudes may exceed their sums for sums of eight rows to be rounded: their
+norm is then right to 2**-31."""
 
 TERMS_MARGIN = 1.0 + 2.0**-25
 """What the magnitudes are multiplied by then, see `grouped_squares`."""
@@ -37,10 +37,10 @@ def group(indices: Array) -> tuple[Array, Array]:
 def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
     """Return the squared norms of the summed rows and of the rows' summed magnitudes.
 
-    Of elements under 64 bits the sums of four rows are rounded to float64, by at most
-    ``2 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
-    ``2 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
-    the terms of a result (see `formulas`): 2 for the norm, 2 for that of the result measured
+    Of elements under 64 bits the sums of eight rows are rounded to float64, by at most
+    ``3 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
+    ``3 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
+    the terms of a result (see `formulas`): 3 for the norm, 3 for that of the result measured
     again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
     """
     if values.dtype != np.float64:

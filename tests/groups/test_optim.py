@@ -191,6 +191,26 @@ def test_rows_that_cancel_leave_no_rounding_of_each(dtype, tolerance):
     np.testing.assert_allclose(groups.params["e"].astype(float), wanted, rtol=tolerance, atol=0)
 
 
+def test_as_many_rows_in_each_step_that_repeat_or_do_not():
+    """Their tables stay where they can; every step is that of the dense gradient."""
+    rng = np.random.default_rng(4)
+    both = [
+        nc.ParamGroups(
+            [nc.Group("g", {"e": np.zeros((6, 3))}, clip=nc.ByGlobalNorm(1.0), sparse=sparse)]
+        )
+        for sparse in (True, False)
+    ]
+    optimizers = [nc.SGD(groups, lr=0.1, weight_decay=0.0) for groups in both]
+    for indices in ([0, 1, 2], [4, 4, 1], [4, 1, 4], [5, 5, 5], [3, 0, 2], [2, 2, 2, 2]):
+        rows = nc.IndexedSlices(rng.standard_normal((len(indices), 3)), indices, (6, 3))
+        reports = [
+            optimizer.step({"e": grad})
+            for optimizer, grad in zip(optimizers, (rows, rows.to_dense()), strict=True)
+        ]
+        assert reports[0].norm == pytest.approx(reports[1].norm, rel=1e-14)
+        np.testing.assert_allclose(both[0].params["e"], both[1].params["e"], rtol=0, atol=1e-14)
+
+
 # ---- what a step leaves alone
 
 

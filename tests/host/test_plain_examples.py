@@ -27,6 +27,7 @@ def assert_same_both_ways(grads, bound, *, taken=True):
         assert_same_bits(one, other)
 
 
+@pytest.mark.jit_only
 @pytest.mark.parametrize("name", DTYPES)
 def test_any_lengths_and_magnitudes(name):
     rng = np.random.default_rng(7)

@@ -10,7 +10,7 @@ import pytest
 import numclip as nc
 from numclip.host import columns as host_columns
 from numclip.host.kernels import grouping
-from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
+from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS, STRIP
 from numclip.host.rows import group
 
 
@@ -32,13 +32,34 @@ def test_equal_indices_come_together_as_they_first_appear(rows, most, row):
 
 @pytest.mark.parametrize("big", [2.0**20, 2.0**60, 2.0**126])
 @pytest.mark.parametrize("columns", [1, 9, 600])
-def test_rows_that_cancel_within_four(columns, big):
-    """The plain sum of the last four rows is 0 where `big` exceeds 2**53."""
-    column = np.array([0.5, big, 1.0, -big, 1.0], np.float32)
-    values = np.repeat(column[:, None], columns, axis=1)
-    slices = nc.IndexedSlices(values, np.zeros(5, int), (1, columns))
-    assert nc.global_norm([slices]) == pytest.approx(2.5 * math.sqrt(columns), rel=1e-15)
-    np.testing.assert_array_equal(slices.coalesce().values, np.full((1, columns), 2.5))
+def test_rows_that_cancel_within_those_added_together(columns, big):
+    """The plain sum of rows loses the small ones where `big` exceeds 2**53."""
+    for more in (0, 8, 20):  # groups of up to eight rows have a loop of their own
+        column = np.array([0.5, big, 1.0, -big, 1.0] + more * [1.0], np.float32)
+        values = np.repeat(column[:, None], columns, axis=1)
+        slices = nc.IndexedSlices(values, np.zeros(5 + more, int), (1, columns))
+        norm = (2.5 + more) * math.sqrt(columns)
+        assert nc.global_norm([slices]) == pytest.approx(norm, rel=1e-15)
+        np.testing.assert_array_equal(slices.coalesce().values, np.full((1, columns), 2.5 + more))
+
+
+@pytest.mark.jit_only
+@pytest.mark.parametrize("name", ["float16", "float32"])
+def test_norms_of_sums_of_any_number_of_rows(name):
+    """Rows that cancel by up to 2**10, in groups that share their blocks of eight with zeros."""
+    rng = np.random.default_rng(12)
+    sizes = np.arange(1, 27)
+    indices = np.repeat(sizes, sizes)
+    values = (rng.standard_normal((indices.size, STRIP + 9)) * 64).astype(name)
+    for size in sizes[sizes > 1]:
+        own = np.flatnonzero(indices == size)
+        values[own[-1]] = values[own[:-1]].astype(np.float64).sum(axis=0) * (2.0**-10 - 1)
+    order = rng.permutation(indices.size)
+    values, indices = values[order], indices[order]
+    slices = nc.IndexedSlices(values, indices, (30, STRIP + 9))
+    exact = np.zeros((30, STRIP + 9))
+    np.add.at(exact, indices, values.astype(np.float64))
+    assert nc.global_norm([slices]) == pytest.approx(np.linalg.norm(exact), rel=2.0**-38)
 
 
 def test_negative_zeros_add_up_to_zero():

@@ -54,7 +54,9 @@ def sum_squares(part, rows, x, sums):
     """Write the sums of squares over rows of columns, see `row_at` and `add_squares`.
 
     The eight rows added together are an eighth of the rows apart: a processor fetches eight
-    streams ahead, but hardly eight short rows side by side (twice as slow for rows of 64).
+    streams ahead, but hardly eight short rows side by side (twice as slow for rows of 64). On a
+    Zen 3 24 GB/s in the second-level cache, where one sum of all has 38, and 1.2 times its
+    speed in memory.
     """
     sums[:] = 0.0
     step = rows // 8

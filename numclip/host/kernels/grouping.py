@@ -2,7 +2,7 @@
 
 Shares and types are as in `cpu`. A sum of rows is held in two float64, so that rows may cancel:
 the rounding errors of its additions are found and collected. Where that is not asked to be exact,
-the sums of four rows are rounded before. Rows of a group lie apart in memory, where no processor
+the sums of eight rows are rounded before. Rows of a group lie apart in memory, where no processor
 foresees them: they are fetched into the caches some rows ahead.
 """
 
@@ -12,9 +12,9 @@ from numclip import formulas
 from numclip.host.kernels.cpu import array_of_squares, settle, slot_of, two_sum
 from numclip.host.kernels.elements import array_at, narrow, prefetch, widen
 from numclip.host.kernels.tuning import AHEAD, LINE, STRIP
-from numclip.host.runtime.jit import inline, kernel
+from numclip.host.runtime.jit import block_sum, inline, kernel
 
-FOUR = 4  # rows added together, so that their sums are loaded and stored once
+FOUR, EIGHT = 4, 8  # rows added together, so that their sums are loaded and stored once
 
 settled = inline(formulas.settled)
 
@@ -52,50 +52,55 @@ def group_rows(indices, table, order, starts):
 
 
 @inline
-def begin_sums(a, sums):
-    """Write a strip as sums without errors, and its magnitudes; see `add_strip`."""
-    for i in range(a.size):
-        value = 0.0 + np.float64(widen(a[i]))  # -0.0 becomes 0.0, as in a dense array of zeros
-        sums[i] = value
-        sums[STRIP + i] = 0.0
-        sums[2 * STRIP + i] = abs(value)
+def wide(value):
+    """Return an element in float64."""
+    return np.float64(widen(value))
+
+
+@inline
+def eight_sums(a, b, c, d, e, f, g, h):
+    """Return the sum of eight numbers, rounded three times, and that of their magnitudes."""
+    terms = (abs(a) + abs(b)) + (abs(c) + abs(d))
+    terms += (abs(e) + abs(f)) + (abs(g) + abs(h))
+    return ((a + b) + (c + d)) + ((e + f) + (g + h)), terms
+
+
+@inline
+def add_eight(low, high, length, like, sums):
+    """Add strips at eight addresses to their sums, with rounding errors, and to their magnitudes.
+
+    But for the errors of `eight_sums`. `sums` holds all three, `STRIP` numbers each: at fixed
+    distances a loop needs no checks for memory that overlaps, which cost as much as a short row.
+    """
+    a, b = array_at(low[0], length, like), array_at(low[1], length, like)
+    c, d = array_at(low[2], length, like), array_at(low[3], length, like)
+    e, f = array_at(high[0], length, like), array_at(high[1], length, like)
+    g, h = array_at(high[2], length, like), array_at(high[3], length, like)
+    for i in range(length):
+        first = wide(a[i]), wide(b[i]), wide(c[i]), wide(d[i])
+        eight, terms = eight_sums(*first, wide(e[i]), wide(f[i]), wide(g[i]), wide(h[i]))
+        sums[i], rest = two_sum(sums[i], eight)
+        sums[STRIP + i] += rest
+        sums[2 * STRIP + i] += terms
 
 
 @inline
 def add_strip(a, sums):
-    """Add a strip to its sums, collecting the rounding errors, and its magnitudes.
-
-    `sums` holds all three, `STRIP` numbers each: at fixed distances a loop needs no checks
-    for memory that overlaps, which cost as much as a short row.
-    """
+    """Add a strip as `add_eight` does."""
     for i in range(a.size):
-        value = np.float64(widen(a[i]))
+        value = wide(a[i])
         sums[i], rest = two_sum(sums[i], value)
         sums[STRIP + i] += rest
         sums[2 * STRIP + i] += abs(value)
 
 
 @inline
-def add_four(a, b, c, d, sums):
-    """Add four strips as `add_strip` does, but for two rounding errors of the sum of the four."""
-    for i in range(a.size):
-        first = np.float64(widen(a[i]))
-        second = np.float64(widen(b[i]))
-        third = np.float64(widen(c[i]))
-        fourth = np.float64(widen(d[i]))
-        sums[i], rest = two_sum(sums[i], (first + second) + (third + fourth))
-        sums[STRIP + i] += rest
-        sums[2 * STRIP + i] += (abs(first) + abs(second)) + (abs(third) + abs(fourth))
-
-
-@inline
-def add_four_exactly(a, b, c, d, sums):
-    """Add four strips as `add_strip` does."""
-    for i in range(a.size):
-        first = np.float64(widen(a[i]))
-        second = np.float64(widen(b[i]))
-        third = np.float64(widen(c[i]))
-        fourth = np.float64(widen(d[i]))
+def add_four_exactly(rows, length, like, sums):
+    """Add four strips as `add_eight` does, and the errors of their sum too."""
+    a, b = array_at(rows[0], length, like), array_at(rows[1], length, like)
+    c, d = array_at(rows[2], length, like), array_at(rows[3], length, like)
+    for i in range(length):
+        first, second, third, fourth = wide(a[i]), wide(b[i]), wide(c[i]), wide(d[i])
         low, low_rest = two_sum(first, second)
         high, high_rest = two_sum(third, fourth)
         four, middle_rest = two_sum(low, high)
@@ -104,10 +109,30 @@ def add_four_exactly(a, b, c, d, sums):
         sums[2 * STRIP + i] += (abs(first) + abs(second)) + (abs(third) + abs(fourth))
 
 
+@block_sum
+def squares_of_eight(low, high, length, like):
+    """Return the squared norms of the sum of eight strips, and of their magnitudes' sum.
+
+    Of elements under 64 bits. Nothing is stored on the way.
+    """
+    a, b = array_at(low[0], length, like), array_at(low[1], length, like)
+    c, d = array_at(low[2], length, like), array_at(low[3], length, like)
+    e, f = array_at(high[0], length, like), array_at(high[1], length, like)
+    g, h = array_at(high[2], length, like), array_at(high[3], length, like)
+    total = total_terms = 0.0
+    for i in range(length):
+        first = wide(a[i]), wide(b[i]), wide(c[i]), wide(d[i])
+        eight, terms = eight_sums(*first, wide(e[i]), wide(f[i]), wide(g[i]), wide(h[i]))
+        total += eight * eight
+        total_terms += terms * terms
+    return total, total_terms
+
+
 @inline
-def fetch(order, begin, end, strip, nbytes):
+def fetch(order, begin, end, strip, values):
     """Fetch the strips of the rows that come so many bytes after ``order[begin:end]``."""
-    ahead = FOUR + AHEAD // max(nbytes, LINE)
+    nbytes = strip[2] * values.itemsize
+    ahead = EIGHT + AHEAD // max(nbytes, LINE)
     for k in range(begin + ahead, min(end + ahead, order.size)):
         address = strip[0] + order[k] * strip[1]
         for line in range(0, nbytes, LINE):
@@ -121,25 +146,47 @@ def strip_at(row, strip, values):
 
 
 @inline
+def row_or_zeros(order, k, end, strip, sums):
+    """Return where the strip of the row ``order[k]`` is; from `end` on, zeros behind the sums."""
+    if k < end:
+        return strip[0] + order[k] * strip[1]
+    return np.int64(sums.ctypes.data) + 3 * STRIP * sums.itemsize
+
+
+@inline
+def four_rows(order, begin, end, strip, sums):
+    """Return where the strips of the rows ``order[begin:end]`` are, four at most, then zeros."""
+    return (
+        row_or_zeros(order, begin, end, strip, sums),
+        row_or_zeros(order, begin + 1, end, strip, sums),
+        row_or_zeros(order, begin + 2, end, strip, sums),
+        row_or_zeros(order, begin + 3, end, strip, sums),
+    )
+
+
+@inline
 def sum_strips(order, begin, end, strip, values, exact, sums):
-    """Write the sums of the strips of the rows ``order[begin:end]``, see `add_strip`."""
-    nbytes = strip[2] * values.itemsize
-    fetch(order, begin, begin + 1, strip, nbytes)
-    begin_sums(strip_at(order[begin], strip, values), sums)
-    fours = begin + 1 + (end - begin - 1) // FOUR * FOUR
-    for k in range(begin + 1, fours, FOUR):
-        fetch(order, k, k + FOUR, strip, nbytes)
-        a = strip_at(order[k], strip, values)
-        b = strip_at(order[k + 1], strip, values)
-        c = strip_at(order[k + 2], strip, values)
-        d = strip_at(order[k + 3], strip, values)
-        if exact:
-            add_four_exactly(a, b, c, d, sums)
-        else:
-            add_four(a, b, c, d, sums)
-    fetch(order, fours, end, strip, nbytes)
-    for k in range(fours, end):
+    """Write the sums of the strips of the rows ``order[begin:end]``, see `add_eight`."""
+    fetch(order, begin, begin + 1, strip, values)
+    first = strip_at(order[begin], strip, values)
+    for i in range(first.size):
+        value = 0.0 + wide(first[i])  # -0.0 becomes 0.0, as in a dense array of zeros
+        sums[i], sums[STRIP + i], sums[2 * STRIP + i] = value, 0.0, abs(value)
+    k = begin + 1
+    while exact and k + FOUR <= end:
+        fetch(order, k, k + FOUR, strip, values)
+        add_four_exactly(four_rows(order, k, end, strip, sums), strip[2], values, sums)
+        k += FOUR
+    while exact and k < end:
+        fetch(order, k, k + 1, strip, values)
         add_strip(strip_at(order[k], strip, values), sums)
+        k += 1
+    while k < end:
+        fetch(order, k, min(k + EIGHT, end), strip, values)
+        low = four_rows(order, k, end, strip, sums)
+        high = four_rows(order, k + FOUR, end, strip, sums)
+        add_eight(low, high, strip[2], values, sums)
+        k += EIGHT
     settle(sums[: strip[2]], sums[STRIP:])
 
 
@@ -147,9 +194,14 @@ def sum_strips(order, begin, end, strip, values, exact, sums):
 def strip_squares(order, begin, end, strip, values, exact, sums):
     """Return the squared norms of the sum of some rows' strips, and of their magnitudes' sum."""
     if end - begin == 1:
-        fetch(order, begin, end, strip, strip[2] * values.itemsize)
+        fetch(order, begin, end, strip, values)
         square = array_of_squares(strip_at(order[begin], strip, values))
         return square, square
+    if end - begin <= EIGHT and not exact:
+        fetch(order, begin, end, strip, values)
+        low = four_rows(order, begin, end, strip, sums)
+        high = four_rows(order, begin + FOUR, end, strip, sums)
+        return squares_of_eight(low, high, strip[2], values)
     sum_strips(order, begin, end, strip, values, exact, sums)
     terms = array_of_squares(sums[2 * STRIP : 2 * STRIP + strip[2]])
     return array_of_squares(sums[: strip[2]]), terms
@@ -162,13 +214,13 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     `values` has the shape (rows, elements) and is read once. Share s has the groups that start
     at the positions ``rows * s`` to ``rows * (s + 1)``; `out` has the shape (shares, 2).
     """
-    sums = np.empty(3 * STRIP)
+    sums = np.zeros(4 * STRIP)
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):
         total = error = terms = terms_error = 0.0
         first, last = np.searchsorted(starts[:-1], np.array([rows * s, rows * (s + 1)]))
         for column in range(0, values.shape[1], STRIP):
-            address = values.ctypes.data + column * values.itemsize
+            address = np.int64(values.ctypes.data) + column * values.itemsize
             strip = address, stride, min(STRIP, values.shape[1] - column)
             for g in range(first, last):
                 square, term = strip_squares(
@@ -204,12 +256,12 @@ def round_sums(sums, out):
 @kernel
 def merge_rows(begin, end, order, starts, values, out):
     """Write the sum of each group of rows to a row of `out`, rounded once."""
-    sums = np.empty(3 * STRIP)
+    sums = np.zeros(4 * STRIP)
     stride = values.shape[1] * values.itemsize
     for g in range(begin, end):
         for column in range(0, values.shape[1], STRIP):
-            offset = column * values.itemsize
-            strip = values.ctypes.data + offset, stride, min(STRIP, values.shape[1] - column)
+            offset, length = column * values.itemsize, min(STRIP, values.shape[1] - column)
+            strip = np.int64(values.ctypes.data) + offset, stride, length
             sum_strips(order, starts[g], starts[g + 1], strip, values, True, sums)
-            target = out.ctypes.data + offset, stride, strip[2]
+            target = out.ctypes.data + offset, stride, length
             round_sums(sums, strip_at(g, target, out))

@@ -10,9 +10,10 @@ more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at an
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
 
-STRIP = 504
+STRIP = 248
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the
-first-level cache. Not 512: 4096 bytes apart, the three took a fifth longer in some runs."""
+first-level cache, and no more than `NARROW_BLOCK` squares are added plainly. Not 256 or 512: 4096
+bytes apart, the sums took a fifth longer in some runs."""
 
 AHEAD = 4096
 """Bytes of rows that are asked for before they are summed, where they lie apart in memory."""
