@@ -130,5 +130,5 @@ def no_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.fail("a child process in the first ring; mark the test with pytest.mark.full")
 
     if rings.ring_of(request.config) == "first":
-        importlib.import_module("numpy.testing")  # which in NumPy 2.0 starts one
+        importlib.import_module("numpy.testing")  # which starts one, to know the processor
         monkeypatch.setattr(subprocess, "Popen", refuse)

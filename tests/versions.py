@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = "tests", "pyproject.toml"
+COPIED = "tests", "pyproject.toml", "README.md"
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:

@@ -177,7 +177,8 @@ class Plan:
     def _decide(self, pools: Array, outcome: Outcome) -> None:
         sums, decisions = outcome
         order, self._order = self._order, None
-        if order == 2.0 and self.fused is not None and self._at_once(self.fused, pools, *outcome):
+        at_once = self.fused if order == 2.0 else None
+        if at_once is not None and self._decide_at_once(at_once, pools, *outcome):
             self._sums = sums
             return
         if order is not None:
@@ -194,7 +195,7 @@ class Plan:
             self._whole_pools = whole_pools(self.pool_table)
         kernels.decide_pools(self._whole_pools, law, shifts, totals, outcome[1])
 
-    def _at_once(self, batch: Batch, pools: Array, sums: Array, decisions: Array) -> bool:
+    def _decide_at_once(self, batch: Batch, pools: Array, sums: Array, decisions: Array) -> bool:
         """Measure and decide by one call; tell whether that is right."""
         if self._shifted:
             self._shifts[:] = 0

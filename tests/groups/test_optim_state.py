@@ -178,6 +178,7 @@ def test_arguments_that_do_not_fit_are_named(make, message):
         make(two_groups())
 
 
+@pytest.mark.filterwarnings("ignore:Setting the dtype:DeprecationWarning")  # of NumPy 2.5
 def test_an_array_that_changed_gets_new_states():
     optimizer = nc.SGD(None, lr=0.5, momentum=0.5)
     variable = np.ones(4)
