@@ -197,6 +197,48 @@ def are_same(_typing: Any, one: Any, other: Any) -> Any:
     return types.boolean(one, other), emit
 
 
+def _is_distinct(builder: Any, context: Any, kind: Any, value: Any) -> Any:
+    """Emit whether no two elements of an array share memory, or of any array of a tuple.
+
+    Of an array whose steps are not nested, as those of a view can be, that is not known.
+    """
+    distinct = ir.Constant(ir.IntType(1), 1)
+    if not isinstance(kind, types.Array):
+        for k, part in enumerate(() if isinstance(kind, types.NoneType) else kind):
+            own = builder.extract_value(value, k)
+            distinct = builder.and_(distinct, _is_distinct(builder, context, part, own))
+        return distinct
+    if kind.layout != "A":
+        return distinct
+    array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
+    zero, one = ir.Constant(WORD, 0), ir.Constant(WORD, 1)
+    sizes = cgutils.unpack_tuple(builder, array.shape)
+    axes = []  # how far apart elements are, and how far the last is from the first
+    for size, stride in zip(sizes, cgutils.unpack_tuple(builder, array.strides), strict=True):
+        negative = builder.icmp_signed("<", stride, zero)
+        step = builder.select(negative, builder.neg(stride), stride)
+        axes.append((step, builder.mul(builder.sub(size, one), step)))
+    for k, (step, _) in enumerate(axes):
+        taken = array.itemsize
+        for closer, reach in axes[:k] + axes[k + 1 :]:
+            is_closer = builder.icmp_signed("<=", closer, step)
+            taken = builder.add(taken, builder.select(is_closer, reach, zero))
+        single = builder.icmp_signed("==", sizes[k], one)
+        apart = builder.or_(single, builder.icmp_signed(">=", step, taken))
+        distinct = builder.and_(distinct, apart)
+    return builder.or_(distinct, builder.icmp_signed("==", array.nitems, zero))
+
+
+@intrinsic
+def are_distinct(_typing: Any, grads: Any) -> Any:
+    """Tell whether no two elements of an array, or of one of a tuple, share memory."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _is_distinct(builder, context, grads, arguments[0])
+
+    return types.boolean(grads), emit
+
+
 def _ends(builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
     """Emit the addresses between which an array lies."""
     begin = builder.ptrtoint(array.data, WORD)

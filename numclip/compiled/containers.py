@@ -9,9 +9,11 @@ from numba.core.imputils import impl_ret_new_ref
 from numba.extending import intrinsic, overload
 from numba.typed import List as TypedList
 
-from numclip.compiled.arrays import copied, entered, left
+from numclip.compiled.arrays import are_distinct, are_same, copied, entered, left
+from numclip.compiled.tables import ELSEWHERE, fail
 from numclip.compiled.types_taken import CONTAINERS, members
-from numclip.kernels.jit import OWN_FLAGS
+from numclip.kernels.jit import OWN_FLAGS, inline
+from numclip.kernels.spans import OVERLAP, UNCHANGED
 
 
 def _like(items: Any, parts: list[Any]) -> Any:
@@ -72,14 +74,50 @@ def _all_copied(grads):
     return copy
 
 
+def all_distinct(grads):
+    """Tell whether no two elements of one array share memory."""
+
+
+@overload(all_distinct, jit_options=OWN_FLAGS)
+def _all_distinct(grads):
+    if not isinstance(grads, CONTAINERS):
+        return lambda grads: are_distinct(grads)
+    if _is_contiguous(grads):
+        return lambda grads: True
+
+    def all_of_them(grads):
+        distinct = True
+        for grad in grads:
+            distinct &= are_distinct(grad)
+        return distinct
+
+    return all_of_them
+
+
+@inline
+def fault_of_target(out, grads):
+    """Tell what is wrong with what is to be written: it must be the gradients themselves."""
+    if not are_same(out, grads):
+        return ELSEWHERE
+    return UNCHANGED if all_distinct(grads) else OVERLAP
+
+
+@inline
+def check_target(out, grads):
+    """Refuse what cannot be written."""
+    wrong = fault_of_target(out, grads)
+    if wrong != UNCHANGED:
+        fail(wrong)
+
+
 def all_entered(grads):
-    """Return the arrays as ones that are contiguous."""
+    """Return the arrays as ones that are contiguous, None where their types say that they are."""
 
 
 @overload(all_entered, jit_options=OWN_FLAGS)
 def _all_entered(grads):
     if _is_contiguous(grads):
-        return lambda grads: grads
+        return lambda grads: None
     if isinstance(grads, CONTAINERS):
         return lambda grads: [entered(grad, None) for grad in grads]
     return lambda grads: mapped(entered, grads, grads)

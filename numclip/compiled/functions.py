@@ -8,10 +8,15 @@ import numpy as np
 from numba import types
 
 from numclip.compiled import units
-from numclip.compiled.arrays import are_same, spread
-from numclip.compiled.containers import all_copied, all_entered, all_left
+from numclip.compiled.arrays import copied, entered, left, spread
+from numclip.compiled.containers import (
+    all_copied,
+    all_entered,
+    all_left,
+    check_target,
+    fault_of_target,
+)
 from numclip.compiled.tables import (
-    ELSEWHERE,
     UNFIT,
     UNREACHABLE,
     clamp_array,
@@ -35,6 +40,7 @@ from numclip.kernels.jit import expanded, inline
 from numclip.kernels.spans import (
     AVERAGE,
     BAD_INTERVAL,
+    FOUND,
     GIVEN,
     IN_PLACE,
     ROOT_MEAN,
@@ -75,10 +81,10 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         return works, norm
 
     def in_place(grads, out, bound, given, ord):
-        if not are_same(out, grads):
-            fail(ELSEWHERE)
+        # The kernel hands back what is wrong: a branch here would count references to `out`.
+        wrong = fault_of_target(out, grads) << FOUND
         works = all_entered(grads)
-        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE))
+        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE | wrong))
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
@@ -190,22 +196,21 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
     clamp = clamp_between if any(are_arrays) else clamp_all
 
     def into_new_array(grad, clip_value_min, clip_value_max, out=None):
-        works = all_copied((grad,))
-        status = clamp(works[0], clip_value_min, clip_value_max)
+        work = copied(grad, None)
+        status = clamp(work, clip_value_min, clip_value_max)
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
-        return works[0]
+        return work
 
     def in_place(grad, clip_value_min, clip_value_max, out=None):
-        if not are_same(out, grad):
-            fail(ELSEWHERE)
-        works = all_entered((grad,))
-        status = clamp(works[0], clip_value_min, clip_value_max)
+        check_target(out, grad)
+        work = entered(grad, None)
+        status = clamp(work, clip_value_min, clip_value_max)
         if status > WRITTEN:
             fail(status)
             raise UNREACHABLE
-        all_left((grad,), works)
+        left(grad, work)
         return grad
 
     return in_place if check_out("grad", out, grad, [grad]) else into_new_array

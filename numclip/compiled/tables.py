@@ -20,8 +20,7 @@ from numclip.kernels.jit import OWN_FLAGS
 from numclip.kernels.spans import FIELDS
 
 _IN_PLACE = "out: expected the gradients themselves, to work in place, or None"
-ELSEWHERE = -1
-UNFIT = spans.RARE + 1
+ELSEWHERE, UNFIT = range(spans.RARE + 1, spans.RARE + 3)
 _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
     ELSEWHERE: (ValueError, (_IN_PLACE,)),
     spans.BAD_BOUND: (
@@ -30,7 +29,10 @@ _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
     ),
     spans.BAD_NORM: (ValueError, ("use_norm: expected a norm, which is >= 0",)),
     spans.BAD_ORDER: (ValueError, ("ord: expected a real number >= 1 or inf",)),
-    spans.OVERLAP: (ValueError, ("out: expected arrays that share no memory",)),
+    spans.OVERLAP: (
+        ValueError,
+        ("out: expected arrays, and elements of each, that share no memory",),
+    ),
     spans.NONFINITE: (
         NonFiniteGradientError,
         ("grads, or use_norm: expected finite numbers; nothing was modified", None, 0, math.nan, 0),
@@ -107,7 +109,10 @@ def _clip_table(_typing: Any, table: Any, count: Any, numbers: Any) -> Any:
 
 
 def _table_of_tuple(context: Any, builder: Any, kinds: Any, grads: Any, works: Any) -> Any:
-    """Emit the table of a tuple of arrays on the stack; return its address and its length."""
+    """Emit the table of a tuple of arrays on the stack; return its address and its length.
+
+    `works` are what is worked on: others, of the same types, or the arrays themselves.
+    """
     arrays = [k for k, kind in enumerate(kinds) if isinstance(kind, types.Array)]
     words = ir.ArrayType(WORD, max(len(arrays), 1) * FIELDS)
     rows = builder.ptrtoint(cgutils.alloca_once(builder, words), WORD)
@@ -122,7 +127,8 @@ def _clip_tuple(_typing: Any, grads: Any, works: Any, numbers: Any) -> Any:
     """Clip a tuple of arrays."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        rows, count = _table_of_tuple(context, builder, grads, *arguments[:2])
+        worked_on = arguments[0 if is_nothing(works) else 1]
+        rows, count = _table_of_tuple(context, builder, grads, arguments[0], worked_on)
         rest = cgutils.unpack_tuple(builder, arguments[2])
         return emit_clip(context, builder, [rows, count, *rest])
 
@@ -172,7 +178,7 @@ def _clip_all(grads, works, numbers):
     def clip(grads, works, numbers):
         table = np.empty(len(grads) * FIELDS, np.int64)
         for t in range(len(grads)):
-            _describe(table, t, grads[t], works[t])
+            _describe(table, t, grads[t], grads[t] if works is None else works[t])
         return _clip_table(table, len(grads), numbers)
 
     return clip

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from numclip.border.arguments import axes_of
-from numclip.compiled.arrays import are_same, turned
+from numclip.compiled.arrays import turned
+from numclip.compiled.containers import check_target
 from numclip.compiled.tables import (
-    ELSEWHERE,
     UNREACHABLE,
     clip_array_by_columns,
     clip_array_by_rows,
@@ -107,8 +107,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         return work
 
     def in_place(grad, clip_norm, axes=None, ord=2, out=None):
-        if not are_same(out, grad):
-            fail(ELSEWHERE)
+        check_target(out, grad)
         status = clipped(grad, number_of(clip_norm))
         if status > WRITTEN:
             fail(status)
@@ -116,8 +115,7 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
         return grad
 
     def in_place_by_a_copy(grad, clip_norm, axes=None, ord=2, out=None):
-        if not are_same(out, grad):
-            fail(ELSEWHERE)
+        check_target(out, grad)
         work = in_c_order(grad)
         status = clipped(work, number_of(clip_norm))
         if status > WRITTEN:

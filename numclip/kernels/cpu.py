@@ -91,7 +91,7 @@ def array_of_squares(x):
     return blocks_of_squares(x, size)
 
 
-@inline
+@expanded
 def parts_of_squares(x):
     """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK

@@ -42,6 +42,7 @@ FIELDS = 5
 WIDE, COMPLEX = 1, 2  # bits of KIND
 # What to do: a policy of `tables`, and bits.
 POLICY, IN_PLACE, GIVEN, AVERAGE, ROOT_MEAN = 3, 4, 8, 16, 32
+FOUND = 6  # the bits above them are what the caller has found wrong
 # What became of it.
 UNCHANGED, WRITTEN, BAD_BOUND, BAD_NORM, BAD_ORDER, OVERLAP, NONFINITE, BAD_INTERVAL, RARE = range(
     9
@@ -252,6 +253,8 @@ def are_apart(rows, count):
 @inline
 def fault(rows, count, bound, given, ord, what):
     """Return what is wrong with the arguments, `UNCHANGED` where nothing is."""
+    if what >> FOUND:
+        return what >> FOUND
     if not bound >= 0.0:
         return BAD_BOUND
     if what & GIVEN and given < 0.0:

@@ -342,6 +342,34 @@ def test_arguments_that_are_refused_when_the_code_runs():
     assert all((grad == 1.0).all() for grad in (*grads, same))
 
 
+def tangled(shape, strides):
+    return np.lib.stride_tricks.as_strided(np.ones(40), shape, strides)
+
+
+@pytest.mark.full
+def test_elements_that_share_memory_are_refused_in_place():
+    apart = tangled((3, 2), (24, 8))[::-1], tangled((1, 4), (0, 16)), tangled((0, 2), (0, 0))
+    rest = np.ones((2, 2))
+    for grad in (tangled((3, 2), (8, 8)), tangled((2, 4), (0, 8)), tangled((2, 3), (16, 8))):
+        for call in (
+            lambda grad: wrappers.clip_in_place((rest, grad), 1.0),
+            lambda grad: wrappers.clip_in_place(numba.typed.List([grad, grad[1:]]), 1.0),
+            lambda grad: wrappers.all_in_place(grad, 0, 1.0),
+            lambda grad: wrappers.clip_by_value_in_place(grad, 0.0, 0.5),
+            lambda grad: wrappers.clip_by_value_in_place(grad, np.zeros(1), 0.5),
+            lambda grad: wrappers.along(0, True)(grad, 0.1),
+        ):
+            with pytest.raises(ValueError, match="elements of each, that share no memory"):
+                call(grad)
+        assert (grad == 1.0).all()
+        assert (rest == 1.0).all()
+        expected = nc.clip_by_global_norm([grad], 1.0)[0]
+        assert_all_same_bits(wrappers.clip((grad,), 1.0)[0], expected)
+    for grad in apart:
+        expected = nc.clip_by_value(grad, 0.0, 0.5)
+        checks.assert_same_bits(wrappers.clip_by_value_in_place(grad, 0.0, 0.5), expected)
+
+
 @njit
 def catch(grad, count):
     caught = 0
