@@ -40,6 +40,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from tests import rings  # noqa: E402
 from tests.oracle.targets import Host  # noqa: E402
 
+INSIDE = "tests.compiled.inside"  # imported where it is needed
 # The items of a run before the ring chose among them.
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
@@ -84,7 +85,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         is_of_gpu = TESTS / "cuda" in metafunc.definition.path.parents
-        names = rings.targets(rings.ring_of(metafunc.config), is_of_gpu)
+        within_njit = metafunc.definition.get_closest_marker("within_njit") is not None
+        names = rings.targets(rings.ring_of(metafunc.config), is_of_gpu, within_njit)
         targets = [pytest.param(name, marks=rings.TARGETS[name]) for name in names]
         metafunc.parametrize("target", targets, indirect=True)
 
@@ -102,8 +104,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Iterator[Any]:
     """numclip's functions on the gradients of a suite: where they are, or on the GPU."""
-    if request.param == "host":
-        yield Host(rings.examples(rings.ring_of(request.config)))
+    if request.param != "cuda":
+        kind = Host if request.param == "host" else importlib.import_module(INSIDE).WithinNjit
+        yield kind(rings.examples(rings.ring_of(request.config)))
         return
     from tests.cuda import devices, gpu  # imported where there is a GPU, or its stand-in, alone
 

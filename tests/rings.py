@@ -28,6 +28,7 @@ MARKERS = {
     "jit_only": "too much data for kernels run as plain Python",
     "each_value": "of a product, the first ring tries each value once, not each pair of values",
     "many_calls": "the stand-in for a GPU tries each value once",
+    "within_njit": "--full tries it on the functions as called within @njit, too",
 }
 # Folders whose suites all belong to --full: importing them takes seconds.
 FULL_FOLDERS = {"cuda", "programs"}
@@ -36,6 +37,8 @@ TARGETS = {
     "host": [],
     # The references warn of overflow.
     "cuda": [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")],
+    # Each type of arguments takes seconds to compile.
+    "njit": [pytest.mark.full, pytest.mark.jit_only, pytest.mark.each_value],
 }
 # Examples of a property, by the ring and by what a GPU's code runs on.
 EXAMPLES = {"first": 25, "full": 100, "rest": 100, "gpu": 25}
@@ -62,9 +65,9 @@ def ring_of(config: pytest.Config) -> str:
     return "full" if named or config.getoption("--full") else "first"
 
 
-def targets(ring: str, is_of_gpu: bool) -> list[str]:
-    """Return the targets that a ring tries a suite on, one of the GPU alone or one of all."""
-    names = ["cuda"] if is_of_gpu else list(TARGETS)
+def targets(ring: str, is_of_gpu: bool, within_njit: bool) -> list[str]:
+    """Return the targets that a ring tries a test on, one of the GPU alone or one of all."""
+    names = ["cuda"] if is_of_gpu else ["host", "cuda", *["njit"] * within_njit]
     alone = {"first": "host", "gpu": "cuda"}.get(ring)
     return [name for name in names if alone in (name, None)]
 
@@ -126,7 +129,7 @@ def thinned(items: list[Any], ring: str) -> list[Any]:
 
 def is_thinned(item: Any, ring: str) -> bool:
     if item.get_closest_marker("gpu") is None:
-        return ring == "first"
+        return ring == "first" or item.callspec.params.get("target") == "njit"
     # Suites of the GPU alone choose by themselves; those of all targets have the host's products.
     return "target" in item.callspec.params and gpu() != "hardware"
 

@@ -57,6 +57,7 @@ def assert_apart(result: Any, grads: Any) -> None:
         assert not np.shares_memory(reference.stored(new), reference.stored(old))
 
 
+@pytest.mark.within_njit
 @pytest.mark.parametrize("case", params(CASES))
 def test_global_norm(target, case):
     grads = case.gradients()
@@ -77,6 +78,7 @@ def test_global_norm_of_other_orders(target, case, ord):
     assert norm == target.global_norm(grads, ord)
 
 
+@pytest.mark.within_njit
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("case", params(CASES))
 def test_clip_by_global_norm(target, case, ratio):
@@ -95,6 +97,7 @@ def test_clip_by_global_norm(target, case, ratio):
     assert bytes_of(again) == bytes_of(clipped)
 
 
+@pytest.mark.within_njit
 @pytest.mark.each_value
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("case", params(WRITABLE))
@@ -157,6 +160,7 @@ def check_clip_by_norm(target: Any, case: Case, axes: Any) -> None:
             checks.assert_same_bits(work, clipped)
 
 
+@pytest.mark.within_njit
 @pytest.mark.parametrize("case", params(DENSE_CASES))
 def test_clip_by_norm(target, case):
     check_clip_by_norm(target, case, None)
@@ -176,6 +180,7 @@ WHOLE_ARRAY_RULES = {
 }
 
 
+@pytest.mark.within_njit
 @pytest.mark.each_value
 @pytest.mark.parametrize("rule", WHOLE_ARRAY_RULES)
 @pytest.mark.parametrize("case", params(DENSE_CASES))
@@ -213,6 +218,7 @@ def test_adaptive_clip(target, case):
                 checks.assert_same_bits(work, clipped)
 
 
+@pytest.mark.within_njit
 @pytest.mark.parametrize("case", params(DENSE_CASES))
 def test_clip_by_value(target, case):
     (grad,) = case.gradients()
@@ -232,6 +238,7 @@ def test_clip_by_value(target, case):
             checks.assert_same_bits(work, clipped)
 
 
+@pytest.mark.within_njit
 def test_zeros_keep_their_sign_between_bounds_of_zero(target):
     grad, zeros = np.array([-0.0, 0.0] * 40, "f"), np.zeros(80)
     for low, high in ((0.0, 0.0), (zeros, 1.0), (-1.0, zeros)):

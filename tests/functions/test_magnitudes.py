@@ -17,6 +17,7 @@ import pytest
 import numclip as nc
 from tests.oracle import checks, reference
 
+pytestmark = pytest.mark.within_njit
 LENGTHS = (2, 7, 130, 33)
 LARGE = 40_003
 NAMES = ("0", "tiny", "safmin", "ulp", "1", "1/ulp", "huge", "safmax", "inf", "nan")
