@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from tests.oracle import checks, reference
+from tests.oracle import cases, checks, reference
 
 pytestmark = pytest.mark.within_njit
 LENGTHS = (2, 7, 130, 33)
@@ -125,6 +125,14 @@ def test_where_squares_overflow_or_underflow(target, name, value, count, clip_no
     checks.assert_norm(norm, [grad])
     checks.assert_scaled([grad], [clipped], Fraction(clip_norm) ** 2)
     assert np.any(clipped != 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("power", [0, 665, -665])
+def test_sums_whose_rounding_errors_all_go_one_way(target, power):
+    grad = np.full((128, 128), math.ldexp(float.fromhex("0x1.f83122fb3b533p+0"), power))
+    for array in (grad.reshape(-1), cases.strided(grad)):
+        checks.assert_norm(target.global_norm([array]), [array])
 
 
 # The clip, the axes it reduces, and the square of the norm it allows.

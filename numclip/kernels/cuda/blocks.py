@@ -3,7 +3,10 @@
 import numpy as np
 
 from numclip.kernels.cuda.device import THREADS, cuda, inline
-from numclip.kernels.cuda.scalars import larger, settled, two_sum
+from numclip.kernels.cuda.packets import size_of
+from numclip.kernels.cuda.scalars import binned_square, joined_bins, larger, settled, two_sum
+
+NOTHING = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0  # bins of squares, each with its rounding error
 
 
 @inline
@@ -33,6 +36,29 @@ def tree_sum(total, error, place, count, apart, room):
 def lane_sum(total, error, place, apart, room):
     """Return the sum of sums and their errors over the threads of a place modulo `apart`."""
     return tree_sum(total, error, place, THREADS, apart, room)
+
+
+@inline
+def with_square(bins, value, like):
+    """Return bins of squares, each with its rounding error, after adding the square of a value.
+
+    Only squares of float64 can be out of the middle one.
+    """
+    small, middle, large = 0.0, value * value, 0.0
+    if size_of(like) == 8:
+        small, middle, large = binned_square(value)
+    small, low = two_sum(bins[0], small)
+    middle, mid = two_sum(bins[2], middle)
+    large, high = two_sum(bins[4], large)
+    return small, bins[1] + low, middle, bins[3] + mid, large, bins[5] + high
+
+
+@inline
+def lane_squares(bins, place, apart, room):
+    """Return the sum of bins of squares as `lane_sum` does, as ``total * 4**exponent``."""
+    small = lane_sum(bins[0], bins[1], place, apart, room)
+    middle = lane_sum(bins[2], bins[3], place, apart, room)
+    return joined_bins(small, middle, lane_sum(bins[4], bins[5], place, apart, room))
 
 
 @inline

@@ -10,7 +10,13 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import block_max, block_sum
+from numclip.kernels.cuda.blocks import (
+    NOTHING,
+    block_max,
+    block_sum,
+    lane_squares,
+    with_square,
+)
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.packets import (
     PACKET,
@@ -21,9 +27,7 @@ from numclip.kernels.cuda.packets import (
     whole_packets,
 )
 from numclip.kernels.cuda.scalars import (
-    binned_square,
     is_safe,
-    joined_bins,
     larger,
     power_term,
     two_sum,
@@ -89,20 +93,16 @@ def careful_squares(address, length, masked, like, room):
 
     Those count as 0 where `masked`.
     """
-    small, middle, large, bad = 0.0, 0.0, 0.0, 0.0
+    bins, bad = NOTHING, 0.0
     i = np.int64(cuda.threadIdx.x)
     while i < length:
         value = np.float64(load(address + i * size_of(like), like))
         if not math.isfinite(value):
             bad += 1.0
             value = 0.0 if masked else value
-        bins = binned_square(value)
-        small += bins[0]
-        middle += bins[1]
-        large += bins[2]
+        bins = with_square(bins, value, like)
         i += THREADS
-    small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
-    total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
+    total, exponent = lane_squares(bins, np.int64(cuda.threadIdx.x), 1, room)
     return total, exponent, block_sum(bad, 0.0, room)
 
 

@@ -10,12 +10,17 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import block_max, block_sum, lane_sum
+from numclip.kernels.cuda.blocks import (
+    NOTHING,
+    block_max,
+    block_sum,
+    lane_squares,
+    lane_sum,
+    with_square,
+)
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.packets import load, size_of, store
 from numclip.kernels.cuda.scalars import (
-    binned_square,
-    joined_bins,
     larger,
     power_term,
     settled,
@@ -55,7 +60,6 @@ from numclip.kernels.cuda.tables import (
 from numclip.kernels.formulas import BIN_EXPONENT, BIN_SCALE
 
 THREAD_BITS = THREADS.bit_length() - 1
-NOTHING = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @inline
@@ -145,28 +149,6 @@ def sums_of(share, g, groups, order, part, how, room):
 
 
 @inline
-def with_square(bins, value, like):
-    """Return bins of squares, each with its rounding error, after adding the square of a value.
-
-    Only sums of float64 can be out of the middle one.
-    """
-    small, middle, large = 0.0, value * value, 0.0
-    if size_of(like) == 8:
-        small, middle, large = binned_square(value)
-    small, low = two_sum(bins[0], small)
-    middle, mid = two_sum(bins[2], middle)
-    large, high = two_sum(bins[4], large)
-    return small, bins[1] + low, middle, bins[3] + mid, large, bins[5] + high
-
-
-@inline
-def joined(bins, room):
-    """Return the sum of the squares of all threads as ``total * 4**exponent``."""
-    small, middle = block_sum(bins[0], bins[1], room), block_sum(bins[2], bins[3], room)
-    return joined_bins(small, middle, block_sum(bins[4], bins[5], room))
-
-
-@inline
 def share_squares(share, groups, order, how, room):
     """Return a share's squares of sums and of sums of magnitudes, and how many are bad."""
     sums, terms, bad = NOTHING, NOTHING, 0.0
@@ -179,7 +161,12 @@ def share_squares(share, groups, order, how, room):
             bad += odd
             part += 1
         g += teams_of(share)
-    return joined(sums, room), joined(terms, room), block_sum(bad, 0.0, room)
+    i = np.int64(cuda.threadIdx.x)
+    return (
+        lane_squares(sums, i, 1, room),
+        lane_squares(terms, i, 1, room),
+        block_sum(bad, 0.0, room),
+    )
 
 
 @kernel

@@ -12,11 +12,11 @@ import math
 
 import numpy as np
 
-from numclip.kernels.cuda.blocks import lane_max, lane_sum
+from numclip.kernels.cuda.blocks import NOTHING, lane_max, lane_squares, lane_sum, with_square
 from numclip.kernels.cuda.device import THREADS, cuda, inline, kernel
 from numclip.kernels.cuda.norms import is_lossless, usable
 from numclip.kernels.cuda.packets import load, size_of
-from numclip.kernels.cuda.scalars import binned_square, joined_bins, larger, power_term, two_sum
+from numclip.kernels.cuda.scalars import larger, power_term, two_sum
 from numclip.kernels.cuda.tables import (
     BAD,
     BITS,
@@ -95,18 +95,15 @@ def parts_of(place, masked, components, like):
 @inline
 def careful_line(tile, n, masked, lane, lanes, like):
     """Return a thread's share of the squares of a line in bins, and of what is not finite."""
-    small, middle, large, bad = 0.0, 0.0, 0.0, 0.0
+    bins, bad = NOTHING, 0.0
     i = lane
     while i < tile[LENGTH]:
         place = tile[SOURCE] + n * tile[UNIT_STEP] + i * tile[STEP]
         x, y, odd = parts_of(place, masked, tile[COMPONENTS], like)
-        bins, others = binned_square(x), binned_square(y)
-        small += bins[0] + others[0]
-        middle += bins[1] + others[1]
-        large += bins[2] + others[2]
+        bins = with_square(with_square(bins, x, like), y, like)
         bad += odd
         i += lanes
-    return small, middle, large, bad
+    return bins, bad
 
 
 @inline
@@ -134,15 +131,13 @@ def squares_of_lines(tile, first, masked, like, room, out):
     total = lane_sum(total, error, place, apart, room)
     lossy = n < tile[COUNT] and not is_lossless(total, like)
     if cuda.syncthreads_or(1 if lossy else 0):
-        small, middle, large = 0.0, 0.0, 0.0
+        bins = NOTHING
         if n < tile[COUNT]:
-            small, middle, large, bad = careful_line(tile, n, masked, lane, lanes, like)
-        small = lane_sum(small, 0.0, place, apart, room)
-        middle = lane_sum(middle, 0.0, place, apart, room)
-        large = lane_sum(large, 0.0, place, apart, room)
+            bins, bad = careful_line(tile, n, masked, lane, lanes, like)
+        careful = lane_squares(bins, place, apart, room)
         bad = lane_sum(bad, 0.0, place, apart, room)
         if lossy:
-            total, exponent = joined_bins(small, middle, large)
+            total, exponent = careful
     write_sums(tile, n, place, total, exponent, bad, out)
 
 

@@ -7,12 +7,11 @@ from numba.cuda import types
 from numba.cuda.extending import errors, intrinsic
 
 from numclip.dtypes import lookup
-from numclip.kernels.cuda.blocks import tree_sum
+from numclip.kernels.cuda.blocks import NOTHING, tree_sum, with_square
 from numclip.kernels.cuda.device import cuda, inline
 from numclip.kernels.cuda.norms import is_lossless
 from numclip.kernels.cuda.packets import as_computed, size_of
 from numclip.kernels.cuda.scalars import (
-    binned_square,
     factor_of,
     joined_bins,
     scale_by_power,
@@ -68,20 +67,14 @@ def squares(x, first, step):
 
 
 @inline
-def binned_squares(x, first, step):
-    """Return the same sum in three bins, each with its error."""
-    small, middle, large, low, mid, high = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+def careful_squares(x, first, step):
+    """Return the same sum in bins, see `with_square`."""
+    bins, like = NOTHING, element(x)
     i = first
     while i < x.size:
-        bins = binned_square(np.float64(x[i]))
-        small, rest = two_sum(small, bins[0])
-        low += rest
-        middle, rest = two_sum(middle, bins[1])
-        mid += rest
-        large, rest = two_sum(large, bins[2])
-        high += rest
+        bins = with_square(bins, np.float64(x[i]), like)
         i += step
-    return small, low, middle, mid, large, high
+    return bins
 
 
 @inline
@@ -91,10 +84,9 @@ def thread_norm(x):
     total, error = squares(x, 0, 1)
     total, exponent = settled(total, error), 0
     if not is_lossless(total, like):
-        small, low, middle, mid, large, high = binned_squares(x, 0, 1)
-        total, exponent = joined_bins(
-            settled(small, low), settled(middle, mid), settled(large, high)
-        )
+        bins = careful_squares(x, 0, 1)
+        small, middle = settled(bins[0], bins[1]), settled(bins[2], bins[3])
+        total, exponent = joined_bins(small, middle, settled(bins[4], bins[5]))
     return math.sqrt(total), exponent
 
 
@@ -115,9 +107,9 @@ def norm_over_block(x):
     total, error = squares(x, place, count)
     total, exponent = over_block(total, error), 0
     if not is_lossless(total, like):  # for all threads or for none
-        small, low, middle, mid, large, high = binned_squares(x, place, count)
-        small, middle = over_block(small, low), over_block(middle, mid)
-        total, exponent = joined_bins(small, middle, over_block(large, high))
+        bins = careful_squares(x, place, count)
+        small, middle = over_block(bins[0], bins[1]), over_block(bins[2], bins[3])
+        total, exponent = joined_bins(small, middle, over_block(bins[4], bins[5]))
     return math.sqrt(total), exponent
 
 
