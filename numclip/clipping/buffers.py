@@ -128,7 +128,19 @@ class GroupState:
     @clip.setter
     def clip(self, rule: Any) -> None:
         self._clip = rule
+        self.rule_state = self._state_for(rule)
         self._changed()
+
+    def _state_for(self, rule: Any) -> dict[str, Array]:
+        """Return the state there is where it can be that of a rule, else one of no step."""
+        if rule is None:
+            return {}
+        try:
+            rule.check_state(self.rule_state, len(self.names))
+        except ValueError:
+            made: dict[str, Array] = rule.initial_state(len(self.names))
+            return made
+        return self.rule_state
 
     @property
     def nonfinite(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from numclip import libraries
 from numclip.border.gradients import Gradient, describe, gradients
-from numclip.border.results import target_of, targets_of
+from numclip.border.results import refuse_overlaps, target_of, targets_of
 from numclip.border.structures import is_structure, structure
 
 Check = Callable[[Gradient], Any]
@@ -17,8 +17,11 @@ Write = Callable[[Gradient, Gradient, Any, bool], Any]
 result."""
 
 
-def clip_each(grad: Any, out: Any, check: Check, write: Write) -> Any:
-    """Clip a gradient, or each gradient of a structure; return results in the same structure."""
+def clip_each(grad: Any, out: Any, check: Check, write: Write, owner_of: Any = None) -> Any:
+    """Clip a gradient, or each gradient of a structure; return results in the same structure.
+
+    `owner_of` returns what else is read for a gradient, from what is to be done with it.
+    """
     if not is_structure(grad):
         entry = describe("grad", 0, grad)
         wanted = check(entry)
@@ -28,6 +31,9 @@ def clip_each(grad: Any, out: Any, check: Check, write: Write) -> Any:
     described = gradients(structure(grad, "grad"))
     every = [check(entry) for entry in described.entries]
     targets = targets_of(described, grad, out)
+    if owner_of is not None and out is not None:
+        advice = "pass copies of the parameters"
+        refuse_overlaps(list(map(owner_of, every)), targets, advice)
     news = [out is None] * len(targets)
     results = list(map(write, described.entries, targets, every, news))
     if out is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, o
         reduced = arguments.adaptive_axes(axes, len(entry.dense_shape))
         return Limit(reduced, factor, owner=owner, eps=eps)
 
-    return clip_each(grad, out, limit_of, _clip)
+    return clip_each(grad, out, limit_of, _clip, operator.attrgetter("owner"))
 
 
 def _clip(entry: Gradient, target: Gradient, limit: Limit, new: bool) -> Any:

@@ -213,4 +213,13 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
         left(grad, work)
         return grad
 
-    return in_place if check_out("grad", out, grad, [grad]) else into_new_array
+    def by_a_copy(grad, clip_value_min, clip_value_max, out=None):
+        work = into_new_array(grad, clip_value_min, clip_value_max)
+        for index in np.ndindex(grad.shape):
+            grad[index] = work[index]
+        return grad
+
+    if not check_out("grad", out, grad, [grad]):
+        return into_new_array
+    into_new_array = expanded(into_new_array)
+    return by_a_copy if any(are_arrays) else in_place  # bounds may share the gradient's memory

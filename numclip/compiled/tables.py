@@ -31,7 +31,7 @@ _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
     spans.BAD_ORDER: (ValueError, ("ord: expected a real number >= 1 or inf",)),
     spans.OVERLAP: (
         ValueError,
-        ("out: expected arrays, and elements of each, that share no memory",),
+        ("out: expected arrays that do not interleave, of elements that share no memory",),
     ),
     spans.NONFINITE: (
         NonFiniteGradientError,

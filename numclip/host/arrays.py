@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,8 +46,6 @@ def as_array(name: str, values: Any) -> Array:
 
 def _advice(values: Any) -> str:
     """Say how to mend what is no gradient, where one call does."""
-    if isinstance(values, Mapping):
-        return "; pass its values"
     if hasattr(values, "tocsr"):
         return "; convert it with numclip.IndexedSlices.from_scipy"
     try:

@@ -208,7 +208,7 @@ def each(
     own = items_of(owners) if owners is not None else (None,) * len(items)
     if not _are_arrays(items) or (out is grads and not _are_distinct(items)):
         return None
-    if owners is not None and not _fit(held, items, owners, own):
+    if owners is not None and not _fit(held, items, owners, own, in_place=out is grads):
         return None
     every = [None if item is None else prepare(item) for item in items]
     results = []
@@ -247,12 +247,16 @@ def _are_distinct(items: Items) -> bool:
     )
 
 
-def _fit(held: Any, items: Items, owners: Any, own: Items) -> bool:
-    """Tell whether there is an array of the same shape for each."""
+def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
+    """Tell whether there is an array of the same shape for each, that is not written before."""
     if len(own) != len(items) or (type(held) is dict and [*held] != [*owners]):
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
-    return all(type(b) is np.ndarray and a.shape == b.shape for a, b in pairs)
+    fit = all(kind_of((b,)) is not None and a.shape == b.shape for a, b in pairs)
+    if not (fit and in_place):
+        return fit
+    written = {*map(id, items)}
+    return all(b.flags.owndata and id(b) not in written for _, b in pairs)
 
 
 def _takes(grads: Any, out: Any) -> bool:

@@ -120,3 +120,22 @@ def test_slices_and_dtypes_may_be_mixed():
     assert type(result["rows"]) is nc.IndexedSlices
     held = nc.clip_by_value(mixed, -1.0, 1.0)
     assert held["rows"].to_dense().max() == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.ones(3, np.int64), np.ones(3, object), np.ones(3, "S1")])
+def test_a_parameter_that_does_not_fit_leaves_all_as_they_were(bad):
+    grads = [np.full(3, 10.0), np.full(3, 10.0)]
+    with pytest.raises(TypeError, match=r"param\[1\]"):
+        nc.adaptive_clip(grads, [np.ones(3), bad], out=grads)
+    assert (grads[0] == 10.0).all()
+
+
+def test_a_parameter_that_would_be_written_first_is_refused():
+    grads = [np.full(3, 10.0), np.full(3, 10.0)]
+    for owner in (grads[0], grads[0][:]):
+        with pytest.raises(ValueError, match=r"out\[0\]: shares memory with param\[1\]"):
+            nc.adaptive_clip(grads, [np.ones(3), owner], out=grads)
+    wanted = nc.adaptive_clip(grads[1], grads[0])
+    assert_same_bits(nc.adaptive_clip(grads, [np.ones(3), grads[0]])[1], wanted)
+    nc.adaptive_clip(grads, grads, out=grads)  # each is measured before it is written
+    assert_same_bits(grads[1], wanted)

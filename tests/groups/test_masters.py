@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 
 import ml_dtypes
 import numpy as np
@@ -301,6 +300,10 @@ def test_arguments():
     assert "masters" not in plain.state_dict()
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_an_update_that_is_interrupted_before_it_is_rounded_stays(monkeypatch):
     dtype = HALVES["bfloat16"]
     groups, wide = pair(dtype)
@@ -309,7 +312,7 @@ def test_an_update_that_is_interrupted_before_it_is_rounded_stays(monkeypatch):
         grads = gradients(np.random.default_rng(step), dtype)
         with monkeypatch.context() as changed:
             if step == 1:
-                changed.setattr(groups, "_round", lambda: signal.raise_signal(signal.SIGINT))
+                changed.setattr(groups, "_round", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizers[0].step(grads)
             else:

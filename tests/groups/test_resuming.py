@@ -174,3 +174,26 @@ def test_absurd_counts_of_steps_are_refused():
             assert owner.load_state_dict(saved, strict=False)
         assert groups.step == optimizer.state_dict()["groups"]["g"]["steps"] == 4
         run(groups, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "rule", [nc.AutoClip(50, window=3), nc.ZClip(warmup=2), nc.AdaGC(warmup=2)]
+)
+def test_a_running_rule_goes_back_to_an_earlier_state(rule):
+    groups = run(groups_of(rule), range(5))
+    state = groups.state_dict()
+    ahead = snapshot(run(groups, range(5, 9)))
+    assert groups.load_state_dict(state) == []
+    assert snapshot(run(groups, range(5, 9))) == ahead
+
+
+def test_a_rule_that_is_set_begins_anew_where_its_state_is_not_that_of_the_last():
+    groups = run(groups_of(nc.ByNorm(1.0)))
+    groups["g"].clip = nc.AutoClip(50)
+    run(groups)
+    assert groups["g"].rule_state["count"] == 4
+    groups["g"].clip = nc.AutoClip(20)
+    assert groups["g"].rule_state["count"] == 4
+    groups["g"].clip = None
+    run(groups)
+    assert groups["g"].rule_state == {}
