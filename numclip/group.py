@@ -62,8 +62,8 @@ class Group:
     step or `state_dict`, where it is not what was there, and is the master of those elements then;
     assigning sets the master itself, without rounding. Other parameters of the group, and
     `apply_gradients`, are as without. An element takes 10 bytes (parameter, master, gradient) in
-    place of 4, and 4 more for each state of an optimizer, as ever. A dense group is read and rounded
-    once more in each step, a sparse one at the rows of its gradients.
+    place of 4, and 4 more for each state of an optimizer, as ever. A dense group is read and
+    rounded once more in each step, a sparse one at the rows of its gradients.
 
     Examples
     --------
