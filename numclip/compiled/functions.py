@@ -214,6 +214,7 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
         return grad
 
     def by_a_copy(grad, clip_value_min, clip_value_max, out=None):
+        check_target(out, grad)
         work = into_new_array(grad, clip_value_min, clip_value_max)
         for index in np.ndindex(grad.shape):
             grad[index] = work[index]
