@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def panel(axes: Axes, cases: list[dict[str, Any]], title: str) -> None:
                 edgecolor="white",
                 linewidth=0.5,
             )
-    axes.set_xticks(range(len(cases)), [case["case"] for case in cases])
+    names = [textwrap.fill(case["case"], 13) for case in cases]
+    axes.set_xticks(range(len(cases)), names)
     axes.set_yscale("log")
     axes.axhline(1.0, color="black", linewidth=1.0)
     axes.set_title(title, loc="left", fontsize=11)
