@@ -127,12 +127,12 @@ def clip_by_global_norm(
     """Clip arrays by their joint norm, in place or into new ones; return them and the norm."""
     if not _takes(grads, out):
         return None
-    held = _held(grads)
+    held = held_still(grads)
     found = _clip(items_of(held), bound, L2 if ord == 2.0 else PEAK, in_place=out is grads)
     if found is None:
         return None
     items, norm = found
-    return _rebuilt(held, items, out), norm
+    return rebuilt(held, items, out), norm
 
 
 def clip(grad: Array, bound: float, out: Any, divisor: float, ord: float) -> Any:
@@ -153,12 +153,12 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
         return None if results is None else results[0]
     if not _takes(grads, out):
         return None
-    held = _held(grads)
+    held = held_still(grads)
     items = items_of(held)
-    if out is grads and not _are_distinct(items):
+    if out is grads and not _can_be_written(items):
         return None
     results = _clamp(items, low, high, in_place=out is grads)
-    return None if results is None else _rebuilt(held, results, out)
+    return None if results is None else rebuilt(held, results, out)
 
 
 def _clamp(items: Items, low: Any, high: Any, *, in_place: bool) -> Items | None:
@@ -203,10 +203,10 @@ def each(
         return one(grads, out, prepare(grads), owners)
     if not _takes(grads, out) or type(owners) not in (type(grads), type(None)):
         return None
-    held = _held(grads)
+    held = held_still(grads)
     items = items_of(held)
     own = items_of(owners) if owners is not None else (None,) * len(items)
-    if not _are_arrays(items) or (out is grads and not _are_distinct(items)):
+    if not _are_arrays(items) or (out is grads and not _can_be_written(items)):
         return None
     if owners is not None and not _fit(held, items, owners, own, in_place=out is grads):
         return None
@@ -217,15 +217,15 @@ def each(
         if result is None and item is not None:
             return None
         results.append(result)
-    return _rebuilt(held, tuple(results), out)
+    return rebuilt(held, tuple(results), out)
 
 
-def _held(grads: Any) -> Any:
+def held_still(grads: Any) -> Any:
     """Return a structure whose keys no other thread changes."""
     return grads.copy() if type(grads) is dict else grads
 
 
-def _rebuilt(held: Any, results: Items, out: Any) -> Any:
+def rebuilt(held: Any, results: Items, out: Any) -> Any:
     """Return results in the structure of a list, tuple or dict."""
     if type(held) is dict:
         return held if out is not None else dict(zip(held, results, strict=True))
@@ -238,13 +238,16 @@ def _are_arrays(items: Items) -> bool:
     return None not in kinds and bool(kinds)
 
 
-def _are_distinct(items: Items) -> bool:
+def _can_be_written(items: Items) -> bool:
     """Tell whether arrays can be written, each being in memory of its own."""
     given = [item for item in items if item is not None]
-    plain = all(type(item) is np.ndarray and item.flags.writeable for item in given)
-    return (
-        plain and all(item.flags.owndata for item in given) and len({*map(id, given)}) == len(given)
-    )
+    return _own_memory(given) and all(item.flags.writeable for item in given)
+
+
+def _own_memory(arrays: Sequence[Any]) -> bool:
+    """Tell whether arrays are different ones, each the owner of its memory."""
+    plain = all(type(array) is np.ndarray and array.flags.owndata for array in arrays)
+    return plain and len({*map(id, arrays)}) == len(arrays)
 
 
 def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
@@ -253,10 +256,7 @@ def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) ->
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
     fit = all(kind_of((b,)) is not None and a.shape == b.shape for a, b in pairs)
-    if not (fit and in_place):
-        return fit
-    written = {*map(id, items)}
-    return all(b.flags.owndata and id(b) not in written for _, b in pairs)
+    return fit and (not in_place or _own_memory([array for pair in pairs for array in pair]))
 
 
 def _takes(grads: Any, out: Any) -> bool:

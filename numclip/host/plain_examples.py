@@ -26,7 +26,8 @@ _LAW = unit_laws([Family((_UNIT,), rounded=False)], 2.0, 0.0)[0]
 
 def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     """Clip each example by its norm over all arrays; return the sums, and how many are clipped."""
-    items = lists.items_of(grads)
+    held = lists.held_still(grads)
+    items = lists.items_of(held)
     kind = lists.kind_of(items)
     if kind is None or not _are_examples(items):
         return None
@@ -50,10 +51,7 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     threads.run(
         examples.sum_blocks, blocks, nbytes, table, factors, EXAMPLE_COLUMNS, like, keep=results
     )
-    count = int(np.count_nonzero(clipped))
-    if type(grads) is dict:
-        return dict(zip(grads, results, strict=True)), count
-    return type(grads)(results), count
+    return lists.rebuilt(held, results, None), int(np.count_nonzero(clipped))
 
 
 def _are_examples(items: lists.Items) -> bool:
