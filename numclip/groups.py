@@ -543,18 +543,19 @@ class ParamGroups(state.Saved):
         absent = self._absent() if self._set else NOBODY
         if absent or steps.follows:
             self._leave_out(steps, absent)
-        if not (apply and ranks is None and steps.clip_at_once(turn)):
-            self._clip_by_parts(steps, turn, absent, apply, ranks)
+        call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
+        if not (apply and steps.clip_at_once(turn, ranks, call)):
+            self._clip_by_parts(steps, turn, call, apply, ranks)
         if apply:
             self._clipped = turn
         return self._reported(steps, turn, counts=apply)
 
     @isolated
     def _clip_by_parts(
-        self, steps: Steps, turn: Turn, absent: frozenset[str], apply: bool, ranks: Ranks | None
+        self, steps: Steps, turn: Turn, call: str, apply: bool, ranks: Ranks | None
     ) -> None:
         """Measure and decide, then write the gradients or find out what that would make."""
-        steps.decide(turn, ranks, f"clip(apply={apply}){self._without(absent)}")
+        steps.decide(turn, ranks, call)
         if apply:
             steps.write()
         else:

@@ -241,9 +241,21 @@ class Steps:
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
 
-    def clip_at_once(self, turn: Turn) -> bool:
-        """Clip by one native call; tell whether that was right, if not no gradient is written."""
-        return self._native is not None and self.take_at_once(self._native, turn)
+    @property
+    def clips_at_once(self) -> bool:
+        """Whether one native call clips."""
+        return self._native is not None
+
+    def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
+        """Clip by one native call; tell whether that was right, if not no gradient is written.
+
+        With all ranks by two, where they have clipped together before.
+        """
+        if self._native is None:
+            return False
+        if ranks is not None:
+            return ranks.clip_at_once(self, turn, lambda: self._facts(turn, call))
+        return self.take_at_once(self._native, turn)
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""

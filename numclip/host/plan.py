@@ -12,7 +12,7 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
-from numclip.host.at_once import ClipsAtOnce
+from numclip.host.at_once import ClipsAtOnce, RanksAtOnce
 from numclip.host.batches import Batch
 from numclip.host.kernels import cpu, given
 from numclip.host.kernels import pools as kernels
@@ -105,11 +105,11 @@ class Plan:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
-    def tables_at_once(self, divisors: Array) -> dict[int, Array]:
+    def tables_at_once(self, divisors: Array, size: Array | None = None) -> dict[int, Array]:
         """Return what `kernels.given` works on; bounds and loss scales are written to the laws."""
         return {
             given.POOLS: self.pool_table,
-            given.LAWS: self._laws.table(Law(math.inf, divisors)),
+            given.LAWS: self._laws.table(Law(math.inf, divisors, size=size)),
             given.SHIFTS: np.zeros(len(self.pools), np.int64),
             given.POOL_OF: self.pool_of,
         }
@@ -121,6 +121,18 @@ class Plan:
         if self.fused is None or not plain:
             return None
         return ClipsAtOnce(self.fused, self.tables_at_once(divisors))
+
+    def ranks_at_once(
+        self,
+        divisors: Array,
+        size: Array | None,
+        told: Sequence[Array],
+        merged: Sequence[Array],
+    ) -> RanksAtOnce:
+        """Return what clips by the sums of all ranks, where `at_once` does by one's own."""
+        assert self.fused is not None
+        tables = {**self.tables_at_once(divisors, size), given.POOLS: whole_pools(self.pool_table)}
+        return RanksAtOnce(self.fused, tables, told, merged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
