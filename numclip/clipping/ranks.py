@@ -36,6 +36,9 @@ from numclip.sums import Whole, exact, joined_norms, rounded
 COLUMNS = tables.SUM_COLUMNS
 _ALONE = contextlib.nullcontext()
 
+Step = tuple[Facts, int]
+"""What must be the same on all ranks, in words, and the number of the step."""
+
 
 class Part:
     """What the groups of one clipper tell other ranks: rows, each of some tensors.
@@ -274,7 +277,7 @@ class Ranks:
         self._steps = None
 
     def decide(
-        self, steps: Any, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any
+        self, steps: Any, measure: Callable[[], None], facts: Callable[[], Step], stream: Any
     ) -> None:
         """Measure here, and decide by what all ranks have measured.
 
@@ -296,7 +299,7 @@ class Ranks:
         for part in self._parts:
             part.take(steps, self.communicator, stream)
 
-    def clip_at_once(self, steps: Any, turn: Any, facts: Callable[[], Facts]) -> bool:
+    def clip_at_once(self, steps: Any, turn: Any, facts: Callable[[], Step]) -> bool:
         """Clip by two native calls, one before ranks exchange their rows; tell if that was right.
 
         Every rank may take this way or the general one: they exchange the same.
@@ -304,7 +307,7 @@ class Ranks:
         native = self._native if self._steps is steps else None
         if native is None or not native.tell(turn.place, steps.clippers[0].tables):
             return False
-        if not self.communicator.exchange(facts()):  # another rank has asked
+        if not self.communicator.exchange(*facts()):  # another rank has asked
             self._agree(steps)
             return False
         (part,) = self._parts
@@ -324,13 +327,13 @@ class Ranks:
         steps.write()
 
     def _exchanged(
-        self, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any
+        self, measure: Callable[[], None], facts: Callable[[], Step], stream: Any
     ) -> bool:
         """Measure, and exchange the rows of all parts; see `Communicator.exchange`."""
         measure()
         for part in self._parts:
             part.tell(stream)
-        return self.communicator.exchange(facts())
+        return self.communicator.exchange(*facts())
 
     def _agree(self, steps: Any) -> None:
         """Make sure that all ranks have the same groups; know how much all have of the shards."""

@@ -285,14 +285,14 @@ class Steps:
         for clipper in self._strict:
             self._refuse(clipper)
 
-    def _facts(self, turn: Turn, call: str) -> dict[str, str]:
-        """Say of a step what must be the same on all ranks."""
-        found = {"call": call, "step": str(turn.step), "unscale": repr(turn.unscale)}
+    def _facts(self, turn: Turn, call: str) -> tuple[dict[str, str], int]:
+        """Say of a step what must be the same on all ranks, and its number."""
+        found = {"call": call, "unscale": repr(turn.unscale)}
         for clipper in self._scheduled:
             for name, rule in clipper.rules.items():
                 if rule is not None and rule.scheduled:
                     found[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
-        return found
+        return found, turn.step
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""
