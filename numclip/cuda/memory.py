@@ -32,6 +32,7 @@ from numclip.cuda.driver import (
     synchronize,
 )
 from numclip.dtypes import Array
+from numclip.errors import DeviceError
 
 RELAXED = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 ALIGNMENT = 256
@@ -59,16 +60,25 @@ def _beside_captures() -> Iterator[None]:
 
 
 def _taken(nbytes: int) -> int:
-    """Return the address of new memory; PyTorch gives back what it keeps unused if there is none.
+    """Return the address of new memory; PyTorch and CuPy give back what they keep if it is short.
 
-    Its allocator holds on to all it ever had.
+    Their allocators hold on to all they ever had.
     """
     gpu()
     with _beside_captures():
         result = cu.cuMemAlloc(max(nbytes, 1))
-        if result[0] == OUT_OF_MEMORY and "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
+        if result[0] == OUT_OF_MEMORY:
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
+            if "cupy" in sys.modules:
+                sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
             result = cu.cuMemAlloc(max(nbytes, 1))
+    if result[0] == OUT_OF_MEMORY:
+        raise DeviceError(
+            f"CUDA: expected {nbytes:,} bytes of the GPU's memory, got CUDA_ERROR_OUT_OF_MEMORY, "
+            "after what PyTorch and CuPy keep unused was given back; free arrays, or let JAX take "
+            "less (XLA_PYTHON_CLIENT_PREALLOCATE=false)"
+        )
     return int(checked(result))
 
 

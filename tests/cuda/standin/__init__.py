@@ -100,6 +100,7 @@ def install() -> None:
     _driver.standin_counter.restype = ctypes.c_char_p
     _driver.standin_divergences.restype = _driver.standin_waits.restype = ctypes.c_long
     _driver.standin_pending.restype = ctypes.c_long
+    _driver.standin_room.argtypes = [ctypes.c_size_t]
     _driver.standin_random_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
     lazy(os.environ.get("NUMCLIP_STANDIN_LAZY", "0") not in ("", "0"))
     random_order(int(os.environ.get("NUMCLIP_STANDIN_SEED", "0")))
@@ -150,6 +151,16 @@ def waits() -> int:
 def reset() -> None:
     """Begin to count anew."""
     _driver.standin_reset_counts()
+
+
+@contextlib.contextmanager
+def room(nbytes: int) -> Iterator[None]:
+    """Have so many more bytes of memory than are taken now."""
+    _driver.standin_room(nbytes)
+    try:
+        yield
+    finally:
+        _driver.standin_room(ctypes.c_size_t(-1).value)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,20 @@ enum { MOST_BLOCKS = 1 << 16 };
 struct memory { address begin; size_t size; int device, pinned, freed; };
 static struct memory blocks[MOST_BLOCKS];
 static int block_count;
+static size_t most = SIZE_MAX; /* bytes that are not of the host */
+
+static size_t taken(void) {
+    size_t found = 0;
+    for (int k = 0; k < block_count; k++)
+        found += blocks[k].pinned ? 0 : blocks[k].size;
+    return found;
+}
+
+void standin_room(size_t more) {
+    pthread_mutex_lock(&lock);
+    most = more == SIZE_MAX ? more : taken() + more;
+    pthread_mutex_unlock(&lock);
+}
 
 static struct memory *memory_at(address place) {
     for (int k = block_count - 1; k >= 0; k--)
@@ -125,7 +139,8 @@ static result take(void **place, size_t size, int pinned) {
     int k = 0;
     while (k < block_count && blocks[k].size)
         k++;
-    if (k == MOST_BLOCKS || posix_memalign(place, 256, room)) {
+    int full = !pinned && most != SIZE_MAX && taken() + room > most;
+    if (full || k == MOST_BLOCKS || posix_memalign(place, 256, room)) {
         pthread_mutex_unlock(&lock);
         return OUT_OF_MEMORY;
     }
