@@ -1,9 +1,15 @@
-"""DLPack: what libraries tell of an array on the GPU by a capsule, in the structs of dlpack.h."""
+"""DLPack: what libraries tell of an array on the GPU by a capsule, in the structs of dlpack.h.
+
+The `StridedMemoryView` of cuda.core 1.2 is no replacement. It takes structs of another major
+version, does not tell copies, in which what is written is lost, nor names the array in errors; it
+gives memory back at once; and of the other protocol it takes version 3 alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import struct
 import weakref
 from typing import Any, NamedTuple
 
@@ -19,49 +25,25 @@ INT, UINT, FLOAT, BFLOAT, COMPLEX = 0, 1, 2, 4, 5  # codes of dtypes
 KINDS = {INT: "int", UINT: "uint", FLOAT: "float", COMPLEX: "complex"}
 
 
-class _Tensor(ctypes.Structure):
+class _Tensor(NamedTuple):
     """DLTensor."""
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
+    data: int
+    device_type: int
+    device: int
+    ndim: int
+    code: int
+    bits: int
+    lanes: int
+    shape: int
+    strides: int
+    offset: int
 
 
-class _Managed(ctypes.Structure):
-    """DLManagedTensor, of the versions before 1, which cannot tell what may be written."""
-
-    _fields_ = (
-        ("tensor", _Tensor),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-    flags = READ_ONLY
-
-
-class _Versioned(ctypes.Structure):
-    """DLManagedTensorVersioned."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
-    )
-
-
-_STRUCTS = {b"dltensor_versioned": _Versioned, b"dltensor": _Managed}
-_USED = {name: b"used_" + name for name in _STRUCTS}  # capsules keep the addresses of names
+TENSOR = "QiiiBBHQQQ"
+HEAD = "IIQQQ"  # what DLManagedTensorVersioned has before it: version, context, deleter, flags
+VERSIONED, OLDER = b"dltensor_versioned", b"dltensor"
+_USED = {name: b"used_" + name for name in (VERSIONED, OLDER)}  # capsules keep their addresses
 _deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _capsule, _name = ctypes.py_object, ctypes.c_char_p
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, _capsule, _name)(
@@ -114,27 +96,40 @@ def read(name: str, array: Any) -> Told:
     The host does not wait for that.
     """
     capsule = _capsule_of(array)
-    kind = next((kind for kind in _STRUCTS if _is_valid(capsule, kind)), None)
+    kind = next((kind for kind in _USED if _is_valid(capsule, kind)), None)
     if kind is None:
         raise TypeError(f"{name}: expected a DLPack capsule, got {capsule!r}")
     pointer = _pointer_of(capsule, kind)
-    managed: Any = _STRUCTS[kind].from_address(pointer)
     _rename(capsule, _USED[kind])
-    lease = Lease(pointer, managed.deleter)
-    if kind == b"dltensor_versioned" and managed.major != VERSION[0]:
-        version = f"{managed.major}.{managed.minor}"
-        raise TypeError(f"{name}: expected DLPack of version {VERSION[0]}, got {version}")
-    tensor = managed.tensor
+    if kind == VERSIONED:
+        major, minor, _, deleter, flags = _unpacked(HEAD, pointer)
+        place = pointer + struct.calcsize(HEAD)
+    else:  # cannot tell what may be written
+        (major, minor), flags, place = VERSION, READ_ONLY, pointer
+        deleter = _unpacked(TENSOR + "QQ", pointer)[-1]
+    lease = Lease(pointer, deleter)
+    if major != VERSION[0]:
+        got = f"{major}.{minor}"
+        raise TypeError(f"{name}: expected DLPack of version {VERSION[0]}, got {got}")
+    tensor = _Tensor(*_unpacked(TENSOR, place))
     native = _native(name, tensor)
     return Told(
         native,
-        tuple(tensor.shape[: tensor.ndim]),
+        _numbers(tensor.shape, tensor.ndim),
         _strides(tensor, native),
-        (tensor.data or 0) + tensor.byte_offset,
-        bool(managed.flags & (READ_ONLY | COPIED)),  # what is written to a copy is lost
-        tensor.device_id,
+        tensor.data + tensor.offset,
+        bool(flags & (READ_ONLY | COPIED)),  # what is written to a copy is lost
+        tensor.device,
         lease,
     )
+
+
+def _unpacked(form: str, place: int) -> tuple[Any, ...]:
+    return struct.unpack(form, ctypes.string_at(place, struct.calcsize(form)))
+
+
+def _numbers(place: int, count: int) -> tuple[int, ...]:
+    return tuple((ctypes.c_int64 * count).from_address(place)) if count else ()
 
 
 def _capsule_of(array: Any) -> Any:
@@ -144,7 +139,7 @@ def _capsule_of(array: Any) -> Any:
     return array.__dlpack__(stream=LEGACY_STREAM)
 
 
-def _native(name: str, tensor: Any) -> np.dtype[Any] | None:
+def _native(name: str, tensor: _Tensor) -> np.dtype[Any] | None:
     """Return the dtype, None where NumPy has no such."""
     if tensor.lanes != 1:
         return None
@@ -155,7 +150,7 @@ def _native(name: str, tensor: Any) -> np.dtype[Any] | None:
     return None
 
 
-def _strides(tensor: Any, native: np.dtype[Any] | None) -> tuple[int, ...] | None:
+def _strides(tensor: _Tensor, native: np.dtype[Any] | None) -> tuple[int, ...] | None:
     if not tensor.strides or native is None:
         return None
-    return tuple(step * native.itemsize for step in tensor.strides[: tensor.ndim])
+    return tuple(step * native.itemsize for step in _numbers(tensor.strides, tensor.ndim))
