@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import functools
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from numclip.dtypes import Array
+
+
+def _plain(other: Any) -> Any:
+    return other.item() if isinstance(other, DeviceNumber) else other
+
+
+def _one(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the method that does something with the number."""
+    return lambda self: of(self.item())
+
+
+def _two(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return the method that does something with the number and another one."""
+    return lambda self, other: of(self.item(), _plain(other))
 
 
 @functools.total_ordering
@@ -44,66 +59,20 @@ class DeviceNumber:
             raise ValueError("copy: expected True or None, as the number is on the GPU")
         return np.array(self.item(), dtype)
 
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __repr__(self) -> str:
-        return repr(self.item())
-
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec)
-
-    def __bool__(self) -> bool:
-        return bool(self.item())
-
-    def __hash__(self) -> int:
-        return hash(self.item())
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self.item() == _plain(other))
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(self.item() < _plain(other))
-
-    def __add__(self, other: Any) -> Any:
-        return self.item() + _plain(other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self.item() - _plain(other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self.item() * _plain(other)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.item() / _plain(other)
-
-    def __pow__(self, other: Any) -> Any:
-        return self.item() ** _plain(other)
-
-    def __neg__(self) -> Any:
-        return -self.item()
-
-    def __abs__(self) -> Any:
-        return abs(self.item())
 
     def __round__(self, digits: int | None = None) -> Any:
         return round(self.item(), digits)
 
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-    def __rsub__(self, other: Any) -> Any:
-        return other - self.item()
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / self.item()
-
-
-def _plain(other: Any) -> Any:
-    return other.item() if isinstance(other, DeviceNumber) else other
+    __float__, __int__, __bool__ = _one(float), _one(int), _one(bool)
+    __repr__, __hash__, __neg__, __abs__ = _one(repr), _one(hash), _one(operator.neg), _one(abs)
+    __eq__, __lt__ = _two(operator.eq), _two(operator.lt)
+    __add__, __sub__, __mul__ = _two(operator.add), _two(operator.sub), _two(operator.mul)
+    __truediv__, __pow__ = _two(operator.truediv), _two(operator.pow)
+    __radd__, __rmul__ = __add__, __mul__
+    __rsub__ = _two(lambda own, other: other - own)
+    __rtruediv__ = _two(lambda own, other: other / own)
 
 
 class DeviceFloat(DeviceNumber):
