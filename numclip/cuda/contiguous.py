@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from numclip import tables
 from numclip.cuda import device
 from numclip.cuda.kernels import halves, norms, scaling
 from numclip.cuda.kernels.packets import WORD
+from numclip.cuda.work import Kernels, Tables, Work, launch, like
 from numclip.dtypes import Array, DType
 from numclip.memory import Span
 
@@ -20,18 +21,6 @@ measured yet: 32 turns of a block's threads take some 20 us, where 4 GB are read
 
 PIECE_BYTES = device.CHUNK_BYTES >> 2
 """What a block adds at a time, where it has no sum to write."""
-
-
-class Shared(NamedTuple):
-    """The tables that all works of a plan share."""
-
-    tensors: Any
-    partial: Any
-
-
-def like(dtype: DType) -> Any:
-    """Return what tells a kernel how elements are stored."""
-    return dtype.storage.type(0)
 
 
 def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
@@ -72,13 +61,12 @@ def copied_first(table: Array) -> Array:
     return table[np.argsort(in_place, kind="stable")]
 
 
-class Chunks:
-    """The work on some of a plan's tensors, by their numbers, that lie in contiguous memory.
+class Chunks(Work):
+    """The work on tensors that lie in contiguous memory."""
 
-    `counts` says how many partial sums each of them takes.
-    """
-
-    repeats = False
+    kernels = Kernels(
+        norms.sum_squares, norms.max_magnitude, norms.sum_powers, scaling.scale, scaling.clamp
+    )
 
     def __init__(self, spans: Mapping[int, Span]) -> None:
         self._spans, self._numbers = list(spans.values()), np.array(list(spans), np.int64)
@@ -92,57 +80,19 @@ class Chunks:
         self._chunks[:, tables.OWNER] = self._numbers[owners]
         self._dtypes = np.array([span.dtype for span in self._spans], object)[owners]
         self._tables = self._by_dtype(np.ones(owners.size, bool), stream)
-        self._some: dict[range, dict[DType, Any]] = {}
+        self._some: dict[range | None, Tables] = {None: self._tables}
 
-    def _by_dtype(self, chosen: Array, stream: Any) -> dict[DType, Any]:
+    def _by_dtype(self, chosen: Array, stream: Any) -> Tables:
         """Return tables of the chosen chunks (a mask) of each dtype that has some."""
         dtypes = dict.fromkeys(self._dtypes[chosen])
         rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
-        return {dtype: device.table(copied_first(own), stream) for dtype, own in rows.items()}
+        return {dtype: [device.table(copied_first(own), stream)] for dtype, own in rows.items()}
 
-    def sum_squares(self, shared: Shared, stream: Any) -> None:
-        """Sum the squares of each chunk: one read."""
-        self._each(norms.sum_squares, stream, shared.tensors, after=[shared.partial])
-
-    def max_magnitude(self, shared: Shared, stream: Any) -> None:
-        """Find the largest magnitude of each chunk: one read."""
-        self._each(norms.max_magnitude, stream, shared.tensors, after=[shared.partial])
-
-    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
-        """Sum the powers of each chunk's magnitudes over the peak of its pool: one read."""
-        self._each(norms.sum_powers, stream, shared.tensors, laws, after=[shared.partial])
-
-    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
-        """Launch a kernel for each dtype."""
-        for dtype, chunks in self._tables.items():
-            count = chunks.shape[0]
-            device.launch(kernel, count, stream, chunks, *before, like(dtype), *after)
-
-    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write each tensor times the factor that was decided; one read, one write, or none."""
-        self._scale(scaling.scale, shared, decisions, stream)
-
-    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
-        self._scale(scaling.scale_rare, shared, decisions, stream)
-
-    def _scale(self, kernel: Any, shared: Shared, decisions: Any, stream: Any) -> None:
-        for dtype, chunks in self._tables.items():
-            precision = [np.int64(number) for number in dtype.precision]
-            arguments = shared.tensors, decisions, *precision, like(dtype)
-            device.launch(kernel, chunks.shape[0], stream, chunks, *arguments)
-
-    def clamp(
-        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
-    ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+    def _written(self, members: range | None, stream: Any) -> Tables:
         if members not in self._some:
             inside = np.isin(self._chunks[:, tables.OWNER], np.array(members))
-            chosen = self._tables if inside.all() else self._by_dtype(inside, stream)
-            self._some[members] = chosen
-        for dtype, chunks in self._some[members].items():
-            arguments = shared.tensors, decisions, *bounds, like(dtype)
-            device.launch(scaling.clamp, chunks.shape[0], stream, chunks, *arguments)
+            self._some[members] = self._tables if inside.all() else self._by_dtype(inside, stream)
+        return self._some[members]
 
 
 def copy_all(spans: Sequence[Span], stream: Any) -> None:
@@ -159,29 +109,24 @@ class HalfCopies:
     """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
 
     def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
-        self._tables = {dtype: device.table(_halved(own), stream) for dtype, own in tables.items()}
+        made = {dtype: [device.table(_halved(own), stream)] for dtype, own in tables.items()}
+        self._tables: Tables = made
 
     def round_all(self, stream: Any) -> None:
         """Let copies be the nearest ones to their numbers."""
-        self._each(halves.round_chunks, stream)
+        launch(halves.round_chunks, self._tables, stream)
 
     def take_over(self, stream: Any) -> None:
         """Let numbers be those of the copies that are none of theirs."""
-        self._each(halves.take_over_chunks, stream)
-
-    def _each(self, kernel: Any, stream: Any) -> None:
-        for dtype, table in self._tables.items():
-            device.launch(kernel, table.shape[0], stream, table, like(dtype))
+        launch(halves.take_over_chunks, self._tables, stream)
 
 
 def widen_all(spans: Sequence[Span], stream: Any, *, adds: bool) -> None:
     """Copy what is read of 16 bits to what is written to in float32, or add it."""
     for dtype in dict.fromkeys(span.dtype for span in spans):
         own = np.array([span[1:] for span in spans if span.dtype is dtype], np.int64)
-        table = device.table(_halved(own), stream)
-        device.launch(
-            halves.widen_chunks, table.shape[0], stream, table, np.int64(adds), like(dtype)
-        )
+        found = {dtype: [device.table(_halved(own), stream)]}
+        launch(halves.widen_chunks, found, stream, np.int64(adds))
 
 
 def _halved(table: Array) -> Array:
@@ -195,8 +140,7 @@ def _halved(table: Array) -> Array:
 def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:
     for dtype in dict.fromkeys(span.dtype for span in spans):
         chunks, _, _ = split([span for span in spans if span.dtype is dtype])
-        table = device.table(chunks, stream)
-        device.launch(kernel, chunks.shape[0], stream, table, like(dtype))
+        launch(kernel, {dtype: [device.table(chunks, stream)]}, stream)
 
 
 def add(span: Span, stream: Any) -> None:

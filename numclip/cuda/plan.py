@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from numclip import tables
 from numclip.cuda import device
-from numclip.cuda.contiguous import Chunks, Shared
+from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import norms, verdict
 from numclip.cuda.rows import Groups, Rows
 from numclip.cuda.strided import Tiles
+from numclip.cuda.work import Shared, Work
 from numclip.dtypes import Array
 from numclip.law import Law, Laws, Pool, by_norms, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
@@ -36,36 +37,6 @@ class HostTable:
         if not np.array_equal(table, self.sent, equal_nan=True):
             device.update(self.table, table, stream)
             self.sent = table
-
-
-class Work(Protocol):
-    """How some of a plan's tensors are measured and written, as `Chunks` does it."""
-
-    counts: Array
-    repeats: bool
-
-    def send(self, parts: Array, stream: Any) -> None:
-        """Make the tables; `parts` says where the partial sums of each tensor begin."""
-
-    def sum_squares(self, shared: Shared, stream: Any) -> None:
-        """Write the partial sums of squares."""
-
-    def max_magnitude(self, shared: Shared, stream: Any) -> None:
-        """Write the partial maxima."""
-
-    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
-        """Write the partial sums of powers over the peaks in the laws."""
-
-    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write each tensor times the factor that was decided."""
-
-    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Scale, in place, those tensors whose factor is no plain number."""
-
-    def clamp(
-        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
-    ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
 
 
 WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
@@ -104,6 +75,7 @@ class Plan:
         for k, span in enumerate(self.spans):
             members.setdefault(type(span), {})[k] = span
         self._works: list[Work] = [WORKS[kind](own) for kind, own in members.items()]
+        self._rows = next((work for work in self._works if isinstance(work, Rows)), None)
         numbers = [list(own) for own in members.values()]
         counts = np.zeros(len(self.spans), np.int64)
         for work, own in zip(self._works, numbers, strict=True):
@@ -132,28 +104,25 @@ class Plan:
             self.spans[k] = span
         self._groupings = list(groupings)
         self._facts = Laws(self.spans, self.pools)
-        for work in self._works:
-            if isinstance(work, Rows):
-                work.take(spans, groupings, stream)
+        if self._rows is not None:
+            self._rows.take(spans, groupings, stream)
 
     def keep_sums(self) -> None:
         """Have memory for the sums of rows, which `sum_scaled` writes."""
         self._groupings = []
-        for work in self._works:
-            if isinstance(work, Rows):
-                work.keep_sums()
+        if self._rows is not None:
+            self._rows.keep_sums()
 
     def row_sums(self) -> list[tuple[int, RowSpan, int]]:
         """Return the number of each tensor whose rows can share an index, and where sums are."""
         found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
-        sums = [place for work in self._works if isinstance(work, Rows) for place in work.sums]
+        sums = [] if self._rows is None else self._rows.sums
         return [(*own, place) for own, place in zip(found, sums, strict=True)]
 
     def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write the sums of rows times the factor that was decided; of what is not skipped."""
-        for work in self._works:
-            if isinstance(work, Rows):
-                work.sum_scaled(self._shared, outcome[1], stream)
+        if self._rows is not None:
+            self._rows.sum_scaled(self._shared, outcome[1], stream)
 
     def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
         """Return memory for the sums of the tensors and the decisions for the pools, so often."""

@@ -14,9 +14,10 @@ import numpy as np
 
 from numclip import tables
 from numclip.cuda import device
-from numclip.cuda.contiguous import Chunks, Shared, like
+from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import rows
 from numclip.cuda.strided import Tiles
+from numclip.cuda.work import Kernels, Shared, Work, launch, like
 from numclip.dtypes import Array, DType
 from numclip.memory import Memory, RowSpan, Span, Strided
 
@@ -128,14 +129,15 @@ def _joined(parts: Sequence[_Mapped]) -> _Mapped:
     return _Mapped(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-class Rows:
-    """The work on some of a plan's tensors, by their numbers, whose rows can share an index.
+class Rows(Work):
+    """The work on tensors whose rows can share an index.
 
-    `counts` says how many partial sums each of them takes. `take` says where the rows are;
-    `sums` are then the addresses of memory for their sums, where `keep_sums` was asked for it.
+    `take` says where the rows are; `sums` are then the addresses of memory for their sums, where
+    `keep_sums` was asked for it. They are written as they lie, by other works.
     """
 
     repeats = True
+    kernels = Kernels(rows.sum_row_squares, rows.max_row_magnitude, rows.sum_row_powers)
 
     def __init__(self, spans: Mapping[int, RowSpan]) -> None:
         self._numbers = list(spans)
@@ -161,12 +163,13 @@ class Rows:
                 spans, groupings, counts, self.sums, numbers, strict=True
             )
         ]
-        self._tables: dict[DType, list[Any]] = {}
+        made: dict[DType, list[Any]] = {}
         for dtype in dict.fromkeys(span.dtype for span in spans):
             own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
-            self._tables[dtype] = [device.table(array, stream) for array in _joined(own)]
-        self._written = self._writers(dict(zip(self._numbers, spans, strict=True)))
-        for work in self._written:
+            made[dtype] = [device.table(array, stream) for array in _joined(own)]
+        self._tables = made
+        self._works = self._writers(dict(zip(self._numbers, spans, strict=True)))
+        for work in self._works:
             work.send(np.zeros(len(work.counts), np.int64), stream)
 
     def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int], stream: Any) -> list[int]:
@@ -181,50 +184,25 @@ class Rows:
         starts = itertools.accumulate(sizes[:-1], initial=self._memory.address)
         return list(starts)
 
-    def _writers(self, spans: Mapping[int, RowSpan]) -> list[Any]:
+    def _writers(self, spans: Mapping[int, RowSpan]) -> list[Work]:
         """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
         real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
         flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
-        writers: list[Any] = [Chunks(real)] if real else []
+        writers: list[Work] = [Chunks(real)] if real else []
         return [*writers, Tiles(flat)] if flat else writers
-
-    def sum_squares(self, shared: Shared, stream: Any) -> None:
-        """Sum the squares of each share's sums: one read."""
-        self._each(rows.sum_row_squares, stream, shared.tensors, after=[shared.partial])
-
-    def max_magnitude(self, shared: Shared, stream: Any) -> None:
-        """Find the largest magnitude of each share's sums: one read."""
-        self._each(rows.max_row_magnitude, stream, shared.tensors, after=[shared.partial])
-
-    def sum_powers(self, shared: Shared, laws: Any, stream: Any) -> None:
-        """Sum the powers of the magnitudes of each share's sums over the peak: one read."""
-        self._each(rows.sum_row_powers, stream, shared.tensors, laws, after=[shared.partial])
-
-    def _each(self, kernel: Any, stream: Any, *before: Any, after: Sequence[Any] = ()) -> None:
-        """Launch a kernel for each dtype."""
-        for dtype, own in self._tables.items():
-            device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
 
     def sum_scaled(self, shared: Shared, decisions: Any, stream: Any) -> None:
         """Write the sums of rows times the factor that was decided: one read."""
-        self._each(rows.sum_scaled_rows, stream, shared.tensors, decisions)
+        launch(rows.sum_scaled_rows, self._tables, stream, shared.tensors, decisions)
 
-    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write the rows as they lie times the factor that was decided."""
-        for work in self._written:
-            work.scale(shared, decisions, stream)
+    def _scale(self, *given: Any) -> None:
+        for work in self._works:
+            work._scale(*given)
 
-    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
-        for work in self._written:
-            work.scale_rare(shared, decisions, stream)
-
-    def clamp(
-        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
-    ) -> None:
+    def clamp(self, *given: Any) -> None:
         """Write the rows as they lie held between two bounds, but of those skipped."""
-        for work in self._written:
-            work.clamp(shared, decisions, bounds, members, stream)
+        for work in self._works:
+            work.clamp(*given)
 
 
 def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
@@ -235,4 +213,4 @@ def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: 
     if not span.size:
         return
     made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
-    device.launch(rows.sum_rows, made[0].shape[0], stream, *made, like(span.dtype), like(to))
+    launch(rows.sum_rows, {span.dtype: made}, stream, after=[like(to)])

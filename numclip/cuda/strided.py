@@ -10,8 +10,10 @@ import numpy as np
 
 from numclip import tables
 from numclip.cuda import device
-from numclip.cuda.contiguous import Shared, copied_first, like
+from numclip.cuda.contiguous import copied_first
 from numclip.cuda.kernels import tile_scaling, tiles
+from numclip.cuda.kernels.packets import PACKET, WORD
+from numclip.cuda.work import Kernels, Tables, Work, launch
 from numclip.dtypes import Array, DType
 from numclip.memory import Memory, Strided
 
@@ -94,11 +96,16 @@ def bits_of(number: int) -> int:
 
 
 def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
-    """Return how many neighbours are read at a time, as a power of two; the rest are lanes."""
+    """Return how many neighbours are read at a time, as a power of two; the rest are lanes.
+
+    Lines that can be read in packets are: two lanes of them read a sector.
+    """
     lanes = bits_of(-(-along.length // TURNS))
     least = 0
     if abs(along.steps[0]) < abs(across.steps[0]) or across.length == 1:
-        lanes = max(lanes, min(bits_of(SECTOR // itemsize), bits_of(along.length)))
+        packets = along.steps[0] == itemsize and across.steps[0] % WORD == 0
+        read = WORD if packets else itemsize
+        lanes = max(lanes, min(bits_of(SECTOR // read), bits_of(along.length)))
     else:
         least = min(bits_of(LINE // itemsize), tiles.ALL_BITS)
     return min(max(tiles.ALL_BITS - lanes, least, 0), bits_of(across.length))
@@ -145,7 +152,8 @@ def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces
     bits = width_bits(along, across, array.itemsize)
     nbytes = array.size * array.dtype.storage.itemsize
     most = min(max(nbytes // TILES, LEAST_BYTES), MOST_BYTES) // array.itemsize
-    length, lines = max(along.length if whole else min(most >> bits, along.length), 1), 1 << bits
+    longest = max(most >> bits, PACKET) // PACKET * PACKET  # that the next one begins at a word
+    length, lines = max(along.length if whole else min(longest, along.length), 1), 1 << bits
     if across.kept and along.length <= length:
         lines *= max(most // (length << bits), 1)
     return Pieces(along, across, rest, length, lines, bits)
@@ -183,20 +191,26 @@ def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> t
     return table.reshape(-1, tables.TILE_COLUMNS), sums
 
 
-class Tiles:
-    """The work on some of a plan's tensors, by their numbers, that lie in memory of any steps.
+class Tiles(Work):
+    """The work on tensors that lie in memory of any steps.
 
-    `counts` says how many partial sums each of them takes: so many for each unit, unit by unit.
+    Of its `counts`, each unit has as many, unit by unit.
     """
 
-    repeats = False
+    kernels = Kernels(
+        tiles.sum_tile_squares,
+        tiles.max_tile_magnitude,
+        tiles.sum_tile_powers,
+        tile_scaling.scale_tiles,
+        tile_scaling.clamp_tiles,
+    )
 
     def __init__(self, arrays: Mapping[int, Strided]) -> None:
         self._arrays = dict(arrays)
         self._cut = {k: cut(array, [array.read] * 2) for k, array in arrays.items()}
         sums = [self._cut[k][1] * array.units for k, array in arrays.items()]
         self.counts = np.array(sums, np.int64)
-        self._written: dict[range | None, dict[DType, Any]] = {}
+        self._made: dict[range | None, Tables] = {}
 
     def send(self, parts: Array, stream: Any) -> None:
         """Make the tables; `parts` says where the partial sums of each tensor begin."""
@@ -206,77 +220,30 @@ class Tiles:
             found[k] = table
         self._tables = _by_dtype(self._arrays, found, stream)
         if all(array.read == array.written for array in self._arrays.values()):
-            self._written[None] = self._tables
+            self._made[None] = self._tables
 
-    def _written_tables(self, members: range | None, stream: Any) -> dict[DType, Any]:
-        """Return the tables by which some tensors, or all, are written; made once."""
-        if members not in self._written:
+    def _written(self, members: range | None, stream: Any) -> Tables:
+        if members not in self._made:
             chosen = [k for k in self._arrays if members is None or k in members]
             found = {k: cut(self._arrays[k], self._arrays[k][2:4])[0] for k in chosen}
-            self._written[members] = _by_dtype(self._arrays, found, stream)
-        return self._written[members]
-
-    def sum_squares(self, shared: Shared, stream: Any) -> None:
-        """Sum the squares of each tile: one read."""
-        self._measure(tiles.sum_tile_squares, stream, shared.tensors, shared.partial)
-
-    def max_magnitude(self, shared: Shared, stream: Any) -> None:
-        """Find the largest real or imaginary part of each tile: one read."""
-        self._measure(tiles.max_tile_magnitude, stream, shared.tensors, shared.partial)
-
-    def sum_powers(self, shared: Shared, peaks: Any, stream: Any) -> None:
-        """Sum the powers of magnitudes over peaks, those of pools or of units: one read.
-
-        Of infinite order, find the largest magnitude over the peak.
-        """
-        for dtype, table in self._tables.items():
-            arguments = shared.tensors, peaks, like(dtype), shared.partial
-            device.launch(tiles.sum_tile_powers, table.shape[0], stream, table, *arguments)
-
-    def _measure(self, kernel: Any, stream: Any, tensors: Any, partial: Any) -> None:
-        for dtype, table in self._tables.items():
-            device.launch(kernel, table.shape[0], stream, table, tensors, like(dtype), partial)
-
-    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write each tensor times its factors; one read, one write, or none."""
-        self._scale(tables.MULTIPLY, shared, decisions, stream)
-
-    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Scale, in place, what has a factor that is no plain number; rarely any."""
-        self._scale(tables.TRUNCATE, shared, decisions, stream)
-
-    def _scale(self, least: int, shared: Shared, decisions: Any, stream: Any) -> None:
-        for dtype, table in self._written_tables(None, stream).items():
-            numbers = [np.int64(number) for number in (least, *dtype.precision)]
-            arguments = shared.tensors, decisions, *numbers, like(dtype)
-            device.launch(tile_scaling.scale_tiles, table.shape[0], stream, table, *arguments)
-
-    def clamp(
-        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
-    ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
-        for dtype, table in self._written_tables(members, stream).items():
-            arguments = shared.tensors, decisions, *bounds, like(dtype)
-            device.launch(tile_scaling.clamp_tiles, table.shape[0], stream, table, *arguments)
+            self._made[members] = _by_dtype(self._arrays, found, stream)
+        return self._made[members]
 
 
-def _by_dtype(
-    arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any
-) -> dict[DType, Any]:
+def _by_dtype(arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any) -> Tables:
     """Return one table of the tiles of each dtype that has some, sent to the GPU."""
     rows: dict[DType, list[Array]] = {}
     for k, table in found.items():
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
     joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: device.table(own, stream) for dtype, own in joined.items() if len(own)}
+    return {dtype: [device.table(own, stream)] for dtype, own in joined.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
     """Write an array held between others, of the same shape and dtype."""
     table = device.table(cut(array, [array.read, array.written, low, high])[0], stream)
-    kernel = tile_scaling.clamp_tiles_between
-    device.launch(kernel, table.shape[0], stream, table, like(array.dtype))
+    launch(tile_scaling.clamp_tiles_between, {array.dtype: [table]}, stream)
 
 
 class Sums:
@@ -288,6 +255,4 @@ class Sums:
 
     def write(self, tensors: Any, units: Any, stream: Any) -> None:
         """Write the sums, in float64, where the arrays are written; those have steps of 0."""
-        for dtype, table in self._tables.items():
-            arguments = tensors, units, like(dtype)
-            device.launch(tile_scaling.sum_examples, table.shape[0], stream, table, *arguments)
+        launch(tile_scaling.sum_examples, self._tables, stream, tensors, units)

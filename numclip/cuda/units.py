@@ -11,11 +11,11 @@ import numpy as np
 
 from numclip import tables
 from numclip.cuda import device
-from numclip.cuda.contiguous import Shared
 from numclip.cuda.kernels import units
 from numclip.cuda.kernels.tiles import ALL_BITS
 from numclip.cuda.plan import HostTable
 from numclip.cuda.strided import Tiles, bits_of
+from numclip.cuda.work import Shared
 from numclip.dtypes import Array
 from numclip.law import Family, unit_laws
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from numclip import methods
 from numclip.cuda import device
-from numclip.cuda.contiguous import like, split
+from numclip.cuda.contiguous import split
 from numclip.cuda.kernels import updates
 from numclip.cuda.plan import HostTable, Plan
-from numclip.dtypes import Array, DType
+from numclip.cuda.work import Tables, launch
+from numclip.dtypes import Array
 from numclip.engine import Outcome
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
@@ -20,7 +21,7 @@ from numclip.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
 
 KERNELS = {
     "descend": updates.descend,
-    "descend_with_momentum": updates.descend_with_momentum,
+    "descend_with_momentum": updates.descend,
     "adam": updates.adam,
 }
 """What takes a step, by the name that an optimizer has for it."""
@@ -68,11 +69,11 @@ class Places:
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
         return rows
 
-    def by_dtype(self, rows: Array, stream: Any) -> dict[DType, Any]:
+    def by_dtype(self, rows: Array, stream: Any) -> Tables:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
-            dtype: device.table(rows[dtypes == dtype], stream)
+            dtype: [device.table(rows[dtypes == dtype], stream)]
             for dtype in dict.fromkeys(dtypes.tolist())
         }
 
@@ -95,7 +96,7 @@ class GroupUpdates:
         self._name, self._kernel = kernel, KERNELS[kernel]
         self._plan, self._places = plan, Places(spans, states)
         self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
-        self._row_updates: dict[DType, Any] = {}
+        self._row_updates: Tables = {}
         self._left: set[int] = set()  # of tensors that are not updated
         self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
         shape = len(plan.pools), SETTINGS_COLUMNS
@@ -153,9 +154,7 @@ class GroupUpdates:
         else:
             device.launch(updates.advance, 1, stream, outcome[1], self._counts)
         for found in (self._updates, self._row_updates):
-            for dtype, rows in found.items():
-                arguments = self._plan.tensors, outcome[1], settings, like(dtype)
-                device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)
+            launch(self._kernel, found, stream, self._plan.tensors, outcome[1], settings)
 
 
 class ArrayUpdates:
@@ -197,6 +196,5 @@ class ArrayUpdates:
         for row, count in zip(table, counts, strict=True):
             row[: len(found[count])] = found[count]
         self._numbers.write(table, stream)
-        for dtype, rows in self._updates.items():
-            arguments = self._tensors, self._decisions, self._numbers.table, like(dtype)
-            device.launch(self._kernel, rows.shape[0], stream, rows, *arguments)
+        inputs = self._tensors, self._decisions, self._numbers.table
+        launch(self._kernel, self._updates, stream, *inputs)

@@ -53,10 +53,9 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     },
     verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
     scaling: {
-        "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
+        "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
         "copy_chunks": (TABLE, LIKE),
         "add_chunks": (TABLE, LIKE),
-        "scale_rare": (TABLE, TABLE, NUMBERS, types.int64, types.int64, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
         "add": (types.int64,) * 5 + (LIKE,),
     },
@@ -85,7 +84,6 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "advance": (NUMBERS, COUNTS),
         "advance_adam": (NUMBERS, NUMBERS, COUNTS, NUMBERS),
         "descend": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
-        "descend_with_momentum": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
         "adam": (TABLE, TABLE, NUMBERS, NUMBERS, LIKE),
     },
 }

@@ -40,7 +40,6 @@ STREAMING = {
     "clamp": True,
     "add": True,
     "descend": True,
-    "descend_with_momentum": True,
     "adam": True,
 }
 

@@ -5,21 +5,17 @@ Of each chunk, the source is where elements of 16 bits are, the target where tho
 
 import numpy as np
 
-from numclip.cuda.device import THREADS, cuda, inline, kernel
+from numclip import tables as col
+from numclip.cuda.device import cuda, inline, kernel
 from numclip.cuda.kernels.packets import (
-    PACKET,
-    WORD,
     differ,
     each,
-    load,
-    load_packet,
+    load_at,
     nearest,
-    store,
-    store_packet,
-    whole_packets,
+    over_packets,
+    store_at,
 )
 from numclip.cuda.kernels.scaling import added
-from numclip.tables import LENGTH, SOURCE, TARGET
 
 WIDE = np.float32(0.0)
 
@@ -29,23 +25,16 @@ def round_chunks(chunks, like):
     """Write the nearest copies. One read, one write of half the size."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        round_chunk(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
+        copies, numbers = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        length, arguments = chunks[c, col.LENGTH], (copies, numbers, like)
+        over_packets(round_at, arguments, copies | numbers, length, like)
         c += cuda.gridDim.x
 
 
 @inline
-def round_chunk(copies, numbers, length, like):
-    """Write the copies of a chunk."""
-    packets = whole_packets(copies | numbers, length)
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        x = load_packet(numbers + 2 * p * WORD, np.int64(WORD), WIDE)
-        store_packet(copies + p * WORD, np.int64(0), each(nearest, (x,), (like,)), like)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        store(copies + 2 * i, nearest(load(numbers + 4 * i, WIDE), like), like)
-        i += THREADS
+def round_at(spots, copies, numbers, like):
+    """Write the copies at some spots."""
+    store_at(copies, spots, each(nearest, (load_at(numbers, spots, WIDE),), (like,)), like)
 
 
 @kernel
@@ -53,33 +42,23 @@ def take_over_chunks(chunks, like):
     """Let numbers be those of the copies that are none of theirs. Two reads, rarely a write."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        take_over_chunk(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
+        copies, numbers = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        length, arguments = chunks[c, col.LENGTH], (copies, numbers, like)
+        over_packets(take_over_at, arguments, copies | numbers, length, like)
         c += cuda.gridDim.x
 
 
 @inline
-def take_over_chunk(copies, numbers, length, like):
-    """Do so for a chunk."""
-    packets = whole_packets(copies | numbers, length)
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        own = load_packet(copies + p * WORD, np.int64(0), like)
-        x = load_packet(numbers + 2 * p * WORD, np.int64(WORD), WIDE)
-        if any_differs(x, own, like):
-            x = each(taken, (x, own), (like,))
-            store_packet(numbers + 2 * p * WORD, np.int64(WORD), x, WIDE)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        own = load(copies + 2 * i, like)
-        if differ(load(numbers + 4 * i, WIDE), own, like):
-            store(numbers + 4 * i, own, WIDE)
-        i += THREADS
+def take_over_at(spots, copies, numbers, like):
+    """Do so at some spots."""
+    own, x = load_at(copies, spots, like), load_at(numbers, spots, WIDE)
+    if any_differs(x, own, like):
+        store_at(numbers, spots, each(taken, (x, own), (like,)), WIDE)
 
 
 @inline
 def any_differs(x, copies, like):
-    """Tell whether a copy of a packet is none of its number."""
+    """Tell whether one of some copies is none of its number."""
     found = False
     for k in range(len(x)):
         found |= differ(x[k], copies[k], like)
@@ -97,25 +76,16 @@ def widen_chunks(chunks, adds, like):
     """Copy each chunk, or add it. One read of half the size, or two, and one write."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        widen_chunk(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], adds, like)
+        source, target = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        length, arguments = chunks[c, col.LENGTH], (source, target, adds, like)
+        over_packets(widen_at, arguments, source | target, length, like)
         c += cuda.gridDim.x
 
 
 @inline
-def widen_chunk(source, target, length, adds, like):
-    """Copy a chunk, or add it."""
-    packets = whole_packets(source | target, length)
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        x = load_packet(source + p * WORD, np.int64(0), like)
-        place = target + 2 * p * WORD
-        if adds:
-            x = each(added, (x, load_packet(place, np.int64(WORD), WIDE)), ())
-        store_packet(place, np.int64(WORD), x, WIDE)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        value = load(source + 2 * i, like)
-        place = target + 4 * i
-        store(place, added(value, load(place, WIDE)) if adds else value, WIDE)
-        i += THREADS
+def widen_at(spots, source, target, adds, like):
+    """Copy what is at some spots, or add it."""
+    x = load_at(source, spots, like)
+    if adds:
+        x = each(added, (x, load_at(target, spots, WIDE)), ())
+    store_at(target, spots, x, WIDE)

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import (
     NOTHING,
@@ -20,9 +21,10 @@ from numclip.cuda.kernels.blocks import (
 )
 from numclip.cuda.kernels.packets import (
     PACKET,
-    WORD,
+    fold_packets,
     load,
-    load_packet,
+    load_at,
+    packet_at,
     size_of,
     whole_packets,
 )
@@ -33,58 +35,32 @@ from numclip.cuda.kernels.scalars import (
     two_sum,
     usable,
 )
-from numclip.tables import (
-    BAD,
-    EXPONENT,
-    FIRST,
-    LAST,
-    LENGTH,
-    ORD,
-    OWNER,
-    PART,
-    PEAK,
-    POOL,
-    SOURCE,
-    TERMS,
-    TERMS_PEAK,
-    TOTAL,
-    ZEROING,
-)
 
 
 @inline
-def packet_squares(x):
-    """Return the sum of the squares of a packet."""
-    total = 0.0
+def sum_of_squares(x):
+    """Return the sum of the squares of one packet, or two."""
+    first, second = 0.0, 0.0
     for k in range(len(x)):
         value = np.float64(x[k])
-        total += value * value
-    return total
+        if k < PACKET:
+            first += value * value
+        else:
+            second += value * value
+    return first + second
 
 
 @inline
-def chunk_squares(address, length, like, room):
-    """Return a chunk's sum of squares; two packets a turn, to have more loads in flight."""
-    total, error = 0.0, 0.0
-    packets = whole_packets(address, length)
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p + THREADS < packets:
-        x = load_packet(address + p * WORD, stride, like)
-        y = load_packet(address + (p + THREADS) * WORD, stride, like)
-        total, rest = two_sum(total, packet_squares(x) + packet_squares(y))
-        error += rest
-        p += 2 * THREADS
-    if p < packets:
-        total, rest = two_sum(total, packet_squares(load_packet(address + p * WORD, stride, like)))
-        error += rest
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        value = np.float64(load(address + i * size_of(like), like))
-        total, rest = two_sum(total, value * value)
-        error += rest
-        i += THREADS
-    return block_sum(total, error, room)
+def with_squares(state, x):
+    """Return a sum of squares and its error with those of some elements."""
+    total, rest = two_sum(state[0], sum_of_squares(x))
+    return total, state[1] + rest
+
+
+@inline
+def lane_squares_of(address, length, lane, lanes, like):
+    """Return a lane's share of a sum of squares and its error."""
+    return fold_packets(with_squares, (0.0, 0.0), (), address, length, lane, lanes, like)
 
 
 @inline
@@ -118,17 +94,18 @@ def is_lossless(total, like):
 def sum_squares(chunks, tensors, like, out):
     """Write each chunk's sum of squares. Reads every element once, rare chunks twice."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    c = np.int64(cuda.blockIdx.x)
+    c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
-        address, length = chunks[c, SOURCE], chunks[c, LENGTH]
-        total, exponent, bad = chunk_squares(address, length, like, room), 0, 0.0
+        address, length = chunks[c, col.SOURCE], chunks[c, col.LENGTH]
+        total, error = lane_squares_of(address, length, i, THREADS, like)
+        total, exponent, bad = block_sum(total, error, room), 0, 0.0
         if not is_lossless(total, like):
-            masked = tensors[chunks[c, OWNER], ZEROING] != 0
+            masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
             total, exponent, bad = careful_squares(address, length, masked, like, room)
         if cuda.threadIdx.x == 0:
-            out[chunks[c, PART], TOTAL] = total
-            out[chunks[c, PART], EXPONENT] = exponent
-            out[chunks[c, PART], BAD] = bad
+            out[chunks[c, col.PART], col.TOTAL] = total
+            out[chunks[c, col.PART], col.EXPONENT] = exponent
+            out[chunks[c, col.PART], col.BAD] = bad
         c += cuda.gridDim.x
 
 
@@ -142,8 +119,9 @@ def finite_magnitude(element, masked):
 
 
 @inline
-def packet_max(x, masked, largest, bad):
-    """Return the largest magnitude with those of a packet, and how many are not finite."""
+def with_largest(state, x, masked):
+    """Return the largest magnitude and how many are not finite, with some elements."""
+    largest, bad = state
     for k in range(len(x)):
         value, odd = finite_magnitude(x[k], masked)
         largest = larger(largest, value)
@@ -152,43 +130,26 @@ def packet_max(x, masked, largest, bad):
 
 
 @inline
-def chunk_max(address, length, masked, like):
-    """Return a thread's largest magnitude of a chunk, and how many elements are not finite."""
-    largest, bad = 0.0, 0.0
-    packets = whole_packets(address, length)
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p + THREADS < packets:
-        x = load_packet(address + p * WORD, stride, like)
-        y = load_packet(address + (p + THREADS) * WORD, stride, like)
-        largest, bad = packet_max(x, masked, largest, bad)
-        largest, bad = packet_max(y, masked, largest, bad)
-        p += 2 * THREADS
-    if p < packets:
-        x = load_packet(address + p * WORD, stride, like)
-        largest, bad = packet_max(x, masked, largest, bad)
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        value, odd = finite_magnitude(load(address + i * size_of(like), like), masked)
-        largest = larger(largest, value)
-        bad += odd
-        i += THREADS
-    return largest, bad
+def lane_max_of(address, length, masked, lane, lanes, like):
+    """Return the largest magnitude of a lane's share, and how many elements are not finite."""
+    state = 0.0, 0.0
+    return fold_packets(with_largest, state, (masked,), address, length, lane, lanes, like)
 
 
 @kernel
 def max_magnitude(chunks, tensors, like, out):
     """Write each chunk's largest magnitude. Reads every element once."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    c = np.int64(cuda.blockIdx.x)
+    c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
-        masked = tensors[chunks[c, OWNER], ZEROING] != 0
-        largest, bad = chunk_max(chunks[c, SOURCE], chunks[c, LENGTH], masked, like)
+        masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
+        address, length = chunks[c, col.SOURCE], chunks[c, col.LENGTH]
+        largest, bad = lane_max_of(address, length, masked, i, THREADS, like)
         largest, bad = block_max(largest, room), block_sum(bad, 0.0, room)
         if cuda.threadIdx.x == 0:
-            out[chunks[c, PART], TOTAL] = largest
-            out[chunks[c, PART], EXPONENT] = 0.0
-            out[chunks[c, PART], BAD] = bad
+            out[chunks[c, col.PART], col.TOTAL] = largest
+            out[chunks[c, col.PART], col.EXPONENT] = 0.0
+            out[chunks[c, col.PART], col.BAD] = bad
         c += cuda.gridDim.x
 
 
@@ -202,43 +163,47 @@ def find_peaks(tensors, pools, partial, column, out):
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
         largest, terms = 0.0, 0.0
-        part = tensors[pools[p, FIRST], FIRST] + cuda.threadIdx.x
-        while part < tensors[pools[p, LAST] - 1, LAST]:
-            largest = larger(largest, partial[part, TOTAL])
-            terms = larger(terms, partial[part, TERMS])
+        part = tensors[pools[p, col.FIRST], col.FIRST] + cuda.threadIdx.x
+        while part < tensors[pools[p, col.LAST] - 1, col.LAST]:
+            largest = larger(largest, partial[part, col.TOTAL])
+            terms = larger(terms, partial[part, col.TERMS])
             part += THREADS
         largest, terms = block_max(largest, room), block_max(terms, room)
         if cuda.threadIdx.x == 0:
-            out[p, column], out[p, column + TERMS_PEAK - PEAK] = largest, larger(largest, terms)
+            out[p, column], out[p, column + col.TERMS_PEAK - col.PEAK] = (
+                largest,
+                larger(largest, terms),
+            )
         p += cuda.gridDim.x
 
 
 @inline
-def with_power(element, masked, peak, ord, total, error):
-    """Return a sum of powers and its error with an element's; of infinite order, a ratio."""
-    value, _ = finite_magnitude(element, masked)
+def with_ratio(ratio, ord, total, error):
+    """Return a sum of powers and its error with a ratio's; of infinite order, the largest ratio."""
     if ord == math.inf:
-        return larger(total, value / peak), error
-    total, rest = two_sum(total, power_term(value / peak, ord))
+        return larger(total, ratio), error
+    total, rest = two_sum(total, power_term(ratio, ord))
     return total, error + rest
 
 
 @inline
-def chunk_powers(address, length, masked, peak, ord, like):
-    """Return a thread's sum of powers of a chunk and its error."""
+def lane_powers_of(address, length, law, lane, lanes, like):
+    """Return a lane's share of a sum of powers and its error; `law` is masked, peak and order."""
+    masked, peak, ord = law
     total, error = 0.0, 0.0
     packets = whole_packets(address, length)
-    p = np.int64(cuda.threadIdx.x)
+    p = lane
     while p < packets:
-        x = load_packet(address + p * WORD, packets * WORD, like)
+        x = load_at(address, (packet_at(p, packets, like),), like)
         for k in range(len(x)):
-            total, error = with_power(x[k], masked, peak, ord, total, error)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
+            value, _ = finite_magnitude(x[k], masked)
+            total, error = with_ratio(value / peak, ord, total, error)
+        p += lanes
+    i = packets * PACKET + lane
     while i < length:
-        element = load(address + i * size_of(like), like)
-        total, error = with_power(element, masked, peak, ord, total, error)
-        i += THREADS
+        value, _ = finite_magnitude(load(address + i * size_of(like), like), masked)
+        total, error = with_ratio(value / peak, ord, total, error)
+        i += lanes
     return total, error
 
 
@@ -246,13 +211,13 @@ def chunk_powers(address, length, masked, peak, ord, like):
 def sum_powers(chunks, tensors, laws, like, out):
     """Write each chunk's sum of ``(|x| / peak) ** ord``; of infinite order, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    c = np.int64(cuda.blockIdx.x)
+    c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
-        tensor = tensors[chunks[c, OWNER]]
-        peak, ord = usable(laws[tensor[POOL], PEAK]), laws[tensor[POOL], ORD]
-        address, length, masked = chunks[c, SOURCE], chunks[c, LENGTH], tensor[ZEROING] != 0
-        total, error = chunk_powers(address, length, masked, peak, ord, like)
+        tensor, chunk = tensors[chunks[c, col.OWNER]], chunks[c]
+        peak, ord = usable(laws[tensor[col.POOL], col.PEAK]), laws[tensor[col.POOL], col.ORD]
+        law = tensor[col.ZEROING] != 0, peak, ord
+        total, error = lane_powers_of(chunk[col.SOURCE], chunk[col.LENGTH], law, i, THREADS, like)
         total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
         if cuda.threadIdx.x == 0:
-            out[chunks[c, PART], TOTAL] = total
+            out[chunks[c, col.PART], col.TOTAL] = total
         c += cuda.gridDim.x

@@ -1,8 +1,10 @@
 """Elements in the GPU's memory by their addresses: one at a time, or eight in 16-byte words.
 
-A packet is eight elements as the type they are computed in: one, two or four words of 16 bytes,
-`stride` bytes apart. `like` is a 0 of the type that elements are stored as; float16 travels as
-uint16 and bfloat16 as int16.
+A packet is eight elements: one, two or four words of 16 bytes. Those of a chunk are as far apart
+as the chunk has packets, so that threads which follow one another read words that do. A *spot* is
+the number of an element, or a packet as `packet_at` tells it; several are read before anything is
+written. `like` is a 0 of the type that elements are stored as; float16 travels as uint16 and
+bfloat16 as int16.
 """
 
 import numpy as np
@@ -10,14 +12,14 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from numclip.cuda.device import inline
+from numclip.cuda.device import THREADS, cuda, inline
 from numclip.halves import float_to_bfloat, float_to_half
 
 PACKET = 8
 WORD = 16  # bytes of the widest load and store
 
 _GLOBAL = 1  # the address space of the GPU's memory
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
@@ -170,113 +172,141 @@ def differ(_typing, value, other, like):
 
 
 @intrinsic
-def load_packet(_typing, address, stride, like):
-    """Return eight elements, of words that are `stride` bytes apart."""
-    packet = types.UniTuple(_computed(like), PACKET)
-    width = _width(like)
+def packet_at(_typing, _number, _packets, like):
+    """Return the spot of the packet of a number, of so many; of 16 bits, the number alone.
+
+    Their words, and those of float32 that go with them, follow one another.
+    """
+    spot = types.UniTuple(types.int64, 1 if like.bitwidth == 16 else 2)
 
     def emit(context, builder, _signature, arguments):
-        place, values = arguments[0], []
-        for _ in range(PACKET // width):
-            word = builder.load(_pointer(builder, place, _word(like)), align=WORD)
-            elements = _elements_of(builder, word, like)
-            values += [_widened(builder, element, like) for element in elements]
-            place = builder.add(place, arguments[1])
-        return context.make_tuple(builder, packet, values)
+        return context.make_tuple(builder, spot, arguments[: len(spot)])
 
-    return packet(address, stride, like), emit
+    return spot(types.int64, types.int64, like), emit
+
+
+def _placed(builder, address, spot, kind, like):
+    """Return the addresses of the words of a spot, or of its element."""
+
+    def size(number):
+        return ir.Constant(_I64, number)
+
+    if isinstance(kind, types.Integer):
+        return [builder.add(address, builder.mul(spot, size(like.bitwidth // 8)))]
+    number, *packets = _unpacked(builder, spot)
+    bytes_on = WORD if packets else PACKET * like.bitwidth // 8
+    step = builder.mul(packets[0], size(WORD)) if packets else size(WORD)
+    places = [builder.add(address, builder.mul(number, size(bytes_on)))]
+    for _ in range(PACKET // _width(like) - 1):
+        places.append(builder.add(places[-1], step))
+    return places
+
+
+def _pointers(builder, address, spots, kinds, like):
+    """Return pointers to the words, or elements, of some spots, and how these are aligned."""
+    single = isinstance(kinds.dtype, types.Integer)
+    element, align = (_ELEMENTS[like], like.bitwidth // 8) if single else (_word(like), WORD)
+    places = [
+        place
+        for spot in _unpacked(builder, spots)
+        for place in _placed(builder, address, spot, kinds.dtype, like)
+    ]
+    return [_pointer(builder, place, element) for place in places], align
+
+
+def _lanes(spots, like):
+    """Return the type of the elements of some spots."""
+    count = len(spots) * (1 if isinstance(spots.dtype, types.Integer) else PACKET)
+    return types.UniTuple(_computed(like), count)
 
 
 @intrinsic
-def store_packet(_typing, address, stride, values, like):
-    """Write eight elements to words that are `stride` bytes apart."""
-    width = _width(like)
+def load_at(_typing, address, spots, like):
+    """Return the elements at some spots."""
+    lanes = _lanes(spots, like)
 
     def emit(context, builder, _signature, arguments):
-        place = arguments[0]
-        lanes = _unpacked(builder, arguments[2])
-        elements = [_narrowed(builder, lane, like) for lane in lanes]
-        for first in range(0, PACKET, width):
-            word = _word_of(builder, elements[first : first + width], like)
-            builder.store(word, _pointer(builder, place, _word(like)), align=WORD)
-            place = builder.add(place, arguments[1])
-        return context.get_dummy_value()
+        pointers, align = _pointers(builder, *arguments[:2], spots, like)
+        words = [builder.load(pointer, align=align) for pointer in pointers]
+        if align == WORD:
+            words = [part for word in words for part in _elements_of(builder, word, like)]
+        return context.make_tuple(builder, lanes, [_widened(builder, w, like) for w in words])
 
-    return types.void(address, stride, values, like), emit
-
-
-def _moved(builder, pairs, element, align):
-    """Copy from and to pairs of addresses: all is read before anything is written."""
-    sources = [_pointer(builder, source, element) for source, _ in pairs]
-    values = [builder.load(source, align=align) for source in sources]
-    for value, (_, target) in zip(values, pairs, strict=True):
-        builder.store(value, _pointer(builder, target, element), align=align)
-
-
-def _apart(builder, pair, step, count):
-    """Return as many pairs of addresses, each a step on from the one before."""
-    pairs = [pair]
-    for _ in range(count - 1):
-        pairs.append(tuple(builder.add(address, step) for address in pairs[-1]))
-    return pairs
+    return lanes(address, spots, like), emit
 
 
 @intrinsic
-def copy_element(_typing, source, target, like):
-    """Copy an element bit by bit."""
+def store_at(_typing, address, spots, _values, like):
+    """Write elements to some spots, rounded to the type they are stored as."""
 
     def emit(context, builder, _signature, arguments):
-        _moved(builder, [tuple(arguments[:2])], _ELEMENTS[like], like.bitwidth // 8)
+        pointers, align = _pointers(builder, *arguments[:2], spots, like)
+        words = [_narrowed(builder, lane, like) for lane in _unpacked(builder, arguments[2])]
+        if align == WORD:
+            firsts = range(0, len(words), _width(like))
+            words = [_word_of(builder, words[k : k + _width(like)], like) for k in firsts]
+        for word, pointer in zip(words, pointers, strict=True):
+            builder.store(word, pointer, align=align)
         return context.get_dummy_value()
 
-    return types.void(source, target, like), emit
+    return types.void(address, spots, _lanes(spots, like), like), emit
 
 
 @intrinsic
-def copy_elements(_typing, source, target, far, like):
-    """Copy four elements bit by bit, which are `far` bytes apart."""
+def copy_at(_typing, source, target, spots, like):
+    """Copy what is at some spots bit by bit."""
 
     def emit(context, builder, _signature, arguments):
-        pairs = _apart(builder, tuple(arguments[:2]), arguments[2], 4)
-        _moved(builder, pairs, _ELEMENTS[like], like.bitwidth // 8)
+        sources, align = _pointers(builder, arguments[0], arguments[2], spots, like)
+        targets, _ = _pointers(builder, arguments[1], arguments[2], spots, like)
+        values = [builder.load(pointer, align=align) for pointer in sources]
+        for value, pointer in zip(values, targets, strict=True):
+            builder.store(value, pointer, align=align)
         return context.get_dummy_value()
 
-    return types.void(source, target, far, like), emit
+    return types.void(source, target, spots, like), emit
 
 
 @intrinsic
-def copy_packet(_typing, source, target, stride, like):
-    """Copy the words of a packet bit by bit."""
+def load_apart(_typing, _address, _step, like):
+    """Return eight elements that are `step` bytes apart."""
+    lanes = types.UniTuple(_computed(like), PACKET)
 
     def emit(context, builder, _signature, arguments):
-        words = PACKET // _width(like)
-        pairs = _apart(builder, tuple(arguments[:2]), arguments[2], words)
-        _moved(builder, pairs, _word(like), WORD)
-        return context.get_dummy_value()
+        pointers = _apart(builder, *arguments[:2], like)
+        found = [builder.load(pointer, align=like.bitwidth // 8) for pointer in pointers]
+        return context.make_tuple(builder, lanes, [_widened(builder, f, like) for f in found])
 
-    return types.void(source, target, stride, like), emit
+    return lanes(types.int64, types.int64, like), emit
 
 
 @intrinsic
-def copy_packets(_typing, source, target, far, stride, like):
-    """Copy the words of two packets bit by bit, which are `far` bytes apart."""
+def store_apart(_typing, _address, _step, values, like):
+    """Write eight elements `step` bytes apart."""
 
     def emit(context, builder, _signature, arguments):
-        words = PACKET // _width(like)
-        firsts = _apart(builder, tuple(arguments[:2]), arguments[2], 2)
-        pairs = [p for first in firsts for p in _apart(builder, first, arguments[3], words)]
-        _moved(builder, pairs, _word(like), WORD)
+        pointers = _apart(builder, *arguments[:2], like)
+        for lane, pointer in zip(_unpacked(builder, arguments[2]), pointers, strict=True):
+            builder.store(_narrowed(builder, lane, like), pointer, align=like.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(source, target, far, stride, like), emit
+    return types.void(types.int64, types.int64, values, like), emit
+
+
+def _apart(builder, address, step, like):
+    """Return pointers to eight elements that are a step apart."""
+    places = [address]
+    for _ in range(PACKET - 1):
+        places.append(builder.add(places[-1], step))
+    return [_pointer(builder, place, _ELEMENTS[like]) for place in places]
 
 
 @intrinsic
 def each(typing, function, packets, scalars):
-    """Return the packet of what a function makes of each lane of some packets."""
+    """Return what a function makes of each lane of some packets, or of elements of some spots."""
     lane = (*(packet.dtype for packet in packets.types), *scalars.types)
     call_signature = function.get_call_type(typing, lane, {})
-    result = types.UniTuple(call_signature.return_type, PACKET)
+    result = types.UniTuple(call_signature.return_type, len(packets.types[0]))
 
     def emit(context, builder, _signature, arguments):
         call = context.get_function(function, call_signature)
@@ -297,3 +327,58 @@ def _unpacked(builder, aggregate):
 def whole_packets(addresses, length):
     """Return how many packets can be read in words: none where an address is not aligned."""
     return length // PACKET if addresses % WORD == 0 else np.int64(0)
+
+
+@inline
+def fold_packets(turn, state, arguments, address, length, lane, lanes, like):
+    """Return a state after a function took up a lane's share of a chunk; two packets a turn."""
+    packets = whole_packets(address, length)
+    p = lane
+    while p + lanes < packets:
+        spots = packet_at(p, packets, like), packet_at(p + lanes, packets, like)
+        state = turn(state, load_at(address, spots, like), *arguments)
+        p += 2 * lanes
+    if p < packets:
+        state = turn(state, load_at(address, (packet_at(p, packets, like),), like), *arguments)
+    i = packets * PACKET + lane
+    while i < length:
+        state = turn(state, load_at(address, (i,), like), *arguments)
+        i += lanes
+    return state
+
+
+@inline
+def over_packets(turn, arguments, addresses, length, like):
+    """Call a function at each packet of a chunk, and at each element that is in none."""
+    packets = whole_packets(addresses, length)
+    p = np.int64(cuda.threadIdx.x)
+    while p < packets:
+        turn((packet_at(p, packets, like),), *arguments)
+        p += THREADS
+    i = packets * PACKET + cuda.threadIdx.x
+    while i < length:
+        turn((i,), *arguments)
+        i += THREADS
+
+
+@inline
+def over_more_packets(turn, arguments, addresses, length, lane, lanes, like):
+    """Call a function likewise, at two packets a turn, or four elements: more loads in flight.
+
+    Lanes, threads of a block or all of them, share the chunk.
+    """
+    packets = whole_packets(addresses, length)
+    p = lane
+    while p + lanes < packets:
+        spots = packet_at(p, packets, like), packet_at(p + lanes, packets, like)
+        turn(spots, *arguments)
+        p += 2 * lanes
+    if p < packets:
+        turn((packet_at(p, packets, like),), *arguments)
+    i = packets * PACKET + lane
+    while i + 3 * lanes < length:
+        turn((i, i + lanes, i + 2 * lanes, i + 3 * lanes), *arguments)
+        i += 4 * lanes
+    while i < length:
+        turn((i,), *arguments)
+        i += lanes

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import (
     NOTHING,
@@ -28,36 +29,6 @@ from numclip.cuda.kernels.scalars import (
     usable,
 )
 from numclip.formulas import BIN_EXPONENT, BIN_SCALE
-from numclip.tables import (
-    BAD,
-    BEGIN,
-    COLUMN,
-    COMPONENTS,
-    END,
-    EXPONENT,
-    FACTOR,
-    LANES,
-    LENGTH,
-    MEMBERS,
-    MODE,
-    MULTIPLY,
-    ORD,
-    OWNER,
-    PART,
-    PEAK,
-    PLACE,
-    POOL,
-    SKIPPED,
-    SOURCE,
-    START,
-    TARGET,
-    TERMS,
-    TERMS_EXPONENT,
-    TERMS_PEAK,
-    TOTAL,
-    WIDTH,
-    ZEROING,
-)
 
 THREAD_BITS = THREADS.bit_length() - 1
 
@@ -65,35 +36,35 @@ THREAD_BITS = THREADS.bit_length() - 1
 @inline
 def number_of(share, part):
     """Return which of a row's stored numbers a thread has; `part` is 1 for imaginary ones."""
-    column = share[COLUMN] + (np.int64(cuda.threadIdx.x) & ((1 << share[WIDTH]) - 1))
-    return column * share[COMPONENTS] + part
+    column = share[col.COLUMN] + (np.int64(cuda.threadIdx.x) & ((1 << share[col.WIDTH]) - 1))
+    return column * share[col.COMPONENTS] + part
 
 
 @inline
 def lane_of(share):
     """Return the lane of a thread in its team."""
-    return np.int64(cuda.threadIdx.x) >> (THREAD_BITS - share[LANES])
+    return np.int64(cuda.threadIdx.x) >> (THREAD_BITS - share[col.LANES])
 
 
 @inline
 def teams_of(share):
     """Return how many teams a block has."""
-    return np.int64(THREADS) >> (share[WIDTH] + share[LANES])
+    return np.int64(THREADS) >> (share[col.WIDTH] + share[col.LANES])
 
 
 @inline
 def team_of(share):
     """Return the team of a thread."""
-    return (np.int64(cuda.threadIdx.x) >> share[WIDTH]) & (teams_of(share) - 1)
+    return (np.int64(cuda.threadIdx.x) >> share[col.WIDTH]) & (teams_of(share) - 1)
 
 
 @inline
 def element_of(share, row, number, like):
     """Return a stored number of a row, and whether it, or its other part, is not finite."""
-    place = share[SOURCE] + (row * share[LENGTH] + number) * size_of(like)
+    place = share[col.SOURCE] + (row * share[col.LENGTH] + number) * size_of(like)
     value = np.float64(load(place, like))
     odd = not math.isfinite(value)
-    if share[COMPONENTS] == 2:
+    if share[col.COMPONENTS] == 2:
         other = size_of(like) if number & 1 == 0 else -size_of(like)
         odd = odd or not math.isfinite(np.float64(load(place + other, like)))
     return value, odd
@@ -107,8 +78,8 @@ def lane_sums(share, group, number, order, masked, scale, like):
     `masked`.
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
-    k = group[START] + lane_of(share)
-    stop = group[START] + group[MEMBERS]
+    k = group[col.START] + lane_of(share)
+    stop = group[col.START] + group[col.MEMBERS]
     while k < stop:
         value, odd = element_of(share, order[k], number, like)
         if odd:
@@ -118,16 +89,16 @@ def lane_sums(share, group, number, order, masked, scale, like):
         total, rest = two_sum(total, value)
         error += rest
         terms += abs(value)
-        k += np.int64(1) << share[LANES]
+        k += np.int64(1) << share[col.LANES]
     return total, error, terms, bad
 
 
 @inline
 def team_sums(share, total, error, terms, room):
     """Return a sum and that of magnitudes to the first lane of each team, 0 to the others."""
-    if share[LANES] == 0:
+    if share[col.LANES] == 0:
         return settled(total, error), terms
-    i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[LANES]
+    i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[col.LANES]
     total = lane_sum(total, error, i, apart, room)
     terms = lane_sum(terms, 0.0, i, apart, room)
     return (total, terms) if i < apart else (0.0, 0.0)
@@ -141,7 +112,7 @@ def sums_of(share, g, groups, order, part, how, room):
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
     number = number_of(share, part)
-    if g < share[END] and number < share[LENGTH]:
+    if g < share[col.END] and number < share[col.LENGTH]:
         masked, scale, like = how
         total, error, terms, bad = lane_sums(share, groups[g], number, order, masked, scale, like)
     total, terms = team_sums(share, total, error, terms, room)
@@ -152,10 +123,10 @@ def sums_of(share, g, groups, order, part, how, room):
 def share_squares(share, groups, order, how, room):
     """Return a share's squares of sums and of sums of magnitudes, and how many are bad."""
     sums, terms, bad = NOTHING, NOTHING, 0.0
-    g = share[BEGIN]
-    while g < share[END]:
+    g = share[col.BEGIN]
+    while g < share[col.END]:
         own, part = g + team_of(share), np.int64(0)
-        while part < share[COMPONENTS]:
+        while part < share[col.COMPONENTS]:
             value, size, odd = sums_of(share, own, groups, order, part, how, room)
             sums, terms = with_square(sums, value, how[2]), with_square(terms, size, how[2])
             bad += odd
@@ -179,15 +150,15 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share, shift = shares[s], 0
-        masked = tensors[share[OWNER], ZEROING] != 0
+        masked = tensors[share[col.OWNER], col.ZEROING] != 0
         sums, terms, bad = share_squares(share, groups, order, (masked, 1.0, like), room)
         if size_of(like) == 8 and not math.isfinite(terms[0]):
             how, shift = (masked, 1.0 / BIN_SCALE, like), BIN_EXPONENT
             sums, terms, bad = share_squares(share, groups, order, how, room)
         if cuda.threadIdx.x == 0:
-            found = out[share[PART]]
-            found[TOTAL], found[EXPONENT], found[BAD] = sums[0], sums[1] + shift, bad
-            found[TERMS], found[TERMS_EXPONENT] = terms[0], terms[1] + shift
+            found = out[share[col.PART]]
+            found[col.TOTAL], found[col.EXPONENT], found[col.BAD] = sums[0], sums[1] + shift, bad
+            found[col.TERMS], found[col.TERMS_EXPONENT] = terms[0], terms[1] + shift
         s += cuda.gridDim.x
 
 
@@ -201,12 +172,12 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
-        how = tensors[share[OWNER], ZEROING] != 0, 1.0, like
+        how = tensors[share[col.OWNER], col.ZEROING] != 0, 1.0, like
         largest, terms, bad = 0.0, 0.0, 0.0
-        g = share[BEGIN]
-        while g < share[END]:
+        g = share[col.BEGIN]
+        while g < share[col.END]:
             own, part = g + team_of(share), np.int64(0)
-            while part < share[COMPONENTS]:
+            while part < share[col.COMPONENTS]:
                 value, size, odd = sums_of(share, own, groups, order, part, how, room)
                 largest, terms = larger(largest, abs(value)), larger(terms, size)
                 bad += odd + (0.0 if math.isfinite(value) else 1.0)
@@ -215,9 +186,9 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
         largest, terms = block_max(largest, room), block_max(terms, room)
         bad = block_sum(bad, 0.0, room)
         if cuda.threadIdx.x == 0:
-            found = out[share[PART]]
-            found[TOTAL], found[EXPONENT], found[BAD] = largest, 0.0, bad
-            found[TERMS], found[TERMS_EXPONENT] = terms, 0.0
+            found = out[share[col.PART]]
+            found[col.TOTAL], found[col.EXPONENT], found[col.BAD] = largest, 0.0, bad
+            found[col.TERMS], found[col.TERMS_EXPONENT] = terms, 0.0
         s += cuda.gridDim.x
 
 
@@ -226,10 +197,10 @@ def ratios_of(share, g, groups, order, how, law, room):
     """Return a thread's magnitudes of a group's sum and of its terms, each over its peak."""
     value, size = 0.0, 0.0
     part = np.int64(0)
-    while part < share[COMPONENTS]:
+    while part < share[col.COMPONENTS]:
         total, terms, _ = sums_of(share, g, groups, order, part, how, room)
-        value = math.hypot(value, total / usable(law[PEAK]))
-        size = math.hypot(size, terms / usable(law[TERMS_PEAK]))
+        value = math.hypot(value, total / usable(law[col.PEAK]))
+        size = math.hypot(size, terms / usable(law[col.TERMS_PEAK]))
         part += 1
     return value, size
 
@@ -237,9 +208,9 @@ def ratios_of(share, g, groups, order, how, law, room):
 @inline
 def share_powers(share, groups, order, how, law, room):
     """Return a share's sums of powers; of infinite order, the largest ratios."""
-    total, error, terms, ord = 0.0, 0.0, 0.0, law[ORD]
-    g = share[BEGIN]
-    while g < share[END]:
+    total, error, terms, ord = 0.0, 0.0, 0.0, law[col.ORD]
+    g = share[col.BEGIN]
+    while g < share[col.END]:
         value, size = ratios_of(share, g + team_of(share), groups, order, how, law, room)
         if ord == math.inf:
             total, terms = larger(total, value), larger(terms, size)
@@ -263,11 +234,11 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
-        tensor = tensors[share[OWNER]]
-        how = tensor[ZEROING] != 0, 1.0, like
-        total, terms = share_powers(share, groups, order, how, laws[tensor[POOL]], room)
+        tensor = tensors[share[col.OWNER]]
+        how = tensor[col.ZEROING] != 0, 1.0, like
+        total, terms = share_powers(share, groups, order, how, laws[tensor[col.POOL]], room)
         if cuda.threadIdx.x == 0:
-            out[share[PART], TOTAL], out[share[PART], TERMS] = total, terms
+            out[share[col.PART], col.TOTAL], out[share[col.PART], col.TERMS] = total, terms
         s += cuda.gridDim.x
 
 
@@ -277,15 +248,15 @@ def write_sums(share, groups, order, how, to, room):
 
     They are stored as `to` is.
     """
-    g = share[BEGIN]
-    while g < share[END]:
+    g = share[col.BEGIN]
+    while g < share[col.END]:
         own, part = g + team_of(share), np.int64(0)
-        while part < share[COMPONENTS]:
+        while part < share[col.COMPONENTS]:
             value, _, _ = sums_of(share, own, groups, order, part, how, room)
             number = number_of(share, part)
-            if own < share[END] and number < share[LENGTH] and lane_of(share) == 0:
-                place = groups[own, PLACE] * share[LENGTH] + number
-                store(share[TARGET] + place * size_of(to), value, to)
+            if own < share[col.END] and number < share[col.LENGTH] and lane_of(share) == 0:
+                place = groups[own, col.PLACE] * share[col.LENGTH] + number
+                store(share[col.TARGET] + place * size_of(to), value, to)
             part += 1
         g += teams_of(share)
 
@@ -309,8 +280,8 @@ def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
-        decision = decisions[tensors[shares[s, OWNER], POOL]]
-        if decision[SKIPPED] == 0.0:
-            factor = decision[FACTOR] if decision[MODE] == MULTIPLY else 1.0
+        decision = decisions[tensors[shares[s, col.OWNER], col.POOL]]
+        if decision[col.SKIPPED] == 0.0:
+            factor = decision[col.FACTOR] if decision[col.MODE] == col.MULTIPLY else 1.0
             write_sums(shares[s], groups, order, (False, factor, like), like, room)
         s += cuda.gridDim.x

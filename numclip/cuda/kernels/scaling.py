@@ -4,42 +4,22 @@ import math
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.packets import (
-    PACKET,
-    WORD,
     as_computed,
-    copy_element,
-    copy_elements,
-    copy_packet,
-    copy_packets,
+    copy_at,
     each,
     load,
-    load_packet,
+    load_at,
+    over_more_packets,
+    over_packets,
     rounded,
     size_of,
     store,
-    store_packet,
-    whole_packets,
+    store_at,
 )
 from numclip.cuda.kernels.scalars import clamped, truncated_product
-from numclip.tables import (
-    CLAMPED,
-    CLEAN,
-    FACTOR,
-    LEAVE,
-    LENGTH,
-    MANTISSA,
-    MODE,
-    MULTIPLY,
-    OWNER,
-    POOL,
-    POWER,
-    RARE,
-    SKIPPED,
-    SOURCE,
-    TARGET,
-)
 
 
 @inline
@@ -49,26 +29,29 @@ def product(value, factor):
 
 
 @inline
-def multiply(source, target, length, factor, like):
-    """Write a chunk times a factor, each product rounded once; two packets a turn."""
-    packets = whole_packets(source | target, length)
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p + THREADS < packets:
-        q = p + THREADS
-        x = load_packet(source + p * WORD, stride, like)
-        y = load_packet(source + q * WORD, stride, like)
-        store_packet(target + p * WORD, stride, each(product, (x,), (factor,)), like)
-        store_packet(target + q * WORD, stride, each(product, (y,), (factor,)), like)
-        p += 2 * THREADS
-    if p < packets:
-        x = load_packet(source + p * WORD, stride, like)
-        store_packet(target + p * WORD, stride, each(product, (x,), (factor,)), like)
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        place = i * size_of(like)
-        store(target + place, load(source + place, like) * factor, like)
-        i += THREADS
+def multiply_at(spots, source, target, factor, like):
+    """Write what is at some spots times a factor, each product rounded once."""
+    store_at(target, spots, each(product, (load_at(source, spots, like),), (factor,)), like)
+
+
+@inline
+def multiply(source, target, length, factor, lane, lanes, like):
+    """Write a lane's share of contiguous memory times a factor."""
+    arguments = source, target, factor, like
+    over_more_packets(multiply_at, arguments, source | target, length, lane, lanes, like)
+
+
+@inline
+def copy_spots(spots, source, target, like):
+    """Copy what is at some spots bit by bit."""
+    copy_at(source, target, spots, like)
+
+
+@inline
+def copy(source, target, length, lane, lanes, like):
+    """Copy a lane's share of contiguous memory bit by bit."""
+    arguments = source, target, like
+    over_more_packets(copy_spots, arguments, source | target, length, lane, lanes, like)
 
 
 @inline
@@ -77,61 +60,42 @@ def multiply_carefully(chunk, decision, digits, lowest, like):
 
     In the mode CLEAN, what is not finite becomes 0.
     """
-    cleans = decision[MODE] == CLEAN
-    mantissa, power = decision[MANTISSA], int(decision[POWER])
+    cleans = decision[col.MODE] == col.CLEAN
+    mantissa, power = decision[col.MANTISSA], int(decision[col.POWER])
     i = np.int64(cuda.threadIdx.x)
-    while i < chunk[LENGTH]:
+    while i < chunk[col.LENGTH]:
         place = i * size_of(like)
-        value = np.float64(load(chunk[SOURCE] + place, like))
+        value = np.float64(load(chunk[col.SOURCE] + place, like))
         if cleans and not math.isfinite(value):
             value = 0.0
         result = truncated_product(value, mantissa, power, int(digits), int(lowest))
-        store(chunk[TARGET] + place, result, like)
-        i += THREADS
-
-
-@inline
-def copy(source, target, length, like):
-    """Copy a chunk bit by bit; two packets a turn, or four elements."""
-    packets = whole_packets(source | target, length)
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p + THREADS < packets:
-        copy_packets(source + p * WORD, target + p * WORD, THREADS * WORD, stride, like)
-        p += 2 * THREADS
-    if p < packets:
-        copy_packet(source + p * WORD, target + p * WORD, stride, like)
-    i = packets * PACKET + cuda.threadIdx.x
-    while i + 3 * THREADS < length:
-        place = i * size_of(like)
-        copy_elements(source + place, target + place, THREADS * size_of(like), like)
-        i += 4 * THREADS
-    while i < length:
-        place = i * size_of(like)
-        copy_element(source + place, target + place, like)
+        store(chunk[col.TARGET] + place, result, like)
         i += THREADS
 
 
 @kernel
-def scale(chunks, tensors, decisions, digits, lowest, like):
-    """Multiply each chunk by the factor of its pool. Reads and writes every element once.
+def scale(chunks, tensors, decisions, least, digits, lowest, like):
+    """Multiply each chunk by the factor of its pool, where its mode is at least `least`.
 
-    In place it leaves at once where no pool has anything to do, and touches no chunk of a pool
-    that has nothing to do; out of place such a chunk is copied.
+    Reads and writes every element once. In place it leaves at once where no pool has anything to
+    do, and touches no chunk of a pool that has nothing to do; out of place such a chunk is copied.
     """
-    c = np.int64(cuda.blockIdx.x)
+    whole = least == col.MULTIPLY
+    idle = decisions[decisions.shape[0] - 1, col.MODE if whole else col.RARE] == 0.0
+    c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
-        chunk = chunks[c]
-        decision = decisions[tensors[chunk[OWNER], POOL]]
-        if decision[MODE] == MULTIPLY:
-            factor = as_computed(decision[FACTOR], like)
-            multiply(chunk[SOURCE], chunk[TARGET], chunk[LENGTH], factor, like)
-        elif decision[MODE] != LEAVE:
-            multiply_carefully(chunk, decision, digits, lowest, like)
-        elif chunk[SOURCE] != chunk[TARGET]:
-            copy(chunk[SOURCE], chunk[TARGET], chunk[LENGTH], like)
-        elif decisions[decisions.shape[0] - 1, MODE] == 0.0:
+        chunk, decision = chunks[c], decisions[tensors[chunks[c, col.OWNER], col.POOL]]
+        source, target, length = chunk[col.SOURCE], chunk[col.TARGET], chunk[col.LENGTH]
+        copies = whole and source != target
+        if idle and not copies:
             return
+        if decision[col.MODE] == col.MULTIPLY and whole:
+            factor = as_computed(decision[col.FACTOR], like)
+            multiply(source, target, length, factor, i, THREADS, like)
+        elif decision[col.MODE] > col.MULTIPLY:
+            multiply_carefully(chunk, decision, digits, lowest, like)
+        elif decision[col.MODE] == col.LEAVE and copies:
+            copy(source, target, length, i, THREADS, like)
         c += cuda.gridDim.x
 
 
@@ -140,20 +104,8 @@ def copy_chunks(chunks, like):
     """Copy each chunk bit by bit. One read, one write."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        copy(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
-        c += cuda.gridDim.x
-
-
-@kernel
-def scale_rare(chunks, tensors, decisions, digits, lowest, like):
-    """Multiply, in place, the chunks of pools whose factor is no plain one, as `scale` does."""
-    if decisions[decisions.shape[0] - 1, RARE] == 0.0:
-        return
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        decision = decisions[tensors[chunks[c, OWNER], POOL]]
-        if decision[MODE] > MULTIPLY:
-            multiply_carefully(chunks[c], decision, digits, lowest, like)
+        source, target, length = chunks[c, col.SOURCE], chunks[c, col.TARGET], chunks[c, col.LENGTH]
+        copy(source, target, length, np.int64(cuda.threadIdx.x), THREADS, like)
         c += cuda.gridDim.x
 
 
@@ -166,32 +118,21 @@ def clamp(chunks, tensors, decisions, low, high, like):
     low, high = rounded(low, like), rounded(high, like)
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        pool = tensors[chunks[c, OWNER], POOL]
-        if decisions[pool, SKIPPED] == 0.0 and clamp_chunk(chunks[c], low, high, like):
-            decisions[pool, CLAMPED] = 1.0
+        pool = tensors[chunks[c, col.OWNER], col.POOL]
+        source, target = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        if decisions[pool, col.SKIPPED] == 0.0:
+            arguments = source, target, low, high, decisions[pool], like
+            over_packets(clamp_at, arguments, source | target, chunks[c, col.LENGTH], like)
         c += cuda.gridDim.x
 
 
 @inline
-def clamp_chunk(chunk, low, high, like):
-    """Hold a chunk between two bounds; tell whether an element of this thread was beyond them."""
-    source, target, length = chunk[SOURCE], chunk[TARGET], chunk[LENGTH]
-    packets = whole_packets(source | target, length)
-    stride = packets * WORD
-    beyond = False
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        x = load_packet(source + p * WORD, stride, like)
-        store_packet(target + p * WORD, stride, each(clamped, (x,), (low, high)), like)
-        beyond |= any_beyond(x, low, high)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        value = load(source + i * size_of(like), like)
-        store(target + i * size_of(like), clamped(value, low, high), like)
-        beyond |= value > high or value < low
-        i += THREADS
-    return beyond
+def clamp_at(spots, source, target, low, high, decision, like):
+    """Hold what is at some spots between two bounds; tell if it was beyond, once a block or so."""
+    x = load_at(source, spots, like)
+    store_at(target, spots, each(clamped, (x,), (low, high)), like)
+    if any_beyond(x, low, high) and decision[col.CLAMPED] == 0.0:
+        decision[col.CLAMPED] = 1.0
 
 
 @inline
@@ -210,22 +151,10 @@ def added(value, other):
 
 
 @inline
-def add_piece(source, target, length, like):
-    """Add what is read to what is written to."""
-    packets = whole_packets(source | target, length)
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        x = load_packet(source + p * WORD, stride, like)
-        y = load_packet(target + p * WORD, stride, like)
-        store_packet(target + p * WORD, stride, each(added, (x, y), ()), like)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < length:
-        place = i * size_of(like)
-        total = added(load(source + place, like), load(target + place, like))
-        store(target + place, total, like)
-        i += THREADS
+def add_at(spots, source, target, like):
+    """Add what is read at some spots to what is written to."""
+    x, y = load_at(source, spots, like), load_at(target, spots, like)
+    store_at(target, spots, each(added, (x, y), ()), like)
 
 
 @kernel
@@ -233,7 +162,8 @@ def add_chunks(chunks, like):
     """Add what is read of each chunk to what is written to. Two reads, one write."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        add_piece(chunks[c, SOURCE], chunks[c, TARGET], chunks[c, LENGTH], like)
+        source, target, length = chunks[c, col.SOURCE], chunks[c, col.TARGET], chunks[c, col.LENGTH]
+        over_packets(add_at, (source, target, like), source | target, length, like)
         c += cuda.gridDim.x
 
 
@@ -247,5 +177,6 @@ def add(source, target, length, skew, limit, like):
     while c * limit < length + skew:
         first, last = max(c * limit - skew, 0), min((c + 1) * limit - skew, length)
         place = first * size_of(like)
-        add_piece(source + place, target + place, last - first, like)
+        arguments = source + place, target + place, like
+        over_packets(add_at, arguments, arguments[0] | arguments[1], last - first, like)
         c += cuda.gridDim.x

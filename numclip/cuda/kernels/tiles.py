@@ -12,31 +12,19 @@ import math
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import NOTHING, lane_max, lane_squares, lane_sum, with_square
-from numclip.cuda.kernels.norms import is_lossless, usable
-from numclip.cuda.kernels.packets import load, size_of
-from numclip.cuda.kernels.scalars import larger, power_term, two_sum
-from numclip.tables import (
-    BAD,
-    BITS,
-    COMPONENTS,
-    COUNT,
-    EXPONENT,
-    LENGTH,
-    NUMBER,
-    NUMBER_STEP,
-    ORD,
-    OWNER,
-    PART,
-    PEAK,
-    POOL,
-    SOURCE,
-    STEP,
-    TOTAL,
-    UNIT_STEP,
-    ZEROING,
+from numclip.cuda.kernels.norms import (
+    is_lossless,
+    lane_max_of,
+    lane_powers_of,
+    lane_squares_of,
+    sum_of_squares,
+    with_ratio,
 )
+from numclip.cuda.kernels.packets import PACKET, WORD, load, load_apart, size_of
+from numclip.cuda.kernels.scalars import larger, two_sum, usable
 
 ALL_BITS = THREADS.bit_length() - 1
 
@@ -47,35 +35,41 @@ def seat(tile):
 
     Threads that follow one another read what lies closest.
     """
-    i, bits = np.int64(cuda.threadIdx.x), tile[BITS]
+    i, bits = np.int64(cuda.threadIdx.x), tile[col.BITS]
     lanes = np.int64(THREADS) >> bits
-    if abs(tile[STEP]) < abs(tile[UNIT_STEP]):
+    if abs(tile[col.STEP]) < abs(tile[col.UNIT_STEP]):
         return i >> (ALL_BITS - bits), i & (lanes - 1), lanes
     return i & ((1 << bits) - 1), i >> bits, lanes
 
 
 @inline
+def in_packets(tile, places, components, like):
+    """Tell whether lines are read in packets: contiguous ones that begin where words can."""
+    contiguous = tile[col.STEP] == components * size_of(like) and tile[col.COMPONENTS] == components
+    return contiguous and places % WORD == 0
+
+
+@inline
 def line_squares(tile, n, lane, lanes, like):
-    """Return a thread's share of the sum of squares of line `n`; four loads in flight."""
-    total, error = 0.0, 0.0
-    far, length = lanes * tile[STEP], tile[LENGTH]
-    k = 0
-    while k < tile[COMPONENTS]:
-        place = tile[SOURCE] + n * tile[UNIT_STEP] + lane * tile[STEP] + k * size_of(like)
-        i = lane
-        while i + 3 * lanes < length:
-            a, b = load(place, like), load(place + far, like)
-            c, d = load(place + 2 * far, like), load(place + 3 * far, like)
-            a, b, c, d = np.float64(a), np.float64(b), np.float64(c), np.float64(d)
-            total, rest = two_sum(total, (a * a + b * b) + (c * c + d * d))
+    """Return a thread's share of the sum of squares of line `n`; eight loads in flight, or so."""
+    step, length, components = tile[col.STEP], tile[col.LENGTH], tile[col.COMPONENTS]
+    line = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
+    if in_packets(tile, tile[col.SOURCE] | tile[col.UNIT_STEP], components, like):
+        return lane_squares_of(line, components * length, lane, lanes, like)
+    total, error, k = 0.0, 0.0, 0
+    while k < components:
+        place, i = line + lane * step + k * size_of(like), lane
+        while i + (PACKET - 1) * lanes < length:
+            x = load_apart(place, lanes * step, like)
+            total, rest = two_sum(total, sum_of_squares(x))
             error += rest
-            place += 4 * far
-            i += 4 * lanes
+            place += PACKET * lanes * step
+            i += PACKET * lanes
         while i < length:
-            a = np.float64(load(place, like))
-            total, rest = two_sum(total, a * a)
+            x = np.float64(load(place, like))
+            total, rest = two_sum(total, x * x)
             error += rest
-            place += far
+            place += lanes * step
             i += lanes
         k += 1
     return total, error
@@ -97,9 +91,9 @@ def careful_line(tile, n, masked, lane, lanes, like):
     """Return a thread's share of the squares of a line in bins, and of what is not finite."""
     bins, bad = NOTHING, 0.0
     i = lane
-    while i < tile[LENGTH]:
-        place = tile[SOURCE] + n * tile[UNIT_STEP] + i * tile[STEP]
-        x, y, odd = parts_of(place, masked, tile[COMPONENTS], like)
+    while i < tile[col.LENGTH]:
+        place = tile[col.SOURCE] + n * tile[col.UNIT_STEP] + i * tile[col.STEP]
+        x, y, odd = parts_of(place, masked, tile[col.COMPONENTS], like)
         bins = with_square(with_square(bins, x, like), y, like)
         bad += odd
         i += lanes
@@ -109,31 +103,31 @@ def careful_line(tile, n, masked, lane, lanes, like):
 @inline
 def write_sums(tile, n, place, total, exponent, bad, out):
     """Write the sums of a line, or of all lines together."""
-    if place < sums_apart(tile) and n < tile[COUNT]:
-        row = tile[PART] + n * tile[NUMBER_STEP]
-        out[row, TOTAL], out[row, EXPONENT], out[row, BAD] = total, exponent, bad
+    if place < sums_apart(tile) and n < tile[col.COUNT]:
+        row = tile[col.PART] + n * tile[col.NUMBER_STEP]
+        out[row, col.TOTAL], out[row, col.EXPONENT], out[row, col.BAD] = total, exponent, bad
 
 
 @inline
 def sums_apart(tile):
     """Return how many of the lines that are read at a time have a sum of their own."""
-    return np.int64(1) << tile[BITS] if tile[NUMBER_STEP] != 0 else np.int64(1)
+    return np.int64(1) << tile[col.BITS] if tile[col.NUMBER_STEP] != 0 else np.int64(1)
 
 
 @inline
-def squares_of_lines(tile, first, masked, like, room, out):
+def squares_of_lines(tile, first, tensor, like, room, out):
     """Write the sums of squares of the lines that a block reads at a time."""
     neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[BITS]) + neighbour, sums_apart(tile)
+    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
     total, error, bad, exponent = 0.0, 0.0, 0.0, 0
-    if n < tile[COUNT]:
+    if n < tile[col.COUNT]:
         total, error = line_squares(tile, n, lane, lanes, like)
     total = lane_sum(total, error, place, apart, room)
-    lossy = n < tile[COUNT] and not is_lossless(total, like)
+    lossy = n < tile[col.COUNT] and not is_lossless(total, like)
     if cuda.syncthreads_or(1 if lossy else 0):
         bins = NOTHING
-        if n < tile[COUNT]:
-            bins, bad = careful_line(tile, n, masked, lane, lanes, like)
+        if n < tile[col.COUNT]:
+            bins, bad = careful_line(tile, n, tensor[col.ZEROING] != 0, lane, lanes, like)
         careful = lane_squares(bins, place, apart, room)
         bad = lane_sum(bad, 0.0, place, apart, room)
         if lossy:
@@ -141,33 +135,48 @@ def squares_of_lines(tile, first, masked, like, room, out):
     write_sums(tile, n, place, total, exponent, bad, out)
 
 
+@inline
+def over_lines(turn, tiles, tensors, arguments):
+    """Call a function for the lines of each tile that a block reads at a time."""
+    t = np.int64(cuda.blockIdx.x)
+    while t < tiles.shape[0]:
+        tensor, first = tensors[tiles[t, col.OWNER]], np.int64(0)
+        while first < tiles[t, col.COUNT]:
+            turn(tiles[t], first, tensor, *arguments)
+            first += np.int64(1) << tiles[t, col.BITS]
+        t += cuda.gridDim.x
+
+
 @kernel
 def sum_tile_squares(tiles, tensors, like, out):
     """Write the sums of squares of each tile. Reads every element once, rare lines twice."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    t = np.int64(cuda.blockIdx.x)
-    while t < tiles.shape[0]:
-        masked = tensors[tiles[t, OWNER], ZEROING] != 0
-        first = np.int64(0)
-        while first < tiles[t, COUNT]:
-            squares_of_lines(tiles[t], first, masked, like, room, out)
-            first += np.int64(1) << tiles[t, BITS]
-        t += cuda.gridDim.x
+    over_lines(squares_of_lines, tiles, tensors, (like, room, out))
 
 
 @inline
-def max_of_lines(tile, first, masked, like, room, out):
-    """Write the largest parts of the lines that a block reads at a time."""
-    neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[BITS]) + neighbour, sums_apart(tile)
-    largest, bad = 0.0, 0.0
-    i = lane if n < tile[COUNT] else tile[LENGTH]
-    while i < tile[LENGTH]:
-        address = tile[SOURCE] + n * tile[UNIT_STEP] + i * tile[STEP]
-        x, y, odd = parts_of(address, masked, tile[COMPONENTS], like)
+def line_max(tile, n, masked, lane, lanes, like):
+    """Return the largest part of a lane's share of a line, and how many elements are not finite."""
+    line, step = tile[col.SOURCE] + n * tile[col.UNIT_STEP], tile[col.STEP]
+    if in_packets(tile, tile[col.SOURCE] | tile[col.UNIT_STEP], 1, like):
+        return lane_max_of(line, tile[col.LENGTH], masked, lane, lanes, like)
+    largest, bad, i = 0.0, 0.0, lane
+    while i < tile[col.LENGTH]:
+        x, y, odd = parts_of(line + i * step, masked, tile[col.COMPONENTS], like)
         largest = larger(larger(largest, abs(x)), abs(y))
         bad += odd
         i += lanes
+    return largest, bad
+
+
+@inline
+def max_of_lines(tile, first, tensor, like, room, out):
+    """Write the largest parts of the lines that a block reads at a time."""
+    neighbour, lane, lanes = seat(tile)
+    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    largest, bad = 0.0, 0.0
+    if n < tile[col.COUNT]:
+        largest, bad = line_max(tile, n, tensor[col.ZEROING] != 0, lane, lanes, like)
     largest = lane_max(largest, place, apart, room)
     bad = lane_sum(bad, 0.0, place, apart, room)
     write_sums(tile, n, place, largest, 0.0, bad, out)
@@ -177,31 +186,24 @@ def max_of_lines(tile, first, masked, like, room, out):
 def max_tile_magnitude(tiles, tensors, like, out):
     """Write each tile's largest real or imaginary parts. Reads every element once."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    t = np.int64(cuda.blockIdx.x)
-    while t < tiles.shape[0]:
-        masked = tensors[tiles[t, OWNER], ZEROING] != 0
-        first = np.int64(0)
-        while first < tiles[t, COUNT]:
-            max_of_lines(tiles[t], first, masked, like, room, out)
-            first += np.int64(1) << tiles[t, BITS]
-        t += cuda.gridDim.x
+    over_lines(max_of_lines, tiles, tensors, (like, room, out))
 
 
 @inline
-def line_powers(tile, n, masked, peak, ord, like):
-    """Return a thread's share of a line's sum of powers; of infinite order, the largest ratio."""
-    _, lane, lanes = seat(tile)
-    total, error = 0.0, 0.0
-    i = lane
-    while i < tile[LENGTH]:
-        address = tile[SOURCE] + n * tile[UNIT_STEP] + i * tile[STEP]
-        x, y, _ = parts_of(address, masked, tile[COMPONENTS], like)
-        ratio = math.hypot(x / peak, y / peak) if tile[COMPONENTS] == 2 else abs(x / peak)
-        if ord == math.inf:
-            total = larger(total, ratio)
-        else:
-            total, rest = two_sum(total, power_term(ratio, ord))
-            error += rest
+def line_powers(tile, n, law, lane, lanes, like):
+    """Return a thread's share of a line's sum of powers; of infinite order, the largest ratio.
+
+    `law` is whether elements are masked, the peak and the order.
+    """
+    line, step = tile[col.SOURCE] + n * tile[col.UNIT_STEP], tile[col.STEP]
+    if in_packets(tile, tile[col.SOURCE] | tile[col.UNIT_STEP], 1, like):
+        return lane_powers_of(line, tile[col.LENGTH], law, lane, lanes, like)
+    masked, peak, ord = law
+    total, error, i = 0.0, 0.0, lane
+    while i < tile[col.LENGTH]:
+        x, y, _ = parts_of(line + i * step, masked, tile[col.COMPONENTS], like)
+        ratio = math.hypot(x / peak, y / peak) if tile[col.COMPONENTS] == 2 else abs(x / peak)
+        total, error = with_ratio(ratio, ord, total, error)
         i += lanes
     return total, error
 
@@ -209,28 +211,23 @@ def line_powers(tile, n, masked, peak, ord, like):
 @inline
 def powers_of_lines(tile, first, tensor, peaks, like, room, out):
     """Write the sums of powers of the lines that a block reads at a time."""
-    neighbour, lane, _ = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[BITS]) + neighbour, sums_apart(tile)
-    total, error, ord = 0.0, 0.0, peaks[tensor[POOL], ORD]
-    if n < tile[COUNT]:
-        peak = usable(peaks[tensor[POOL] + tile[NUMBER] + n * tile[NUMBER_STEP], PEAK])
-        total, error = line_powers(tile, n, tensor[ZEROING] != 0, peak, ord, like)
+    neighbour, lane, lanes = seat(tile)
+    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    total, error, ord = 0.0, 0.0, peaks[tensor[col.POOL], col.ORD]
+    if n < tile[col.COUNT]:
+        row = tensor[col.POOL] + tile[col.NUMBER] + n * tile[col.NUMBER_STEP]
+        law = tensor[col.ZEROING] != 0, usable(peaks[row, col.PEAK]), ord
+        total, error = line_powers(tile, n, law, lane, lanes, like)
     if ord == math.inf:
         total = lane_max(total, place, apart, room)
     else:
         total = lane_sum(total, error, place, apart, room)
-    if place < apart and n < tile[COUNT]:
-        out[tile[PART] + n * tile[NUMBER_STEP], TOTAL] = total
+    if place < apart and n < tile[col.COUNT]:
+        out[tile[col.PART] + n * tile[col.NUMBER_STEP], col.TOTAL] = total
 
 
 @kernel
 def sum_tile_powers(tiles, tensors, peaks, like, out):
     """Write each tile's sums of ``(|x| / peak) ** ord``, of infinite order the largest ratios."""
     room = cuda.shared.array((2, THREADS), np.float64)
-    t = np.int64(cuda.blockIdx.x)
-    while t < tiles.shape[0]:
-        first = np.int64(0)
-        while first < tiles[t, COUNT]:
-            powers_of_lines(tiles[t], first, tensors[tiles[t, OWNER]], peaks, like, room, out)
-            first += np.int64(1) << tiles[t, BITS]
-        t += cuda.gridDim.x
+    over_lines(powers_of_lines, tiles, tensors, (peaks, like, room, out))

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import arrives_last, block_max, block_sum, lane_max
 from numclip.cuda.kernels.scalars import (
@@ -22,54 +23,19 @@ from numclip.cuda.kernels.scalars import (
     write_factor,
 )
 from numclip.cuda.kernels.verdict import BINS, EMPTY, add_rows, join, joined
-from numclip.tables import (
-    AFTER,
-    BAD,
-    BASE,
-    BITS,
-    BOUND,
-    CLIPPED,
-    CLIPPED_COUNT,
-    COARSE,
-    COUNT,
-    EXPONENT,
-    FIRST,
-    LAST,
-    LAW,
-    LEAST,
-    LEAVE,
-    MODE,
-    MULTIPLY,
-    NORM,
-    NUMBER,
-    ORD,
-    PARAM,
-    PEAK,
-    PRECISION,
-    RARE,
-    RATIO,
-    ROUNDOFF,
-    ROW,
-    SCALE,
-    SKIPPED,
-    TERMS,
-    TOTAL,
-    UNITS,
-    UNSCALE,
-)
 
 
 @inline
 def unit_of(slab):
     """Return the number of the thread's unit, its lane, and how many lanes there are."""
-    i, bits = np.int64(cuda.threadIdx.x), slab[BITS]
-    return slab[NUMBER] + (i & ((1 << bits) - 1)), i >> bits, np.int64(THREADS) >> bits
+    i, bits = np.int64(cuda.threadIdx.x), slab[col.BITS]
+    return slab[col.NUMBER] + (i & ((1 << bits) - 1)), i >> bits, np.int64(THREADS) >> bits
 
 
 @inline
 def is_told(slab, u, lane):
     """Tell whether the thread is the one that writes about its unit."""
-    return lane == 0 and u - slab[NUMBER] < slab[COUNT]
+    return lane == 0 and u - slab[col.NUMBER] < slab[col.COUNT]
 
 
 @inline
@@ -78,11 +44,11 @@ def unit_total(slab, first, last, tensors, partial, room):
     u, lane, lanes = unit_of(slab)
     bins, t = EMPTY, first
     while t < last:
-        start = tensors[t, FIRST] + u + lane * slab[UNITS]
-        stop = tensors[t, LAST] if u < slab[UNITS] else start
-        bins = add_rows(partial, TOTAL, start, stop, lanes * slab[UNITS], bins)
+        start = tensors[t, col.FIRST] + u + lane * slab[col.UNITS]
+        stop = tensors[t, col.LAST] if u < slab[col.UNITS] else start
+        bins = add_rows(partial, col.TOTAL, start, stop, lanes * slab[col.UNITS], bins)
         t += 1
-    total, exponent, _ = joined(bins, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
+    total, exponent, _ = joined(bins, cuda.threadIdx.x, np.int64(1) << slab[col.BITS], room)
     return total, exponent
 
 
@@ -94,19 +60,19 @@ def find_unit_peaks(slabs, tensors, laws, partial, column, out):
     while s < slabs.shape[0]:
         slab = slabs[s]
         u, lane, lanes = unit_of(slab)
-        largest, t = 0.0, slab[FIRST]
-        while t < slab[LAST]:
-            part = tensors[t, FIRST] + u + lane * slab[UNITS]
-            while part < tensors[t, LAST] and u < slab[UNITS]:
-                largest = larger(largest, partial[part, TOTAL])
-                part += lanes * slab[UNITS]
+        largest, t = 0.0, slab[col.FIRST]
+        while t < slab[col.LAST]:
+            part = tensors[t, col.FIRST] + u + lane * slab[col.UNITS]
+            while part < tensors[t, col.LAST] and u < slab[col.UNITS]:
+                largest = larger(largest, partial[part, col.TOTAL])
+                part += lanes * slab[col.UNITS]
             t += 1
-        largest = lane_max(largest, cuda.threadIdx.x, np.int64(1) << slab[BITS], room)
+        largest = lane_max(largest, cuda.threadIdx.x, np.int64(1) << slab[col.BITS], room)
         if is_told(slab, u, lane):
-            own = out[slab[ROW] + u]
+            own = out[slab[col.ROW] + u]
             own[column] = largest
-            if column == PEAK:
-                own[RATIO], own[ORD] = 1.0, laws[slab[LAW], ORD]
+            if column == col.PEAK:
+                own[col.RATIO], own[col.ORD] = 1.0, laws[slab[col.LAW], col.ORD]
         s += cuda.gridDim.x
 
 
@@ -114,23 +80,23 @@ def find_unit_peaks(slabs, tensors, laws, partial, column, out):
 def decide_slab(slab, tensors, law, partial, base, room, out):
     """Write the factors of a slab's units; return the mode of the one the thread wrote."""
     u, lane, _ = unit_of(slab)
-    total, exponent = unit_total(slab, slab[FIRST], slab[LAST], tensors, partial, room)
+    total, exponent = unit_total(slab, slab[col.FIRST], slab[col.LAST], tensors, partial, room)
     other, shift = 1.0, 0
-    if slab[PARAM] >= 0:
-        param = slab[PARAM]
+    if slab[col.PARAM] >= 0:
+        param = slab[col.PARAM]
         other, shift = unit_total(slab, param, param + 1, tensors, partial, room)
     if not is_told(slab, u, lane):
-        return float(LEAVE)
-    own = out[slab[ROW] + u]
-    root, power = norm_of(total, exponent, law[ORD], own[PEAK], own[RATIO])
-    norm = root / law[UNSCALE], power
-    bound, judged, coarse = law[BOUND], norm, law[COARSE]
-    if slab[PARAM] >= 0:
+        return float(col.LEAVE)
+    own = out[slab[col.ROW] + u]
+    root, power = norm_of(total, exponent, law[col.ORD], own[col.PEAK], own[col.RATIO])
+    norm = root / law[col.UNSCALE], power
+    bound, judged, coarse = law[col.BOUND], norm, law[col.COARSE]
+    if slab[col.PARAM] >= 0:
         bound, judged, coarse = relative(law, norm, (math.sqrt(other), shift))
-    leaves = base[slab[BASE], SKIPPED] != 0.0
-    limits = bound, bound, coarse, law[ROUNDOFF]
-    write_factor(law, limits, judged, norm, leaves, int(slab[PRECISION]), own)
-    return own[MODE]
+    leaves = base[slab[col.BASE], col.SKIPPED] != 0.0
+    limits = bound, bound, coarse, law[col.ROUNDOFF]
+    write_factor(law, limits, judged, norm, leaves, int(slab[col.PRECISION]), own)
+    return own[col.MODE]
 
 
 @kernel
@@ -144,9 +110,9 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
     work, rare = 0.0, 0.0
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
-        mode = decide_slab(slabs[s], tensors, laws[slabs[s, LAW]], partial, base, room, out)
-        work += 1.0 if mode != LEAVE else 0.0
-        rare += 1.0 if mode > MULTIPLY else 0.0
+        mode = decide_slab(slabs[s], tensors, laws[slabs[s, col.LAW]], partial, base, room, out)
+        work += 1.0 if mode != col.LEAVE else 0.0
+        rare += 1.0 if mode > col.MULTIPLY else 0.0
         s += cuda.gridDim.x
     work, rare = block_sum(work, 0.0, room), block_sum(rare, 0.0, room)
     if cuda.threadIdx.x == 0:
@@ -154,7 +120,7 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
         cuda.atomic.max(tickets, 2, np.uint32(rare > 0.0))
     if arrives_last(tickets, 0, cuda.gridDim.x, room) and cuda.threadIdx.x == 0:
         last = out.shape[0] - 1
-        out[last, MODE], out[last, RARE] = tickets[1], tickets[2]
+        out[last, col.MODE], out[last, col.RARE] = tickets[1], tickets[2]
         tickets[1], tickets[2] = 0, 0
 
 
@@ -167,15 +133,20 @@ def sum_slab(slab, bound, units, out, room):
     """
     i = np.int64(cuda.threadIdx.x)
     small, middle, large, least, count = 0.0, 0.0, 0.0, -1.0, 0.0
-    if i < slab[COUNT]:
-        unit = units[slab[ROW] + slab[NUMBER] + i]
-        small, middle, large = binned_square(unit[CLIPPED])
-        least, count = -unit[SCALE], (1.0 if unit[NORM] > bound else 0.0)
+    if i < slab[col.COUNT]:
+        unit = units[slab[col.ROW] + slab[col.NUMBER] + i]
+        small, middle, large = binned_square(unit[col.CLIPPED])
+        least, count = -unit[col.SCALE], (1.0 if unit[col.NORM] > bound else 0.0)
     small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
     total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
     count, least = block_sum(count, 0.0, room), block_max(least, room)
     if i == 0:
-        out[TOTAL], out[EXPONENT], out[BAD], out[TERMS] = total, exponent, count, least
+        out[col.TOTAL], out[col.EXPONENT], out[col.BAD], out[col.TERMS] = (
+            total,
+            exponent,
+            count,
+            least,
+        )
 
 
 @kernel
@@ -188,17 +159,17 @@ def summarize_units(slabs, families, laws, units, tickets, partial, out):
     room = cuda.shared.array((BINS, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
-        f = slabs[s, LAW]
-        sum_slab(slabs[s], laws[f, BOUND], units, partial[s], room)
-        first, last = families[f, FIRST], families[f, LAST]
+        f = slabs[s, col.LAW]
+        sum_slab(slabs[s], laws[f, col.BOUND], units, partial[s], room)
+        first, last = families[f, col.FIRST], families[f, col.LAST]
         if arrives_last(tickets, f, last - first, room):
-            total, exponent, count = join(partial, TOTAL, first, last, room)
+            total, exponent, count = join(partial, col.TOTAL, first, last, room)
             least, k = -1.0, first + cuda.threadIdx.x
             while k < last:
-                least = larger(least, partial[k, TERMS])
+                least = larger(least, partial[k, col.TERMS])
                 k += THREADS
             least = block_max(least, room)
             if cuda.threadIdx.x == 0:
-                out[f, AFTER] = scale_by_power(math.sqrt(total), int(exponent))
-                out[f, LEAST], out[f, CLIPPED_COUNT] = -least, count
+                out[f, col.AFTER] = scale_by_power(math.sqrt(total), int(exponent))
+                out[f, col.LEAST], out[f, col.CLIPPED_COUNT] = -least, count
         s += cuda.gridDim.x

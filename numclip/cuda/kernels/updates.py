@@ -11,21 +11,10 @@ import math
 import numpy as np
 
 from numclip import formulas
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.packets import (
-    PACKET,
-    WORD,
-    as_computed,
-    each,
-    load,
-    load_packet,
-    size_of,
-    store,
-    store_packet,
-    whole_packets,
-)
+from numclip.cuda.kernels.packets import as_computed, each, load_at, over_packets, store_at
 from numclip.cuda.kernels.scaling import product
-from numclip.tables import FACTOR, MODE, MULTIPLY, POOL, REPEATS, SKIPPED
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
@@ -45,7 +34,7 @@ def advance(decisions, counts):
     """Count a step for each pool that is not skipped; one block."""
     p = np.int64(cuda.threadIdx.x)
     while p < counts.shape[0]:
-        if decisions[p, SKIPPED] == 0.0:
+        if decisions[p, col.SKIPPED] == 0.0:
             counts[p] += 1
         p += THREADS
 
@@ -59,7 +48,7 @@ def advance_adam(decisions, given, counts, settings):
     """
     p = np.int64(cuda.threadIdx.x)
     while p < counts.shape[0]:
-        if decisions[p, SKIPPED] == 0.0:
+        if decisions[p, col.SKIPPED] == 0.0:
             counts[p] += 1
             first, second = given[p, BETA], given[p, BETA_SQUARE]
             rate, bias = adam_rate(given[p, LR], float(counts[p]), first, second)
@@ -72,20 +61,8 @@ def advance_adam(decisions, given, counts, settings):
 @inline
 def factor_of(tensor, decision, like):
     """Return the factor of a tensor; what is no plain number, or rows' sums, has it already."""
-    plain = decision[MODE] == MULTIPLY and tensor[REPEATS] == 0
-    return as_computed(decision[FACTOR] if plain else 1.0, like)
-
-
-@inline
-def state_word(p, like):
-    """Return where in the states the elements of a packet begin, in bytes."""
-    return p * WORD if size_of(like) > 2 else 2 * p * WORD
-
-
-@inline
-def state_stride(packets, like):
-    """Return how far the words of a packet of states are apart."""
-    return packets * WORD if size_of(like) > 2 else np.int64(WORD)
+    plain = decision[col.MODE] == col.MULTIPLY and tensor[col.REPEATS] == 0
+    return as_computed(decision[col.FACTOR] if plain else 1.0, like)
 
 
 @inline
@@ -114,85 +91,46 @@ def adam_param(value, mean, square, decay, rate, eps):
 
 @kernel
 def descend(updates, tensors, decisions, settings, like):
-    """Take a plain gradient step. Three passes."""
+    """Take a gradient step: three passes, five where there is a state, that of momentum."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
-        tensor = tensors[updates[c, OWNER]]
-        pool = tensor[POOL]
-        if decisions[pool, SKIPPED] == 0.0:
-            factor = factor_of(tensor, decisions[pool], like)
-            descend_chunk(updates[c], factor, settings[pool], like)
+        tensor, update = tensors[updates[c, OWNER]], updates[c]
+        pool = tensor[col.POOL]
+        if decisions[pool, col.SKIPPED] == 0.0:
+            factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
+            arguments = update, factor, settings[pool], state, like
+            addresses = update[GRAD] | update[PARAM] | update[FIRST]
+            if update[FIRST] == 0:
+                over_packets(descend_at, arguments, addresses, update[LENGTH], like)
+            else:
+                over_packets(roll_at, arguments, addresses, update[LENGTH], like)
         c += cuda.gridDim.x
 
 
 @inline
-def descend_chunk(update, factor, settings, like):
-    """Take a plain step for a chunk."""
+def descend_at(spots, update, factor, settings, _state, like):
+    """Take a plain step for some elements."""
     rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
-    grad, param = update[GRAD], update[PARAM]
-    packets = whole_packets(grad | param, update[LENGTH])
-    stride = packets * WORD
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        slope = each(product, (load_packet(grad + p * WORD, stride, like),), (factor,))
-        value = load_packet(param + p * WORD, stride, like)
-        slope = each(decayed, (slope, value), (decay,))
-        store_packet(param + p * WORD, stride, each(descended, (value, slope), (rate,)), like)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < update[LENGTH]:
-        place = i * size_of(like)
-        value = load(param + place, like)
-        slope = decayed(load(grad + place, like) * factor, value, decay)
-        store(param + place, descended(value, slope, rate), like)
-        i += THREADS
-
-
-@kernel
-def descend_with_momentum(updates, tensors, decisions, settings, like):
-    """Take a step with momentum. Five passes."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < updates.shape[0]:
-        tensor = tensors[updates[c, OWNER]]
-        pool = tensor[POOL]
-        if decisions[pool, SKIPPED] == 0.0:
-            factor = factor_of(tensor, decisions[pool], like)
-            roll_chunk(updates[c], factor, settings[pool], like)
-        c += cuda.gridDim.x
+    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
+    value = load_at(update[PARAM], spots, like)
+    slope = each(decayed, (slope, value), (decay,))
+    store_at(update[PARAM], spots, each(descended, (value, slope), (rate,)), like)
 
 
 @inline
-def roll_chunk(update, factor, settings, like):
-    """Take a step with momentum for a chunk."""
+def roll_at(spots, update, factor, settings, state, like):
+    """Take a step with momentum for some elements."""
     rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
     momentum = as_computed(settings[MOMENTUM], like)
     own, lookahead = as_computed(settings[OWN], like), as_computed(settings[LOOKAHEAD], like)
-    state = as_computed(0.0, like)
-    grad, param, speed = update[GRAD], update[PARAM], update[FIRST]
-    packets = whole_packets(grad | param | speed, update[LENGTH])
-    stride, apart = packets * WORD, state_stride(packets, like)
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        word, kept = p * WORD, state_word(p, like)
-        slope = each(product, (load_packet(grad + word, stride, like),), (factor,))
-        value = load_packet(param + word, stride, like)
-        slope = each(decayed, (slope, value), (decay,))
-        velocity = load_packet(speed + kept, apart, state)
-        velocity = each(sgd_velocity, (slope, velocity), (momentum,))
-        store_packet(speed + kept, apart, velocity, state)
-        step = each(sgd_direction, (slope, velocity), (own, lookahead))
-        store_packet(param + word, stride, each(descended, (value, step), (rate,)), like)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < update[LENGTH]:
-        place, kept = i * size_of(like), i * size_of(state)
-        value = load(param + place, like)
-        slope = decayed(load(grad + place, like) * factor, value, decay)
-        velocity = sgd_velocity(slope, load(speed + kept, state), momentum)
-        store(speed + kept, velocity, state)
-        step = sgd_direction(slope, velocity, own, lookahead)
-        store(param + place, descended(value, step, rate), like)
-        i += THREADS
+    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
+    value = load_at(update[PARAM], spots, like)
+    slope = each(decayed, (slope, value), (decay,))
+    velocity = load_at(update[FIRST], spots, state)
+    velocity = each(sgd_velocity, (slope, velocity), (momentum,))
+    store_at(update[FIRST], spots, velocity, state)
+    step = each(sgd_direction, (slope, velocity), (own, lookahead))
+    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
 
 
 @kernel
@@ -200,45 +138,28 @@ def adam(updates, tensors, decisions, settings, like):
     """Take a step of Adam with decoupled weight decay. Seven passes."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
-        tensor = tensors[updates[c, OWNER]]
-        pool = tensor[POOL]
-        if decisions[pool, SKIPPED] == 0.0:
-            factor = factor_of(tensor, decisions[pool], like)
-            adam_chunk(updates[c], factor, settings[pool], like)
+        tensor, update = tensors[updates[c, OWNER]], updates[c]
+        pool = tensor[col.POOL]
+        if decisions[pool, col.SKIPPED] == 0.0:
+            factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
+            arguments = update, factor, settings[pool], state, like
+            addresses = update[GRAD] | update[PARAM] | update[FIRST] | update[SECOND]
+            over_packets(adam_at, arguments, addresses, update[LENGTH], like)
         c += cuda.gridDim.x
 
 
 @inline
-def adam_chunk(update, factor, settings, like):
-    """Take a step of Adam for a chunk."""
+def adam_at(spots, update, factor, settings, state, like):
+    """Take a step of Adam for some elements."""
     decay, weight = as_computed(settings[0], like), as_computed(settings[1], like)
     square_weight = as_computed(settings[2], like)
     rate, eps = as_computed(settings[3], like), as_computed(settings[4], like)
-    state = as_computed(0.0, like)
-    grad, param, means, squares = update[GRAD], update[PARAM], update[FIRST], update[SECOND]
-    packets = whole_packets(grad | param | means | squares, update[LENGTH])
-    stride, apart = packets * WORD, state_stride(packets, like)
-    p = np.int64(cuda.threadIdx.x)
-    while p < packets:
-        word, kept = p * WORD, state_word(p, like)
-        slope = each(product, (load_packet(grad + word, stride, like),), (factor,))
-        value = load_packet(param + word, stride, like)
-        mean = each(moment, (slope, load_packet(means + kept, apart, state)), (weight,))
-        square = load_packet(squares + kept, apart, state)
-        square = each(squared_moment, (slope, square), (square_weight,))
-        store_packet(means + kept, apart, mean, state)
-        store_packet(squares + kept, apart, square, state)
-        value = each(adam_param, (value, mean, square), (decay, rate, eps))
-        store_packet(param + word, stride, value, like)
-        p += THREADS
-    i = packets * PACKET + cuda.threadIdx.x
-    while i < update[LENGTH]:
-        place, kept = i * size_of(like), i * size_of(state)
-        slope = load(grad + place, like) * factor
-        mean = moment(slope, load(means + kept, state), weight)
-        square = squared_moment(slope, load(squares + kept, state), square_weight)
-        store(means + kept, mean, state)
-        store(squares + kept, square, state)
-        value = load(param + place, like)
-        store(param + place, adam_param(value, mean, square, decay, rate, eps), like)
-        i += THREADS
+    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
+    value = load_at(update[PARAM], spots, like)
+    mean = each(moment, (slope, load_at(update[FIRST], spots, state)), (weight,))
+    square = load_at(update[SECOND], spots, state)
+    square = each(squared_moment, (slope, square), (square_weight,))
+    store_at(update[FIRST], spots, mean, state)
+    store_at(update[SECOND], spots, square, state)
+    value = each(adam_param, (value, mean, square), (decay, rate, eps))
+    store_at(update[PARAM], spots, value, like)

@@ -5,6 +5,7 @@ Norm, verdict and factor stay on the device.
 
 import numpy as np
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import arrives_last, block_sum, lane_bins
 from numclip.cuda.kernels.scalars import (
@@ -15,29 +16,6 @@ from numclip.cuda.kernels.scalars import (
     usable,
     write_norm,
     write_spread,
-)
-from numclip.tables import (
-    BAD,
-    BROKEN,
-    DIGITS,
-    EXPONENT,
-    FIRST,
-    LAST,
-    LEAVE,
-    MODE,
-    MULTIPLY,
-    ORD,
-    PEAK,
-    POLICY,
-    POOL,
-    RARE,
-    REPEATED,
-    REPEATS,
-    SET,
-    TERMS,
-    TERMS_EXPONENT,
-    TERMS_PEAK,
-    TOTAL,
 )
 
 BINS = 7  # three sums, their errors, what is not finite
@@ -59,7 +37,7 @@ def add_rows(sums, column, k, last, step, bins):
         mid += rest
         large, rest = two_sum(large, total if exponent > 0.0 else 0.0)
         high += rest
-        bad += sums[k, BAD]
+        bad += sums[k, col.BAD]
         k += step
     return small, middle, large, low, mid, high, bad
 
@@ -82,27 +60,29 @@ def join(sums, column, first, last, room):
 @inline
 def add_parts(tensor, law, partial, out, room):
     """Write the sums of a tensor's parts, and those of the magnitudes of its terms."""
-    total, exponent, bad = join(partial, TOTAL, tensor[FIRST], tensor[LAST], room)
+    total, exponent, bad = join(partial, col.TOTAL, tensor[col.FIRST], tensor[col.LAST], room)
     terms, terms_exponent = total, exponent
-    if tensor[REPEATS] != 0:
-        terms, terms_exponent, _ = join(partial, TERMS, tensor[FIRST], tensor[LAST], room)
-    elif law[ORD] != 2.0:
-        terms *= power_term(usable(law[PEAK]) / usable(law[TERMS_PEAK]), law[ORD])
+    if tensor[col.REPEATS] != 0:
+        terms, terms_exponent, _ = join(
+            partial, col.TERMS, tensor[col.FIRST], tensor[col.LAST], room
+        )
+    elif law[col.ORD] != 2.0:
+        terms *= power_term(usable(law[col.PEAK]) / usable(law[col.TERMS_PEAK]), law[col.ORD])
     if cuda.threadIdx.x == 0:
-        out[TOTAL], out[EXPONENT], out[BAD] = total, exponent, bad
-        out[TERMS], out[TERMS_EXPONENT] = terms, terms_exponent
+        out[col.TOTAL], out[col.EXPONENT], out[col.BAD] = total, exponent, bad
+        out[col.TERMS], out[col.TERMS_EXPONENT] = terms, terms_exponent
 
 
 @inline
 def add_tensors(pool, law, sums, out, room):
     """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
-    total, exponent, bad = join(sums, TOTAL, pool[FIRST], pool[LAST], room)
+    total, exponent, bad = join(sums, col.TOTAL, pool[col.FIRST], pool[col.LAST], room)
     terms, terms_exponent = total, exponent
-    if pool[REPEATED] != 0:
-        terms, terms_exponent, _ = join(sums, TERMS, pool[FIRST], pool[LAST], room)
+    if pool[col.REPEATED] != 0:
+        terms, terms_exponent, _ = join(sums, col.TERMS, pool[col.FIRST], pool[col.LAST], room)
     if cuda.threadIdx.x == 0:
         write_norm(law, total, exponent, 0, bad, out)
-        if pool[REPEATED] != 0:
+        if pool[col.REPEATED] != 0:
             write_spread(law, (total, exponent), (terms, terms_exponent), out)
 
 
@@ -117,12 +97,12 @@ def judge(tensors, pools, laws, partial, tickets, sums, decisions):
     t = np.int64(cuda.blockIdx.x)
     count = pools.shape[0]
     while t < tensors.shape[0]:
-        p = tensors[t, POOL]
+        p = tensors[t, col.POOL]
         add_parts(tensors[t], laws[p], partial, sums[t], room)
-        if arrives_last(tickets, p, pools[p, LAST] - pools[p, FIRST], room):
+        if arrives_last(tickets, p, pools[p, col.LAST] - pools[p, col.FIRST], room):
             add_tensors(pools[p], laws[p], sums, decisions[p], room)
-            if cuda.threadIdx.x == 0 and decisions[p, BROKEN] != 0.0:
-                cuda.atomic.max(tickets, count + pools[p, SET], np.uint32(1))
+            if cuda.threadIdx.x == 0 and decisions[p, col.BROKEN] != 0.0:
+                cuda.atomic.max(tickets, count + pools[p, col.SET], np.uint32(1))
         t += cuda.gridDim.x
     if arrives_last(tickets, tickets.shape[0] - 1, cuda.gridDim.x, room):
         decide_all(pools, laws, tickets, decisions, room)
@@ -135,14 +115,14 @@ def decide_all(pools, laws, tickets, decisions, room):
     work, rare = 0.0, 0.0
     p = np.int64(cuda.threadIdx.x)
     while p < count:
-        bad = tickets[count + pools[p, SET]] != 0
-        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
-        work += 1.0 if decisions[p, MODE] != LEAVE else 0.0
-        rare += 1.0 if decisions[p, MODE] > MULTIPLY else 0.0
+        bad = tickets[count + pools[p, col.SET]] != 0
+        decide(laws[p], pools[p, col.POLICY], int(pools[p, col.DIGITS]), bad, decisions[p])
+        work += 1.0 if decisions[p, col.MODE] != col.LEAVE else 0.0
+        rare += 1.0 if decisions[p, col.MODE] > col.MULTIPLY else 0.0
         p += THREADS
     work, rare = block_sum(work, 0.0, room), block_sum(rare, 0.0, room)
     if cuda.threadIdx.x == 0:  # the sums also waited until every thread had read the tickets
-        decisions[count, MODE], decisions[count, RARE] = work, rare
+        decisions[count, col.MODE], decisions[count, col.RARE] = work, rare
     k = count + cuda.threadIdx.x
     while k < tickets.shape[0]:
         tickets[k] = 0
