@@ -64,22 +64,30 @@ def lane_squares_of(address, length, lane, lanes, like):
 
 
 @inline
-def careful_squares(address, length, masked, like, room):
-    """Return a chunk's sum of squares in bins, and how many elements are not finite.
+def parts_of(place, masked, components, like):
+    """Return an element's parts, 0 for one that is masked; and 1 for one that is not finite."""
+    x, y = np.float64(load(place, like)), 0.0
+    if components == 2:
+        y = np.float64(load(place + size_of(like), like))
+    if math.isfinite(x) and math.isfinite(y):
+        return x, y, 0.0
+    return (0.0 if masked else x), (0.0 if masked else y), 1.0
 
-    Those count as 0 where `masked`.
+
+@inline
+def careful_squares(line, masked, lane, lanes, like):
+    """Return a lane's share of the squares of a line in bins, and of what is not finite.
+
+    `line` is where it begins, the step to the next element, how many these are, and their parts.
     """
-    bins, bad = NOTHING, 0.0
-    i = np.int64(cuda.threadIdx.x)
+    place, step, length, components = line
+    bins, bad, i = NOTHING, 0.0, lane
     while i < length:
-        value = np.float64(load(address + i * size_of(like), like))
-        if not math.isfinite(value):
-            bad += 1.0
-            value = 0.0 if masked else value
-        bins = with_square(bins, value, like)
-        i += THREADS
-    total, exponent = lane_squares(bins, np.int64(cuda.threadIdx.x), 1, room)
-    return total, exponent, block_sum(bad, 0.0, room)
+        x, y, odd = parts_of(place + i * step, masked, components, like)
+        bins = with_square(with_square(bins, x, like), y, like)
+        bad += odd
+        i += lanes
+    return bins, bad
 
 
 @inline
@@ -101,7 +109,10 @@ def sum_squares(chunks, tensors, like, out):
         total, exponent, bad = block_sum(total, error, room), 0, 0.0
         if not is_lossless(total, like):
             masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
-            total, exponent, bad = careful_squares(address, length, masked, like, room)
+            line = address, size_of(like), length, 1
+            bins, bad = careful_squares(line, masked, i, THREADS, like)
+            total, exponent = lane_squares(bins, i, 1, room)
+            bad = block_sum(bad, 0.0, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, col.PART], col.TOTAL] = total
             out[chunks[c, col.PART], col.EXPONENT] = exponent

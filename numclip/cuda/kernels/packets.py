@@ -268,40 +268,6 @@ def copy_at(_typing, source, target, spots, like):
 
 
 @intrinsic
-def load_apart(_typing, _address, _step, like):
-    """Return eight elements that are `step` bytes apart."""
-    lanes = types.UniTuple(_computed(like), PACKET)
-
-    def emit(context, builder, _signature, arguments):
-        pointers = _apart(builder, *arguments[:2], like)
-        found = [builder.load(pointer, align=like.bitwidth // 8) for pointer in pointers]
-        return context.make_tuple(builder, lanes, [_widened(builder, f, like) for f in found])
-
-    return lanes(types.int64, types.int64, like), emit
-
-
-@intrinsic
-def store_apart(_typing, _address, _step, values, like):
-    """Write eight elements `step` bytes apart."""
-
-    def emit(context, builder, _signature, arguments):
-        pointers = _apart(builder, *arguments[:2], like)
-        for lane, pointer in zip(_unpacked(builder, arguments[2]), pointers, strict=True):
-            builder.store(_narrowed(builder, lane, like), pointer, align=like.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, values, like), emit
-
-
-def _apart(builder, address, step, like):
-    """Return pointers to eight elements that are a step apart."""
-    places = [address]
-    for _ in range(PACKET - 1):
-        places.append(builder.add(places[-1], step))
-    return [_pointer(builder, place, _ELEMENTS[like]) for place in places]
-
-
-@intrinsic
 def each(typing, function, packets, scalars):
     """Return what a function makes of each lane of some packets, or of elements of some spots."""
     lane = (*(packet.dtype for packet in packets.types), *scalars.types)
@@ -327,6 +293,22 @@ def _unpacked(builder, aggregate):
 def whole_packets(addresses, length):
     """Return how many packets can be read in words: none where an address is not aligned."""
     return length // PACKET if addresses % WORD == 0 else np.int64(0)
+
+
+@inline
+def load_apart(address, step, like):
+    """Return eight elements that are `step` bytes apart."""
+    a, b = load(address, like), load(address + step, like)
+    c, d = load(address + 2 * step, like), load(address + 3 * step, like)
+    e, f = load(address + 4 * step, like), load(address + 5 * step, like)
+    return a, b, c, d, e, f, load(address + 6 * step, like), load(address + 7 * step, like)
+
+
+@inline
+def store_apart(address, step, values, like):
+    """Write eight elements `step` bytes apart."""
+    for k in range(len(values)):
+        store(address + k * step, values[k], like)
 
 
 @inline

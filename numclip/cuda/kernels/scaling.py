@@ -1,16 +1,14 @@
 """What is written: elements times the factor decided, held between bounds, or added."""
 
-import math
-
 import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
+from numclip.cuda.kernels.norms import parts_of
 from numclip.cuda.kernels.packets import (
     as_computed,
     copy_at,
     each,
-    load,
     load_at,
     over_more_packets,
     over_packets,
@@ -55,22 +53,24 @@ def copy(source, target, length, lane, lanes, like):
 
 
 @inline
-def multiply_carefully(chunk, decision, digits, lowest, like):
-    """Write a chunk times its factor, subnormal results rounded toward zero; slow.
+def multiply_carefully(line, decision, precision, lane, lanes, like):
+    """Write a lane's share of a line times its factor, subnormal results rounded toward zero; slow.
 
-    In the mode CLEAN, what is not finite becomes 0.
+    `line` is where it is read and written, the steps to the next elements, how many these are, and
+    their parts. In the mode CLEAN, an element that is not finite becomes 0.
     """
-    cleans = decision[col.MODE] == col.CLEAN
+    source, target, step, target_step, length, components = line
     mantissa, power = decision[col.MANTISSA], int(decision[col.POWER])
-    i = np.int64(cuda.threadIdx.x)
-    while i < chunk[col.LENGTH]:
-        place = i * size_of(like)
-        value = np.float64(load(chunk[col.SOURCE] + place, like))
-        if cleans and not math.isfinite(value):
-            value = 0.0
-        result = truncated_product(value, mantissa, power, int(digits), int(lowest))
-        store(chunk[col.TARGET] + place, result, like)
-        i += THREADS
+    digits, lowest = int(precision[0]), int(precision[1])
+    cleans, i = decision[col.MODE] == col.CLEAN, lane
+    while i < length:
+        x, y, _ = parts_of(source + i * step, cleans, components, like)
+        place = target + i * target_step
+        store(place, truncated_product(x, mantissa, power, digits, lowest), like)
+        if components == 2:
+            y = truncated_product(y, mantissa, power, digits, lowest)
+            store(place + size_of(like), y, like)
+        i += lanes
 
 
 @kernel
@@ -93,7 +93,8 @@ def scale(chunks, tensors, decisions, least, digits, lowest, like):
             factor = as_computed(decision[col.FACTOR], like)
             multiply(source, target, length, factor, i, THREADS, like)
         elif decision[col.MODE] > col.MULTIPLY:
-            multiply_carefully(chunk, decision, digits, lowest, like)
+            line = source, target, size_of(like), size_of(like), length, 1
+            multiply_carefully(line, decision, (digits, lowest), i, THREADS, like)
         elif decision[col.MODE] == col.LEAVE and copies:
             copy(source, target, length, i, THREADS, like)
         c += cuda.gridDim.x

@@ -19,9 +19,18 @@ from numclip.cuda.kernels.packets import (
     store,
     store_apart,
 )
-from numclip.cuda.kernels.scalars import clamped, truncated_product
-from numclip.cuda.kernels.scaling import copy, multiply, product
-from numclip.cuda.kernels.tiles import in_packets, over_lines, parts_of, seat, sums_apart
+from numclip.cuda.kernels.scalars import clamped
+from numclip.cuda.kernels.scaling import copy, multiply, multiply_carefully, product
+from numclip.cuda.kernels.tiles import in_packets, over_lines, seat, sums_apart
+
+
+@inline
+def line_of(tile, n):
+    """Return where line `n` is read and written, its steps, its elements and their parts."""
+    source = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
+    target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP]
+    steps = tile[col.STEP], tile[col.TARGET_STEP]
+    return source, target, steps[0], steps[1], tile[col.LENGTH], tile[col.COMPONENTS]
 
 
 @inline
@@ -33,19 +42,16 @@ def are_packed(tile, like):
 
 
 @inline
-def multiply_line(tile, n, factor, like):
+def multiply_line(tile, n, factor, lane, lanes, like):
     """Write a line times a factor, each product rounded once; eight loads in flight, or so."""
-    _, lane, lanes = seat(tile)
-    length, components = tile[col.LENGTH], tile[col.COMPONENTS]
-    line = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
-    line_target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP]
+    line, line_target, step, target_step, length, components = line_of(tile, n)
     if are_packed(tile, like):
         multiply(line, line_target, components * length, factor, lane, lanes, like)
         return
-    far, away, k = lanes * tile[col.STEP], lanes * tile[col.TARGET_STEP], 0
+    far, away, k = lanes * step, lanes * target_step, 0
     while k < components:
-        source = line + lane * tile[col.STEP] + k * size_of(like)
-        target = line_target + lane * tile[col.TARGET_STEP] + k * size_of(like)
+        source = line + lane * step + k * size_of(like)
+        target = line_target + lane * target_step + k * size_of(like)
         i = lane
         while i + (PACKET - 1) * lanes < length:
             x = load_apart(source, far, like)
@@ -59,45 +65,17 @@ def multiply_line(tile, n, factor, like):
 
 
 @inline
-def multiply_line_carefully(tile, n, decision, digits, lowest, like):
-    """Write a line times its factor, subnormal results rounded toward zero; slow.
-
-    In the mode CLEAN, an element that is not finite becomes 0.
-    """
-    _, lane, lanes = seat(tile)
-    mantissa, power, cleans = (
-        decision[col.MANTISSA],
-        int(decision[col.POWER]),
-        decision[col.MODE] == col.CLEAN,
-    )
-    source = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
-    target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP]
-    i = lane
-    while i < tile[col.LENGTH]:
-        x, y, _ = parts_of(source + i * tile[col.STEP], cleans, tile[col.COMPONENTS], like)
-        place = target + i * tile[col.TARGET_STEP]
-        x = truncated_product(x, mantissa, power, int(digits), int(lowest))
-        store(place, x, like)
-        if tile[col.COMPONENTS] == 2:
-            y = truncated_product(y, mantissa, power, int(digits), int(lowest))
-            store(place + size_of(like), y, like)
-        i += lanes
-
-
-@inline
-def copy_line(tile, n, like):
+def copy_line(tile, n, lane, lanes, like):
     """Copy a line bit by bit."""
-    _, lane, lanes = seat(tile)
-    source = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
-    target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP]
+    source, target, step, target_step, length, components = line_of(tile, n)
     if are_packed(tile, like):
-        copy(source, target, tile[col.COMPONENTS] * tile[col.LENGTH], lane, lanes, like)
+        copy(source, target, components * length, lane, lanes, like)
         return
     i, first = lane, np.int64(0)
-    while i < tile[col.LENGTH]:
-        place, other = source + i * tile[col.STEP], target + i * tile[col.TARGET_STEP]
+    while i < length:
+        place, other = source + i * step, target + i * target_step
         copy_at(place, other, (first,), like)
-        if tile[col.COMPONENTS] == 2:
+        if components == 2:
             copy_at(place, other, (first + 1,), like)
         i += lanes
 
@@ -116,15 +94,17 @@ def scale_tiles(tiles, tensors, decisions, least, digits, lowest, like):
         apart = tile[col.SOURCE] != tile[col.TARGET]
         if idle and not apart:
             return
-        n, _, _ = seat(tile)
+        n, lane, lanes = seat(tile)
         while n < tile[col.COUNT]:
             row = tensors[tile[col.OWNER], col.POOL] + tile[col.NUMBER] + n * tile[col.NUMBER_STEP]
-            if decisions[row, col.MODE] == col.MULTIPLY and least == col.MULTIPLY:
-                multiply_line(tile, n, as_computed(decisions[row, col.FACTOR], like), like)
-            elif decisions[row, col.MODE] > col.MULTIPLY:
-                multiply_line_carefully(tile, n, decisions[row], digits, lowest, like)
-            elif decisions[row, col.MODE] == col.LEAVE and apart:
-                copy_line(tile, n, like)
+            decision, line = decisions[row], line_of(tile, n)
+            if decision[col.MODE] == col.MULTIPLY and least == col.MULTIPLY:
+                factor = as_computed(decision[col.FACTOR], like)
+                multiply_line(tile, n, factor, lane, lanes, like)
+            elif decision[col.MODE] > col.MULTIPLY:
+                multiply_carefully(line, decision, (digits, lowest), lane, lanes, like)
+            elif decision[col.MODE] == col.LEAVE and apart:
+                copy_line(tile, n, lane, lanes, like)
             n += np.int64(1) << tile[col.BITS]
         t += cuda.gridDim.x
 

@@ -14,12 +14,14 @@ import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.blocks import NOTHING, lane_max, lane_squares, lane_sum, with_square
+from numclip.cuda.kernels.blocks import NOTHING, lane_max, lane_squares, lane_sum
 from numclip.cuda.kernels.norms import (
+    careful_squares,
     is_lossless,
     lane_max_of,
     lane_powers_of,
     lane_squares_of,
+    parts_of,
     sum_of_squares,
     with_ratio,
 )
@@ -76,31 +78,6 @@ def line_squares(tile, n, lane, lanes, like):
 
 
 @inline
-def parts_of(place, masked, components, like):
-    """Return an element's parts, 0 for one that is masked; and 1 for one that is not finite."""
-    x, y = np.float64(load(place, like)), 0.0
-    if components == 2:
-        y = np.float64(load(place + size_of(like), like))
-    if math.isfinite(x) and math.isfinite(y):
-        return x, y, 0.0
-    return (0.0 if masked else x), (0.0 if masked else y), 1.0
-
-
-@inline
-def careful_line(tile, n, masked, lane, lanes, like):
-    """Return a thread's share of the squares of a line in bins, and of what is not finite."""
-    bins, bad = NOTHING, 0.0
-    i = lane
-    while i < tile[col.LENGTH]:
-        place = tile[col.SOURCE] + n * tile[col.UNIT_STEP] + i * tile[col.STEP]
-        x, y, odd = parts_of(place, masked, tile[col.COMPONENTS], like)
-        bins = with_square(with_square(bins, x, like), y, like)
-        bad += odd
-        i += lanes
-    return bins, bad
-
-
-@inline
 def write_sums(tile, n, place, total, exponent, bad, out):
     """Write the sums of a line, or of all lines together."""
     if place < sums_apart(tile) and n < tile[col.COUNT]:
@@ -127,7 +104,9 @@ def squares_of_lines(tile, first, tensor, like, room, out):
     if cuda.syncthreads_or(1 if lossy else 0):
         bins = NOTHING
         if n < tile[col.COUNT]:
-            bins, bad = careful_line(tile, n, tensor[col.ZEROING] != 0, lane, lanes, like)
+            start = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
+            line = start, tile[col.STEP], tile[col.LENGTH], tile[col.COMPONENTS]
+            bins, bad = careful_squares(line, tensor[col.ZEROING] != 0, lane, lanes, like)
         careful = lane_squares(bins, place, apart, room)
         bad = lane_sum(bad, 0.0, place, apart, room)
         if lossy:
