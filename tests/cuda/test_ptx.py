@@ -34,6 +34,9 @@ ROOT = Path(__file__).parents[2]
 STREAMING = {
     "sum_squares": False,
     "max_magnitude": False,
+    "sum_tile_squares": False,
+    "max_tile_magnitude": False,
+    "scale_tiles": True,
     "copy_chunks": True,
     "add_chunks": True,
     "scale": True,
@@ -106,12 +109,12 @@ def assert_loads_in_flight(code, dtype):
 
 
 def assert_elements_in_flight(code, dtype):
-    """Four elements are read with no branch and no store between, which ptxas starts at once."""
+    """Eight elements are read with no branch and no store between, which ptxas starts at once."""
     assert not re.search(r"\.(approx|ftz)", code)
     kind = {"float32": "f32", "float64": "f64"}.get(dtype, "[bu]16")
     moves = re.findall(rf"ld\.global\.{kind}|st\.global|bra", code)
     runs = "".join("l" if found.startswith("ld") else " " for found in moves).split()
-    assert max(map(len, runs)) >= 4
+    assert max(map(len, runs)) >= 8
 
 
 def assert_nothing_spilled(name, code, target, folder, ptxas):
