@@ -103,8 +103,8 @@ def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
     lanes = bits_of(-(-along.length // TURNS))
     least = 0
     if abs(along.steps[0]) < abs(across.steps[0]) or across.length == 1:
-        packets = along.steps[0] == itemsize and across.steps[0] % WORD == 0
-        read = WORD if packets else itemsize
+        packets = along.length // PACKET if across.steps[0] % WORD == 0 else 0
+        read = WORD if packets > 1 and along.steps[0] == itemsize else itemsize
         lanes = max(lanes, min(bits_of(SECTOR // read), bits_of(along.length)))
     else:
         least = min(bits_of(LINE // itemsize), tiles.ALL_BITS)
