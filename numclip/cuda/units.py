@@ -28,7 +28,8 @@ class UnitPlan:
 
     Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
     bus but new laws. The decision for each unit stands in `units`, in the order of families.
-    That takes 80 bytes a unit, and 24 for each of its partial sums: `nbytes` in all.
+    That takes 56 bytes a unit, or 80 of an order other than 2, and 24 for each of its partial
+    sums: `nbytes` in all.
     Threads that share a plan hold `lock` from the law to the last launch.
     """
 
@@ -54,7 +55,8 @@ class UnitPlan:
         partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
         self.shared = Shared(device.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
-        self.units = device.scratch((count, tables.UNIT_COLUMNS), stream)
+        columns = tables.PEAK if ord == 2.0 else tables.UNIT_COLUMNS
+        self.units = device.scratch((count, columns), stream)
         self.nbytes = 8 * (partial.size + self.units.size)
         self._tickets = device.table(np.zeros(3, np.uint32), stream)
         self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)

@@ -88,7 +88,10 @@ def decide_slab(slab, tensors, law, partial, base, room, out):
     if not is_told(slab, u, lane):
         return float(col.LEAVE)
     own = out[slab[col.ROW] + u]
-    root, power = norm_of(total, exponent, law[col.ORD], own[col.PEAK], own[col.RATIO])
+    peak, ratio = 1.0, 1.0
+    if law[col.ORD] != 2.0:  # else there are no such columns
+        peak, ratio = own[col.PEAK], own[col.RATIO]
+    root, power = norm_of(total, exponent, law[col.ORD], peak, ratio)
     norm = root / law[col.UNSCALE], power
     bound, judged, coarse = law[col.BOUND], norm, law[col.COARSE]
     if slab[col.PARAM] >= 0:
