@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import contiguous, device
+from numclip.cuda import contiguous, driver, memory
 from numclip.cuda.copies import host_copy
 from numclip.cuda.facts import facts_of
 from numclip.cuda.streams import in_order
@@ -79,7 +79,7 @@ class DeviceArray:
 
     def copy_to_host(self, stream: Any = None) -> Array:
         """Return a copy in the host's memory, after what the stream, or all, still have to do."""
-        with device.on_stream(stream) as own:
+        with driver.on_stream(stream) as own:
             return host_copy(facts_of("array", self), own)
 
     def copy_from(self, source: Any, stream: Any = None) -> None:
@@ -99,14 +99,14 @@ class DeviceArray:
         """
         if on_device(source):
             entry = self._fitting(source)
-            with device.on_stream(stream) as own, in_order(own, [entry]):
-                device.copy(self.address, entry.address, self.nbytes, own)
+            with driver.on_stream(stream) as own, in_order(own, [entry]):
+                memory.copy(self.address, entry.address, self.nbytes, own)
             return
         source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         flat = np.ascontiguousarray(source).reshape(-1)
-        with device.on_stream(stream) as own:
-            device.write(self.address, flat.view(np.uint8), own)
+        with driver.on_stream(stream) as own:
+            memory.write(self.address, flat.view(np.uint8), own)
 
     def add(self, source: Any, stream: Any = None) -> None:
         """Add an array of the same shape and dtype, from the host or the GPU.
@@ -126,13 +126,13 @@ class DeviceArray:
         """
         if on_device(source):
             entry = self._fitting(source)
-            with device.on_stream(stream) as own, in_order(own, [entry]):
+            with driver.on_stream(stream) as own, in_order(own, [entry]):
                 contiguous.add(self._span(entry.address), own)
             return
         source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
-        with device.on_stream(stream) as own:
-            sent = device.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
+        with driver.on_stream(stream) as own:
+            sent = memory.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
             contiguous.add(self._span(sent.address), own)
 
     def _span(self, source: int) -> Span:
@@ -213,4 +213,4 @@ def _move(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) 
 def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
     """Return a new array in C order, which holds whatever its memory does."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return DeviceArray(device.allocate(nbytes), 0, shape, dtype)
+    return DeviceArray(memory.allocate(nbytes), 0, shape, dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import device, memory
 from numclip.cuda.kernels import halves, norms, scaling
 from numclip.cuda.kernels.packets import WORD
 from numclip.cuda.work import Kernels, Tables, Work, launch, like
@@ -86,7 +86,7 @@ class Chunks(Work):
         """Return tables of the chosen chunks (a mask) of each dtype that has some."""
         dtypes = dict.fromkeys(self._dtypes[chosen])
         rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
-        return {dtype: [device.table(copied_first(own), stream)] for dtype, own in rows.items()}
+        return {dtype: [memory.table(copied_first(own), stream)] for dtype, own in rows.items()}
 
     def _written(self, members: range | None, stream: Any) -> Tables:
         if members not in self._some:
@@ -109,7 +109,7 @@ class HalfCopies:
     """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
 
     def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
-        made = {dtype: [device.table(_halved(own), stream)] for dtype, own in tables.items()}
+        made = {dtype: [memory.table(_halved(own), stream)] for dtype, own in tables.items()}
         self._tables: Tables = made
 
     def round_all(self, stream: Any) -> None:
@@ -125,7 +125,7 @@ def widen_all(spans: Sequence[Span], stream: Any, *, adds: bool) -> None:
     """Copy what is read of 16 bits to what is written to in float32, or add it."""
     for dtype in dict.fromkeys(span.dtype for span in spans):
         own = np.array([span[1:] for span in spans if span.dtype is dtype], np.int64)
-        found = {dtype: [device.table(_halved(own), stream)]}
+        found = {dtype: [memory.table(_halved(own), stream)]}
         launch(halves.widen_chunks, found, stream, np.int64(adds))
 
 
@@ -140,7 +140,7 @@ def _halved(table: Array) -> Array:
 def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:
     for dtype in dict.fromkeys(span.dtype for span in spans):
         chunks, _, _ = split([span for span in spans if span.dtype is dtype])
-        launch(kernel, {dtype: [device.table(chunks, stream)]}, stream)
+        launch(kernel, {dtype: [memory.table(chunks, stream)]}, stream)
 
 
 def add(span: Span, stream: Any) -> None:

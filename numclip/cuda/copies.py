@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import device
+from numclip.cuda import memory
 from numclip.cuda.protocols import told
 from numclip.cuda.streams import current_stream
 from numclip.dtypes import Array
@@ -19,9 +19,9 @@ from numclip.memory import is_c_order
 def host_copy(source: Facts, stream: Any = 0) -> Array:
     """Return a copy of an array in the host's memory."""
     begin, end = source.extent
-    memory = device.read(begin, end - begin, stream)
+    copied = memory.read(begin, end - begin, stream)
     offset, strides = source.address - begin, source.strides
-    return np.ndarray(source.shape, source.native, memory, offset, strides)
+    return np.ndarray(source.shape, source.native, copied, offset, strides)
 
 
 def host_indices(indices: Any) -> Array:
@@ -34,5 +34,5 @@ def host_indices(indices: Any) -> Array:
         got = f"strides {strides} for shape {shape}; pass a contiguous copy"
         raise ValueError(expected("indices", "a contiguous 1-d CUDA array", got))
     nbytes = math.prod(shape) * native.itemsize
-    copy: Array = device.read(found.address, nbytes, current_stream(indices)).view(native)
+    copy: Array = memory.read(found.address, nbytes, current_stream(indices)).view(native)
     return copy

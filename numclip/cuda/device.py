@@ -1,7 +1,6 @@
 """numba-cuda: the one place that knows its import, its options and its faults; and launches.
 
-numba compiles; `driver` and `memory` do the rest, and their names are here too. Importing this
-module starts no driver.
+numba compiles; `driver` and `memory` do the rest. Importing this module starts no driver.
 """
 
 from __future__ import annotations
@@ -44,53 +43,8 @@ from cuda.bindings import driver as cu  # noqa: E402
 from numba.cuda.dispatcher import CUDACache  # noqa: E402
 
 from numclip.cuda import driver  # noqa: E402
-from numclip.cuda.driver import (  # noqa: E402
-    after_default,
-    handle_of,
-    held,
-    is_captured,
-    on_stream,
-    order,
-    stream_at,
-    synchronize,
-)
-from numclip.cuda.memory import (  # noqa: E402
-    Memory,
-    Table,
-    allocate,
-    clear,
-    copy,
-    read,
-    read_later,
-    read_table,
-    scratch,
-    table,
-    update,
-    write,
-)
-
-__all__ = [
-    "Memory",
-    "Table",
-    "after_default",
-    "allocate",
-    "clear",
-    "copy",
-    "handle_of",
-    "held",
-    "is_captured",
-    "on_stream",
-    "order",
-    "read",
-    "read_later",
-    "read_table",
-    "scratch",
-    "stream_at",
-    "synchronize",
-    "table",
-    "update",
-    "write",
-]
+from numclip.cuda.driver import handle_of  # noqa: E402
+from numclip.cuda.memory import Table  # noqa: E402
 
 # A power of two: the block's sums are added in a tree. Not measured on hardware yet.
 THREADS = 256
@@ -103,22 +57,16 @@ LONG_GROUP = 16
 SECTOR = 32
 
 
-def _stamp() -> str:
-    """Return a digest of every kernel source: a cached kernel holds inlined code of them all."""
-    digest = hashlib.sha256()
-    own = sorted(Path(__file__).parent.glob("*.py"))
-    for path in [
-        *own,
-        *(Path(str(shared.__file__)) for shared in (decisions, formulas, halves, tables)),
-    ]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def sources() -> list[Path]:
+    """Return the files that kernels are made of: a cached kernel holds inlined code of them all."""
+    shared = (Path(str(module.__file__)) for module in (decisions, formulas, halves, tables))
+    return [*sorted(Path(__file__).parent.rglob("*.py")), *shared]
 
 
 class _Cache(CUDACache):
     """numba-cuda's file cache, where a file that cannot be read or written is a miss."""
 
-    stamp = _stamp()
+    stamp = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.cuda import device
+from numclip.cuda import driver
 from numclip.libraries import bfloat16
 
 VERSION = 1, 0
@@ -71,8 +71,8 @@ class Lease:
 
 def _give_back(deleter: int, pointer: int, streams: list[Any]) -> None:
     for stream in streams:  # the default one waits for none that was made to wait for no other
-        device.order(0, stream)
-    device.after_default(lambda: _deleter(deleter)(pointer))
+        driver.order(0, stream)
+    driver.after_default(lambda: _deleter(deleter)(pointer))
 
 
 class Told(NamedTuple):

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 
 from numclip import methods
-from numclip.cuda import arrays, copies, device, plans, rows, streams, strided, tensors, updates
+from numclip.cuda import (
+    arrays,
+    copies,
+    device,
+    driver,
+    memory,
+    plans,
+    rows,
+    streams,
+    strided,
+    tensors,
+    updates,
+)
 from numclip.cuda.arrays import DeviceArray
 from numclip.cuda.contiguous import HalfCopies
 from numclip.cuda.facts import facts_of
@@ -79,8 +91,8 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
 
 def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
     """Return a new array of ours, or of numba's where another one is of numba."""
-    memory = device.allocate(math.prod(shape) * like.native.itemsize)
-    made = DeviceArray(memory, 0, shape, like.native, strides)
+    own = memory.allocate(math.prod(shape) * like.native.itemsize)
+    made = DeviceArray(own, 0, shape, like.native, strides)
     if library_of(like.array) == "numba" and like.native.name != "bfloat16":
         return device.as_array(made)
     return made
@@ -93,19 +105,19 @@ def kept_plan(
 
     Each stream has its own: two could use a plan's memory at the same time.
     """
-    key = (device.handle_of(stream), *pools, *spans)
+    key = (driver.handle_of(stream), *pools, *spans)
     return plans.kept(key, lambda: Plan(spans, pools, stream))
 
 
 def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[Any, list[Any]]:
     """Return a plan of units likewise."""
-    key = (device.handle_of(stream), ord, *families)
+    key = (driver.handle_of(stream), ord, *families)
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
 def read(table: Any, stream: Any) -> Array:
     """Return a table in the host's memory, after waiting for it."""
-    found: Array = device.read_table(table, stream)
+    found: Array = memory.read_table(table, stream)
     return found
 
 
@@ -145,7 +157,7 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     if not told:
         return None
     stream = streams.current_stream(next(item for item in items if item is not None))
-    return device.handle_of(stream), policy, ord, written, told
+    return driver.handle_of(stream), policy, ord, written, told
 
 
 def key_of_pairs(gradients: list[Any], variables: list[Any], kernel: str) -> tuple[Any, None]:
@@ -157,7 +169,7 @@ def key_of_pairs(gradients: list[Any], variables: list[Any], kernel: str) -> tup
 def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
     """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
     found = None if key is None else plans.find(key)
-    return None if found is None else (*found, device.stream_at(key[0]))
+    return None if found is None else (*found, driver.stream_at(key[0]))
 
 
 def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
@@ -169,7 +181,7 @@ def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
 def sent(array: Array, stream: Any) -> DeviceArray:
     """Return a copy of an array of the host on the GPU."""
     made = arrays.empty(array.shape, array.dtype)
-    device.write(made.address, array.reshape(-1).view(np.uint8), stream)
+    memory.write(made.address, array.reshape(-1).view(np.uint8), stream)
     return made
 
 
@@ -178,7 +190,7 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
     row, to = lookup(source.native), lookup(target.native)
     assert row is not None
     assert to is not None
-    device.clear(target.address, target.nbytes, stream)
+    memory.clear(target.address, target.nbytes, stream)
     length = math.prod(source.shape[1:]) * row.components
     size = source.nbytes // row.storage.itemsize
     span = RowSpan(row, source.address, target.address, size, length)
@@ -191,18 +203,18 @@ on_host = copies.host_copy
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:
     """Copy memory to an array that lies as another one does."""
-    device.copy(target.address, source.address, source.nbytes, stream)
+    memory.copy(target.address, source.address, source.nbytes, stream)
 
 
 def clear(array: Any, stream: Any) -> None:
     """Set an array of `empty` to zeros."""
-    device.clear(array.address, array.nbytes, stream)
+    memory.clear(array.address, array.nbytes, stream)
 
 
 def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
     """Write the sums over the first axis of arrays, in float64, each row times its factor."""
     tensors, table = units.shared.tensors, units.units
-    key = (device.handle_of(stream), "examples", *arrays)
+    key = (driver.handle_of(stream), "examples", *arrays)
     adding, _ = plans.kept(key, lambda: Sums(dict(enumerate(arrays)), stream))
     adding.write(tensors, table, stream)
 
@@ -247,16 +259,16 @@ def _sendable(array: DeviceArray, source: Any) -> Any:
 
 def table(shape: tuple[int, ...], stream: Any) -> Any:
     """Return a new table of zeros."""
-    return device.table(np.zeros(shape), stream)
+    return memory.table(np.zeros(shape), stream)
 
 
 def hand_over(table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
     """Return what reads a table as it is now, without waiting yet, and the one to write to."""
-    return device.read_later(table, stream), table
+    return memory.read_later(table, stream), table
 
 
-on_stream = device.on_stream
-is_capturing = device.is_captured
+on_stream = driver.on_stream
+is_capturing = driver.is_captured
 updates_of_groups = updates.GroupUpdates
 updates_of_arrays = updates.ArrayUpdates
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import device, memory
 from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import norms, verdict
 from numclip.cuda.rows import Groups, Rows
@@ -30,12 +30,12 @@ class HostTable:
 
     def __init__(self, shape: tuple[int, int], stream: Any) -> None:
         self.sent = np.zeros(shape)
-        self.table = device.table(self.sent, stream)
+        self.table = memory.table(self.sent, stream)
 
     def write(self, table: Array, stream: Any) -> None:
         """Let what follows in the stream see a table."""
         if not np.array_equal(table, self.sent, equal_nan=True):
-            device.update(self.table, table, stream)
+            memory.update(self.table, table, stream)
             self.sent = table
 
 
@@ -55,13 +55,13 @@ class Plan:
         self.spans: list[Any] = list(spans)
         self.pools = list(pools)
         firsts = self._set_works(stream)
-        self.tensors = device.table(self._tensor_table(firsts), stream)
-        partial = device.table(np.zeros((max(int(firsts[-1]), 1), tables.SUM_COLUMNS)), stream)
+        self.tensors = memory.table(self._tensor_table(firsts), stream)
+        partial = memory.table(np.zeros((max(int(firsts[-1]), 1), tables.SUM_COLUMNS)), stream)
         self._shared = Shared(self.tensors, partial)
         self._facts = Laws(self.spans, self.pools)
-        self._pools = device.table(self._facts.pool_table(self.pools), stream)
+        self._pools = memory.table(self._facts.pool_table(self.pools), stream)
         groups = 1 + max(pool.group for pool in pools)
-        self._tickets = device.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
+        self._tickets = memory.table(np.zeros(len(pools) + groups + 1, np.uint32), stream)
         self._laws = self._own_laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._leaving: HostTable | None = None
         self._groupings: list[Groups] = []
@@ -129,7 +129,7 @@ class Plan:
         shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS
         sums = np.zeros((count, len(self.spans), tables.SUM_COLUMNS))
         decisions = np.zeros(shape)
-        both = device.table(sums, stream), device.table(decisions, stream)
+        both = memory.table(sums, stream), memory.table(decisions, stream)
         return [(both[0][k], both[1][k]) for k in range(count)]
 
     def write_laws(self, law: Law, stream: Any, laws: HostTable | None = None) -> None:
@@ -189,8 +189,8 @@ class Plan:
         tensors = np.zeros((len(pools), 5), np.int64)
         tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
         tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1
-        sent = [device.table(table, stream) for table in (tensors, pools, law, totals)]
-        spare = device.table(np.zeros_like(totals), stream)
+        sent = [memory.table(table, stream) for table in (tensors, pools, law, totals)]
+        spare = memory.table(np.zeros_like(totals), stream)
         arguments = *sent, self._tickets, spare, outcome[1]
         device.launch(verdict.judge, len(pools), stream, *arguments)
 

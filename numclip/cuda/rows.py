@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import device, memory
 from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import rows
 from numclip.cuda.strided import Tiles
@@ -166,7 +166,7 @@ class Rows(Work):
         made: dict[DType, list[Any]] = {}
         for dtype in dict.fromkeys(span.dtype for span in spans):
             own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
-            made[dtype] = [device.table(array, stream) for array in _joined(own)]
+            made[dtype] = [memory.table(array, stream) for array in _joined(own)]
         self._tables = made
         self._works = self._writers(dict(zip(self._numbers, spans, strict=True)))
         for work in self._works:
@@ -180,7 +180,7 @@ class Rows(Work):
             -(-count * span.length * span.dtype.storage.itemsize // ALIGNMENT) * ALIGNMENT
             for span, count in zip(spans, counts, strict=True)
         ]
-        self._memory: Any = device.scratch((sum(sizes),), stream, np.uint8)
+        self._memory: Any = memory.scratch((sum(sizes),), stream, np.uint8)
         starts = itertools.accumulate(sizes[:-1], initial=self._memory.address)
         return list(starts)
 
@@ -212,5 +212,5 @@ def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: 
     """
     if not span.size:
         return
-    made = [device.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
+    made = [memory.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
     launch(rows.sum_rows, {span.dtype: made}, stream, after=[like(to)])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from numclip.cuda import device
+from numclip.cuda import driver
 from numclip.cuda.protocols import library_of
 from numclip.facts import Facts
 
@@ -17,15 +17,15 @@ def stream_from(stream: Any) -> Any:
     for name in ("cuda_stream", "ptr"):
         handle = getattr(stream, name, None)
         if isinstance(handle, int):
-            return device.stream_at(handle)
+            return driver.stream_at(handle)
     if isinstance(stream, int) and not isinstance(stream, bool):
-        return device.stream_at(stream)
+        return driver.stream_at(stream)
     if stream is None:
-        return device.stream_at(0)
+        return driver.stream_at(0)
     if hasattr(stream, "begin_building"):  # a graph builder of cuda.core
         stream = stream.stream
     if hasattr(stream, "__cuda_stream__"):
-        return device.stream_at(int(stream.__cuda_stream__()[1]))
+        return driver.stream_at(int(stream.__cuda_stream__()[1]))
     raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
 
 
@@ -35,10 +35,10 @@ def stream_of(entries: Sequence[Facts]) -> Any:
     It waits for what was given to the streams of the others, and for what DLPack's producers
     were told to be ready for. `give_back` is to follow what is done on it.
     """
-    own, *others = _streams_of(entries) or [device.stream_at(0)]
+    own, *others = _streams_of(entries) or [driver.stream_at(0)]
     for other in others:
-        device.order(own, other)
-    if device.handle_of(own):
+        driver.order(own, other)
+    if driver.handle_of(own):
         for entry in entries:
             if entry.lease is not None:
                 entry.lease.streams.append(own)
@@ -48,7 +48,7 @@ def stream_of(entries: Sequence[Facts]) -> Any:
 def give_back(stream: Any, entries: Sequence[Facts]) -> None:
     """Let the streams of arrays' libraries go on only after what a stream was given."""
     for other in _streams_of(entries):
-        device.order(other, stream)
+        driver.order(other, stream)
 
 
 def _streams_of(entries: Sequence[Facts]) -> list[Any]:
@@ -60,7 +60,7 @@ def _streams_of(entries: Sequence[Facts]) -> list[Any]:
         if package not in libraries:
             libraries |= {package} & {"torch", "cupy"}  # where one is current for all
             stream = current_stream(entry.array)
-            found.setdefault(device.handle_of(stream), stream)
+            found.setdefault(driver.handle_of(stream), stream)
     return list(found.values())
 
 
@@ -68,11 +68,11 @@ def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = library_of(array)
     if package == "torch":
-        return device.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+        return driver.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     if package == "cupy":
         theirs = sys.modules["cupy"].cuda.get_current_stream()
-        return device.held(device.stream_at(theirs.ptr), theirs)
-    return device.stream_at(_told_stream(array))
+        return driver.held(driver.stream_at(theirs.ptr), theirs)
+    return driver.stream_at(_told_stream(array))
 
 
 def _told_stream(array: Any) -> int:
@@ -85,6 +85,6 @@ def _told_stream(array: Any) -> int:
 @contextlib.contextmanager
 def in_order(stream: Any, entries: Sequence[Facts]) -> Iterator[None]:
     """Do something after what the arrays' library was told, and before what it will be told."""
-    device.order(stream, stream_of(entries))
+    driver.order(stream, stream_of(entries))
     yield
     give_back(stream, entries)

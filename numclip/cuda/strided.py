@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import device, memory
 from numclip.cuda.contiguous import copied_first
 from numclip.cuda.kernels import tile_scaling, tiles
 from numclip.cuda.kernels.packets import PACKET, WORD
@@ -181,11 +181,11 @@ def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> t
     table[..., tables.BITS], table[..., tables.COMPONENTS] = bits, array.dtype.components
     table[..., tables.NUMBER], table[..., tables.NUMBER_STEP] = numbers, across.number
     table[..., tables.PART] = turns * array.units + numbers
-    for k, memory in enumerate(memories):
+    for k, own in enumerate(memories):
         address, step, unit_step = MEMORY_COLUMNS[k]
         offsets = _offsets(rest, [direction.steps[k] for direction in rest])[:, None, None]
         offsets = offsets + (firsts * across.steps[k])[:, None] + starts * along.steps[k]
-        table[..., address] = memory.address + offsets
+        table[..., address] = own.address + offsets
         table[..., step], table[..., unit_step] = along.steps[k], across.steps[k]
     sums = math.prod(reduced) * len(starts) * (1 if across.kept else len(firsts))
     return table.reshape(-1, tables.TILE_COLUMNS), sums
@@ -237,12 +237,12 @@ def _by_dtype(arrays: Mapping[int, Strided], found: Mapping[int, Array], stream:
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
     joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: [device.table(own, stream)] for dtype, own in joined.items() if len(own)}
+    return {dtype: [memory.table(own, stream)] for dtype, own in joined.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
     """Write an array held between others, of the same shape and dtype."""
-    table = device.table(cut(array, [array.read, array.written, low, high])[0], stream)
+    table = memory.table(cut(array, [array.read, array.written, low, high])[0], stream)
     launch(tile_scaling.clamp_tiles_between, {array.dtype: [table]}, stream)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import device, memory
 from numclip.cuda.kernels import units
 from numclip.cuda.kernels.tiles import ALL_BITS
 from numclip.cuda.plan import HostTable
@@ -49,17 +49,17 @@ class UnitPlan:
             self._written = Tiles(dict(enumerate(arrays)))
             self._written.send(np.zeros(len(arrays), np.int64), stream)
         slabs, families_of = _slabs(_family_table(self.families), tensors)
-        self._slabs, self._families = (device.table(t, stream) for t in (slabs, families_of))
-        self._summed = device.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
-        self._arrived = device.table(np.zeros(len(families), np.uint32), stream)
-        partial = device.scratch((max(int(counts.sum()), 1), 3), stream)
-        self.shared = Shared(device.table(tensors, stream), partial)
+        self._slabs, self._families = (memory.table(t, stream) for t in (slabs, families_of))
+        self._summed = memory.table(np.zeros((len(slabs), tables.SUM_COLUMNS)), stream)
+        self._arrived = memory.table(np.zeros(len(families), np.uint32), stream)
+        partial = memory.scratch((max(int(counts.sum()), 1), 3), stream)
+        self.shared = Shared(memory.table(tensors, stream), partial)
         count = sum(family.units for family in families) + 1
         columns = tables.PEAK if ord == 2.0 else tables.UNIT_COLUMNS
-        self.units = device.scratch((count, columns), stream)
+        self.units = memory.scratch((count, columns), stream)
         self.nbytes = 8 * (partial.size + self.units.size)
-        self._tickets = device.table(np.zeros(3, np.uint32), stream)
-        self._unskipped = device.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
+        self._tickets = memory.table(np.zeros(3, np.uint32), stream)
+        self._unskipped = memory.table(np.zeros((1, tables.DECISION_COLUMNS)), stream)
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
 
     def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
@@ -100,7 +100,7 @@ class UnitPlan:
 
     def changes(self, stream: Any) -> bool:
         """Tell whether some unit is scaled, after waiting for the decisions."""
-        last = device.read_table(self.units[self.units.shape[0] - 1], stream)
+        last = memory.read_table(self.units[self.units.shape[0] - 1], stream)
         return bool(last[tables.MODE])
 
     def scale(self, stream: Any) -> None:
@@ -111,7 +111,7 @@ class UnitPlan:
         """Return memory for what `summarize` tells, so often."""
         table = np.zeros((count, len(self.families), 3))
         table[..., tables.LEAST] = 1.0  # of families without units
-        made = device.table(table, stream)
+        made = memory.table(table, stream)
         return [made[k] for k in range(count)]
 
     def summarize(self, out: Any, stream: Any) -> None:

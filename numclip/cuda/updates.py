@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from numclip import methods
-from numclip.cuda import device
+from numclip.cuda import device, driver, memory
 from numclip.cuda.contiguous import split
 from numclip.cuda.kernels import updates
 from numclip.cuda.plan import HostTable, Plan
@@ -73,7 +73,7 @@ class Places:
         """Return tables of the updates of each dtype that has some."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
-            dtype: [device.table(rows[dtypes == dtype], stream)]
+            dtype: [memory.table(rows[dtypes == dtype], stream)]
             for dtype in dict.fromkeys(dtypes.tolist())
         }
 
@@ -98,24 +98,24 @@ class GroupUpdates:
         self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
         self._row_updates: Tables = {}
         self._left: set[int] = set()  # of tensors that are not updated
-        self._counts = device.table(np.zeros(len(plan.pools), np.int64), stream)
+        self._counts = memory.table(np.zeros(len(plan.pools), np.int64), stream)
         shape = len(plan.pools), SETTINGS_COLUMNS
         self._given = HostTable(shape, stream)
-        self._settings = device.table(np.zeros(shape), stream)
+        self._settings = memory.table(np.zeros(shape), stream)
         self._sparse = any(isinstance(span, RowSpan) for span in spans)
         if self._sparse:
             plan.keep_sums()
 
     def counts(self) -> Array:
         """Return how often each pool was updated, after waiting for it."""
-        with device.on_stream(None) as stream:
-            counts: Array = device.read_table(self._counts, stream)
+        with driver.on_stream(None) as stream:
+            counts: Array = memory.read_table(self._counts, stream)
         return counts
 
     def set_counts(self, counts: Array) -> None:
         """Let pools have been updated so often."""
-        with device.on_stream(None) as stream:
-            device.update(self._counts, counts, stream)
+        with driver.on_stream(None) as stream:
+            memory.update(self._counts, counts, stream)
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
         """Leave the parameters whose gradients have no address; others are of the plan."""
@@ -181,9 +181,9 @@ class ArrayUpdates:
         self._updates = places.by_dtype(everything, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
-        self._tensors = device.table(tensors, stream)
+        self._tensors = memory.table(tensors, stream)
         decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
-        self._decisions = device.table(decisions, stream)
+        self._decisions = memory.table(decisions, stream)
         self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
 
     def read_from(self, _sources: None) -> None:

@@ -12,7 +12,7 @@ import numclip as nc
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numclip.cuda import device
+from numclip.cuda import memory
 from numclip.cuda.arrays import DeviceArray
 from tests.cuda.gpu import HARDWARE
 from tests.cuda.gpu import ready as ready
@@ -36,10 +36,10 @@ def send(array: Any, offset: int = 0) -> Any:
     if isinstance(array, nc.IndexedSlices):
         return nc.IndexedSlices(send(array.values, offset), array.indices, array.dense_shape)
     copy, room, start = laid_out(array, array)
-    memory = device.allocate(room.size + offset)
+    own = memory.allocate(room.size + offset)
     strides = None if array.flags.c_contiguous else array.strides
-    made = DeviceArray(memory, offset + start, array.shape, copy.dtype, strides)
-    device.write(made.address - start, room, 0)
+    made = DeviceArray(own, offset + start, array.shape, copy.dtype, strides)
+    memory.write(made.address - start, room, 0)
     return made
 
 

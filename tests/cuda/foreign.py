@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from numclip.cuda import device
+from numclip.cuda import driver
 from tests.cuda.devices import fetch, send
 
 CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5}
@@ -124,8 +124,8 @@ class Producer:
 def settle() -> None:
     """Let memory that is no longer used be given back."""
     gc.collect()
-    device.synchronize(None)
-    device.after_default(lambda: None)
+    driver.synchronize(None)
+    driver.after_default(lambda: None)
 
 
 @pytest.fixture(autouse=True)

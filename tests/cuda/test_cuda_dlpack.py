@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import device, dlpack
+from numclip.cuda import dlpack, driver
 from numclip.cuda.arrays import DeviceArray
 from tests.cuda.devices import fetch, ready
 from tests.cuda.foreign import Foreign, Producer, settle, settled
@@ -65,7 +65,7 @@ def test_memory_is_given_back_after_what_streams_still_do():
             item = Producer(np.ones(4))
             norm = nc.global_norm([*others, item])
             gc.collect()
-            device.after_default(lambda: None)
+            driver.after_default(lambda: None)
             assert HARDWARE or not item.returned
             assert norm == (4.0 * (1 + len(others))) ** 0.5
             settle()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import device, driver, engine, streams
+from numclip.cuda import device, driver, engine, memory, streams
 from numclip.cuda.arrays import DeviceArray
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Tensor, torch
@@ -234,8 +234,8 @@ def test_results_are_checked():
 
 
 def test_results_do_not_overlap():
-    memory = device.allocate(64)
-    parts = [DeviceArray(memory, start, (4,), np.dtype("f8")) for start in (0, 16)]
+    room = memory.allocate(64)
+    parts = [DeviceArray(room, start, (4,), np.dtype("f8")) for start in (0, 16)]
     grad = send(np.ones(4))
     with pytest.raises(ValueError, match=r"out\[1\]: shares memory with out\[0\]"):
         nc.clip_by_global_norm([grad, send(np.ones(4))], 1.0, out=parts)
@@ -257,24 +257,24 @@ def test_results_that_are_in_place_in_part(step):
 
 
 def test_results_between_the_elements_of_others():
-    memory = send(np.arange(12.0).reshape(3, 4))
+    room = send(np.arange(12.0).reshape(3, 4))
     even, odd = (
-        DeviceArray(memory._memory, 8 * start, (3, 2), np.dtype("f8"), (32, 16)) for start in (0, 1)
+        DeviceArray(room._memory, 8 * start, (3, 2), np.dtype("f8"), (32, 16)) for start in (0, 1)
     )
     clipped = nc.clip_by_norm(even, 1.0, out=odd)
     assert clipped is odd
     assert_same_bits(fetch(odd), nc.clip_by_norm(fetch(even), 1.0))
     for out, message in [
-        (memory.part(1, (3, 2)), "out: shares memory with grad; pass out= the gradients"),
+        (room.part(1, (3, 2)), "out: shares memory with grad; pass out= the gradients"),
         (
-            DeviceArray(device.allocate(99), 0, (3, 2), np.dtype("f8"), (16, 0)),
+            DeviceArray(memory.allocate(99), 0, (3, 2), np.dtype("f8"), (16, 0)),
             r"out: expected distinct elements, got strides \(16, 0\)",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             nc.clip_by_norm(even, 1.0, out=out)
     with pytest.raises(ValueError, match=r"out\[1\]: shares memory with out\[0\]"):
-        nc.clip_by_global_norm([memory, send(np.ones((3, 2)))], 1.0, out=[memory, odd])
+        nc.clip_by_global_norm([room, send(np.ones((3, 2)))], 1.0, out=[room, odd])
 
 
 def test_what_bounds_do_not_take():

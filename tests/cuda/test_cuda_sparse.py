@@ -11,7 +11,7 @@ import pytest
 
 import numclip as nc
 from numclip import tables
-from numclip.cuda import device
+from numclip.cuda import memory
 from numclip.cuda import rows as grouping
 from numclip.cuda.arrays import DeviceArray
 from numclip.dtypes import lookup
@@ -42,8 +42,8 @@ def example(name: str = "float32", seed: int = 8) -> nc.IndexedSlices:
 def integers(indices: Any, dtype: Any = np.int64) -> DeviceArray:
     """Indices on the device."""
     array = np.array(indices, dtype)
-    made = DeviceArray(device.allocate(array.nbytes), 0, array.shape, array.dtype)
-    device.write(made.address, array.reshape(-1).view(np.uint8), 0)
+    made = DeviceArray(memory.allocate(array.nbytes), 0, array.shape, array.dtype)
+    memory.write(made.address, array.reshape(-1).view(np.uint8), 0)
     return made
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import device
+from numclip.cuda import memory
 from tests.cuda.compared import assert_as_on_the_cpu
 from tests.cuda.devices import fetch, ready, send
 from tests.oracle import reference
@@ -98,8 +98,8 @@ def test_few_rows_and_no_elements(shape, rows):
 
 def test_only_rows_that_repeat_are_waited_for(monkeypatch):
     grads = [send(example(repeated=repeated)) for repeated in (False, True)]
-    param, reads, read = send(np.ones(SHAPE, "f")), [], device.read_table
-    monkeypatch.setattr(device, "read_table", lambda *a: reads.append(a) or read(*a))
+    param, reads, read = send(np.ones(SHAPE, "f")), [], memory.read_table
+    monkeypatch.setattr(memory, "read_table", lambda *a: reads.append(a) or read(*a))
     for grad, count in zip(grads, (0, 2), strict=True):
         nc.clip_by_norm(grad, 0.1, 0)
         nc.adaptive_clip(grad, param, axes=1)

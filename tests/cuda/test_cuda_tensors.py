@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import device, engine, tensors
+from numclip.cuda import engine, memory, tensors
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Tensor, torch
 from tests.cuda.gpu import new_stream
@@ -141,12 +141,12 @@ def test_new_results_are_new_every_time():
 
 def test_other_libraries_take_a_norm_by_its_address(monkeypatch):
     _, norm = nc.clip_by_global_norm(grads(), 1.0)
-    read = device.read_table
-    monkeypatch.setattr(device, "read_table", lambda *_: pytest.fail("waited"))
+    read = memory.read_table
+    monkeypatch.setattr(memory, "read_table", lambda *_: pytest.fail("waited"))
     taken = norm.__cuda_array_interface__
     assert (taken["shape"], taken["typestr"]) == ((), "<f8")
     assert nc.clip_by_global_norm([norm], 2.5)[0][0].shape == ()  # as an array on the GPU
-    monkeypatch.setattr(device, "read_table", read)
+    monkeypatch.setattr(memory, "read_table", read)
     (clipped,), same = nc.clip_by_global_norm([norm], 2.5)
     assert (norm, same) == (5.0, 5.0)
     assert float(fetch(clipped)) == pytest.approx(2.5)

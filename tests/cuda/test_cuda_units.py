@@ -14,7 +14,7 @@ import numclip as nc
 from numclip import tables
 from numclip.border.gradients import describe
 from numclip.clipping import parts
-from numclip.cuda import device, plans
+from numclip.cuda import device, memory, plans
 from numclip.cuda.units import UnitPlan
 from numclip.law import Family
 from numclip.memory import Strided
@@ -121,7 +121,7 @@ def test_steps_allocate_nothing(monkeypatch):
     grad = send(normal(RNG, (4, 5), "float32"))
     nc.clip_by_norm(grad, 2.0, 0, out=grad)
     for name in ("table", "allocate", "update"):
-        monkeypatch.setattr(device, name, None)
+        monkeypatch.setattr(memory, name, None)
     nc.clip_by_norm(grad, 2.0, 0, out=grad)
 
 
@@ -157,7 +157,7 @@ def run(plan: UnitPlan, bound: Any, base: Any = None, **options: Any) -> np.ndar
     plan.scale(0)
     (summary,) = plan.summaries(1, 0)
     plan.summarize(summary, 0)
-    return device.read_table(summary, 0)
+    return memory.read_table(summary, 0)
 
 
 def test_families_have_laws_of_their_own_and_tell_what_became_of_them():
@@ -196,7 +196,7 @@ def test_what_a_base_skips_is_left():
     sent = [send(grad) for grad in grads]
     skips = np.zeros((1, tables.DECISION_COLUMNS))
     skips[0, tables.SKIPPED] = 1.0
-    told = run(plan_for(sent, []), 0.1, device.table(skips, 0), unscale=2.0)
+    told = run(plan_for(sent, []), 0.1, memory.table(skips, 0), unscale=2.0)
     for grad, there in zip(grads, sent, strict=True):
         assert_same_bits(fetch(there), grad)
     np.testing.assert_array_equal(told[:, tables.LEAST], 1.0)

@@ -10,7 +10,7 @@ import pytest
 
 import numclip as nc
 from numclip.clipping import array_updating as updating
-from numclip.cuda import device, engine
+from numclip.cuda import device, engine, memory
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Producer, Tensor, settle, torch
 from tests.oracle import plain_optim
@@ -82,8 +82,8 @@ def test_nothing_is_made_for_the_same_arrays_again(monkeypatch):
     for expected in (1, 1):
         optimizer.apply_gradients(zip(grads, variables, strict=True))
         assert len(made) == expected
-    monkeypatch.setattr(device, "allocate", None)
-    monkeypatch.setattr(device, "table", None)
+    monkeypatch.setattr(memory, "allocate", None)
+    monkeypatch.setattr(memory, "table", None)
     optimizer.apply_gradients(zip(grads, variables, strict=True))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.cuda import device
+from numclip.cuda import device, driver, memory
 from tests.cuda import standin
 from tests.cuda.devices import fetch, ready, send
 from tests.cuda.foreign import Foreign, Producer, Tensor, settled, torch
@@ -33,13 +33,13 @@ def as_late_as_can_be() -> Any:
 def written(sent: Any, value: float, stream: int) -> None:
     """What another library's kernel does on a stream of its own."""
     source = np.full(sent.shape, value, sent.dtype).reshape(-1).view(np.uint8)
-    device.write(sent.address, source, stream)
+    memory.write(sent.address, source, stream)
 
 
 def on_stream(stream: int, value: float, dtype: str = "f") -> Foreign:
     """An array that its library has still to write, on the stream that it names."""
     sent = send(np.zeros(1000, dtype))
-    device.synchronize(None)
+    driver.synchronize(None)
     made = Foreign(np.zeros(1000, dtype), sent, version=3, stream=stream)
     written(sent, value, stream)
     return made
@@ -50,7 +50,7 @@ class LikeJax(Producer):
 
     def __init__(self, array: np.ndarray, stream: int) -> None:
         super().__init__(np.zeros_like(array))
-        device.synchronize(None)
+        driver.synchronize(None)
         self.stream = stream
         written(self.sent, float(array[0]), stream)
 
@@ -59,7 +59,7 @@ class LikeJax(Producer):
         return {**self.sent.__cuda_array_interface__, "version": 2}
 
     def __dlpack__(self, *, stream: Any, **newer: Any) -> Any:
-        device.order(stream, self.stream)
+        driver.order(stream, self.stream)
         return super().__dlpack__(stream=stream, **newer)
 
 
@@ -81,7 +81,7 @@ def test_every_stream_waits():
     items = [on_stream(one, 1.0), on_stream(two, 2.0)]
     norm = nc.global_norm(items)
     written(items[1].kept, 9.0, two)
-    device.synchronize(two)
+    driver.synchronize(two)
     assert norm == pytest.approx(5000**0.5)
 
 
@@ -89,7 +89,7 @@ def test_results_are_waited_for_on_their_own_stream():
     one, two = new_stream(), new_stream()
     grad, out = on_stream(one, 2.0), on_stream(two, 0.0)
     nc.clip_by_global_norm([grad], 1.0, out=[out])
-    found = device.read(out.kept.address, 4000, two).view("f")
+    found = memory.read(out.kept.address, 4000, two).view("f")
     assert np.linalg.norm(found) == pytest.approx(1.0)
     made = nc.clip_by_norm(grad, 1.0)  # a new array, which is of the default stream
     assert nc.global_norm([made]) == pytest.approx(1.0)
@@ -99,7 +99,7 @@ def test_gradient_and_parameter_of_two_libraries():
     one, two = new_stream(), new_stream()
     grad, param = on_stream(one, 3.0), on_stream(two, 1.0)
     nc.SGD(None, 1.0).apply_gradients([(grad, param)])
-    found = device.read(param.kept.address, 4000, two).view("f")
+    found = memory.read(param.kept.address, 4000, two).view("f")
     assert (found == -2.0).all()
     bounded = nc.adaptive_clip(grad, on_stream(two, 1.0), 1.0)
     assert nc.global_norm([bounded]) == pytest.approx(1000**0.5)
@@ -125,7 +125,7 @@ def test_groups_take_gradients_of_other_streams(stream):
 def test_bounds_that_change_while_work_is_queued(torch):
     torch.cuda.current_stream(None).cuda_stream = stream = new_stream()
     item = Tensor(np.zeros(1000, "f"))
-    device.synchronize(None)
+    driver.synchronize(None)
     written(item.sent, 1.0, stream)
     norms = [nc.global_norm([item])]
     for bound in (20.0, 10.0, 5.0):
@@ -243,7 +243,7 @@ def stepping(rate: Any) -> tuple[Any, Any, int]:
     optimizer = nc.SGD(groups, rate)
     groups.set_grads({"w": np.full(1000, 1.0, "f")})
     optimizer.step()
-    device.synchronize(None)
+    driver.synchronize(None)
     groups.stream = stream = new_stream()
     return groups, optimizer, stream
 
@@ -260,7 +260,7 @@ def test_a_step_can_be_captured_and_replayed():
     for _ in range(3):
         replay()
         two.step()
-    device.synchronize(None)
+    driver.synchronize(None)
     np.testing.assert_array_equal(fetch(groups.params["w"]), fetch(plain.params["w"]))
 
 
@@ -273,5 +273,5 @@ def test_what_changed_on_the_host_is_not_captured(what):
     options = {"unscale": 2.0} if what == "unscale" else {}
     with pytest.raises(RuntimeError, match=r"stream: expected one that is not captured, as some"):
         captured(stream, lambda: optimizer.step(**options))
-    device.synchronize(None)
+    driver.synchronize(None)
     assert np.isfinite(fetch(groups.params["w"])).all()
