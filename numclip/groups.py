@@ -17,11 +17,12 @@ from numclip.border.gradients import describe
 from numclip.border.results import refuse_overlaps
 from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.held_rows import takers_of
 from numclip.clipping.ranks import Ranks, telling
 from numclip.clipping.steps import NOBODY, Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
 from numclip.dtypes import Array
-from numclip.engine import Given, named
+from numclip.engine import named
 from numclip.errors import expected
 from numclip.group import Group, checked
 from numclip.history import History
@@ -190,7 +191,7 @@ class ParamGroups(state.Saved):
             self._refuse_tied()
         self._mastered = [group for group in self._states if group.masters]
         self._behind = False  # whether parameters may not be their rounded masters yet
-        self._takers = self._made_takers()
+        self._takers = takers_of(self._states, self._engine)
         self._clipped: Turn | None = None  # whose gradients are there, clipped
         self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
         self._applied = False  # what was there before the last step
@@ -245,19 +246,6 @@ class ParamGroups(state.Saved):
         except ValueError as error:
             advice = "pass tied weights under one name, and the sum of their gradients"
             raise ValueError(f"{error}; {advice}") from None
-
-    def _made_takers(self) -> list[Given]:
-        """Return what copies arrays in by one call: of the dtypes of gradients, of parameters."""
-        groups = self._states
-        if any(group.sparse for group in groups):
-            return []
-        facts = [grad.facts for group in groups for grad in group.gradients()]
-        taken = [extent for group in groups for extent in group.extents]
-        natives = [param.dtype for param in self.params.values()]
-        made = [self._engine.given(facts, taken)]
-        if self._mastered:
-            made.append(self._engine.given(facts, taken, natives))
-        return [taker for taker in made if taker is not None]
 
     def _take_over(self, *, whole: bool = False) -> None:
         """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
@@ -694,7 +682,8 @@ class ParamGroups(state.Saved):
             whole = {**dict.fromkeys(absent), **named}
             if not self._take_some(whole, adds=False):
                 self._copy(whole)
-                for group in self._mastered if not self._takers else ():
+            for group in self._mastered:
+                if group.sparse:
                     group.take_over(self._stream, whole=False)  # at other rows
             self._clipped = None  # whatever follows: others are there
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Never
 
@@ -33,6 +33,35 @@ class Grouping(NamedTuple):
     def distinct(self) -> int:
         """How many distinct indices there are."""
         return int(self.starts.size) - 1
+
+
+class Parts:
+    """Takes sparse gradients apart, for what reads arrays by one call.
+
+    `shapes` are the dense shapes of those, by their places among all gradients.
+    """
+
+    def __init__(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        self._shapes = list(shapes.items())
+
+    def of(self, items: Sequence[Any], kept: Any = None) -> tuple[Any, ...] | None:
+        """Return the values of slices in their places, and after all gradients their indices.
+
+        None and what stands for it stay. Nothing where others are there, or of another shape.
+        """
+        found = [*items]
+        for k, shape in self._shapes:
+            item = found[k]
+            if type(item) is IndexedSlices:
+                if item._dense_shape != shape:
+                    return None
+                found[k] = item._values
+                found.append(item._indices)
+            elif item is None or item is kept:
+                found.append(item)
+            else:
+                return None
+        return tuple(found)
 
 
 def _refuse_masked(name: str, array: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from numclip import tables
 from numclip.border.gradients import Gradient
+from numclip.clipping.held_rows import rows_of
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
@@ -195,7 +196,8 @@ class Steps:
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
         self._native: AtOnce | None = None  # what clips by one call
         if self._only is not None and self._only.by_norms:
-            self._native = self._only.plan.at_once(self._only.divisors)
+            held = [rows.words for rows in rows_of(self._only.groups).values()]
+            self._native = self._only.plan.at_once(self._only.divisors, held)
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)

@@ -220,7 +220,7 @@ def put(array: DeviceArray, source: Any, stream: Any) -> None:
         array.copy_from(_sendable(array, source), stream)
 
 
-def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None) -> None:
+def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: Any = None) -> None:
     """Return nothing: what is passed for arrays of the GPU is copied into them."""
 
 

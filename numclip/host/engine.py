@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,10 +154,13 @@ def put(array: Array, source: Array, _stream: Any = None) -> None:
 
 
 def given(
-    targets: Sequence[Facts], taken: Extents, natives: Sequence[np.dtype[Any]] | None = None
+    targets: Sequence[Facts],
+    taken: Extents,
+    natives: Sequence[np.dtype[Any]] | None = None,
+    held: Mapping[int, Array] | None = None,
 ) -> Given | None:
     """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
-    return Given(targets, taken, natives) if READABLE else None
+    return Given(targets, taken, natives, held) if READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:

@@ -12,7 +12,7 @@ from numclip.engine import Outcome
 from numclip.host import batches, rows
 from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
-from numclip.host.kernels import given, updates
+from numclip.host.kernels import given, given_rows, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
@@ -43,6 +43,12 @@ class Places:
     def starts(self) -> Array:
         """Where each gradient begins."""
         return np.array([span.source for span in self.spans], np.int64)
+
+    def addresses_of(self, numbers: Sequence[int]) -> Array:
+        """Return the addresses of some tensors and of both their states, 0 where there is none."""
+        made = np.zeros((len(numbers), 3), np.int64)
+        made[:, : len(self._addresses)] = np.array(self._addresses, np.int64)[:, numbers].T
+        return made
 
     def tensors_of(self, numbers: Sequence[int]) -> Array:
         """Return the number of each chunk's tensor, for `whole`."""
@@ -190,21 +196,27 @@ class GroupUpdates(Updates):
             self._small = None if self._own_small is None else self._found_small()
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
 
-    def at_once(self, reader: Given | None, divisors: Array) -> StepsAtOnce | None:
+    def at_once(
+        self, reader: Given | None, divisors: Array, held: Sequence[Array]
+    ) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
-        batch = self._plan.fused
-        if batch is None or self._small is None or reader is None:
+        batch = self._plan.little
+        much = any(self._call(*dense).nbytes >= PARALLEL_BYTES for dense in self._own)
+        if batch is None or much or reader is None:
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
-            **self._plan.tables_at_once(divisors),
-            given.PIECES: self._own[0][1].copy(),
+            **self._plan.tables_at_once(divisors, held),
+            given.PIECES: self._own[0][1].copy() if self._own else np.zeros((0, 6), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,
             given.FACTORS: own.factors,
         }
+        if held:
+            tables[given.ROWS][:, given_rows.PARAM :] = self._places.addresses_of(self._sparse)
         starts = np.array([span.source for span in self._plan.spans], np.int64)
+        starts[self._sparse] = 1  # what is held is no address, and is not absent
         return StepsAtOnce(self._name, batch, starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
