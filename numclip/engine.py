@@ -284,9 +284,12 @@ class Engine(Protocol):
         """Return by what the plan for arrays is found without describing them, or None."""
 
     def key_of_pairs(
-        self, gradients: list[Any], variables: list[Any], kernel: str
+        self, gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
     ) -> tuple[Any, Any]:
-        """Return by what updates of pairs are found, or None, and where the gradients are."""
+        """Return by what updates of pairs are found, or None, and where the gradients are.
+
+        `rows` are the indices of gradients that are the values of sparse ones.
+        """
 
     def find_plan(self, key: Any) -> tuple[Plan, list[Outcome], Any] | None:
         """Return the plan of a key, its free memory for outcomes and its stream, if any."""

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,8 +148,12 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     return device.handle_of(stream), policy, ord, written, told
 
 
-def key_of_pairs(gradients: list[Any], variables: list[Any], kernel: str) -> tuple[Any, None]:
+def key_of_pairs(
+    gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
+) -> tuple[Any, None]:
     """Return by what updates of tensors of PyTorch are found: where both are, and what is kept."""
+    if rows:
+        return None, None
     items = [item for pair in zip(gradients, variables, strict=True) for item in pair]
     return key_of(items, 2.0, kernel, written=True), None
 

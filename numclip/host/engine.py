@@ -99,9 +99,11 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> N
     """Return nothing: plans of the host are not kept."""
 
 
-def key_of_pairs(gradients: list[Any], variables: list[Any], _kernel: str) -> tuple[Any, Any]:
+def key_of_pairs(
+    gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
+) -> tuple[Any, Any]:
     """Return by what the updates of plain arrays are found, and where the gradients are."""
-    return pairs.plain(gradients, variables)
+    return pairs.plain(gradients, variables, rows)
 
 
 def find_plan(_key: Any) -> None:

@@ -281,20 +281,29 @@ class ArrayUpdates(Updates):
     ) -> None:
         super().__init__(kernel, spans, states, np.arange(len(spans)))
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
-        sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
-        for k, own in zip(sparse, indices, strict=True):
-            span: Any = spans[k]
-            stored = as_stored(rows.rows_of(span))
-            self._dense.append((span.dtype, self._places.of_rows(k, k, stored, own)))
         self._calls = [self._call(*dense) for dense in self._dense]
+        self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
+        self._take_rows(list(zip(indices, found, strict=True)))
 
-    def read_from(self, sources: Array) -> None:
-        """Let the following steps read the chunks of gradients, all of one dtype, elsewhere."""
-        self._dense[0][1][:, updates.GRAD] = sources
+    def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:
+        """Let the following steps update rows by their sums."""
+        self._row_calls = [
+            self._call(
+                self._places.spans[k].dtype, self._places.of_rows(k, k, stored, indices), stored
+            )
+            for k, (indices, stored) in zip(self._sparse, sums, strict=True)
+        ]
+
+    def read_from(self, sources: Any) -> None:
+        """Let the following steps read the gradients, all of one dtype, elsewhere."""
+        if self._dense:
+            self._dense[0][1][:, updates.GRAD] = sources.starts
+        self._take_rows(sources.sums)
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""
         self._given[:, : len(settings)] = settings
         self._counts[:] = counts
         self._prepare(self._decisions, counted=True)
-        threads.run_all(self._calls)
+        threads.run_all([*self._calls, *self._row_calls])

@@ -26,6 +26,7 @@ from numclip.host.kernels.given import (
     place,
     take_found,
 )
+from numclip.host.kernels.grouping import are_within
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
 from numclip.tables import CAPACITY, FILLED, HEIGHT, HELD_COLUMNS, INDICES, PRESENT, VALUES
@@ -40,15 +41,6 @@ PLACE = FILLED + 1  # of the columns of held rows, those that say where rows are
 def held_at(row):
     """Return what says where rows are held."""
     return array_at(row[HELD], HELD_COLUMNS, row)
-
-
-@inline
-def are_within(indices, height):
-    """Tell whether indices are those of rows that there are."""
-    within = True
-    for i in range(indices.size):
-        within &= indices[i] >= 0 and indices[i] < height
-    return within
 
 
 @inline

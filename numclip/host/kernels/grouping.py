@@ -59,6 +59,24 @@ def group_rows(indices, table, order, starts):
 
 
 @inline
+def are_within(indices, height):
+    """Tell whether indices are those of rows that there are."""
+    within = True
+    for i in range(indices.size):
+        within &= indices[i] >= 0 and indices[i] < height
+    return within
+
+
+@inline
+def slots_for(count):
+    """Return how many slots a hash table has for some keys: a power of two, at least twice."""
+    slots = 1
+    while slots < 2 * count:
+        slots *= 2
+    return slots
+
+
+@inline
 def wide(value):
     """Return an element in float64."""
     return np.float64(widen(value))
@@ -307,3 +325,18 @@ def merge_rows(begin, end, order, starts, values, out):
             sum_strips(order, starts[g], starts[g + 1], strip, values, True, sums)
             target = out.ctypes.data + offset, stride, length
             round_sums(sums, strip_at(g, target, out))
+
+
+@kernel
+def summed_rows(indices, values, height):
+    """Return if all indices are those of `height` rows, and if so the distinct ones and their sums.
+
+    `values` are 2-d storage; the distinct indices are in the order they first appear.
+    """
+    size = indices.size
+    order, starts = np.empty(size, np.int64), np.empty(size + 1, np.int64)
+    within = are_within(indices, height)
+    count = group_rows(indices, np.zeros(slots_for(size), np.uint32), order, starts)
+    sums = np.empty((count, values.shape[1]), values.dtype)
+    merge_rows(0, count, order, starts, values, sums)
+    return within, indices[order[starts[:count]]], sums

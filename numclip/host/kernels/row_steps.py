@@ -47,7 +47,7 @@ from numclip.host.kernels.given_rows import (
     place_all,
     place_rows,
 )
-from numclip.host.kernels.grouping import group_rows, merge_rows, squares_of_groups
+from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
 from numclip.host.kernels.pools import decide_all, is_safe, scale_decided, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
@@ -72,15 +72,6 @@ from numclip.tables import (
 
 # Of each pool: the numbers of its dense tensors, and what is coarse for one.
 DENSE, UNIT = range(2)
-
-
-@inline
-def slots_for(count):
-    """Return how many slots a hash table has for some keys: a power of two, at least twice."""
-    slots = 1
-    while slots < 2 * count:
-        slots *= 2
-    return slots
 
 
 @inline
@@ -113,7 +104,7 @@ def loss_of(starts, row):
     squares = 0.0
     for g in range(starts.size - 1):
         squares += float((starts[g + 1] - starts[g]) ** 2)
-    return math.ldexp(1.0, row[LOWEST]) * math.sqrt(squares * row[LENGTH])
+    return math.ldexp(1.0, int(row[LOWEST])) * math.sqrt(squares * row[LENGTH])
 
 
 @inline
