@@ -49,6 +49,11 @@ def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
     threads.run(kernels.merge_rows, starts.size - 1, values.nbytes, *arguments)
 
 
+def are_within(indices: Array, height: int) -> bool:
+    """Tell whether indices are those of rows that there are."""
+    return kernels.are_within(indices, height)  # type: ignore[no-any-return]
+
+
 def repeats(grouping: Groups) -> bool:
     """Tell whether an index appears more than once."""
     order, starts = grouping

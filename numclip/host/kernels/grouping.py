@@ -58,7 +58,7 @@ def group_rows(indices, table, order, starts):
     return count
 
 
-@inline
+@kernel
 def are_within(indices, height):
     """Tell whether indices are those of rows that there are."""
     within = True
