@@ -91,32 +91,33 @@ def _with_rows(
     batch, _ = _batch_of(gradients, variables, kind)
     if batch is None or sum(values.nbytes for values, _, _ in sparse) >= PARALLEL_BYTES:
         return None, None
-    table = np.zeros((len(sparse), 4), np.int64)
-    for k, (_, variable, _) in enumerate(sparse):
-        table[k] = variable.ctypes.data, 0, variable.size * kind.row.components, k
     half = len(batch.chunks) // 2
-    every = np.concatenate([batch.chunks, table])
-    if not lists.are_apart(batch._replace(chunks=every)):
-        return None, None
+    places = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
+    others = [variable for _, variable, _ in sparse]
+    if not lists.own_memory([*gradients, *variables, *others]):
+        rows = [(place, place, size * kind.row.components, 0) for place, size in places]
+        every = np.concatenate([batch.chunks, np.array(rows, np.int64)])
+        if not lists.are_apart(batch._replace(chunks=every)):
+            return None, None
     sums = []
     for values, variable, indices in sparse:
-        stored = as_stored(values.reshape(len(values), -1))
-        within, *found = grouping.summed_rows(indices, stored, len(variable))
-        if not within:
+        stored = as_stored(values.reshape(len(values), variable.size // len(variable)))
+        found = np.empty_like(indices), np.empty_like(stored)
+        count = grouping.sum_rows(indices, stored, len(variable), *found)
+        if count < 0:
             return None, None
-        sums.append((found[0], found[1]))
-    key = kind.row.name, numbers, every[half:].tobytes()
+        sums.append((found[0][:count], found[1][:count]))
+    key = kind.row.name, numbers, places, batch.chunks[half:].tobytes()
     return key, Sources(batch.chunks[:half, cpu.SOURCE], sums)
 
 
 def _are_plain(held: tuple[Any, ...], kind: lists.Kind) -> bool:
     """Tell whether arrays are of one kind, each variable behind the values of its rows."""
-    readable, writeable = _facts_of(kind)
-    return all(
-        arrays.table(lists.pointers_of((array,)), 1, facts, _UNUSED)[0] >= 0
-        for k, array in enumerate(held)
-        for facts in [writeable if k % 2 else readable]
-    )
+    for k, facts in enumerate(_facts_of(kind)):
+        own = held[k::2]  # which is held while its pointers are read
+        if arrays.table(lists.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
+            return False
+    return True
 
 
 def _fit(sparse: tuple[Any, Any, Array]) -> bool:

@@ -32,23 +32,21 @@ class Places:
     """Where parameters and their states are: what rows of tables of updates are made of.
 
     `spans` say where the gradients are read and the parameters written; `states` are the
-    addresses of each tensor's states.
+    addresses of each tensor's states. `each` are, of each tensor, its address and those of two
+    states, 0 where there is none.
     """
 
     def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
         self.spans = list(spans)
         self._addresses = [[span.target for span in spans], *map(list, states)]
+        none = [0] * len(spans)
+        every = [*self._addresses, none, none][:3]
+        self.each = list(zip(*every, strict=True))
 
     @property
     def starts(self) -> Array:
         """Where each gradient begins."""
         return np.array([span.source for span in self.spans], np.int64)
-
-    def addresses_of(self, numbers: Sequence[int]) -> Array:
-        """Return the addresses of some tensors and of both their states, 0 where there is none."""
-        made = np.zeros((len(numbers), 3), np.int64)
-        made[:, : len(self._addresses)] = np.array(self._addresses, np.int64)[:, numbers].T
-        return made
 
     def tensors_of(self, numbers: Sequence[int]) -> Array:
         """Return the number of each chunk's tensor, for `whole`."""
@@ -60,20 +58,19 @@ class Places:
         spans = [self.spans[k] for k in numbers]
         grads = np.array([span.source for span in spans], np.int64)
         lengths = np.array([span.size for span in spans], np.int64)
-        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths, 0)
+        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths)
 
     def of_rows(self, number: int, owner: int, sums: Array, indices: Array) -> Array:
         """Return the updates of some rows of a tensor by their sums, which are contiguous."""
         count, length = sums.shape
-        numbers = np.full(count, number)
-        grads = sums.ctypes.data + np.arange(count) * (length * sums.itemsize)
-        lengths = np.full(count, length)
-        return self._chunks(numbers, np.full(count, owner), grads, lengths, indices * length)
+        chunks = np.zeros((count * -(-length // CHUNK), 6), np.int64)
+        addresses = np.array([sums.ctypes.data, *self.each[number]], np.int64)
+        itemsizes = sums.itemsize, self.spans[number].dtype.compute.itemsize
+        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        return chunks
 
-    def _chunks(
-        self, numbers: Array, owners: Array, grads: Array, lengths: Array, begins: Any
-    ) -> Array:
-        """Return updates cut into chunks; `begins` is where they begin in parameters and states."""
+    def _chunks(self, numbers: Array, owners: Array, grads: Array, lengths: Array) -> Array:
+        """Return updates cut into chunks."""
         counts = -(-lengths // CHUNK)
         own = np.repeat(np.arange(numbers.size), counts)
         starts = CHUNK * (np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts))
@@ -81,12 +78,11 @@ class Places:
         if not own.size:
             return chunks
         dtype = self.spans[int(numbers[0])].dtype
-        begins = np.broadcast_to(begins, numbers.shape)[own]
         chunks[:, updates.GRAD] = grads[own] + starts * dtype.storage.itemsize
         for k, addresses in enumerate(self._addresses):
             size = (dtype.compute if k else dtype.storage).itemsize
             places = np.array(addresses, np.int64)[numbers[own]]
-            chunks[:, updates.PARAM + k] = places + (begins + starts) * size
+            chunks[:, updates.PARAM + k] = places + starts * size
         chunks[:, updates.LENGTH] = np.minimum(CHUNK, lengths[own] - starts)
         chunks[:, updates.OWNER] = owners[own]
         return chunks
@@ -140,9 +136,9 @@ class Updates:
             counted = True
 
     def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
-        """Return the call that updates what some chunks say."""
+        """Return the call that updates what some chunks say, by the sums that are kept."""
         own = self._numbers[dtype.compute]
-        elements = int(chunks[:, updates.LENGTH].sum())
+        elements = int(chunks[:, updates.LENGTH].sum()) if keep is None else keep.size
         nbytes = elements * self._passes * dtype.storage.itemsize
         arguments = chunks, own.factors, own.settings, dtype.like
         return Call(self._kernel, len(chunks), nbytes, arguments, keep)
@@ -214,7 +210,8 @@ class GroupUpdates(Updates):
             given.FACTORS: own.factors,
         }
         if held:
-            tables[given.ROWS][:, given_rows.PARAM :] = self._places.addresses_of(self._sparse)
+            each = [self._places.each[k] for k in self._sparse]
+            tables[given.ROWS][:, given_rows.PARAM :] = each
         starts = np.array([span.source for span in self._plan.spans], np.int64)
         starts[self._sparse] = 1  # what is held is no address, and is not absent
         return StepsAtOnce(self._name, batch, starts, reader, tables)

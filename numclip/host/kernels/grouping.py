@@ -328,15 +328,17 @@ def merge_rows(begin, end, order, starts, values, out):
 
 
 @kernel
-def summed_rows(indices, values, height):
-    """Return if all indices are those of `height` rows, and if so the distinct ones and their sums.
+def sum_rows(indices, values, height, distinct, out):
+    """Write the distinct indices, in the order they first appear, and the sums of their rows.
 
-    `values` are 2-d storage; the distinct indices are in the order they first appear.
+    Return how many there are; -1 where one is none of `height` rows. Arrays are 2-d storage.
     """
-    size = indices.size
-    order, starts = np.empty(size, np.int64), np.empty(size + 1, np.int64)
-    within = are_within(indices, height)
-    count = group_rows(indices, np.zeros(slots_for(size), np.uint32), order, starts)
-    sums = np.empty((count, values.shape[1]), values.dtype)
-    merge_rows(0, count, order, starts, values, sums)
-    return within, indices[order[starts[:count]]], sums
+    if not are_within(indices, height):
+        return -1
+    order, starts = np.empty(indices.size, np.int64), np.empty(indices.size + 1, np.int64)
+    table = np.zeros(slots_for(indices.size), np.uint32)
+    count = group_rows(indices, table, order, starts)
+    for g in range(count):
+        distinct[g] = indices[order[starts[g]]]
+    merge_rows(0, count, order, starts, values, out)
+    return count

@@ -38,11 +38,9 @@ from numclip.host.kernels.given import (
     uncount,
 )
 from numclip.host.kernels.given_rows import (
-    FIRST,
     LENGTH,
     LOWEST,
     PARAM,
-    SECOND,
     TENSOR,
     place_all,
     place_rows,
@@ -50,6 +48,7 @@ from numclip.host.kernels.given_rows import (
 from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
 from numclip.host.kernels.pools import decide_all, is_safe, scale_decided, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
+from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
     AIM,
@@ -257,33 +256,24 @@ def numbers_in(tables, groups):
 
 
 @inline
-def write_updates(tables, groups, sums, state, out):
-    """Write an update for each row that has a sum; states are of `state` bytes a number."""
+def update_rows(update, tables, groups, sums, factors, settings, like):
+    """Update parameters at the rows that have sums, which the caller holds."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
-    address, first, c = np.int64(sums.ctypes.data), 0, 0
+    itemsizes = like.itemsize, factors.itemsize
+    addresses, first = np.empty(4, np.int64), 0
+    addresses[updates.GRAD] = sums.ctypes.data
     for s in range(rows.shape[0]):
         length, count = rows[s, LENGTH], places[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
-        indices = array_at(places[s, INDICES], count, places)
-        for g in range(starts.size - 1):
-            begin = indices[order[starts[g]]] * length
-            out[c, updates.GRAD] = address
-            out[c, updates.PARAM] = rows[s, PARAM] + begin * sums.itemsize
-            out[c, updates.FIRST] = rows[s, FIRST] + begin * state
-            out[c, updates.SECOND] = rows[s, SECOND] + begin * state
-            out[c, updates.LENGTH], out[c, updates.OWNER] = length, pool_of[rows[s, TENSOR]]
-            address += length * sums.itemsize
-            c += 1
+        indices = array_at(places[s, INDICES], count, places)[order[starts[:-1]]]
+        chunks = np.empty((indices.size * -(-length // CHUNK), 6), np.int64)
+        addresses[updates.PARAM :] = rows[s, PARAM:]
+        owner = pool_of[rows[s, TENSOR]]
+        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        update(0, chunks.shape[0], chunks, factors, settings, like)
+        addresses[updates.GRAD] += indices.size * length * like.itemsize
         first += count
-
-
-@inline
-def update_rows(update, tables, groups, sums, factors, settings, like):
-    """Update parameters at the rows that have sums, which the caller holds."""
-    table = np.empty((groups[2].sum(), 6), np.int64)
-    write_updates(tables, groups, sums, factors.itemsize, table)
-    update(0, table.shape[0], table, factors, settings, like)
 
 
 @inline
