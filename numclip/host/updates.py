@@ -136,9 +136,9 @@ class Updates:
             counted = True
 
     def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
-        """Return the call that updates what some chunks say, by the sums that are kept."""
+        """Return the call that updates what some chunks say."""
         own = self._numbers[dtype.compute]
-        elements = int(chunks[:, updates.LENGTH].sum()) if keep is None else keep.size
+        elements = int(chunks[:, updates.LENGTH].sum())
         nbytes = elements * self._passes * dtype.storage.itemsize
         arguments = chunks, own.factors, own.settings, dtype.like
         return Call(self._kernel, len(chunks), nbytes, arguments, keep)
@@ -278,29 +278,31 @@ class ArrayUpdates(Updates):
     ) -> None:
         super().__init__(kernel, spans, states, np.arange(len(spans)))
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
-        self._calls = [self._call(*dense) for dense in self._dense]
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
         self._take_rows(list(zip(indices, found, strict=True)))
 
     def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:
-        """Let the following steps update rows by their sums."""
-        self._row_calls = [
-            self._call(
-                self._places.spans[k].dtype, self._places.of_rows(k, k, stored, indices), stored
-            )
-            for k, (indices, stored) in zip(self._sparse, sums, strict=True)
+        """Let the following steps update rows by their sums: one call for each dtype."""
+        tables = {dtype: [chunks] for dtype, chunks in self._dense}
+        for k, (indices, stored) in zip(self._sparse, sums, strict=True):
+            chunks = self._places.of_rows(k, k, stored, indices)
+            tables.setdefault(self._places.spans[k].dtype, []).append(chunks)
+        self._calls = [
+            self._call(dtype, np.concatenate(own) if len(own) > 1 else own[0], sums)
+            for dtype, own in tables.items()
         ]
 
     def read_from(self, sources: Any) -> None:
         """Let the following steps read the gradients, all of one dtype, elsewhere."""
         if self._dense:
             self._dense[0][1][:, updates.GRAD] = sources.starts
-        self._take_rows(sources.sums)
+        if self._sparse:
+            self._take_rows(sources.sums)
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""
         self._given[:, : len(settings)] = settings
         self._counts[:] = counts
         self._prepare(self._decisions, counted=True)
-        threads.run_all([*self._calls, *self._row_calls])
+        threads.run_all(self._calls)
