@@ -45,14 +45,26 @@ def timed(comm: Any, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def measured(comm: Any) -> dict[str, float]:
-    """Time a clip with others, the same without them, and what others cost at least."""
+    """Time a clip with others, the same without them, and what others cost at least.
+
+    That is an Allreduce after the rank's own clip: it waits for the slowest one as well.
+    """
     shared, own = groups_of(sharded=True), groups_of(sharded=False)
     one, total = np.ones(1), np.ones(1)
+
+    def allreduce() -> None:
+        comm.Allreduce(one, total)
+
+    def clip_and_allreduce() -> None:
+        own.clip()
+        comm.Allreduce(one, total)
+
     return timed(
         comm,
         {
-            "Allreduce of 8 bytes": lambda: comm.Allreduce(one, total),
+            "Allreduce of 8 bytes": allreduce,
             "clip of this rank alone": own.clip,
+            "the same and an Allreduce": clip_and_allreduce,
             "the same with comm=MPI.COMM_SELF": lambda: own.clip(comm=MPI.COMM_SELF),
             "clip of all ranks": lambda: shared.clip(comm=comm),
         },
@@ -119,9 +131,9 @@ def print_model(message: float, byte: float) -> None:
 if __name__ == "__main__":
     world = MPI.COMM_WORLD
     found = measured(world)
-    costs = message_costs(world)
+    costs = message_costs(world) if world.size > 1 else None
     if world.rank == 0:
         times = {name: round(us, 1) for name, us in found.items()}
         print(json.dumps({"ranks": world.size, **times}, indent=2))
-        if world.size > 1:
+        if costs is not None:
             print_model(*costs)

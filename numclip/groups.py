@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import compress, repeat
-from operator import is_
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Never
-
-import numpy as np
 
 from numclip import state
 from numclip.border import arguments
 from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
 from numclip.border.results import refuse_overlaps
-from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
-from numclip.clipping.held_rows import takers_of
+from numclip.clipping.intake import Intake
 from numclip.clipping.ranks import Ranks, telling
 from numclip.clipping.steps import NOBODY, Steps, Told, Turn
 from numclip.clipping.updating import GroupUpdater, Method
-from numclip.dtypes import Array
 from numclip.engine import named
 from numclip.errors import expected
 from numclip.group import Group, checked
 from numclip.history import History
 from numclip.isolation import isolated
 from numclip.report import ClipReport
-from numclip.resuming import fitting_history, fitting_rules
+from numclip.resuming import (
+    arrays_on_host,
+    copied,
+    fitting_history,
+    fitting_rules,
+    load_arrays,
+)
 from numclip.running_rules import MOST
-
-Fitting = list[tuple[GroupState, str, Any]]
-"""Gradients that fit: their group, their name, and what is copied in."""
 
 
 class _Named(MutableMapping[str, Any]):
@@ -45,22 +42,22 @@ class _Named(MutableMapping[str, Any]):
         raise TypeError(f"{name!r}: parameters and gradients cannot be deleted, only overwritten")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._groups._names)
+        return iter(self._groups._intake.names)
 
     def __len__(self) -> int:
-        return len(self._groups._names)
+        return len(self._groups._intake.names)
 
 
 class _Params(_Named):
     """The parameters."""
 
     def __getitem__(self, name: str) -> Any:
-        return self._groups._owner(name).params[name]
+        return self._groups._intake.owner(name).params[name]
 
     @isolated
     def __setitem__(self, name: str, value: Any) -> None:
         if value is not self[name]:  # as it is after ``params[name] -= step``
-            self._groups._owner(name).set_param(name, value, self._groups.stream)
+            self._groups._intake.owner(name).set_param(name, value, self._groups.stream)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -70,13 +67,13 @@ class _Grads(_Named):
     """The gradients."""
 
     def __getitem__(self, name: str) -> Any:
-        return self._groups._owner(name).gradient_of(name)
+        return self._groups._intake.owner(name).gradient_of(name)
 
     def __setitem__(self, name: str, grad: Any) -> None:
         self._groups.set_grads({name: grad})
 
     def __repr__(self) -> str:
-        return repr({name: self._groups._owner(name).seen(name) for name in self})
+        return repr({name: self._groups._intake.owner(name).seen(name) for name in self})
 
 
 class ParamGroups(state.Saved):
@@ -184,18 +181,12 @@ class ParamGroups(state.Saved):
         self._states = tuple(self._groups.values())
         for group in self._states:
             group.neighbours = self._states
-        self._owners = {name: member.name for member in members for name in member.params}
-        self._names = tuple(self._owners)
+        self._intake = Intake(self._states, engine)
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
             self._refuse_tied()
         self._mastered = [group for group in self._states if group.masters]
         self._behind = False  # whether parameters may not be their rounded masters yet
-        self._takers = takers_of(self._states, self._engine)
-        self._clipped: Turn | None = None  # whose gradients are there, clipped
-        self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
-        self._applied = False  # what was there before the last step
-        self._set: set[str] = set()  # since that step
         self._steps: Steps | None = None
         self._ranks: Ranks | None = None
         self._sharded = next((member.name for member in members if member.sharded), None)
@@ -264,7 +255,7 @@ class ParamGroups(state.Saved):
 
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
-        self._clipped = None
+        self._intake.clipped = None
         for told in self._told():
             self._history.take(told)
         self._steps = None
@@ -277,11 +268,6 @@ class ParamGroups(state.Saved):
                 steps = self._steps = Steps(self._states, self._engine, own)
         steps.stream = self._stream
         return steps
-
-    def _owner(self, name: str) -> GroupState:
-        if name not in self._owners:
-            raise KeyError(f"{name!r} is no parameter; there are {', '.join(self._owners)}")
-        return self._groups[self._owners[name]]
 
     def __getitem__(self, name: str) -> GroupState:
         if name not in self._groups:
@@ -323,14 +309,7 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        items = self._ordered(grads)
-        if items is not None and self._take(items, adds=False):
-            self._note(self._names)
-            return
-        named = self._named(grads)
-        if not self._take_some(named, adds=False):
-            self._copy(named)
-        self._note(named)
+        self._intake.put(grads, self._stream, adds=False)
 
     def accumulate(self, grads: Any) -> None:
         """Add gradients to those there are; sparse ones are appended.
@@ -345,105 +324,13 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        items = self._ordered(grads)
-        if items is not None and self._take(items, adds=True):
-            self._note(self._names)
-            return
-        named = self._named(grads)
-        if not self._take_some(named, adds=True):
-            self._add(named)
-        self._note(named)
-
-    def _ordered(self, grads: Any) -> tuple[Any, ...] | None:
-        """Return gradients in the order of their parameters, of a structure as the last one.
-
-        They are not checked. None where some are missing, and for another structure.
-        """
-        if type(grads) is dict:
-            grads = grads.copy()  # another thread may change its keys
-            if tuple(grads) == self._names:
-                return tuple(grads.values())
-        if self._outline is None:
-            return None
-        outline, order = self._outline
-        items = outline.items(grads)
-        return None if items is None else tuple([items[k] for k in order])
-
-    def _named(self, grads: Any) -> Mapping[str, Any]:
-        """Return gradients by the names of their parameters, and remember their structure."""
-        if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
-            named = grads
-        else:
-            named = dotted(grads, "grads")
-        reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
-        in_order = isinstance(grads, dict) and tuple(grads) == self._names
-        if reads and len(named) == len(self._names) and not in_order:
-            outline = Outline(grads)
-            places = {name: k for k, name in enumerate(outline.names)}
-            if places.keys() == self._owners.keys():
-                self._outline = outline, [places[name] for name in self._names]
-        return named
-
-    def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
-        return any(taker.take(items, adds=adds) for taker in self._takers)
-
-    def _take_some(self, named: Mapping[str, Any], *, adds: bool) -> bool:
-        """Do the same with those that have a name; the others stay as they are."""
-        if not self._takers or not named.keys() <= self._owners.keys():
-            return False
-        items = tuple([named.get(name, self._takers[0].kept) for name in self._names])
-        return self._take(items, adds=adds)
-
-    @isolated
-    def _copy(self, named: Mapping[str, Any]) -> None:
-        """Copy gradients in, after checking each."""
-        fitting = self._fitting(named)
-        self._engine.put_all(_dense(fitting), self._stream)
-        for group, name, grad in fitting:
-            if grad is None or group.sparse:
-                group.clear(name, self._stream)
-        _append(fitting, self._stream)
-
-    @isolated
-    def _add(self, named: Mapping[str, Any]) -> None:
-        """Add gradients likewise."""
-        fitting = self._fitting(named)
-        self._engine.add_all(_dense(fitting), self._stream)
-        _append(fitting, self._stream)
-
-    def _note(self, named: Iterable[str]) -> None:
-        """Remember that gradients were set."""
-        self._clipped = None
-        if self._applied:
-            self._set.update(named)
-            if len(self._set) == len(self._names):
-                self._forget()
-
-    def _forget(self) -> None:
-        """Let all gradients be those of a step to come, and not be clipped."""
-        self._clipped, self._applied = None, False
-        self._set.clear()
-
-    def _absent(self) -> frozenset[str]:
-        """Return the parameters whose gradients were applied, and are not known to be others.
-
-        Where nothing at all was set, or somebody has a view of one, it may have been written to.
-        """
-        if not self._set:
-            return NOBODY
-        seen = {name for group in self for name in group.exposed}
-        return frozenset(self._names) - self._set - seen
-
-    def _fitting(self, grads: Mapping[str, Any]) -> Fitting:
-        owners = [(self._owner(name), name, grad) for name, grad in grads.items()]
-        return [(own, name, own.fitting(name, grad, self._stream)) for own, name, grad in owners]
+        self._intake.put(grads, self._stream, adds=True)
 
     def zero_grads(self) -> None:
         """Set every gradient to zero; sparse ones lose their rows."""
         for group in self:
             group.zero(self._stream)
-        self._forget()
+        self._intake.forget()
 
     def clip(
         self,
@@ -526,23 +413,24 @@ class ParamGroups(state.Saved):
         self._take_over()
         steps = self._made_steps()
         if grads is not None:
-            return self._measured(steps, self._named(grads), scale, ranks)
+            return self._measured(steps, self._intake.named(grads), scale, ranks)
         turn = steps.taken(self.step, scale)
-        absent = self._absent() if self._set else NOBODY
+        absent = self._intake.stale()
         if absent or steps.follows:
             self._leave_out(steps, absent)
-        if not (apply and ranks is None and steps.clip_at_once(turn)):
-            self._clip_by_parts(steps, turn, absent, apply, ranks)
+        call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
+        if not (apply and steps.clip_at_once(turn, ranks, call)):
+            self._clip_by_parts(steps, turn, call, apply, ranks)
         if apply:
-            self._clipped = turn
+            self._intake.clipped = turn
         return self._reported(steps, turn, counts=apply)
 
     @isolated
     def _clip_by_parts(
-        self, steps: Steps, turn: Turn, absent: frozenset[str], apply: bool, ranks: Ranks | None
+        self, steps: Steps, turn: Turn, call: str, apply: bool, ranks: Ranks | None
     ) -> None:
         """Measure and decide, then write the gradients or find out what that would make."""
-        steps.decide(turn, ranks, f"clip(apply={apply}){self._without(absent)}")
+        steps.decide(turn, ranks, call)
         if apply:
             steps.write()
         else:
@@ -550,36 +438,31 @@ class ParamGroups(state.Saved):
 
     def _without(self, absent: frozenset[str]) -> str:
         """Say which parameters have no gradient, of those that all ranks have."""
-        left = absent and sorted(name for name in absent if not self._owner(name).sharded)
+        left = absent and sorted(name for name in absent if not self._intake.owner(name).sharded)
         return f" without {left}" if left else ""
 
     def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
         """Let parameters have no gradient in the step that begins: theirs were applied before."""
         steps.leave_out(absent)
         for name in absent:
-            self._owner(name).clear(name, self._stream)
+            self._intake.owner(name).clear(name, self._stream)
 
     @isolated
     def _measured(
         self, steps: Steps, named: Mapping[str, Any], scale: float, ranks: Ranks | None
     ) -> ClipReport:
         """Return what clipping would make of gradients, which take the place of ours meanwhile."""
-        absent = self._missing(named)
+        absent = self._intake.missing(named)
         turn = steps.taken(self.step, scale)
         held = [group.hold(self._stream) for group in self]
         try:
-            self._copy({**dict.fromkeys(absent), **named})
+            self._intake.put_each({**dict.fromkeys(absent), **named}, self._stream)
             steps.decide(turn, ranks, "clip(apply=False, grads=...)")
             steps.preview()
             return self._reported(steps, turn, counts=False)
         finally:
             for group, own in zip(self, held, strict=True):
                 group.restore(own, self._stream)
-
-    def _missing(self, named: Mapping[str, Any]) -> frozenset[str]:
-        """Return the parameters that have no gradient among some."""
-        values = map(named.get, self._names)
-        return frozenset(compress(self._names, map(is_, values, repeat(None))))
 
     def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
         """Return the report of a step; where it counts, let rules and history know."""
@@ -621,9 +504,7 @@ class ParamGroups(state.Saved):
         self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
     ) -> ClipReport:
         """Clip every group and update it at its rate, in one pass more than measuring takes."""
-        items = None if grads is None else self._ordered(grads)
-        if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
-            items = tuple([grads.get(name) for name in self._names])
+        items = None if grads is None else self._intake.ordered(grads)
         with self._lock:
             if not self._mastered:
                 return self._step(updater, unscale, grads, items, ranks)
@@ -643,18 +524,16 @@ class ParamGroups(state.Saved):
         ranks: Ranks | None,
     ) -> ClipReport:
         """Take a step at once, or the general way; `items` are its gradients, if they are known."""
-        steps = self._made_steps()
-        if grads is None and self._clipped is not None:
-            return self._update_clipped(updater, steps, self._clipped, unscale, ranks)
-        absent = self._absent() if grads is None and self._set else NOBODY
+        steps, intake = self._made_steps(), self._intake
+        if grads is None and intake.clipped is not None:
+            return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
+        absent = intake.stale() if grads is None else NOBODY
         turn = steps.taken(self.step, unscale)
         settings = updater.settings(self.step)
         known = ranks is None and (items is not None or grads is None)
         if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
             self._update(updater, steps, turn, settings, absent, grads, items, ranks)
-        if self._set:
-            self._set.clear()
-        self._clipped, self._applied = None, True
+        intake.forget(applied=True)
         return self._reported(steps, turn, counts=True)
 
     @isolated
@@ -674,20 +553,19 @@ class ParamGroups(state.Saved):
             self._leave_out(steps, absent)
             updater.step(steps, turn, settings, absent, ranks)
             return
-        named = self._named(grads)
-        absent = self._missing(named)
+        named = self._intake.named(grads)
+        absent = self._intake.missing(named)
         steps.leave_out(absent)
 
         def copy() -> None:
             whole = {**dict.fromkeys(absent), **named}
-            if not self._take_some(whole, adds=False):
-                self._copy(whole)
+            self._intake.put_named(whole, self._stream)
             for group in self._mastered:
                 if group.sparse:
                     group.take_over(self._stream, whole=False)  # at other rows
-            self._clipped = None  # whatever follows: others are there
+            self._intake.clipped = None  # whatever follows: others are there
 
-        sources = updater.sources(steps, self._names, items)
+        sources = updater.sources(steps, self._intake.names, items)
         if sources is None:
             copy()
         updater.step(steps, turn, settings, absent, ranks, sources, copy)
@@ -705,16 +583,9 @@ class ParamGroups(state.Saved):
         if unscale not in (1.0, turn.unscale):
             wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, turn, updater.settings(turn.step), self._absent(), ranks)
-        self._forget()
-        self._applied = True
+        updater.apply(steps, turn, updater.settings(turn.step), self._intake.stale(), ranks)
+        self._intake.forget(applied=True)
         return ClipReport.of((turn, None))
-
-    def _arrays_on_host(self) -> dict[str, Any]:
-        """Return copies of the parameters, and of the masters where there are some."""
-        masters = {name: own for group in self for name, own in group.masters.items()}
-        every = {"params": self.params, "masters": masters} if masters else {"params": self.params}
-        return {kind: {key: np.array(a) for key, a in own.items()} for kind, own in every.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of parameters, their masters, the rules' state, the history and the step.
@@ -724,10 +595,9 @@ class ParamGroups(state.Saved):
         self._take_over(whole=True)
         return {
             "step": self.step,
-            **self._arrays_on_host(),
+            **arrays_on_host(self),
             "rules": {
-                group.name: {"rule": repr(group.clip), **_copied(group.rule_state)}
-                for group in self
+                group.name: {"rule": repr(group.clip), **copied(group.rule_state)} for group in self
             },
             "history": self.history.state_dict(),
         }
@@ -758,53 +628,18 @@ class ParamGroups(state.Saved):
         fit, loaded = state.Fit(strict=strict), dict(state_dict)
         rules = fitting_rules(self, loaded.pop("rules", None), fit)
         history = fitting_history(self, loaded.pop("history", None), fit)
-        own = {"step": self.step, **self._arrays_on_host()}
+        own = {"step": self.step, **arrays_on_host(self)}
         found = fit.tree(own, loaded)
         if not 0 <= found["step"] <= MOST:
             fit.leave_out(f"step: expected a count from 0 to {MOST}, got {found['step']}")
             found["step"] = self.step
-        self._load_arrays(own, found)
+        load_arrays(self, own, found)
+        self._behind = False
+        self._take_over(whole=True)
         for group in self:
-            group.rule_state = _copied(rules[group.name])
+            group.rule_state = copied(rules[group.name])
         self.history, self.step = history, found["step"]
         if self._ranks is not None:
             self._ranks.forget()
         self.zero_grads()
         return fit.left_out
-
-    def _load_arrays(self, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Take up parameters and masters; what is not to be is that of `own`."""
-        new = {
-            kind: {key: a for key, a in found[kind].items() if a is not own[kind][key]}
-            for kind in own.keys() - {"step"}
-        }
-        for group in self._mastered:
-            for name in group.masters:
-                value = new["masters"].get(name, new["params"].get(name))
-                if value is not None:
-                    group.updated[name][...] = value
-            group.round(self._stream)
-        for name, value in new["params"].items():
-            self.params[name][...] = value
-        self._behind = False
-        self._take_over(whole=True)
-
-
-def _copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: array.copy() for name, array in arrays.items()}
-
-
-def _dense(fitting: Fitting) -> list[tuple[Any, Any]]:
-    """Return each dense gradient behind the memory of ours that it is for."""
-    return [
-        (group.seen(name), grad)
-        for group, name, grad in fitting
-        if grad is not None and not group.sparse
-    ]
-
-
-def _append(fitting: Fitting, stream: Any) -> None:
-    """Append the rows of sparse gradients."""
-    for group, name, grad in fitting:
-        if isinstance(group, SparseGroupState) and grad is not None:
-            group.append(name, grad, stream)

@@ -1,9 +1,11 @@
-"""What of the saved rules and history fits parameter groups, and what does not, in words."""
+"""What is saved of parameter groups, and what of it fits others, or does not, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from numclip.clipping.buffers import GroupState
 from numclip.dtypes import Array
@@ -63,3 +65,32 @@ def fitting_history(groups: ParamGroups, saved: Any, fit: Fit) -> History:
         fit.leave_out(str(error))
         return groups.history
     return made
+
+
+def arrays_on_host(groups: ParamGroups) -> dict[str, Any]:
+    """Return copies of the parameters, and of the masters where there are some."""
+    masters = {name: own for group in groups for name, own in group.masters.items()}
+    every = {"params": groups.params, "masters": masters} if masters else {"params": groups.params}
+    return {kind: {key: np.array(a) for key, a in own.items()} for kind, own in every.items()}
+
+
+def load_arrays(groups: ParamGroups, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Take up parameters and masters; what is not to be is that of `own`."""
+    new = {
+        kind: {key: a for key, a in found[kind].items() if a is not own[kind][key]}
+        for kind in own.keys() - {"step"}
+    }
+    for group in groups:
+        for name in group.masters:
+            value = new["masters"].get(name, new["params"].get(name))
+            if value is not None:
+                group.updated[name][...] = value
+        if group.masters:
+            group.round(groups.stream)
+    for name, value in new["params"].items():
+        groups.params[name][...] = value
+
+
+def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return copies of arrays by their names."""
+    return {name: array.copy() for name, array in arrays.items()}

@@ -42,6 +42,8 @@ class Communicator:
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._awaited = False  # whether the other ranks wait for this one
+        self._facts: Facts = {}
+        self._code = digest({})
         if count is not None:
             self.agreed(count)
 
@@ -63,18 +65,20 @@ class Communicator:
             self._gather(RAISED, 0)
             self.comm.allgather(text)
 
-    def exchange(self, facts: Facts) -> bool:
+    def exchange(self, facts: Facts, step: int = 0) -> bool:
         """Let every rank have the values of all, by one collective call; return True.
 
         Where a rank asks whether all agree, return False on all. Raises, on all ranks, a
-        RankError where facts differ, and on all others where one has raised.
+        RankError where facts or steps differ, and on all others where one has raised.
         """
-        self._gather(WELL, digest(facts))
+        if facts != self._facts:  # most often they are those of the exchange before
+            self._facts, self._code = facts, digest(facts)
+        self._gather(WELL, self._code ^ step)
         if self._heads.tobytes() == self._head.tobytes() * self.size:
             return True
         if self._asked():
             return False
-        raise self._difference(facts)
+        raise self._difference({**facts, "step": str(step)})
 
     def ask(self) -> None:
         """Let all ranks agree again, in place of an exchange."""

@@ -244,10 +244,18 @@ class Clipper:
     def measure(self, place: int, stream: Any, *, decides: bool = True) -> None:
         """Take the L2 norms and find what is not finite; decide, unless all ranks are to."""
         self.plan.measure(2.0, stream)
+        self.turn_to(place)
+        (self.plan.decide if decides else self.plan.add)(self.found, stream)
+
+    def turn_to(self, place: int) -> None:
+        """Let what is found go to a row of the tables."""
         self.place, self.found = place, self._outcome(place)
         self.given = self.told = None
         self._leaves = False
-        (self.plan.decide if decides else self.plan.add)(self.found, stream)
+
+    def ranks_at_once(self, told: Sequence[Array], merged: Sequence[Array]) -> Any:
+        """Return what clips by the sums of all ranks by two calls."""
+        return self.plan.ranks_at_once(self.divisors, self._sizes, told, merged)
 
     @property
     def powers(self) -> Outcome:

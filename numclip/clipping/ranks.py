@@ -36,6 +36,9 @@ from numclip.sums import Whole, exact, joined_norms, rounded
 COLUMNS = tables.SUM_COLUMNS
 _ALONE = contextlib.nullcontext()
 
+Step = tuple[Facts, int]
+"""What must be the same on all ranks, in words, and the number of the step."""
+
 
 class Part:
     """What the groups of one clipper tell other ranks: rows, each of some tensors.
@@ -135,6 +138,16 @@ class Part:
                 parts.append((norm[0] * scale * share, int(norm[1])))
             found.append(joined_norms(parts, clipper.ord))
         return found
+
+    def at_once(self) -> Any:
+        """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
+        told = self._spans, self.own
+        merged = self.every, self._sharded, self._pools, self._source, self._given
+        return self.clipper.ranks_at_once(told, merged)
+
+    def take_decided(self) -> None:
+        """Let reports know by what was decided at once."""
+        self.clipper.given, self.clipper.told = self._given, self._sums.take(self._told, 0)
 
     def take(self, steps: Any, communicator: Communicator, stream: Any) -> None:
         """Decide by the rows of all ranks."""
@@ -256,6 +269,7 @@ class Ranks:
     def __init__(self, found: Communicator) -> None:
         self.communicator = found
         self._steps: Any = None
+        self._native: Any = None  # what clips by two calls, see `Part.at_once`
         self._parts: list[Part] = []
 
     def forget(self) -> None:
@@ -263,7 +277,7 @@ class Ranks:
         self._steps = None
 
     def decide(
-        self, steps: Any, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any
+        self, steps: Any, measure: Callable[[], None], facts: Callable[[], Step], stream: Any
     ) -> None:
         """Measure here, and decide by what all ranks have measured.
 
@@ -285,14 +299,41 @@ class Ranks:
         for part in self._parts:
             part.take(steps, self.communicator, stream)
 
+    def clip_at_once(self, steps: Any, turn: Any, facts: Callable[[], Step]) -> bool:
+        """Clip by two native calls, one before ranks exchange their rows; tell if that was right.
+
+        Every rank may take this way or the general one: they exchange the same.
+        """
+        native = self._native if self._steps is steps else None
+        if native is None or not native.tell(turn.place, steps.clippers[0].tables):
+            return False
+        if not self.communicator.exchange(*facts()):  # another rank has asked
+            self._agree(steps)
+            return False
+        (part,) = self._parts
+        if native.clip(turn.place, turn.unscale, part.clipper.bounds):
+            part.take_decided()
+        else:
+            self._clip_with_care(steps, part, turn)
+        turn.told = [part.clipper.told]
+        return True
+
+    @isolated
+    def _clip_with_care(self, steps: Any, part: Part, turn: Any) -> None:
+        """Clip the general way by rows that have been exchanged."""
+        part.clipper.obey(turn.unscale, steps.stream)
+        part.clipper.turn_to(turn.place)
+        part.take(steps, self.communicator, steps.stream)
+        steps.write()
+
     def _exchanged(
-        self, measure: Callable[[], None], facts: Callable[[], Facts], stream: Any
+        self, measure: Callable[[], None], facts: Callable[[], Step], stream: Any
     ) -> bool:
         """Measure, and exchange the rows of all parts; see `Communicator.exchange`."""
         measure()
         for part in self._parts:
             part.tell(stream)
-        return self.communicator.exchange(facts())
+        return self.communicator.exchange(*facts())
 
     def _agree(self, steps: Any) -> None:
         """Make sure that all ranks have the same groups; know how much all have of the shards."""
@@ -308,12 +349,15 @@ class Ranks:
         for clipper in steps.clippers:
             clipper.take_sizes(totals)
         self._parts = [Part(clipper) for clipper in steps.clippers]
+        self._native = None
         sizes = [part.count * part.width for part in self._parts]
         self.communicator.agreed(sum(sizes))
         told, end = self.communicator, 0
         for part, size in zip(self._parts, sizes, strict=True):
             start, end = end, end + size
             part.take_memory(told.values[start:end], told.every[:, start:end])
+        if steps.clips_at_once and not steps.follows:
+            self._native = self._parts[0].at_once()
         self._steps = steps
 
 

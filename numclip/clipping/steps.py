@@ -243,9 +243,22 @@ class Steps:
         turn.bounds = [clipper.bounds for clipper in self.clippers]
         turn.told = None if ranks is None else [clipper.told for clipper in self.clippers]
 
-    def clip_at_once(self, turn: Turn) -> bool:
-        """Clip by one native call; tell whether that was right, if not no gradient is written."""
-        return self._native is not None and self.take_at_once(self._native, turn)
+    @property
+    def clips_at_once(self) -> bool:
+        """Whether one native call clips, and all gradients are dense."""
+        sparse = any(group.sparse for clipper in self.clippers for group in clipper.groups)
+        return self._native is not None and not sparse
+
+    def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
+        """Clip by one native call; tell whether that was right, if not no gradient is written.
+
+        With all ranks by two, where they have clipped together before.
+        """
+        if self._native is None:
+            return False
+        if ranks is not None:
+            return ranks.clip_at_once(self, turn, lambda: self._facts(turn, call))
+        return self.take_at_once(self._native, turn)
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
@@ -275,14 +288,14 @@ class Steps:
         for clipper in self._strict:
             self._refuse(clipper)
 
-    def _facts(self, turn: Turn, call: str) -> dict[str, str]:
-        """Say of a step what must be the same on all ranks."""
-        found = {"call": call, "step": str(turn.step), "unscale": repr(turn.unscale)}
+    def _facts(self, turn: Turn, call: str) -> tuple[dict[str, str], int]:
+        """Say of a step what must be the same on all ranks, and its number."""
+        found = {"call": call, "unscale": repr(turn.unscale)}
         for clipper in self._scheduled:
             for name, rule in clipper.rules.items():
                 if rule is not None and rule.scheduled:
                     found[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
-        return found
+        return found, turn.step
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""

@@ -13,7 +13,7 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
-from numclip.host.kernels import cpu, given, row_steps
+from numclip.host.kernels import cpu, given, ranks, row_steps
 from numclip.host.lists import pointers_of
 
 
@@ -60,6 +60,30 @@ class ClipsAtOnce:
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         return self._kernels.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+
+
+class RanksAtOnce(ClipsAtOnce):
+    """What clips by the sums of all ranks: by a call before they are exchanged, and one after.
+
+    `told` are spans of tensors and the rows they are told by, `merged` what `merge_ranks` works on.
+    """
+
+    def __init__(
+        self, batch: Batch, tables: dict[int, Array], told: Sequence[Array], merged: Sequence[Array]
+    ) -> None:
+        super().__init__(batch, tables)
+        self._spans, self._rows = told
+        self._merged = *merged, self._like
+
+    def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
+        """Measure, and write the rows to tell; tell whether that was right."""
+        if outcomes is not self._outcomes:
+            self._turn_to(outcomes)
+        return bool(ranks.tell(place, self._own, self._spans, self._rows, self._like))
+
+    def clip(self, place: int, unscale: float, bounds: Array) -> bool:
+        """Clip by the rows of all; tell likewise."""
+        return bool(ranks.clip(place, unscale, self._own, bounds, *self._merged))
 
 
 class StepsAtOnce(ClipsAtOnce):

@@ -12,7 +12,7 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
-from numclip.host.at_once import ClipsAtOnce
+from numclip.host.at_once import ClipsAtOnce, RanksAtOnce
 from numclip.host.batches import Batch
 from numclip.host.given import rows_table
 from numclip.host.kernels import cpu, given, given_rows, row_steps
@@ -117,14 +117,16 @@ class Plan:
         batch = next(iter(batches.batches(dense)), empty)
         return batch if batch.nbytes < PARALLEL_BYTES else None
 
-    def tables_at_once(self, divisors: Array, held: Sequence[Array]) -> dict[int, Array]:
+    def tables_at_once(
+        self, divisors: Array, held: Sequence[Array] = (), size: Array | None = None
+    ) -> dict[int, Array]:
         """Return what `kernels.given` works on; bounds and loss scales are written to the laws.
 
         `held` say where the rows of each sparse tensor are.
         """
         tables = {
             given.POOLS: self.pool_table,
-            given.LAWS: self._laws.table(Law(math.inf, divisors)),
+            given.LAWS: self._laws.table(Law(math.inf, divisors, size=size)),
             given.SHIFTS: np.zeros(len(self.pools), np.int64),
             given.POOL_OF: self.pool_of,
         }
@@ -154,6 +156,21 @@ class Plan:
         if batch is None or self._copied or not self._in_place:
             return None
         return ClipsAtOnce(batch, self.tables_at_once(divisors, held))
+
+    def ranks_at_once(
+        self,
+        divisors: Array,
+        size: Array | None,
+        told: Sequence[Array],
+        merged: Sequence[Array],
+    ) -> RanksAtOnce:
+        """Return what clips by the sums of all ranks, where `at_once` does by one's own."""
+        assert self.fused is not None
+        tables = {
+            **self.tables_at_once(divisors, size=size),
+            given.POOLS: whole_pools(self.pool_table),
+        }
+        return RanksAtOnce(self.fused, tables, told, merged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.

@@ -42,11 +42,9 @@ def flagged(grads):
 def parallel(grads):
     norms = np.zeros(8)
     for k in numba.prange(8):
-        own = grads[0] * np.float32(k), grads[1]
-        norms[k] = nc.clip_by_global_norm(own, 1.0)[1]
-    clipped, norm = nc.clip_by_global_norm(grads, 1.0)
-    grads[0][:], grads[1][:] = clipped[0], clipped[1]
-    return norm + norms.sum()
+        own = grads[0] * np.float32(k), grads[1] * k
+        norms[k] = nc.clip_by_global_norm(own, 1.0, out=own)[1]
+    return norms.sum()
 
 def vectorized(grad, out):
     out[:] = nc.clip_by_norm(grad, 1.0)
@@ -101,7 +99,6 @@ def test_code_from_another_process(tmp_path):
     shutil.rmtree(tmp_path / "cache" / "numclip")
     assert run(tmp_path) == [*expected, "hits 1 1 1"]
     assert run(tmp_path, "changed") == [*expected, "hits 0 0 0"], "other kernels, other code"
-    assert run(tmp_path) == [*expected, "hits 0 0 0"]
     # Sums of interpreted kernels round otherwise: the norms of float64 differ, no element does.
     interpreted = run(tmp_path, NUMBA_DISABLE_JIT="1")
     assert [re.sub("0x.*? ", "", line) for line in interpreted] == [

@@ -594,3 +594,33 @@ def test_a_step_after_a_clip_on_some_ranks_alone_is_an_error_on_all():
     texts = set(raised(2, program))
     assert len(texts) == 1
     assert "call: clipped before, descend of" in texts.pop()
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("value", [1.0, 1e30, 1e-30, 1e200, 1e-200, 5e-324, math.nan, math.inf])
+@pytest.mark.parametrize("policy", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("rule", [nc.ByGlobalNorm(2.0), nc.ByNorm(lambda step: 1.0 + 0.5 * step)])
+def test_two_native_calls_clip_as_the_general_way_does(rule, dtype, policy, value):
+    with np.errstate(over="ignore"):
+        values = np.array([[3.0, -4.0], [value, 0.5]]).astype(dtype)  # rank 1 has the odd one
+
+    def program(comm):
+        found = []
+        for attempt in range(2):
+            params = {"a": np.zeros(2, dtype), "b": np.zeros(3, dtype)}
+            group = nc.Group("g", params, rule, nonfinite=policy, sharded=True)
+            groups = nc.ParamGroups([group])
+            groups.clip(comm=comm)  # the first time, ranks agree
+            if attempt == comm.Get_rank():
+                groups._ranks._native = None  # one rank goes the general way, the other does not
+            groups.set_grads({"a": values[comm.Get_rank()], "b": np.ones(3, dtype)})
+            report = groups.clip(comm=comm)
+            groups.clip(comm=comm)
+            found.append((report, {name: np.array(own) for name, own in groups.grads.items()}))
+        return found
+
+    for (one, grads), (other, others) in together(2, program):
+        assert repr(one.to_dict()) == repr(other.to_dict())
+        for name in grads:
+            checks.assert_same_bits(grads[name], others[name])

@@ -265,15 +265,20 @@ def column_of(like):
     return FINE if like.itemsize == 8 else FACTOR
 
 
+@inline
+def scale(decisions, tables, like):
+    """Multiply arrays in place by the factors that are decided, if there are some."""
+    if decisions[decisions.shape[0] - 1, MODE] != LEAVE:
+        chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
+        scale_decided(chunks, pool_of, decisions, column_of(like), like)
+
+
 @kernel
 def clip(measures, turn, unscale, tables, bounds, like):
     """Decide as `decide` does; if that is right, multiply arrays in place by their factors."""
     if not decide(measures, turn, unscale, tables, bounds, like):
         return False
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
-    if decisions[bounds.size, MODE] != LEAVE:
-        chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
-        scale_decided(chunks, pool_of, decisions, column_of(like), like)
+    scale(found_turn(tables, DECISIONS, turn, bounds), tables, like)
     return True
 
 

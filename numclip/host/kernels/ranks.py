@@ -2,9 +2,10 @@
 
 import math
 
-from numclip.host.kernels.pools import add_pools, write_total
+from numclip.host.kernels import given as steps
+from numclip.host.kernels.pools import add_pools, decide_all, measure_and_decide, write_total
 from numclip.host.runtime.jit import inline, kernel
-from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TOTAL
+from numclip.tables import BAD, EXPONENT, POLICY, SUM_COLUMNS, TOTAL, ZERO
 
 LOSS = SUM_COLUMNS  # of a row that is told; after it the norm, where its order is not 2
 WIDTH = LOSS + 1
@@ -59,3 +60,33 @@ def merge_ranks(every, sharded, pools, source, given):
     """
     bad, row, rank = merge(every, sharded, source)
     return bad, row, rank, add_pools(pools, source, given)
+
+
+@kernel
+def tell(turn, tables, spans, told, like):
+    """Measure chunks, decide nothing, and write the rows to tell; tell whether that is right."""
+    chunks = steps.found(tables, steps.CHUNKS, tables)
+    pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, told)
+    shifts = steps.found_row(tables, steps.SHIFTS, tables)
+    sums = steps.found_turn(tables, steps.SUMS, turn, told)
+    decisions = steps.found_turn(tables, steps.DECISIONS, turn, told)
+    safe = measure_and_decide(chunks, like, pools[:0], laws, shifts, sums, decisions)
+    add_pools(spans, sums, told)
+    zeroing = (pools[:, POLICY] == ZERO).any() and (told[:, BAD] > 0.0).any()
+    return not zeroing and (safe or like.itemsize < 8)
+
+
+@kernel
+def clip(turn, unscale, tables, bounds, every, sharded, rows, source, given, like):
+    """Clip by the rows of all ranks, see `merge_ranks`; tell whether that is right."""
+    bad, _, rank, scaled = merge_ranks(every, sharded, rows, source, given)
+    if bad > 0.0 or rank > 0 or scaled:
+        return False
+    laws, pools = steps.obey(tables, unscale, bounds), steps.found(tables, steps.POOLS, tables)
+    shifts = steps.found_row(tables, steps.SHIFTS, tables)
+    decisions = steps.found_turn(tables, steps.DECISIONS, turn, bounds)
+    decide_all(pools, laws, shifts, given, decisions)
+    if steps.needs_care(pools, decisions, True):
+        return False
+    steps.scale(decisions, tables, like)
+    return True

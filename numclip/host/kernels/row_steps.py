@@ -35,6 +35,7 @@ from numclip.host.kernels.given import (
     found_turn,
     needs_care,
     obey,
+    scale,
     uncount,
 )
 from numclip.host.kernels.given_rows import (
@@ -46,7 +47,7 @@ from numclip.host.kernels.given_rows import (
     place_rows,
 )
 from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
-from numclip.host.kernels.pools import decide_all, is_safe, scale_decided, write_sum
+from numclip.host.kernels.pools import decide_all, is_safe, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
@@ -59,7 +60,6 @@ from numclip.tables import (
     EXPONENT,
     FILLED,
     INDICES,
-    LEAVE,
     MODE,
     MULTIPLY,
     SKIPPED,
@@ -187,15 +187,13 @@ def clip(measures, turn, unscale, tables, bounds, like):
     if not decide(measures, turn, unscale, tables, bounds, like):
         return False
     decisions = found_turn(tables, DECISIONS, turn, bounds)
-    if decisions[bounds.size, MODE] != LEAVE:
-        chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
-        scale_decided(chunks, pool_of, decisions, column_of(like), like)
-        scale_rows(tables, decisions, like)
+    scale(decisions, tables, like)
+    scale_rows(decisions, tables, like)
     return True
 
 
 @inline
-def scale_rows(tables, decisions, like):
+def scale_rows(decisions, tables, like):
     """Multiply rows in place by the factors of their pools."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)

@@ -1,0 +1,155 @@
+"""How gradients come to groups: copied in or added, and which have come since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress, repeat
+from operator import is_
+from typing import Any
+
+from numclip.border.structures import Outline, dotted
+from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.held_rows import takers_of
+from numclip.clipping.steps import NOBODY, Turn
+from numclip.engine import Engine
+from numclip.isolation import isolated
+
+Fitting = list[tuple[GroupState, str, Any]]
+"""Gradients that fit: their group, their name, and what is copied in."""
+
+
+class Intake:
+    """What takes gradients for the parameters of some groups.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The parameters, in order.
+    clipped : Turn or None
+        The step in which the gradients that are there were clipped.
+    applied : bool
+        Whether the last step has applied what was there before it.
+    fresh : set of str
+        The parameters whose gradients were set since that step.
+    """
+
+    def __init__(self, groups: Sequence[GroupState], engine: Engine) -> None:
+        self._groups, self._engine = groups, engine
+        self._owners = {name: group for group in groups for name in group.names}
+        self.names = tuple(self._owners)
+        self._takers = takers_of(groups, engine)
+        self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
+        self.clipped: Turn | None = None
+        self.applied = False
+        self.fresh: set[str] = set()
+
+    def owner(self, name: str) -> GroupState:
+        """Return the group of a parameter."""
+        if name not in self._owners:
+            raise KeyError(f"{name!r} is no parameter; there are {', '.join(self._owners)}")
+        return self._owners[name]
+
+    def put(self, grads: Any, stream: Any, *, adds: bool) -> None:
+        """Copy gradients in, or add them, after checking all."""
+        items = self.known(grads)
+        if items is not None and self._take(items, adds=adds):
+            self._note(self.names)
+            return
+        named = self.named(grads)
+        self.put_named(named, stream, adds=adds)
+        self._note(named)
+
+    def put_named(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
+        """Do so with those of some names, of which nothing is noted."""
+        if self._takers and named.keys() <= self._owners.keys():
+            items = tuple([named.get(name, self._takers[0].kept) for name in self.names])
+            if self._take(items, adds=adds):
+                return
+        self.put_each(named, stream, adds=adds)
+
+    def ordered(self, grads: Any) -> tuple[Any, ...] | None:
+        """Return gradients in the order of their parameters, with None for those that lack.
+
+        They are not checked. None for structures that are no dict of names nor as the last one.
+        """
+        items = self.known(grads)
+        if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
+            items = tuple([grads.get(name) for name in self.names])
+        return items
+
+    def known(self, grads: Any) -> tuple[Any, ...] | None:
+        """Return the same, None where some are missing as well."""
+        if type(grads) is dict:
+            grads = grads.copy()  # another thread may change its keys
+            if tuple(grads) == self.names:
+                return tuple(grads.values())
+        if self._outline is None:
+            return None
+        outline, order = self._outline
+        items = outline.items(grads)
+        return None if items is None else tuple([items[k] for k in order])
+
+    def named(self, grads: Any) -> Mapping[str, Any]:
+        """Return gradients by the names of their parameters, and remember their structure."""
+        if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
+            named = grads
+        else:
+            named = dotted(grads, "grads")
+        reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
+        in_order = isinstance(grads, dict) and tuple(grads) == self.names
+        if reads and len(named) == len(self.names) and not in_order:
+            outline = Outline(grads)
+            places = {name: k for k, name in enumerate(outline.names)}
+            if places.keys() == self._owners.keys():
+                self._outline = outline, [places[name] for name in self.names]
+        return named
+
+    def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
+        return any(taker.take(items, adds=adds) for taker in self._takers)
+
+    @isolated
+    def put_each(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
+        """Copy gradients in, or add them, after checking each."""
+        fitting = [(self.owner(name), name, grad) for name, grad in named.items()]
+        fitting = [(own, name, own.fitting(name, grad, stream)) for own, name, grad in fitting]
+        dense = [
+            (own.seen(name), grad)
+            for own, name, grad in fitting
+            if grad is not None and not own.sparse
+        ]
+        (self._engine.add_all if adds else self._engine.put_all)(dense, stream)
+        for own, name, grad in fitting:
+            if not adds and (grad is None or own.sparse):
+                own.clear(name, stream)
+        for own, name, grad in fitting:
+            if isinstance(own, SparseGroupState) and grad is not None:
+                own.append(name, grad, stream)
+
+    def _note(self, named: Iterable[str]) -> None:
+        """Remember that gradients were set."""
+        self.clipped = None
+        if self.applied:
+            self.fresh.update(named)
+            if len(self.fresh) == len(self.names):
+                self.forget()
+
+    def forget(self, *, applied: bool = False) -> None:
+        """Let all gradients be those of a step to come, and not be clipped; or all be applied."""
+        self.clipped, self.applied = None, applied
+        if self.fresh:
+            self.fresh.clear()
+
+    def stale(self) -> frozenset[str]:
+        """Return the parameters whose gradients were applied, and are not known to be others.
+
+        Where nothing at all was set, or somebody has a view of one, it may have been written to.
+        """
+        if not self.fresh:
+            return NOBODY
+        seen = {name for group in self._groups for name in group.exposed}
+        return frozenset(self.names) - self.fresh - seen
+
+    def missing(self, named: Mapping[str, Any]) -> frozenset[str]:
+        """Return the parameters that have no gradient among some."""
+        return frozenset(compress(self.names, map(is_, map(named.get, self.names), repeat(None))))
