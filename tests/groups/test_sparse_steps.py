@@ -345,3 +345,36 @@ def test_pairs_with_rows_that_cannot_be_applied_at_once():
         else:
             with pytest.raises(ValueError, match="shape"):
                 optimizer.apply_gradients([(grad, param)])
+
+
+# ---- what one call leaves to several
+
+
+def test_rows_without_an_index_each_are_not_read():
+    groups, optimizer = few()
+    grads = few_gradients()
+    groups.set_grads(grads)
+    before = frozen(groups.state_dict()), frozen(groups.grads)
+    items = grads["w"], grads["e"].values[:5].copy(), grads["e"].indices
+    for adds in (False, True):
+        assert not groups._intake._takers[0]._given.take(items, adds=adds)
+    (clipper,) = groups._made_steps().clippers
+    where = 0, 1.0, clipper.bounds, clipper.tables
+    assert not optimizer._updater._at_once.take(items, *where)
+    assert not optimizer._updater._at_once.measure(items, *where)
+    assert (frozen(groups.state_dict()), frozen(groups.grads)) == before
+
+
+def test_sums_that_overflow():
+    """They are scaled before they are summed."""
+    rows = nc.IndexedSlices(np.full((2, 4), 6e4, np.float16), [1, 1], (9, 4))
+    groups, optimizer = few("float16")
+    groups.set_grads({"e": rows})
+    optimizer.step()
+    groups.accumulate({"w": np.ones((3, 2), np.float16)})  # the rows stay
+    assert np.isfinite(groups.params["e"]).all()
+    assert (groups.params["e"][1] < 1).all()
+    other, own = few("float16")
+    with in_parts():
+        own.step({"e": rows})
+    assert_same_bits(groups.params["e"], other.params["e"])
