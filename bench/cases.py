@@ -15,7 +15,7 @@ from bench.clips import CLIP
 from bench.each import COLUMNS, MIXED, RATIO, VALUE
 from bench.per_example import PER_EXAMPLE
 from bench.sparse import ROWS, SPARSE
-from bench.steps import ADAM, SGD
+from bench.steps import ADAM, ADAM_ROWS, SGD, SGD_ROWS, WORDS
 from bench.workload import Workload
 from tests.oracle.cases import cut, of_shapes
 from tests.oracle.models import MODELS, Shape
@@ -59,6 +59,8 @@ CASES = [
     Case("SGD, ResNet-50", MODELS["ResNet-50"], SGD, 1.1, 1.15),
     Case("Adam, 4 small", MODELS["4 small"], ADAM, 3.0),
     Case("Adam, ResNet-50", MODELS["ResNet-50"], ADAM, 1.25, 1.15),
+    Case("SGD, 20 rows and 4 small", [(20, 64), *MODELS["4 small"]], SGD_ROWS, 3.0),
+    Case("Adam, 20 rows and 4 small", [(20, 64), *MODELS["4 small"]], ADAM_ROWS, 3.0),
 ]
 
 
@@ -74,4 +76,6 @@ def data(case: str, small: bool) -> tuple[Any, int, float]:
     arrays = of_shapes(rng, shapes)
     # Rows of a mean other than 0: a norm that takes repeated rows apart is far off.
     made = (arrays[0] + np.float32(1), indices) if chosen.kind is SPARSE else arrays
+    if chosen.kind in (SGD_ROWS, ADAM_ROWS):
+        made = (arrays, indices % WORDS)
     return made, sum(array.nbytes for array in arrays), chosen.kind.norm(made)

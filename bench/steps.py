@@ -148,6 +148,74 @@ def optax_step(source: list[np.ndarray], bound: Bound, name: str) -> Call:
     return call
 
 
+# ---- a step of an embedding and of small dense gradients: rows, their indices, and these
+
+Sparse = tuple[list[np.ndarray], np.ndarray]
+WORDS = 1000
+
+
+def summed(source: Sparse) -> list[np.ndarray]:
+    """Return the dense array that the rows stand for, and the others."""
+    (rows, *dense), indices = source
+    table = np.zeros((WORDS, rows.shape[1]))
+    np.add.at(table, indices, rows)
+    return [table, *dense]
+
+
+def exact_rows(source: Sparse, bound: float, adam: bool) -> tuple[Any, float]:
+    """Return as `exact` does; the embedding begins with ones."""
+    sums, factor = summed(source), min(1.0, bound / norm_of(summed(source)))
+    steps = [grad.astype(np.float64) * factor for grad in sums]
+    if adam:
+        steps = [step / (np.abs(step) + EPS) for step in steps]
+    begins = [np.ones_like(sums[0]), *sums[1:]]
+    return [x - LR * step for x, step in zip(begins, steps, strict=True)], norm_of(sums)
+
+
+def of_rows(source: Sparse, bound: Bound, optimizer: Callable[..., Any], sets: bool) -> Call:
+    """Slices that are made anew in each step, and given; or set, clipped and applied."""
+    (rows, *dense), indices = source
+    table = np.ones((WORDS, rows.shape[1]), rows.dtype)
+    named = {str(k): array for k, array in enumerate(dense)}
+    rule = nc.ByGlobalNorm(bound, shared="all")
+    members = [nc.Group("rows", {"table": table}, rule, sparse=True), nc.Group("m", named, rule)]
+    groups = nc.ParamGroups(members)
+    made, views = optimizer(groups, lr=LR), list(groups.params.values())
+
+    def call() -> tuple[Any, Any]:
+        grads = {"table": nc.IndexedSlices(rows, indices, table.shape), **named}
+        if not sets:
+            return views, made.step(grads).norm
+        groups.set_grads(grads)
+        groups.clip()
+        return views, made.step().norm
+
+    return call
+
+
+def numpy_rows(source: Sparse, bound: Bound) -> Call:
+    """Gradient descent alone."""
+    (rows, *dense), indices = source
+    table, params = np.ones((WORDS, rows.shape[1]), rows.dtype), copied(dense)
+
+    def call() -> tuple[Any, Any]:
+        distinct, places = np.unique(indices, return_inverse=True)
+        sums = np.zeros((distinct.size, rows.shape[1]), rows.dtype)
+        np.add.at(sums, places, rows)
+        grads = [sums, *copied(dense)]
+        norm = clip_loop(grads, bound())
+        table[distinct] -= LR * grads[0]
+        for param, grad in zip(params, grads[1:], strict=True):
+            param -= LR * grad
+        return [table, *params], norm
+
+    return call
+
+
+def limit_of_rows(source: Sparse, bound: Bound) -> Call:
+    return memory_speed.read_and(memory_speed.descend, 2)(source[0], bound)
+
+
 SGD = Workload(
     partial(exact, adam=False),
     {
@@ -177,5 +245,28 @@ ADAM = Workload(
         "optax jit": partial(optax_step, name="adam"),
     },
     passes=(8, 8),
+    follows=False,
+)
+SGD_ROWS = Workload(
+    partial(exact_rows, adam=False),
+    {
+        "limit": limit_of_rows,
+        "numclip": partial(of_rows, optimizer=nc.SGD, sets=False),
+        "numclip, set_grads and clip": partial(of_rows, optimizer=nc.SGD, sets=True),
+        "NumPy loop": numpy_rows,
+    },
+    passes=(4, 4),
+    norm=lambda source: norm_of(summed(source)),
+    follows=False,
+)
+ADAM_ROWS = Workload(
+    partial(exact_rows, adam=True),
+    {
+        "limit": limit_of_rows,
+        "numclip": partial(of_rows, optimizer=nc.Adam, sets=False),
+        "numclip, set_grads and clip": partial(of_rows, optimizer=nc.Adam, sets=True),
+    },
+    passes=(8, 8),
+    norm=lambda source: norm_of(summed(source)),
     follows=False,
 )

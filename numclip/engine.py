@@ -60,8 +60,11 @@ class Plan(Protocol):
         The sums of the outcome stay as they are.
         """
 
-    def at_once(self, divisors: Array) -> AtOnce | None:
-        """Return what clips little data by one call each, None where it is not that."""
+    def at_once(self, divisors: Array, held: Sequence[Array]) -> AtOnce | None:
+        """Return what clips little data by one call each, None where it is not that.
+
+        `held` say where the rows of sparse tensors are, see `numclip.tables`.
+        """
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
@@ -112,6 +115,7 @@ class Given(Protocol):
 
     What is no ordinary array of the very dtype and shape in C order, or overlaps memory that is
     taken, is not read. `addresses` are where the arrays were that were read last, 0 for None.
+    Sparse gradients are passed as the values of their rows, and after all others their indices.
     """
 
     kept: Any
@@ -190,8 +194,8 @@ class GroupUpdates(Protocol):
         None is for the gradients of the plan.
         """
 
-    def at_once(self, given: Any, divisors: Array) -> StepsAtOnce | None:
-        """Return what takes whole steps of little data, None where it is not that."""
+    def at_once(self, given: Any, divisors: Array, held: Sequence[Array]) -> StepsAtOnce | None:
+        """Return what takes whole steps of little data likewise."""
 
     def step(self, outcome: Outcome, stream: Any) -> None:
         """Update by the gradients times the factors that were decided."""
@@ -280,9 +284,12 @@ class Engine(Protocol):
         """Return by what the plan for arrays is found without describing them, or None."""
 
     def key_of_pairs(
-        self, gradients: list[Any], variables: list[Any], kernel: str
+        self, gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
     ) -> tuple[Any, Any]:
-        """Return by what updates of pairs are found, or None, and where the gradients are."""
+        """Return by what updates of pairs are found, or None, and where the gradients are.
+
+        `rows` are the indices of gradients that are the values of sparse ones.
+        """
 
     def find_plan(self, key: Any) -> tuple[Plan, list[Outcome], Any] | None:
         """Return the plan of a key, its free memory for outcomes and its stream, if any."""
@@ -313,10 +320,12 @@ class Engine(Protocol):
         targets: Sequence[Facts],
         taken: Sequence[tuple[int, int]],
         natives: Sequence[np.dtype[Any]] | None = None,
+        held: Mapping[int, Array] | None = None,
     ) -> Given | None:
         """Return what reads arrays for some targets, if it can; none may lie in memory taken.
 
         They have the dtypes `natives` where these are told, of 16 bits for targets of float32.
+        Targets that `held` has are for rows, which go where it says, see `numclip.tables`.
         """
 
     def half_copies(self, tables: Mapping[DType, Array], stream: Any) -> HalfCopies:

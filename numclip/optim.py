@@ -95,10 +95,11 @@ class Optimizer(state.Saved):
         Notes
         -----
         **Where gradients are read.** Ordinary arrays of NumPy, of their parameters' (or masters')
-        dtypes and in C order, are read where they are. Others are copied to ``groups.grads`` first,
-        as by `set_grads`: those of another dtype, order or library, those that overlap parameters
-        or states, all of a group whose rule acts within tensors or whose policy is "zero", sparse
-        ones, and those on a GPU. So what ``groups.grads`` holds after ``step(grads)`` is not
+        dtypes and in C order, are read where they are, and so are the rows of `IndexedSlices` (of
+        few megabytes, and whose parameters have no masters). Others are copied to ``groups.grads``
+        first, as by `set_grads`: those of another dtype, order or library, those that overlap
+        parameters or states, all of a group whose rule acts within tensors or whose policy is
+        "zero", and those on a GPU. So what ``groups.grads`` holds after ``step(grads)`` is not
         defined.
 
         **After clip().** A step without `grads` after `ParamGroups.clip` applies what it has

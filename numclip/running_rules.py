@@ -199,11 +199,11 @@ class ZClip(Rule):
         """Return the bound where the norm stands out, infinity or `max_norm` where not."""
         norm, mean, deviation = float(norms[0]), float(state["mean"]), float(state["deviation"])
         bound = self.bound(step)
-        if state["count"] >= self.warmup and mean > 0.0:
+        if mean > 0.0 and int(state["count"]) >= self.warmup:
             score = (norm - mean) / (deviation + 1e-6)
             if score > self.z:
                 bound = min(bound, mean + deviation / score * self.z * self.z)
-        return np.full(norms.shape, bound)
+        return np.array([bound])
 
     def observe(
         self, norms: Array, clipped: Array, total: float, step: int, state: State
@@ -289,16 +289,19 @@ class AdaGC(Rule):
         """Return averages of which nothing is known."""
         return {"count": np.array(0, np.int64), "gamma": np.full(tensors, np.inf)}
 
-    def _warming(self, state: State) -> Array:
-        """Tell which tensors are in warm-up."""
-        return np.isinf(state["gamma"]) | (state["count"] < self.warmup)
+    def _warming(self, state: State) -> Array | None:
+        """Tell which tensors are in warm-up, None where none is."""
+        gamma, begins = state["gamma"], int(state["count"]) < self.warmup
+        if not begins and gamma.max(initial=0.0) < math.inf:
+            return None
+        return np.isinf(gamma) | begins
 
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the bound of each tensor."""
         warming = self._warming(state)
         with np.errstate(over="ignore", invalid="ignore"):
             bounds: Array = self.relative * state["gamma"]
-        if warming.any():
+        if warming is not None:
             bounds[warming] = np.inf
             if total > self.absolute:
                 bounds[warming] = norms[warming] * (self.absolute / total)
@@ -309,16 +312,15 @@ class AdaGC(Rule):
     ) -> dict[str, Array]:
         """Take up the norms after clipping."""
         gamma, warming = state["gamma"], self._warming(state)
-        if warming.any():
+        if warming is not None:
             found = np.minimum(gamma, clipped)
             found[~warming] = _blend(gamma[~warming], clipped[~warming], self.beta)
         else:
             found = _blend(gamma, clipped, self.beta)
+        if not found.min(initial=math.inf) > 0.0:
+            found = np.where(found > 0.0, found, gamma)
         count = min(int(state["count"]) + 1, self.warmup)
-        return {
-            "count": np.array(count, np.int64),
-            "gamma": np.where(found > 0.0, found, gamma),
-        }
+        return {"count": np.array(count, np.int64), "gamma": found}
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         if name == "count":

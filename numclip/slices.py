@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Never
 
@@ -16,7 +16,7 @@ from numclip.dtypes import NAMES, Array, lookup, refusal
 from numclip.engine import Engine
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host.rows import group
+from numclip.host.rows import are_within, group
 
 MOST_ROWS = 2**63 - 1  # of which int64 tells one
 MOST_BYTES, MOST_FILLING = 2**30, 1000
@@ -33,6 +33,49 @@ class Grouping(NamedTuple):
     def distinct(self) -> int:
         """How many distinct indices there are."""
         return int(self.starts.size) - 1
+
+
+class Parts:
+    """Takes sparse gradients apart, for what reads arrays by one call.
+
+    `shapes` are the dense shapes of those, by their places among all gradients.
+    """
+
+    def __init__(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        self._shapes = list(shapes.items())
+
+    def of(self, items: Sequence[Any], kept: Any = None) -> tuple[Any, ...] | None:
+        """Return the values of slices in their places, and after all gradients their indices.
+
+        None and what stands for it stay. Nothing where others are there, or of another shape.
+        """
+        found = [*items]
+        for k, shape in self._shapes:
+            item = found[k]
+            if type(item) is IndexedSlices:
+                if item._dense_shape != shape:
+                    return None
+                found[k] = item._values
+                found.append(item._indices)
+            elif item is None or item is kept:
+                found.append(item)
+            else:
+                return None
+        return tuple(found)
+
+
+def _shape_of(dense_shape: Any) -> tuple[int, ...]:
+    """Return a dense shape, after checking that it is one of integers."""
+    if type(dense_shape) is tuple and {*map(type, dense_shape)} == {int}:
+        return dense_shape
+    try:
+        made = tuple(operator.index(size) for size in dense_shape)
+        if any(isinstance(size, (bool, np.bool_)) for size in dense_shape):
+            raise TypeError
+    except TypeError:
+        wanted = "a sequence of integers"
+        raise TypeError(expected("dense_shape", wanted, repr(dense_shape))) from None
+    return made
 
 
 def _refuse_masked(name: str, array: Any) -> None:
@@ -100,24 +143,31 @@ class IndexedSlices:
     7.0
     """
 
+    _values: Any
+    _dtype: np.dtype[Any]
+    _device: str
+
     axes = 1  # of another library's sparse array that are the first axis here
 
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int]) -> None:
         shape = self._take(values)
-        try:
-            self._dense_shape = tuple(operator.index(size) for size in dense_shape)
-            if any(isinstance(size, (bool, np.bool_)) for size in dense_shape):
-                raise TypeError
-        except TypeError:
-            wanted = "a sequence of integers"
-            raise TypeError(expected("dense_shape", wanted, repr(dense_shape))) from None
+        self._dense_shape = _shape_of(dense_shape)
         given = self._on_host(indices)
         self._check(shape, given)
         self._indices = given.astype(np.int64)
+        if not are_within(self._indices, self._dense_shape[0]):
+            raise ValueError(
+                f"indices: expected rows in [0, {self._dense_shape[0]}), "
+                f"got values from {given.min()} to {given.max()}"
+            )
         self._indices.setflags(write=False)
 
     def _take(self, values: Any) -> tuple[int, ...]:
         """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
+        if type(values) is np.ndarray and lookup(values.dtype) is not None:
+            self._device, self._values, self._dtype = "cpu", values, values.dtype
+            shape: tuple[int, ...] = values.shape
+            return shape
         _refuse_masked("values", values)
         if not (libraries.is_array(values) or libraries.on_device(values)):
             values = libraries.to_numpy("values", values)
@@ -135,6 +185,8 @@ class IndexedSlices:
 
     def _on_host(self, indices: Any) -> Array:
         """Return indices in the host's memory; those on a GPU are waited for."""
+        if type(indices) is np.ndarray:
+            return indices
         _refuse_masked("indices", indices)
         if libraries.on_device(indices) and self.is_cuda:
             found: Array = self._engine.indices_on_host(indices)
@@ -182,11 +234,6 @@ class IndexedSlices:
             raise ValueError(
                 f"values: expected rows of shape {shape[1:]} as in dense_shape {shape}, "
                 f"got {values[1:]}"
-            )
-        if indices.size and not (indices.min() >= 0 and indices.max() < shape[0]):
-            raise ValueError(
-                f"indices: expected rows in [0, {shape[0]}), "
-                f"got values from {indices.min()} to {indices.max()}"
             )
 
     def __repr__(self) -> str:

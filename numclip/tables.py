@@ -36,3 +36,7 @@ AFTER, LEAST, CLIPPED_COUNT = range(3)  # of the summary of each family of units
 SUMMARY_COLUMNS = 3
 LEAVE, MULTIPLY, TRUNCATE, CLEAN = range(4)
 PROPAGATE, RAISE, SKIP, ZERO = range(4)
+# Of the rows that are held for a sparse gradient: where values and indices are, how many there are
+# and may be, how many the parameter has, and whether a gradient is PRESENT, be it of no rows.
+VALUES, INDICES, FILLED, CAPACITY, HEIGHT, PRESENT = range(6)
+HELD_COLUMNS = 6

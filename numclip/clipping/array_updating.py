@@ -67,7 +67,8 @@ class ArrayUpdater:
         if not grads:
             return []
         engine = engines.of(variables[0])
-        key, sources = engine.key_of_pairs(grads, variables, self._method.kernel)
+        arrays, rows = _parted(grads, variables)
+        key, sources = engine.key_of_pairs(arrays, variables, self._method.kernel, rows)
         planned = self._find(key)
         if planned is None:
             engine.require()
@@ -151,6 +152,16 @@ class ArrayUpdater:
                 engine = self._held[0].engine
                 engine.give_back(planned.stream, [own.facts for own in self._held])
         self._held = []
+
+
+def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+    """Return gradients with the values of slices that fit, and the indices of these."""
+    arrays, rows = grads, {}
+    for k, grad in enumerate(grads):
+        if type(grad) is IndexedSlices and grad.dense_shape == getattr(variables[k], "shape", None):
+            arrays = [*arrays]
+            arrays[k], rows[k] = grad.values, grad.indices
+    return arrays, rows
 
 
 def _rounds(

@@ -16,6 +16,7 @@ import numpy as np
 from numclip import engine as engines
 from numclip.border.gradients import Gradient, describe
 from numclip.border.results import check_writable
+from numclip.clipping.held_rows import HeldRows
 from numclip.clipping.masters import Masters, Rows
 from numclip.dtypes import Array
 from numclip.engine import Engine
@@ -341,44 +342,40 @@ class SparseGroupState(GroupState):
 
     def __init__(self, group: Any, *arguments: Any, copies: bool = True) -> None:
         super().__init__(group, *arguments, copies=copies)
-        self._rows = self._no_rows()
+        self.rows = {name: HeldRows(param, self._engine) for name, param in self.updated.items()}
 
     def gradients(self) -> list[Gradient]:
         """Return the gradient of each parameter, of no rows where there is none."""
-        return [rows.gradient(self._gradient, name) for name, rows in self._rows.items()]
+        return [rows.gradient(self._gradient, name) for name, rows in self.rows.items()]
 
     def seen(self, name: str) -> IndexedSlices | None:
         """Return a parameter's gradient as one object, None where there is none."""
-        rows = self._rows[name]
-        return rows.slices if rows.indices else None
+        rows = self.rows[name]
+        return rows.slices if rows.is_present else None
 
     def clear(self, name: str, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows of a parameter."""
-        self._rows[name].clear()
+        self.rows[name].clear()
 
     def append(self, name: str, grad: IndexedSlices, stream: Any) -> None:
         """Append the rows of slices that fit to a parameter's."""
-        self._rows[name].append(grad, stream)
+        self.rows[name].append(grad, stream)
 
     def hold(self, stream: Any) -> Any:  # noqa: ARG002
         """Return the rows, and go on without any."""
-        held = self._rows
-        self._rows = self._no_rows()
-        return held
+        return [rows.give_away() for rows in self.rows.values()]
 
     def restore(self, held: Any, stream: Any) -> None:  # noqa: ARG002
         """Bring the rows back."""
-        self._rows = held
-
-    def _no_rows(self) -> dict[str, HeldRows]:
-        return {name: HeldRows(param, self._engine) for name, param in self.updated.items()}
+        for rows, own in zip(self.rows.values(), held, strict=True):
+            rows.take_back(own)
 
     def _touched(self) -> Rows:
-        return {name: rows.joined for name, rows in self._rows.items()}
+        return {name: rows.indices for name, rows in self.rows.items()}
 
     def zero(self, stream: Any) -> None:  # noqa: ARG002
         """Forget the rows."""
-        for rows in self._rows.values():
+        for rows in self.rows.values():
             rows.clear()
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
@@ -388,75 +385,8 @@ class SparseGroupState(GroupState):
         values = own.facts.array
         if own.engine is self._engine:
             held = [extent for group in self.neighbours for extent in group.extents]
-            rows = [group._rows for group in self.neighbours if isinstance(group, SparseGroupState)]
+            rows = [group.rows for group in self.neighbours if isinstance(group, SparseGroupState)]
             held += [one.extent for each in rows for key, one in each.items() if key != name]
             if any(begin < last and first < end for first, last in held):
                 values = copied(own, stream)
         return own.slices.with_values(values)
-
-
-class HeldRows:
-    """The rows of one parameter's gradient, in memory that grows with them.
-
-    `indices` has those of each part, in the order they were appended.
-    """
-
-    def __init__(self, param: Any, engine: Engine) -> None:
-        self._shape, self._engine = param.shape, engine
-        self._length = math.prod(param.shape[1:])
-        self.indices: list[Array] = []
-        self._count = 0
-        self._memory = engine.empty((0,), param.dtype)
-        self._slices: IndexedSlices | None = None
-        self._gradient: Gradient | None = None
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """The addresses between which the memory lies."""
-        return self._engine.facts("rows", self._memory).extent
-
-    def clear(self) -> None:
-        """Forget all rows; the memory is kept."""
-        self.indices, self._count = [], 0
-        self._slices = self._gradient = None
-
-    def append(self, grad: IndexedSlices, stream: Any) -> None:
-        """Copy rows in, from the host or where the engine works."""
-        first, count = self._count, grad.indices.size
-        self._grow(first + count, stream)
-        place = self._part(first, count)
-        self._engine.put(place, grad.values, stream)
-        self.indices.append(np.array(grad.indices))
-        self._count = first + count
-        self._slices = self._gradient = None
-
-    def _part(self, first: int, count: int) -> Any:
-        shape = count, *self._shape[1:]
-        return self._engine.part(self._memory, first * self._length, shape)
-
-    def _grow(self, rows: int, stream: Any) -> None:
-        """Have memory for so many rows; those there are stay."""
-        if rows * self._length <= self._memory.size:
-            return
-        kept, memory = self._part(0, self._count), self._memory
-        self._memory = self._engine.empty((2 * rows * self._length,), memory.dtype)
-        if self._count:
-            self._engine.put(self._part(0, self._count), kept, stream)
-
-    @property
-    def slices(self) -> IndexedSlices:
-        """The rows as one object, whose values are a view; the same one while they stay."""
-        if self._slices is None:
-            self._slices = IndexedSlices(self._part(0, self._count), self.joined, self._shape)
-        return self._slices
-
-    @property
-    def joined(self) -> Array:
-        """The indices of all parts."""
-        return np.concatenate([np.empty(0, np.int64), *self.indices])
-
-    def gradient(self, describe: Callable[[str, Any], Gradient], name: str) -> Gradient:
-        """Return the description of the rows, the same one while they stay."""
-        if self._gradient is None:
-            self._gradient = describe(name, self.slices)
-        return self._gradient

@@ -338,7 +338,6 @@ class Clipper:
         numbers = [group.number for group in self.groups]
         return self.by_norms and numbers == sorted(numbers)
 
-    @np.errstate(invalid="ignore")
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002
         """Return what became of each tensor of a group in some steps."""
         norms = norms_of(found.sums, read.unscale)

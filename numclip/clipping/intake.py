@@ -9,8 +9,9 @@ from typing import Any
 
 from numclip.border.structures import Outline, dotted
 from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.held_rows import takers_of
 from numclip.clipping.steps import NOBODY, Turn
-from numclip.engine import Engine, Given
+from numclip.engine import Engine
 from numclip.isolation import isolated
 
 Fitting = list[tuple[GroupState, str, Any]]
@@ -36,24 +37,11 @@ class Intake:
         self._groups, self._engine = groups, engine
         self._owners = {name: group for group in groups for name in group.names}
         self.names = tuple(self._owners)
-        self._takers = self._made_takers()
+        self._takers = takers_of(groups, engine)
         self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
         self.clipped: Turn | None = None
         self.applied = False
         self.fresh: set[str] = set()
-
-    def _made_takers(self) -> list[Given]:
-        """Return what copies arrays in by one call: of the dtypes of gradients, of parameters."""
-        groups = self._groups
-        if any(group.sparse for group in groups):
-            return []
-        facts = [grad.facts for group in groups for grad in group.gradients()]
-        taken = [extent for group in groups for extent in group.extents]
-        made = [self._engine.given(facts, taken)]
-        if any(group.masters for group in groups):
-            natives = [param.dtype for group in groups for param in group.params.values()]
-            made.append(self._engine.given(facts, taken, natives))
-        return [taker for taker in made if taker is not None]
 
     def owner(self, name: str) -> GroupState:
         """Return the group of a parameter."""

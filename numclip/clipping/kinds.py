@@ -214,8 +214,7 @@ class ValueClipper(Clipper):
         tensors = self.tensors[group.name]
         sums = read.tables[2][..., tensors.start : tensors.stop, :]
         later = norms_of(sums, 1.0)
-        with np.errstate(invalid="ignore"):
-            ratios = later / np.where(columns.norms == 0.0, 1.0, columns.norms)
+        ratios = later / np.where(columns.norms == 0.0, 1.0, columns.norms)
         clamped = found.decisions[..., tables.CLAMPED] != 0.0
         left = np.expand_dims(found.skipped, -1)
         return columns._replace(

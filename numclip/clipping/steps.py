@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip import tables
 from numclip.border.gradients import Gradient
+from numclip.clipping.held_rows import rows_of
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import GroupOutcome, Outcome, Read
@@ -195,7 +197,8 @@ class Steps:
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
         self._native: AtOnce | None = None  # what clips by one call
         if self._only is not None and self._only.by_norms:
-            self._native = self._only.plan.at_once(self._only.divisors)
+            held = [rows.words for rows in rows_of(self._only.groups).values()]
+            self._native = self._only.plan.at_once(self._only.divisors, held)
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
@@ -218,6 +221,8 @@ class Steps:
 
     def absent_of(self, items: Sequence[Any]) -> frozenset[str]:
         """Return the parameters that have no gradient among some for all, in their order."""
+        if not any(map(is_, items, itertools.repeat(None))):
+            return NOBODY
         names = self.clippers[0].names
         return frozenset(name for name, item in zip(names, items, strict=True) if item is None)
 
@@ -243,8 +248,9 @@ class Steps:
 
     @property
     def clips_at_once(self) -> bool:
-        """Whether one native call clips."""
-        return self._native is not None
+        """Whether one native call clips, and all gradients are dense."""
+        sparse = any(group.sparse for clipper in self.clippers for group in clipper.groups)
+        return self._native is not None and not sparse
 
     def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
         """Clip by one native call; tell whether that was right, if not no gradient is written.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from numclip.border.gradients import Gradient
 from numclip.clipping.buffers import flat_buffers
 from numclip.clipping.clip import row_span
+from numclip.clipping.held_rows import rows_of
 from numclip.clipping.ranks import Ranks
 from numclip.clipping.steps import NOBODY, Steps, Turn
 from numclip.dtypes import Array, lookup
-from numclip.engine import Engine, Outcome
+from numclip.engine import Engine, Outcome, StepsAtOnce
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
+from numclip.slices import Parts
 
 Rounds = list[tuple[Any, frozenset[str]]]
 """Groups to be updated one after another, None for all, and what is left out meanwhile."""
@@ -122,12 +125,18 @@ class GroupUpdater:
             for group in self._groups
             for name, param in group.updated.items()
         ]
-        sparse = any(group.sparse for group in self._groups)
-        self.given = None if sparse else engine.given(params, self._taken(engine))
-        self._at_once = None
+        rows = rows_of(self._groups)
+        held = {k: own.words for k, own in rows.items()}
+        self._parts = Parts({k: own.shape for k, own in rows.items()}) if rows else None
+        self._sparse = {name for group in self._groups if group.sparse for name in group.names}
+        self._holds_masters = any(group.sparse and group.masters for group in self._groups)
+        self.given = engine.given(params, self._taken(engine), None, held)
+        self._at_once: StepsAtOnce | None = None  # of little data
         if len(steps.clippers) == 1 and steps.clippers[0].in_order:
             (clipper,), (updates,) = steps.clippers, self._updates
-            self._at_once = updates.at_once(self.given, clipper.divisors)
+            self._at_once = updates.at_once(self.given, clipper.divisors, [*held.values()])
+            self._unbounded = np.full(len(clipper.bounds), np.inf)
+            self._unclipped = [engine.table((1, *own.shape[1:]), stream) for own in clipper.tables]
 
     def _taken(self, engine: Engine) -> list[tuple[int, int]]:
         """Return where a step writes: the memory of parameters and states."""
@@ -144,6 +153,8 @@ class GroupUpdater:
     def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
         """Return where gradients lie, if they can be read there and are too many to be copied."""
         if items is None or self.given is None or steps.writes_within or self.given.is_little:
+            return None
+        if self._sparse:
             return None
         if not self.given.read(items):
             return None
@@ -163,22 +174,45 @@ class GroupUpdater:
 
         Tell whether that was possible; if not, nothing has been changed.
         """
-        if steps is not self._steps or self._at_once is None:
+        native = self._ready(steps, settings, absent)
+        if native is None:
             return False
-        if settings != self._written:
-            self._write_settings(steps, settings)
-        if self._differs:
-            return False
+        given = items
+        if self._parts is not None and items is not None:
+            given = self._parts.of(items)
+            if given is None or self._holds_masters:  # masters take over the rows that are held
+                return False
         if steps.follows:
             steps.leave_out(absent if items is None else steps.absent_of(items))
         if not absent:
-            return steps.take_at_once(self._at_once, turn, items)
-        names = steps.clippers[0].names
-        self._at_once.leave([k for k, name in enumerate(names) if name in absent])
+            return steps.take_at_once(native, turn, given)
+        with self._leaving(native, absent):
+            return steps.take_at_once(native, turn, given)
+
+    def _ready(
+        self, steps: Steps, settings: list[list[float]], absent: frozenset[str]
+    ) -> StepsAtOnce | None:
+        """Return what takes steps by one native call, with some settings; None if it cannot.
+
+        Rows that were applied before are to be forgotten, which a step at once does not do.
+        """
+        if steps is not self._steps or self._at_once is None:
+            return None
+        if absent and not absent.isdisjoint(self._sparse):
+            return None
+        if settings != self._written:
+            self._write_settings(steps, settings)
+        return None if self._differs else self._at_once
+
+    @contextlib.contextmanager
+    def _leaving(self, native: StepsAtOnce, absent: frozenset[str]) -> Iterator[None]:
+        """Let some parameters have no gradient of the groups' own meanwhile."""
+        names = self._steps.clippers[0].names
+        native.leave([k for k, name in enumerate(names) if name in absent])
         try:
-            return steps.take_at_once(self._at_once, turn, items)
+            yield
         finally:
-            self._at_once.leave([])
+            native.leave([])
 
     def step(
         self,
@@ -231,6 +265,11 @@ class GroupUpdater:
     ) -> None:
         """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
+        native = None if ranks is not None else self._ready(steps, settings, absent)
+        if native is not None:
+            with self._leaving(native, absent) if absent else contextlib.nullcontext():
+                if native.take(None, 0, 1.0, self._unbounded, self._unclipped):
+                    return
         call = "" if ranks is None else f"clipped before, {self._call(settings, absent)}"
         self._update(steps, settings, steps.leave(turn, ranks, call), absent, None)
 

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,8 +160,12 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     return driver.handle_of(stream), policy, ord, written, told
 
 
-def key_of_pairs(gradients: list[Any], variables: list[Any], kernel: str) -> tuple[Any, None]:
+def key_of_pairs(
+    gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
+) -> tuple[Any, None]:
     """Return by what updates of tensors of PyTorch are found: where both are, and what is kept."""
+    if rows:
+        return None, None
     items = [item for pair in zip(gradients, variables, strict=True) for item in pair]
     return key_of(items, 2.0, kernel, written=True), None
 
@@ -232,7 +236,7 @@ def put(array: DeviceArray, source: Any, stream: Any) -> None:
         array.copy_from(_sendable(array, source), stream)
 
 
-def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None) -> None:
+def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: Any = None) -> None:
     """Return nothing: what is passed for arrays of the GPU is copied into them."""
 
 

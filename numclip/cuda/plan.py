@@ -141,7 +141,7 @@ class Plan:
             laws = self._laws = self._own_laws
         laws.write(self._facts.table(law), stream)
 
-    def at_once(self, _divisors: Array) -> None:
+    def at_once(self, _divisors: Array, _held: Any) -> None:
         """Return nothing: a clip is a number of launches."""
 
     def leave(self, stream: Any) -> None:

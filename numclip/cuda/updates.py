@@ -126,7 +126,7 @@ class GroupUpdates:
             present = np.array(sources, np.int64) != 0
             self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
 
-    def at_once(self, _given: Any, _divisors: Array) -> None:
+    def at_once(self, _given: Any, _divisors: Array, _held: Any) -> None:
         """Return nothing: a step is a number of launches."""
 
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:

@@ -13,24 +13,20 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
-from numclip.host.kernels import cpu, given, ranks
+from numclip.host.kernels import cpu, given, ranks, row_steps
 from numclip.host.lists import pointers_of
-
-KERNELS = {
-    "descend": given.descend,
-    "descend_with_momentum": given.descend_with_momentum,
-    "adam": given.adam,
-}
 
 
 class ClipsAtOnce:
     """What clips one batch in place; see `numclip.engine.AtOnce`.
 
-    `tables` are what kernels work on beside the chunks, by their numbers in `kernels.given`.
+    `tables` are what kernels work on beside the chunks, by their numbers in `kernels.given`; those
+    of rows are there where gradients are sparse.
     """
 
     def __init__(self, batch: Batch, tables: dict[int, Array]) -> None:
         self._like, self._chunks = batch.dtype.like, batch.chunks.copy()
+        self._kernels: Any = row_steps if given.ROWS in tables else given
         self._held = [*tables.values()]
         self._own = np.zeros((given.TABLES, 3), np.int64)
         for k, table in {given.CHUNKS: self._chunks, **tables}.items():
@@ -49,7 +45,7 @@ class ClipsAtOnce:
         """Measure and decide alone."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return given.decide(True, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+        return self._kernels.decide(True, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
 
     def take(
         self,
@@ -63,7 +59,7 @@ class ClipsAtOnce:
         """Clip; without `measures`, by what was measured before."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return given.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+        return self._kernels.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
 
 
 class RanksAtOnce(ClipsAtOnce):
@@ -99,10 +95,11 @@ class StepsAtOnce(ClipsAtOnce):
     def __init__(
         self, kernel: str, batch: Batch, starts: Array, reader: Given, tables: dict[int, Array]
     ) -> None:
-        self._kernel, self._factors = KERNELS[kernel], tables.pop(given.FACTORS)
+        self._factors = tables.pop(given.FACTORS)
         distances = batch.chunks[:, cpu.SOURCE] - starts[batch.chunks[:, cpu.OWNER]]
         tables |= {given.DISTANCES: distances, given.LENGTHS: batch.chunks[:, cpu.LENGTH].copy()}
         super().__init__(batch, tables)
+        self._take = getattr(self._kernels, kernel)
         self._starts, self._addresses, self._reader = starts, starts.copy(), reader
         _point(self._own, given.ADDRESSES, self._addresses)
         _point(self._own, given.WANTED, reader.wanted)
@@ -133,7 +130,7 @@ class StepsAtOnce(ClipsAtOnce):
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
-        return given.measure(pointers, place, unscale, tables, bounds, self._like)  # type: ignore[no-any-return]
+        return self._kernels.measure(pointers, place, unscale, tables, bounds, self._like)  # type: ignore[no-any-return]
 
     def take(
         self,
@@ -150,7 +147,7 @@ class StepsAtOnce(ClipsAtOnce):
         pointers, tables = self._read(items)
         if not measures:
             pointers = given.AGAIN
-        return self._kernel(  # type: ignore[no-any-return]
+        return self._take(  # type: ignore[no-any-return]
             pointers, place, unscale, tables, bounds, self._factors, self._like
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,9 +99,11 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> N
     """Return nothing: plans of the host are not kept."""
 
 
-def key_of_pairs(gradients: list[Any], variables: list[Any], _kernel: str) -> tuple[Any, Any]:
+def key_of_pairs(
+    gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
+) -> tuple[Any, Any]:
     """Return by what the updates of plain arrays are found, and where the gradients are."""
-    return pairs.plain(gradients, variables)
+    return pairs.plain(gradients, variables, rows)
 
 
 def find_plan(_key: Any) -> None:
@@ -154,10 +156,13 @@ def put(array: Array, source: Array, _stream: Any = None) -> None:
 
 
 def given(
-    targets: Sequence[Facts], taken: Extents, natives: Sequence[np.dtype[Any]] | None = None
+    targets: Sequence[Facts],
+    taken: Extents,
+    natives: Sequence[np.dtype[Any]] | None = None,
+    held: Mapping[int, Array] | None = None,
 ) -> Given | None:
     """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
-    return Given(targets, taken, natives) if READABLE else None
+    return Given(targets, taken, natives, held) if READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:

@@ -8,7 +8,7 @@ general way.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.facts import Facts
 from numclip.host import batches
 from numclip.host.batches import Batch
-from numclip.host.kernels import cpu, given
+from numclip.host.kernels import cpu, given, given_rows
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.lists import pointers_of
 from numclip.host.runtime import threads
 from numclip.memory import Span
 
+INDEX = np.dtype(np.int64)
 Extents = Sequence[tuple[int, int]]
 KEPT = object()
 """Stands for an array that stays as it is."""
@@ -34,6 +35,9 @@ class Given:
     `taken` are addresses between which none of them may lie. Arrays have the dtypes `natives`,
     where these are told, of 16 bits for others of float32. Of what is read last, `addresses`
     are where it is, 0 for None.
+
+    Some targets take rows, the values of any number of them, and after all arrays their indices;
+    `held` are the words that say where rows go, see `numclip.tables`, by the targets' numbers.
     """
 
     kept = KEPT
@@ -43,16 +47,36 @@ class Given:
         targets: Sequence[Facts],
         taken: Extents,
         natives: Sequence[np.dtype[Any]] | None = None,
+        held: Mapping[int, Array] | None = None,
     ) -> None:
-        self.targets = list(targets)
-        self.addresses = np.zeros(len(targets), np.int64)
+        self.targets, self._held = list(targets), held or {}
+        self.addresses = np.zeros(len(targets) + len(self._held), np.int64)
         natives = natives or [facts.native for facts in targets]
         self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
         self.wanted = np.array(self._wanted(_merged(taken)), np.int64)
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
-        alone = len(self._batches) == 1 and self.is_little
-        self._only = self._batches[0] if alone else None
+        self._rows = self._row_table()
+        found = [*self._batches, *self._kinds_of_rows(natives)]
+        alone = {(id(batch.dtype), id(wide)) for batch, wide in found}
+        self._only = found[0] if len(alone) == 1 and self.is_little else None
+
+    def _row_table(self) -> Array:
+        """Return what `kernels.given_rows` is told of the targets that take rows."""
+        rows = rows_table(self._held)
+        for row, t in zip(rows, self._held, strict=True):
+            own = lookup(self.targets[t].native)
+            assert own is not None
+            row[given_rows.LENGTH] = math.prod(self.targets[t].shape[1:]) * own.components
+        return rows
+
+    def _kinds_of_rows(self, natives: Sequence[np.dtype[Any]]) -> Iterator[tuple[Batch, Array]]:
+        """Yield for each target that takes rows the batch of no dense tensors of its dtypes."""
+        for t in self._held:
+            row, written = lookup(natives[t]), lookup(self.targets[t].native)
+            assert row is not None
+            assert written is not None
+            yield Batch(row, np.empty((0, 4), np.int64), 0), written.like
 
     def _made_batches(self, natives: Sequence[np.dtype[Any]]) -> list[tuple[Batch, Array]]:
         """Return the batches of each dtype, and as what it is written.
@@ -62,6 +86,8 @@ class Given:
         starts = np.array([facts.address for facts in self.targets], np.int64)
         spans: dict[DType, dict[int, Span]] = {}
         for k, (facts, native) in enumerate(zip(self.targets, natives, strict=True)):
+            if k in self._held:
+                continue
             row, written = lookup(native), lookup(facts.native)
             assert row is not None
             assert written is not None
@@ -81,11 +107,13 @@ class Given:
         """Return what `kernels.given` is told of the arrays."""
         rows: list[int] = []
         axes: list[int] = []
-        first = given.HEAD + given.ROW * len(self.targets)
-        for facts, dtype in zip(self.targets, self._dtypes, strict=True):
-            nbytes = math.prod(facts.shape) * dtype.itemsize
-            rows += [id(dtype), len(facts.shape), first + len(axes), nbytes]
+        first = given.HEAD + given.ROW * self.addresses.size
+        for k, (facts, dtype) in enumerate(zip(self.targets, self._dtypes, strict=True)):
+            free = int(k in self._held)
+            nbytes = math.prod(facts.shape[free:]) * dtype.itemsize
+            rows += [id(dtype), len(facts.shape), first + len(axes), nbytes, free]
             axes += facts.shape
+        rows += [id(INDEX), 1, first, INDEX.itemsize, 1] * len(self._held)
         ids = id(np.ndarray), id(None), id(KEPT)
         head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
         return [*head, *rows, *axes, *(low for low, _ in taken), *(high for _, high in taken)]
@@ -97,8 +125,8 @@ class Given:
 
     def check(self, items: tuple[Any, ...]) -> None:
         """Assert that there is an array for each of ours: kernels read so many pointers."""
-        if len(items) != len(self.targets):
-            raise AssertionError(f"{len(items)} arrays for {len(self.targets)}")
+        if len(items) != self.addresses.size:
+            raise AssertionError(f"{len(items)} arrays for {self.addresses.size}")
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Copy arrays into ours or add them; tell whether all are as they are wanted.
@@ -108,9 +136,12 @@ class Given:
         self.check(items)
         if self._only is not None:
             batch, wide = self._only
-            tables = batch.chunks, adds, batch.dtype.like, wide, self.addresses
-            return given.take(pointers_of(items), self.wanted, *tables)  # type: ignore[no-any-return]
-        if not self.read(items):
+            how = adds, batch.dtype.like, wide, self.addresses
+            if self._held:
+                tables = self.wanted, batch.chunks, self._rows
+                return given_rows.take(pointers_of(items), *tables, *how)  # type: ignore[no-any-return]
+            return given.take(pointers_of(items), self.wanted, batch.chunks, *how)  # type: ignore[no-any-return]
+        if self._held or not self.read(items):
             return False
         kernel = given.add_all if adds else given.copy_all
         found = [(self._found(batch), wide) for batch, wide in self._batches]
@@ -141,3 +172,11 @@ def _merged(extents: Extents) -> list[tuple[int, int]]:
         elif low < high:
             merged.append((low, high))
     return merged
+
+
+def rows_table(held: Mapping[int, Array]) -> Array:
+    """Return a row of `kernels.given_rows` for each sparse tensor, by its number."""
+    table = np.zeros((len(held), given_rows.ROW_COLUMNS), np.int64)
+    table[:, given_rows.TENSOR] = [*held]
+    table[:, given_rows.HELD] = [own.ctypes.data for own in held.values()]
+    return table

@@ -241,10 +241,10 @@ def _are_arrays(items: Items) -> bool:
 def _can_be_written(items: Items) -> bool:
     """Tell whether arrays can be written, each being in memory of its own."""
     given = [item for item in items if item is not None]
-    return _own_memory(given) and all(item.flags.writeable for item in given)
+    return own_memory(given) and all(item.flags.writeable for item in given)
 
 
-def _own_memory(arrays: Sequence[Any]) -> bool:
+def own_memory(arrays: Sequence[Any]) -> bool:
     """Tell whether arrays are different ones, each the owner of its memory."""
     plain = all(type(array) is np.ndarray and array.flags.owndata for array in arrays)
     return plain and len({*map(id, arrays)}) == len(arrays)
@@ -256,7 +256,7 @@ def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) ->
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
     fit = all(kind_of((b,)) is not None and a.shape == b.shape for a, b in pairs)
-    return fit and (not in_place or _own_memory([array for pair in pairs for array in pair]))
+    return fit and (not in_place or own_memory([array for pair in pairs for array in pair]))
 
 
 def _takes(grads: Any, out: Any) -> bool:

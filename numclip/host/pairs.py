@@ -1,46 +1,127 @@
 """Pairs of a gradient and the array it updates, where all are plain arrays of one dtype.
 
 In C order, so that their elements lie alike; and apart, so that none is written before it is read.
+Of sparse gradients these are the values, which are summed at once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.dtypes import Array
+from numclip.dtypes import Array, as_stored
 from numclip.host import lists
-from numclip.host.kernels import arrays, cpu
+from numclip.host.batches import Batch
+from numclip.host.kernels import arrays, cpu, grouping
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 
 _UNUSED = np.empty((0, 4), np.int64)
 _FACTS: dict[str, tuple[Array, Array]] = {}
 
 
-def plain(gradients: list[Any], variables: list[Any]) -> tuple[Any, Any]:
-    """Return a key for which memory is updated, and where each chunk of the gradients is.
+class Sources(NamedTuple):
+    """Where gradients are: each chunk of the dense ones; of the sparse ones rows and their sums."""
 
-    Nothing where an array is not plain; no array is described.
+    starts: Array
+    sums: Sequence[tuple[Array, Array]]
+
+
+def plain(
+    gradients: list[Any], variables: list[Any], rows: Mapping[int, Array]
+) -> tuple[Any, Sources | None]:
+    """Return a key for which memory is updated, and where the gradients are.
+
+    `rows` are the indices of those that are values of sparse ones. Nothing where an array is not
+    plain; no array is described.
     """
-    held = *gradients, *variables
-    kind = lists.kind_of(held)
+    if rows:
+        dense = [k for k in range(len(variables)) if k not in rows]
+        own = [gradients[k] for k in dense], [variables[k] for k in dense]
+        return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
+    kind = lists.kind_of((*gradients, *variables))
     if kind is None:
         return None, None
-    name, count = kind.row.name, len(variables)
+    batch, apart = _batch_of(gradients, variables, kind)
+    if batch is None or not (apart or lists.are_apart(batch)):
+        return None, None
+    half = len(batch.chunks) // 2
+    starts = batch.chunks[:half, cpu.SOURCE]
+    return (kind.row.name, batch.chunks[half:].tobytes()), Sources(starts, ())
+
+
+def _facts_of(kind: lists.Kind) -> tuple[Array, Array]:
+    """Return what `kernels.arrays` is told of arrays in C order, to read and to write."""
+    name = kind.row.name
     if name not in _FACTS:
         facts = np.array([kind.readable, kind.writeable])
         facts[:, arrays.NEEDS] |= arrays.C_ORDER
         _FACTS[name] = facts[0], facts[1]
-    readable, writeable = _FACTS[name]
+    return _FACTS[name]
+
+
+def _batch_of(
+    gradients: list[Any], variables: list[Any], kind: lists.Kind
+) -> tuple[Batch | None, bool]:
+    """Return dense pairs as a batch, gradients first, and if all own their memory."""
+    held, count = (*gradients, *variables), len(variables)
+    if not held:
+        return Batch(kind.row, _UNUSED, 0), True
+    readable, writeable = _facts_of(kind)
     batch, apart = lists.batch_of(held, kind, readable)
-    if batch is None or not (apart or lists.are_apart(batch)):
-        return None, None
-    if [grad.shape for grad in gradients] != [variable.shape for variable in variables]:
-        return None, None
+    if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
+        return None, False
     places = lists.pointers_of(held) + count * arrays.WORD
     found, _, _ = arrays.table(places, count, writeable, _UNUSED)
-    if found < 0:
+    return (None if found < 0 else batch), apart
+
+
+def _with_rows(
+    gradients: list[Any],
+    variables: list[Any],
+    sparse: list[tuple[Any, Any, Array]],
+    numbers: tuple[int, ...],
+) -> tuple[Any, Sources | None]:
+    """Return the same where some gradients are sparse, of little data."""
+    held = tuple(array for values, variable, _ in sparse for array in (values, variable))
+    kind = lists.kind_of((*gradients, *held))
+    if kind is None or not _are_plain(held, kind) or not all(map(_fit, sparse)):
         return None, None
-    chunks = batch.chunks
-    half = len(chunks) // 2
-    return (name, chunks[half:].tobytes()), chunks[:half, cpu.SOURCE]
+    batch, _ = _batch_of(gradients, variables, kind)
+    if batch is None or sum(values.nbytes for values, _, _ in sparse) >= PARALLEL_BYTES:
+        return None, None
+    half = len(batch.chunks) // 2
+    places = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
+    others = [variable for _, variable, _ in sparse]
+    if not lists.own_memory([*gradients, *variables, *others]):
+        rows = [(place, place, size * kind.row.components, 0) for place, size in places]
+        every = np.concatenate([batch.chunks, np.array(rows, np.int64)])
+        if not lists.are_apart(batch._replace(chunks=every)):
+            return None, None
+    sums = []
+    for values, variable, indices in sparse:
+        stored = as_stored(values.reshape(len(values), variable.size // len(variable)))
+        found = np.empty_like(indices), np.empty_like(stored)
+        count = grouping.sum_rows(indices, stored, len(variable), *found)
+        if count < 0:
+            return None, None
+        sums.append((found[0][:count], found[1][:count]))
+    key = kind.row.name, numbers, places, batch.chunks[half:].tobytes()
+    return key, Sources(batch.chunks[:half, cpu.SOURCE], sums)
+
+
+def _are_plain(held: tuple[Any, ...], kind: lists.Kind) -> bool:
+    """Tell whether arrays are of one kind, each variable behind the values of its rows."""
+    for k, facts in enumerate(_facts_of(kind)):
+        own = held[k::2]  # which is held while its pointers are read
+        if arrays.table(lists.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
+            return False
+    return True
+
+
+def _fit(sparse: tuple[Any, Any, Array]) -> bool:
+    """Tell whether rows have indices and the shape of the variable's, which is not empty."""
+    values, variable, indices = sparse
+    rows = values.ndim > 0 and values.shape == (indices.size, *variable.shape[1:])
+    return bool(rows and variable.size)

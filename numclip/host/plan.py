@@ -14,7 +14,8 @@ from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
 from numclip.host.at_once import ClipsAtOnce, RanksAtOnce
 from numclip.host.batches import Batch
-from numclip.host.kernels import cpu, given
+from numclip.host.given import rows_table
+from numclip.host.kernels import cpu, given, given_rows, row_steps
 from numclip.host.kernels import pools as kernels
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
@@ -105,22 +106,56 @@ class Plan:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
-    def tables_at_once(self, divisors: Array, size: Array | None = None) -> dict[int, Array]:
-        """Return what `kernels.given` works on; bounds and loss scales are written to the laws."""
-        return {
+    @property
+    def little(self) -> Batch | None:
+        """The dense tensors as a batch, where one call can take them and what rows there are."""
+        dense = {t: own for t, own in self._own.items() if not isinstance(self.spans[t], RowSpan)}
+        dtypes = {span.dtype for span in self.spans}
+        if len(dtypes) != 1:
+            return None
+        empty = Batch(dtypes.pop(), np.empty((0, 4), np.int64), 0)
+        batch = next(iter(batches.batches(dense)), empty)
+        return batch if batch.nbytes < PARALLEL_BYTES else None
+
+    def tables_at_once(
+        self, divisors: Array, held: Sequence[Array] = (), size: Array | None = None
+    ) -> dict[int, Array]:
+        """Return what `kernels.given` works on; bounds and loss scales are written to the laws.
+
+        `held` say where the rows of each sparse tensor are.
+        """
+        tables = {
             given.POOLS: self.pool_table,
             given.LAWS: self._laws.table(Law(math.inf, divisors, size=size)),
             given.SHIFTS: np.zeros(len(self.pools), np.int64),
             given.POOL_OF: self.pool_of,
         }
+        return {**tables, **self._row_tables(held)} if held else tables
 
-    def at_once(self, divisors: Array) -> ClipsAtOnce | None:
+    def _row_tables(self, held: Sequence[Array]) -> dict[int, Array]:
+        """Return what `kernels.row_steps` works on beside that."""
+        sparse = {t: span for t, span in enumerate(self.spans) if isinstance(span, RowSpan)}
+        sizes = np.zeros((len(self.pools), 2))
+        for pool, size in zip(self.pools, sizes, strict=True):
+            own = self.spans[pool.first : pool.last]
+            size[row_steps.DENSE] = sum(span.size for span in own if not isinstance(span, RowSpan))
+            size[row_steps.UNIT] = max([span.dtype.coarse for span in own], default=0.0)
+        rows = rows_table(dict(zip(sparse, held, strict=True)))
+        rows[:, given_rows.LENGTH] = [span.length for span in sparse.values()]
+        rows[:, given_rows.LOWEST] = [span.dtype.precision[1] for span in sparse.values()]
+        return {
+            given.ROWS: rows,
+            given.PLACES: np.zeros((len(rows), given_rows.PLACE), np.int64),
+            given.LOSSES: np.zeros(len(self.pools)),
+            given.SIZES: sizes,
+        }
+
+    def at_once(self, divisors: Array, held: Sequence[Array]) -> ClipsAtOnce | None:
         """Return what clips by one call each, None where more is needed."""
-        plain = self._in_place and not self._copied
-        plain = plain and not any(isinstance(span, RowSpan) for span in self.spans)
-        if self.fused is None or not plain:
+        batch = self.little
+        if batch is None or self._copied or not self._in_place:
             return None
-        return ClipsAtOnce(self.fused, self.tables_at_once(divisors))
+        return ClipsAtOnce(batch, self.tables_at_once(divisors, held))
 
     def ranks_at_once(
         self,
@@ -131,7 +166,10 @@ class Plan:
     ) -> RanksAtOnce:
         """Return what clips by the sums of all ranks, where `at_once` does by one's own."""
         assert self.fused is not None
-        tables = {**self.tables_at_once(divisors, size), given.POOLS: whole_pools(self.pool_table)}
+        tables = {
+            **self.tables_at_once(divisors, size=size),
+            given.POOLS: whole_pools(self.pool_table),
+        }
         return RanksAtOnce(self.fused, tables, told, merged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:

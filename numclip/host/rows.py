@@ -10,18 +10,10 @@ from numclip.facts import Facts
 from numclip.formulas import is_safe, scale_by_power
 from numclip.host import batches
 from numclip.host.kernels import grouping as kernels
-from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime import threads
 from numclip.host.strided import elements
 from numclip.memory import Memory, RowSpan, Span, strides_of
 from numclip.tables import BAD, EXPONENT, SUM_COLUMNS, TERMS, TERMS_EXPONENT, TOTAL
-
-CANCELLATION = 2.0**20
-"""How often the rows' magnitudes may exceed their sums for sums of eight rows to be rounded: their
-norm is then right to 2**-31."""
-
-TERMS_MARGIN = 1.0 + 2.0**-25
-"""What the magnitudes are multiplied by then, see `grouped_squares`."""
 
 
 def group(indices: Array) -> tuple[Array, Array]:
@@ -35,36 +27,31 @@ def group(indices: Array) -> tuple[Array, Array]:
 
 
 def grouped_squares(order: Array, starts: Array, values: Array) -> tuple[float, float]:
-    """Return the squared norms of the summed rows and of the rows' summed magnitudes.
+    """Return the squared norms that `kernels.squares_of_groups` does, by all threads."""
+    rows, count = kernels.shares(order, values)
 
-    Of elements under 64 bits the sums of eight rows are rounded to float64, by at most
-    ``3 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
-    ``3 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
-    the terms of a result (see `formulas`): 3 for the norm, 3 for that of the result measured
-    again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
-    """
+    def squares(exact: bool) -> tuple[float, float]:
+        partial = np.empty((count, 2))
+        arguments = rows, order, starts, values, exact, partial
+        threads.run(kernels.grouped_squares, count, values.nbytes, *arguments)
+        return kernels.total(partial)  # type: ignore[no-any-return]
+
     if values.dtype != np.float64:
-        total, terms = _grouped_squares(order, starts, values, exact=False)
-        if terms <= CANCELLATION**2 * total:
-            return total, terms * TERMS_MARGIN**2
-    return _grouped_squares(order, starts, values, exact=True)
-
-
-def _grouped_squares(
-    order: Array, starts: Array, values: Array, *, exact: bool
-) -> tuple[float, float]:
-    rows = max(1, CHUNK // max(values.shape[1], 1))  # of a share, but for longer groups
-    count = -(-order.size // rows)
-    partial = np.empty((count, 2))
-    arguments = rows, order, starts, values, exact, partial
-    threads.run(kernels.grouped_squares, count, values.nbytes, *arguments)
-    return kernels.total(partial)  # type: ignore[no-any-return]
+        total, terms, trusted = kernels.with_margin(*squares(False))
+        if trusted:
+            return total, terms
+    return squares(True)
 
 
 def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
     """Write the sum of each group of rows to a row of `out`; both are 2-d storage."""
     arguments = order, starts, values, out
     threads.run(kernels.merge_rows, starts.size - 1, values.nbytes, *arguments)
+
+
+def are_within(indices: Array, height: int) -> bool:
+    """Tell whether indices are those of rows that there are."""
+    return kernels.are_within(indices, height)  # type: ignore[no-any-return]
 
 
 def repeats(grouping: Groups) -> bool:

@@ -12,7 +12,7 @@ from numclip.engine import Outcome
 from numclip.host import batches, rows
 from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
-from numclip.host.kernels import given, updates
+from numclip.host.kernels import given, given_rows, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
@@ -32,12 +32,16 @@ class Places:
     """Where parameters and their states are: what rows of tables of updates are made of.
 
     `spans` say where the gradients are read and the parameters written; `states` are the
-    addresses of each tensor's states.
+    addresses of each tensor's states. `each` are, of each tensor, its address and those of two
+    states, 0 where there is none.
     """
 
     def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
         self.spans = list(spans)
         self._addresses = [[span.target for span in spans], *map(list, states)]
+        none = [0] * len(spans)
+        every = [*self._addresses, none, none][:3]
+        self.each = list(zip(*every, strict=True))
 
     @property
     def starts(self) -> Array:
@@ -54,20 +58,19 @@ class Places:
         spans = [self.spans[k] for k in numbers]
         grads = np.array([span.source for span in spans], np.int64)
         lengths = np.array([span.size for span in spans], np.int64)
-        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths, 0)
+        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths)
 
     def of_rows(self, number: int, owner: int, sums: Array, indices: Array) -> Array:
         """Return the updates of some rows of a tensor by their sums, which are contiguous."""
         count, length = sums.shape
-        numbers = np.full(count, number)
-        grads = sums.ctypes.data + np.arange(count) * (length * sums.itemsize)
-        lengths = np.full(count, length)
-        return self._chunks(numbers, np.full(count, owner), grads, lengths, indices * length)
+        chunks = np.zeros((count * -(-length // CHUNK), 6), np.int64)
+        addresses = np.array([sums.ctypes.data, *self.each[number]], np.int64)
+        itemsizes = sums.itemsize, self.spans[number].dtype.compute.itemsize
+        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        return chunks
 
-    def _chunks(
-        self, numbers: Array, owners: Array, grads: Array, lengths: Array, begins: Any
-    ) -> Array:
-        """Return updates cut into chunks; `begins` is where they begin in parameters and states."""
+    def _chunks(self, numbers: Array, owners: Array, grads: Array, lengths: Array) -> Array:
+        """Return updates cut into chunks."""
         counts = -(-lengths // CHUNK)
         own = np.repeat(np.arange(numbers.size), counts)
         starts = CHUNK * (np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts))
@@ -75,12 +78,11 @@ class Places:
         if not own.size:
             return chunks
         dtype = self.spans[int(numbers[0])].dtype
-        begins = np.broadcast_to(begins, numbers.shape)[own]
         chunks[:, updates.GRAD] = grads[own] + starts * dtype.storage.itemsize
         for k, addresses in enumerate(self._addresses):
             size = (dtype.compute if k else dtype.storage).itemsize
             places = np.array(addresses, np.int64)[numbers[own]]
-            chunks[:, updates.PARAM + k] = places + (begins + starts) * size
+            chunks[:, updates.PARAM + k] = places + starts * size
         chunks[:, updates.LENGTH] = np.minimum(CHUNK, lengths[own] - starts)
         chunks[:, updates.OWNER] = owners[own]
         return chunks
@@ -190,21 +192,28 @@ class GroupUpdates(Updates):
             self._small = None if self._own_small is None else self._found_small()
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
 
-    def at_once(self, reader: Given | None, divisors: Array) -> StepsAtOnce | None:
+    def at_once(
+        self, reader: Given | None, divisors: Array, held: Sequence[Array]
+    ) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
-        batch = self._plan.fused
-        if batch is None or self._small is None or reader is None:
+        batch = self._plan.little
+        much = any(self._call(*dense).nbytes >= PARALLEL_BYTES for dense in self._own)
+        if batch is None or much or reader is None:
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
-            **self._plan.tables_at_once(divisors),
-            given.PIECES: self._own[0][1].copy(),
+            **self._plan.tables_at_once(divisors, held),
+            given.PIECES: self._own[0][1].copy() if self._own else np.zeros((0, 6), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,
             given.FACTORS: own.factors,
         }
+        if held:
+            each = [self._places.each[k] for k in self._sparse]
+            tables[given.ROWS][:, given_rows.PARAM :] = each
         starts = np.array([span.source for span in self._plan.spans], np.int64)
+        starts[self._sparse] = 1  # what is held is no address, and is not absent
         return StepsAtOnce(self._name, batch, starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
@@ -269,16 +278,27 @@ class ArrayUpdates(Updates):
     ) -> None:
         super().__init__(kernel, spans, states, np.arange(len(spans)))
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
-        sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
-        for k, own in zip(sparse, indices, strict=True):
-            span: Any = spans[k]
-            stored = as_stored(rows.rows_of(span))
-            self._dense.append((span.dtype, self._places.of_rows(k, k, stored, own)))
-        self._calls = [self._call(*dense) for dense in self._dense]
+        self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
+        found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
+        self._take_rows(list(zip(indices, found, strict=True)))
 
-    def read_from(self, sources: Array) -> None:
-        """Let the following steps read the chunks of gradients, all of one dtype, elsewhere."""
-        self._dense[0][1][:, updates.GRAD] = sources
+    def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:
+        """Let the following steps update rows by their sums: one call for each dtype."""
+        tables = {dtype: [chunks] for dtype, chunks in self._dense}
+        for k, (indices, stored) in zip(self._sparse, sums, strict=True):
+            chunks = self._places.of_rows(k, k, stored, indices)
+            tables.setdefault(self._places.spans[k].dtype, []).append(chunks)
+        self._calls = [
+            self._call(dtype, np.concatenate(own) if len(own) > 1 else own[0], sums)
+            for dtype, own in tables.items()
+        ]
+
+    def read_from(self, sources: Any) -> None:
+        """Let the following steps read the gradients, all of one dtype, elsewhere."""
+        if self._dense:
+            self._dense[0][1][:, updates.GRAD] = sources.starts
+        if self._sparse:
+            self._take_rows(sources.sums)
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""

@@ -37,14 +37,16 @@ from numclip.tables import (
 )
 
 HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, HEAD = range(7)
-# Of the row of each array; FIRST_AXIS is where its shape begins.
-DTYPE, AXES, FIRST_AXIS, NBYTES, ROW = range(5)
+# Of the row of each array; FIRST_AXIS is where its shape begins. Of a FREE first axis any length is
+# wanted, and NBYTES are of each row.
+DTYPE, AXES, FIRST_AXIS, NBYTES, FREE, ROW = range(6)
 # What is found of an array instead of its address.
 ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
 # The tables of a step, of three words each: address, rows, columns.
 WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
-SHIFTS, SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS, TABLES = range(8, 16)
+SHIFTS, SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS = range(8, 15)
+ROWS, PLACES, LOSSES, SIZES, TABLES = range(15, 20)  # where gradients are sparse, see `given_rows`
 FACTORS = TABLES  # which kernels are given as an array
 # Where a step finds arrays, if not in a tuple: in the plan, or measured by the call before.
 OWN, AGAIN = 0, -1
@@ -80,11 +82,13 @@ def address_of(item, row, wanted):
     if not plain or word_at(fields + NDIM) & 0xFFFF_FFFF != axes:
         return np.int64(ELSEWHERE)
     shape, own = word_at(fields + SHAPE), wanted[row + FIRST_AXIS]
-    for k in range(axes):
+    free = wanted[row + FREE]
+    for k in range(free, axes):
         if word_at(shape + k * WORD) != wanted[own + k]:
             return np.int64(ELSEWHERE)
+    nbytes = wanted[row + NBYTES] * (word_at(shape) if free else 1)
     address = word_at(fields + DATA)
-    if is_taken(address, address + wanted[row + NBYTES], wanted):
+    if (free and address == ABSENT) or is_taken(address, address + nbytes, wanted):
         return np.int64(ELSEWHERE)
     return address
 
@@ -104,6 +108,12 @@ def find(items, wanted, addresses):
 def read(items, wanted, addresses):
     """Do what `find` does."""
     return find(items, wanted, addresses)
+
+
+@inline
+def length_at(items, t, wanted):
+    """Return how long the first axis of an array of a tuple is."""
+    return word_at(word_at(word_at(items + t * WORD) + wanted[HEADER] + SHAPE))
 
 
 @inline
@@ -131,15 +141,9 @@ def clear(target):
         target[i] = 0
 
 
-@kernel_with_gil
-def take(items, wanted, chunks, adds, like, wide, addresses):
-    """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
-
-    The sources of chunks are distances from their arrays' beginnings. An array that is absent
-    is of zeros.
-    """
-    if not find(items, wanted, addresses):
-        return False
+@inline
+def take_found(addresses, chunks, adds, like, wide):
+    """Do what `take` does with arrays that were found."""
     for c in range(chunks.shape[0]):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
@@ -154,6 +158,18 @@ def take(items, wanted, chunks, adds, like, wide, addresses):
             add(source, target)
         else:
             copy(source, target)
+
+
+@kernel_with_gil
+def take(items, wanted, chunks, adds, like, wide, addresses):
+    """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
+
+    The sources of chunks are distances from their arrays' beginnings. An array that is absent
+    is of zeros.
+    """
+    if not find(items, wanted, addresses):
+        return False
+    take_found(addresses, chunks, adds, like, wide)
     return True
 
 

@@ -11,8 +11,15 @@ import numpy as np
 from numclip import formulas
 from numclip.host.kernels.cpu import array_of_squares, settle, slot_of, two_sum
 from numclip.host.kernels.elements import array_at, narrow, prefetch, widen
-from numclip.host.kernels.tuning import AHEAD, LINE, STRIP
+from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
+
+CANCELLATION = 2.0**20
+"""How often the rows' magnitudes may exceed their sums for sums of eight rows to be rounded: their
+norm is then right to 2**-31."""
+
+TERMS_MARGIN = 1.0 + 2.0**-25
+"""What the magnitudes are multiplied by then, see `squares_of_groups`."""
 
 FOUR, EIGHT = 4, 8  # rows added together, so that their sums are loaded and stored once
 
@@ -49,6 +56,24 @@ def group_rows(indices, table, order, starts):
     for k in range(indices.size):
         order[starts[groups[k]] + ranks[k]] = k
     return count
+
+
+@kernel
+def are_within(indices, height):
+    """Tell whether indices are those of rows that there are."""
+    within = True
+    for i in range(indices.size):
+        within &= indices[i] >= 0 and indices[i] < height
+    return within
+
+
+@inline
+def slots_for(count):
+    """Return how many slots a hash table has for some keys: a power of two, at least twice."""
+    slots = 1
+    while slots < 2 * count:
+        slots *= 2
+    return slots
 
 
 @inline
@@ -246,6 +271,41 @@ def total(partial):
     return settled(total, error), settled(terms, terms_error)
 
 
+@kernel
+def shares(order, values):
+    """Return how many rows a share has, but for longer groups, and how many shares there are."""
+    rows = max(1, CHUNK // max(values.shape[1], 1))
+    return rows, -(-order.size // rows)
+
+
+@kernel
+def with_margin(total, terms):
+    """Return squared norms of rounded sums, and whether they may be used."""
+    return total, terms * TERMS_MARGIN**2, terms <= CANCELLATION**2 * total
+
+
+@kernel
+def squares_of_groups(order, starts, values):
+    """Return the squared norms of the summed rows and of the rows' summed magnitudes.
+
+    Of elements under 64 bits the sums of eight rows are rounded to float64, by at most
+    ``3 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
+    ``3 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
+    the terms of a result (see `formulas`): 3 for the norm, 3 for that of the result measured
+    again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
+    """
+    rows, count = shares(order, values)
+    partial = np.empty((count, 2))
+    if values.itemsize < 8:
+        grouped_squares(0, count, rows, order, starts, values, False, partial)
+        squares, terms = total(partial)
+        squares, terms, trusted = with_margin(squares, terms)
+        if trusted:
+            return squares, terms
+    grouped_squares(0, count, rows, order, starts, values, True, partial)
+    return total(partial)
+
+
 @inline
 def round_sums(sums, out):
     """Write sums, each rounded once."""
@@ -265,3 +325,20 @@ def merge_rows(begin, end, order, starts, values, out):
             sum_strips(order, starts[g], starts[g + 1], strip, values, True, sums)
             target = out.ctypes.data + offset, stride, length
             round_sums(sums, strip_at(g, target, out))
+
+
+@kernel
+def sum_rows(indices, values, height, distinct, out):
+    """Write the distinct indices, in the order they first appear, and the sums of their rows.
+
+    Return how many there are; -1 where one is none of `height` rows. Arrays are 2-d storage.
+    """
+    if not are_within(indices, height):
+        return -1
+    order, starts = np.empty(indices.size, np.int64), np.empty(indices.size + 1, np.int64)
+    table = np.zeros(slots_for(indices.size), np.uint32)
+    count = group_rows(indices, table, order, starts)
+    for g in range(count):
+        distinct[g] = indices[order[starts[g]]]
+    merge_rows(0, count, order, starts, values, out)
+    return count

@@ -240,14 +240,20 @@ def add_partials(chunks, partial, sums):
     return add_chunks(chunks, partial, sums)
 
 
-@kernel
-def measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions):
-    """Read every element once, and decide; tell whether all sums are in the safe range."""
+@inline
+def measure(chunks, like, sums):
+    """Read every element once; tell whether all sums are in the safe range."""
     partial = np.empty(chunks.shape[0])
     for c in range(partial.size):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         partial[c] = array_of_squares(x)
-    safe = add_chunks(chunks, partial, sums)
+    return add_chunks(chunks, partial, sums)
+
+
+@kernel
+def measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions):
+    """Measure as `measure` does, and decide."""
+    safe = measure(chunks, like, sums)
     decide_all(pools, laws, shifts, sums, decisions)
     return safe
 

@@ -12,6 +12,7 @@ import numpy as np
 from numclip import formulas
 from numclip.decisions import compiled
 from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import MODE, MULTIPLY, SKIPPED
 
@@ -60,6 +61,25 @@ def advance_adam(decisions, column, counts, counted, given, factors, settings):
             found = adam_numbers(own[0], own[1], own[2], own[3], own[4], float(counts[p]))
             for k in range(len(found)):
                 settings[p, k] = found[k]
+
+
+@kernel
+def place_rows(indices, length, addresses, itemsizes, owner, out):
+    """Write the updates of some rows by their sums, which are contiguous, cut into chunks.
+
+    `addresses` are those of the sums, of the parameter and its states, `itemsizes` the bytes of
+    an element of a parameter and of a state.
+    """
+    c = 0
+    for g in range(indices.size):
+        for start in range(0, length, CHUNK):
+            begin = indices[g] * length + start
+            out[c, GRAD] = addresses[GRAD] + (g * length + start) * itemsizes[0]
+            out[c, PARAM] = addresses[PARAM] + begin * itemsizes[0]
+            out[c, FIRST] = addresses[FIRST] + begin * itemsizes[1]
+            out[c, SECOND] = addresses[SECOND] + begin * itemsizes[1]
+            out[c, LENGTH], out[c, OWNER] = min(CHUNK, length - start), owner
+            c += 1
 
 
 @kernel

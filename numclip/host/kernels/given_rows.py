@@ -1,0 +1,146 @@
+"""Rows of sparse gradients that a user passes: read where they lie, or held by us.
+
+As `given`, but a sparse gradient is two entries of a tuple: the values of its rows, and after all
+gradients their indices. Where rows are held is told by a row of words each, see `numclip.tables`.
+"""
+
+from numclip.host.kernels.arrays import WORD
+from numclip.host.kernels.elements import array_at
+from numclip.host.kernels.given import (
+    ABSENT,
+    ADDRESSES,
+    FREE,
+    HEAD,
+    NBYTES,
+    OWN,
+    PLACES,
+    ROW,
+    ROWS,
+    STAYS,
+    WANTED,
+    copy,
+    find,
+    found,
+    found_row,
+    length_at,
+    place,
+    take_found,
+)
+from numclip.host.kernels.grouping import are_within
+from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime.jit import inline, kernel_with_gil
+from numclip.tables import CAPACITY, FILLED, HEIGHT, HELD_COLUMNS, INDICES, PRESENT, VALUES
+
+# Of each sparse gradient: its tensor, where the rows are held, the numbers of a row, the exponent
+# of the smallest one; where its parameter and the states are.
+TENSOR, HELD, LENGTH, LOWEST, PARAM, FIRST, SECOND, ROW_COLUMNS = range(8)
+PLACE = FILLED + 1  # of the columns of held rows, those that say where rows are
+
+
+@inline
+def held_at(row):
+    """Return what says where rows are held."""
+    return array_at(row[HELD], HELD_COLUMNS, row)
+
+
+@inline
+def find_rows(items, s, t, tables, out):
+    """Write where the rows of a gradient are that was found; tell if each has an index."""
+    wanted = found_row(tables, WANTED, tables)
+    addresses = found_row(tables, ADDRESSES, tables)
+    other = addresses.size - found(tables, ROWS, tables).shape[0] + s
+    out[:] = 0
+    if addresses[t] == ABSENT:
+        return True
+    out[VALUES], out[INDICES] = addresses[t], addresses[other]
+    out[FILLED] = length_at(items, t, wanted)
+    return length_at(items, other, wanted) == out[FILLED]
+
+
+@inline
+def place_rows(items, tables, like):
+    """Write where the rows of each sparse gradient are; tell if they fit, and are few."""
+    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    nbytes = 0
+    for s in range(rows.shape[0]):
+        held, own = held_at(rows[s]), places[s]
+        if items == OWN:
+            own[:] = held[:PLACE]
+        elif not find_rows(items, s, rows[s, TENSOR], tables, own):
+            return False
+        if not are_within(array_at(own[INDICES], own[FILLED], own), held[HEIGHT]):
+            return False
+        nbytes += own[FILLED] * rows[s, LENGTH] * like.itemsize
+    return nbytes < PARALLEL_BYTES
+
+
+@inline
+def place_all(items, tables, like):
+    """Let chunks, updates and rows be read where they are; tell if all fit."""
+    return place(items, tables) and place_rows(items, tables, like)
+
+
+@inline
+def are_apart(items, wanted, addresses, rows, itemsize):
+    """Tell whether gradients that were found are apart from all memory that holds rows."""
+    for t in range(addresses.size - rows.shape[0]):
+        begin, row = addresses[t], HEAD + t * ROW
+        if begin in (ABSENT, STAYS):
+            continue
+        count = length_at(items, t, wanted) if wanted[row + FREE] else 1
+        end = begin + wanted[row + NBYTES] * count
+        for s in range(rows.shape[0]):
+            held = held_at(rows[s])
+            room = held[CAPACITY] * rows[s, LENGTH] * itemsize
+            if begin < held[VALUES] + room and held[VALUES] < end:
+                return False
+    return True
+
+
+@inline
+def have_room(items, wanted, addresses, rows, adds):
+    """Tell whether each row that was found has an index, and there is memory for all."""
+    first = addresses.size - rows.shape[0]
+    for s in range(rows.shape[0]):
+        t, held = rows[s, TENSOR], held_at(rows[s])
+        if addresses[t] in (ABSENT, STAYS):
+            continue
+        count = length_at(items, t, wanted)
+        filled = held[FILLED] if adds else 0
+        if length_at(items, first + s, wanted) != count or filled + count > held[CAPACITY]:
+            return False
+    return True
+
+
+@inline
+def hold(address, indices, count, held, length, like, wide):
+    """Copy rows behind those that are held."""
+    filled = held[FILLED]
+    begin = held[VALUES] + filled * length * wide.itemsize
+    copy(array_at(address, count * length, like), array_at(begin, count * length, wide))
+    own = array_at(held[INDICES] + filled * WORD, count, held)
+    own[:] = array_at(indices, count, held)
+    held[FILLED], held[PRESENT] = filled + count, 1
+
+
+@kernel_with_gil
+def take(items, wanted, chunks, rows, adds, like, wide, addresses):
+    """Do what `given.take` does, and hold rows, after those there are or in their place."""
+    if not find(items, wanted, addresses):
+        return False
+    if not have_room(items, wanted, addresses, rows, adds):
+        return False
+    if not are_apart(items, wanted, addresses, rows, wide.itemsize):
+        return False
+    take_found(addresses, chunks, adds, like, wide)
+    first = addresses.size - rows.shape[0]
+    for s in range(rows.shape[0]):
+        t, held = rows[s, TENSOR], held_at(rows[s])
+        if addresses[t] == STAYS:
+            continue
+        if not adds:
+            held[FILLED] = held[PRESENT] = 0
+        if addresses[t] != ABSENT:
+            count = length_at(items, t, wanted)
+            hold(addresses[t], addresses[first + s], count, held, rows[s, LENGTH], like, wide)
+    return True

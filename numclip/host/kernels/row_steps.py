@@ -1,0 +1,316 @@
+"""Clips and steps with sparse gradients of little data, by one native call each.
+
+As those of `given`. Rows are grouped by their indices in every call, and all are summed before
+anything is written. `groups` are, for all sparse gradients in turn: the rows in the order of their
+groups, where each group starts, and how many groups each gradient has.
+"""
+
+import math
+
+import numpy as np
+
+from numclip.host.kernels import updates
+from numclip.host.kernels.cpu import multiply, parts_of_squares
+from numclip.host.kernels.elements import array_at, as_computed, table_at, widen
+from numclip.host.kernels.given import (
+    AGAIN,
+    CHUNKS,
+    COUNTS,
+    DECISIONS,
+    GIVEN,
+    LOSSES,
+    OWN,
+    PIECES,
+    PLACES,
+    POOL_OF,
+    POOLS,
+    ROWS,
+    SETTINGS,
+    SHIFTS,
+    SIZES,
+    SUMS,
+    column_of,
+    found,
+    found_row,
+    found_turn,
+    needs_care,
+    obey,
+    scale,
+    uncount,
+)
+from numclip.host.kernels.given_rows import (
+    LENGTH,
+    LOWEST,
+    PARAM,
+    TENSOR,
+    place_all,
+    place_rows,
+)
+from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
+from numclip.host.kernels.pools import decide_all, is_safe, write_sum
+from numclip.host.kernels.pools import measure as measure_chunks
+from numclip.host.kernels.tuning import CHUNK
+from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
+from numclip.tables import (
+    AIM,
+    BAD,
+    COARSE,
+    DIVISOR,
+    ERROR,
+    EXPONENT,
+    FILLED,
+    INDICES,
+    MODE,
+    MULTIPLY,
+    SKIPPED,
+    TERMS,
+    TERMS_EXPONENT,
+    TOTAL,
+    VALUES,
+)
+
+# Of each pool: the numbers of its dense tensors, and what is coarse for one.
+DENSE, UNIT = range(2)
+
+
+@inline
+def grouped(places):
+    """Return the rows of all sparse gradients grouped by their indices."""
+    count = places[:, FILLED].sum()
+    order, starts = np.empty(count, np.int64), np.empty(count + places.shape[0], np.int64)
+    distinct = np.empty(places.shape[0], np.int64)
+    first = 0
+    for s in range(places.shape[0]):
+        count = places[s, FILLED]
+        indices = array_at(places[s, INDICES], count, places)
+        own = order[first : first + count], starts[first + s : first + s + count + 1]
+        distinct[s] = group_rows(indices, np.zeros(slots_for(count), np.uint32), *own)
+        first += count
+    return order, starts, distinct
+
+
+@inline
+def groups_of(s, first, count, groups):
+    """Return the order of the rows of a sparse gradient, of which `first` are before it."""
+    order, starts, distinct = groups
+    begin = first + s
+    return order[first : first + count], starts[begin : begin + distinct[s] + 1]
+
+
+@inline
+def loss_of(starts, row):
+    """Return the norm of what rounding subnormal terms can add to sums of rows."""
+    squares = 0.0
+    for g in range(starts.size - 1):
+        squares += float((starts[g + 1] - starts[g]) ** 2)
+    return math.ldexp(1.0, int(row[LOWEST])) * math.sqrt(squares * row[LENGTH])
+
+
+@inline
+def write_sums(total, terms, out):
+    """Write the squared norm of summed rows and of their magnitudes; tell if both are safe."""
+    out[TOTAL], out[EXPONENT] = total, 0.0
+    out[TERMS], out[TERMS_EXPONENT], out[ERROR] = terms, 0.0, 0.0
+    out[BAD] = 0.0 if math.isfinite(total) else 1.0
+    return is_safe(total) and is_safe(terms)
+
+
+@inline
+def measure_rows(tables, groups, like, sums, losses):
+    """Write the sum of each sparse gradient and the losses of pools; tell if sums are safe."""
+    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    pool_of = found_row(tables, POOL_OF, tables)
+    safe, first = True, 0
+    losses[:] = 0.0
+    for s in range(rows.shape[0]):
+        t, length, count = rows[s, TENSOR], rows[s, LENGTH], places[s, FILLED]
+        order, starts = groups_of(s, first, count, groups)
+        first += count
+        if count * length == 0:
+            write_sum(sums[t], 0.0, 0.0)
+        elif starts.size - 1 == count:
+            total, error = parts_of_squares(array_at(places[s, VALUES], count * length, like))
+            write_sum(sums[t], total, error)
+            safe &= is_safe(sums[t, TOTAL])
+        else:
+            values = table_at(places[s, VALUES], count, length, like)
+            safe &= write_sums(*squares_of_groups(order, starts, values), sums[t])
+        if starts.size - 1 < count:
+            losses[pool_of[t]] += loss_of(starts, rows[s])
+    return safe
+
+
+@inline
+def obey_rows(tables, unscale, bounds):
+    """Return the laws as `obey` does, by the rows there are, and what rounding can add to sums."""
+    laws, losses = obey(tables, unscale, bounds), found_row(tables, LOSSES, bounds)
+    sizes, rows = found(tables, SIZES, bounds), found(tables, ROWS, tables)
+    places, pool_of = found(tables, PLACES, tables), found_row(tables, POOL_OF, tables)
+    for p in range(bounds.size):
+        laws[p, AIM] = max(bounds[p] - losses[p] / laws[p, DIVISOR], 0.0)
+        laws[p, COARSE] = sizes[p, DENSE]
+    for s in range(rows.shape[0]):
+        laws[pool_of[rows[s, TENSOR]], COARSE] += places[s, FILLED] * rows[s, LENGTH]
+    for p in range(bounds.size):
+        laws[p, COARSE] = math.sqrt(laws[p, COARSE]) / laws[p, DIVISOR] * sizes[p, UNIT]
+    return laws
+
+
+@inline
+def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
+    """Decide by rows and chunks that are placed, or as before; tell whether that is right."""
+    pools, shifts = found(tables, POOLS, tables), found_row(tables, SHIFTS, tables)
+    sums = found_turn(tables, SUMS, turn, bounds)
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    safe = True
+    if measures:
+        losses = found_row(tables, LOSSES, bounds)
+        safe = measure_chunks(found(tables, CHUNKS, tables), like, sums)
+        safe &= measure_rows(tables, groups, like, sums, losses)
+    laws = obey_rows(tables, unscale, bounds)
+    decide_all(pools, laws, shifts, sums, decisions)
+    return not needs_care(pools, decisions, safe)
+
+
+@kernel
+def decide(measures, turn, unscale, tables, bounds, like):
+    """Decide by what is held, or by what was measured before; tell whether that is right."""
+    if measures and not place_rows(OWN, tables, like):
+        return False
+    groups = grouped(found(tables, PLACES, tables))
+    return decide_placed(measures, turn, unscale, tables, bounds, groups, like)
+
+
+@kernel
+def clip(measures, turn, unscale, tables, bounds, like):
+    """Decide as `decide` does; if that is right, multiply gradients in place by their factors."""
+    if not decide(measures, turn, unscale, tables, bounds, like):
+        return False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    scale(decisions, tables, like)
+    scale_rows(decisions, tables, like)
+    return True
+
+
+@inline
+def scale_rows(decisions, tables, like):
+    """Multiply rows in place by the factors of their pools."""
+    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    pool_of = found_row(tables, POOL_OF, tables)
+    for s in range(rows.shape[0]):
+        decided = decisions[pool_of[rows[s, TENSOR]], column_of(like)]
+        factor = as_computed(decided, like)
+        if factor != 1.0:
+            multiply(array_at(places[s, VALUES], places[s, FILLED] * rows[s, LENGTH], like), factor)
+
+
+@kernel_with_gil
+def measure(items, turn, unscale, tables, bounds, like):
+    """Find the gradients, measure them and decide; tell whether that is right."""
+    if not place_all(items, tables, like):
+        return False
+    groups = grouped(found(tables, PLACES, tables))
+    return decide_placed(True, turn, unscale, tables, bounds, groups, like)
+
+
+@inline
+def are_finite(x):
+    """Tell whether all elements of an array are finite."""
+    finite = True
+    for i in range(x.size):
+        finite &= math.isfinite(widen(x[i]))
+    return finite
+
+
+@inline
+def sum_rows(tables, groups, decisions, like, sums):
+    """Write the sums of rows one after another; tell if those to be scaled are finite."""
+    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    pool_of = found_row(tables, POOL_OF, tables)
+    address, first, finite = np.int64(sums.ctypes.data), 0, True
+    for s in range(rows.shape[0]):
+        length, count, distinct = rows[s, LENGTH], places[s, FILLED], groups[2][s]
+        order, starts = groups_of(s, first, count, groups)
+        out = table_at(address, distinct, length, like)
+        if length > 0:
+            merge_rows(
+                0, distinct, order, starts, table_at(places[s, VALUES], count, length, like), out
+            )
+        decision = decisions[pool_of[rows[s, TENSOR]]]
+        scales = decision[SKIPPED] == 0.0 and decision[MODE] == MULTIPLY
+        finite &= not scales or are_finite(array_at(address, distinct * length, like))
+        first += count
+        address += distinct * length * like.itemsize
+    return finite
+
+
+@inline
+def numbers_in(tables, groups):
+    """Return how many numbers the sums of all rows are."""
+    rows, count = found(tables, ROWS, tables), 0
+    for s in range(rows.shape[0]):
+        count += groups[2][s] * rows[s, LENGTH]
+    return count
+
+
+@inline
+def update_rows(update, tables, groups, sums, factors, settings, like):
+    """Update parameters at the rows that have sums, which the caller holds."""
+    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    pool_of = found_row(tables, POOL_OF, tables)
+    itemsizes = like.itemsize, factors.itemsize
+    addresses, first = np.empty(4, np.int64), 0
+    addresses[updates.GRAD] = sums.ctypes.data
+    for s in range(rows.shape[0]):
+        length, count = rows[s, LENGTH], places[s, FILLED]
+        order, starts = groups_of(s, first, count, groups)
+        indices = array_at(places[s, INDICES], count, places)[order[starts[:-1]]]
+        chunks = np.empty((indices.size * -(-length // CHUNK), 6), np.int64)
+        addresses[updates.PARAM :] = rows[s, PARAM:]
+        owner = pool_of[rows[s, TENSOR]]
+        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        update(0, chunks.shape[0], chunks, factors, settings, like)
+        addresses[updates.GRAD] += indices.size * length * like.itemsize
+        first += count
+
+
+@inline
+def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
+    """Take a step of an optimizer as `given.step` does."""
+    if items != AGAIN and not place_all(items, tables, like):
+        return False
+    groups = grouped(found(tables, PLACES, tables))
+    if not decide_placed(items != AGAIN, turn, unscale, tables, bounds, groups, like):
+        return False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    sums = np.empty(numbers_in(tables, groups), like.dtype)
+    if not sum_rows(tables, groups, decisions, like, sums):
+        return False
+    counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)
+    settings, pieces = found(tables, SETTINGS, factors), found(tables, PIECES, tables)
+    advance(decisions, column_of(factors), counts, False, given, factors, settings)
+    uncount(tables, counts, factors)
+    update(0, pieces.shape[0], pieces, factors, settings, like)
+    update_rows(update, tables, groups, sums, factors, settings, like)
+    return True
+
+
+@kernel_with_gil
+def descend(items, turn, unscale, tables, bounds, factors, like):
+    """Take a step of `updates.descend` as `step` does."""
+    advance, update = updates.advance, updates.descend
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+
+
+@kernel_with_gil
+def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
+    """Do the same by `updates.descend_with_momentum`."""
+    advance, update = updates.advance, updates.descend_with_momentum
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+
+
+@kernel_with_gil
+def adam(items, turn, unscale, tables, bounds, factors, like):
+    """Do the same by `updates.adam`."""
+    advance, update = updates.advance_adam, updates.adam
+    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
