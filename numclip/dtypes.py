@@ -106,7 +106,7 @@ _ROWS = {
     )
 }
 NAMES = ", ".join(_ROWS)
-FLOAT32, FLOAT64 = _ROWS["float32"], _ROWS["float64"]
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = list(_ROWS.values())[:4]
 
 # bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
 _BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}

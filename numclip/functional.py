@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,12 @@ from numclip.border.gradients import describe
 from numclip.clipping import clip, mixed, parts, ranks
 from numclip.errors import expected
 from numclip.host import lists, plain_examples, plain_units
+from numclip.host.kernels.spans import AVERAGE, GIVEN, ROOT_MEAN
 from numclip.isolation import in_ordinary_environment
 from numclip.law import ABSENT, Law
+from numclip.law import POLICIES as LAWS
 from numclip.sums import Whole
+from numclip.tables import PROPAGATE
 
 
 def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float:
@@ -74,9 +76,9 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     '5e+20'
     """
     if arguments.are_usual(ord, duplicates=duplicates):
-        known = lists.global_norm(grads, ord)
+        known = lists.global_norm(grads, float(ord))
         if known is None:
-            known = mixed.global_norm(grads, ord)
+            known = mixed.global_norm(grads, float(ord))
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -182,10 +184,14 @@ def clip_by_global_norm(
             check = partial(_law, clip_norm, use_norm, ord, nonfinite, duplicates, comm)
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
-    if use_norm is None and arguments.are_usual(ord, clip_norm, nonfinite, duplicates):
-        done = lists.clip_by_global_norm(grads, float(clip_norm), out, ord)
+    if arguments.are_usual(ord, clip_norm, nonfinite, duplicates, use_norm):
+        what, given = LAWS[nonfinite], 0.0
+        if use_norm is not None:
+            what, given = what | GIVEN, arguments.given_norm(use_norm)
+        told = float(clip_norm), out, float(ord), what, given
+        done = lists.clip_by_global_norm(grads, *told)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, float(clip_norm), out, ord)
+            done = mixed.clip_by_global_norm(grads, *told)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
@@ -265,16 +271,18 @@ def clip_by_norm(
     order = float(ord) if usual else arguments.order(ord)
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
-        return _clip_whole(grad, bound, out, lambda _: 1.0, order)
-    if order == 2.0:
-        result = lists.each(
-            grad,
-            out,
-            lambda own, to, reduced, _: plain_units.clip(own, bound, reduced, to),
-            lambda own: arguments.axes_of(axes, own.ndim) or (),
-        )
+        result = lists.clip_each(grad, bound, out, order, PROPAGATE)
         if result is not None:
             return result
+        return clip.clip_whole(grad, bound, out, lambda _: 1.0, order)
+    result = lists.each(
+        grad,
+        out,
+        lambda own, to, reduced, _: plain_units.clip(own, bound, reduced, to, ord=order),
+        lambda own: arguments.axes_of(axes, own.ndim) or (),
+    )
+    if result is not None:
+        return result
     return parts.clip_by_norm(grad, bound, axes, order, out)
 
 
@@ -313,7 +321,10 @@ def clip_by_average_norm(grad: Any, clip_norm: float, *, out: Any = None) -> Any
     array([1.2, 1.6])
     """
     bound = arguments.bound("clip_norm", clip_norm)
-    return _clip_whole(grad, bound, out, float)
+    result = lists.clip_each(grad, bound, out, 2.0, PROPAGATE | AVERAGE)
+    if result is not None:
+        return result
+    return clip.clip_whole(grad, bound, out, float, 2.0)
 
 
 def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
@@ -352,7 +363,10 @@ def clip_by_block_rms(grad: Any, threshold: float, *, out: Any = None) -> Any:
     array([ 0.5, -0.5])
     """
     bound = arguments.bound("threshold", threshold)
-    return _clip_whole(grad, bound, out, _root)
+    result = lists.clip_each(grad, bound, out, 2.0, PROPAGATE | ROOT_MEAN)
+    if result is not None:
+        return result
+    return clip.clip_whole(grad, bound, out, _root, 2.0)
 
 
 def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: Any = None) -> Any:
@@ -540,19 +554,3 @@ def _on_host(name: str, bound: Any) -> Any:
 
 
 _root = in_ordinary_environment(math.sqrt)
-
-
-def _clip_whole(
-    grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float = 2.0
-) -> Any:
-    """Clip one gradient by its norm over a divisor, which follows from how many elements it has."""
-    if ord == 2.0 or ord == math.inf:
-        result = lists.each(
-            grad,
-            out,
-            lambda own, to, over, _: lists.clip(own, bound, to, over, ord),
-            lambda own: divisor(max(own.size, 1)),
-        )
-        if result is not None:
-            return result
-    return clip.clip_whole(grad, bound, out, divisor, ord)

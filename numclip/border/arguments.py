@@ -114,18 +114,21 @@ def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
 
 
 def are_usual(
-    ord: Any, bound: Any = 0.0, nonfinite: Any = POLICIES[0], duplicates: Any = DUPLICATES[0]
+    ord: Any,
+    bound: Any = 0.0,
+    nonfinite: Any = POLICIES[0],
+    duplicates: Any = DUPLICATES[0],
+    norm: Any = None,
 ) -> bool:
-    """Tell whether arguments are right and of the commonest types, with the order 2 or inf."""
+    """Tell whether arguments are right and of the commonest types; `norm` is a given one."""
     return (
         type(bound) in _NUMBERS
         and (0 <= bound <= LARGEST or bound == math.inf)
         and type(ord) in _NUMBERS
-        and (ord == 2 or ord == math.inf)
-        and type(nonfinite) is str
-        and nonfinite in POLICIES
-        and type(duplicates) is str
-        and duplicates in DUPLICATES
+        and (1 <= ord <= LARGEST or ord == math.inf)
+        and (norm is None or (type(norm) in _NUMBERS and 0 <= norm <= LARGEST))
+        and (nonfinite is POLICIES[0] or (type(nonfinite) is str and nonfinite in POLICIES))
+        and (duplicates is DUPLICATES[0] or (type(duplicates) is str and duplicates in DUPLICATES))
     )
 
 

@@ -1,15 +1,16 @@
-"""Gradients that are plain arrays of one dtype, clipped without describing each.
+"""Gradients that are plain arrays, clipped without describing each.
 
-Arrays of other libraries are plain if their views by NumPy are.
+Arrays of other libraries are plain if their views by NumPy are. Those that hold little can be of
+any dtypes and steps; of much, they are contiguous, of one dtype and finite.
 
 Every function does the whole job, with the bits that the general way gives, or returns None and
-has touched nothing: what is not plain, not finite or in need of care goes the general way.
+has touched nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +18,15 @@ import numpy as np
 
 from numclip import formulas
 from numclip.dtypes import Array, DType, lookup
-from numclip.host import batches
+from numclip.host import batches, nests
 from numclip.host.batches import Batch
-from numclip.host.kernels import arrays, cpu, joint
+from numclip.host.kernels import arrays, cpu, joint, little
+from numclip.host.kernels.spans import AVERAGE, GIVEN, NONFINITE, RARE, ROOT_MEAN, WRITTEN
+from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import environment, threads
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
+from numclip.memory import is_dense
+from numclip.tables import PROPAGATE
 
 Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
@@ -34,16 +39,6 @@ class Kind(NamedTuple):
     row: DType
     readable: Array
     writeable: Array
-
-
-class Measure(NamedTuple):
-    """A norm of order 2 over a divisor, or one of order ``inf``."""
-
-    ord: float
-    divisor: float = 1.0
-
-
-L2, PEAK = Measure(2.0), Measure(math.inf)  # to make one takes 0.4 us
 
 
 _KINDS: dict[np.dtype[Any], Kind] = {}
@@ -80,6 +75,25 @@ def pointers_of(items: Items) -> int:
     return id(items) + _POINTERS
 
 
+_KNOWN = [np.dtype(name) if name != "bfloat16" else None for name in little.NAMES]
+_TOLD = np.array([object.__basicsize__, id(np.ndarray), id(None), *([0] * len(_KNOWN))], np.int64)
+_TOLD[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
+TOLD: int = _TOLD.__array_interface__["data"][0]
+"""Where that is what `kernels.little` is told."""
+
+
+def _are_met(items: Items) -> bool:
+    """Let kernels know bfloat16, which another package makes; tell whether that is new to them."""
+    for item in items:
+        if type(item) is np.ndarray and item.dtype.name == "bfloat16":
+            own, place = np.dtype(item.dtype.type), little.NAMES.index("bfloat16")
+            if _KNOWN[place] is None and lookup(own) is not None:
+                _KNOWN[place] = own
+                _TOLD[little.DTYPES + place] = id(own)
+                return True
+    return False
+
+
 def items_of(grads: Any) -> Items:
     """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
     of = type(grads)
@@ -88,59 +102,167 @@ def items_of(grads: Any) -> Items:
     return tuple(grads.values()) if of is dict else ()
 
 
-def _views(items: Items) -> Items:
-    """Return arrays of other libraries as NumPy's; the items as they are where one is neither."""
+def taken(grads: Any) -> tuple[Items, Any]:
+    """Return the arrays of a list, tuple or dict, nested or not, and what `rebuilt` makes one of.
+
+    No arrays where it is none, or has other entries deep in it.
+    """
+    held = held_still(grads)
+    items = items_of(held)
+    if not items or type(items[0]) not in nests.KINDS:
+        return items, held
+    found: list[Any] = []
+    nest = nests.opened(held, found)
+    return ((), held) if nest is None else (tuple(found), nest)
+
+
+def _views(items: Items) -> Items | None:
+    """Return arrays of other libraries as NumPy's; None where there are none, or others."""
     views: list[Array | None] = []
     for item in items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
         if isinstance(item, (list, tuple, dict)):  # which are nested gradients
-            return items
+            return None
         if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
-            return items
+            return None
         try:
             view = as_numpy("", item)
         except (TypeError, ValueError):  # the general way says what is wrong
             view = None
         if view is None:
-            return items
+            return None
         views.append(view)
-    return tuple(views)
+    return None if all(map(operator.is_, views, items)) else tuple(views)
 
 
 def global_norm(grads: Any, ord: float = 2.0) -> float | None:
     """Return the norm of arrays."""
-    items = items_of(grads)
-    kind = kind_of(items)
-    if kind is None:
-        items = _views(items)
-        kind = kind_of(items)
-        if kind is None:
-            return None
-    return _clip_items(items, kind, kind.readable, math.inf, L2 if ord == 2.0 else PEAK)
+    return norm_of(taken(grads)[0], ord)
+
+
+def norm_of(items: Items, ord: float) -> float | None:
+    """Return the norm of the arrays of a tuple."""
+    if not items:
+        return None
+    norm, state = _clip_little(items, 0, math.inf, ord, PROPAGATE, 0.0)
+    if state <= WRITTEN:
+        return norm
+    views = _views(items)
+    if views is not None:
+        return norm_of(views, ord)
+    batch = _batch(items, write=False)
+    found = None if batch is None else _decided(batch, len(items), math.inf, ord, 1.0)
+    return None if found is None else found[0]
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, out: Any, ord: float = 2.0
+    grads: Any, bound: float, out: Any, ord: float = 2.0, what: int = PROPAGATE, given: float = 0.0
 ) -> tuple[Any, float] | None:
-    """Clip arrays by their joint norm, in place or into new ones; return them and the norm."""
+    """Clip arrays by their joint norm, in place or into new ones; return them and the norm.
+
+    `what` is a policy, with `spans.GIVEN` where the norm is given.
+    """
     if not _takes(grads, out):
         return None
-    held = held_still(grads)
-    found = _clip(items_of(held), bound, L2 if ord == 2.0 else PEAK, in_place=out is grads)
-    if found is None:
-        return None
-    items, norm = found
-    return rebuilt(held, items, out), norm
+    items, held = taken(grads)
+    found = clip_items(items, out is not None, bound, ord, what, given)
+    return None if found is None else (rebuilt(held, found[0], out), found[1])
 
 
-def clip(grad: Array, bound: float, out: Any, divisor: float, ord: float) -> Any:
-    """Clip an array by its norm over `divisor`, in place or into a new one; return that."""
-    if not _takes(grad, out):
+def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
+    """Clip an array, or each of a list, tuple or dict of arrays, by its own norm; return these.
+
+    `what` says what the norm is divided by.
+    """
+    if not _takes(grads, out):
         return None
-    found = _clip((grad,), bound, Measure(ord, divisor), in_place=out is grad)
-    return None if found is None else found[0][0]
+    if type(grads) is np.ndarray:
+        if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
+            result = grads if out is not None else _copy(grads)
+            items, how = (result,), little.WRITES if ord == 2.0 else little.WRITES | little.REAL
+            _, state = little.clip(id(items), TOLD, how, bound, 0.0, ord, what)
+            if state <= WRITTEN:
+                return result
+        found = clip_items((grads,), out is not None, bound, ord, what)
+        return None if found is None else found[0][0]
+    items, held = taken(grads)
+    found = clip_items(items, out is not None, bound, ord, what, each=little.EACH)
+    if found is not None:
+        return rebuilt(held, found[0], out)
+    return each(
+        grads, out, lambda own, to, *_: clip_each(own, bound, to, ord, what), lambda _: None
+    )
+
+
+def clip_items(
+    items: Items,
+    in_place: bool,
+    bound: float,
+    ord: float,
+    what: int,
+    given: float = 0.0,
+    each: int = 0,
+) -> tuple[Items, float] | None:
+    """Clip the arrays of a tuple, in place or into new ones; return them and the norm."""
+    results = items if in_place else _copied(items, PARALLEL_BYTES)
+    if results:
+        norm, state = _clip_little(results, little.WRITES | each, bound, ord, what, given)
+        if state <= WRITTEN:
+            return results, norm
+        if state == NONFINITE:
+            return None
+    views = _views(items)
+    if views is None:
+        return None if each or what & GIVEN else _clip_much(items, in_place, bound, ord, what)
+    found = clip_items(views, in_place, bound, ord, what, given, each)
+    if found is not None and in_place:
+        note_writing(items)
+        return items, found[1]
+    return found
+
+
+def _clip_little(
+    items: Items, how: int, bound: float, ord: float, what: int, given: float
+) -> tuple[float, int]:
+    """Clip arrays that hold little in place; return the norm, and what became of them."""
+    if not READABLE:
+        return 0.0, little.ELSEWHERE
+    usual = ord == 2.0 or ord == math.inf
+    if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
+        how |= little.REAL
+    told = id(items), TOLD, how, bound, given, ord, what
+    norm, state = little.clip(*told) if usual else little.clip_rare(*told)
+    if state == RARE:
+        norm, state = little.clip_rare(*told)
+    elif state == little.ELSEWHERE and _are_met(items):
+        return _clip_little(items, how, bound, ord, what, given)
+    return norm, state
+
+
+def _copied(items: Items, limit: float = math.inf) -> Items | None:
+    """Return copies of arrays; None where they have more bytes than that, or one is none."""
+    copies: list[Array | None] = []
+    nbytes = 0
+    for item in items:
+        if item is None:
+            copies.append(None)
+            continue
+        if type(item) is not np.ndarray:
+            return None
+        nbytes += item.nbytes
+        if nbytes >= limit:
+            return None
+        copies.append(_copy(item))
+    return tuple(copies)
+
+
+def _copy(array: Array) -> Array:
+    """Return a copy in the order of memory, in C order of an array that does not fill its own."""
+    if array.flags.forc or is_dense(array.shape, array.strides, array.itemsize):
+        return array.copy("K")
+    return array.copy("C")
 
 
 def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
@@ -148,31 +270,31 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 
     `grads` is a list, tuple or dict of arrays, or an array.
     """
+    low, high = _number(low), _number(high)
+    if not (_takes(grads, out) and low <= high):
+        return None
     if type(grads) is np.ndarray:
-        results = _clamp((grads,), low, high, in_place=out is grads) if _takes(grads, out) else None
+        results = clamp_items((grads,), low, high, in_place=out is not None)
         return None if results is None else results[0]
-    if not _takes(grads, out):
-        return None
-    held = held_still(grads)
-    items = items_of(held)
-    if out is grads and not _can_be_written(items):
-        return None
-    results = _clamp(items, low, high, in_place=out is grads)
+    items, held = taken(grads)
+    results = clamp_items(items, low, high, in_place=out is not None)
     return None if results is None else rebuilt(held, results, out)
 
 
-def _clamp(items: Items, low: Any, high: Any, *, in_place: bool) -> Items | None:
-    low, high = _number(low), _number(high)
-    kind = kind_of(items) if low <= high else None
-    if kind is None or kind.row.components == 2 or (not in_place and not _are_arrays(items)):
-        return None
+def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
+    """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
     results = items if in_place else _copied(items)
-    count, facts, like = len(items), kind.writeable, kind.row.like
-    state = arrays.clamp_little(pointers_of(results), count, facts, low, high, like)
-    if state != arrays.MUCH:
-        return results if state == arrays.DONE else None
-    batch, _ = batch_of(results, kind, facts)
-    assert batch is not None
+    if not results or not READABLE:
+        return None
+    told = id(results), TOLD, little.WRITES | little.REAL, low, high
+    state = little.clamp(*told)
+    if state == little.ELSEWHERE and _are_met(results):
+        state = little.clamp(*told)
+    if state <= WRITTEN:
+        return results
+    batch = _batch(results, write=True)
+    if batch is None or batch.dtype.components == 2:
+        return None
     beyond = np.empty(len(batch.chunks), np.bool_)
     with np.errstate(all="ignore"):  # a bound out of range is infinite or 0
         call = environment.run(batches.clamping, (batch, beyond, low, high), {})
@@ -226,7 +348,9 @@ def held_still(grads: Any) -> Any:
 
 
 def rebuilt(held: Any, results: Items, out: Any) -> Any:
-    """Return results in the structure of a list, tuple or dict."""
+    """Return results in the structure of a list, tuple or dict, nested or not."""
+    if type(held) is nests.Opened:
+        return nests.closed(held, iter(results))
     if type(held) is dict:
         return held if out is not None else dict(zip(held, results, strict=True))
     return [*results] if type(held) is list else results
@@ -263,71 +387,50 @@ def _takes(grads: Any, out: Any) -> bool:
     return out is grads or out is None
 
 
-def _clip(
-    items: Items, bound: float, measure: Measure, *, in_place: bool
-) -> tuple[Items, float] | None:
-    plain, kind = items, kind_of(items)
-    if kind is None:
-        plain = _views(items)
-        kind = kind_of(plain)
-        if kind is None:
-            return None
-    if not in_place:
-        return _copies(plain, kind, bound, measure)
-    norm = _clip_items(plain, kind, kind.writeable, bound, measure)
-    if norm is None:
-        return None
-    if plain is not items:
-        note_writing(items)
-    return items, norm
-
-
-def _clip_items(
-    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
-) -> float | None:
-    """Clip the arrays in place, if the facts ask for arrays that can be written."""
-    state, norm = _clip_little(items, kind, facts, bound, measure)
-    if state == arrays.DONE:
-        return norm
-    if state == arrays.ELSEWHERE:
-        return None
-    return _clip_much(items, kind, facts, bound, measure)
-
-
-def _clip_little(
-    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
-) -> tuple[int, float]:
-    """Clip the arrays as `_clip_items` does where they hold little; say whether that was so."""
-    row = kind.row
-    if measure.ord == 2.0:
-        return arrays.clip_little(  # type: ignore[no-any-return]
-            pointers_of(items), len(items), facts, row.limits, bound, measure.divisor, row.like
-        )
-    if row.components == 2:  # the magnitudes are not those of the parts
-        return arrays.ELSEWHERE, 0.0
-    return arrays.clip_little_by_peak(  # type: ignore[no-any-return]
-        pointers_of(items), len(items), facts, row.limits, bound, row.mask, row.like
-    )
-
-
-def _copied(items: Items) -> Items:
-    return tuple(None if item is None else item.copy("K") for item in items)
-
-
 def _clip_much(
-    items: Items, kind: Kind, facts: Array, bound: float, measure: Measure
-) -> float | None:
-    """Clip arrays that hold much, or do not own it: over a table of chunks, by all threads."""
-    batch, apart = batch_of(items, kind, facts)
-    if batch is None or (facts is kind.writeable and not (apart or are_apart(batch))):
-        return None
-    found = decided([batch], len(items), bound, measure)
-    if found is None:
+    items: Items, in_place: bool, bound: float, ord: float, what: int
+) -> tuple[Items, float] | None:
+    """Clip arrays that hold much: over a table of chunks, by all threads."""
+    batch = _batch(items, write=in_place)
+    divisor = _divisor_of(items[0], what) if batch is not None else 1.0
+    found = None if batch is None else _decided(batch, len(items), bound, ord, divisor)
+    if batch is None or found is None:
         return None
     norm, factor = found
+    if factor == 1.0 or in_place:
+        results = items if in_place else _copied(items)
+        assert results is not None
+    else:
+        results = tuple(None if item is None else np.empty_like(item) for item in items)
+        targets = _batch(results, write=True)
+        assert targets is not None
+        batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
     if factor != 1.0:
-        _scale(batch, items, factor)
-    return norm
+        call = batches.scaling(batch, np.full(len(items), factor))
+        threads.run_all([call._replace(keep=(items, results))])
+    return results, norm
+
+
+def _divisor_of(array: Any, what: int) -> float:
+    """Return what the norm of an array is divided by."""
+    if not what & (AVERAGE | ROOT_MEAN):
+        return 1.0
+    size = float(max(array.size, 1))
+    return size if what & AVERAGE else environment.run(math.sqrt, (size,), {})
+
+
+def _batch(items: Items, *, write: bool) -> Batch | None:
+    """Return contiguous arrays of one dtype as a batch; None if they are others.
+
+    None, too, where they are to be written and cannot be, or share memory.
+    """
+    kind = kind_of(items)
+    if kind is None:
+        return None
+    batch, apart = batch_of(items, kind, kind.writeable if write else kind.readable)
+    if batch is None or (write and not (apart or are_apart(batch))):
+        return None
+    return batch
 
 
 def batch_of(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
@@ -351,73 +454,23 @@ def are_apart(batch: Batch) -> bool:
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
-def decided(
-    parts: Sequence[Batch], count: int, bound: float, measure: Measure
+def _decided(
+    batch: Batch, count: int, bound: float, ord: float, divisor: float
 ) -> tuple[float, float] | None:
     """Return the norm of `count` arrays, and the factor; None if they need care."""
-    strict, limits = _limits(tuple([batch.dtype for batch in parts]))
-    if measure.ord == 2.0:
-        norm, right = _joined(parts, strict, count)
-    elif any(batch.dtype.components == 2 for batch in parts):
-        return None  # the magnitudes are not those of the parts
-    else:
-        norm = float(np.max([batches.largest(batch, count).max(initial=0.0) for batch in parts]))
+    row = batch.dtype
+    if ord == 2.0:
+        partial = np.empty(len(batch.chunks))
+        batch.run(cpu.sum_squares, row.like, partial)
+        norm, right = joint.joined(batch.chunks, partial, row.limits, np.zeros(count))
+    elif ord == math.inf and row.components == 1:  # else magnitudes are not those of the parts
+        norm = float(batches.largest(batch, count).max(initial=0.0))
         right = math.isfinite(norm)
-    norm /= measure.divisor
+    else:
+        return None
+    norm /= divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    elements = sum([batch.nbytes / batch.dtype.storage.itemsize for batch in parts])
-    ones = formulas.root(elements, measure.ord)
-    factor, truncate = joint.decide(norm, bound, ones, measure.divisor, limits)
+    ones = formulas.root(batch.nbytes / row.storage.itemsize, ord)
+    factor, truncate = joint.decide(norm, bound, ones, divisor, row.limits)
     return None if truncate else (norm, factor)
-
-
-def _joined(parts: Sequence[Batch], limits: Array, count: int) -> tuple[float, bool]:
-    """Return the L2 norm of `count` arrays, and if it is right."""
-    partials = [np.empty(len(batch.chunks)) for batch in parts]
-    for batch, partial in zip(parts, partials, strict=True):
-        batch.run(cpu.sum_squares, batch.dtype.like, partial)
-    chunks, partial = parts[0].chunks, partials[0]
-    if len(parts) > 1:
-        chunks, partial = np.concatenate([own.chunks for own in parts]), np.concatenate(partials)
-    return joint.joined(chunks, partial, limits, np.zeros(count))  # type: ignore[no-any-return]
-
-
-@functools.lru_cache(maxsize=64)
-def _limits(rows: tuple[DType, ...]) -> tuple[Array, Array]:
-    """Return what `joint.joined` and `joint.decide` are told of gradients of some dtypes."""
-    every = np.array([row.limits for row in rows])
-    strict, limits = every.max(axis=0), every.max(axis=0)
-    limits[joint.DIGITS] = every[:, joint.DIGITS].min()
-    return strict, limits
-
-
-def _scale(batch: Batch, items: Items, factor: float) -> None:
-    """Write arrays, which live as long as the items, times a factor."""
-    factors = np.full(len(items), factor)
-    threads.run_all([batches.scaling(batch, factors)._replace(keep=items)])
-
-
-def _copies(items: Items, kind: Kind, bound: float, measure: Measure) -> tuple[Items, float] | None:
-    """Return new arrays, clipped by their joint norm, and that norm."""
-    state, norm = _clip_little(items, kind, kind.readable, math.inf, measure)
-    if state == arrays.ELSEWHERE:
-        return None
-    if state == arrays.DONE:  # copies stay in the cache, where they are then clipped
-        results = _copied(items)
-        if norm > bound:
-            state, _ = _clip_little(results, kind, kind.writeable, bound, measure)
-        return (results, norm) if state == arrays.DONE else None
-    batch, _ = batch_of(items, kind, kind.readable)
-    found = None if batch is None else decided([batch], len(items), bound, measure)
-    if batch is None or found is None:
-        return None
-    norm, factor = found
-    if factor == 1.0:
-        return _copied(items), norm
-    results = tuple(None if item is None else np.empty_like(item) for item in items)
-    targets, _ = batch_of(results, kind, kind.writeable)
-    assert targets is not None
-    batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
-    _scale(batch, results, factor)
-    return results, norm

@@ -1,4 +1,4 @@
-"""Units of one plain array that holds little, clipped by one native call.
+"""Units of one plain array, clipped without a plan; those of little by one native call.
 
 As in `lists`: a function does the whole job with the bits of the general way, or returns None and
 has touched nothing.
@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
-from numclip.host import lists
+from numclip.host import columns, lists
 from numclip.host.kernels import unit_loops
+from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime import threads
 from numclip.host.units import LONG_ROW
 from numclip.law import Family, unit_laws
 from numclip.memory import Memory, Strided
 from numclip.tables import BOUND, EPS
+
+FEW_ROWS = 16
+"""Rows, or blocks of columns, that are too few for threads to take one each where they are long."""
 
 
 def clip(
@@ -29,13 +34,14 @@ def clip(
     out: Any,
     owner: Any = None,
     eps: float = 0.0,
+    ord: float = 2.0,
 ) -> Any:
-    """Hold the L2 norm of each unit to a bound, or to a fraction of its owner's; return the result.
+    """Hold the norm of each unit to a bound, or to a fraction of its owner's; return the result.
 
-    Axes are in ascending order.
+    Axes are in ascending order. Owners' norms are of order 2.
     """
     kind = lists.kind_of((grad,)) if out is None or out is grad else None
-    if kind is None or not axes or not 0 < grad.nbytes < PARALLEL_BYTES:
+    if kind is None or not axes or not grad.nbytes or not (out is None or grad.flags.writeable):
         return None
     x = _cut(grad, kind.row, axes)
     param = x if owner is None else _cut(owner, kind.row, axes)
@@ -45,10 +51,58 @@ def clip(
     if out is None:
         result = np.empty_like(grad)
         y = as_stored(result).reshape(x.shape)
-    law = _law(kind.row, x.shape[1] // kind.row.components).copy()
+    law = _law(kind.row, x.shape[1] // kind.row.components, ord).copy()
     law[BOUND], law[EPS] = bound, eps
-    done = unit_loops.clip_little(x, param if owner is not None else x[:0], law, kind.row.digits, y)
-    return result if done else None
+    told = x, param if owner is not None else x[:0], law, kind.row.digits
+    if ord == 2.0 and grad.nbytes < PARALLEL_BYTES:
+        return result if unit_loops.clip_little(*told, y) else None
+    if ord != 2.0 and kind.row.components == 2:  # magnitudes are not those of the parts
+        return None
+    factors = _factors(*told) if ord == 2.0 else _factors_by_order(x, ord, law, kind.row.digits)
+    return result if _scale(x, factors, y) else None
+
+
+def _factors(x: Array, params: Array, law: Array, digits: int) -> Array:
+    """Return the factors that `kernels.unit_loops.clip_little` finds, by all threads."""
+    sums, owners = _sums(x, digits), _sums(params, digits)
+    found = np.empty(sums.size)
+    threads.run(unit_loops.unit_factors, found.size, x.nbytes, sums, owners, law, digits, found)
+    return found
+
+
+def _factors_by_order(x: Array, ord: float, law: Array, digits: int) -> Array:
+    """Return the factors by norms of an order other than 2."""
+    outer, reduced, inner = x.shape
+    rows = np.ascontiguousarray(x.transpose(0, 2, 1)).reshape(-1, reduced)
+    found = np.empty(outer * inner)
+    threads.run(unit_loops.row_factors, found.size, x.nbytes, rows, ord, law, digits, found)
+    return found
+
+
+def _scale(x: Array, found: Array, out: Array) -> bool:
+    """Write units times their factors; tell whether these are known, and else write nothing."""
+    if (found == UNKNOWN).any():
+        return False
+    if x is not out or (found != 1.0).any():
+        factors = found.astype(np.float64 if x.itemsize == 8 else np.float32)
+        if x.shape[2] == 1:
+            rows = x.reshape(x.shape[:2]), factors, out.reshape(x.shape[:2])
+            threads.run(unit_loops.scale_rows, x.shape[0], x.nbytes, *rows)
+        else:
+            threads.run_all([columns.scaling_columns(x, factors.reshape(-1, x.shape[2]), out)])
+    return True
+
+
+def _sums(x: Array, digits: int) -> Array:
+    """Return the sums of squares of units, UNKNOWN where one lost something."""
+    if x.shape[2] == 1:
+        sums = np.empty(x.shape[0])
+        threads.run(unit_loops.row_squares, sums.size, x.nbytes, x.reshape(x.shape[:2]), sums)
+    else:
+        sums = columns.column_squares(x).reshape(-1)
+    if digits == 53:
+        unit_loops.mark_lossy(x, sums)
+    return sums
 
 
 def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
@@ -56,18 +110,20 @@ def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
     first, last = axes[0], axes[-1] + 1
     if type(array) is not np.ndarray or array.dtype != row.native or last - first != len(axes):
         return None
-    if not array.flags.carray:  # in C order, aligned and writeable
+    if not (array.flags.c_contiguous and array.flags.aligned):
         return None
     inner = math.prod(array.shape[last:])
     reduced = math.prod(array.shape[first:last]) * row.components
-    if reduced >= LONG_ROW or (inner > 1 and row.components == 2):
+    if inner > 1 and row.components == 2:
+        return None
+    if reduced >= LONG_ROW and math.prod(array.shape[:first]) < FEW_ROWS:
         return None
     return as_stored(array).reshape(-1, reduced, inner)
 
 
 @functools.lru_cache(maxsize=256)
-def _law(row: DType, size: int) -> Array:
+def _law(row: DType, size: int, ord: float) -> Array:
     """Return what a law says of units of so many elements, but for its bound."""
     unit = Strided(row, (1, size), Memory(0, (0, 0)), Memory(0, (0, 0)), (1,))
-    law: Array = unit_laws([Family((unit,))], 2.0, 0.0)[0]
+    law: Array = unit_laws([Family((unit,))], ord, 0.0)[0]
     return law

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.host.kernels import arrays
+from numclip.host import plain_units
+from numclip.host.kernels import little
+from numclip.host.runtime import threads
 from tests.oracle import reference
 from tests.oracle.cases import normal
 from tests.oracle.checks import assert_same_bits
@@ -69,6 +71,28 @@ def test_plain_arrays_have_the_bits_of_others(dtype, shape, axes, scale):
         place = grad.copy()
         assert nc.adaptive_clip(place, param, bound, 1e-3 * scale, axes, out=place) is place
         assert_same_bits(place, own)
+        for ord in (1, 3, np.inf):
+            own = nc.clip_by_norm(grad, bound, axes, ord=ord)
+            other = nc.clip_by_norm(general(grad), bound, axes, ord=ord)
+            assert_same_bits(own, np.asarray(other))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("axes", [0, 1])
+def test_much_is_clipped_by_units_as_little_is(monkeypatch, dtype, axes):
+    grad, param = (normal(np.random.default_rng(k), (40, 24), dtype) for k in (6, 7))
+    grad[3], grad[:, 5] = 0, 0
+    little = nc.clip_by_norm(grad, 4.0, axes), nc.adaptive_clip(grad, param, 0.9, axes=axes)
+    for module in (plain_units, threads):
+        monkeypatch.setattr(module, "PARALLEL_BYTES", 8)
+    much = nc.clip_by_norm(grad, 4.0, axes), nc.adaptive_clip(grad, param, 0.9, axes=axes)
+    for own, other in zip(little, much, strict=True):
+        assert_same_bits(own, other)
+    place = grad.copy()
+    assert nc.clip_by_norm(place, 1e3, axes, out=place) is place
+    assert_same_bits(place, grad)
+    small = nc.clip_by_norm(grad, 1e-44, axes)  # whose results are to be truncated
+    assert_same_bits(small, np.asarray(nc.clip_by_norm(general(grad), 1e-44, axes)))
 
 
 def test_parameters_whose_squares_overflow_go_the_general_way():
@@ -79,6 +103,6 @@ def test_parameters_whose_squares_overflow_go_the_general_way():
 
 
 def test_much_is_held_between_bounds_by_all_threads(monkeypatch):
-    monkeypatch.setattr(arrays, "PARALLEL_BYTES", 8)  # which compiled kernels do not see
+    monkeypatch.setattr(little, "PARALLEL_BYTES", 8)  # which compiled kernels do not see
     grad = np.linspace(-3, 3, 50)
     np.testing.assert_array_equal(nc.clip_by_value(grad, -1.0, 2.0), np.clip(grad, -1, 2))

@@ -23,6 +23,7 @@ from tests.oracle.strategies import arrays as gradients
 from tests.oracle.strategies import names
 
 Grads = list[np.ndarray | None]
+ODD = "strided", "negative", "misaligned"
 
 
 def general(patch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,22 @@ def results(grads: Grads, bound: float, *, in_place: bool) -> list[Any]:
     inner, joint = nc.clip_by_global_norm(nested, bound, out=nested if in_place else None)
     assert type(inner["a"][0]) is tuple
     written += [*parts, *inner["a"][0], inner["b"], np.float64(joint)]
+    for order, policy in ((1, "zero"), (1.5, "skip"), (2, "zero"), (2, "skip"), (math.inf, "zero")):
+        own = copied(grads)
+        how = {"ord": order, "nonfinite": policy, "out": own if in_place else None}
+        held, joint = nc.clip_by_global_norm(own, bound / 9, **how)
+        written += [*own, *held, np.float64(joint), np.float64(nc.global_norm(own, order))]
+    own = copied(grads)
+    held, _ = nc.clip_by_global_norm(own, bound, 2 * bound, out=own if in_place else None)
+    each = nc.clip_by_norm(held, bound / 9)
+    written += [*held, *each, *(nc.clip_by_block_rms(own, bound / 9)), *clamped(own, in_place)]
     return [None if array is None else np.asarray(array).tobytes() for array in written]
+
+
+def clamped(grads: Grads, in_place: bool) -> list[Any]:
+    """The real ones, held between two bounds."""
+    real = [grad for grad in grads if grad is not None and grad.dtype.kind != "c"]
+    return [nc.clip_by_value(grad, -0.5, 1e10, out=grad if in_place else None) for grad in real]
 
 
 def same_both_ways(grads: Grads, bound: float) -> None:
@@ -60,12 +76,17 @@ def same_both_ways(grads: Grads, bound: float) -> None:
 
 
 @st.composite
-def of_one_dtype(draw: st.DrawFn) -> Grads:
-    name = draw(names)
-    return draw(st.lists(gradients(name) | st.none(), min_size=1, max_size=5))
+def of_any_dtypes(draw: st.DrawFn) -> Grads:
+    """Gradients of one dtype or several, some strided, reversed or misaligned."""
+    name = draw(names | st.none())
+    grads = draw(st.lists(gradients(name) | st.none(), min_size=1, max_size=5))
+    for k in range(len(grads)):
+        if grads[k] is not None and draw(st.integers(0, 3)) == 0:
+            grads[k] = LAYOUTS[draw(st.sampled_from(ODD))](grads[k])
+    return grads
 
 
-@given(of_one_dtype(), st.sampled_from([0.0, 1e-300, 1e-42, 0.9, 1.0, 3.0, math.inf]))
+@given(of_any_dtypes(), st.sampled_from([0.0, 1e-300, 1e-42, 0.9, 1.0, 3.0, math.inf]))
 def test_any_values(grads, ratio):
     norm = nc.global_norm(grads)
     same_both_ways(grads, min(norm, 1e300) * ratio if norm and ratio else ratio)
@@ -136,8 +157,7 @@ class Subclass(np.ndarray):
 @pytest.mark.parametrize(
     "odd",
     [
-        *(LAYOUTS[name] for name in ("strided", "negative", "misaligned", "byte_swapped")),
-        lambda x: x.astype(np.float64),
+        LAYOUTS["byte_swapped"],
         lambda x: x.view(Subclass),
         lambda x: np.ma.array(x),
         lambda x: x.astype(np.int64),
@@ -145,8 +165,6 @@ class Subclass(np.ndarray):
         lambda x: x.tolist(),
         lambda _: 3.0,
         lambda x: nc.IndexedSlices(x, np.arange(len(x)), x.shape),
-        lambda x: np.full_like(x, np.nan),
-        lambda x: np.full_like(x, np.inf),
     ],
 )
 def test_what_is_odd_is_left_alone(odd):
@@ -156,6 +174,28 @@ def test_what_is_odd_is_left_alone(odd):
     assert plain.clip_by_global_norm(grads, 1.0, grads) is None
     assert plain.global_norm(grads[::-1]) is None
     np.testing.assert_array_equal(first, 1)
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (0, 3), (3, 4, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_of_any_kind_are_followed(dtype, shape):
+    rng = np.random.default_rng(2)
+    big = normal(rng, tuple(2 * n + 1 for n in shape), dtype)
+    first, second = (big[(..., *(slice(k, k + 2 * n, 2) for n in shape))] for k in (0, 1))
+    turned = np.moveaxis(normal(rng, (4, 3, 2), dtype), 0, 1)
+    grads = [first.T, turned, LAYOUTS["misaligned"](first), np.broadcast_to(first, (2, *shape))]
+    contiguous = [grad.copy("K" if grad is turned else "C") for grad in grads]
+    assert plain.global_norm(grads) == nc.global_norm(contiguous)
+    assert plain.clip_by_global_norm(grads, 1e-3, grads) is None  # as elements share memory
+    own = [grads[0], grads[1], second] if shape else grads[:2]
+    expected, _ = nc.clip_by_global_norm(
+        [grad.copy("K" if grad is turned else "C") for grad in own], 1e-3
+    )
+    taken = plain.clip_by_global_norm(own, 1e-3, own)
+    assert (taken is None) == (len(own) == 3 and second.size > 0)  # whose extents overlap
+    nc.clip_by_global_norm(own, 1e-3, out=own)
+    for grad, wanted in zip(own, expected, strict=True):
+        assert_same_bits(grad, wanted)
 
 
 def overlapping() -> dict[str, Grads]:
@@ -194,10 +234,10 @@ def test_read_only_arrays_are_refused_in_place_only():
     assert plain.clip_by_global_norm(grads, 1.0, None)[1] == 2.0
 
 
-@pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "DESCR", "FLAGS", "KIND"])
+@pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "STRIDES", "DESCR", "FLAGS", "KIND"])
 def test_another_layout_is_noticed(monkeypatch, field):
     assert arrays.layout_holds()
-    others = [arrays.DATA, arrays.SHAPE, 24]  # of a pointer each
+    others = [arrays.DATA, arrays.SHAPE, arrays.STRIDES]  # of a pointer each
     for offset in set(others) - {getattr(arrays, field)}:
         monkeypatch.setattr(arrays, field, offset)
         assert not arrays.layout_holds()

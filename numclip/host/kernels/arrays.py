@@ -1,4 +1,4 @@
-"""Plain NumPy arrays, read out of a tuple and clipped in one native call.
+"""Plain NumPy arrays, read out of a tuple in one native call.
 
 In Python each array costs microseconds before its elements are seen. These kernels follow the
 pointers of a tuple to its arrays, and theirs to shape and data, as every C extension does:
@@ -9,7 +9,6 @@ aligned and (if it is to be written) writeable is said to be so, and nothing is 
 """
 
 import ctypes
-import math
 import platform
 import sys
 import sysconfig
@@ -17,32 +16,20 @@ import sysconfig
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.host.kernels.cpu import (
-    LENGTH,
-    OWNER,
-    SOURCE,
-    TARGET,
-    clamped,
-    largest_bits,
-    multiply,
-    slot_of,
-)
-from numclip.host.kernels.elements import array_at, as_computed, narrow, widen, word_at
-from numclip.host.kernels.joint import decide, norm_of
-from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, slot_of
+from numclip.host.kernels.elements import word_at
+from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel_with_gil
 
 WORD = 8
 # Fields of an array object, in bytes after the object's header, whose last word is its type.
-DATA, NDIM, SHAPE, DESCR, FLAGS = 0, 8, 16, 40, 48
+DATA, NDIM, SHAPE, STRIDES, DESCR, FLAGS = 0, 8, 16, 24, 40, 48
 # Those of a dtype object: its scalar type, and a word of which this tells byte order and number.
 KIND, ORDER_AND_NUMBER = WORD, -1 << 32 | 0xFF << 16
 C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100, 0x400
 # What a kernel is told of the process and of the dtype: bytes of an object's header, the
 # addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
 HEADER, NDARRAY, NONE, DTYPE, ITEMSIZE, COMPONENTS, NEEDS = range(7)
-DONE, ELSEWHERE, MUCH = range(3)
-SPARE = 64  # chunks that a call has room for beyond one for each array
 
 
 def layout_holds() -> bool:
@@ -59,7 +46,7 @@ def layout_holds() -> bool:
     matrix = np.zeros((3, 5), np.float32)
     probes = matrix, matrix.T, matrix[1:, ::2], np.zeros(0), np.zeros(()), np.frombuffer(b"a", "u1")
     pointers = id(probes) + tuple.__basicsize__
-    return all(
+    return _word(pointers - WORD) == len(probes) and all(
         _word(pointers + k * WORD) == id(probe) and _is_laid_out(probe, id(probe) + header)
         for k, probe in enumerate(probes)
     )
@@ -71,7 +58,8 @@ def _word(address: int) -> int:
 
 def _is_laid_out(probe: Array, fields: int) -> bool:
     """Tell whether an array's fields, and its dtype's, are where the kernels look."""
-    shape, dtype = _word(fields + SHAPE), id(probe.dtype) + object.__basicsize__
+    shape, strides = _word(fields + SHAPE), _word(fields + STRIDES)
+    dtype = id(probe.dtype) + object.__basicsize__
     order_and_number = ord(probe.dtype.byteorder) << 16 | probe.dtype.num << 32
     return (
         _word(fields - WORD) == id(np.ndarray)
@@ -82,6 +70,7 @@ def _is_laid_out(probe: Array, fields: int) -> bool:
         and _word(fields + FLAGS) & 0xFFFF_FFFF == probe.flags.num
         and _word(fields + NDIM) & 0xFFFF_FFFF == probe.ndim
         and tuple(_word(shape + k * WORD) for k in range(probe.ndim)) == probe.shape
+        and tuple(_word(strides + k * WORD) for k in range(probe.ndim)) == probe.strides
     )
 
 
@@ -140,7 +129,7 @@ def read(items, count, facts, chunks):
 
 
 @inline
-def own_their_data(items, count, facts):
+def own_their_data(items, count, header, none):
     """Tell whether the arrays are different ones, each with memory of its own."""
     size = 4
     while size < 2 * count:
@@ -148,9 +137,9 @@ def own_their_data(items, count, facts):
     seen = np.zeros(size, np.int64)
     for t in range(count):
         item = word_at(items + t * WORD)
-        if item == facts[NONE]:
+        if item == none:
             continue
-        if word_at(item + facts[HEADER] + FLAGS) & OWNER_OF_DATA == 0:
+        if word_at(item + header + FLAGS) & OWNER_OF_DATA == 0:
             return False
         slot = slot_of(item, size)
         while seen[slot] != 0:
@@ -161,86 +150,8 @@ def own_their_data(items, count, facts):
     return True
 
 
-@inline
-def read_little(items, count, facts, like, chunks):
-    """Read arrays as `read` does; return DONE, ELSEWHERE or MUCH first."""
-    used, elements = read(items, count, facts, chunks)
-    if used < 0:
-        return ELSEWHERE, used, elements
-    if used > chunks.shape[0] or elements * like.itemsize >= PARALLEL_BYTES:
-        return MUCH, used, elements
-    return DONE, used, elements
-
-
-@inline
-def scale(chunks, norm, bound, ones, divisor, limits, like):
-    """Multiply chunks by the factor for their norm; return DONE, or ELSEWHERE to truncate."""
-    factor, truncate = decide(norm, bound, ones, divisor, limits)
-    if truncate:
-        return ELSEWHERE
-    if factor != 1.0:
-        for c in range(chunks.shape[0]):
-            x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-            multiply(x, as_computed(factor, like))
-    return DONE
-
-
-@kernel_with_gil
-def clip_little(items, count, facts, limits, bound, divisor, like):
-    """Clip arrays in place by their norm over `divisor`, where they are plain and hold little.
-
-    Return DONE, ELSEWHERE or MUCH, and the norm. Where the facts do not ask for arrays that
-    can be written, `bound` is infinite.
-    """
-    chunks = np.empty((count + SPARE, 4), np.int64)
-    state, used, elements = read_little(items, count, facts, like, chunks)
-    if state != DONE:
-        return state, 0.0
-    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
-        return MUCH, 0.0
-    norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
-    norm /= divisor
-    if not safe:
-        return ELSEWHERE, 0.0
-    ones = math.sqrt(elements)
-    return scale(chunks[:used], norm, bound, ones, divisor, limits, like), norm
-
-
-@kernel_with_gil
-def clip_little_by_peak(items, count, facts, limits, bound, mask, like):
-    """Clip real arrays by their largest magnitude, as `clip_little` does by their L2 norm."""
-    chunks = np.empty((count + SPARE, 4), np.int64)
-    state, used, elements = read_little(items, count, facts, like, chunks)
-    if state != DONE:
-        return state, 0.0
-    if facts[NEEDS] & WRITEABLE and not own_their_data(items, count, facts):
-        return MUCH, 0.0
-    peak = np.zeros(1, mask.dtype)
-    for c in range(used):
-        peak[0] = max(peak[0], largest_bits(chunks[c], mask))
-    norm = np.float64(widen(peak.view(like.dtype)[0]))
-    if not math.isfinite(norm):
-        return ELSEWHERE, 0.0
-    return scale(chunks[:used], norm, bound, np.float64(elements), 1.0, limits, like), norm
-
-
-@kernel_with_gil
-def clamp_little(items, count, facts, low, high, like):
-    """Hold the elements of arrays that hold little between bounds; say as `clip_little` does."""
-    chunks = np.empty((count + SPARE, 4), np.int64)
-    state, used, _ = read_little(items, count, facts, like, chunks)
-    if state != DONE:
-        return state
-    least, most = as_computed(low, like), as_computed(high, like)
-    for c in range(used):
-        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        for i in range(x.size):
-            x[i] = narrow(clamped(widen(x[i]), least, most), x[i])
-    return DONE
-
-
 @kernel_with_gil
 def table(items, count, facts, chunks):
     """Write the chunks of arrays; return what `read` does, and if all own their data."""
     used, elements = read(items, count, facts, chunks)
-    return used, elements, used >= 0 and own_their_data(items, count, facts)
+    return used, elements, used >= 0 and own_their_data(items, count, facts[HEADER], facts[NONE])

@@ -5,7 +5,7 @@ Shares and types are as in `cpu`.
 
 import numpy as np
 
-from numclip.host.kernels.cpu import add_exactly, copy, scaled, settle, two_sum
+from numclip.host.kernels.cpu import add_exactly, scaled, settle, two_sum
 from numclip.host.kernels.elements import array_at, narrow, widen
 from numclip.host.kernels.tuning import COLUMNS
 from numclip.host.runtime.jit import inline, kernel
@@ -107,20 +107,35 @@ def add_parts(parts):
         settle(parts[a, 0], error)
 
 
+@inline
+def multiply_each(x, factors):
+    """Multiply an array in place by another, which has a factor for each number."""
+    for i in range(x.size):
+        x[i] = scaled(x[i], factors[i])
+
+
+@inline
+def multiply_each_into(x, factors, out):
+    """Do the same into another array: a loop of its own, as one that may alias is scalar."""
+    for i in range(x.size):
+        out[i] = scaled(x[i], factors[i])
+
+
 @kernel
 def scale_columns(begin, end, x, factors, out):
     """Multiply by a factor for each (outer, inner) pair; shapes as in `column_squares`.
 
     The share is of rows, ``outer * reduced`` of them. In place where `x` and `out` are one.
     """
+    inner, source, target = x.shape[2], np.int64(x.ctypes.data), np.int64(out.ctypes.data)
+    part = np.int64(factors.ctypes.data), inner * factors.itemsize, inner
     for item in range(begin, end):
-        a = item // x.shape[1]
-        r = item % x.shape[1]
-        row = out[a, r]
-        if x.ctypes.data != out.ctypes.data:
-            copy(x[a, r], row)
-        for i in range(row.size):
-            row[i] = scaled(row[i], factors[a, i])
+        own = row_at(item // x.shape[1], part, factors)
+        row = row_at(item, (target, inner * x.itemsize, inner), out)
+        if source == target:
+            multiply_each(row, own)
+        else:
+            multiply_each_into(row_at(item, (source, inner * x.itemsize, inner), x), own, row)
 
 
 @inline

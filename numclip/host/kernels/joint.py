@@ -6,11 +6,8 @@ needs its subnormal results truncated is said to be so, and left to other kernel
 
 import math
 
-import numpy as np
-
 from numclip import formulas
-from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, array_of_squares, two_sum
-from numclip.host.kernels.elements import array_at
+from numclip.host.kernels.cpu import OWNER, two_sum
 from numclip.host.kernels.pools import add_sum, factor_of
 from numclip.host.runtime.jit import inline, kernel
 
@@ -44,16 +41,6 @@ def joined(chunks, partial, limits, totals):
     norm = math.sqrt(total + error)
     right = safe or (limits[DIGITS] < 53.0 and math.isfinite(norm))
     return norm, right and is_settled(total, error, doubt)
-
-
-@kernel
-def norm_of(chunks, like, limits, totals):
-    """Return as `joined` does, reading every element once."""
-    partial = np.empty(chunks.shape[0])
-    for c in range(partial.size):
-        x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        partial[c] = array_of_squares(x)
-    return joined(chunks, partial, limits, totals)
 
 
 @kernel

@@ -1,6 +1,7 @@
-"""Tensors of float32 and float64, measured and clipped for code that users compile.
+"""Tensors that hold little, of any types, measured and clipped by one call.
 
-A table, given by its address and its number of rows, says of each tensor where its contiguous
+For arrays of NumPy (see `arrays`) and for code that users compile, which has no 16-bit types. A
+table, given by its address and its number of rows, says of each tensor where its contiguous
 numbers are, how many, of which kind, and between which addresses the user's array lies. Sums,
 factors and products are those of `cpu` and `pools`, in their order, so that the bits are the same.
 """
@@ -9,16 +10,17 @@ import math
 
 import numpy as np
 
-from numclip.dtypes import lookup
+from numclip.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from numclip.host.kernels.cpu import (
     array_of_powers,
     clean_array,
     hold,
+    largest_bits,
     multiply,
     multiply_truncating,
     parts_of_squares,
 )
-from numclip.host.kernels.elements import array_at, as_computed, word_at
+from numclip.host.kernels.elements import array_at, as_computed, widen, word_at
 from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
 from numclip.host.kernels.pools import (
     _parts,
@@ -39,7 +41,7 @@ from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL,
 
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
 FIELDS = 5
-WIDE, COMPLEX = 1, 2  # bits of KIND
+WIDE, COMPLEX, HALF, BRAIN = 1, 2, 4, 8  # bits of KIND: float64 and so on, else float32
 # What to do: a policy of `tables`, and bits.
 POLICY, IN_PLACE, GIVEN, AVERAGE, ROOT_MEAN = 3, 4, 8, 16, 32
 FOUND = 6  # the bits above them are what the caller has found wrong
@@ -48,10 +50,13 @@ UNCHANGED, WRITTEN, BAD_BOUND, BAD_NORM, BAD_ORDER, OVERLAP, NONFINITE, BAD_INTE
     9
 )
 FEW = 16  # arrays compared in pairs; sorting allocates twice
-_NARROW, _WIDE = lookup(np.dtype(np.float32)), lookup(np.dtype(np.float64))
-NARROW_LIKE, WIDE_LIKE = _NARROW.like, _WIDE.like
-NARROW_PRECISION, WIDE_PRECISION = _NARROW.precision, _WIDE.precision
-NARROW_LIMITS, WIDE_LIMITS = _NARROW.limits, _WIDE.limits
+HALF_LIKE, BRAIN_LIKE = FLOAT16.like, BFLOAT16.like
+NARROW_LIKE, WIDE_LIKE = FLOAT32.like, FLOAT64.like
+HALF_MASK, NARROW_MASK, WIDE_MASK = FLOAT16.mask, FLOAT32.mask, FLOAT64.mask
+HALF_PRECISION, BRAIN_PRECISION = FLOAT16.precision, BFLOAT16.precision
+NARROW_PRECISION, WIDE_PRECISION = FLOAT32.precision, FLOAT64.precision
+HALF_LIMITS, BRAIN_LIMITS = FLOAT16.limits, BFLOAT16.limits
+NARROW_LIMITS, WIDE_LIMITS = FLOAT32.limits, FLOAT64.limits
 
 norm_from, root, usable = _parts.norm_of, _parts.root, _parts.usable
 
@@ -73,16 +78,36 @@ def peak_of(x):
     """Return the largest magnitude of an array, NaN where there is one."""
     peak = 0.0
     for i in range(x.size):
-        peak = larger(peak, np.float64(abs(x[i])))
+        peak = larger(peak, np.float64(abs(widen(x[i]))))
     return peak
 
 
 @inline
-def tensor_peak(rows, t):
-    """Return the largest magnitude of a tensor."""
-    if field(rows, t, KIND) & WIDE:
-        return peak_of(array_of(rows, t, WIDE_LIKE))
-    return peak_of(array_of(rows, t, NARROW_LIKE))
+def bits_of_peak(rows, t, mask):
+    """Return the largest magnitude of a tensor as an integer, see `cpu.largest_bits`."""
+    address, length = field(rows, t, ADDRESS), field(rows, t, LENGTH)
+    return np.int64(largest_bits((address, address, length), mask)) if length else np.int64(0)
+
+
+@inline
+def joint_peak(rows, count):
+    """Return the largest magnitude of all tensors, NaN where there is one."""
+    peaks = np.zeros(4, np.int64)  # of each kind, as bits
+    for t in range(count):
+        kind = field(rows, t, KIND)
+        if kind & WIDE:
+            peaks[0] = max(peaks[0], bits_of_peak(rows, t, WIDE_MASK))
+        elif kind & (HALF | BRAIN):
+            k = 1 if kind & HALF else 2
+            peaks[k] = max(peaks[k], bits_of_peak(rows, t, HALF_MASK))
+        else:
+            peaks[3] = max(peaks[3], bits_of_peak(rows, t, NARROW_MASK))
+    first = np.int64(peaks.ctypes.data)
+    wide, narrow = array_at(first, 1, WIDE_LIKE)[0], array_at(first + 24, 1, NARROW_LIKE)[0]
+    half, brain = array_at(first + 8, 1, HALF_LIKE)[0], array_at(first + 16, 1, BRAIN_LIKE)[0]
+    peak = larger(larger(wide, np.float64(narrow)), np.float64(widen(half)))
+    peak = larger(peak, np.float64(widen(brain)))
+    return peak if peaks.size else 0.0  # which keeps the memory until it is read
 
 
 @inline
@@ -98,25 +123,46 @@ def powers_of(x, scale, ord):
 @inline
 def tensor_powers(rows, t, scale, ord):
     """Return a tensor's sum of ``(|x| / scale) ** ord``."""
-    if field(rows, t, KIND) & WIDE:
+    kind = field(rows, t, KIND)
+    if kind & WIDE:
         return powers_of(array_of(rows, t, WIDE_LIKE), scale, ord)
+    if kind & HALF:
+        return powers_of(array_of(rows, t, HALF_LIKE), scale, ord)
+    if kind & BRAIN:
+        return powers_of(array_of(rows, t, BRAIN_LIKE), scale, ord)
     return powers_of(array_of(rows, t, NARROW_LIKE), scale, ord)
 
 
 @inline
-def plain_norm(rows, count):
-    """Return the norm of all tensors, and whether it is finite and no sum left the safe range."""
+def tensor_squares(rows, t):
+    """Return a tensor's sum of squares, and what rounding has taken from it."""
+    kind = field(rows, t, KIND)
+    if kind & WIDE:
+        return parts_of_squares(array_of(rows, t, WIDE_LIKE))
+    if kind & HALF:
+        return parts_of_squares(array_of(rows, t, HALF_LIKE))
+    if kind & BRAIN:
+        return parts_of_squares(array_of(rows, t, BRAIN_LIKE))
+    return parts_of_squares(array_of(rows, t, NARROW_LIKE))
+
+
+@inline
+def plain_norm(rows, count, ord):
+    """Return the norm of all tensors, and whether it is finite and no sum left the safe range.
+
+    Of order 2 or infinite.
+    """
+    if ord != 2.0:
+        peak = joint_peak(rows, count)
+        return peak, math.isfinite(peak)
     total = error = doubt = 0.0
     safe = True
     for t in range(count):
+        tensor, lost = tensor_squares(rows, t)
+        value = tensor + lost
         if field(rows, t, KIND) & WIDE:
-            x = array_of(rows, t, WIDE_LIKE)
-            tensor, lost = parts_of_squares(x)
-            value = tensor + lost
-            safe &= is_safe(value) or (value == 0.0 and peak_of(x) == 0.0)
-        else:
-            tensor, lost = parts_of_squares(array_of(rows, t, NARROW_LIKE))
-            value = tensor + lost
+            zero = value == 0.0 and bits_of_peak(rows, t, WIDE_MASK) == 0
+            safe &= zero or is_safe(value)
         total, error, doubt = add_sum((total, error, doubt), value, (tensor - value) + lost)
     norm = math.sqrt(total + error)
     return norm, safe and math.isfinite(norm) and is_settled(total, error, doubt)
@@ -139,46 +185,46 @@ def rescued_squares(x):
 
 
 @inline
-def joint_squares(rows, count):
-    """Return the sum of squares of all tensors as ``total * 4**exponent``."""
+def joint_norm(rows, count, ord):
+    """Return the norm of all tensors as ``root * 2**exponent``."""
     sums = np.empty((count, SUM_COLUMNS))
+    peak = 0.0 if ord == 2.0 else joint_peak(rows, count)
     for t in range(count):
-        if field(rows, t, KIND) & WIDE:
+        tensor, lost, exponent = 0.0, 0.0, 0
+        if ord == 2.0 and field(rows, t, KIND) & WIDE:
             tensor, lost, exponent = rescued_squares(array_of(rows, t, WIDE_LIKE))
-        else:
-            tensor, lost, exponent = rescued_squares(array_of(rows, t, NARROW_LIKE))
+        elif ord == 2.0:
+            tensor, lost = tensor_squares(rows, t)
+        elif ord < math.inf:
+            tensor = tensor_powers(rows, t, usable(peak), ord)
         write_sum(sums[t], tensor, lost)
         sums[t, EXPONENT] = exponent
     total, _, power = add_tensors((0, count), TOTAL, False, sums)
-    return total, power
+    return norm_from(total, power, ord, peak, 1.0)
 
 
 @inline
-def joint_norm(rows, count, ord):
-    """Return the norm of all tensors as ``root * 2**exponent``."""
-    if ord == 2.0:
-        total, exponent = joint_squares(rows, count)
-        return norm_from(total, exponent, 2.0, 0.0, 1.0)
-    peak = total = error = 0.0
-    for t in range(count):
-        peak = larger(peak, tensor_peak(rows, t))
-    for t in range(count if ord < math.inf else 0):
-        total, rest = two_sum(total, tensor_powers(rows, t, usable(peak), ord))
-        error += rest
-    return norm_from(settled(total, error), 0, ord, peak, 1.0)
+def tensor_limits(kind):
+    """Return what a kind says of rounding, see `joint`."""
+    if kind & WIDE:
+        return WIDE_LIMITS
+    if kind & HALF:
+        return HALF_LIMITS
+    return BRAIN_LIMITS if kind & BRAIN else NARROW_LIMITS
 
 
 @inline
 def factor(rows, count, norm, power, bound, ord, divisor):
     """Return what `decisions.factor_of` does for a norm over a divisor."""
-    elements, wide = 0, True
+    elements, digits = 0, 53.0
+    roundoff = coarse = tiny = 0.0  # of the coarsest type
     for t in range(count):
         elements += field(rows, t, LENGTH)
-        wide &= field(rows, t, KIND) & WIDE != 0
-    limits = WIDE_LIMITS if wide else NARROW_LIMITS  # of the coarsest type
-    coarse = root(float(elements), ord) / divisor * limits[COARSE]
-    digits = int(limits[DIGITS])
-    return factor_of(norm, power, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST])
+        limits = tensor_limits(field(rows, t, KIND))
+        roundoff, coarse = max(roundoff, limits[ROUNDOFF]), max(coarse, limits[COARSE])
+        digits, tiny = min(digits, limits[DIGITS]), max(tiny, limits[SMALLEST])
+    coarse *= root(float(elements), ord) / divisor
+    return factor_of(norm, power, bound, bound, coarse, roundoff, int(digits), tiny)
 
 
 @inline
@@ -194,9 +240,16 @@ def scale_array(x, mantissa, power, truncate, precision, like):
 def scale(rows, count, mantissa, power, truncate):
     """Multiply all tensors."""
     for t in range(count):
-        if field(rows, t, KIND) & WIDE:
+        kind = field(rows, t, KIND)
+        if kind & WIDE:
             x = array_of(rows, t, WIDE_LIKE)
             scale_array(x, mantissa, power, truncate, WIDE_PRECISION, WIDE_LIKE)
+        elif kind & HALF:
+            h = array_of(rows, t, HALF_LIKE)
+            scale_array(h, mantissa, power, truncate, HALF_PRECISION, HALF_LIKE)
+        elif kind & BRAIN:
+            b = array_of(rows, t, BRAIN_LIKE)
+            scale_array(b, mantissa, power, truncate, BRAIN_PRECISION, BRAIN_LIKE)
         else:
             y = array_of(rows, t, NARROW_LIKE)
             scale_array(y, mantissa, power, truncate, NARROW_PRECISION, NARROW_LIKE)
@@ -206,9 +259,14 @@ def scale(rows, count, mantissa, power, truncate):
 def clean(rows, count):
     """Write 0 for each number of all tensors that is not finite."""
     for t in range(count):
-        components = 2 if field(rows, t, KIND) & COMPLEX else 1
-        if field(rows, t, KIND) & WIDE:
+        kind = field(rows, t, KIND)
+        components = 2 if kind & COMPLEX else 1
+        if kind & WIDE:
             clean_array(array_of(rows, t, WIDE_LIKE), components)
+        elif kind & HALF:
+            clean_array(array_of(rows, t, HALF_LIKE), components)
+        elif kind & BRAIN:
+            clean_array(array_of(rows, t, BRAIN_LIKE), components)
         else:
             clean_array(array_of(rows, t, NARROW_LIKE), components)
 
@@ -269,7 +327,7 @@ def divisor_of(rows, what):
     """Return what the norm of the first tensor is divided by."""
     if not what & (AVERAGE | ROOT_MEAN):
         return 1.0
-    size = field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX)
+    size = field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1)
     return float(max(size, 1)) if what & AVERAGE else math.sqrt(max(size, 1))
 
 
@@ -277,8 +335,13 @@ def divisor_of(rows, what):
 def multiply_all(rows, count, scale):
     """Multiply all tensors."""
     for t in range(count):
-        if field(rows, t, KIND) & WIDE:
+        kind = field(rows, t, KIND)
+        if kind & WIDE:
             multiply(array_of(rows, t, WIDE_LIKE), scale)
+        elif kind & HALF:
+            multiply(array_of(rows, t, HALF_LIKE), as_computed(scale, HALF_LIKE))
+        elif kind & BRAIN:
+            multiply(array_of(rows, t, BRAIN_LIKE), as_computed(scale, BRAIN_LIKE))
         else:
             multiply(array_of(rows, t, NARROW_LIKE), as_computed(scale, NARROW_LIKE))
 
@@ -292,9 +355,9 @@ def clip(rows, count, bound, given, ord, what):
     wrong = fault(rows, count, bound, given, ord, what)
     if wrong != UNCHANGED or count == 0:
         return given if what & GIVEN else 0.0, wrong
-    norm, safe = 0.0, ord == 2.0
+    norm, safe = 0.0, ord == 2.0 or ord == math.inf
     if safe and (what & POLICY != PROPAGATE or not what & GIVEN):
-        norm, safe = plain_norm(rows, count)
+        norm, safe = plain_norm(rows, count, ord)
     divisor = divisor_of(rows, what)
     norm /= divisor
     if what & GIVEN:
@@ -341,9 +404,15 @@ def clamp(rows, low, high):
     """Hold each number of the first tensor between two bounds, which are rounded to its type."""
     if not low <= high:
         return BAD_INTERVAL
-    if field(rows, 0, KIND) & WIDE:
+    kind = field(rows, 0, KIND)
+    if kind & WIDE:
         hold(array_of(rows, 0, WIDE_LIKE), low, high)
     else:
         least, most = as_computed(low, NARROW_LIKE), as_computed(high, NARROW_LIKE)
-        hold(array_of(rows, 0, NARROW_LIKE), least, most)
+        if kind & HALF:
+            hold(array_of(rows, 0, HALF_LIKE), least, most)
+        elif kind & BRAIN:
+            hold(array_of(rows, 0, BRAIN_LIKE), least, most)
+        else:
+            hold(array_of(rows, 0, NARROW_LIKE), least, most)
     return WRITTEN

@@ -7,10 +7,13 @@ import math
 
 import numpy as np
 
-from numclip.host.kernels.columns import add_parts, column_squares, scale_columns
+from numclip.formulas import SLACK
+from numclip.host.kernels.columns import add_parts, column_squares, row_at, scale_columns
 from numclip.host.kernels.cpu import copy, multiply, multiply_into, squares_of
 from numclip.host.kernels.elements import as_computed
+from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.pools import _parts
+from numclip.host.kernels.spans import peak_of, powers_of
 from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
@@ -19,6 +22,7 @@ from numclip.tables import (
     CLIPPED,
     CLIPPED_COUNT,
     COARSE,
+    EPS,
     LEAST,
     LEAVE,
     MODE,
@@ -37,28 +41,33 @@ from numclip.tables import (
 norm_of, relative, write_factor = _parts.norm_of, _parts.relative, _parts.write_factor
 binned_square, joined_bins = _parts.binned_square, _parts.joined_bins
 scale_by_power, larger, is_safe = _parts.scale_by_power, _parts.larger, _parts.is_safe
-factor_of = _parts.factor_of
+factor_of, usable = _parts.factor_of, _parts.usable
+
+LOW, HIGH = 2.0**-930, 2.0**930  # between which quotients have exponents to spare
 
 
 @kernel
 def row_squares(begin, end, x, out):
     """Write the sum of squares of each row, added as those of the chunks of a tensor are."""
+    part = np.int64(x.ctypes.data), x.shape[1] * x.itemsize, x.shape[1]
     for r in range(begin, end):
-        out[r] = squares_of(x[r])
+        out[r] = squares_of(row_at(r, part, x))
 
 
 @kernel
 def scale_rows(begin, end, x, factors, out):
     """Multiply each row by its factor; a factor of 1 copies bits, in place it touches nothing."""
+    step = x.shape[1] * x.itemsize, x.shape[1]
+    source, target = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
     for r in range(begin, end):
-        factor = factors[r]
-        if x.ctypes.data == out.ctypes.data:
+        factor, row = factors[r], row_at(r, (target, *step), out)
+        if source == target:
             if factor != 1.0:
-                multiply(x[r], factor)
+                multiply(row, factor)
         elif factor != 1.0:
-            multiply_into(x[r], factor, out[r])
+            multiply_into(row_at(r, (source, *step), x), factor, row)
         else:
-            copy(x[r], out[r])
+            copy(row_at(r, (source, *step), x), row)
 
 
 @kernel
@@ -115,6 +124,86 @@ def unit_squares(x, digits, out):
     return True
 
 
+@inline
+def one_factor(total, owner, law, digits, relates):
+    """Return the factor for a unit's sum of squares; UNKNOWN where results are to be truncated.
+
+    And where a sum is not known.
+    """
+    if total < 0.0 or owner < 0.0:
+        return UNKNOWN
+    norm, bound, coarse = (math.sqrt(total), 0), law[BOUND], law[COARSE]
+    if relates:
+        bound, norm, coarse = relative(law, norm, (math.sqrt(owner), 0))
+    mantissa, power, small = factor_of(
+        norm[0], norm[1], bound, bound, coarse, law[ROUNDOFF], digits, law[TINY]
+    )
+    return UNKNOWN if small else scale_by_power(mantissa, power)
+
+
+@inline
+def write_quotients(sums, owners, law, digits, out):
+    """Write factors before they are rounded down, NaN where something is near a limit.
+
+    Without branches, so that a processor takes eight at once. The bits are those of
+    `decisions.factor_of`: but near limits a quotient's do not depend on the exponents.
+    """
+    bound, eps, relates = law[BOUND], law[EPS], owners.size > 0
+    coarse, tiny, margin = law[COARSE], law[TINY], 1.0 + law[ROUNDOFF]
+    slack = 1.0 - (SLACK if digits > 24 else 2.0 * SLACK)
+    plain = bound == math.inf or LOW < bound < HIGH
+    for u in range(sums.size):
+        ratio, root = math.sqrt(sums[u]), 1.0
+        if relates:
+            root = math.sqrt(owners[u])
+            root = eps if root < eps else root
+            ratio /= root
+        factor = bound / ratio / margin * slack
+        right = plain & (ratio < HIGH) & (factor >= tiny) & (bound >= coarse / root)
+        factor = factor if right else math.nan
+        out[u] = 1.0 if plain & (ratio <= bound) else factor
+
+
+@kernel
+def unit_factors(begin, end, sums, owners, law, digits, out):
+    """Write the factor of each unit by its sum of squares, UNKNOWN where another way finds it.
+
+    `owners` are the sums of the parameters, if these count.
+    """
+    relates, own = owners.size > 0, out[begin:end]
+    write_quotients(sums[begin:end], owners[begin:end], law, digits, own)
+    bits, mask = own.view(np.int64), np.int64(-1) << (53 - digits)
+    for u in range(bits.size):
+        bits[u] &= mask
+    for u in range(begin, end):
+        if math.isnan(out[u]):
+            owner = owners[u] if relates else 0.0
+            out[u] = one_factor(sums[u], owner, law, digits, relates)
+
+
+@kernel
+def row_factors(begin, end, x, ord, law, digits, out):
+    """Write the factor of each row of real numbers by its norm of an order other than 2."""
+    part = np.int64(x.ctypes.data), x.shape[1] * x.itemsize, x.shape[1]
+    for r in range(begin, end):
+        row = row_at(r, part, x)
+        peak = peak_of(row)
+        total = powers_of(row, usable(peak), ord) if ord < math.inf else 0.0
+        norm, power = norm_of(total, 0, ord, peak, 1.0)
+        mantissa, shift, small = factor_of(
+            norm, power, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], digits, law[TINY]
+        )
+        out[r] = UNKNOWN if small else scale_by_power(mantissa, shift)
+
+
+@kernel
+def mark_lossy(x, sums):
+    """Write UNKNOWN for sums of squares that lost something; `x` is as in `unit_squares`."""
+    for unit in range(sums.size):
+        if not is_lossless(sums[unit], x, unit):
+            sums[unit] = UNKNOWN
+
+
 @kernel
 def clip_little(x, params, law, digits, out):
     """Clip units, see `unit_squares`; tell whether that is done, and else nothing is written.
@@ -127,19 +216,13 @@ def clip_little(x, params, law, digits, out):
         return False
     if params.size and not unit_squares(params, digits, owners):
         return False
-    factors, clips = np.full(count, as_computed(1.0, x)), False
+    found, factors, clips = np.empty(count), np.full(count, as_computed(1.0, x)), False
+    unit_factors(0, count, sums, owners, law, digits, found)
     for unit in range(count):
-        norm = math.sqrt(sums[unit]), 0
-        bound, coarse = law[BOUND], law[COARSE]
-        if params.size:
-            bound, norm, coarse = relative(law, norm, (math.sqrt(owners[unit]), 0))
-        mantissa, power, small = factor_of(
-            norm[0], norm[1], bound, bound, coarse, law[ROUNDOFF], digits, law[TINY]
-        )
-        if small:
+        if found[unit] == UNKNOWN:
             return False
-        if mantissa != 1.0 or power != 0:
-            factors[unit], clips = scale_by_power(mantissa, power), True
+        factors[unit] = found[unit]
+        clips |= found[unit] != 1.0
     if not clips and x.ctypes.data == out.ctypes.data:
         return True
     if x.shape[2] == 1:

@@ -1,0 +1,323 @@
+"""Plain NumPy arrays that hold little, of any types and steps, clipped in one native call.
+
+The arrays of a tuple are read as in `arrays`, described as `spans` wants them, and clipped there.
+What is not contiguous is worked on in a copy, in C order. All is read before anything is written,
+and every array is checked before: where one is no gradient, or is to be written and cannot be, or
+shares memory with another, nothing is.
+"""
+
+import numpy as np
+
+from numclip.dtypes import FLOAT32, FLOAT64
+from numclip.host.kernels import spans
+from numclip.host.kernels.arrays import (
+    ALIGNED,
+    C_ORDER,
+    DATA,
+    DESCR,
+    FLAGS,
+    FORTRAN_ORDER,
+    HEADER,
+    NDARRAY,
+    NDIM,
+    NONE,
+    SHAPE,
+    STRIDES,
+    WORD,
+    WRITEABLE,
+    are_equal,
+    own_their_data,
+)
+from numclip.host.kernels.elements import array_at, word_at
+from numclip.host.kernels.spans import (
+    ADDRESS,
+    BRAIN,
+    COMPLEX,
+    FEW,
+    FIELDS,
+    HALF,
+    HIGH,
+    KIND,
+    LENGTH,
+    LOW,
+    UNCHANGED,
+    WIDE,
+    WRITTEN,
+    are_apart,
+)
+from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime.jit import inline, kernel_with_gil
+
+# The dtypes, whose addresses follow those of the type and of None in what a kernel is told.
+NAMES = "float32", "float64", "float16", "bfloat16", "complex64", "complex128"
+KINDS = np.array([0, WIDE, HALF, BRAIN, COMPLEX, WIDE | COMPLEX])
+SIZES = np.array([4, 8, 2, 2, 8, 16])
+DTYPES = NONE + 1
+WRITES, EACH, REAL = 1, 2, 4  # what to do: write results, clip each by itself, take no complex
+ELSEWHERE, MUCH = 16, 17  # beside what `spans` says became of the arrays
+AXES = 64  # NumPy's most
+NARROW_LIKE, WIDE_LIKE, BYTE_LIKE = FLOAT32.like, FLOAT64.like, np.empty(0, np.uint8)
+
+
+@inline
+def fact(facts, k):
+    """Return what a kernel is told."""
+    return word_at(facts + k * WORD)
+
+
+@inline
+def code_of(dtype, facts):
+    """Return the number of a dtype among the known ones, -1 if it is none of them."""
+    for k in range(KINDS.size):
+        if fact(facts, DTYPES + k) == dtype:
+            return k
+    header = fact(facts, HEADER)
+    for k in range(KINDS.size):
+        known = fact(facts, DTYPES + k)
+        if known != 0 and are_equal(dtype + header, known + header):
+            return k
+    return -1
+
+
+@inline
+def axis(fields, k):
+    """Return the length of an axis and its step."""
+    shape, strides = word_at(fields + SHAPE), word_at(fields + STRIDES)
+    return word_at(shape + k * WORD), word_at(strides + k * WORD)
+
+
+@inline
+def axes(fields):
+    """Return the number of axes."""
+    return word_at(fields + NDIM) & 0xFFFF_FFFF
+
+
+@inline
+def is_nested(fields, itemsize):
+    """Tell whether each step of an array leads past all that smaller ones reach."""
+    for k in range(axes(fields)):
+        length, step = axis(fields, k)
+        reach = itemsize
+        for j in range(axes(fields)):
+            others, other = axis(fields, j)
+            if j != k and abs(other) <= abs(step):
+                reach += abs(other) * (others - 1)
+        if length > 1 and abs(step) < reach:
+            return False
+    return True
+
+
+@inline
+def is_contiguous(fields, itemsize):
+    """Tell whether an array is aligned and fills its memory, in any order of the axes."""
+    flags = word_at(fields + FLAGS)
+    if flags & ALIGNED == 0 or flags & (C_ORDER | FORTRAN_ORDER) != 0:
+        return flags & ALIGNED != 0
+    reach, nbytes = np.int64(itemsize), np.int64(itemsize)
+    for k in range(axes(fields)):
+        length, step = axis(fields, k)
+        if length > 1 and step < 0:
+            return False
+        reach, nbytes = reach + (length - 1) * step, nbytes * length
+    return reach == nbytes and is_nested(fields, itemsize)
+
+
+@inline
+def can_be_written(fields, itemsize):
+    """Tell whether an array is writeable, element by element."""
+    writeable = word_at(fields + FLAGS) & WRITEABLE != 0
+    return writeable and (is_contiguous(fields, itemsize) or is_nested(fields, itemsize))
+
+
+@inline
+def write_row(fields, code, row):
+    """Write where an array is, as `spans` has it; return its bytes."""
+    length, itemsize = np.int64(1), np.int64(SIZES[code])
+    low = high = word_at(fields + DATA)
+    for k in range(axes(fields)):
+        size, step = axis(fields, k)
+        length *= size
+        low, high = low + min((size - 1) * step, 0), high + max((size - 1) * step, 0)
+    row[ADDRESS], row[KIND] = word_at(fields + DATA), KINDS[code]
+    row[LENGTH] = 2 * length if KINDS[code] & COMPLEX else length
+    row[LOW], row[HIGH] = low, (high + itemsize if length else low)
+    return length * itemsize
+
+
+@inline
+def take(items, facts, how, rows):
+    """Write a row for each array; return UNCHANGED, ELSEWHERE or MUCH, and how many there are.
+
+    And the bytes of those that are to be copied.
+    """
+    used, held, copied = 0, 0, 0
+    for t in range(rows.shape[0]):
+        item = word_at(items + t * WORD)
+        if item == fact(facts, NONE):
+            continue
+        fields = item + fact(facts, HEADER)
+        if word_at(fields - WORD) != fact(facts, NDARRAY):
+            return ELSEWHERE, 0, 0
+        code = code_of(word_at(fields + DESCR), facts)
+        if code < 0 or (how & REAL and KINDS[code] & COMPLEX):
+            return ELSEWHERE, 0, 0
+        if how & WRITES and not can_be_written(fields, SIZES[code]):
+            return ELSEWHERE, 0, 0
+        nbytes = write_row(fields, code, rows[used])
+        held += nbytes
+        if not is_contiguous(fields, SIZES[code]):
+            copied += nbytes + WORD
+        used += 1
+    if held >= PARALLEL_BYTES:
+        return MUCH, 0, 0
+    return UNCHANGED, used, copied
+
+
+@inline
+def have_own_memory(items, facts, rows, used):
+    """Tell whether no two arrays share memory, as far as that is seen by where they lie."""
+    if used > FEW and own_their_data(items, rows.shape[0], fact(facts, HEADER), fact(facts, NONE)):
+        return True
+    return are_apart(np.int64(rows.ctypes.data), used)
+
+
+@inline
+def size_of(kind):
+    """Return the bytes of a stored number."""
+    if kind & WIDE:
+        return 8
+    return 2 if kind & (HALF | BRAIN) else 4
+
+
+@inline
+def copy_element(source, target, unit, count):
+    """Copy an element, so many units of 8, 4 or 1 bytes."""
+    for k in range(0, unit * count, unit):
+        if unit == 8:
+            array_at(target + k, 1, WIDE_LIKE)[0] = array_at(source + k, 1, WIDE_LIKE)[0]
+        elif unit == 4:
+            array_at(target + k, 1, NARROW_LIKE)[0] = array_at(source + k, 1, NARROW_LIKE)[0]
+        else:
+            array_at(target + k, 1, BYTE_LIKE)[0] = array_at(source + k, 1, BYTE_LIKE)[0]
+
+
+@inline
+def move(fields, row, back):
+    """Copy an array to where its row says, in C order, or back from there."""
+    unit, parts = size_of(row[KIND]), 2 if row[KIND] & COMPLEX else 1
+    itemsize = unit * parts
+    if unit == 2 or word_at(fields + FLAGS) & ALIGNED == 0:
+        unit, parts = 1, itemsize
+    last = axes(fields) - 1
+    inner, step = axis(fields, last) if last >= 0 else (np.int64(1), np.int64(0))
+    place, index = word_at(fields + DATA), np.zeros(AXES, np.int64)
+    end = row[ADDRESS] + row[LENGTH] * size_of(row[KIND])
+    for copy in range(row[ADDRESS], end, inner * itemsize):
+        for i in range(inner):
+            element, own = place + i * step, copy + i * itemsize
+            copy_element(own if back else element, element if back else own, unit, parts)
+        for k in range(last - 1, -1, -1):
+            length, stride = axis(fields, k)
+            index[k] += 1
+            place += stride
+            if index[k] < length:
+                break
+            place -= length * stride
+            index[k] = 0
+
+
+@inline
+def move_all(items, facts, rows, copies, back):
+    """Copy arrays that are not contiguous, and say so in their rows; or bring copies back.
+
+    But for those of no length.
+    """
+    used, address = 0, np.int64(copies.ctypes.data)
+    for t in range(rows.shape[0]):
+        item = word_at(items + t * WORD)
+        if item == fact(facts, NONE):
+            continue
+        fields, row = item + fact(facts, HEADER), rows[used]
+        used += 1
+        itemsize = size_of(row[KIND]) * (2 if row[KIND] & COMPLEX else 1)
+        if row[LENGTH] == 0 or is_contiguous(fields, itemsize):
+            continue
+        if not back:
+            row[ADDRESS] = address
+            address += (row[LENGTH] * size_of(row[KIND]) + WORD - 1) // WORD * WORD
+        move(fields, row, back)
+
+
+@inline
+def enter(items, facts, how, rows):
+    """Return what `take` does, with memory for copies; arrays are copied there."""
+    state, used, copied = take(items, facts, how, rows)
+    if state == UNCHANGED and how & WRITES and not have_own_memory(items, facts, rows, used):
+        state = ELSEWHERE
+    copies = np.empty(copied // WORD if state == UNCHANGED else 0, np.int64)
+    if copies.size:
+        move_all(items, facts, rows, copies, copies.size == 0)
+    return state, used, copies
+
+
+@inline
+def note(rows, first, how, became, done):
+    """Return what became of all arrays; let one by itself that is as it was not be brought back."""
+    if how & EACH and became != WRITTEN:
+        rows[first, LENGTH] = 0
+    return max(done, became)
+
+
+@inline
+def pointers(tuple_, facts):
+    """Return where a tuple's pointers are, and how many."""
+    items = tuple_ + fact(facts, HEADER) + WORD
+    return items, word_at(items - WORD)
+
+
+@kernel_with_gil
+def clip(arrays, facts, how, bound, given, ord, what):
+    """Clip the arrays of a tuple in place as `spans.clip` does; return the norm and what became.
+
+    One by one if that is asked for, and with the norm of the last.
+    """
+    items, count = pointers(arrays, facts)
+    rows = np.empty((count, FIELDS), np.int64)
+    done, used, copies = enter(items, facts, how, rows)
+    norm, step = 0.0, 1 if how & EACH else max(used, 1)
+    for first in range(0, max(used, 1) if done == UNCHANGED else 0, step):
+        address = np.int64(rows.ctypes.data) + first * FIELDS * WORD
+        norm, became = spans.clip(address, min(step, used), bound, given, ord, what)
+        done = note(rows, first, how, became, done)
+    if copies.size and how & WRITES and (done == WRITTEN or how & EACH):
+        move_all(items, facts, rows, copies, copies.size > 0)
+    return norm, done
+
+
+@kernel_with_gil
+def clip_rare(arrays, facts, how, bound, given, ord, what):
+    """Do the same as `spans.clip_rare` does."""
+    items, count = pointers(arrays, facts)
+    rows = np.empty((count, FIELDS), np.int64)
+    done, used, copies = enter(items, facts, how, rows)
+    norm, step = 0.0, 1 if how & EACH else max(used, 1)
+    for first in range(0, max(used, 1) if done == UNCHANGED else 0, step):
+        address = np.int64(rows.ctypes.data) + first * FIELDS * WORD
+        norm, became = spans.clip_rare(address, min(step, used), bound, given, ord, what)
+        done = note(rows, first, how, became, done)
+    if copies.size and how & WRITES and (done == WRITTEN or how & EACH):
+        move_all(items, facts, rows, copies, copies.size > 0)
+    return norm, done
+
+
+@kernel_with_gil
+def clamp(arrays, facts, how, low, high):
+    """Hold the elements of the arrays of a tuple between bounds; return what became of them."""
+    items, count = pointers(arrays, facts)
+    rows = np.empty((count, FIELDS), np.int64)
+    done, used, copies = enter(items, facts, how, rows)
+    for t in range(used if done == UNCHANGED else 0):
+        done = max(done, spans.clamp(np.int64(rows.ctypes.data) + t * FIELDS * WORD, low, high))
+    if copies.size and done == WRITTEN:
+        move_all(items, facts, rows, copies, copies.size > 0)
+    return done
