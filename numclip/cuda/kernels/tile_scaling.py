@@ -7,7 +7,7 @@ import numpy as np
 
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import lane_sum
-from numclip.cuda.kernels.packets import as_computed, copy_element, load, size_of, store
+from numclip.cuda.kernels.packets import as_computed, copy_element, load, rounded, size_of, store
 from numclip.cuda.kernels.scalars import clamped, truncated_product
 from numclip.cuda.kernels.tiles import parts_of, seat, sums_apart
 from numclip.tables import (
@@ -146,7 +146,7 @@ def clamp_line(tile, n, low, high, like):
 @kernel
 def clamp_tiles(tiles, tensors, decisions, low, high, like):
     """Hold each element between two bounds, but what is skipped. Reads and writes it once."""
-    low, high = as_computed(low, like), as_computed(high, like)
+    low, high = rounded(low, like), rounded(high, like)
     t = np.int64(cuda.blockIdx.x)
     while t < tiles.shape[0]:
         if decisions[tensors[tiles[t, OWNER], POOL], SKIPPED] == 0.0:

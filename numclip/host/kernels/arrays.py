@@ -27,7 +27,7 @@ from numclip.host.kernels.cpu import (
     multiply,
     slot_of,
 )
-from numclip.host.kernels.elements import array_at, as_computed, narrow, widen, word_at
+from numclip.host.kernels.elements import array_at, as_computed, narrow, rounded, widen, word_at
 from numclip.host.kernels.joint import decide, norm_of
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
@@ -231,7 +231,7 @@ def clamp_little(items, count, facts, low, high, like):
     state, used, _ = read_little(items, count, facts, like, chunks)
     if state != DONE:
         return state
-    least, most = as_computed(low, like), as_computed(high, like)
+    least, most = rounded(low, like), rounded(high, like)
     for c in range(used):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         for i in range(x.size):
