@@ -224,12 +224,12 @@ def checks_norm(norm: float, of: Vector) -> None:
 def check_direction(before: Vector, after: Vector) -> None:
     """No sign flips, and one factor explains all elements; both to the last bits but a few."""
     x, y = before.numbers, after.numbers
-    assert not np.any((y != 0) & (np.signbit(y) != np.signbit(x)))
+    assert not np.any((y != 0) & (np.signbit(y) != np.signbit(x))), "a sign flipped"
     spacing = np.ldexp(1.0, np.frexp(y)[1] - before.precision)
     ulps = np.maximum(np.where(y, spacing, 0), before.smallest)
     assert not y[x == 0].any()
     size, result, ulps = (abs(v[x != 0].astype(EXTENDED)) for v in (x, y, ulps))
-    assert np.all(result <= size)
+    assert np.all(result <= size), "an element grew"
     lows, highs = (result - ulps) / size, (result + ulps) / size
     assert lows.max() <= highs.min() * (1 + NEAR), "no single factor"
 
