@@ -367,6 +367,8 @@ def main(count: int, first: int = 0) -> int:
     failures, begun = 0, time.monotonic()
     called, clipped = Counter[str](), Counter[str]()
     for number in range(first, first - (-count // CALLS_A_DRAW)):
+        if called.total() % 100_000 == 0 and called:
+            print(f"{called.total()} calls, {failures} draws failed", flush=True)
         try:
             name, clips = run(number)
         except Exception:
