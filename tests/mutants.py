@@ -105,9 +105,10 @@ def places_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST
                 yield from places_of(child)
 
 
-def mutants_of(source: str) -> list[tuple[str, str]]:
-    """Return all faults of a source: what each changes, and the source with it."""
-    tree, made = ast.parse(source), []
+def mutants_of(source: str) -> list[tuple[int, str, str]]:
+    """Return all faults of a source: its line, what each changes there, and the source with it."""
+    tree, lines = ast.parse(source), source.splitlines()
+    made = []
     for parent, field, k, node in places_of(tree):
         for fault in faults_of(node):
             before = getattr(parent, field)
@@ -116,9 +117,10 @@ def mutants_of(source: str) -> list[tuple[str, str]]:
             text = ast.unparse(ast.fix_missing_locations(copy.deepcopy(tree)))
             setattr(parent, field, before)
             old, new = (ast.unparse(ast.fix_missing_locations(x)) for x in (node, fault))
-            old, new = (text.split("\n")[0] for text in (old, new))
-            made.append((f"{old}  ->  {new}", text, node.lineno))
-    return [(f"{line}: {what}", text) for what, text, line in made]
+            old, new = (text.partition("\n")[0] for text in (old, new))
+            what = f"{lines[node.lineno - 1].strip()} | {old} | {new}"
+            made.append((node.lineno, what, text))
+    return made
 
 
 def run(suites: list[str], where: Path, log: Path, limit: float) -> bool:
@@ -180,11 +182,11 @@ def try_module(module: str, count: int, seed: int) -> int:
         limit = 10 * (time.monotonic() - begun) + 30
         mutants = mutants_of(source)
         drawn = random.Random(seed).sample(mutants, min(count, len(mutants)))
-        for what, text in drawn:
+        for line, what, text in drawn:
             (where / relative).write_text(text)
             if run(suites, where, log, limit):
-                survivors.append(f"{relative}: {what.partition(': ')[2]}")
-                print(f"survived: {relative}:{what}", flush=True)
+                survivors.append(f"{relative} | {what}")
+                print(f"survived, line {line}: {survivors[-1]}", flush=True)
     new = [line for line in survivors if line not in known]
     print(f"{relative}: {len(drawn) - len(survivors)} of {len(drawn)} found", end="")
     print(f", {len(survivors) - len(new)} cannot be, {len(new)} survived", flush=True)

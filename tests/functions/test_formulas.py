@@ -32,6 +32,7 @@ def test_two_sum_loses_nothing(a, b):
 
 
 @given(finite, st.integers(-3000, 3000))
+@example(1.0, 1)
 @example(1.0, 1024)
 @example(0.75, 1024)
 @example(-1.5, 1023)
