@@ -10,7 +10,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from numclip import formulas
-from numclip.formulas import clip_factor, factor_over, root, scale_by_power
+from numclip.formulas import SAFE, clip_factor, factor_over, root, scale_by_power
 from numclip.tables import (
     AIM,
     BOUND,
@@ -103,11 +103,11 @@ def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
 def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type: ignore[no-untyped-def]
     """Return the factor for a norm ``norm * 2**power``, and whether to truncate the results.
 
-    `bound` triggers, `aim` is what to reach. Where that is under `coarse` the grain (see
-    `formulas`) demands that subnormal results are rounded toward zero, as does a factor under
-    `tiny`, which is not exact.
+    `bound` triggers, `aim` is what to reach; a bound of 0 triggers for norms that underflow, too.
+    Where the aim is under `coarse` the grain (see `formulas`) demands that subnormal results are
+    rounded toward zero, as does a factor under `tiny`, which is not exact.
     """
-    if scale_by_power(norm, power) <= bound:
+    if scale_by_power(norm, power) <= bound and (bound > 0.0 or norm == 0.0):
         return 1.0, 0, False
     mantissa, exponent = clip_factor(aim, norm, power, roundoff, digits)
     small = 0.0 < mantissa < 1.0 and (aim < coarse or scale_by_power(mantissa, exponent) < tiny)
@@ -164,7 +164,8 @@ def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
 def relative(law, norm, param):  # type: ignore[no-untyped-def]
     """Return the bound on the ratio of a norm and a parameter's, that ratio, and what is coarse.
 
-    Ratios are compared, as a product of norms could over- or underflow.
+    Ratios are compared, as a product of norms could over- or underflow. A bound that is subnormal
+    is told as a multiple of a power of two, and all else with it: the ratio would lose its digits.
     """
     bound, root, power = law[BOUND], param[0], param[1]
     if scale_by_power(root, power) < law[EPS]:
@@ -172,6 +173,9 @@ def relative(law, norm, param):  # type: ignore[no-untyped-def]
     if root == 0.0:
         bound = 0.0 if bound < math.inf else bound
         root, power = 1.0, 0
+    if 0.0 < bound < SAFE[0]:
+        bound, shift = math.frexp(bound)
+        power += shift
     coarse = scale_by_power(law[COARSE] / root, -power)
     return bound, (norm[0] / root, norm[1] - power), coarse
 

@@ -149,5 +149,4 @@ def truncating(batch: Batch, mantissas: Array, exponents: Array) -> Call:
 
 def clamping(batch: Batch, beyond: Array, low: float, high: float) -> Call:
     """Return the call that holds elements between two bounds; `beyond` tells of each chunk."""
-    as_computed = batch.dtype.compute.type
-    return batch.call(cpu.clamp, as_computed(low), as_computed(high), batch.dtype.like, beyond)
+    return batch.call(cpu.clamp, float(low), float(high), batch.dtype.like, beyond)

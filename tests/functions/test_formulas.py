@@ -32,6 +32,7 @@ def test_two_sum_loses_nothing(a, b):
 
 
 @given(finite, st.integers(-3000, 3000))
+@example(1.0, 1)
 @example(1.0, 1024)
 @example(0.75, 1024)
 @example(-1.5, 1023)
@@ -49,10 +50,11 @@ def test_scale_by_power_rounds_once(value, exponent):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 0.0, -0.0])
 def test_scale_by_power_keeps_what_has_no_exponent(value):
-    result = formulas.scale_by_power(value, 7)
-    assert result == value
-    assert math.copysign(1.0, result) == math.copysign(1.0, value)
-    assert math.isnan(formulas.scale_by_power(math.nan, 7))
+    for exponent in (7, 2000):
+        result = formulas.scale_by_power(value, exponent)
+        assert result == value
+        assert math.copysign(1.0, result) == math.copysign(1.0, value)
+        assert math.isnan(formulas.scale_by_power(math.nan, exponent))
 
 
 @pytest.mark.parametrize("precision", [precision for precision, _ in DTYPES.values()], ids=DTYPES)
@@ -89,6 +91,7 @@ def test_factor_of_special_norms():
 @example(value=3.0 * 2.0**-149, mantissa=0.5, power=0)
 @example(value=2.0**-126, mantissa=0.75, power=0)
 @example(value=-5e-324, mantissa=0.5, power=0)
+@example(value=1.0, mantissa=0.75, power=-7)
 def test_truncated_product_does_not_grow(digits, lowest, value, mantissa, power):
     result = Fraction(formulas.truncated_product(value, mantissa, power, digits, lowest))
     wanted = Fraction(value) * exact(mantissa, power)
@@ -100,9 +103,10 @@ def test_truncated_product_does_not_grow(digits, lowest, value, mantissa, power)
         assert (result / exact(1.0, lowest)).denominator == 1
 
 
-@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, math.nan])
 def test_truncated_product_of_special_values(value):
-    np.testing.assert_equal(formulas.truncated_product(value, 0.75, -3, 24, -149), value)
+    result = formulas.truncated_product(value, 0.75, -3, 24, -149)
+    np.testing.assert_equal([result, math.copysign(1, result)], [value, math.copysign(1, value)])
     assert math.isnan(formulas.truncated_product(2.0, math.nan, 0, 24, -149))
 
 
@@ -138,7 +142,9 @@ def test_optimizer_steps():
 @pytest.mark.parametrize("exponent", [-1074, -800, -481, -480, -300, 0, 300, 480, 481, 1000, 1023])
 def test_binned_squares_lose_nothing(exponent):
     value = math.ldexp(1.0 + 2.0**-20 if exponent > -1040 else 1.0, exponent)
-    total, power = formulas.joined_bins(*formulas.binned_square(value))
+    bins = formulas.binned_square(value)
+    assert sum(part != 0.0 for part in bins) == 1
+    total, power = formulas.joined_bins(*bins)
     exact = Fraction(value) ** 2
     assert abs(Fraction(total) * Fraction(4) ** power - exact) <= exact * Fraction(2) ** -53
 
@@ -180,3 +186,16 @@ def test_adam_rate_corrects_both_biases():
 def test_magnitudes_are_divided_by_a_largest_one_that_is_a_positive_number():
     assert formulas.usable(0.25) == 0.25
     assert [formulas.usable(peak) for peak in (0.0, math.inf, math.nan)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("total", [0.0, 2.0**-961, 2.0**-959, 1.0, 2.0**999, 2.0**1001, math.inf])
+def test_sums_of_squares_are_safe_within_a_range(total):
+    assert formulas.is_safe(total) is (2.0**-960 < total < 2.0**1000)
+
+
+@pytest.mark.parametrize("error", [2.0**-60, 2.0**-53, -(2.0**-54), 3 * 2.0**-53])
+def test_sums_are_settled_where_doubt_changes_no_bit(error):
+    assert formulas.is_settled(1.0, error, 0.0)
+    is_midway = error != 2.0**-60
+    assert formulas.is_settled(1.0, error, 2.0**-65) is not is_midway
+    assert formulas.is_settled(1.0, -error / 3, 2.0**-65)

@@ -183,3 +183,35 @@ def test_bounds_of_a_few_subnormals(target, name, rule, scale):
         for unit in reference.units(grad.shape, axes):
             squared = squared_bound(grad[unit], bound)
             checks.assert_clipped([grad[unit]], [clipped[unit]], squared)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("name", reference.REAL_DTYPES)
+def test_value_bounds_of_a_few_subnormals_are_rounded_to_nearest(target, name):
+    dtype = reference.DTYPES[name]
+    smallest = float(reference.float_info(dtype).smallest_subnormal)
+    low, high = (-4.0, 7.0) if dtype == np.float64 else (-3.6, 6.7)
+    grad = (np.arange(-10, 10) * smallest).astype(dtype)
+    for own in (grad, np.repeat(grad, 2)[::2]):
+        held = target.clip_by_value(own, low * smallest, high * smallest)
+        expected = (np.clip(np.arange(-10, 10), -4, 7) * smallest).astype(dtype)
+        checks.assert_same_bits(held, expected)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("factor", [0.0, 5e-324, 1e-310])
+@pytest.mark.parametrize("sizes", [(1e-219, 1e307), (7e-24, 1e300), (5e-324, 1e48)])
+def test_ratios_that_underflow_are_held_to_their_bound(target, factor, sizes):
+    size, owner = sizes
+    grad, param = np.array([[size, 0.0], [0.0, size]]), np.full((2, 2), owner)
+    clipped = target.adaptive_clip(grad, param, factor)
+    for column in range(2):
+        unit = grad[:, column], clipped[:, column]
+        bound = reference.adaptive_bound(param[:, column], factor, 0.0)
+        checks.assert_clipped(*([one] for one in unit), bound)
+
+
+@pytest.mark.parametrize("name", ["float64", "complex128"])
+def test_averages_that_underflow_are_held_to_a_bound_of_0(target, name):
+    grad = np.full(7, 5e-324, name)
+    checks.assert_same_bits(target.clip_by_average_norm(grad, 0.0), 0 * grad)

@@ -48,20 +48,29 @@ def factor_interval(before: np.ndarray, after: np.ndarray) -> tuple[Fraction, Fr
     """The factors f for which every element is x * f after one rounding in any direction."""
     x, result = reference.components(before), reference.components(after)
     step = max(1, x.size // SAMPLE)
-    spacing = np.frexp(result)[1] - reference.PRECISION[before.dtype.name]
-    info = reference.float_info(before.dtype)
-    lowest = round(math.log2(float(info.smallest_subnormal)))
+    x, result = np.abs(x[::step]), np.abs(result[::step])
+    assert not result[x == 0].any()
+    x, result = x[x != 0], result[x != 0]
+    smallest = float(reference.float_info(before.dtype).smallest_subnormal)
+    spacing = np.ldexp(1.0, np.frexp(result)[1] - reference.PRECISION[before.dtype.name])
+    ulps = np.maximum(np.where(result, spacing, smallest), smallest)
     low, high = Fraction(0), Fraction(1)
-    for value, scaled, exponent in zip(
-        x[::step].tolist(), result[::step].tolist(), spacing[::step].tolist(), strict=True
-    ):
-        if value == 0:
-            assert scaled == 0
-            continue
-        ulp = Fraction(2) ** max(exponent if scaled else lowest, lowest)
-        size, clipped = abs(Fraction(value)), abs(Fraction(scaled))
-        low, high = max(low, (clipped - ulp) / size), min(high, (clipped + ulp) / size)
+    for value, scaled, ulp in tightest(x, result, ulps):
+        size, clipped = Fraction(value), Fraction(scaled)
+        low = max(low, (clipped - Fraction(ulp)) / size)
+        high = min(high, (clipped + Fraction(ulp)) / size)
     return low, high
+
+
+def tightest(x: np.ndarray, result: np.ndarray, ulps: np.ndarray) -> set[tuple[float, ...]]:
+    """The elements that limit their common factor most, and all that rounding may confuse with."""
+    if not x.size:
+        return set()
+    wide, spacing = result.astype(np.longdouble), ulps.astype(np.longdouble)
+    lows, highs = (wide - spacing) / x, (wide + spacing) / x
+    most, least, doubt = lows.max(), highs.min(), 4 * np.finfo(np.longdouble).eps
+    near = (lows >= most - doubt * abs(most)) | (highs <= least + doubt * least)
+    return set(zip(x[near].tolist(), result[near].tolist(), ulps[near].tolist(), strict=True))
 
 
 def assert_one_factor(before: Sequence[Any], after: Sequence[Any]) -> None:

@@ -119,11 +119,17 @@ def dense_squares(slices: Any, *, absolute: bool = False) -> np.ndarray:
 def array_square_sum(array: Any) -> Fraction:
     mantissas, exponents = np.frexp(components(array))
     integers = np.ldexp(mantissas, 53).astype(np.int64)
-    total = Fraction(0)
-    for exponent in np.unique(exponents).tolist():
-        squares = sum(m * m for m in integers[exponents == exponent].tolist())
-        total += squares * Fraction(4) ** (exponent - 53)
-    return total
+    lowest = int(exponents.min(initial=1024, where=integers != 0))
+    shifts = np.where(integers, exponents - lowest, 0).tolist()
+    total = sum((m << shift) ** 2 for m, shift in zip(integers.tolist(), shifts, strict=True))
+    return times_power(total, 2 * (lowest - 53))
+
+
+def times_power(value: int, exponent: int) -> Fraction:
+    """value * 2**exponent"""
+    if exponent >= 0:
+        return Fraction(value << exponent)
+    return Fraction(value, 1 << -exponent)
 
 
 def rows_square_sum(rows: dict[int, list[Fraction]]) -> Fraction:

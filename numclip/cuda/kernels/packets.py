@@ -134,11 +134,13 @@ def as_computed(_typing, value, like):
 
 @intrinsic
 def rounded(_typing, value, like):
-    """Return a number as it is read after it was stored, in the type it is computed in."""
+    """Return the nearest element stored like `like` to a number, in the type it is computed in."""
 
     def emit(context, builder, _signature, arguments):
         number = context.cast(builder, arguments[0], value, _computed(like))
-        return _widened(builder, _narrowed(builder, number, like), like)
+        if like in (types.uint16, types.int16):
+            return _widened(builder, _nearest(builder, number, like), like)
+        return number
 
     return _computed(like)(value, like), emit
 

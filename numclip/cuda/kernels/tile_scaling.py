@@ -15,6 +15,7 @@ from numclip.cuda.kernels.packets import (
     each,
     load,
     load_apart,
+    rounded,
     size_of,
     store,
     store_apart,
@@ -124,7 +125,7 @@ def clamp_line(tile, n, low, high, like):
 @kernel
 def clamp_tiles(tiles, tensors, decisions, low, high, like):
     """Hold each element between two bounds, but what is skipped. Reads and writes it once."""
-    bounds = as_computed(low, like), as_computed(high, like)
+    bounds = rounded(low, like), rounded(high, like)
     over_lines(clamp_lines, tiles, tensors, (decisions, *bounds, like))
 
 

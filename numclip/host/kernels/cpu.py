@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from numclip import formulas
-from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.kernels.elements import array_at, narrow, rounded, widen
 from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
@@ -297,10 +297,11 @@ def hold(x, low, high):
 def clamp(begin, end, chunks, low, high, like, beyond):
     """Hold each element between `low` and `high`. Reads and writes every element once.
 
-    `beyond` tells of each chunk if an element was beyond them.
+    Both are rounded to the dtype. `beyond` tells of each chunk if an element was beyond them.
     """
+    least, most = rounded(low, like), rounded(high, like)
     for c in range(begin, end):
-        beyond[c] = hold(written(chunks[c], like), low, high)
+        beyond[c] = hold(written(chunks[c], like), least, most)
 
 
 @inline

@@ -81,6 +81,24 @@ def _prefetch(_typing, address):
     return types.void(address), emit
 
 
+def _widened(context, builder, element, stored):
+    """Emit the value of an element of a type in the type it is computed in."""
+    if stored == types.uint16:
+        return half_to_float(builder, element, native=converts_halves(context.codegen()))
+    if stored == types.int16:
+        wide = builder.shl(builder.zext(element, _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(wide, _F32)
+    return element
+
+
+def _nearest_of(context, builder, value, stored):
+    """Emit the nearest element of a type of 16 bits to a float32."""
+    if stored == types.uint16:
+        native = converts_halves(context.codegen())
+        return float_to_half(builder, value, native=native, nearest=True)
+    return float_to_bfloat(builder, value, nearest=True)
+
+
 @intrinsic
 def _widen(_typing, value):
     """Return the value of a stored element in the type it is computed in."""
@@ -88,13 +106,7 @@ def _widen(_typing, value):
         raise TypingError(f"no gradient element is stored as {value}")
 
     def emit(context, builder, _signature, arguments):
-        if value == types.uint16:
-            native = converts_halves(context.codegen())
-            return half_to_float(builder, arguments[0], native=native)
-        if value == types.int16:
-            wide = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
-            return builder.bitcast(wide, _F32)
-        return arguments[0]
+        return _widened(context, builder, arguments[0], value)
 
     computed = types.float64 if value == types.float64 else types.float32
     return computed(value), emit
@@ -120,10 +132,7 @@ def _nearest(_typing, value, like):
     """Return the nearest element of 16 bits to a float32, stored like `like`; of two, the even."""
 
     def emit(context, builder, _signature, arguments):
-        if like == types.uint16:
-            native = converts_halves(context.codegen())
-            return float_to_half(builder, arguments[0], native=native, nearest=True)
-        return float_to_bfloat(builder, arguments[0], nearest=True)
+        return _nearest_of(context, builder, arguments[0], like)
 
     return like(value, like), emit
 
@@ -135,6 +144,21 @@ def _as_computed(_typing, value, like):
 
     def emit(context, builder, signature, arguments):
         return context.cast(builder, arguments[0], signature.args[0], wanted)
+
+    return wanted(value, like), emit
+
+
+@intrinsic
+def _rounded(_typing, value, like):
+    """Return the nearest element stored like `like` to a number, in the type it is computed in."""
+    stored = like.dtype
+    wanted = types.float64 if stored == types.float64 else types.float32
+
+    def emit(context, builder, signature, arguments):
+        number = context.cast(builder, arguments[0], signature.args[0], wanted)
+        if stored in (types.float32, types.float64):
+            return number
+        return _widened(context, builder, _nearest_of(context, builder, number, stored), stored)
 
     return wanted(value, like), emit
 
@@ -174,11 +198,17 @@ def _as_computed_interpreted(value, like):
     return np.float64(value) if like.dtype == np.float64 else np.float32(value)
 
 
+def _rounded_interpreted(value, like):
+    return widen_interpreted(narrow_interpreted(value, like, nearest=True))
+
+
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
     table_at = _table_at_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
     prefetch, nearest = _prefetch_interpreted, _nearest_interpreted
+    rounded = _rounded_interpreted
 else:
     array_at, table_at, widen, narrow = inline(_array_at), inline(_table_at), _widen, _narrow
     as_computed, word_at, prefetch, nearest = _as_computed, _word_at, _prefetch, _nearest
+    rounded = _rounded

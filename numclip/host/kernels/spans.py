@@ -20,7 +20,7 @@ from numclip.host.kernels.cpu import (
     multiply_truncating,
     parts_of_squares,
 )
-from numclip.host.kernels.elements import array_at, as_computed, widen, word_at
+from numclip.host.kernels.elements import array_at, as_computed, rounded, widen, word_at
 from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
 from numclip.host.kernels.pools import (
     _parts,
@@ -399,6 +399,12 @@ def clip_rare(rows, count, bound, given, ord, what):
     return told, WRITTEN
 
 
+@inline
+def hold_array(x, low, high):
+    """Hold each number of an array between two bounds, which are rounded to its type."""
+    hold(x, rounded(low, x), rounded(high, x))
+
+
 @kernel
 def clamp(rows, low, high):
     """Hold each number of the first tensor between two bounds, which are rounded to its type."""
@@ -406,13 +412,11 @@ def clamp(rows, low, high):
         return BAD_INTERVAL
     kind = field(rows, 0, KIND)
     if kind & WIDE:
-        hold(array_of(rows, 0, WIDE_LIKE), low, high)
+        hold_array(array_of(rows, 0, WIDE_LIKE), low, high)
+    elif kind & HALF:
+        hold_array(array_of(rows, 0, HALF_LIKE), low, high)
+    elif kind & BRAIN:
+        hold_array(array_of(rows, 0, BRAIN_LIKE), low, high)
     else:
-        least, most = as_computed(low, NARROW_LIKE), as_computed(high, NARROW_LIKE)
-        if kind & HALF:
-            hold(array_of(rows, 0, HALF_LIKE), least, most)
-        elif kind & BRAIN:
-            hold(array_of(rows, 0, BRAIN_LIKE), least, most)
-        else:
-            hold(array_of(rows, 0, NARROW_LIKE), least, most)
+        hold_array(array_of(rows, 0, NARROW_LIKE), low, high)
     return WRITTEN

@@ -1,0 +1,214 @@
+"""Mutation testing: ``python -m tests.mutants [MODULE ...] [--count 50] [--seed 0] [--show]``.
+
+One small fault at a time is put into a copy of the tree, and the suites that cover the module run
+until a test fails. A fault that none finds survives: it is printed, and either gets a test or a
+line in `mutants.txt`, beside this file, below why no test can tell it from the original.
+
+Faults are drawn with a fixed seed: comparisons, arithmetic, `and` and `or`, conditions, numbers,
+truth values, results and calls without one. Texts, annotations and decorators stay. Mutation
+libraries do not fit: they wrap functions, which numba then refuses, or start every run from
+nothing, where a process that has loaded numba and forks is three times as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REASONS = Path(__file__).with_name("mutants.txt")
+SUITES = {
+    "functional": "functions/errors functions/each functions/edge_cases functions/conformance",
+    "border/arguments": "functions/errors functions/borders functions/edge_cases",
+    "border/structures": "functions/structures functions/each functions/errors",
+    "border/gradients": "functions/errors functions/edge_cases functions/nonfinite",
+    "border/results": "functions/errors functions/borders functions/edge_cases",
+    "slices": "functions/slices functions/errors",
+    "rules": "groups/rules groups/kinds groups/report",
+    "formulas": "functions/formulas",
+    "groups": "groups/groups groups/group_clips groups/given groups/state",
+    "group": "groups/groups groups/group_clips groups/masters",
+}  # of each module, the quickest first: what they find is not looked for by those behind them
+# Kernels are made of these: they run as plain Python, as each fault would be compiled anew.
+INTERPRETED = {"formulas"}
+COMPARED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+COMPUTED = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+JOINED = {ast.And: ast.Or, ast.Or: ast.And}
+NOTHING = ast.Constant(None)
+
+
+def faults_of(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what may stand in place of a node."""
+    match node:
+        case ast.Compare(left, [op, *ops], values) if type(op) in COMPARED:
+            yield ast.Compare(left, [COMPARED[type(op)](), *ops], values)
+        case ast.BinOp(left, op, right) if type(op) in COMPUTED and not is_type(node):
+            yield ast.BinOp(left, COMPUTED[type(op)](), right)
+        case ast.AugAssign(target, op, value) if type(op) in COMPUTED:
+            yield ast.AugAssign(target, COMPUTED[type(op)](), value)
+        case ast.BoolOp(op, values):
+            yield ast.BoolOp(JOINED[type(op)](), values)
+        case ast.UnaryOp(ast.Not() | ast.USub(), value):
+            yield value
+        case ast.Constant(bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(int(value) | float(value)):
+            yield ast.Constant(value + 1)
+        case ast.If(test, body, orelse) if not is_name(test, "TYPE_CHECKING"):
+            yield ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)
+        case ast.IfExp(test, body, orelse):
+            yield ast.IfExp(test, orelse, body)
+        case ast.Return(ast.AST() as value) if not isinstance(value, ast.Constant):
+            yield ast.Return(NOTHING)
+        case ast.Expr(ast.Call()) | ast.Raise():
+            yield ast.Pass()
+
+
+def is_type(node: ast.AST) -> bool:
+    """Whether this is a union of types."""
+    return any(is_name(x, t) for x in ast.walk(node) for t in ("int", "str", "float", "None"))
+
+
+def is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def places_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """Yield what is computed below a node: its parent, the field, and where in a list."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        for k, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST):
+                yield node, field, k, child
+                yield from places_of(child)
+
+
+def mutants_of(source: str) -> list[tuple[int, str, str]]:
+    """Return all faults of a source: its line, what each changes there, and the source with it."""
+    tree, lines = ast.parse(source), source.splitlines()
+    made = []
+    for parent, field, k, node in places_of(tree):
+        for fault in faults_of(node):
+            before = getattr(parent, field)
+            after = [*before[:k], fault, *before[k + 1 :]] if k is not None else fault
+            setattr(parent, field, after)
+            text = ast.unparse(ast.fix_missing_locations(copy.deepcopy(tree)))
+            setattr(parent, field, before)
+            old, new = (ast.unparse(ast.fix_missing_locations(x)) for x in (node, fault))
+            old, new = (text.partition("\n")[0] for text in (old, new))
+            what = f"{lines[node.lineno - 1].strip()} | {old} | {new}"
+            made.append((node.lineno, what, text))
+    return made
+
+
+def run(suites: list[str], where: Path, log: Path, limit: float) -> bool:
+    """Run suites on the tree in a forked process; tell whether all tests passed."""
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        os.chdir(where)
+        sys.path[:] = [str(where), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, 1)
+        os.dup2(to, 2)
+        for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+            del sys.modules[name]  # the copy's is meant
+        code = 3
+        try:
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *suites]))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)  # the process that this one started, and its children
+    os.waitpid(child, 0)
+    return False
+
+
+def reasons() -> set[str]:
+    """Return the faults that `mutants.txt` says no test can find, as module and change."""
+    lines = REASONS.read_text().splitlines() if REASONS.exists() else []
+    return {line for line in lines if line.startswith("numclip/")}
+
+
+def try_module(module: str, count: int, seed: int) -> int:
+    """Try some faults of a module; print those that survive, and return how many have no reason."""
+    for name in ("numpy", "ml_dtypes", "numba", "numba.cpython.builtins"):
+        importlib.import_module(name)  # once, before the processes fork
+    relative = f"numclip/{module}.py"
+    source = (ROOT / relative).read_text()
+    known, survivors = reasons(), []
+    suites = [f"tests/{suite.replace('/', '/test_')}.py" for suite in SUITES[module].split()]
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder, "tree")
+        for part in ("numclip", "tests", "pyproject.toml", "README.md"):
+            own = ROOT / part
+            if own.is_dir():
+                shutil.copytree(own, where / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(own, where / part)
+        log, begun = Path(folder, "log"), time.monotonic()
+        if not run(suites, where, log, 1800):
+            raise RuntimeError(f"the suites of {module} fail as they are:\n{log.read_text()}")
+        limit = 10 * (time.monotonic() - begun) + 30
+        mutants = mutants_of(source)
+        drawn = random.Random(seed).sample(mutants, min(count, len(mutants)))
+        for line, what, text in drawn:
+            (where / relative).write_text(text)
+            if run(suites, where, log, limit):
+                survivors.append(f"{relative} | {what}")
+                print(f"survived, line {line}: {survivors[-1]}", flush=True)
+    new = [line for line in survivors if line not in known]
+    print(f"{relative}: {len(drawn) - len(survivors)} of {len(drawn)} found", end="")
+    print(f", {len(survivors) - len(new)} cannot be, {len(new)} survived", flush=True)
+    return len(new)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("modules", nargs="*", default=list(SUITES), metavar="MODULE")
+    parser.add_argument("--count", type=int, default=50, help="faults drawn for each module")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if len(asked.modules) == 1:
+        return min(try_module(asked.modules[0], asked.count, asked.seed), 1)
+    failed = 0
+    for module in asked.modules:  # each in a process of its own: some have no compiler
+        plain = {"NUMBA_DISABLE_JIT": "1"} if module in INTERPRETED else {}
+        command = [sys.executable, "-m", "tests.mutants", module]
+        command += ["--count", str(asked.count), "--seed", str(asked.seed)]
+        failed |= subprocess.run(command, cwd=ROOT, env=os.environ | plain).returncode
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
