@@ -193,7 +193,7 @@ def axes_of(axes: Any, ndim: int) -> tuple[int, ...] | None:
 
 
 def _index(value: Any) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         raise TypeError
     return operator.index(value)
 
