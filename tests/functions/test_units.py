@@ -91,6 +91,10 @@ def test_much_is_clipped_by_units_as_little_is(monkeypatch, dtype, axes):
     place = grad.copy()
     assert nc.clip_by_norm(place, 1e3, axes, out=place) is place
     assert_same_bits(place, grad)
+    assert_same_bits(nc.clip_by_norm(place, 4.0, axes, out=place), little[0])
+    lossy = grad * np.asarray(1e-170).astype(dtype)  # whose squares float64 does not hold
+    other = np.asarray(nc.clip_by_norm(general(lossy), 1e-171, axes))
+    assert_same_bits(nc.clip_by_norm(lossy, 1e-171, axes), other)
     small = nc.clip_by_norm(grad, 1e-44, axes)  # whose results are to be truncated
     assert_same_bits(small, np.asarray(nc.clip_by_norm(general(grad), 1e-44, axes)))
 

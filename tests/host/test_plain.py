@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import numclip as nc
 from numclip.host import lists as plain
-from numclip.host.kernels import arrays
+from numclip.host.kernels import arrays, little
 from numclip.host.kernels.tuning import CHUNK
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
@@ -196,6 +196,32 @@ def test_steps_of_any_kind_are_followed(dtype, shape):
     nc.clip_by_global_norm(own, 1e-3, out=own)
     for grad, wanted in zip(own, expected, strict=True):
         assert_same_bits(grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_much_of_one_dtype_has_the_bits_of_little(monkeypatch, dtype):
+    rng = np.random.default_rng(8)
+    grads = [normal(rng, (30, 4), dtype), None, normal(rng, (7,), dtype)]
+    little_of_it = results(grads, 2.0, in_place=False), results(grads, 2.0, in_place=True)
+    for module in (plain, little):  # what is compiled does not see this
+        monkeypatch.setattr(module, "PARALLEL_BYTES", 8)
+    assert results(grads, 2.0, in_place=False) == little_of_it[0]
+    assert results(grads, 2.0, in_place=True) == little_of_it[1]
+
+
+def test_strided_arrays_are_brought_back_where_they_were_written():
+    for ord in (2, 1):
+        grads = [np.ones((4, 6))[:, ::2], np.full((4, 6), 1e-3)[:, ::2]]
+        assert plain.clip_each(grads, 0.5, grads, ord, 0) is not None
+        assert (grads[1] == 1e-3).all()
+        assert 0.49 < nc.global_norm(grads[:1], ord) <= 0.5
+    odd = [np.ones((4, 6))[:, ::2]]
+    assert plain.clamp(odd, -0.5, 0.5, odd)[0] is odd[0]
+    assert (odd[0] == 0.5).all()
+    twice = np.lib.stride_tricks.as_strided(np.ones(9), (3, 3), (16, 8))
+    assert plain.clip_each([twice], 0.5, [twice], 2.0, 0) is None  # whose rows overlap
+    with pytest.raises(ValueError, match="distinct elements"):
+        nc.clip_by_norm(twice, 0.5, out=twice)
 
 
 def overlapping() -> dict[str, Grads]:

@@ -153,9 +153,9 @@ def write_quotients(sums, owners, law, digits, out):
     slack = 1.0 - (SLACK if digits > 24 else 2.0 * SLACK)
     plain = bound == math.inf or LOW < bound < HIGH
     for u in range(sums.size):
-        ratio, root = math.sqrt(sums[u]), 1.0
+        ratio, root = np.sqrt(sums[u]), 1.0
         if relates:
-            root = math.sqrt(owners[u])
+            root = np.sqrt(owners[u])
             root = eps if root < eps else root
             ratio /= root
         factor = bound / ratio / margin * slack
