@@ -511,3 +511,12 @@ def test_a_percentile_half_way_between_two_norms_is_numpys():
         state = rule.observe(np.array([low]), np.array([low]), low, 0, rule.initial_state(1))
         found = rule.thresholds(np.array([high]), high, 1, state)
         assert found.item() == np.percentile([low, high], 50)
+
+
+def test_what_a_rule_says_of_axes_and_elements():
+    assert ByNorm(1.0).reduced_axes(3) == (0, 1, 2)
+    assert ByNorm(1.0, axes=[-1, 0]).reduced_axes(3) == (0, 2)
+    assert ByBlockRMS(1.0).reduced_axes(2) == (0, 1)
+    assert Adaptive().reduced_axes(3) == (0, 1)
+    assert ByNorm(1.0).element_bounds == (-math.inf, math.inf)
+    assert ByValue(-1, 2).element_bounds == (-1.0, 2.0)
