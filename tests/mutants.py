@@ -34,12 +34,12 @@ ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
     "functional": "functions/errors functions/each functions/edge_cases",
-    "border/arguments": "functions/errors",
+    "border/arguments": "functions/errors functions/edge_cases functions/borders",
     "border/structures": "functions/structures functions/each functions/errors",
     "border/gradients": "functions/errors functions/edge_cases functions/nonfinite",
     "border/results": "functions/errors functions/borders functions/edge_cases",
     "slices": "functions/slices",
-    "rules": "groups/rules groups/kinds",
+    "rules": "groups/rules groups/kinds groups/group_clips",
     "formulas": "functions/formulas",
     "groups": "groups/groups groups/group_clips groups/given",
     "group": "groups/groups groups/group_clips groups/masters",
