@@ -514,9 +514,9 @@ def test_a_percentile_half_way_between_two_norms_is_numpys():
 
 
 def test_what_a_rule_says_of_axes_and_elements():
-    assert nc.ByNorm(1.0).reduced_axes(3) == (0, 1, 2)
-    assert nc.ByNorm(1.0, axes=[-1, 0]).reduced_axes(3) == (0, 2)
-    assert nc.ByBlockRMS(1.0).reduced_axes(2) == (0, 1)
-    assert nc.Adaptive().reduced_axes(3) == (0, 1)
-    assert nc.ByNorm(1.0).element_bounds == (-math.inf, math.inf)
-    assert nc.ByValue(-1, 2).element_bounds == (-1.0, 2.0)
+    assert ByNorm(1.0).reduced_axes(3) == (0, 1, 2)
+    assert ByNorm(1.0, axes=[-1, 0]).reduced_axes(3) == (0, 2)
+    assert ByBlockRMS(1.0).reduced_axes(2) == (0, 1)
+    assert Adaptive().reduced_axes(3) == (0, 1)
+    assert ByNorm(1.0).element_bounds == (-math.inf, math.inf)
+    assert ByValue(-1, 2).element_bounds == (-1.0, 2.0)

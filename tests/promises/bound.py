@@ -326,7 +326,7 @@ def by_value(case: Case) -> Calls:
 
 
 def per_example(case: Case) -> Calls:
-    """Each example adds at most the bound; the sum is rounded once, to nearest."""
+    """Each example adds at most the bound, but for its norm's error; the sum is rounded once."""
     name, examples = case.one(*REAL_DTYPES), case.one(1, 1, 2, 4)
     grads = [case.array(name, examples, int(case.rng.integers(1, 8))) for _ in range(2)]
     before = [Vector(*(g[k] for g in grads)) for k in range(examples)]
@@ -340,7 +340,8 @@ def per_example(case: Case) -> Calls:
         assert count <= sum(not b.at_most(limit, -DOUBT, -1) for b in before)
         assert count >= sum(not b.at_most(limit, DOUBT, 1) for b in before)
         if bound < math.inf:
-            most = examples * Fraction(bound) * (1 + reference.unit_roundoff(name)) ** times
+            most = examples * Fraction(bound) * (1 + DOUBT)
+            most *= (1 + reference.unit_roundoff(name)) ** times
             if all(map(np.all, map(np.isfinite, summed))):
                 assert Vector(*summed).square <= (most + times * grain) ** 2
             else:
