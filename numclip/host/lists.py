@@ -20,7 +20,7 @@ from numclip import formulas
 from numclip.dtypes import Array, DType, lookup
 from numclip.host import batches, nests
 from numclip.host.batches import Batch
-from numclip.host.kernels import arrays, cpu, joint, little
+from numclip.host.kernels import arrays, cpu, joint, little, plain
 from numclip.host.kernels.spans import AVERAGE, GIVEN, NONFINITE, RARE, ROOT_MEAN, WRITTEN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import environment, threads
@@ -182,6 +182,11 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else _copy(grads)
             items, how = (result,), little.WRITES if ord == 2.0 else little.WRITES | little.REAL
+            if ord == 2.0:
+                divisor = float(max(grads.size, 1)) if what & (AVERAGE | ROOT_MEAN) else 1.0
+                divisor = math.sqrt(divisor) if what & ROOT_MEAN else divisor
+                if _clip_plain(items, how, bound, divisor)[0] == plain.DONE:
+                    return result
             _, state = little.clip(id(items), TOLD, how, bound, 0.0, ord, what)
             if state <= WRITTEN:
                 return result
@@ -229,6 +234,10 @@ def _clip_little(
     """Clip arrays that hold little in place; return the norm, and what became of them."""
     if not READABLE:
         return 0.0, little.ELSEWHERE
+    if ord == 2.0 and what == PROPAGATE and not how & little.EACH:
+        plain_state, norm = _clip_plain(items, how, bound, 1.0)
+        if plain_state != plain.ELSEWHERE:
+            return norm, WRITTEN if plain_state == plain.DONE else little.MUCH
     usual = ord == 2.0 or ord == math.inf
     if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
         how |= little.REAL
@@ -239,6 +248,16 @@ def _clip_little(
     elif state == little.ELSEWHERE and _are_met(items):
         return _clip_little(items, how, bound, ord, what, given)
     return norm, state
+
+
+def _clip_plain(items: Items, how: int, bound: float, divisor: float) -> tuple[int, float]:
+    """Clip contiguous arrays of one dtype likewise, by their L2 norm; see `kernels.plain`."""
+    kind = kind_of(items)
+    if kind is None:
+        return plain.ELSEWHERE, 0.0
+    facts, row = kind.writeable if how & little.WRITES else kind.readable, kind.row
+    told = facts, row.limits, bound, divisor, row.like
+    return plain.clip(pointers_of(items), len(items), *told)  # type: ignore[no-any-return]
 
 
 def _copied(items: Items, limit: float = math.inf) -> Items | None:
@@ -286,6 +305,11 @@ def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Ite
     results = items if in_place else _copied(items)
     if not results or not READABLE:
         return None
+    kind = kind_of(results)
+    if kind is not None and kind.row.components == 1:
+        bounds = low, high, kind.row.like
+        if plain.clamp(pointers_of(results), len(results), kind.writeable, *bounds) == plain.DONE:
+            return results
     told = id(results), TOLD, little.WRITES | little.REAL, low, high
     state = little.clamp(*told)
     if state == little.ELSEWHERE and _are_met(results):

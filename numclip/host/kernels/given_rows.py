@@ -65,7 +65,8 @@ def place_rows(items, tables, like):
     for s in range(rows.shape[0]):
         held, own = held_at(rows[s]), places[s]
         if items == OWN:
-            own[:] = held[:PLACE]
+            for k in range(PLACE):
+                own[k] = held[k]
         elif not find_rows(items, s, rows[s, TENSOR], tables, own):
             return False
         if not are_within(array_at(own[INDICES], own[FILLED], own), held[HEIGHT]):
@@ -118,8 +119,12 @@ def hold(address, indices, count, held, length, like, wide):
     filled = held[FILLED]
     begin = held[VALUES] + filled * length * wide.itemsize
     copy(array_at(address, count * length, like), array_at(begin, count * length, wide))
-    own = array_at(held[INDICES] + filled * WORD, count, held)
-    own[:] = array_at(indices, count, held)
+    own, given = (
+        array_at(held[INDICES] + filled * WORD, count, held),
+        array_at(indices, count, held),
+    )
+    for k in range(count):
+        own[k] = given[k]
     held[FILLED], held[PRESENT] = filled + count, 1
 
 

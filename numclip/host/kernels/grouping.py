@@ -232,6 +232,19 @@ def strip_squares(order, begin, end, strip, values, exact, sums):
     return array_of_squares(sums[: strip[2]]), terms
 
 
+@inline
+def group_from(starts, row):
+    """Return the first group that starts at a row or behind it."""
+    low, high = 0, starts.size - 1
+    while low < high:
+        middle = (low + high) // 2
+        if starts[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 @kernel
 def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     """Write the squared norms of the groups' summed rows, and of their summed magnitudes.
@@ -243,7 +256,7 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):
         total = error = terms = terms_error = 0.0
-        first, last = np.searchsorted(starts[:-1], np.array([rows * s, rows * (s + 1)]))
+        first, last = group_from(starts, rows * s), group_from(starts, rows * (s + 1))
         for column in range(0, values.shape[1], STRIP):
             address = np.int64(values.ctypes.data) + column * values.itemsize
             strip = address, stride, min(STRIP, values.shape[1] - column)
@@ -296,13 +309,15 @@ def squares_of_groups(order, starts, values):
     """
     rows, count = shares(order, values)
     partial = np.empty((count, 2))
-    if values.itemsize < 8:
-        grouped_squares(0, count, rows, order, starts, values, False, partial)
+    exact = values.itemsize >= 8  # no constant: one code serves both, and is compiled once
+    if not exact:
+        grouped_squares(0, count, rows, order, starts, values, exact, partial)
         squares, terms = total(partial)
         squares, terms, trusted = with_margin(squares, terms)
         if trusted:
             return squares, terms
-    grouped_squares(0, count, rows, order, starts, values, True, partial)
+    exact = values.itemsize > 0
+    grouped_squares(0, count, rows, order, starts, values, exact, partial)
     return total(partial)
 
 

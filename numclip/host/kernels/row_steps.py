@@ -50,7 +50,7 @@ from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squ
 from numclip.host.kernels.pools import decide_all, is_safe, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.kernels.tuning import CHUNK
-from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
+from numclip.host.runtime.jit import expanded, inline, kernel, kernel_with_gil
 from numclip.tables import (
     AIM,
     BAD,
@@ -115,13 +115,14 @@ def write_sums(total, terms, out):
     return is_safe(total) and is_safe(terms)
 
 
-@inline
+@expanded
 def measure_rows(tables, groups, like, sums, losses):
     """Write the sum of each sparse gradient and the losses of pools; tell if sums are safe."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     safe, first = True, 0
-    losses[:] = 0.0
+    for p in range(losses.size):
+        losses[p] = 0.0
     for s in range(rows.shape[0]):
         t, length, count = rows[s, TENSOR], rows[s, LENGTH], places[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
@@ -156,7 +157,7 @@ def obey_rows(tables, unscale, bounds):
     return laws
 
 
-@inline
+@expanded
 def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
     """Decide by rows and chunks that are placed, or as before; tell whether that is right."""
     pools, shifts = found(tables, POOLS, tables), found_row(tables, SHIFTS, tables)
@@ -222,7 +223,7 @@ def are_finite(x):
     return finite
 
 
-@inline
+@expanded
 def sum_rows(tables, groups, decisions, like, sums):
     """Write the sums of rows one after another; tell if those to be scaled are finite."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
@@ -266,7 +267,8 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
         order, starts = groups_of(s, first, count, groups)
         indices = array_at(places[s, INDICES], count, places)[order[starts[:-1]]]
         chunks = np.empty((indices.size * -(-length // CHUNK), 6), np.int64)
-        addresses[updates.PARAM :] = rows[s, PARAM:]
+        for k in range(updates.PARAM, addresses.size):
+            addresses[k] = rows[s, PARAM + k - updates.PARAM]
         owner = pool_of[rows[s, TENSOR]]
         updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
         update(0, chunks.shape[0], chunks, factors, settings, like)
@@ -274,7 +276,7 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
         first += count
 
 
-@inline
+@expanded
 def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
     """Take a step of an optimizer as `given.step` does."""
     if items != AGAIN and not place_all(items, tables, like):
