@@ -5,9 +5,8 @@ until a test fails. A fault that none finds survives: it is printed, and either 
 line in `mutants.txt`, beside this file, below why no test can tell it from the original.
 
 Faults are drawn with a fixed seed: comparisons, arithmetic, `and` and `or`, conditions, numbers,
-truth values, results and calls without one. Texts, annotations and decorators stay. Mutation
-libraries do not fit: they wrap functions, which numba then refuses, or start every run from
-nothing, where a process that has loaded numba and forks is three times as fast.
+truth values, results and calls without one. Texts, annotations and decorators stay. A process that
+has loaded numba forks for each fault: loading takes as long as most of the suites.
 """
 
 from __future__ import annotations
