@@ -3,12 +3,12 @@
 Small arrays of hostile magnitudes are clipped in new memory or in place: random bits, subnormals,
 numbers next to the largest, tiny ones beside huge ones, all equal. The bound is the norm itself,
 one next to it, a share of it, subnormal, or anything. What the contract promises of the result is
-looked at in exact arithmetic: the bound and how far it may be missed; in extended precision that one
-factor explains every element; and that no bit changed where nothing was clipped. Each draw of arrays, which is found
+looked at: the bound, and how far it may be missed, in exact arithmetic; that one factor explains
+every element; that no bit changed where nothing was clipped. Each draw of arrays, which is found
 again by its number, serves some calls of one function with bounds of their own.
 
 Sums of squares are compared in extended precision first, whose error is known, and as fractions
-where that leaves it open: a million calls take ten minutes of one idle core.
+where that leaves it open.
 """
 
 from __future__ import annotations
