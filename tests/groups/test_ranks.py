@@ -597,7 +597,7 @@ def test_a_step_after_a_clip_on_some_ranks_alone_is_an_error_on_all():
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize("value", [1.0, 1e30, 1e-30, 1e200, 1e-200, 5e-324, math.nan, math.inf])
+@pytest.mark.parametrize("value", [1.0, 1e200, 5e-324, math.nan])
 @pytest.mark.parametrize("policy", ["propagate", "zero", "skip"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("rule", [nc.ByGlobalNorm(2.0), nc.ByNorm(lambda step: 1.0 + 0.5 * step)])
