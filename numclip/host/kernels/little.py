@@ -46,7 +46,7 @@ from numclip.host.kernels.spans import (
     are_apart,
 )
 from numclip.host.kernels.tuning import PARALLEL_BYTES
-from numclip.host.runtime.jit import inline, kernel_with_gil
+from numclip.host.runtime.jit import expanded, inline, kernel_with_gil
 
 # The dtypes, whose addresses follow those of the type and of None in what a kernel is told.
 NAMES = "float32", "float64", "float16", "bfloat16", "complex64", "complex128"
@@ -275,9 +275,9 @@ def pointers(tuple_, facts):
     return items, word_at(items - WORD)
 
 
-@kernel_with_gil
-def clip(arrays, facts, how, bound, given, ord, what):
-    """Clip the arrays of a tuple in place as `spans.clip` does; return the norm and what became.
+@expanded
+def clip_by(clip_rows, arrays, facts, how, bound, given, ord, what):
+    """Clip the arrays of a tuple in place by a function of `spans`; return norm and what became.
 
     One by one if that is asked for, and with the norm of the last.
     """
@@ -287,7 +287,7 @@ def clip(arrays, facts, how, bound, given, ord, what):
     norm, step = 0.0, 1 if how & EACH else max(used, 1)
     for first in range(0, max(used, 1) if done == UNCHANGED else 0, step):
         address = np.int64(rows.ctypes.data) + first * FIELDS * WORD
-        norm, became = spans.clip(address, min(step, used), bound, given, ord, what)
+        norm, became = clip_rows(address, min(step, used), bound, given, ord, what)
         done = note(rows, first, how, became, done)
     if copies.size and how & WRITES and (done == WRITTEN or how & EACH):
         move_all(items, facts, rows, copies, copies.size > 0)
@@ -295,19 +295,15 @@ def clip(arrays, facts, how, bound, given, ord, what):
 
 
 @kernel_with_gil
+def clip(arrays, facts, how, bound, given, ord, what):
+    """Clip the arrays of a tuple as `spans.clip` does, see `clip_by`."""
+    return clip_by(spans.clip, arrays, facts, how, bound, given, ord, what)
+
+
+@kernel_with_gil
 def clip_rare(arrays, facts, how, bound, given, ord, what):
     """Do the same as `spans.clip_rare` does."""
-    items, count = pointers(arrays, facts)
-    rows = np.empty((count, FIELDS), np.int64)
-    done, used, copies = enter(items, facts, how, rows)
-    norm, step = 0.0, 1 if how & EACH else max(used, 1)
-    for first in range(0, max(used, 1) if done == UNCHANGED else 0, step):
-        address = np.int64(rows.ctypes.data) + first * FIELDS * WORD
-        norm, became = spans.clip_rare(address, min(step, used), bound, given, ord, what)
-        done = note(rows, first, how, became, done)
-    if copies.size and how & WRITES and (done == WRITTEN or how & EACH):
-        move_all(items, facts, rows, copies, copies.size > 0)
-    return norm, done
+    return clip_by(spans.clip_rare, arrays, facts, how, bound, given, ord, what)
 
 
 @kernel_with_gil
