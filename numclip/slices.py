@@ -281,6 +281,9 @@ class IndexedSlices:
         """Return slices with the same indices and other values of the same shape."""
         other = object.__new__(type(self))
         other._take(values)
+        if tuple(other.values.shape) != tuple(self._values.shape):
+            wanted = f"shape {tuple(self._values.shape)}"
+            raise ValueError(expected("values", wanted, tuple(other.values.shape)))
         other._indices, other._dense_shape = self._indices, self._dense_shape
         if "grouping" in self.__dict__:
             other.__dict__["grouping"] = self.grouping

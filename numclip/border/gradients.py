@@ -95,6 +95,11 @@ def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -
     dtype = lookup(facts.native)
     if dtype is None:
         raise TypeError(expected(name, f"an array of {NAMES}", refusal(facts.native)))
+    if slices is not None and facts.shape != (slices.indices.size, *slices.dense_shape[1:]):
+        wanted = (
+            f"a row of shape {slices.dense_shape[1:]} for each of {slices.indices.size} indices"
+        )
+        raise ValueError(expected(f"{name}.values", wanted, f"shape {facts.shape}"))
     if slices is not None and not (facts.c_order or own.takes_any_rows):
         got = f"strides {facts.strides} for shape {facts.shape}; pass a contiguous copy"
         raise ValueError(expected(name, "rows in C order on the GPU", got))

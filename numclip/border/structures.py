@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from typing import Any, NamedTuple
@@ -51,7 +52,18 @@ def structure(grads: Any, name: str = "grads") -> Structure:
     keys, items, rebuild = _level(grads)
     if not any(map(_is_nested, items)):
         return Structure(name, keys, items, rebuild)
-    return _flattened(name, keys, items, rebuild)
+    with _depth_told(name):
+        return _flattened(name, keys, items, rebuild)
+
+
+@contextlib.contextmanager
+def _depth_told(name: str) -> Iterator[None]:
+    """Say which argument has more levels than Python can follow, or holds itself."""
+    try:
+        yield
+    except RecursionError:
+        got = "a structure that holds itself, or of too many levels"
+        raise ValueError(expected(name, "gradients, nested or not", got)) from None
 
 
 def is_structure(grads: Any) -> bool:
@@ -156,7 +168,8 @@ def dotted(tree: Any, name: str) -> dict[str, Any]:
     if not isinstance(tree, (Mapping, list, tuple)):
         raise TypeError(expected(name, "a mapping by name, nested or not", type(tree).__name__))
     found: dict[str, Any] = {}
-    _add_dotted(tree, name, "", found)
+    with _depth_told(name):
+        _add_dotted(tree, name, "", found)
     return found
 
 

@@ -41,8 +41,12 @@ def clip_by_global_norm(
 
 
 def _values(items: Sequence[Any]) -> Items | None:
-    """Return gradients with the values of slices for these; None where their rows repeat."""
-    if any(type(item) is IndexedSlices and item.has_duplicates for item in items):
+    """Return gradients with the values of slices for these; None where their rows repeat.
+
+    And where there is not one row for each index, which the general way refuses.
+    """
+    sparse = [item for item in items if type(item) is IndexedSlices]
+    if any(own.has_duplicates or own.values.shape[0] != own.indices.size for own in sparse):
         return None
     return tuple([item.values if type(item) is IndexedSlices else item for item in items])
 

@@ -141,7 +141,7 @@ class Part:
 
     def at_once(self) -> Any:
         """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
-        told = self._spans, self.own
+        told = self._spans, self.own, self._tensors
         merged = self.every, self._sharded, self._pools, self._source, self._given
         return self.clipper.ranks_at_once(told, merged)
 

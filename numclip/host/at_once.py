@@ -65,21 +65,22 @@ class ClipsAtOnce:
 class RanksAtOnce(ClipsAtOnce):
     """What clips by the sums of all ranks: by a call before they are exchanged, and one after.
 
-    `told` are spans of tensors and the rows they are told by, `merged` what `merge_ranks` works on.
+    `told` are spans of tensors, the rows they are told by and where sums of tensors go, `merged` is
+    what `merge_ranks` works on.
     """
 
     def __init__(
         self, batch: Batch, tables: dict[int, Array], told: Sequence[Array], merged: Sequence[Array]
     ) -> None:
         super().__init__(batch, tables)
-        self._spans, self._rows = told
+        self._told = *told, self._like
         self._merged = *merged, self._like
 
     def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
         """Measure, and write the rows to tell; tell whether that was right."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return bool(ranks.tell(place, self._own, self._spans, self._rows, self._like))
+        return bool(ranks.tell(place, self._own, *self._told))
 
     def clip(self, place: int, unscale: float, bounds: Array) -> bool:
         """Clip by the rows of all; tell likewise."""

@@ -112,7 +112,10 @@ def taken(grads: Any) -> tuple[Items, Any]:
     if not items or type(items[0]) not in nests.KINDS:
         return items, held
     found: list[Any] = []
-    nest = nests.opened(held, found)
+    try:
+        nest = nests.opened(held, found)
+    except RecursionError:  # the general way says so
+        nest = None
     return ((), held) if nest is None else (tuple(found), nest)
 
 

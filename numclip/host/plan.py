@@ -250,8 +250,7 @@ class Plan:
         if self._shifted:
             self._shifts[:] = 0
             self._shifted = False
-        if self._sources is not None:
-            sums[:] = 0.0  # some may have no chunks
+        sums[:] = 0.0  # some may have no chunks: no elements, or none this time
         tables = pools, self._law, self._shifts, sums, decisions
         safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
         if self._zeroing and sums[:, BAD].any():

@@ -378,3 +378,44 @@ def test_sums_that_overflow():
     with in_parts():
         own.step({"e": rows})
     assert_same_bits(groups.params["e"], other.params["e"])
+
+
+def test_a_step_after_an_error_knows_nothing_of_the_rows_before():
+    rule = nc.ByGlobalNorm(1.0, ord=1, shared="all")
+    groups = nc.ParamGroups(
+        [
+            nc.Group("s", {"E": np.ones((9, 3))}, rule, nonfinite="raise", sparse=True),
+            nc.Group("d", {"W": np.zeros(2)}, rule, nonfinite="raise"),
+        ]
+    )
+    rows = nc.IndexedSlices(np.full((1, 3), 100.0), [1], (9, 3))
+    groups.set_grads({"E": rows, "W": np.array([math.nan, 0.0])})
+    with pytest.raises(nc.NonFiniteGradientError, match="W"):
+        groups.clip()
+    groups.set_grads({"E": None, "W": np.array([0.3, 0.4])})
+    assert groups.clip().groups["d"].norm == pytest.approx(0.7)  # of order 1, of both groups
+
+
+def test_rows_without_an_index_each_are_refused_by_name():
+    values = np.ones((4, 2))
+    rows = nc.IndexedSlices(values, [0, 1, 2, 3], (9, 2))
+    with pytest.raises(ValueError, match=r"^values: expected shape \(4, 2\), got \(1, 2\)"):
+        rows.with_values(np.ones((1, 2)))
+    groups = nc.ParamGroups(
+        [
+            nc.Group("s", {"E": np.ones((9, 2))}, sparse=True),
+            nc.Group("d", {"W": np.zeros(2)}),
+        ]
+    )
+    groups.set_grads({"W": np.array([5.0, 5.0])})
+    values.resize((2, 2), refcheck=False)
+    for call in (
+        lambda: nc.global_norm([rows]),
+        lambda: groups.set_grads({"W": np.ones(2), "E": rows}),
+        lambda: nc.SGD(None, lr=1.0).apply_gradients([(rows, np.zeros((9, 2)))]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"values: expected a row of shape \(2,\) for each of 4"
+        ):
+            call()
+    assert (groups.grads["W"] == 5.0).all()

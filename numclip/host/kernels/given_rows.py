@@ -110,6 +110,8 @@ def have_room(items, wanted, addresses, rows, adds):
         filled = held[FILLED] if adds else 0
         if length_at(items, first + s, wanted) != count or filled + count > held[CAPACITY]:
             return False
+        if not are_within(array_at(addresses[first + s], count, held), held[HEIGHT]):
+            return False
     return True
 
 

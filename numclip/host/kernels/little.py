@@ -165,11 +165,11 @@ def take(items, facts, how, rows):
             return ELSEWHERE, 0, 0
         nbytes = write_row(fields, code, rows[used])
         held += nbytes
+        if nbytes >= PARALLEL_BYTES or held >= PARALLEL_BYTES:  # sums of more could wrap around
+            return MUCH, 0, 0
         if not is_contiguous(fields, SIZES[code]):
             copied += nbytes + WORD
         used += 1
-    if held >= PARALLEL_BYTES:
-        return MUCH, 0, 0
     return UNCHANGED, used, copied
 
 

@@ -63,8 +63,11 @@ def merge_ranks(every, sharded, pools, source, given):
 
 
 @kernel
-def tell(turn, tables, spans, told, like):
-    """Measure chunks, decide nothing, and write the rows to tell; tell whether that is right."""
+def tell(turn, tables, spans, told, tensors, like):
+    """Measure chunks, decide nothing, and write the rows to tell; tell whether that is right.
+
+    And the sums of `tensors`, where there is room for them.
+    """
     chunks = steps.found(tables, steps.CHUNKS, tables)
     pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, told)
     shifts = steps.found_row(tables, steps.SHIFTS, tables)
@@ -72,6 +75,9 @@ def tell(turn, tables, spans, told, like):
     decisions = steps.found_turn(tables, steps.DECISIONS, turn, told)
     safe = measure_and_decide(chunks, like, pools[:0], laws, shifts, sums, decisions)
     add_pools(spans, sums, told)
+    for t in range(tensors.shape[0]):
+        for k in range(tensors.shape[1]):
+            tensors[t, k] = sums[t, k]
     zeroing = (pools[:, POLICY] == ZERO).any() and (told[:, BAD] > 0.0).any()
     return not zeroing and (safe or like.itemsize < 8)
 
