@@ -302,6 +302,7 @@ def test_much_data_is_left_to_threads():
 # ---- arrays of the user's own
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["SGD", "momentum", "Adam"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
 def test_pairs_with_rows(kind, dtype):
