@@ -626,20 +626,24 @@ def test_two_native_calls_clip_as_the_general_way_does(rule, dtype, policy, valu
             checks.assert_same_bits(grads[name], others[name])
 
 
-@pytest.mark.parametrize("rule", [None, nc.ByNorm(1.0), nc.ByAverageNorm(0.5), nc.ByBlockRMS(0.5)])
-def test_copies_are_clipped_tensor_by_tensor_at_every_step(rule):
+def test_copies_are_clipped_tensor_by_tensor_at_every_step():
+    rules = [None, nc.ByNorm(1.0), nc.ByAverageNorm(0.5), nc.ByBlockRMS(0.5)]
+
     def program(comm):
         params = {"w": np.zeros(2), "b": np.zeros(3)}
-        groups, alone = (nc.ParamGroups([nc.Group("g", params, rule)]) for _ in range(2))
         found = []
-        for size in (0.5, 10.0, 20.0, 0.1):
-            grads = {"w": np.array([0.6, 0.8]) * size, "b": np.ones(3) * size}
-            groups.set_grads(grads)
-            alone.set_grads(grads)
-            found.append((groups.clip(comm=comm).to_dict(), alone.clip().to_dict()))
-            for name in params:
-                checks.assert_same_bits(groups.grads[name], alone.grads[name])
+        for rule in rules:
+            groups, alone = (nc.ParamGroups([nc.Group("g", params, rule)]) for _ in range(2))
+            for size in (0.5, 10.0, 20.0, 0.1):
+                grads = {"w": np.array([0.6, 0.8]) * size, "b": np.ones(3) * size}
+                groups.set_grads(grads)
+                alone.set_grads(grads)
+                found.append((groups.clip(comm=comm).to_dict(), alone.clip().to_dict()))
+                for name in params:
+                    checks.assert_same_bits(groups.grads[name], alone.grads[name])
         return found
 
-    for one, other in (pair for found in together(2, program) for pair in found):
+    pairs = [pair for found in together(2, program) for pair in found]
+    assert len(pairs) == 2 * 4 * len(rules)
+    for one, other in pairs:
         assert repr(one) == repr(other)
