@@ -185,11 +185,8 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else _copy(grads)
             items, how = (result,), little.WRITES if ord == 2.0 else little.WRITES | little.REAL
-            if ord == 2.0:
-                divisor = float(max(grads.size, 1)) if what & (AVERAGE | ROOT_MEAN) else 1.0
-                divisor = math.sqrt(divisor) if what & ROOT_MEAN else divisor
-                if _clip_plain(items, how, bound, divisor)[0] == plain.DONE:
-                    return result
+            if ord == 2.0 and _clip_plain(items, how, bound, what)[0] == plain.DONE:
+                return result
             _, state = little.clip(id(items), TOLD, how, bound, 0.0, ord, what)
             if state <= WRITTEN:
                 return result
@@ -238,7 +235,7 @@ def _clip_little(
     if not READABLE:
         return 0.0, little.ELSEWHERE
     if ord == 2.0 and what == PROPAGATE and not how & little.EACH:
-        plain_state, norm = _clip_plain(items, how, bound, 1.0)
+        plain_state, norm = _clip_plain(items, how, bound, what)
         if plain_state != plain.ELSEWHERE:
             return norm, WRITTEN if plain_state == plain.DONE else little.MUCH
     usual = ord == 2.0 or ord == math.inf
@@ -253,13 +250,13 @@ def _clip_little(
     return norm, state
 
 
-def _clip_plain(items: Items, how: int, bound: float, divisor: float) -> tuple[int, float]:
+def _clip_plain(items: Items, how: int, bound: float, what: int) -> tuple[int, float]:
     """Clip contiguous arrays of one dtype likewise, by their L2 norm; see `kernels.plain`."""
     kind = kind_of(items)
     if kind is None:
         return plain.ELSEWHERE, 0.0
     facts, row = kind.writeable if how & little.WRITES else kind.readable, kind.row
-    told = facts, row.limits, bound, divisor, row.like
+    told = facts, row.limits, bound, what, row.like
     return plain.clip(pointers_of(items), len(items), *told)  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from numclip.host.kernels.arrays import (
+    COMPONENTS,
     HEADER,
     NEEDS,
     NONE,
@@ -25,6 +26,7 @@ from numclip.host.kernels.cpu import (
 )
 from numclip.host.kernels.elements import array_at, as_computed, rounded
 from numclip.host.kernels.joint import decide, joined
+from numclip.host.kernels.spans import AVERAGE, ROOT_MEAN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
 
@@ -69,17 +71,27 @@ def norm_of(chunks, like, limits, totals):
     return joined(chunks, partial, limits, totals)
 
 
-@kernel_with_gil
-def clip(items, count, facts, limits, bound, divisor, like):
-    """Clip arrays in place by their norm over `divisor`; return what became of them, and the norm.
+@inline
+def divisor_of(size, what):
+    """Return what the norm of so many elements is divided by."""
+    if what & AVERAGE:
+        return float(max(size, 1))
+    return math.sqrt(max(size, 1)) if what & ROOT_MEAN else 1.0
 
-    Where the facts do not ask for arrays that can be written, `bound` is infinite.
+
+@kernel_with_gil
+def clip(items, count, facts, limits, bound, what, like):
+    """Clip arrays in place by their norm; return what became of them, and the norm.
+
+    `what` says what that is divided by. Where the facts do not ask for arrays that can be written,
+    `bound` is infinite.
     """
     chunks = np.empty((count + SPARE, 4), np.int64)
     state, used, elements = read_little(items, count, facts, like, chunks)
     if state != DONE:
         return state, 0.0
     norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
+    divisor = divisor_of(elements // facts[COMPONENTS], what)
     norm /= divisor
     if not safe:
         return ELSEWHERE, 0.0
