@@ -268,6 +268,13 @@ def test_indices_that_were_changed_are_not_used(index):
     assert steps._native is not None
     assert not steps.clip_at_once(steps.taken(0, 1.0), None, "")
     assert_same_bits(held._part(0, 6), before)
+    groups.set_grads({"e": rows})
+    with pytest.raises(ValueError, match="indices"):
+        groups.clip()
+    variable = np.ones(rows.dense_shape, rows.values.dtype)
+    with pytest.raises(ValueError, match="indices"):
+        nc.SGD(None, lr=1.0).apply_gradients([(rows, variable)])
+    assert (variable == 1.0).all()
 
 
 def test_rows_that_are_ours_are_read_before_others_are_written():

@@ -144,6 +144,8 @@ def test_dtype_objects_that_are_equal_are_taken_together():
         same = [grad.copy() for _ in range(4)]
         grads = [grad, *unpickled, noted]
         assert plain.global_norm(grads) == plain.global_norm(same)
+        other = np.ones(3, np.float32 if np.dtype(dtype) != np.float32 else np.float64)
+        assert plain.global_norm([other, *unpickled]) == plain.global_norm([other, *same[:2]])
         for both in (grads, same):
             assert plain.clip_by_global_norm(both, 1e-2, both) is not None
         for found, one in zip(grads, same, strict=True):
