@@ -26,7 +26,7 @@ from numclip.host.kernels.cpu import (
 )
 from numclip.host.kernels.elements import array_at, as_computed, rounded
 from numclip.host.kernels.joint import decide, joined
-from numclip.host.kernels.spans import AVERAGE, ROOT_MEAN
+from numclip.host.kernels.spans import divisor_for
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
 
@@ -71,14 +71,6 @@ def norm_of(chunks, like, limits, totals):
     return joined(chunks, partial, limits, totals)
 
 
-@inline
-def divisor_of(size, what):
-    """Return what the norm of so many elements is divided by."""
-    if what & AVERAGE:
-        return float(max(size, 1))
-    return math.sqrt(max(size, 1)) if what & ROOT_MEAN else 1.0
-
-
 @kernel_with_gil
 def clip(items, count, facts, limits, bound, what, like):
     """Clip arrays in place by their norm; return what became of them, and the norm.
@@ -91,7 +83,7 @@ def clip(items, count, facts, limits, bound, what, like):
     if state != DONE:
         return state, 0.0
     norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
-    divisor = divisor_of(elements // facts[COMPONENTS], what)
+    divisor = divisor_for(elements // facts[COMPONENTS], what)
     norm /= divisor
     if not safe:
         return ELSEWHERE, 0.0

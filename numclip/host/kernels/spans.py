@@ -323,12 +323,17 @@ def fault(rows, count, bound, given, ord, what):
 
 
 @inline
+def divisor_for(size, what):
+    """Return what the norm of so many elements is divided by."""
+    if what & AVERAGE:
+        return float(max(size, 1))
+    return math.sqrt(max(size, 1)) if what & ROOT_MEAN else 1.0
+
+
+@inline
 def divisor_of(rows, what):
     """Return what the norm of the first tensor is divided by."""
-    if not what & (AVERAGE | ROOT_MEAN):
-        return 1.0
-    size = field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1)
-    return float(max(size, 1)) if what & AVERAGE else math.sqrt(max(size, 1))
+    return divisor_for(field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1), what)
 
 
 @inline
