@@ -32,11 +32,14 @@ class Communicator:
         How many values ranks exchange; None where they are to agree first.
     values, every : array
         What this rank is to tell, (count,), and what all have told, (size, count).
+    heads : array of int64
+        What each rank said of itself with its values, (size, 2).
     """
 
     count: int | None = None
     values: Array
     every: Array
+    heads: Array
 
     def __init__(self, comm: Any, count: int | None = None) -> None:
         self.comm = comm
@@ -66,15 +69,26 @@ class Communicator:
             self.comm.allgather(text)
 
     def exchange(self, facts: Facts, step: int = 0) -> bool:
-        """Let every rank have the values of all, by one collective call; return True.
+        """Let every rank have the values of all; do what `heard` does."""
+        self.gather(facts, step)
+        return self.heard(facts, step)
 
-        Where a rank asks whether all agree, return False on all. Raises, on all ranks, a
-        RankError where facts or steps differ, and on all others where one has raised.
+    def gather(self, facts: Facts, step: int) -> None:
+        """Gather the values of all ranks, by one collective call.
+
+        They count where all `heads` are the same.
         """
-        if facts != self._facts:  # most often they are those of the exchange before
+        if facts is not self._facts and facts != self._facts:  # they seldom change
             self._facts, self._code = facts, digest(facts)
         self._gather(WELL, self._code ^ step)
-        if self._heads.tobytes() == self._head.tobytes() * self.size:
+
+    def heard(self, facts: Facts, step: int) -> bool:
+        """Return True where the values of all count; False, on all ranks, where one asks to agree.
+
+        Raises, on all ranks, a RankError where facts or steps differ, and on all others where one
+        has raised.
+        """
+        if (self.heads == self._head).all():
             return True
         if self._asked():
             return False
@@ -87,7 +101,7 @@ class Communicator:
 
     def _asked(self) -> bool:
         """Tell whether a rank asks; raise where one has raised."""
-        states = self._heads.view(np.int64)[:, 0]
+        states = self.heads[:, 0]
         if (states == RAISED).any():
             texts = self.comm.allgather(None)
             raise _raised({rank: text for rank, text in enumerate(texts) if text is not None})
@@ -95,7 +109,7 @@ class Communicator:
 
     def _gather(self, state: int, code: int) -> None:
         """Gather the messages of all ranks, of which this one's is a state, a code and values."""
-        self._head[:] = state, code
+        self._head[0], self._head[1] = state, code  # in a third of the time of a slice
         self._awaited = False
         self.comm.Allgather(self._message, self._messages)
 
@@ -115,7 +129,8 @@ class Communicator:
         self._message = np.zeros(HEAD + count)
         self._messages = np.empty((self.size, HEAD + count))
         self._head, self.values = self._message[:HEAD].view(np.int64), self._message[HEAD:]
-        self._heads, self.every = self._messages[:, :HEAD], self._messages[:, HEAD:]
+        self.heads = self._messages[:, :HEAD].view(np.int64)
+        self.every = self._messages[:, HEAD:]
 
     def everyones(self, value: Any) -> list[Any]:
         """Return a value of each rank."""

@@ -253,9 +253,9 @@ class Clipper:
         self.given = self.told = None
         self._leaves = False
 
-    def ranks_at_once(self, told: Sequence[Array], merged: Sequence[Array]) -> Any:
+    def ranks_at_once(self, told: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
         """Return what clips by the sums of all ranks by two calls."""
-        return self.plan.ranks_at_once(self.divisors, self._sizes, told, merged)
+        return self.plan.ranks_at_once(self.divisors, self._sizes, told, exchanged)
 
     @property
     def powers(self) -> Outcome:

@@ -68,7 +68,7 @@ class Part:
             sharded += [group.sharded] * (len(spans) - first)
             self.rows[group.name] = range(first, len(spans))
         self._spans = np.array(spans, np.int64)
-        self._sharded = np.array(sharded)
+        self._sharded = np.array(sharded, np.int64)
         self.count = len(spans)
         self.width = WIDTH if clipper.ord == 2.0 else WIDTH + 2
         self._pools = np.array(list(self._pool_spans()), np.int64)
@@ -139,11 +139,11 @@ class Part:
             found.append(joined_norms(parts, clipper.ord))
         return found
 
-    def at_once(self) -> Any:
+    def at_once(self, heads: Array) -> Any:
         """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
-        told = self._spans, self.own, self._tensors
-        merged = self.every, self._sharded, self._pools, self._source, self._given
-        return self.clipper.ranks_at_once(told, merged)
+        own = self._spans, self.own
+        told = *own, self._sharded, self._pools, self._source, self._given
+        return self.clipper.ranks_at_once(told, (heads, self.every))
 
     def take_decided(self) -> None:
         """Let reports know by what was decided at once."""
@@ -307,14 +307,16 @@ class Ranks:
         native = self._native if self._steps is steps else None
         if native is None or not native.tell(turn.place, steps.clippers[0].tables):
             return False
-        if not self.communicator.exchange(*facts()):  # another rank has asked
-            self._agree(steps)
-            return False
+        found = facts()
+        self.communicator.gather(*found)
         (part,) = self._parts
         if native.clip(turn.place, turn.unscale, part.clipper.bounds):
             part.take_decided()
-        else:
+        elif self.communicator.heard(*found):
             self._clip_with_care(steps, part, turn)
+        else:
+            self._agree(steps)
+            return False
         turn.told = [part.clipper.told]
         return True
 
@@ -357,7 +359,7 @@ class Ranks:
             start, end = end, end + size
             part.take_memory(told.values[start:end], told.every[:, start:end])
         if steps.clips_at_once and not steps.follows:
-            self._native = self._parts[0].at_once()
+            self._native = self._parts[0].at_once(told.heads)
         self._steps = steps
 
 

@@ -199,6 +199,8 @@ class Steps:
         if self._only is not None and self._only.by_norms:
             held = [rows.words for rows in rows_of(self._only.groups).values()]
             self._native = self._only.plan.at_once(self._only.divisors, held)
+        self._facts: dict[str, str] = {}  # what must be the same on all ranks, but bounds
+        self._facts_of: tuple[str, float] | None = None
         self._place = 0
         self._full: Block | None = None
         self._block = Block(self.clippers, engine, stream)
@@ -260,7 +262,7 @@ class Steps:
         if self._native is None:
             return False
         if ranks is not None:
-            return ranks.clip_at_once(self, turn, lambda: self._facts(turn, call))
+            return ranks.clip_at_once(self, turn, lambda: self._to_agree(turn, call))
         return self.take_at_once(self._native, turn)
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
@@ -285,20 +287,25 @@ class Steps:
     ) -> None:
         """Measure, with all ranks where there are some; refuse what is not finite."""
         if ranks is not None:
-            ranks.decide(self, measure, lambda: self._facts(turn, call), self.stream)
+            ranks.decide(self, measure, lambda: self._to_agree(turn, call), self.stream)
             return
         measure()
         for clipper in self._strict:
             self._refuse(clipper)
 
-    def _facts(self, turn: Turn, call: str) -> tuple[dict[str, str], int]:
+    def _to_agree(self, turn: Turn, call: str) -> tuple[dict[str, str], int]:
         """Say of a step what must be the same on all ranks, and its number."""
-        found = {"call": call, "unscale": repr(turn.unscale)}
+        if self._facts_of != (call, turn.unscale):
+            self._facts_of = call, turn.unscale
+            self._facts = {"call": call, "unscale": repr(turn.unscale)}
+        if not self._scheduled:
+            return self._facts, turn.step
+        bounds = {}
         for clipper in self._scheduled:
             for name, rule in clipper.rules.items():
                 if rule is not None and rule.scheduled:
-                    found[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
-        return found, turn.step
+                    bounds[f"group {name!r}, bound"] = repr(rule.bound(turn.step))
+        return {**self._facts, **bounds}, turn.step
 
     def _refuse(self, clipper: Any) -> None:
         """Raise the error of the first bad gradient of a group whose policy says so."""

@@ -65,26 +65,34 @@ class ClipsAtOnce:
 class RanksAtOnce(ClipsAtOnce):
     """What clips by the sums of all ranks: by a call before they are exchanged, and one after.
 
-    `told` are spans of tensors, the rows they are told by and where sums of tensors go, `merged` is
-    what `merge_ranks` works on.
+    `told` are the tables that `kernels.ranks` names, `exchanged` the heads and the rows of all.
     """
 
     def __init__(
-        self, batch: Batch, tables: dict[int, Array], told: Sequence[Array], merged: Sequence[Array]
+        self,
+        batch: Batch,
+        tables: dict[int, Array],
+        told: Sequence[Array],
+        exchanged: tuple[Array, Array],
     ) -> None:
         super().__init__(batch, tables)
-        self._told = *told, self._like
-        self._merged = *merged, self._like
+        self._held += told
+        self._told = np.zeros((ranks.TABLES, 3), np.int64)
+        for k, table in enumerate(told):
+            _point(self._told, k, table)
+        self._heads, self._every = exchanged
 
     def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
         """Measure, and write the rows to tell; tell whether that was right."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return bool(ranks.tell(place, self._own, *self._told))
+        return ranks.tell(place, self._own, self._told, self._like)  # type: ignore[no-any-return]
 
     def clip(self, place: int, unscale: float, bounds: Array) -> bool:
         """Clip by the rows of all; tell likewise."""
-        return bool(ranks.clip(place, unscale, self._own, bounds, *self._merged))
+        return ranks.clip(  # type: ignore[no-any-return]
+            place, unscale, self._own, bounds, self._heads, self._every, self._told, self._like
+        )
 
 
 class StepsAtOnce(ClipsAtOnce):

@@ -162,7 +162,7 @@ class Plan:
         divisors: Array,
         size: Array | None,
         told: Sequence[Array],
-        merged: Sequence[Array],
+        exchanged: tuple[Array, Array],
     ) -> RanksAtOnce:
         """Return what clips by the sums of all ranks, where `at_once` does by one's own."""
         assert self.fused is not None
@@ -170,7 +170,7 @@ class Plan:
             **self.tables_at_once(divisors, size=size),
             given.POOLS: whole_pools(self.pool_table),
         }
-        return RanksAtOnce(self.fused, tables, told, merged)
+        return RanksAtOnce(self.fused, tables, told, exchanged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from numclip.host.kernels import given as steps
 from numclip.host.kernels.pools import add_pools, decide_all, measure_and_decide, write_total
 from numclip.host.runtime.jit import inline, kernel
@@ -9,6 +11,12 @@ from numclip.tables import BAD, EXPONENT, POLICY, SUM_COLUMNS, TOTAL, ZERO
 
 LOSS = SUM_COLUMNS  # of a row that is told; after it the norm, where its order is not 2
 WIDTH = LOSS + 1
+SPANS, OWN, SHARDED, POOLS, SOURCE, GIVEN, TABLES = range(7)
+"""Tables of what is told and merged, of three words each, see `kernels.given`.
+
+They are the tensors of each row that this rank tells, these rows, which of them are of shards, the
+rows of each pool, the merged rows (and after them sums of tensors), and the sums of each pool.
+"""
 ALIKE = 2.0**-46
 """How far the sums of copies may differ: processors of other types add in another order."""
 
@@ -63,28 +71,44 @@ def merge_ranks(every, sharded, pools, source, given):
 
 
 @kernel
-def tell(turn, tables, spans, told, tensors, like):
+def tell(turn, tables, told, like):
     """Measure chunks, decide nothing, and write the rows to tell; tell whether that is right.
 
-    And the sums of `tensors`, where there is room for them.
+    And the sums of tensors, where `SOURCE` has room for them. `told` are words of these tables.
     """
+    floats = np.empty(0)
     chunks = steps.found(tables, steps.CHUNKS, tables)
-    pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, told)
+    pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, floats)
     shifts = steps.found_row(tables, steps.SHIFTS, tables)
-    sums = steps.found_turn(tables, steps.SUMS, turn, told)
-    decisions = steps.found_turn(tables, steps.DECISIONS, turn, told)
+    sums = steps.found_turn(tables, steps.SUMS, turn, floats)
+    decisions = steps.found_turn(tables, steps.DECISIONS, turn, floats)
     safe = measure_and_decide(chunks, like, pools[:0], laws, shifts, sums, decisions)
-    add_pools(spans, sums, told)
-    for t in range(tensors.shape[0]):
-        for k in range(tensors.shape[1]):
-            tensors[t, k] = sums[t, k]
-    zeroing = (pools[:, POLICY] == ZERO).any() and (told[:, BAD] > 0.0).any()
+    own, source = steps.found(told, OWN, floats), steps.found(told, SOURCE, floats)
+    add_pools(steps.found(told, SPANS, told), sums, own)
+    for t in range(source.shape[0] - own.shape[0]):
+        for k in range(sums.shape[1]):
+            source[own.shape[0] + t, k] = sums[t, k]
+    zeroing = (pools[:, POLICY] == ZERO).any() and (own[:, BAD] > 0.0).any()
     return not zeroing and (safe or like.itemsize < 8)
 
 
+@inline
+def are_alike(heads):
+    """Tell whether the heads of all messages are the same: all ranks do the same."""
+    for r in range(1, heads.shape[0]):
+        for k in range(heads.shape[1]):
+            if heads[r, k] != heads[0, k]:
+                return False
+    return True
+
+
 @kernel
-def clip(turn, unscale, tables, bounds, every, sharded, rows, source, given, like):
+def clip(turn, unscale, tables, bounds, heads, every, told, like):
     """Clip by the rows of all ranks, see `merge_ranks`; tell whether that is right."""
+    if not are_alike(heads):
+        return False
+    rows, given = steps.found(told, POOLS, told), steps.found(told, GIVEN, bounds)
+    sharded, source = steps.found_row(told, SHARDED, told), steps.found(told, SOURCE, bounds)
     bad, _, rank, scaled = merge_ranks(every, sharded, rows, source, given)
     if bad > 0.0 or rank > 0 or scaled:
         return False
