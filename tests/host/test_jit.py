@@ -268,6 +268,22 @@ except TypeError as error:
 
 
 @pytest.mark.full
+def test_a_kernel_that_kernels_call_is_a_part_of_them(tmp_path):
+    code = """
+from numclip.host.runtime.jit import kernel
+@kernel
+def half(x):
+    return 0.5 * x
+@kernel
+def whole(x):
+    return half(x) + half(x)
+print(whole(3.0), len(half.overloads))
+print(half(3.0), len(half.overloads))
+"""
+    assert run(tmp_path, code).stdout == "3.0 0\n1.5 1\n"
+
+
+@pytest.mark.full
 def test_import_compiles_nothing_and_loads_no_cuda(tmp_path):
     code = (
         "import sys, threading, numclip;"

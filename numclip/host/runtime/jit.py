@@ -20,8 +20,9 @@ from numba.core.compiler import Compiler, CompileResult
 from numba.core.runtime.nrt import rtsys
 from numba.core.serialize import dumps
 
-from numclip.host.runtime import cache, digest, entries, registers
+from numclip.host.runtime import cache, digest, entries, parts, registers
 from numclip.host.runtime.entries import KernelCompiler
+from numclip.host.runtime.parts import PartCompiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,7 +34,11 @@ OWN_FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "forcein
 # Nobody calls a kernel from C.
 _OPTIONS: dict[str, Any] = {**OWN_FLAGS, "nogil": True, "no_cfunc_wrapper": True}
 # Nor a part of kernels from Python: without a wrapper it takes a fifth less time to compile.
-_PART_OPTIONS: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True}
+_PART_OPTIONS: dict[str, Any] = {
+    **_OPTIONS,
+    "no_cpython_wrapper": True,
+    "pipeline_class": PartCompiler,
+}
 # Reassociation alone lets a sum vectorise. "nnan" and "ninf" stay off: NaN and Inf must pass.
 _SUM_FLAGS = {"reassoc", "contract", "nsz"}
 # What NUMBA_... can say about the code that numba makes, beside the processor.
@@ -83,7 +88,7 @@ def description(function: Callable[..., Any], options: Any, kinds: Any, target: 
             "function": f"{function.__module__}.{function.__qualname__}",
             "source": digest.of(function),
             "arguments": [str(kind) for kind in kinds],
-            "compiler": digest.of_modules(entries, registers),
+            "compiler": digest.of_modules(entries, parts, registers),
             "options": sorted((key, str(_ordered(value))) for key, value in options.items()),
             "target": [str(part) for part in target],
             "settings": settings,
@@ -187,6 +192,8 @@ def _cached(function: Function, options: dict[str, Any]) -> Function:
         return np.errstate(all="ignore")(function)  # compiled code does not warn
     compiled: Any = njit(**options)(function)
     compiled._cache = Cache(compiled.py_func, {**compiled.targetoptions, **options})
+    part: Any = _part(function)  # of the kernels that call it: they need neither entry nor wrapper
+    compiled.get_call_template, compiled.get_overload = part.get_call_template, part.get_overload
     return compiled  # type: ignore[no-any-return]
 
 
