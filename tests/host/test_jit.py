@@ -268,6 +268,7 @@ except TypeError as error:
 
 
 @pytest.mark.full
+@compiled_only
 def test_a_kernel_that_kernels_call_is_a_part_of_them(tmp_path):
     code = """
 from numclip.host.runtime.jit import kernel
