@@ -122,12 +122,21 @@ def root(total: float, ord: float) -> float:
     return math.pow(total, 1.0 / ord)
 
 
+def is_product(ord: float) -> bool:
+    """Tell whether `power_term` multiplies."""
+    return ord <= 4.0 and ord == math.floor(ord)
+
+
 def power_term(ratio: float, ord: float) -> float:
     """Return what an element of magnitude `ratio` adds to a sum of powers."""
     if ord == 2.0:
         return ratio * ratio
     if ord == 1.0:
         return ratio
+    if ord == 3.0:
+        return ratio * ratio * ratio
+    if ord == 4.0:
+        return ratio * ratio * (ratio * ratio)
     return math.pow(ratio, ord)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from numclip.border.structures import structure
 from numclip.host import lists
-from numclip.host.lists import Items
+from numclip.host.nests import Items
 from numclip.slices import IndexedSlices
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,3 +75,15 @@ def new_like(like: Facts) -> Array:
 def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Array:
     """Return a new array in C order of the dtype of another one."""
     return np.empty(shape, like.native)
+
+
+def share_no_memory(arrays: Sequence[Any]) -> bool:
+    """Tell whether plain arrays share no memory, as far as that is seen by where they begin."""
+    owners = [type(array) is np.ndarray and array.flags.owndata for array in arrays]
+    if all(owners) and len({*map(id, arrays)}) == len(arrays):
+        return True
+    if not all(type(array) is np.ndarray and array.flags.forc for array in arrays):
+        return False
+    begins = [(array.__array_interface__["data"][0], array.nbytes) for array in arrays]
+    begins.sort()
+    return all(a + size <= b for (a, size), (b, _) in itertools.pairwise(begins))

@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip import formulas
 from numclip.dtypes import Array, DType, lookup
-from numclip.host import batches, nests
+from numclip.host import batches, nests, outs
+from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
 from numclip.host.kernels import arrays, cpu, joint, little, plain
 from numclip.host.kernels.spans import AVERAGE, GIVEN, NONFINITE, RARE, ROOT_MEAN, WRITTEN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.nests import Items
 from numclip.host.runtime import environment, threads
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 from numclip.memory import is_dense
 from numclip.tables import PROPAGATE
 
-Items = tuple[Any, ...]
 READABLE = arrays.layout_holds()
 _POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
@@ -94,31 +95,6 @@ def _are_met(items: Items) -> bool:
     return False
 
 
-def items_of(grads: Any) -> Items:
-    """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
-    of = type(grads)
-    if of is list or of is tuple:
-        return tuple(grads)
-    return tuple(grads.values()) if of is dict else ()
-
-
-def taken(grads: Any) -> tuple[Items, Any]:
-    """Return the arrays of a list, tuple or dict, nested or not, and what `rebuilt` makes one of.
-
-    No arrays where it is none, or has other entries deep in it.
-    """
-    held = held_still(grads)
-    items = items_of(held)
-    if not items or type(items[0]) not in nests.KINDS:
-        return items, held
-    found: list[Any] = []
-    try:
-        nest = nests.opened(held, found)
-    except RecursionError:  # the general way says so
-        nest = None
-    return ((), held) if nest is None else (tuple(found), nest)
-
-
 def _views(items: Items) -> Items | None:
     """Return arrays of other libraries as NumPy's; None where there are none, or others."""
     views: list[Array | None] = []
@@ -142,7 +118,7 @@ def _views(items: Items) -> Items | None:
 
 def global_norm(grads: Any, ord: float = 2.0) -> float | None:
     """Return the norm of arrays."""
-    return norm_of(taken(grads)[0], ord)
+    return norm_of(nests.taken(grads)[0], ord)
 
 
 def norm_of(items: Items, ord: float) -> float | None:
@@ -167,11 +143,15 @@ def clip_by_global_norm(
 
     `what` is a policy, with `spans.GIVEN` where the norm is given.
     """
-    if not _takes(grads, out):
-        return None
-    items, held = taken(grads)
+    if not outs.takes(grads, out):
+        others = outs.of(grads, out)
+        found = None
+        if others is not None:
+            found = clip_by_global_norm(grads, bound, None, ord, what, given)
+        return None if found is None else (outs.written(others, found[0]), found[1])
+    items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, given)
-    return None if found is None else (rebuilt(held, found[0], out), found[1])
+    return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
 
 
 def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
@@ -179,8 +159,9 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
 
     `what` says what the norm is divided by.
     """
-    if not _takes(grads, out):
-        return None
+    if not outs.takes(grads, out):
+        others = outs.of(grads, out)
+        return others and outs.written(others, clip_each(grads, bound, None, ord, what))
     if type(grads) is np.ndarray:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else _copy(grads)
@@ -192,10 +173,10 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
                 return result
         found = clip_items((grads,), out is not None, bound, ord, what)
         return None if found is None else found[0][0]
-    items, held = taken(grads)
+    items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, each=little.EACH)
     if found is not None:
-        return rebuilt(held, found[0], out)
+        return nests.rebuilt(held, found[0], out)
     return each(
         grads, out, lambda own, to, *_: clip_each(own, bound, to, ord, what), lambda _: None
     )
@@ -290,14 +271,17 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
     `grads` is a list, tuple or dict of arrays, or an array.
     """
     low, high = _number(low), _number(high)
-    if not (_takes(grads, out) and low <= high):
+    if not low <= high:
         return None
+    if not outs.takes(grads, out):
+        others = outs.of(grads, out)
+        return others and outs.written(others, clamp(grads, low, high, None))
     if type(grads) is np.ndarray:
         results = clamp_items((grads,), low, high, in_place=out is not None)
         return None if results is None else results[0]
-    items, held = taken(grads)
+    items, held = nests.taken(grads)
     results = clamp_items(items, low, high, in_place=out is not None)
-    return None if results is None else rebuilt(held, results, out)
+    return None if results is None else nests.rebuilt(held, results, out)
 
 
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
@@ -345,16 +329,19 @@ def each(
     are owners: it does all, or returns None, and the general way does all of it again, which
     leaves what is clipped as it is. `prepare` raises where an argument does not fit.
     """
+    if not outs.takes(grads, out):
+        others = outs.of(grads, out, owners)
+        return others and outs.written(others, each(grads, None, one, prepare, owners))
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)
-    if not _takes(grads, out) or type(owners) not in (type(grads), type(None)):
+    if type(owners) not in (type(grads), type(None)):
         return None
-    held = held_still(grads)
-    items = items_of(held)
-    own = items_of(owners) if owners is not None else (None,) * len(items)
-    if not _are_arrays(items) or (out is grads and not _can_be_written(items)):
+    held = nests.held_still(grads)
+    items = nests.items_of(held)
+    own = nests.items_of(owners) if owners is not None else (None,) * len(items)
+    if not _are_arrays(items) or (out is not None and not _can_be_written(items)):
         return None
-    if owners is not None and not _fit(held, items, owners, own, in_place=out is grads):
+    if owners is not None and not _fit(held, items, owners, own, in_place=out is not None):
         return None
     every = [None if item is None else prepare(item) for item in items]
     results = []
@@ -363,21 +350,7 @@ def each(
         if result is None and item is not None:
             return None
         results.append(result)
-    return rebuilt(held, tuple(results), out)
-
-
-def held_still(grads: Any) -> Any:
-    """Return a structure whose keys no other thread changes."""
-    return grads.copy() if type(grads) is dict else grads
-
-
-def rebuilt(held: Any, results: Items, out: Any) -> Any:
-    """Return results in the structure of a list, tuple or dict, nested or not."""
-    if type(held) is nests.Opened:
-        return nests.closed(held, iter(results))
-    if type(held) is dict:
-        return held if out is not None else dict(zip(held, results, strict=True))
-    return [*results] if type(held) is list else results
+    return nests.rebuilt(held, tuple(results), out)
 
 
 def _are_arrays(items: Items) -> bool:
@@ -389,13 +362,7 @@ def _are_arrays(items: Items) -> bool:
 def _can_be_written(items: Items) -> bool:
     """Tell whether arrays can be written, each being in memory of its own."""
     given = [item for item in items if item is not None]
-    return own_memory(given) and all(item.flags.writeable for item in given)
-
-
-def own_memory(arrays: Sequence[Any]) -> bool:
-    """Tell whether arrays are different ones, each the owner of its memory."""
-    plain = all(type(array) is np.ndarray and array.flags.owndata for array in arrays)
-    return plain and len({*map(id, arrays)}) == len(arrays)
+    return share_no_memory(given) and all(item.flags.writeable for item in given)
 
 
 def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
@@ -404,11 +371,7 @@ def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) ->
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
     fit = all(kind_of((b,)) is not None and a.shape == b.shape for a, b in pairs)
-    return fit and (not in_place or own_memory([array for pair in pairs for array in pair]))
-
-
-def _takes(grads: Any, out: Any) -> bool:
-    return out is grads or out is None
+    return fit and (not in_place or share_no_memory([array for pair in pairs for array in pair]))
 
 
 def _clip_much(

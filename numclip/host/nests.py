@@ -1,4 +1,4 @@
-"""Plain lists, tuples and dicts of arrays, nested in one another: opened, and closed again."""
+"""Plain lists, tuples and dicts of arrays, nested or not: opened, and closed again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KINDS = dict, list, tuple
+
+
+Items = tuple[Any, ...]
 
 
 class Opened(NamedTuple):
@@ -47,3 +50,42 @@ def closed(nest: Opened, results: Iterator[Any]) -> Any:
     if kind is dict:
         return dict(zip(keys, made, strict=True))
     return made if kind is list else tuple(made)
+
+
+def items_of(grads: Any) -> Items:
+    """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
+    of = type(grads)
+    if of is list or of is tuple:
+        return tuple(grads)
+    return tuple(grads.values()) if of is dict else ()
+
+
+def taken(grads: Any) -> tuple[Items, Any]:
+    """Return the arrays of a list, tuple or dict, nested or not, and what `rebuilt` makes one of.
+
+    No arrays where it is none, or has other entries deep in it.
+    """
+    held = held_still(grads)
+    items = items_of(held)
+    if not items or type(items[0]) not in KINDS:
+        return items, held
+    found: list[Any] = []
+    try:
+        nest = opened(held, found)
+    except RecursionError:  # the general way says so
+        nest = None
+    return ((), held) if nest is None else (tuple(found), nest)
+
+
+def held_still(grads: Any) -> Any:
+    """Return a structure whose keys no other thread changes."""
+    return grads.copy() if type(grads) is dict else grads
+
+
+def rebuilt(held: Any, results: Items, out: Any) -> Any:
+    """Return results in the structure of a list, tuple or dict, nested or not."""
+    if type(held) is Opened:
+        return closed(held, iter(results))
+    if type(held) is dict:
+        return held if out is not None else dict(zip(held, results, strict=True))
+    return [*results] if type(held) is list else results

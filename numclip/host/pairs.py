@@ -13,6 +13,7 @@ import numpy as np
 
 from numclip.dtypes import Array, as_stored
 from numclip.host import lists
+from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
 from numclip.host.kernels import arrays, cpu, grouping
 from numclip.host.kernels.tuning import PARALLEL_BYTES
@@ -94,7 +95,7 @@ def _with_rows(
     half = len(batch.chunks) // 2
     places = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
     others = [variable for _, variable, _ in sparse]
-    if not lists.own_memory([*gradients, *variables, *others]):
+    if not share_no_memory([*gradients, *variables, *others]):
         rows = [(place, place, size * kind.row.components, 0) for place, size in places]
         every = np.concatenate([batch.chunks, np.array(rows, np.int64)])
         if not lists.are_apart(batch._replace(chunks=every)):

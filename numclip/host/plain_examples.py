@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import FLOAT64, Array
-from numclip.host import lists
+from numclip.host import lists, nests
 from numclip.host.kernels import arrays, examples
 from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
+from numclip.host.nests import Items
 from numclip.host.runtime import threads
 from numclip.host.units import LONG_ROW
 from numclip.law import Family, unit_laws
@@ -26,8 +27,8 @@ _LAW = unit_laws([Family((_UNIT,), rounded=False)], 2.0, 0.0)[0]
 
 def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     """Clip each example by its norm over all arrays; return the sums, and how many are clipped."""
-    held = lists.held_still(grads)
-    items = lists.items_of(held)
+    held = nests.held_still(grads)
+    items = nests.items_of(held)
     kind = lists.kind_of(items)
     if kind is None or not _are_examples(items):
         return None
@@ -51,10 +52,10 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     threads.run(
         examples.sum_blocks, blocks, nbytes, table, factors, EXAMPLE_COLUMNS, like, keep=results
     )
-    return lists.rebuilt(held, results, None), int(np.count_nonzero(clipped))
+    return nests.rebuilt(held, results, None), int(np.count_nonzero(clipped))
 
 
-def _are_examples(items: lists.Items) -> bool:
+def _are_examples(items: Items) -> bool:
     """Tell whether all are arrays of as many examples, each short enough for one thread."""
     first = items[0]
     if type(first) is not np.ndarray or first.ndim == 0 or not first.shape[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tempfile
@@ -274,13 +275,52 @@ def test_adaptive_parameter_of_another_dtype(name):
 # ---- writing
 
 
+# Every function that takes structures.
+EACH = {
+    "value": lambda g, c, **kw: nc.clip_by_value(g, -c, c, **kw),
+    "norm": nc.clip_by_norm,
+    "norm of order 3": lambda g, c, **kw: nc.clip_by_norm(g, c, ord=3, **kw),
+    "norm of rows": lambda g, c, **kw: nc.clip_by_norm(g, c, axes=-1, **kw),
+    "average norm": nc.clip_by_average_norm,
+    "block rms": nc.clip_by_block_rms,
+    "global norm": lambda g, c, **kw: nc.clip_by_global_norm(g, c, **kw)[0],
+}
+STRUCTURES = {
+    list: lambda arrays: [*arrays, None],
+    tuple: tuple,
+    dict: lambda arrays: dict(zip("ab", arrays, strict=True)),
+}
+
+
+def entries(structure):
+    items = structure.values() if isinstance(structure, dict) else structure
+    return [item for item in items if item is not None]
+
+
+def adaptive(given, bound, **kw):
+    ones = STRUCTURES[type(given)](list(map(np.ones_like, entries(given))))
+    return nc.adaptive_clip(given, ones, bound, **kw)
+
+
 def test_outputs_may_be_other_arrays():
-    out = [np.full_like(g, 7) for g in grads()]
-    clipped, _ = nc.clip_by_global_norm(grads(), 0.5, out=out)
-    assert clipped[0] is out[0]
-    assert clipped[1] is out[1]
-    for new, expected in zip(out, nc.clip_by_global_norm(grads(), 0.5)[0], strict=True):
-        checks.assert_same_bits(new, expected)
+    for clip, (kind, make) in itertools.product([*EACH.values(), adaptive], STRUCTURES.items()):
+        given, out = make(grads()), make([np.full_like(g, 7) for g in grads()])
+        expected, clipped = entries(clip(given, 0.5)), clip(given, 0.5, out=out)
+        in_place = clip(given, 0.5, out=make(entries(given)))
+        assert type(clipped) is type(in_place) is kind
+        for results, targets in ((clipped, out), (in_place, given)):
+            triples = zip(entries(results), entries(targets), expected, strict=True)
+            for new, target, right in triples:
+                assert new is target
+                checks.assert_same_bits(new, right)
+
+
+def test_other_outputs_are_as_they_were_after_an_error():
+    given, out = grads(), [np.full_like(g, 7) for g in grads()]
+    given[1].flat[-1] = np.nan
+    with pytest.raises(nc.NonFiniteGradientError, match=r"grads\[1\]"):
+        nc.clip_by_global_norm(given, 0.5, out=out, nonfinite="raise")
+    assert all((own == 7).all() for own in out)
 
 
 def test_outputs_may_be_parts_of_one_buffer():

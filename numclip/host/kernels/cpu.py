@@ -13,7 +13,7 @@ import numpy as np
 
 from numclip import formulas
 from numclip.host.kernels.elements import array_at, narrow, rounded, widen
-from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK
+from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
@@ -24,6 +24,7 @@ power_term = inline(formulas.power_term)
 truncated_product = inline(formulas.truncated_product)
 clamped = inline(formulas.clamped)
 settled = inline(formulas.settled)
+is_product = inline(formulas.is_product)
 
 
 @inline
@@ -119,12 +120,37 @@ def sum_squares(begin, end, chunks, like, out):
         out[c] = array_of_squares(x)
 
 
+@block_sum
+def block_of_powers(x, scale, ord):
+    """Return the sum of ``(|x| / scale) ** ord`` of a short array."""
+    total = 0.0
+    for i in range(x.size):
+        total += power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+    return total
+
+
+@inline
+def blocks_of_powers(x, scale, ord):
+    """Return that sum of an array by blocks, as `blocks_of_squares` does."""
+    total = error = 0.0
+    size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
+    for start in range(0, x.size, 4 * size):
+        low = block_of_powers(x[start : start + size], scale, ord)
+        low += block_of_powers(x[start + size : start + 2 * size], scale, ord)
+        high = block_of_powers(x[start + 2 * size : start + 3 * size], scale, ord)
+        high += block_of_powers(x[start + 3 * size : start + 4 * size], scale, ord)
+        total, rest = two_sum(total, low + high)
+        error += rest
+    return settled(total, error)
+
+
 @inline
 def array_of_powers(x, scale, ord):
     """Return the sum of ``(|x| / scale) ** ord``, a finite order."""
-    total = 0.0
-    error = 0.0
-    for i in range(x.size):
+    if is_product(ord):
+        return blocks_of_powers(x, scale, ord)
+    total = error = 0.0
+    for i in range(x.size):  # the power function takes longer than to add up without a loss
         term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
         total, rest = two_sum(total, term)
         error += rest

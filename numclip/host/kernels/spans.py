@@ -75,11 +75,16 @@ def array_of(rows, t, like):
 
 @inline
 def peak_of(x):
-    """Return the largest magnitude of an array, NaN where there is one."""
-    peak = 0.0
-    for i in range(x.size):
-        peak = larger(peak, np.float64(abs(widen(x[i]))))
-    return peak
+    """Return the largest magnitude of an array, NaN where there is one; see `cpu.largest_bits`."""
+    begin, bits = np.int64(x.ctypes.data), np.zeros(1, np.int64)
+    if x.size and x.itemsize == 8:
+        bits[0] = largest_bits((begin, begin, x.size), WIDE_MASK)
+    elif x.size and x.itemsize == 4:
+        bits[0] = largest_bits((begin, begin, x.size), NARROW_MASK)
+    elif x.size:
+        bits[0] = largest_bits((begin, begin, x.size), HALF_MASK)
+    peak = np.float64(widen(array_at(np.int64(bits.ctypes.data), 1, x)[0]))
+    return peak if bits.size else 0.0  # which keeps the memory until it is read
 
 
 @inline

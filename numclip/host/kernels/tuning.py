@@ -10,6 +10,9 @@ more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at an
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
 
+WIDE_BLOCK = 16
+"""The same for magnitudes of 64 bits: no root divides the error of their sum. At most 1 + 3 + 2."""
+
 STRIP = 248
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the
 first-level cache, and no more than `NARROW_BLOCK` squares are added plainly. Not 256 or 512: 4096
