@@ -354,6 +354,11 @@ class Plan:
     ) -> None:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
         decisions = outcome[1]
+        if self.fused is not None and not self._copied:
+            tables = self.pool_of, decisions, (members.start, members.stop)
+            bounds = float(low), float(high), self.fused.dtype.like
+            kernels.clamp_decided(self.fused.chunks, *tables, *bounds)
+            return
         chosen = np.zeros(len(self.spans), np.bool_)
         chosen[members.start : members.stop] = True
         chosen &= decisions[self.pool_of, SKIPPED] == 0.0

@@ -14,7 +14,7 @@ from numclip.dtypes import Array, DType, as_stored
 from numclip.formulas import is_safe
 from numclip.host import batches, columns, orders
 from numclip.host.kernels import unit_loops
-from numclip.host.kernels.tuning import CHUNK
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
 from numclip.host.strided import elements
@@ -108,6 +108,52 @@ class Cut:
         if array.written.steps != steps or array.written.address % array.dtype.storage.itemsize:
             return None
         return as_stored(elements(array.dtype, array.shape, array.written).reshape(-1))
+
+
+def _stored(array: Strided) -> Array | None:
+    """Return storage as (outer, reduced, inner), of rows the last is 1; None if it lies not so."""
+    shape, dtype = array.shape, array.dtype
+    axes = tuple(range(len(shape))) if array.axes is None else array.axes
+    first, last = min(axes, default=0), max(axes, default=-1) + 1
+    steps = strides_of(shape, array.itemsize)
+    if last - first != len(axes) or array.read.steps != steps or dtype.components == 2:
+        return None
+    if not 0 < array.size * array.itemsize < PARALLEL_BYTES or array.read.address % array.itemsize:
+        return None
+    lengths = (math.prod(shape[k]) for k in (slice(first), slice(first, last), slice(last, None)))
+    return as_stored(elements(dtype, shape, array.read)).reshape(*lengths)
+
+
+class _Little:
+    """Units of one array that holds little, and their parameters: measured by one native call.
+
+    Attributes
+    ----------
+    sums, params : array
+        Totals and exponents of both, (2, units); of no parameters if these do not count.
+    """
+
+    def __init__(self, x: Array, params: Array, digits: int) -> None:
+        self._told = x, params, digits
+        units = x.shape[0] * x.shape[2]
+        self.sums, self.params = np.zeros((2, units)), np.zeros((2, units if params.size else 0))
+
+    @classmethod
+    def of(cls, family: Family, ord: float) -> _Little | None:
+        """Return that of a family; None where it takes more."""
+        other = family.zeroing or family.measured or family.numbers
+        if ord != 2.0 or other or len(family.arrays) != 1:
+            return None
+        first, owner = family.arrays[0], family.param
+        x = _stored(first)
+        if x is None or owner is None:
+            return None if x is None else cls(x, x[:0], first.dtype.digits)
+        params = _stored(owner) if owner.dtype == first.dtype else None
+        return None if params is None else cls(x, params, first.dtype.digits)
+
+    def measure(self) -> bool:
+        """Take the sums; tell whether all are right."""
+        return unit_loops.measure_little(*self._told, self.sums[0], self.params[0])  # type: ignore[no-any-return]
 
 
 def squares(cut: Cut) -> tuple[Array, Array]:
@@ -233,6 +279,10 @@ class UnitPlan:
         self._rows = [slice(end - f.units, end) for end, f in zip(ends, families, strict=True)]
         self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, UNIT_COLUMNS))
         self._cuts = [[Cut(array) for array in family.arrays] for family in families]
+        self._little = [_Little.of(family, ord) for family in families]
+        self._digits = [family.digits for family in families]
+        arrays = [array for family in families for array in family.arrays]
+        self._in_place = all(array.read == array.written for array in arrays)
         self._sums: list[tuple[Array, Array]] = []
 
     def write_laws(
@@ -245,6 +295,10 @@ class UnitPlan:
         """Take the sums of gradients and parameters."""
         self._sums = []
         for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
+            little = self._little[f]
+            if little is not None and little.measure():
+                self._sums.append((little.sums, little.params))
+                continue
             sums = np.zeros((2, family.units))
             cuts = self._cuts[f]
             if family.zeroing or family.measured:
@@ -280,7 +334,7 @@ class UnitPlan:
         last[:] = 0.0
         for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
             leaves = base is not None and bool(base[family.base, SKIPPED])
-            own = self._laws[f], family.digits, leaves, self.units[rows], last
+            own = self._laws[f], self._digits[f], leaves, self.units[rows], last
             unit_loops.decide_units(*self._sums[f], *own)
 
     def changes(self, _stream: Any = None) -> bool:
@@ -289,6 +343,8 @@ class UnitPlan:
 
     def scale(self, _stream: Any = None) -> None:
         """Write each unit times its factor, in one pass, or none."""
+        if self._in_place and not self.changes():
+            return
         made = []
         for cuts, rows in zip(self._cuts, self._rows, strict=True):
             decided = self.units[rows]

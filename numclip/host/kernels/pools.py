@@ -9,12 +9,23 @@ import math
 import numpy as np
 
 from numclip.decisions import DECISIONS, SCALARS, compiled
-from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, array_of_squares, multiply
+from numclip.host.kernels import elements
+from numclip.host.kernels.cpu import (
+    LENGTH,
+    OWNER,
+    SOURCE,
+    TARGET,
+    array_of_squares,
+    hold,
+    multiply,
+    written,
+)
 from numclip.host.kernels.elements import array_at, as_computed
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
     BAD,
     BROKEN,
+    CLAMPED,
     DIGITS,
     ERROR,
     EXPONENT,
@@ -28,6 +39,7 @@ from numclip.tables import (
     RARE,
     REPEATED,
     SET,
+    SKIPPED,
     TERMS,
     TERMS_EXPONENT,
     TOTAL,
@@ -265,3 +277,20 @@ def scale_decided(chunks, pool_of, decisions, column, like):
         factor = as_computed(decisions[pool_of[chunks[c, OWNER]], column], like)
         if factor != 1.0:
             multiply(array_at(chunks[c, TARGET], chunks[c, LENGTH], like), factor)
+
+
+@kernel
+def clamp_decided(chunks, pool_of, decisions, members, low, high, like):
+    """Hold the elements of some tensors between two bounds, but of those skipped.
+
+    `members` are the first tensor's number and the one after the last. The decisions say where an
+    element was beyond the bounds.
+    """
+    least, most = elements.rounded(low, like), elements.rounded(high, like)
+    for c in range(chunks.shape[0]):
+        owner = chunks[c, OWNER]
+        pool = pool_of[owner]
+        if not members[0] <= owner < members[1] or decisions[pool, SKIPPED] != 0.0:
+            continue
+        if hold(written(chunks[c], like), least, most):
+            decisions[pool, CLAMPED] = 1.0

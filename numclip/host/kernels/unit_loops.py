@@ -124,6 +124,13 @@ def unit_squares(x, digits, out):
     return True
 
 
+@kernel
+def measure_little(x, params, digits, sums, owners):
+    """Write the sums of units and of their parameters; tell whether all are right."""
+    right = unit_squares(x, digits, sums)
+    return right and (params.size == 0 or unit_squares(params, digits, owners))
+
+
 @inline
 def one_factor(total, owner, law, digits, relates):
     """Return the factor for a unit's sum of squares; UNKNOWN where results are to be truncated.
