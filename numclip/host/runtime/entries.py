@@ -14,11 +14,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import lowering, types
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.errors import LoweringError
 from numba.core.typed_passes import NativeLowering
 
+from numclip.host.runtime.parts import OwnCompiler
 from numclip.host.runtime.registers import call_in_ordinary_environment
 
 PACK = -1
@@ -128,15 +128,7 @@ class _EntryLowering(NativeLowering):
         return _EntryLower
 
 
-class KernelCompiler(CompilerBase):
-    """numba's compiler, but for entries."""
+class KernelCompiler(OwnCompiler):
+    """Compiles kernels, with entries."""
 
-    def define_pipelines(self) -> list[Any]:
-        """Return numba's passes, ours in place of the one that emits native code."""
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state, "numclip_kernel")
-        pipeline.passes = [
-            (_EntryLowering, text) if step is NativeLowering else (step, text)
-            for step, text in pipeline.passes
-        ]
-        pipeline.finalize()
-        return [pipeline]
+    lowering = _EntryLowering

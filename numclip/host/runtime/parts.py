@@ -38,15 +38,23 @@ class _PartLowering(NativeLowering):
         return True
 
 
-class PartCompiler(CompilerBase):
-    """numba's compiler, for parts of kernels."""
+class OwnCompiler(CompilerBase):
+    """numba's compiler, with a pass of ours in place of the one that emits native code."""
+
+    lowering: type[NativeLowering]
 
     def define_pipelines(self) -> list[Any]:
-        """Return numba's passes, ours in place of the one that emits native code."""
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state, "numclip_part")
+        """Return the passes."""
+        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state, "numclip")
         pipeline.passes = [
-            (_PartLowering, text) if step is NativeLowering else (step, text)
+            (self.lowering, text) if step is NativeLowering else (step, text)
             for step, text in pipeline.passes
         ]
         pipeline.finalize()
         return [pipeline]
+
+
+class PartCompiler(OwnCompiler):
+    """Compiles parts of kernels."""
+
+    lowering = _PartLowering
