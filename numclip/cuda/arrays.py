@@ -127,17 +127,17 @@ class DeviceArray:
         if on_device(source):
             entry = self._fitting(source)
             with driver.on_stream(stream) as own, in_order(own, [entry]):
-                contiguous.add(self._span(entry.address), own)
+                contiguous.add(self._span(entry.address, entry.native), own)
             return
         source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         with driver.on_stream(stream) as own:
             sent = memory.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
-            contiguous.add(self._span(sent.address), own)
+            contiguous.add(self._span(sent.address, self.dtype), own)
 
-    def _span(self, source: int) -> Span:
-        """Return where an array like this one is read, and this one written."""
-        row: Any = lookup(self.dtype)
+    def _span(self, source: int, dtype: np.dtype[Any]) -> Span:
+        """Return where an array like this one is read, as some dtype, and this one written."""
+        row: Any = lookup(dtype)
         return Span(row, source, self.address, self.size * row.components)
 
     def _fitting(self, source: Any, *, widens: bool = False) -> Facts:
@@ -181,33 +181,19 @@ class DeviceArray:
         return f"DeviceArray({self.dtype}, shape={self.shape})"
 
 
-def copy_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Copy an array of the GPU into each of ours, with as many launches as there are dtypes.
+def move_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
+    """Copy an array of the GPU into each of ours, or add it, by a launch for each pair of dtypes.
 
     One of 16 bits can be widened to float32.
     """
-    _move(pairs, stream, adds=False)
-
-
-def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Add an array of the GPU to each of ours likewise."""
-    _move(pairs, stream, adds=True)
-
-
-def _move(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
     if not pairs:
         return
-    alike: list[Span] = []
-    halves: list[Span] = []
     entries = [own._fitting(source, widens=True) for own, source in pairs]
-    for (own, _), entry in zip(pairs, entries, strict=True):
-        row: Any = lookup(entry.native)
-        (alike if entry.native == own.dtype else halves).append(
-            own._span(entry.address)._replace(dtype=row)
-        )
+    both = [(own, entry) for (own, _), entry in zip(pairs, entries, strict=True)]
+    spans = [own._span(entry.address, entry.native) for own, entry in both]
+    targets: list[Any] = [lookup(own.dtype) for own, _ in both]
     with in_order(stream, entries):
-        (contiguous.add_all if adds else contiguous.copy_all)(alike, stream)
-        contiguous.widen_all(halves, stream, adds=adds)
+        contiguous.move_all(spans, targets, stream, adds=adds)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:

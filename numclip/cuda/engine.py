@@ -231,7 +231,7 @@ def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
 def put(array: DeviceArray, source: Any, stream: Any) -> None:
     """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
     if on_device(source) and facts_of("source", source).native != array.dtype:
-        arrays.copy_all([(array, source)], stream)
+        arrays.move_all([(array, source)], stream, adds=False)
     else:
         array.copy_from(_sendable(array, source), stream)
 
@@ -242,7 +242,7 @@ def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: A
 
 def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Copy arrays likewise, each into the one before it: those of the GPU together."""
-    arrays.copy_all([pair for pair in pairs if on_device(pair[1])], stream)
+    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=False)
     for array, source in pairs:
         if not on_device(source):
             put(array, source, stream)
@@ -250,7 +250,7 @@ def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
 
 def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Add arrays likewise."""
-    arrays.add_all([pair for pair in pairs if on_device(pair[1])], stream)
+    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=True)
     for array, source in pairs:
         if not on_device(source):
             array.add(_sendable(array, source), stream)

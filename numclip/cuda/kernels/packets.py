@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline
 from numclip.halves import float_to_bfloat, float_to_half
 
@@ -150,16 +151,6 @@ def _nearest(builder, value, like):
     if like == types.uint16:
         return float_to_half(builder, value, native=True, nearest=True)
     return float_to_bfloat(builder, value, nearest=True)
-
-
-@intrinsic
-def nearest(_typing, value, like):
-    """Return the nearest element to a float32, of two the even one, in float32."""
-
-    def emit(_context, builder, _signature, arguments):
-        return _widened(builder, _nearest(builder, arguments[0], like), like)
-
-    return types.float32(value, like), emit
 
 
 @intrinsic
@@ -343,6 +334,17 @@ def over_packets(turn, arguments, addresses, length, like):
     while i < length:
         turn((i,), *arguments)
         i += THREADS
+
+
+@inline
+def over_chunks(turn, arguments, chunks, like):
+    """Call a function likewise for each chunk, told where it is read and written first."""
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        places = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        addresses, length = places[0] | places[1], chunks[c, col.LENGTH]
+        over_packets(turn, places + arguments, addresses, length, like)
+        c += cuda.gridDim.x
 
 
 @inline
