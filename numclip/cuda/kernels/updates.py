@@ -15,18 +15,17 @@ from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.packets import as_computed, each, load_at, over_packets, store_at
 from numclip.cuda.kernels.scaling import product
+from numclip.decisions import compiled
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
 moment = inline(formulas.moment)
 adam_step = inline(formulas.adam_step)
-adam_rate = inline(formulas.adam_rate)
+adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).adam_numbers
 
 GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
 # Of the settings that the host gives for each pool.
 LR, DECAY, MOMENTUM, OWN, LOOKAHEAD = range(5)  # of SGD, as the kernels take them
-BETA, BETA_SQUARE, EPS = range(2, 5)  # of Adam, after LR and DECAY
-SETTINGS_COLUMNS = 5
 
 
 @kernel
@@ -43,18 +42,16 @@ def advance(decisions, counts):
 def advance_adam(decisions, given, counts, settings):
     """Count a step for each pool that is not skipped, and correct its moments' biases.
 
-    `settings` are then the share that decays, the weights of the gradient and of its square in
-    their averages, the rate and eps, see `formulas.adam_step`. One block.
+    `settings` are then what `formulas.adam_numbers` returns. One block.
     """
     p = np.int64(cuda.threadIdx.x)
     while p < counts.shape[0]:
         if decisions[p, col.SKIPPED] == 0.0:
             counts[p] += 1
-            first, second = given[p, BETA], given[p, BETA_SQUARE]
-            rate, bias = adam_rate(given[p, LR], float(counts[p]), first, second)
-            settings[p, 0] = given[p, LR] * given[p, DECAY]
-            settings[p, 1], settings[p, 2] = 1.0 - first, 1.0 - second
-            settings[p, 3], settings[p, 4] = rate, given[p, EPS] * bias
+            own = given[p]
+            made = adam_numbers(own[0], own[1], own[2], own[3], own[4], float(counts[p]))
+            for k in range(len(made)):
+                settings[p, k] = made[k]
         p += THREADS
 
 
