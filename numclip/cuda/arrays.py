@@ -196,7 +196,9 @@ def move_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: boo
         contiguous.move_all(spans, targets, stream, adds=adds)
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-    """Return a new array in C order, which holds whatever its memory does."""
+def empty(
+    shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None
+) -> DeviceArray:
+    """Return a new array, in C order unless strides are told, which holds what its memory does."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return DeviceArray(memory.allocate(nbytes), 0, shape, dtype)
+    return DeviceArray(memory.Memory(nbytes), 0, shape, dtype, strides)

@@ -25,7 +25,7 @@ from numclip.cuda import (
     tensors,
     updates,
 )
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.contiguous import HalfCopies
 from numclip.cuda.facts import facts_of
 from numclip.cuda.plan import Plan
@@ -43,7 +43,6 @@ from numclip.memory import AnySpan, RowSpan, Span, Strided
 takes_any_rows = False
 require = device.require
 facts = facts_of
-empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
 give_back = streams.give_back
@@ -91,10 +90,9 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
 
 def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
     """Return a new array of ours, or of numba's where another one is of numba."""
-    own = memory.allocate(math.prod(shape) * like.native.itemsize)
-    made = DeviceArray(own, 0, shape, like.native, strides)
+    made = empty(shape, like.native, strides)
     if library_of(like.array) == "numba" and like.native.name != "bfloat16":
-        return device.as_array(made)
+        return device.cuda.as_cuda_array(made, sync=False)
     return made
 
 
@@ -113,12 +111,6 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     """Return a plan of units likewise."""
     key = (driver.handle_of(stream), ord, *families)
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
-
-
-def read(table: Any, stream: Any) -> Array:
-    """Return a table in the host's memory, after waiting for it."""
-    found: Array = memory.read_table(table, stream)
-    return found
 
 
 def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
@@ -173,7 +165,7 @@ def key_of_pairs(
 def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
     """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
     found = None if key is None else plans.find(key)
-    return None if found is None else (*found, driver.stream_at(key[0]))
+    return None if found is None else (*found, driver.Stream(key[0]))
 
 
 def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
@@ -184,7 +176,7 @@ def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
 
 def sent(array: Array, stream: Any) -> DeviceArray:
     """Return a copy of an array of the host on the GPU."""
-    made = arrays.empty(array.shape, array.dtype)
+    made = empty(array.shape, array.dtype)
     memory.write(made.address, array.reshape(-1).view(np.uint8), stream)
     return made
 
@@ -201,6 +193,8 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
     rows.sum_rows(span, to, grouping, places, stream)
 
 
+read = memory.read_table
+part = DeviceArray.part
 indices_on_host = copies.host_indices
 on_host = copies.host_copy
 
@@ -221,11 +215,6 @@ def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
     key = (driver.handle_of(stream), "examples", *arrays)
     adding, _ = plans.kept(key, lambda: Sums(dict(enumerate(arrays)), stream))
     adding.write(tensors, table, stream)
-
-
-def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
-    """Return the view of some elements of a 1-d array, from the one numbered `start`."""
-    return array.part(start, shape)
 
 
 def put(array: DeviceArray, source: Any, stream: Any) -> None:

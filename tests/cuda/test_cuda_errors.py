@@ -234,7 +234,7 @@ def test_results_are_checked():
 
 
 def test_results_do_not_overlap():
-    room = memory.allocate(64)
+    room = memory.Memory(64)
     parts = [DeviceArray(room, start, (4,), np.dtype("f8")) for start in (0, 16)]
     grad = send(np.ones(4))
     with pytest.raises(ValueError, match=r"out\[1\]: shares memory with out\[0\]"):
@@ -267,7 +267,7 @@ def test_results_between_the_elements_of_others():
     for out, message in [
         (room.part(1, (3, 2)), "out: shares memory with grad; pass out= the gradients"),
         (
-            DeviceArray(memory.allocate(99), 0, (3, 2), np.dtype("f8"), (16, 0)),
+            DeviceArray(memory.Memory(99), 0, (3, 2), np.dtype("f8"), (16, 0)),
             r"out: expected distinct elements, got strides \(16, 0\)",
         ),
     ]:
