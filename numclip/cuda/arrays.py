@@ -1,4 +1,4 @@
-"""Arrays on the GPU that are numclip's own."""
+"""Arrays on the GPU that are numclip's own, and copies of arrays in the host's memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda import contiguous, driver, memory
-from numclip.cuda.copies import host_copy
-from numclip.cuda.facts import facts_of
-from numclip.cuda.streams import in_order
+from numclip.cuda.protocols import facts_of, told
+from numclip.cuda.streams import current_stream, in_order
 from numclip.dtypes import Array, lookup
+from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.libraries import on_device, to_numpy
-from numclip.memory import Span
+from numclip.memory import Span, is_c_order
 
 
 class DeviceArray:
@@ -202,3 +202,25 @@ def empty(
     """Return a new array, in C order unless strides are told, which holds what its memory does."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     return DeviceArray(memory.Memory(nbytes), 0, shape, dtype, strides)
+
+
+def host_copy(source: Facts, stream: Any = 0) -> Array:
+    """Return a copy of an array in the host's memory."""
+    begin, end = source.extent
+    copied = memory.read(begin, end - begin, stream)
+    offset, strides = source.address - begin, source.strides
+    return np.ndarray(source.shape, source.native, copied, offset, strides)
+
+
+def host_indices(indices: Any) -> Array:
+    """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
+    found = told("indices", indices)
+    native, shape, strides = found.native, found.shape, found.strides
+    if native is None or native.hasobject:
+        raise TypeError(expected("indices", "integers", indices.dtype))
+    if len(shape) != 1 or not is_c_order(shape, strides or (native.itemsize,), native.itemsize):
+        got = f"strides {strides} for shape {shape}; pass a contiguous copy"
+        raise ValueError(expected("indices", "a contiguous 1-d CUDA array", got))
+    nbytes = math.prod(shape) * native.itemsize
+    copy: Array = memory.read(found.address, nbytes, current_stream(indices)).view(native)
+    return copy

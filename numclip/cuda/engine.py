@@ -14,7 +14,6 @@ import numpy as np
 from numclip import methods
 from numclip.cuda import (
     arrays,
-    copies,
     device,
     driver,
     memory,
@@ -27,9 +26,8 @@ from numclip.cuda import (
 )
 from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.contiguous import HalfCopies
-from numclip.cuda.facts import facts_of
 from numclip.cuda.plan import Plan
-from numclip.cuda.protocols import library_of
+from numclip.cuda.protocols import facts_of, library_of
 from numclip.cuda.strided import Sums
 from numclip.cuda.units import UnitPlan
 from numclip.cuda.values import DeviceFloat, DeviceInt
@@ -195,8 +193,8 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
 
 read = memory.read_table
 part = DeviceArray.part
-indices_on_host = copies.host_indices
-on_host = copies.host_copy
+indices_on_host = arrays.host_indices
+on_host = arrays.host_copy
 
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:
