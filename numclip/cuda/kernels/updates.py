@@ -86,53 +86,9 @@ def adam_param(value, mean, square, decay, rate, eps):
     return value - (adam_step(mean, math.sqrt(square), rate, eps) + decay * value)
 
 
-@kernel
-def descend(updates, tensors, decisions, settings, like):
-    """Take a gradient step: three passes, five where there is a state, that of momentum."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < updates.shape[0]:
-        tensor, update = tensors[updates[c, OWNER]], updates[c]
-        pool = tensor[col.POOL]
-        if decisions[pool, col.SKIPPED] == 0.0:
-            factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
-            arguments = update, factor, settings[pool], state, like
-            addresses = update[GRAD] | update[PARAM] | update[FIRST]
-            if update[FIRST] == 0:
-                over_packets(descend_at, arguments, addresses, update[LENGTH], like)
-            else:
-                over_packets(roll_at, arguments, addresses, update[LENGTH], like)
-        c += cuda.gridDim.x
-
-
 @inline
-def descend_at(spots, update, factor, settings, _state, like):
-    """Take a plain step for some elements."""
-    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
-    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
-    value = load_at(update[PARAM], spots, like)
-    slope = each(decayed, (slope, value), (decay,))
-    store_at(update[PARAM], spots, each(descended, (value, slope), (rate,)), like)
-
-
-@inline
-def roll_at(spots, update, factor, settings, state, like):
-    """Take a step with momentum for some elements."""
-    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
-    momentum = as_computed(settings[MOMENTUM], like)
-    own, lookahead = as_computed(settings[OWN], like), as_computed(settings[LOOKAHEAD], like)
-    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
-    value = load_at(update[PARAM], spots, like)
-    slope = each(decayed, (slope, value), (decay,))
-    velocity = load_at(update[FIRST], spots, state)
-    velocity = each(sgd_velocity, (slope, velocity), (momentum,))
-    store_at(update[FIRST], spots, velocity, state)
-    step = each(sgd_direction, (slope, velocity), (own, lookahead))
-    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
-
-
-@kernel
-def adam(updates, tensors, decisions, settings, like):
-    """Take a step of Adam with decoupled weight decay. Seven passes."""
+def over_updates(turn, updates, tensors, decisions, settings, like):
+    """Call a function at each packet of what is updated, and at each element that is in none."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
         tensor, update = tensors[updates[c, OWNER]], updates[c]
@@ -141,8 +97,38 @@ def adam(updates, tensors, decisions, settings, like):
             factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
             arguments = update, factor, settings[pool], state, like
             addresses = update[GRAD] | update[PARAM] | update[FIRST] | update[SECOND]
-            over_packets(adam_at, arguments, addresses, update[LENGTH], like)
+            over_packets(turn, arguments, addresses, update[LENGTH], like)
         c += cuda.gridDim.x
+
+
+@kernel
+def descend(updates, tensors, decisions, settings, like):
+    """Take a gradient step: three passes, five where there is a state, that of momentum."""
+    over_updates(descend_at, updates, tensors, decisions, settings, like)
+
+
+@inline
+def descend_at(spots, update, factor, settings, state, like):
+    """Take a step for some elements; all are read before any is written."""
+    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
+    momentum = as_computed(settings[MOMENTUM], like)
+    own, lookahead = as_computed(settings[OWN], like), as_computed(settings[LOOKAHEAD], like)
+    slope, value = load_at(update[GRAD], spots, like), load_at(update[PARAM], spots, like)
+    rolls, velocity = update[FIRST] != 0, value
+    if rolls:
+        velocity = load_at(update[FIRST], spots, state)
+    step = each(decayed, (each(product, (slope,), (factor,)), value), (decay,))
+    if rolls:
+        velocity = each(sgd_velocity, (step, velocity), (momentum,))
+        store_at(update[FIRST], spots, velocity, state)
+        step = each(sgd_direction, (step, velocity), (own, lookahead))
+    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
+
+
+@kernel
+def adam(updates, tensors, decisions, settings, like):
+    """Take a step of Adam with decoupled weight decay. Seven passes."""
+    over_updates(adam_at, updates, tensors, decisions, settings, like)
 
 
 @inline
