@@ -246,18 +246,18 @@ def store_at(_typing, address, spots, _values, like):
 
 
 @intrinsic
-def copy_at(_typing, source, target, spots, like):
+def copy_at(_typing, spots, source, target, like):
     """Copy what is at some spots bit by bit."""
 
     def emit(context, builder, _signature, arguments):
-        sources, align = _pointers(builder, arguments[0], arguments[2], spots, like)
-        targets, _ = _pointers(builder, arguments[1], arguments[2], spots, like)
+        sources, align = _pointers(builder, arguments[1], arguments[0], spots, like)
+        targets, _ = _pointers(builder, arguments[2], arguments[0], spots, like)
         values = [builder.load(pointer, align=align) for pointer in sources]
         for value, pointer in zip(values, targets, strict=True):
             builder.store(value, pointer, align=align)
         return context.get_dummy_value()
 
-    return types.void(source, target, spots, like), emit
+    return types.void(spots, source, target, like), emit
 
 
 @intrinsic

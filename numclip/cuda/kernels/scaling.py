@@ -41,16 +41,10 @@ def multiply(source, target, length, factor, lane, lanes, like):
 
 
 @inline
-def copy_spots(spots, source, target, like):
-    """Copy what is at some spots bit by bit."""
-    copy_at(source, target, spots, like)
-
-
-@inline
 def copy(source, target, length, lane, lanes, like):
     """Copy a lane's share of contiguous memory bit by bit."""
     arguments = source, target, like
-    over_more_packets(copy_spots, arguments, source | target, length, lane, lanes, like)
+    over_more_packets(copy_at, arguments, source | target, length, lane, lanes, like)
 
 
 @inline
