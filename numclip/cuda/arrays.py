@@ -1,4 +1,4 @@
-"""Arrays on the GPU that are numclip's own."""
+"""Arrays on the GPU that are numclip's own, and copies of arrays in the host's memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda import contiguous, driver, memory
-from numclip.cuda.copies import host_copy
-from numclip.cuda.facts import facts_of
-from numclip.cuda.streams import in_order
+from numclip.cuda.protocols import facts_of, told
+from numclip.cuda.streams import current_stream, in_order
 from numclip.dtypes import Array, lookup
+from numclip.errors import expected
 from numclip.facts import Facts
 from numclip.libraries import on_device, to_numpy
-from numclip.memory import Span
+from numclip.memory import Span, is_c_order
 
 
 class DeviceArray:
@@ -127,17 +127,17 @@ class DeviceArray:
         if on_device(source):
             entry = self._fitting(source)
             with driver.on_stream(stream) as own, in_order(own, [entry]):
-                contiguous.add(self._span(entry.address), own)
+                contiguous.add(self._span(entry.address, entry.native), own)
             return
         source = to_numpy("source", source)
         self._check(source.shape, source.dtype)
         with driver.on_stream(stream) as own:
             sent = memory.table(np.ascontiguousarray(source).reshape(-1).view(np.uint8), own)
-            contiguous.add(self._span(sent.address), own)
+            contiguous.add(self._span(sent.address, self.dtype), own)
 
-    def _span(self, source: int) -> Span:
-        """Return where an array like this one is read, and this one written."""
-        row: Any = lookup(self.dtype)
+    def _span(self, source: int, dtype: np.dtype[Any]) -> Span:
+        """Return where an array like this one is read, as some dtype, and this one written."""
+        row: Any = lookup(dtype)
         return Span(row, source, self.address, self.size * row.components)
 
     def _fitting(self, source: Any, *, widens: bool = False) -> Facts:
@@ -181,36 +181,46 @@ class DeviceArray:
         return f"DeviceArray({self.dtype}, shape={self.shape})"
 
 
-def copy_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Copy an array of the GPU into each of ours, with as many launches as there are dtypes.
+def move_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
+    """Copy an array of the GPU into each of ours, or add it, by a launch for each pair of dtypes.
 
     One of 16 bits can be widened to float32.
     """
-    _move(pairs, stream, adds=False)
-
-
-def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Add an array of the GPU to each of ours likewise."""
-    _move(pairs, stream, adds=True)
-
-
-def _move(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
     if not pairs:
         return
-    alike: list[Span] = []
-    halves: list[Span] = []
     entries = [own._fitting(source, widens=True) for own, source in pairs]
-    for (own, _), entry in zip(pairs, entries, strict=True):
-        row: Any = lookup(entry.native)
-        (alike if entry.native == own.dtype else halves).append(
-            own._span(entry.address)._replace(dtype=row)
-        )
+    both = [(own, entry) for (own, _), entry in zip(pairs, entries, strict=True)]
+    spans = [own._span(entry.address, entry.native) for own, entry in both]
+    targets: list[Any] = [lookup(own.dtype) for own, _ in both]
     with in_order(stream, entries):
-        (contiguous.add_all if adds else contiguous.copy_all)(alike, stream)
-        contiguous.widen_all(halves, stream, adds=adds)
+        contiguous.move_all(spans, targets, stream, adds=adds)
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-    """Return a new array in C order, which holds whatever its memory does."""
+def empty(
+    shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None
+) -> DeviceArray:
+    """Return a new array, in C order unless strides are told, which holds what its memory does."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return DeviceArray(memory.allocate(nbytes), 0, shape, dtype)
+    return DeviceArray(memory.Memory(nbytes), 0, shape, dtype, strides)
+
+
+def host_copy(source: Facts, stream: Any = 0) -> Array:
+    """Return a copy of an array in the host's memory."""
+    begin, end = source.extent
+    copied = memory.read(begin, end - begin, stream)
+    offset, strides = source.address - begin, source.strides
+    return np.ndarray(source.shape, source.native, copied, offset, strides)
+
+
+def host_indices(indices: Any) -> Array:
+    """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
+    found = told("indices", indices)
+    native, shape, strides = found.native, found.shape, found.strides
+    if native is None or native.hasobject:
+        raise TypeError(expected("indices", "integers", indices.dtype))
+    if len(shape) != 1 or not is_c_order(shape, strides or (native.itemsize,), native.itemsize):
+        got = f"strides {strides} for shape {shape}; pass a contiguous copy"
+        raise ValueError(expected("indices", "a contiguous 1-d CUDA array", got))
+    nbytes = math.prod(shape) * native.itemsize
+    copy: Array = memory.read(found.address, nbytes, current_stream(indices)).view(native)
+    return copy

@@ -95,21 +95,36 @@ class Chunks(Work):
         return self._some[members]
 
 
-def copy_all(spans: Sequence[Span], stream: Any) -> None:
-    """Copy what is read to what is written to; a launch for each dtype, whatever their number."""
-    _move(scaling.copy_chunks, spans, stream)
+def move_all(spans: Sequence[Span], to: Sequence[DType], stream: Any, *, adds: bool) -> None:
+    """Copy what is read to what is written to, or add it; a launch for each pair of dtypes.
+
+    `to` has those of what is written: the same, or float32 for 16 bits.
+    """
+    kinds = [(span.dtype, own) for span, own in zip(spans, to, strict=True)]
+    for dtype, own in dict.fromkeys(kinds):
+        places = [span[1:] for span, kind in zip(spans, kinds, strict=True) if kind == (dtype, own)]
+        sizes = dtype.storage.itemsize, own.storage.itemsize
+        found = {dtype: [memory.table(_moved(np.array(places, np.int64), *sizes), stream)]}
+        if adds:
+            launch(scaling.add_chunks, found, stream, after=[like(own)])
+        else:
+            launch(scaling.copy_chunks if dtype is own else halves.widen_chunks, found, stream)
 
 
-def add_all(spans: Sequence[Span], stream: Any) -> None:
-    """Add what is read to what is written to; a launch for each dtype, whatever their number."""
-    _move(scaling.add_chunks, spans, stream)
+def _moved(table: Array, itemsize: int, target_itemsize: int) -> Array:
+    """Return the chunks of rows of (source, target, length), which begin where sources can."""
+    places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
+    found, _, starts = cut(np.full(len(table), itemsize), places)
+    targets = table[found[:, tables.OWNER], tables.TARGET]
+    found[:, tables.TARGET] = targets + target_itemsize * starts
+    return found
 
 
 class HalfCopies:
     """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
 
     def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
-        made = {dtype: [memory.table(_halved(own), stream)] for dtype, own in tables.items()}
+        made = {dtype: [memory.table(_moved(own, 2, 4), stream)] for dtype, own in tables.items()}
         self._tables: Tables = made
 
     def round_all(self, stream: Any) -> None:
@@ -119,28 +134,6 @@ class HalfCopies:
     def take_over(self, stream: Any) -> None:
         """Let numbers be those of the copies that are none of theirs."""
         launch(halves.take_over_chunks, self._tables, stream)
-
-
-def widen_all(spans: Sequence[Span], stream: Any, *, adds: bool) -> None:
-    """Copy what is read of 16 bits to what is written to in float32, or add it."""
-    for dtype in dict.fromkeys(span.dtype for span in spans):
-        own = np.array([span[1:] for span in spans if span.dtype is dtype], np.int64)
-        found = {dtype: [memory.table(_halved(own), stream)]}
-        launch(halves.widen_chunks, found, stream, np.int64(adds))
-
-
-def _halved(table: Array) -> Array:
-    """Return the chunks of rows of (halves, float32, length), which begin where halves can."""
-    places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
-    found, _, starts = cut(np.full(len(table), 2), places)
-    found[:, tables.TARGET] = table[found[:, tables.OWNER], tables.TARGET] + 4 * starts
-    return found
-
-
-def _move(kernel: Any, spans: Sequence[Span], stream: Any) -> None:
-    for dtype in dict.fromkeys(span.dtype for span in spans):
-        chunks, _, _ = split([span for span in spans if span.dtype is dtype])
-        launch(kernel, {dtype: [memory.table(chunks, stream)]}, stream)
 
 
 def add(span: Span, stream: Any) -> None:

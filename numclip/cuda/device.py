@@ -173,8 +173,3 @@ def launch(compiled: Any, count: int, stream: Any, *arguments: Any) -> None:
     if found is None:
         kept[key] = found = _Launch(compiled, count, stream, arguments)
     found()
-
-
-def as_array(array: Any) -> Any:
-    """Return an array of ours as one of numba's, without a copy."""
-    return cuda.as_cuda_array(array, sync=False)

@@ -93,24 +93,13 @@ def forked() -> bool:
 
 
 class Stream(int):
-    """A stream's handle, and what keeps the stream: CuPy destroys one that nobody holds.
+    """A stream's handle, 0 for the default one, and what keeps the stream.
 
-    A norm can be read, and so waited for on its stream, long after.
+    CuPy destroys one that nobody holds, and a norm can be read, and so waited for on its stream,
+    long after.
     """
 
     owner: Any = None
-
-
-def stream_at(handle: int) -> Stream:
-    """Return the stream of a handle, as other libraries tell it; 0 is the default one."""
-    return Stream(handle)
-
-
-def held(stream: Any, owner: Any) -> Stream:
-    """Return a stream that keeps the one it is made of."""
-    made = Stream(handle_of(stream))
-    made.owner = owner
-    return made
 
 
 def handle_of(stream: Any) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 from numclip import methods
 from numclip.cuda import (
     arrays,
-    copies,
     device,
     driver,
     memory,
@@ -25,11 +24,10 @@ from numclip.cuda import (
     tensors,
     updates,
 )
-from numclip.cuda.arrays import DeviceArray
+from numclip.cuda.arrays import DeviceArray, empty
 from numclip.cuda.contiguous import HalfCopies
-from numclip.cuda.facts import facts_of
 from numclip.cuda.plan import Plan
-from numclip.cuda.protocols import library_of
+from numclip.cuda.protocols import facts_of, library_of
 from numclip.cuda.strided import Sums
 from numclip.cuda.units import UnitPlan
 from numclip.cuda.values import DeviceFloat, DeviceInt
@@ -43,7 +41,6 @@ from numclip.memory import AnySpan, RowSpan, Span, Strided
 takes_any_rows = False
 require = device.require
 facts = facts_of
-empty = arrays.empty
 stream_of = streams.stream_of
 stream_from = streams.stream_from
 give_back = streams.give_back
@@ -91,10 +88,9 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
 
 def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
     """Return a new array of ours, or of numba's where another one is of numba."""
-    own = memory.allocate(math.prod(shape) * like.native.itemsize)
-    made = DeviceArray(own, 0, shape, like.native, strides)
+    made = empty(shape, like.native, strides)
     if library_of(like.array) == "numba" and like.native.name != "bfloat16":
-        return device.as_array(made)
+        return device.cuda.as_cuda_array(made, sync=False)
     return made
 
 
@@ -113,12 +109,6 @@ def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[An
     """Return a plan of units likewise."""
     key = (driver.handle_of(stream), ord, *families)
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
-
-
-def read(table: Any, stream: Any) -> Array:
-    """Return a table in the host's memory, after waiting for it."""
-    found: Array = memory.read_table(table, stream)
-    return found
 
 
 def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
@@ -173,7 +163,7 @@ def key_of_pairs(
 def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
     """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
     found = None if key is None else plans.find(key)
-    return None if found is None else (*found, driver.stream_at(key[0]))
+    return None if found is None else (*found, driver.Stream(key[0]))
 
 
 def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
@@ -184,7 +174,7 @@ def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
 
 def sent(array: Array, stream: Any) -> DeviceArray:
     """Return a copy of an array of the host on the GPU."""
-    made = arrays.empty(array.shape, array.dtype)
+    made = empty(array.shape, array.dtype)
     memory.write(made.address, array.reshape(-1).view(np.uint8), stream)
     return made
 
@@ -201,8 +191,10 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
     rows.sum_rows(span, to, grouping, places, stream)
 
 
-indices_on_host = copies.host_indices
-on_host = copies.host_copy
+read = memory.read_table
+part = DeviceArray.part
+indices_on_host = arrays.host_indices
+on_host = arrays.host_copy
 
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:
@@ -223,15 +215,10 @@ def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
     adding.write(tensors, table, stream)
 
 
-def part(array: DeviceArray, start: int, shape: tuple[int, ...]) -> DeviceArray:
-    """Return the view of some elements of a 1-d array, from the one numbered `start`."""
-    return array.part(start, shape)
-
-
 def put(array: DeviceArray, source: Any, stream: Any) -> None:
     """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
     if on_device(source) and facts_of("source", source).native != array.dtype:
-        arrays.copy_all([(array, source)], stream)
+        arrays.move_all([(array, source)], stream, adds=False)
     else:
         array.copy_from(_sendable(array, source), stream)
 
@@ -242,7 +229,7 @@ def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: A
 
 def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Copy arrays likewise, each into the one before it: those of the GPU together."""
-    arrays.copy_all([pair for pair in pairs if on_device(pair[1])], stream)
+    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=False)
     for array, source in pairs:
         if not on_device(source):
             put(array, source, stream)
@@ -250,7 +237,7 @@ def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
 
 def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
     """Add arrays likewise."""
-    arrays.add_all([pair for pair in pairs if on_device(pair[1])], stream)
+    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=True)
     for array, source in pairs:
         if not on_device(source):
             array.add(_sendable(array, source), stream)

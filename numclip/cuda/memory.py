@@ -91,16 +91,11 @@ def _give_back(address: int) -> None:
 
 
 class Memory:
-    """Bytes of the GPU that are this object's own."""
+    """Bytes of the GPU that are this object's own, aligned to 64 or more."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.address = nbytes, _taken(nbytes)
         weakref.finalize(self, _give_back, self.address).atexit = False
-
-
-def allocate(nbytes: int) -> Memory:
-    """Return memory of the GPU, aligned to 64 bytes or more."""
-    return Memory(nbytes)
 
 
 class _Block:

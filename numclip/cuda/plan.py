@@ -17,10 +17,11 @@ from numclip import tables
 from numclip.cuda import device, memory
 from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import norms, verdict
-from numclip.cuda.rows import Groups, Rows
+from numclip.cuda.rows import Rows
 from numclip.cuda.strided import Tiles
-from numclip.cuda.work import Shared, Work
+from numclip.cuda.work import Shared, Work, measure
 from numclip.dtypes import Array
+from numclip.engine import Groups
 from numclip.law import Law, Laws, Pool, by_norms, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
@@ -153,18 +154,8 @@ class Plan:
 
     def measure(self, ord: float, stream: Any) -> None:
         """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
-        if ord == 2.0:
-            for work in self._works:
-                work.sum_squares(self._shared, stream)
-            return
-        for work in self._works:
-            work.max_magnitude(self._shared, stream)
-        self._find(tables.PEAK, stream)
-        if ord != math.inf or self._hypotenuses:
-            for work in self._works:
-                work.sum_powers(self._shared, self._laws.table, stream)
-        if ord == math.inf and self._hypotenuses:
-            self._find(tables.RATIO, stream)
+        inputs = ord, self._shared, self._laws.table, self._find, stream
+        measure(self._works, *inputs, hypotenuses=self._hypotenuses)
 
     def _find(self, column: int, stream: Any) -> None:
         """Take the largest of each pool's partial maxima into the law."""
@@ -202,7 +193,7 @@ class Plan:
     def write_exceptional(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Scale, in place, those tensors whose factor is no plain number; rarely any."""
         for work in self._works:
-            work.scale_rare(self._shared, outcome[1], stream)
+            work.scale(self._shared, outcome[1], stream, tables.TRUNCATE)
 
     def clamp(
         self, outcome: tuple[Any, Any], low: float, high: float, stream: Any, members: range

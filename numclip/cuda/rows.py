@@ -16,15 +16,13 @@ from numclip import tables
 from numclip.cuda import device, memory
 from numclip.cuda.contiguous import Chunks
 from numclip.cuda.kernels import rows
-from numclip.cuda.strided import Tiles
+from numclip.cuda.strided import Tiles, bits_of
 from numclip.cuda.work import Kernels, Shared, Work, launch, like
 from numclip.dtypes import Array, DType
+from numclip.engine import Groups
 from numclip.memory import Memory, RowSpan, Span, Strided
 
 ALIGNMENT = 64  # bytes between the sums of tensors
-
-Groups = tuple[Array, Array]
-"""The rows in an order that brings equal indices together, and where each group starts."""
 
 
 class _Mapped(NamedTuple):
@@ -47,11 +45,6 @@ def _columns(span: RowSpan) -> int:
     return max(span.length // span.dtype.components, 1)
 
 
-def _power(number: int) -> int:
-    """Return the least power of two that is at least a number."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def count(span: RowSpan) -> int:
     """Return how many shares a tensor has: one at least for each strip of columns."""
     return max(device.ROW_SHARES, -(-_columns(span) // device.THREADS))
@@ -63,33 +56,22 @@ def _widths(span: RowSpan) -> tuple[int, int]:
     These are shared by lanes, the more of them the fewer columns there are, but for those of a
     sector of memory.
     """
-    wide = min(_power(_columns(span)), device.THREADS)
+    wide = min(1 << bits_of(_columns(span)), device.THREADS)
     itemsize = span.dtype.storage.itemsize * span.dtype.components
-    narrow = max(_power(device.SECTOR // itemsize), _power(8 * _columns(span) // count(span)))
-    return wide, min(wide, narrow)
-
-
-def _cut(counts: Array, parts: int) -> Array:
-    """Return where each of some parts of the groups begins, and the last ends, by their rows."""
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    targets = ends[-1] * np.arange(parts + 1) // max(parts, 1)
-    cuts: Array = np.searchsorted(ends, targets)
-    return cuts
+    narrow = max(device.SECTOR // itemsize, 8 * _columns(span) // count(span))
+    return wide, min(wide, 1 << bits_of(narrow))
 
 
 def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> Array:
     """Return at most so many shares of some groups, in strips of `width` columns."""
     strips = -(-columns // width)
-    cuts = _cut(counts, max(most // strips, 1))
+    parts, ends = max(most // strips, 1), np.concatenate([[0], np.cumsum(counts)])
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(parts + 1) // parts)  # by as many rows
     shares = np.zeros((strips * (cuts.size - 1), tables.SHARE_COLUMNS), np.int64)
     shares[:, tables.BEGIN], shares[:, tables.END] = np.tile([cuts[:-1], cuts[1:]], strips)
     shares[:, tables.COLUMN] = np.repeat(width * np.arange(strips), cuts.size - 1)
-    shares[:, tables.WIDTH], shares[:, tables.LANES] = _exponent(width), _exponent(lanes)
+    shares[:, tables.WIDTH], shares[:, tables.LANES] = bits_of(width), bits_of(lanes)
     return shares
-
-
-def _exponent(power: int) -> int:
-    return power.bit_length() - 1
 
 
 def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
@@ -195,9 +177,10 @@ class Rows(Work):
         """Write the sums of rows times the factor that was decided: one read."""
         launch(rows.sum_scaled_rows, self._tables, stream, shared.tensors, decisions)
 
-    def _scale(self, *given: Any) -> None:
+    def scale(self, *given: Any) -> None:
+        """Write the rows as they lie times the factors decided."""
         for work in self._works:
-            work._scale(*given)
+            work.scale(*given)
 
     def clamp(self, *given: Any) -> None:
         """Write the rows as they lie held between two bounds, but of those skipped."""

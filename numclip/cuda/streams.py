@@ -17,15 +17,15 @@ def stream_from(stream: Any) -> Any:
     for name in ("cuda_stream", "ptr"):
         handle = getattr(stream, name, None)
         if isinstance(handle, int):
-            return driver.stream_at(handle)
+            return driver.Stream(handle)
     if isinstance(stream, int) and not isinstance(stream, bool):
-        return driver.stream_at(stream)
+        return driver.Stream(stream)
     if stream is None:
-        return driver.stream_at(0)
+        return driver.Stream(0)
     if hasattr(stream, "begin_building"):  # a graph builder of cuda.core
         stream = stream.stream
     if hasattr(stream, "__cuda_stream__"):
-        return driver.stream_at(int(stream.__cuda_stream__()[1]))
+        return driver.Stream(int(stream.__cuda_stream__()[1]))
     raise TypeError(f"stream: expected a CUDA stream or None, got {type(stream).__name__}")
 
 
@@ -35,7 +35,7 @@ def stream_of(entries: Sequence[Facts]) -> Any:
     It waits for what was given to the streams of the others, and for what DLPack's producers
     were told to be ready for. `give_back` is to follow what is done on it.
     """
-    own, *others = _streams_of(entries) or [driver.stream_at(0)]
+    own, *others = _streams_of(entries) or [driver.Stream(0)]
     for other in others:
         driver.order(own, other)
     if driver.handle_of(own):
@@ -68,11 +68,13 @@ def current_stream(array: Any) -> Any:
     """Return the stream that the library of an array works on at present."""
     package = library_of(array)
     if package == "torch":
-        return driver.stream_at(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+        return driver.Stream(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
     if package == "cupy":
         theirs = sys.modules["cupy"].cuda.get_current_stream()
-        return driver.held(driver.stream_at(theirs.ptr), theirs)
-    return driver.stream_at(_told_stream(array))
+        stream = driver.Stream(theirs.ptr)
+        stream.owner = theirs
+        return stream
+    return driver.Stream(_told_stream(array))
 
 
 def _told_stream(array: Any) -> int:

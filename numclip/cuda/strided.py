@@ -17,7 +17,6 @@ from numclip.cuda.work import Kernels, Tables, Work, launch
 from numclip.dtypes import Array, DType
 from numclip.memory import Memory, Strided
 
-SECTOR = 32  # bytes: memory is read in as many
 LINE = 128  # bytes: what a warp reads at its best
 # Bytes of a tile: the more there are, the fewer sums are written; the fewer, the more blocks.
 LEAST_BYTES, MOST_BYTES = device.CHUNK_BYTES >> 3, device.CHUNK_BYTES
@@ -75,7 +74,7 @@ def patch(found: Sequence[Direction], none: Direction) -> tuple[Direction, Direc
     """
     kept = [direction for direction in found if direction.kept]
     reduced = [direction for direction in found if not direction.kept]
-    wide = [direction for direction in found if direction.extent >= SECTOR]
+    wide = [direction for direction in found if direction.extent >= device.SECTOR]
     closest = (wide or found or [none])[-1]
     along = _longest(reduced, none)
     if kept:
@@ -105,7 +104,7 @@ def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
     if abs(along.steps[0]) < abs(across.steps[0]) or across.length == 1:
         packets = along.length // PACKET if across.steps[0] % WORD == 0 else 0
         read = WORD if packets > 1 and along.steps[0] == itemsize else itemsize
-        lanes = max(lanes, min(bits_of(SECTOR // read), bits_of(along.length)))
+        lanes = max(lanes, min(bits_of(device.SECTOR // read), bits_of(along.length)))
     else:
         least = min(bits_of(LINE // itemsize), tiles.ALL_BITS)
     return min(max(tiles.ALL_BITS - lanes, least, 0), bits_of(across.length))

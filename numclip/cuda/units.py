@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from numclip.cuda.kernels import units
 from numclip.cuda.kernels.tiles import ALL_BITS
 from numclip.cuda.plan import HostTable
 from numclip.cuda.strided import Tiles, bits_of
-from numclip.cuda.work import Shared
+from numclip.cuda.work import Shared, measure
 from numclip.dtypes import Array
 from numclip.law import Family, unit_laws
 
@@ -73,17 +72,10 @@ class UnitPlan:
     def measure(self, stream: Any) -> None:
         """Write the partial sums of gradients and parameters: one read of each, or two."""
         grads, params = self._works
-        params.sum_squares(self.shared, stream)
-        if self._ord == 2.0:
-            grads.sum_squares(self.shared, stream)
-            return
-        grads.max_magnitude(self.shared, stream)
-        self._find(tables.PEAK, stream)
+        params.sum(params.kernels.squares, self.shared, stream)
         hypotenuses = any(a.dtype.components == 2 for f in self.families for a in f.arrays)
-        if self._ord != math.inf or hypotenuses:
-            grads.sum_powers(self.shared, self.units, stream)
-        if self._ord == math.inf and hypotenuses:
-            self._find(tables.RATIO, stream)
+        inputs = self._ord, self.shared, self.units, self._find, stream
+        measure([grads], *inputs, hypotenuses=hypotenuses)
 
     def _find(self, column: int, stream: Any) -> None:
         """Take the largest of each unit's partial maxima into a column."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,31 +67,20 @@ class Work:
         """Return the tables by which some tensors, or all, are written."""
         raise NotImplementedError
 
-    def sum_squares(self, shared: Shared, stream: Any) -> None:
-        """Write the partial sums of squares: one read."""
-        launch(self.kernels.squares, self._tables, stream, shared.tensors, after=[shared.partial])
+    def sum(self, kernel: Any, shared: Shared, stream: Any, *peaks: Any) -> None:
+        """Write the partial sums, or maxima, of one of the kernels: one read.
 
-    def max_magnitude(self, shared: Shared, stream: Any) -> None:
-        """Write the partial maxima, of real and imaginary parts: one read."""
-        launch(self.kernels.maxima, self._tables, stream, shared.tensors, after=[shared.partial])
-
-    def sum_powers(self, shared: Shared, peaks: Any, stream: Any) -> None:
-        """Write the partial sums of powers of magnitudes over the peaks of pools, or of units.
-
-        One read. Of infinite order, they are the largest magnitudes over the peaks.
+        Sums of powers are over the peaks of pools, or of units.
         """
-        inputs = shared.tensors, peaks
-        launch(self.kernels.powers, self._tables, stream, *inputs, after=[shared.partial])
+        launch(kernel, self._tables, stream, shared.tensors, *peaks, after=[shared.partial])
 
-    def scale(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write each tensor times the factors decided; one read, one write, or none."""
-        self._scale(tables.MULTIPLY, shared, decisions, stream)
+    def scale(
+        self, shared: Shared, decisions: Any, stream: Any, least: int = tables.MULTIPLY
+    ) -> None:
+        """Write each tensor times the factors decided; one read, one write, or none.
 
-    def scale_rare(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Scale, in place, what has a factor that is no plain number; rarely any."""
-        self._scale(tables.TRUNCATE, shared, decisions, stream)
-
-    def _scale(self, least: int, shared: Shared, decisions: Any, stream: Any) -> None:
+        From TRUNCATE on, what has a factor that is no plain number is scaled alone, in place.
+        """
         for dtype, own in self._written(None, stream).items():
             numbers = [np.int64(number) for number in (least, *dtype.precision)]
             inputs = shared.tensors, decisions, *numbers
@@ -102,3 +92,32 @@ class Work:
         """Write the elements of some tensors held between two bounds, but of those skipped."""
         inputs = shared.tensors, decisions, *bounds
         launch(self.kernels.clamp, self._written(members, stream), stream, *inputs)
+
+
+def measure(
+    works: Sequence[Work],
+    ord: float,
+    shared: Shared,
+    peaks: Any,
+    find: Callable[[int, Any], None],
+    stream: Any,
+    *,
+    hypotenuses: bool,
+) -> None:
+    """Write the partial sums: one read, two where `ord` is neither 2 nor infinite.
+
+    `find` takes the largest partial maxima to a column of `peaks`. These are of real and imaginary
+    parts; `hypotenuses` says that magnitudes are to be found.
+    """
+    if ord == 2.0:
+        for work in works:
+            work.sum(work.kernels.squares, shared, stream)
+        return
+    for work in works:
+        work.sum(work.kernels.maxima, shared, stream)
+    find(tables.PEAK, stream)
+    if ord != math.inf or hypotenuses:
+        for work in works:
+            work.sum(work.kernels.powers, shared, stream, peaks)
+    if ord == math.inf and hypotenuses:
+        find(tables.RATIO, stream)

@@ -15,7 +15,7 @@ from tests.oracle.checks import assert_same_bits
 FOLLOWING = nc.AutoClip, nc.ZClip, nc.AdaGC
 # What waits for the GPU, and what moves or makes memory there.
 WAITING = "synchronize", "read_table", "read"
-MOVING = "table", "allocate", "update", "write", "copy", "clear"
+MOVING = "table", "Memory", "update", "write", "copy", "clear"
 
 
 def pair(*groups: nc.Group) -> tuple[nc.ParamGroups, Any]:

@@ -36,7 +36,7 @@ def send(array: Any, offset: int = 0) -> Any:
     if isinstance(array, nc.IndexedSlices):
         return nc.IndexedSlices(send(array.values, offset), array.indices, array.dense_shape)
     copy, room, start = laid_out(array, array)
-    own = memory.allocate(room.size + offset)
+    own = memory.Memory(room.size + offset)
     strides = None if array.flags.c_contiguous else array.strides
     made = DeviceArray(own, offset + start, array.shape, copy.dtype, strides)
     memory.write(made.address - start, room, 0)

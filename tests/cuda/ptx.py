@@ -55,14 +55,14 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
     scaling: {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
         "copy_chunks": (TABLE, LIKE),
-        "add_chunks": (TABLE, LIKE),
+        "add_chunks": (TABLE, LIKE, LIKE),
         "clamp": (TABLE, TABLE, NUMBERS, types.float64, types.float64, LIKE),
         "add": (types.int64,) * 5 + (LIKE,),
     },
     halves: {
         "round_chunks": (TABLE, HALF),
         "take_over_chunks": (TABLE, HALF),
-        "widen_chunks": (TABLE, types.int64, HALF),
+        "widen_chunks": (TABLE, HALF),
     },
     tiles: {
         "sum_tile_squares": (TABLE, TABLE, LIKE, NUMBERS),

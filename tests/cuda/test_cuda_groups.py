@@ -472,7 +472,7 @@ def test_a_full_block_of_steps_is_handed_over_without_waiting(monkeypatch):
     groups = nc.ParamGroups([nc.Group("g", {"x": np.ones(3)})], device="cuda")
     groups.clip()
     with monkeypatch.context() as patched:
-        forbid(patched, (*WAITING, "table", "allocate", "update", "write", "clear"))
+        forbid(patched, (*WAITING, "table", "Memory", "update", "write", "clear"))
         groups.clip()
         groups.clip()
     assert len(groups.history) == 3

@@ -29,7 +29,7 @@ NEEDED = LARGE.nbytes + 2 * memory.ARENA_BYTES
 def test_tables_are_made_of_what_pytorch_keeps_unused(torch: Any) -> None:
     """On a stream of its own, whose first table asks the driver for memory."""
     torch.cuda.current_stream(None).cuda_stream = new_stream()
-    items, kept, asked = [Tensor(np.array([3.0, 4.0]))], [memory.allocate(NEEDED)], []
+    items, kept, asked = [Tensor(np.array([3.0, 4.0]))], [memory.Memory(NEEDED)], []
 
     def empty_cache() -> None:
         asked.append(len(kept))
@@ -44,7 +44,7 @@ def test_tables_are_made_of_what_pytorch_keeps_unused(torch: Any) -> None:
 
 
 def test_arrays_are_made_of_what_cupy_keeps_unused(monkeypatch: pytest.MonkeyPatch) -> None:
-    grad, kept = send(LARGE), [memory.allocate(NEEDED)]
+    grad, kept = send(LARGE), [memory.Memory(NEEDED)]
     pool = SimpleNamespace(free_all_blocks=kept.clear)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(get_default_memory_pool=lambda: pool))
     with standin.room(0):

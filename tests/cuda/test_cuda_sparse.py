@@ -42,7 +42,7 @@ def example(name: str = "float32", seed: int = 8) -> nc.IndexedSlices:
 def integers(indices: Any, dtype: Any = np.int64) -> DeviceArray:
     """Indices on the device."""
     array = np.array(indices, dtype)
-    made = DeviceArray(memory.allocate(array.nbytes), 0, array.shape, array.dtype)
+    made = DeviceArray(memory.Memory(array.nbytes), 0, array.shape, array.dtype)
     memory.write(made.address, array.reshape(-1).view(np.uint8), 0)
     return made
 

@@ -82,7 +82,7 @@ def test_nothing_is_made_for_the_same_arrays_again(monkeypatch):
     for expected in (1, 1):
         optimizer.apply_gradients(zip(grads, variables, strict=True))
         assert len(made) == expected
-    monkeypatch.setattr(memory, "allocate", None)
+    monkeypatch.setattr(memory, "Memory", None)
     monkeypatch.setattr(memory, "table", None)
     optimizer.apply_gradients(zip(grads, variables, strict=True))
 

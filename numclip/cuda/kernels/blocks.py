@@ -6,7 +6,8 @@ from numclip.cuda.device import THREADS, cuda, inline
 from numclip.cuda.kernels.packets import size_of
 from numclip.cuda.kernels.scalars import binned_square, joined_bins, larger, settled, two_sum
 
-NOTHING = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0  # bins of squares, each with its rounding error
+BINS = 7  # three sums, their rounding errors, and a count
+EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @inline
@@ -39,34 +40,32 @@ def lane_sum(total, error, place, apart, room):
 
 
 @inline
-def with_square(bins, value, like):
-    """Return bins of squares, each with its rounding error, after adding the square of a value.
+def with_terms(bins, small, middle, large, count):
+    """Return bins after adding to each of the three sums, and to the count."""
+    small, low = two_sum(bins[0], small)
+    middle, mid = two_sum(bins[1], middle)
+    large, high = two_sum(bins[2], large)
+    return small, middle, large, bins[3] + low, bins[4] + mid, bins[5] + high, bins[6] + count
+
+
+@inline
+def with_square(bins, value, count, like):
+    """Return bins after adding the square of a value, and to the count.
 
     Only squares of float64 can be out of the middle one.
     """
     small, middle, large = 0.0, value * value, 0.0
     if size_of(like) == 8:
         small, middle, large = binned_square(value)
-    small, low = two_sum(bins[0], small)
-    middle, mid = two_sum(bins[2], middle)
-    large, high = two_sum(bins[4], large)
-    return small, bins[1] + low, middle, bins[3] + mid, large, bins[5] + high
-
-
-@inline
-def lane_squares(bins, place, apart, room):
-    """Return the sum of bins of squares as `lane_sum` does, as ``total * 4**exponent``."""
-    small = lane_sum(bins[0], bins[1], place, apart, room)
-    middle = lane_sum(bins[2], bins[3], place, apart, room)
-    return joined_bins(small, middle, lane_sum(bins[4], bins[5], place, apart, room))
+    return with_terms(bins, small, middle, large, count)
 
 
 @inline
 def lane_bins(bins, place, apart, room):
-    """Return the sums of three bins and of a count over the threads of a place modulo `apart`.
+    """Return the sum of bins over the threads of a place modulo `apart`, and that of the counts.
 
-    `bins` are three sums, their errors, and the count; all are added in one tree, as `lane_sum`
-    adds one. `room` has a row for each.
+    The sum is ``total * 4**exponent``, in two numbers. All are added in one tree, as `lane_sum`
+    adds one; `room` has a row for each.
     """
     for k in range(len(bins)):
         room[k, place] = bins[k]
@@ -84,7 +83,8 @@ def lane_bins(bins, place, apart, room):
     small, middle = settled(room[0, own], room[3, own]), settled(room[1, own], room[4, own])
     large, count = settled(room[2, own], room[5, own]), room[6, own]
     cuda.syncthreads()
-    return small, middle, large, count
+    total, exponent = joined_bins(small, middle, large)
+    return total, exponent, count
 
 
 @inline

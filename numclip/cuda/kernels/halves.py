@@ -5,17 +5,8 @@ Of each chunk, the source is where elements of 16 bits are, the target where tho
 
 import numpy as np
 
-from numclip import tables as col
-from numclip.cuda.device import cuda, inline, kernel
-from numclip.cuda.kernels.packets import (
-    differ,
-    each,
-    load_at,
-    nearest,
-    over_packets,
-    store_at,
-)
-from numclip.cuda.kernels.scaling import added
+from numclip.cuda.device import inline, kernel
+from numclip.cuda.kernels.packets import differ, each, load_at, over_chunks, rounded, store_at
 
 WIDE = np.float32(0.0)
 
@@ -23,29 +14,19 @@ WIDE = np.float32(0.0)
 @kernel
 def round_chunks(chunks, like):
     """Write the nearest copies. One read, one write of half the size."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        copies, numbers = chunks[c, col.SOURCE], chunks[c, col.TARGET]
-        length, arguments = chunks[c, col.LENGTH], (copies, numbers, like)
-        over_packets(round_at, arguments, copies | numbers, length, like)
-        c += cuda.gridDim.x
+    over_chunks(round_at, (like,), chunks, like)
 
 
 @inline
 def round_at(spots, copies, numbers, like):
     """Write the copies at some spots."""
-    store_at(copies, spots, each(nearest, (load_at(numbers, spots, WIDE),), (like,)), like)
+    store_at(copies, spots, each(rounded, (load_at(numbers, spots, WIDE),), (like,)), like)
 
 
 @kernel
 def take_over_chunks(chunks, like):
     """Let numbers be those of the copies that are none of theirs. Two reads, rarely a write."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        copies, numbers = chunks[c, col.SOURCE], chunks[c, col.TARGET]
-        length, arguments = chunks[c, col.LENGTH], (copies, numbers, like)
-        over_packets(take_over_at, arguments, copies | numbers, length, like)
-        c += cuda.gridDim.x
+    over_chunks(take_over_at, (like,), chunks, like)
 
 
 @inline
@@ -72,20 +53,12 @@ def taken(number, copy, like):
 
 
 @kernel
-def widen_chunks(chunks, adds, like):
-    """Copy each chunk, or add it. One read of half the size, or two, and one write."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        source, target = chunks[c, col.SOURCE], chunks[c, col.TARGET]
-        length, arguments = chunks[c, col.LENGTH], (source, target, adds, like)
-        over_packets(widen_at, arguments, source | target, length, like)
-        c += cuda.gridDim.x
+def widen_chunks(chunks, like):
+    """Copy each chunk. One read of half the size, one write."""
+    over_chunks(widen_at, (like,), chunks, like)
 
 
 @inline
-def widen_at(spots, source, target, adds, like):
-    """Copy what is at some spots, or add it."""
-    x = load_at(source, spots, like)
-    if adds:
-        x = each(added, (x, load_at(target, spots, WIDE)), ())
-    store_at(target, spots, x, WIDE)
+def widen_at(spots, source, target, like):
+    """Copy what is at some spots."""
+    store_at(target, spots, load_at(source, spots, like), WIDE)

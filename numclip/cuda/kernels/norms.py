@@ -12,13 +12,7 @@ import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.blocks import (
-    NOTHING,
-    block_max,
-    block_sum,
-    lane_squares,
-    with_square,
-)
+from numclip.cuda.kernels.blocks import BINS, EMPTY, block_max, block_sum, lane_bins, with_square
 from numclip.cuda.kernels.packets import (
     PACKET,
     fold_packets,
@@ -76,18 +70,17 @@ def parts_of(place, masked, components, like):
 
 @inline
 def careful_squares(line, masked, lane, lanes, like):
-    """Return a lane's share of the squares of a line in bins, and of what is not finite.
+    """Return a lane's share of the squares of a line in bins, what is not finite counted.
 
     `line` is where it begins, the step to the next element, how many these are, and their parts.
     """
     place, step, length, components = line
-    bins, bad, i = NOTHING, 0.0, lane
+    bins, i = EMPTY, lane
     while i < length:
         x, y, odd = parts_of(place + i * step, masked, components, like)
-        bins = with_square(with_square(bins, x, like), y, like)
-        bad += odd
+        bins = with_square(with_square(bins, x, odd, like), y, 0.0, like)
         i += lanes
-    return bins, bad
+    return bins
 
 
 @inline
@@ -101,7 +94,7 @@ def is_lossless(total, like):
 @kernel
 def sum_squares(chunks, tensors, like, out):
     """Write each chunk's sum of squares. Reads every element once, rare chunks twice."""
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
         address, length = chunks[c, col.SOURCE], chunks[c, col.LENGTH]
@@ -110,9 +103,8 @@ def sum_squares(chunks, tensors, like, out):
         if not is_lossless(total, like):
             masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
             line = address, size_of(like), length, 1
-            bins, bad = careful_squares(line, masked, i, THREADS, like)
-            total, exponent = lane_squares(bins, i, 1, room)
-            bad = block_sum(bad, 0.0, room)
+            bins = careful_squares(line, masked, i, THREADS, like)
+            total, exponent, bad = lane_bins(bins, i, 1, room)
         if cuda.threadIdx.x == 0:
             out[chunks[c, col.PART], col.TOTAL] = total
             out[chunks[c, col.PART], col.EXPONENT] = exponent

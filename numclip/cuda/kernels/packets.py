@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
+from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline
 from numclip.halves import float_to_bfloat, float_to_half
 
@@ -153,16 +154,6 @@ def _nearest(builder, value, like):
 
 
 @intrinsic
-def nearest(_typing, value, like):
-    """Return the nearest element to a float32, of two the even one, in float32."""
-
-    def emit(_context, builder, _signature, arguments):
-        return _widened(builder, _nearest(builder, arguments[0], like), like)
-
-    return types.float32(value, like), emit
-
-
-@intrinsic
 def differ(_typing, value, other, like):
     """Tell whether the nearest elements to two of float32 have other bits."""
 
@@ -255,18 +246,18 @@ def store_at(_typing, address, spots, _values, like):
 
 
 @intrinsic
-def copy_at(_typing, source, target, spots, like):
+def copy_at(_typing, spots, source, target, like):
     """Copy what is at some spots bit by bit."""
 
     def emit(context, builder, _signature, arguments):
-        sources, align = _pointers(builder, arguments[0], arguments[2], spots, like)
-        targets, _ = _pointers(builder, arguments[1], arguments[2], spots, like)
+        sources, align = _pointers(builder, arguments[1], arguments[0], spots, like)
+        targets, _ = _pointers(builder, arguments[2], arguments[0], spots, like)
         values = [builder.load(pointer, align=align) for pointer in sources]
         for value, pointer in zip(values, targets, strict=True):
             builder.store(value, pointer, align=align)
         return context.get_dummy_value()
 
-    return types.void(source, target, spots, like), emit
+    return types.void(spots, source, target, like), emit
 
 
 @intrinsic
@@ -343,6 +334,17 @@ def over_packets(turn, arguments, addresses, length, like):
     while i < length:
         turn((i,), *arguments)
         i += THREADS
+
+
+@inline
+def over_chunks(turn, arguments, chunks, like):
+    """Call a function likewise for each chunk, told where it is read and written first."""
+    c = np.int64(cuda.blockIdx.x)
+    while c < chunks.shape[0]:
+        places = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        addresses, length = places[0] | places[1], chunks[c, col.LENGTH]
+        over_packets(turn, places + arguments, addresses, length, like)
+        c += cuda.gridDim.x
 
 
 @inline

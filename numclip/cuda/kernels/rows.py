@@ -13,10 +13,11 @@ import numpy as np
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.blocks import (
-    NOTHING,
+    BINS,
+    EMPTY,
     block_max,
     block_sum,
-    lane_squares,
+    lane_bins,
     lane_sum,
     with_square,
 )
@@ -121,23 +122,19 @@ def sums_of(share, g, groups, order, part, how, room):
 
 @inline
 def share_squares(share, groups, order, how, room):
-    """Return a share's squares of sums and of sums of magnitudes, and how many are bad."""
-    sums, terms, bad = NOTHING, NOTHING, 0.0
+    """Return a share's squares of sums and how many are bad, and those of sums of magnitudes."""
+    sums, terms = EMPTY, EMPTY
     g = share[col.BEGIN]
     while g < share[col.END]:
         own, part = g + team_of(share), np.int64(0)
         while part < share[col.COMPONENTS]:
             value, size, odd = sums_of(share, own, groups, order, part, how, room)
-            sums, terms = with_square(sums, value, how[2]), with_square(terms, size, how[2])
-            bad += odd
+            sums = with_square(sums, value, odd, how[2])
+            terms = with_square(terms, size, 0.0, how[2])
             part += 1
         g += teams_of(share)
     i = np.int64(cuda.threadIdx.x)
-    return (
-        lane_squares(sums, i, 1, room),
-        lane_squares(terms, i, 1, room),
-        block_sum(bad, 0.0, room),
-    )
+    return lane_bins(sums, i, 1, room), lane_bins(terms, i, 1, room)
 
 
 @kernel
@@ -146,18 +143,19 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
 
     Where a sum exceeds float64 they are read again, divided by a power of two.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share, shift = shares[s], 0
         masked = tensors[share[col.OWNER], col.ZEROING] != 0
-        sums, terms, bad = share_squares(share, groups, order, (masked, 1.0, like), room)
+        sums, terms = share_squares(share, groups, order, (masked, 1.0, like), room)
         if size_of(like) == 8 and not math.isfinite(terms[0]):
             how, shift = (masked, 1.0 / BIN_SCALE, like), BIN_EXPONENT
-            sums, terms, bad = share_squares(share, groups, order, how, room)
+            sums, terms = share_squares(share, groups, order, how, room)
         if cuda.threadIdx.x == 0:
             found = out[share[col.PART]]
-            found[col.TOTAL], found[col.EXPONENT], found[col.BAD] = sums[0], sums[1] + shift, bad
+            found[col.TOTAL], found[col.EXPONENT] = sums[0], sums[1] + shift
+            found[col.BAD] = sums[2]
             found[col.TERMS], found[col.TERMS_EXPONENT] = terms[0], terms[1] + shift
         s += cuda.gridDim.x
 

@@ -10,6 +10,7 @@ from numclip.cuda.kernels.packets import (
     copy_at,
     each,
     load_at,
+    over_chunks,
     over_more_packets,
     over_packets,
     rounded,
@@ -40,16 +41,10 @@ def multiply(source, target, length, factor, lane, lanes, like):
 
 
 @inline
-def copy_spots(spots, source, target, like):
-    """Copy what is at some spots bit by bit."""
-    copy_at(source, target, spots, like)
-
-
-@inline
 def copy(source, target, length, lane, lanes, like):
     """Copy a lane's share of contiguous memory bit by bit."""
     arguments = source, target, like
-    over_more_packets(copy_spots, arguments, source | target, length, lane, lanes, like)
+    over_more_packets(copy_at, arguments, source | target, length, lane, lanes, like)
 
 
 @inline
@@ -152,25 +147,24 @@ def added(value, other):
 
 
 @inline
-def add_at(spots, source, target, like):
+def add_at(spots, source, target, like, to):
     """Add what is read at some spots to what is written to."""
-    x, y = load_at(source, spots, like), load_at(target, spots, like)
-    store_at(target, spots, each(added, (x, y), ()), like)
+    x, y = load_at(source, spots, like), load_at(target, spots, to)
+    store_at(target, spots, each(added, (x, y), ()), to)
 
 
 @kernel
-def add_chunks(chunks, like):
-    """Add what is read of each chunk to what is written to. Two reads, one write."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < chunks.shape[0]:
-        source, target, length = chunks[c, col.SOURCE], chunks[c, col.TARGET], chunks[c, col.LENGTH]
-        over_packets(add_at, (source, target, like), source | target, length, like)
-        c += cuda.gridDim.x
+def add_chunks(chunks, like, to):
+    """Add what is read of each chunk to what is written to, stored as `to` is.
+
+    That is as what is read, or float32 for 16 bits. Two reads, one write.
+    """
+    over_chunks(add_at, (like, to), chunks, like)
 
 
 @kernel
 def add(source, target, length, skew, limit, like):
-    """Add `length` elements read to those written to. Two reads, one write.
+    """Add `length` elements read to those written to. Two reads, one write; no table.
 
     They are taken in pieces of `limit`, the first of them shorter by `skew`.
     """
@@ -178,6 +172,6 @@ def add(source, target, length, skew, limit, like):
     while c * limit < length + skew:
         first, last = max(c * limit - skew, 0), min((c + 1) * limit - skew, length)
         place = first * size_of(like)
-        arguments = source + place, target + place, like
+        arguments = source + place, target + place, like, like
         over_packets(add_at, arguments, arguments[0] | arguments[1], last - first, like)
         c += cuda.gridDim.x

@@ -75,9 +75,9 @@ def copy_line(tile, n, lane, lanes, like):
     i, first = lane, np.int64(0)
     while i < length:
         place, other = source + i * step, target + i * target_step
-        copy_at(place, other, (first,), like)
+        copy_at((first,), place, other, like)
         if components == 2:
-            copy_at(place, other, (first + 1,), like)
+            copy_at((first + 1,), place, other, like)
         i += lanes
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.blocks import NOTHING, lane_max, lane_squares, lane_sum
+from numclip.cuda.kernels.blocks import BINS, EMPTY, lane_bins, lane_max, lane_sum
 from numclip.cuda.kernels.norms import (
     careful_squares,
     is_lossless,
@@ -102,15 +102,14 @@ def squares_of_lines(tile, first, tensor, like, room, out):
     total = lane_sum(total, error, place, apart, room)
     lossy = n < tile[col.COUNT] and not is_lossless(total, like)
     if cuda.syncthreads_or(1 if lossy else 0):
-        bins = NOTHING
+        bins = EMPTY
         if n < tile[col.COUNT]:
             start = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
             line = start, tile[col.STEP], tile[col.LENGTH], tile[col.COMPONENTS]
-            bins, bad = careful_squares(line, tensor[col.ZEROING] != 0, lane, lanes, like)
-        careful = lane_squares(bins, place, apart, room)
-        bad = lane_sum(bad, 0.0, place, apart, room)
-        if lossy:
-            total, exponent = careful
+            bins = careful_squares(line, tensor[col.ZEROING] != 0, lane, lanes, like)
+        careful = lane_bins(bins, place, apart, room)
+        if lossy:  # what is not finite is in such a line alone
+            total, exponent, bad = careful
     write_sums(tile, n, place, total, exponent, bad, out)
 
 
@@ -129,7 +128,7 @@ def over_lines(turn, tiles, tensors, arguments):
 @kernel
 def sum_tile_squares(tiles, tensors, like, out):
     """Write the sums of squares of each tile. Reads every element once, rare lines twice."""
-    room = cuda.shared.array((2, THREADS), np.float64)
+    room = cuda.shared.array((BINS, THREADS), np.float64)
     over_lines(squares_of_lines, tiles, tensors, (like, room, out))
 
 

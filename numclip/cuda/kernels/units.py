@@ -12,17 +12,25 @@ import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.blocks import arrives_last, block_max, block_sum, lane_max
+from numclip.cuda.kernels.blocks import (
+    BINS,
+    EMPTY,
+    arrives_last,
+    block_max,
+    block_sum,
+    lane_bins,
+    lane_max,
+    with_terms,
+)
 from numclip.cuda.kernels.scalars import (
     binned_square,
-    joined_bins,
     larger,
     norm_of,
     relative,
     scale_by_power,
     write_factor,
 )
-from numclip.cuda.kernels.verdict import BINS, EMPTY, add_rows, join, joined
+from numclip.cuda.kernels.verdict import add_rows, join
 
 
 @inline
@@ -48,7 +56,7 @@ def unit_total(slab, first, last, tensors, partial, room):
         stop = tensors[t, col.LAST] if u < slab[col.UNITS] else start
         bins = add_rows(partial, col.TOTAL, start, stop, lanes * slab[col.UNITS], bins)
         t += 1
-    total, exponent, _ = joined(bins, cuda.threadIdx.x, np.int64(1) << slab[col.BITS], room)
+    total, exponent, _ = lane_bins(bins, cuda.threadIdx.x, np.int64(1) << slab[col.BITS], room)
     return total, exponent
 
 
@@ -135,14 +143,14 @@ def sum_slab(slab, bound, units, out, room):
     smallest factor, negative.
     """
     i = np.int64(cuda.threadIdx.x)
-    small, middle, large, least, count = 0.0, 0.0, 0.0, -1.0, 0.0
+    bins, least = EMPTY, -1.0
     if i < slab[col.COUNT]:
         unit = units[slab[col.ROW] + slab[col.NUMBER] + i]
         small, middle, large = binned_square(unit[col.CLIPPED])
-        least, count = -unit[col.SCALE], (1.0 if unit[col.NORM] > bound else 0.0)
-    small, middle = block_sum(small, 0.0, room), block_sum(middle, 0.0, room)
-    total, exponent = joined_bins(small, middle, block_sum(large, 0.0, room))
-    count, least = block_sum(count, 0.0, room), block_max(least, room)
+        bins = with_terms(bins, small, middle, large, 1.0 if unit[col.NORM] > bound else 0.0)
+        least = -unit[col.SCALE]
+    total, exponent, count = lane_bins(bins, i, 1, room)
+    least = block_max(least, room)
     if i == 0:
         out[col.TOTAL], out[col.EXPONENT], out[col.BAD], out[col.TERMS] = (
             total,

@@ -15,18 +15,17 @@ from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
 from numclip.cuda.kernels.packets import as_computed, each, load_at, over_packets, store_at
 from numclip.cuda.kernels.scaling import product
+from numclip.decisions import compiled
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
 moment = inline(formulas.moment)
 adam_step = inline(formulas.adam_step)
-adam_rate = inline(formulas.adam_rate)
+adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).adam_numbers
 
 GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
 # Of the settings that the host gives for each pool.
 LR, DECAY, MOMENTUM, OWN, LOOKAHEAD = range(5)  # of SGD, as the kernels take them
-BETA, BETA_SQUARE, EPS = range(2, 5)  # of Adam, after LR and DECAY
-SETTINGS_COLUMNS = 5
 
 
 @kernel
@@ -43,18 +42,16 @@ def advance(decisions, counts):
 def advance_adam(decisions, given, counts, settings):
     """Count a step for each pool that is not skipped, and correct its moments' biases.
 
-    `settings` are then the share that decays, the weights of the gradient and of its square in
-    their averages, the rate and eps, see `formulas.adam_step`. One block.
+    `settings` are then what `formulas.adam_numbers` returns. One block.
     """
     p = np.int64(cuda.threadIdx.x)
     while p < counts.shape[0]:
         if decisions[p, col.SKIPPED] == 0.0:
             counts[p] += 1
-            first, second = given[p, BETA], given[p, BETA_SQUARE]
-            rate, bias = adam_rate(given[p, LR], float(counts[p]), first, second)
-            settings[p, 0] = given[p, LR] * given[p, DECAY]
-            settings[p, 1], settings[p, 2] = 1.0 - first, 1.0 - second
-            settings[p, 3], settings[p, 4] = rate, given[p, EPS] * bias
+            own = given[p]
+            made = adam_numbers(own[0], own[1], own[2], own[3], own[4], float(counts[p]))
+            for k in range(len(made)):
+                settings[p, k] = made[k]
         p += THREADS
 
 
@@ -89,53 +86,9 @@ def adam_param(value, mean, square, decay, rate, eps):
     return value - (adam_step(mean, math.sqrt(square), rate, eps) + decay * value)
 
 
-@kernel
-def descend(updates, tensors, decisions, settings, like):
-    """Take a gradient step: three passes, five where there is a state, that of momentum."""
-    c = np.int64(cuda.blockIdx.x)
-    while c < updates.shape[0]:
-        tensor, update = tensors[updates[c, OWNER]], updates[c]
-        pool = tensor[col.POOL]
-        if decisions[pool, col.SKIPPED] == 0.0:
-            factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
-            arguments = update, factor, settings[pool], state, like
-            addresses = update[GRAD] | update[PARAM] | update[FIRST]
-            if update[FIRST] == 0:
-                over_packets(descend_at, arguments, addresses, update[LENGTH], like)
-            else:
-                over_packets(roll_at, arguments, addresses, update[LENGTH], like)
-        c += cuda.gridDim.x
-
-
 @inline
-def descend_at(spots, update, factor, settings, _state, like):
-    """Take a plain step for some elements."""
-    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
-    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
-    value = load_at(update[PARAM], spots, like)
-    slope = each(decayed, (slope, value), (decay,))
-    store_at(update[PARAM], spots, each(descended, (value, slope), (rate,)), like)
-
-
-@inline
-def roll_at(spots, update, factor, settings, state, like):
-    """Take a step with momentum for some elements."""
-    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
-    momentum = as_computed(settings[MOMENTUM], like)
-    own, lookahead = as_computed(settings[OWN], like), as_computed(settings[LOOKAHEAD], like)
-    slope = each(product, (load_at(update[GRAD], spots, like),), (factor,))
-    value = load_at(update[PARAM], spots, like)
-    slope = each(decayed, (slope, value), (decay,))
-    velocity = load_at(update[FIRST], spots, state)
-    velocity = each(sgd_velocity, (slope, velocity), (momentum,))
-    store_at(update[FIRST], spots, velocity, state)
-    step = each(sgd_direction, (slope, velocity), (own, lookahead))
-    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
-
-
-@kernel
-def adam(updates, tensors, decisions, settings, like):
-    """Take a step of Adam with decoupled weight decay. Seven passes."""
+def over_updates(turn, updates, tensors, decisions, settings, like):
+    """Call a function at each packet of what is updated, and at each element that is in none."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
         tensor, update = tensors[updates[c, OWNER]], updates[c]
@@ -144,8 +97,38 @@ def adam(updates, tensors, decisions, settings, like):
             factor, state = factor_of(tensor, decisions[pool], like), as_computed(0.0, like)
             arguments = update, factor, settings[pool], state, like
             addresses = update[GRAD] | update[PARAM] | update[FIRST] | update[SECOND]
-            over_packets(adam_at, arguments, addresses, update[LENGTH], like)
+            over_packets(turn, arguments, addresses, update[LENGTH], like)
         c += cuda.gridDim.x
+
+
+@kernel
+def descend(updates, tensors, decisions, settings, like):
+    """Take a gradient step: three passes, five where there is a state, that of momentum."""
+    over_updates(descend_at, updates, tensors, decisions, settings, like)
+
+
+@inline
+def descend_at(spots, update, factor, settings, state, like):
+    """Take a step for some elements; all are read before any is written."""
+    rate, decay = as_computed(settings[LR], like), as_computed(settings[DECAY], like)
+    momentum = as_computed(settings[MOMENTUM], like)
+    own, lookahead = as_computed(settings[OWN], like), as_computed(settings[LOOKAHEAD], like)
+    slope, value = load_at(update[GRAD], spots, like), load_at(update[PARAM], spots, like)
+    rolls, velocity = update[FIRST] != 0, value
+    if rolls:
+        velocity = load_at(update[FIRST], spots, state)
+    step = each(decayed, (each(product, (slope,), (factor,)), value), (decay,))
+    if rolls:
+        velocity = each(sgd_velocity, (step, velocity), (momentum,))
+        store_at(update[FIRST], spots, velocity, state)
+        step = each(sgd_direction, (step, velocity), (own, lookahead))
+    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
+
+
+@kernel
+def adam(updates, tensors, decisions, settings, like):
+    """Take a step of Adam with decoupled weight decay. Seven passes."""
+    over_updates(adam_at, updates, tensors, decisions, settings, like)
 
 
 @inline

@@ -7,7 +7,7 @@ from numba.cuda import types
 from numba.cuda.extending import errors, intrinsic
 
 from numclip.cuda.device import cuda, inline
-from numclip.cuda.kernels.blocks import NOTHING, tree_sum, with_square
+from numclip.cuda.kernels.blocks import EMPTY, tree_sum, with_square
 from numclip.cuda.kernels.norms import is_lossless
 from numclip.cuda.kernels.packets import as_computed, size_of
 from numclip.cuda.kernels.scalars import (
@@ -69,25 +69,31 @@ def squares(x, first, step):
 @inline
 def careful_squares(x, first, step):
     """Return the same sum in bins, see `with_square`."""
-    bins, like = NOTHING, element(x)
+    bins, like = EMPTY, element(x)
     i = first
     while i < x.size:
-        bins = with_square(bins, np.float64(x[i]), like)
+        bins = with_square(bins, np.float64(x[i]), 0.0, like)
         i += step
     return bins
 
 
 @inline
-def thread_norm(x):
-    """Return the norm of a vector as ``root * 2**exponent``."""
+def norm_of_shares(add_up, x, first, step):
+    """Return the norm of a vector as ``root * 2**exponent``; a function adds up all shares."""
     like = element(x)
-    total, error = squares(x, 0, 1)
-    total, exponent = settled(total, error), 0
-    if not is_lossless(total, like):
-        bins = careful_squares(x, 0, 1)
-        small, middle = settled(bins[0], bins[1]), settled(bins[2], bins[3])
-        total, exponent = joined_bins(small, middle, settled(bins[4], bins[5]))
+    total, error = squares(x, first, step)
+    total, exponent = add_up(total, error), 0
+    if not is_lossless(total, like):  # for all threads or for none
+        bins = careful_squares(x, first, step)
+        small, middle = add_up(bins[0], bins[3]), add_up(bins[1], bins[4])
+        total, exponent = joined_bins(small, middle, add_up(bins[2], bins[5]))
     return math.sqrt(total), exponent
+
+
+@inline
+def thread_norm(x):
+    """Return the norm of a vector that the thread holds likewise."""
+    return norm_of_shares(settled, x, 0, 1)
 
 
 @inline
@@ -100,17 +106,10 @@ def over_block(total, error):
 
 @inline
 def norm_over_block(x):
-    """Return the norm of a vector that the block holds as ``root * 2**exponent``."""
-    like = element(x)
+    """Return the norm of a vector that the block holds likewise."""
     place, count = share()
     cuda.syncthreads()
-    total, error = squares(x, place, count)
-    total, exponent = over_block(total, error), 0
-    if not is_lossless(total, like):  # for all threads or for none
-        bins = careful_squares(x, place, count)
-        small, middle = over_block(bins[0], bins[1]), over_block(bins[2], bins[3])
-        total, exponent = joined_bins(small, middle, over_block(bins[4], bins[5]))
-    return math.sqrt(total), exponent
+    return norm_of_shares(over_block, x, place, count)
 
 
 @inline

@@ -7,54 +7,37 @@ import numpy as np
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.blocks import arrives_last, block_sum, lane_bins
-from numclip.cuda.kernels.scalars import (
-    decide,
-    joined_bins,
-    power_term,
-    two_sum,
-    usable,
-    write_norm,
-    write_spread,
+from numclip.cuda.kernels.blocks import (
+    BINS,
+    EMPTY,
+    arrives_last,
+    block_sum,
+    lane_bins,
+    with_terms,
 )
-
-BINS = 7  # three sums, their errors, what is not finite
-EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+from numclip.cuda.kernels.scalars import decide, power_term, usable, write_norm, write_spread
 
 
 @inline
 def add_rows(sums, column, k, last, step, bins):
-    """Return bins of sums, their errors and what is not finite, with every `step`-th row added.
+    """Return bins with every `step`-th row of sums added, and what is not finite counted.
 
     `column` is TOTAL or TERMS; the exponent is in the next one.
     """
-    small, middle, large, low, mid, high, bad = bins
     while k < last:
         total, exponent = sums[k, column], sums[k, column + 1]
-        small, rest = two_sum(small, total if exponent < 0.0 else 0.0)
-        low += rest
-        middle, rest = two_sum(middle, total if exponent == 0.0 else 0.0)
-        mid += rest
-        large, rest = two_sum(large, total if exponent > 0.0 else 0.0)
-        high += rest
-        bad += sums[k, col.BAD]
+        small, large = total if exponent < 0.0 else 0.0, total if exponent > 0.0 else 0.0
+        middle = total if exponent == 0.0 else 0.0
+        bins = with_terms(bins, small, middle, large, sums[k, col.BAD])
         k += step
-    return small, middle, large, low, mid, high, bad
-
-
-@inline
-def joined(bins, place, apart, room):
-    """Return the sum of bins over the threads of a place modulo `apart`, as the rows are."""
-    small, middle, large, bad = lane_bins(bins, place, apart, room)
-    total, exponent = joined_bins(small, middle, large)
-    return total, exponent, bad
+    return bins
 
 
 @inline
 def join(sums, column, first, last, room):
     """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
     i = cuda.threadIdx.x
-    return joined(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
+    return lane_bins(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
 
 
 @inline

@@ -31,6 +31,7 @@ LIBRARIES = {
     "libnvrtc.so.13": ("compilers.c",),
 }
 _driver: Any = None
+_seed = 0
 _COMPILE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int
 )
@@ -113,14 +114,23 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in asked}
 
 
-def lazy(on: bool) -> None:
-    """Run what is queued only when someone waits for it, or else at once; run all there is."""
-    _driver.standin_lazy(int(on))
+def lazy(on: bool) -> bool:
+    """Run what is queued only when someone waits for it, or else at once; run all there is.
+
+    Returns which of the two it was.
+    """
+    return bool(_driver.standin_lazy(int(on)))
 
 
-def random_order(seed: int) -> None:
-    """Run threads and blocks in an order that follows from a seed; as numbered with 0."""
+def random_order(seed: int) -> int:
+    """Run threads and blocks in an order that follows from a seed; as numbered with 0.
+
+    Returns the seed that there was.
+    """
+    global _seed
+    before, _seed = _seed, seed
     _driver.standin_random_order(int(seed != 0), seed)
+    return before
 
 
 def divergences() -> int:
@@ -166,8 +176,18 @@ def room(nbytes: int) -> Iterator[None]:
 @contextlib.contextmanager
 def as_late_as_can_be() -> Iterator[None]:
     """Run what is queued only when someone waits for it."""
-    lazy(True)
+    before = lazy(True)
     try:
         yield
     finally:
-        lazy(False)
+        lazy(before)
+
+
+@contextlib.contextmanager
+def in_random_order(seed: int) -> Iterator[None]:
+    """Run threads and blocks in an order that follows from a seed."""
+    before = random_order(seed)
+    try:
+        yield
+    finally:
+        random_order(before)

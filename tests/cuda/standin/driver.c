@@ -307,11 +307,13 @@ static result wait_for(struct stream *stream) {
 
 /* For tests. */
 
-void standin_lazy(int on) {
+int standin_lazy(int on) {
     pthread_mutex_lock(&lock);
     run_everything();
+    int before = lazy;
     lazy = on;
     pthread_mutex_unlock(&lock);
+    return before;
 }
 void standin_devices(int count) { devices = count; }
 void standin_compiler(int (*own)(const char *, const char *, char *, int)) { compile = own; }
