@@ -269,7 +269,7 @@ def _read(file: IO[bytes]) -> dict[str, Any]:
             raise ValueError("its members overlap")
         content = _content(archive, members, _INDEX)
         text = _array(content, "uint8", (len(content) - _INDEX_HEADER,)).tobytes()
-        match json.loads(text.decode("utf-8", "surrogatepass")):
+        match _parsed(text.decode("utf-8", "surrogatepass")):
             case {"format": str(name), "version": int(version), "tree": dict(tree)}:
                 if name != FORMAT or version != VERSION:
                     got = f"{name} version {version}"
@@ -280,6 +280,13 @@ def _read(file: IO[bytes]) -> dict[str, Any]:
     if members:
         raise ValueError(f"unexpected members {', '.join(members)}")
     return loaded
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} dicts") from None
 
 
 def _content(archive: zipfile.ZipFile, members: _Members, name: str) -> bytes:

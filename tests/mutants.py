@@ -34,10 +34,10 @@ REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
     "functional": "functions/errors functions/each functions/edge_cases",
     "border/arguments": "functions/errors functions/edge_cases functions/borders",
-    "border/structures": "functions/structures functions/each functions/errors",
+    "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/edge_cases functions/nonfinite",
     "border/results": "functions/errors functions/borders functions/edge_cases",
-    "slices": "functions/slices",
+    "slices": "functions/slices functions/advice groups/sparse_steps",
     "rules": "groups/rules groups/kinds groups/group_clips",
     "formulas": "functions/formulas",
     "groups": "groups/groups groups/group_clips groups/given",

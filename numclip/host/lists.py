@@ -77,7 +77,8 @@ def pointers_of(items: Items) -> int:
 
 
 _KNOWN = [np.dtype(name) if name != "bfloat16" else None for name in little.NAMES]
-_TOLD = np.array([object.__basicsize__, id(np.ndarray), id(None), *([0] * len(_KNOWN))], np.int64)
+_TOLD = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
+_TOLD[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), _POINTERS
 _TOLD[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
 TOLD: int = _TOLD.__array_interface__["data"][0]
 """Where that is what `kernels.little` is told."""

@@ -158,3 +158,10 @@ def test_a_mapping_whose_class_cannot_be_made_again_comes_back_as_a_dict():
 
     clipped, norm = nc.clip_by_global_norm(Fixed(), 1.0)
     assert (type(clipped), norm) == (dict, 3.0)
+
+
+def test_a_structure_that_holds_itself_is_refused():
+    endless = [[np.ones(2)]]
+    endless[0].append(endless)
+    with pytest.raises(ValueError, match=r"^grads: expected .* that holds itself"):
+        nc.global_norm(endless)

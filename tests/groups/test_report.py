@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import pickle
@@ -454,6 +455,12 @@ def test_suggested_bounds_would_have_clipped_the_share():
 
 
 # ---- the picture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fonts() -> None:
+    """Let matplotlib look for fonts first, for which it starts a process once in a home."""
+    importlib.import_module("matplotlib.font_manager")
 
 
 def marked(axes: Any, label: str) -> list[float]:

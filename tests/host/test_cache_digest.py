@@ -151,8 +151,13 @@ def test_the_digest_is_that_of_the_code_wherever_it_was_imported_from(tmp_path):
     assert newer[2] == here[2]
 
 
-def test_arrays_are_told_apart_by_what_they_hold():
+def test_arrays_and_slices_are_told_apart_by_what_they_hold():
     program = "import numpy as np\nTABLE = {}\ndef wanted(i):\n    return TABLE[i]"
     tables = ["np.zeros(2)", "np.zeros(4, np.float32)", "np.zeros((2, 1))", "-np.zeros(2)"]
     assert len({digest_of(program.format(table)) for table in tables}) == len(tables)
     assert np.zeros(2).nbytes == np.zeros(4, np.float32).nbytes
+    slices = ["slice(None)", "slice(0, None)", "slice(0)", "slice(None, None, 0)"]
+    assert len({digest_of(program.format(part)) for part in slices}) == len(slices)
+    within = "def wanted(x):\n    return x[{}]"
+    parts = [":", "0:", ":0", "::0", "0:0"]
+    assert len({digest_of(within.format(part)) for part in parts}) == len(parts)

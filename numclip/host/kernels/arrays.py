@@ -46,7 +46,7 @@ def layout_holds() -> bool:
     matrix = np.zeros((3, 5), np.float32)
     probes = matrix, matrix.T, matrix[1:, ::2], np.zeros(0), np.zeros(()), np.frombuffer(b"a", "u1")
     pointers = id(probes) + tuple.__basicsize__
-    return _word(pointers - WORD) == len(probes) and all(
+    return _word(id(probes) + header) == len(probes) and all(
         _word(pointers + k * WORD) == id(probe) and _is_laid_out(probe, id(probe) + header)
         for k, probe in enumerate(probes)
     )

@@ -48,11 +48,13 @@ from numclip.host.kernels.spans import (
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import expanded, inline, kernel_with_gil
 
-# The dtypes, whose addresses follow those of the type and of None in what a kernel is told.
+# The dtypes, whose addresses come last in what a kernel is told, after where the pointers in a
+# tuple begin: Python 3.14 keeps a hash before them.
 NAMES = "float32", "float64", "float16", "bfloat16", "complex64", "complex128"
 KINDS = np.array([0, WIDE, HALF, BRAIN, COMPLEX, WIDE | COMPLEX])
 SIZES = np.array([4, 8, 2, 2, 8, 16])
-DTYPES = NONE + 1
+POINTERS = NONE + 1
+DTYPES = POINTERS + 1
 WRITES, EACH, REAL = 1, 2, 4  # what to do: write results, clip each by itself, take no complex
 ELSEWHERE, MUCH = 16, 17  # beside what `spans` says became of the arrays
 AXES = 64  # NumPy's most
@@ -271,8 +273,7 @@ def note(rows, first, how, became, done):
 @inline
 def pointers(tuple_, facts):
     """Return where a tuple's pointers are, and how many."""
-    items = tuple_ + fact(facts, HEADER) + WORD
-    return items, word_at(items - WORD)
+    return tuple_ + fact(facts, POINTERS), word_at(tuple_ + fact(facts, HEADER))
 
 
 @expanded

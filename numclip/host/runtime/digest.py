@@ -34,7 +34,8 @@ def of(function: Callable[..., Any]) -> str:
     Raises
     ------
     NoDigestError
-        Where it, or what it calls, takes a value that is no number, text, array, type or function.
+        Where it, or what it calls, takes a value that is no number, text, array, slice, type or
+        function.
     """
     digest = hashlib.sha256()
     for part in _function(function, set()):
@@ -73,6 +74,8 @@ def _value(value: Any, names: set[str], seen: set[int]) -> Iterator[str]:
         yield f"{type(value).__name__} {value}"
     elif isinstance(value, tuple | list | set | frozenset | Mapping):
         yield from _several(value, names, seen)
+    elif isinstance(value, slice):  # a constant of code since Python 3.14
+        yield from _several([value.start, value.stop, value.step], names, seen)
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"
     elif isinstance(value, types.CodeType):
