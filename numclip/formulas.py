@@ -10,7 +10,7 @@ subnormal numbers. Norms are monotone and obey the triangle inequality, hence fo
     norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
 
 The measured norm ``n`` has a relative error of at most 8 * 2**-53, for elements under 64 bits
-20 * 2**-53 (see ``tuning``; orders other than 2 are as right as the power function).
+20 * 2**-53 (see ``tuning``; but of orders over 4, and of fractions, as the power function is).
 `clip_factor` returns
 
     s = down(C / n / (1 + u) * (1 - slack)),

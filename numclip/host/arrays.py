@@ -78,7 +78,7 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Array:
 
 
 def share_no_memory(arrays: Sequence[Any]) -> bool:
-    """Tell whether plain arrays share no memory, as far as that is seen by where they begin."""
+    """Tell whether plain arrays share no memory with one another; False where that is not seen."""
     owners = [type(array) is np.ndarray and array.flags.owndata for array in arrays]
     if all(owners) and len({*map(id, arrays)}) == len(arrays):
         return True

@@ -149,7 +149,9 @@ def clip_by_global_norm(
         found = None
         if others is not None:
             found = clip_by_global_norm(grads, bound, None, ord, what, given)
-        return None if found is None else (outs.written(others, found[0]), found[1])
+        if others is None or found is None:
+            return None
+        return outs.filled(others, found[0]), found[1]
     items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, given)
     return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
@@ -162,7 +164,8 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
     """
     if not outs.takes(grads, out):
         others = outs.of(grads, out)
-        return others and outs.written(others, clip_each(grads, bound, None, ord, what))
+        results = None if others is None else clip_each(grads, bound, None, ord, what)
+        return None if others is None or results is None else outs.filled(others, results)
     if type(grads) is np.ndarray:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else _copy(grads)
@@ -276,7 +279,8 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
         return None
     if not outs.takes(grads, out):
         others = outs.of(grads, out)
-        return others and outs.written(others, clamp(grads, low, high, None))
+        results = None if others is None else clamp(grads, low, high, None)
+        return None if others is None or results is None else outs.filled(others, results)
     if type(grads) is np.ndarray:
         results = clamp_items((grads,), low, high, in_place=out is not None)
         return None if results is None else results[0]
@@ -332,7 +336,8 @@ def each(
     """
     if not outs.takes(grads, out):
         others = outs.of(grads, out, owners)
-        return others and outs.written(others, each(grads, None, one, prepare, owners))
+        results = None if others is None else each(grads, None, one, prepare, owners)
+        return None if others is None or results is None else outs.filled(others, results)
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)
     if type(owners) not in (type(grads), type(None)):

@@ -22,51 +22,51 @@ def takes(grads: Any, out: Any) -> bool:
         return True
     if type(out) is not type(grads) or type(out) is np.ndarray:
         return False
-    read, written = items_of(grads), items_of(out)
-    same = len(read) == len(written) and all(map(operator.is_, read, written))
+    read, places = items_of(grads), items_of(out)
+    same = len(read) == len(places) and all(map(operator.is_, read, places))
     return same and bool(read) and (type(out) is not dict or [*grads] == [*out])
 
 
 def of(grads: Any, out: Any, owners: Any = None) -> Items | None:
     """Return the arrays to write, one for each gradient; None where the general way is to look.
 
-    All are plain arrays that hold little, alike in dtype and shape, and share no memory.
+    All are plain arrays that hold little and share no memory, nor with the gradients' owners.
     """
-    if type(out) is not type(grads):
-        return None
     kind = type(grads)
-    read, written, others = (
-        (item,) if kind is np.ndarray else items_of(item) for item in (grads, out, owners)
-    )
-    if not read or len(read) != len(written) or (kind is dict and [*grads] != [*out]):
+    if type(out) is not kind:
         return None
-    if sum(map(_nbytes, read)) >= PARALLEL_BYTES or not all(map(_fit, read, written)):
+    if kind is np.ndarray:
+        read, places, others = (grads,), (out,), (owners,)
+    else:
+        read, places, others = items_of(grads), items_of(out), items_of(owners)
+    if not read or len(read) != len(places) or (kind is dict and [*grads] != [*out]):
         return None
-    every = [item for item in (*read, *written, *others) if item is not None]
-    return written if share_no_memory(every) else None
+    if sum(map(_nbytes, read)) >= PARALLEL_BYTES or not all(map(_can_take, places, read)):
+        return None
+    every = [item for item in (*read, *places, *others) if item is not None]
+    return places if share_no_memory(every) else None
 
 
-def written(arrays: Items | None, results: Any) -> Any:
-    """Copy results to arrays, if there are some; return these in the structure of the results."""
-    if results is None or arrays is None:
-        return None
+def filled(places: Items, results: Any) -> Any:
+    """Copy results to arrays; return these in the structure of the results."""
     if type(results) is np.ndarray:
-        arrays[0][...] = results
-        return arrays[0]
-    for array, result in zip(arrays, items_of(results), strict=True):
+        places[0][...] = results
+        return places[0]
+    for place, result in zip(places, items_of(results), strict=True):
         if result is not None:
-            array[...] = result
-    return rebuilt(results, arrays, None)
+            place[...] = result
+    return rebuilt(results, places, None)
 
 
 def _nbytes(item: Any) -> int:
     return item.nbytes if type(item) is np.ndarray else 0
 
 
-def _fit(read: Any, out: Any) -> bool:
-    """Tell whether an array is there to write another one's result."""
-    if read is None or out is None:
-        return read is out
-    if type(read) is not np.ndarray or type(out) is not np.ndarray:
+def _can_take(place: Any, read: Any) -> bool:
+    """Tell whether an array can be written with another one's result, each element by itself."""
+    if read is None or place is None:
+        return read is place
+    if type(read) is not np.ndarray or type(place) is not np.ndarray:
         return False
-    return read.dtype == out.dtype and read.shape == out.shape and out.flags.writeable
+    alike = read.dtype == place.dtype and read.shape == place.shape
+    return alike and place.flags.writeable and place.flags.forc

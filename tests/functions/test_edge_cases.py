@@ -280,6 +280,7 @@ EACH = {
     "value": lambda g, c, **kw: nc.clip_by_value(g, -c, c, **kw),
     "norm": nc.clip_by_norm,
     "norm of order 3": lambda g, c, **kw: nc.clip_by_norm(g, c, ord=3, **kw),
+    "norm of order 4": lambda g, c, **kw: nc.clip_by_norm(g, c, ord=4, **kw),
     "norm of rows": lambda g, c, **kw: nc.clip_by_norm(g, c, axes=-1, **kw),
     "average norm": nc.clip_by_average_norm,
     "block rms": nc.clip_by_block_rms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -326,6 +327,15 @@ def test_exchanged_outputs_are_refused_or_right():
         checks.assert_same_bits(a, expected[1])
 
 
+def owner_of_overlaps(grad):
+    """Return an array that owns its memory, and whose rows lie in one another."""
+    out = np.zeros(grad.shape, grad.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        out.strides = grad.itemsize, grad.itemsize
+    return out
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -334,6 +344,7 @@ def test_exchanged_outputs_are_refused_or_right():
         (lambda g: g.astype(np.float64), (TypeError, ValueError), r"\bout\b.*float64"),
         (lambda g: g.tolist(), TypeError, r"\bout\b.*list"),
         (lambda g: g[::-1], ValueError, r"\bout\b"),
+        (owner_of_overlaps, ValueError, r"\bout\b.*distinct elements"),
     ],
 )
 def test_single_outputs(make, error, message):

@@ -284,13 +284,16 @@ def test_report_and_history():
 
 @pytest.mark.parametrize(("grad", "low", "high"), [([1e10, -1e-10], 0, 1e20), ([np.inf], -1, 1)])
 def test_a_clamp_is_reported(grad, low, high):
+    rules = {"g": nc.ByValue(float(low), float(high)), "free": nc.ByValue(-math.inf, math.inf)}
     groups = nc.ParamGroups(
-        [nc.Group("g", {"w": np.ones(len(grad))}, clip=nc.ByValue(float(low), float(high)))]
+        [nc.Group(name, {name: np.ones(len(grad))}, rule) for name, rule in rules.items()]
     )
-    groups.set_grads({"w": np.array(grad)})
+    groups.set_grads({name: np.array(grad) for name in rules})
     report = groups.clip()
-    assert groups.grads["w"].tolist() != grad
+    assert groups.grads["g"].tolist() != grad
+    assert groups.grads["free"].tolist() == grad
     assert report.clipped
+    assert (report.groups["g"].clipped, report.groups["free"].clipped) == (True, False)
 
 
 def by_units(bound):

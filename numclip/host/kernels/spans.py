@@ -75,7 +75,7 @@ def array_of(rows, t, like):
 
 @inline
 def peak_of(x):
-    """Return the largest magnitude of an array, NaN where there is one; see `cpu.largest_bits`."""
+    """Return the largest magnitude of contiguous numbers, NaN where there is one."""
     begin, bits = np.int64(x.ctypes.data), np.zeros(1, np.int64)
     if x.size and x.itemsize == 8:
         bits[0] = largest_bits((begin, begin, x.size), WIDE_MASK)

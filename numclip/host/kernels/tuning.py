@@ -11,7 +11,8 @@ NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
 
 WIDE_BLOCK = 16
-"""The same for magnitudes of 64 bits: no root divides the error of their sum. At most 1 + 3 + 2."""
+"""The same for norms of order 1, whose sum is the norm: no root makes its error less. At most
+1 + 3 + 2 roundings."""
 
 STRIP = 248
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the
