@@ -14,9 +14,8 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, halves, pairs, rows, units, updates
+from numclip.host import arrays, halves, lists, pairs, rows, units, updates
 from numclip.host.given import Extents, Given
-from numclip.host.lists import READABLE
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
 from numclip.host.units import UnitPlan
@@ -162,7 +161,7 @@ def given(
     held: Mapping[int, Array] | None = None,
 ) -> Given | None:
     """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
-    return Given(targets, taken, natives, held) if READABLE else None
+    return Given(targets, taken, natives, held) if lists.READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
