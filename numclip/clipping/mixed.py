@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from numclip.border.structures import structure
-from numclip.host import lists
+from numclip.host import lists, outs
 from numclip.host.nests import Items
 from numclip.slices import IndexedSlices
 
@@ -27,7 +27,7 @@ def clip_by_global_norm(
     grads: Any, bound: float, out: Any, ord: float, what: int, given: float
 ) -> tuple[Any, float] | None:
     """Clip gradients by their joint norm, in place or into new ones; return both."""
-    if not (out is None or out is grads) or not isinstance(grads, (list, tuple, dict)):
+    if not outs.takes(grads, out) or not isinstance(grads, (list, tuple, dict)):
         return None
     found = structure(grads)
     values = _values(found.items)

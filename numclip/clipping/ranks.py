@@ -141,8 +141,7 @@ class Part:
 
     def at_once(self, heads: Array) -> Any:
         """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
-        own = self._spans, self.own
-        told = *own, self._sharded, self._pools, self._source, self._given
+        told = self._spans, self.own, self._sharded, self._pools, self._source, self._given
         return self.clipper.ranks_at_once(told, (heads, self.every))
 
     def take_decided(self) -> None:

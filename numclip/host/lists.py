@@ -145,13 +145,11 @@ def clip_by_global_norm(
     `what` is a policy, with `spans.GIVEN` where the norm is given.
     """
     if not outs.takes(grads, out):
-        others = outs.of(grads, out)
-        found = None
-        if others is not None:
-            found = clip_by_global_norm(grads, bound, None, ord, what, given)
-        if others is None or found is None:
+        places = outs.of(grads, out)
+        if places is None:
             return None
-        return outs.filled(others, found[0]), found[1]
+        found = clip_by_global_norm(grads, bound, None, ord, what, given)
+        return None if found is None else (outs.filled(places, found[0]), found[1])
     items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, given)
     return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
@@ -163,9 +161,7 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
     `what` says what the norm is divided by.
     """
     if not outs.takes(grads, out):
-        others = outs.of(grads, out)
-        results = None if others is None else clip_each(grads, bound, None, ord, what)
-        return None if others is None or results is None else outs.filled(others, results)
+        return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, what))
     if type(grads) is np.ndarray:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else _copy(grads)
@@ -278,9 +274,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
     if not low <= high:
         return None
     if not outs.takes(grads, out):
-        others = outs.of(grads, out)
-        results = None if others is None else clamp(grads, low, high, None)
-        return None if others is None or results is None else outs.filled(others, results)
+        return outs.put(grads, out, lambda: clamp(grads, low, high, None))
     if type(grads) is np.ndarray:
         results = clamp_items((grads,), low, high, in_place=out is not None)
         return None if results is None else results[0]
@@ -335,9 +329,7 @@ def each(
     leaves what is clipped as it is. `prepare` raises where an argument does not fit.
     """
     if not outs.takes(grads, out):
-        others = outs.of(grads, out, owners)
-        results = None if others is None else each(grads, None, one, prepare, owners)
-        return None if others is None or results is None else outs.filled(others, results)
+        return outs.put(grads, out, lambda: each(grads, None, one, prepare, owners), owners)
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)
     if type(owners) not in (type(grads), type(None)):

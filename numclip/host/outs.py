@@ -7,6 +7,7 @@ to see that it may.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,13 @@ def of(grads: Any, out: Any, owners: Any = None) -> Items | None:
         return None
     every = [item for item in (*read, *places, *others) if item is not None]
     return places if share_no_memory(every) else None
+
+
+def put(grads: Any, out: Any, make: Callable[[], Any], owners: Any = None) -> Any:
+    """Make new results and copy them to other arrays; None where the general way is to look."""
+    places = of(grads, out, owners)
+    results = None if places is None else make()
+    return None if places is None or results is None else filled(places, results)
 
 
 def filled(places: Items, results: Any) -> Any:

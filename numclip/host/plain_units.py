@@ -7,7 +7,6 @@ has touched nothing.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from numclip.host.kernels import unit_loops
 from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
-from numclip.host.units import LONG_ROW
+from numclip.host.units import LONG_ROW, lengths_about
 from numclip.law import Family, unit_laws
 from numclip.memory import Memory, Strided
 from numclip.tables import BOUND, EPS
@@ -107,18 +106,15 @@ def _sums(x: Array, digits: int) -> Array:
 
 def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
     """Return storage as (outer, reduced, inner), units being rows where `inner` is 1."""
-    first, last = axes[0], axes[-1] + 1
-    if type(array) is not np.ndarray or array.dtype != row.native or last - first != len(axes):
+    if type(array) is not np.ndarray or array.dtype != row.native:
         return None
-    if not (array.flags.c_contiguous and array.flags.aligned):
+    lengths = lengths_about(array.shape, axes)
+    if lengths is None or not (array.flags.c_contiguous and array.flags.aligned):
         return None
-    inner = math.prod(array.shape[last:])
-    reduced = math.prod(array.shape[first:last]) * row.components
-    if inner > 1 and row.components == 2:
+    outer, reduced, inner = lengths[0], lengths[1] * row.components, lengths[2]
+    if (inner > 1 and row.components == 2) or (reduced >= LONG_ROW and outer < FEW_ROWS):
         return None
-    if reduced >= LONG_ROW and math.prod(array.shape[:first]) < FEW_ROWS:
-        return None
-    return as_stored(array).reshape(-1, reduced, inner)
+    return as_stored(array).reshape(outer, reduced, inner)
 
 
 @functools.lru_cache(maxsize=256)

@@ -42,6 +42,14 @@ LONG_ROW = 4 * CHUNK
 """Elements of a row from which on threads share it."""
 
 
+def lengths_about(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int, int] | None:
+    """Return how many places are before, in and after axes; None if these lie not together."""
+    first, last = min(axes, default=0), max(axes, default=-1) + 1
+    if last - first != len(axes):
+        return None
+    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+
+
 class Cut:
     """An array cut into units: rows of contiguous memory, or columns of it.
 
@@ -76,13 +84,17 @@ class Cut:
 
     def columns(self) -> Array | None:
         """Return the storage as (outer, reduced, inner) where the axes lie so, else None."""
-        axes, shape = self.axes, self._held.shape
-        if not axes or axes[-1] - axes[0] + 1 != len(axes):
+        lengths = lengths_about(self._held.shape, self.axes) if self.axes else None
+        if lengths is None or lengths[2] == 1:
             return None
-        outer, inner = math.prod(shape[: axes[0]]), math.prod(shape[axes[-1] + 1 :])
-        if inner == 1:
+        return as_stored(self._held.reshape(lengths))
+
+    def in_memory(self) -> Array | None:
+        """Return the array's own storage likewise, of rows the last is 1; None of a copy."""
+        lengths = lengths_about(self._held.shape, self.axes)
+        if lengths is None or not np.may_share_memory(self._held, self._values):
             return None
-        return as_stored(self._held.reshape(outer, self.size, inner))
+        return as_stored(self._held.reshape(lengths))
 
     @property
     def in_order(self) -> bool:
@@ -110,20 +122,6 @@ class Cut:
         return as_stored(elements(array.dtype, array.shape, array.written).reshape(-1))
 
 
-def _stored(array: Strided) -> Array | None:
-    """Return storage as (outer, reduced, inner), of rows the last is 1; None if it lies not so."""
-    shape, dtype = array.shape, array.dtype
-    axes = tuple(range(len(shape))) if array.axes is None else array.axes
-    first, last = min(axes, default=0), max(axes, default=-1) + 1
-    steps = strides_of(shape, array.itemsize)
-    if last - first != len(axes) or array.read.steps != steps or dtype.components == 2:
-        return None
-    if not 0 < array.size * array.itemsize < PARALLEL_BYTES or array.read.address % array.itemsize:
-        return None
-    lengths = (math.prod(shape[k]) for k in (slice(first), slice(first, last), slice(last, None)))
-    return as_stored(elements(dtype, shape, array.read)).reshape(*lengths)
-
-
 class _Little:
     """Units of one array that holds little, and their parameters: measured by one native call.
 
@@ -139,17 +137,19 @@ class _Little:
         self.sums, self.params = np.zeros((2, units)), np.zeros((2, units if params.size else 0))
 
     @classmethod
-    def of(cls, family: Family, ord: float) -> _Little | None:
+    def of(cls, family: Family, cuts: Sequence[Cut], ord: float) -> _Little | None:
         """Return that of a family; None where it takes more."""
-        other = family.zeroing or family.measured or family.numbers
-        if ord != 2.0 or other or len(family.arrays) != 1:
-            return None
         first, owner = family.arrays[0], family.param
-        x = _stored(first)
-        if x is None or owner is None:
-            return None if x is None else cls(x, x[:0], first.dtype.digits)
-        params = _stored(owner) if owner.dtype == first.dtype else None
-        return None if params is None else cls(x, params, first.dtype.digits)
+        other = family.zeroing or family.measured or family.numbers or len(cuts) != 1
+        if ord != 2.0 or other or first.dtype.components == 2:
+            return None
+        if not 0 < first.size * first.itemsize < PARALLEL_BYTES:
+            return None
+        x = cuts[0].in_memory()
+        params = x[:0] if owner is None and x is not None else None
+        if owner is not None and owner.dtype == first.dtype:
+            params = Cut(owner).in_memory()
+        return None if x is None or params is None else cls(x, params, first.dtype.digits)
 
     def measure(self) -> bool:
         """Take the sums; tell whether all are right."""
@@ -279,7 +279,8 @@ class UnitPlan:
         self._rows = [slice(end - f.units, end) for end, f in zip(ends, families, strict=True)]
         self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, UNIT_COLUMNS))
         self._cuts = [[Cut(array) for array in family.arrays] for family in families]
-        self._little = [_Little.of(family, ord) for family in families]
+        pairs = zip(families, self._cuts, strict=True)
+        self._little = [_Little.of(family, cuts, ord) for family, cuts in pairs]
         self._digits = [family.digits for family in families]
         arrays = [array for family in families for array in family.arrays]
         self._in_place = all(array.read == array.written for array in arrays)
