@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any, Self
 
@@ -12,14 +11,9 @@ from numclip import tables
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES
 from numclip.clipping.pieces import Piece, piece
-from numclip.dtypes import Array
 from numclip.errors import expected
-from numclip.formulas import power_term, root, scale_by_power
 from numclip.isolation import in_ordinary_environment
-from numclip.sums import GRID, Whole, exact, exact_columns, rounded
-
-Found = tuple[float, float, int]
-"""A total, what rounding has taken from it, and its exponent."""
+from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined, norm
 
 
 class NormAccumulator:
@@ -42,13 +36,11 @@ class NormAccumulator:
 
     Notes
     -----
-    **Guarantees.** For the orders 2 and ``inf`` `norm` has the bits that `global_norm` finds for
-    all gradients at once in the host's memory, whatever the order in which whole tensors arrive
-    and however they are grouped and merged. Other orders are as right, and do not depend on the
-    order of arrival either, but may differ from `global_norm` in the last bits. Every
-    clip by ``clip_by_global_norm(..., use_norm=accumulator)`` of the pieces takes the same factor
-    for the same dtypes, and all pieces together are held to the bound as strictly as in one call.
-    Sums are exact: integers of some 500 bytes.
+    **Guarantees.** `norm` has the bits that `global_norm` finds for all gradients at once in the
+    host's memory, whatever the order in which whole tensors arrive and however they are grouped
+    and merged. Every clip by ``clip_by_global_norm(..., use_norm=accumulator)`` of the pieces
+    takes the same factor for the same dtypes, and all pieces together are held to the bound as
+    strictly as in one call. Sums are exact: integers of some 500 bytes.
 
     **Edge cases.** Without gradients the norm is 0.0. NaN and Inf pass on; a clip with
     ``nonfinite="zero"`` refuses them, as the norm of the rest is not known. A tensor that arrives
@@ -74,10 +66,8 @@ class NormAccumulator:
     def __init__(self, ord: float = 2) -> None:
         self.ord = arguments.order(ord)
         self._lock = threading.Lock()
-        # Exact sums in units of `sums.GRID`: of order 2 one of squares, under 0; of others, of
-        # powers of fractions, under the exponents of these. Of order inf, the fractions alone.
-        self._sums: dict[int, int] = {}
-        self._terms: dict[int, int] = {}  # likewise, of rows that repeat the magnitudes
+        self._sums: Sums = {}
+        self._terms: Sums = {}  # of rows that repeat, the sums of their magnitudes
         self._loss = self._size = 0
         self._bad, self._special = 0.0, 0.0
 
@@ -135,11 +125,8 @@ class NormAccumulator:
 
     def _take(self, found: dict[str, Any]) -> None:
         with self._lock:
-            for name in ("_sums", "_terms"):
-                sums: dict[int, int] = getattr(self, name)
-                for power, units in found[name].items():
-                    own = sums.get(power, 0)
-                    sums[power] = max(own, units) if self.ord == math.inf else own + units
+            add_sums(self._sums, found["_sums"], self.ord)
+            add_sums(self._terms, found["_terms"], self.ord)
             self._loss += found["_loss"]
             self._size += found["_size"]
             self._bad += found["_bad"]
@@ -149,20 +136,13 @@ class NormAccumulator:
     @in_ordinary_environment
     def norm(self) -> float:
         """The norm of all that was added, a float."""
-        total, _, exponent = self._found("_sums")
-        if self.ord == 2.0:
-            return scale_by_power(math.sqrt(total), exponent)
-        return scale_by_power(total, exponent)
+        total, exponent, _ = self._found("_sums")
+        return norm(total, exponent, self.ord)
 
     def _found(self, name: str) -> Found:
-        """Return the sum of squares over ``4**exponent``, the norm over ``2**exponent`` else."""
         with self._lock:
             sums, special = dict(getattr(self, name)), self._special
-        if special:
-            return special, 0.0, 0
-        if self.ord == 2.0:
-            return rounded(sums.get(0, 0))
-        return _norm(sums, self.ord)
+        return (special, 0, 0.0) if special else joined(sums, self.ord)
 
     def check_order(self, name: str, ord: float) -> None:
         """Refuse, by the name of an argument, an accumulator of another order."""
@@ -182,8 +162,8 @@ class NormAccumulator:
     def whole(self) -> Whole:
         """What a clip is told of all that was added."""
         row = np.zeros(tables.SUM_COLUMNS)
-        row[[tables.TOTAL, tables.ERROR, tables.EXPONENT]] = self._found("_sums")
-        row[[tables.TERMS, tables.TERMS_EXPONENT]] = self._found("_terms")[::2]
+        row[[tables.TOTAL, tables.EXPONENT, tables.ERROR]] = self._found("_sums")
+        row[[tables.TERMS, tables.TERMS_EXPONENT]] = self._found("_terms")[:2]
         row[tables.BAD] = self._bad
         return Whole(row, self._size, self._loss / (1 << GRID))
 
@@ -199,20 +179,17 @@ class NormAccumulator:
 @in_ordinary_environment
 def _taken(ord: float, found: Piece) -> dict[str, Any]:
     """Return a piece as the state of an accumulator, without those tensors that are not finite."""
-    told = found.sums[:, tables.TOTAL] if ord == 2.0 else found.norms[:, 0]
-    bad = ~np.isfinite(told)
+    bad = ~np.isfinite(found.sums[:, tables.TOTAL])
     sums = found.sums[~bad]
-    if ord == 2.0:
-        squares, terms = tables.TOTAL, tables.TERMS
-        alike = sums[:, squares : squares + 2] == sums[:, terms : terms + 2]
-        elements = alike.all(axis=1)  # where no rows repeat
-        of_elements = _exact_squares(sums[elements])
-        units = {0: of_elements + _exact_squares(sums[~elements])}
-        of_terms = {0: of_elements + exact_columns(sums[~elements], terms, terms + 1)}
-    else:
-        units, of_terms = (_powers(own[~bad], ord) for own in (found.norms, found.terms))
+    squares, terms = tables.TOTAL, tables.TERMS
+    alike = sums[:, squares : squares + 2] == sums[:, terms : terms + 2]
+    elements = alike.all(axis=1)  # where no rows repeat
+    of_elements = exact_sums(sums[elements], squares, ord, tables.ERROR)
+    units, of_terms = dict(of_elements), dict(of_elements)
+    add_sums(units, exact_sums(sums[~elements], squares, ord, tables.ERROR), ord)
+    add_sums(of_terms, exact_sums(sums[~elements], terms, ord), ord)
     with np.errstate(invalid="ignore"):
-        special = float(told[bad].sum())
+        special = float(found.sums[bad, tables.TOTAL].sum())
     return {
         "_sums": units,
         "_terms": of_terms,
@@ -221,31 +198,3 @@ def _taken(ord: float, found: Piece) -> dict[str, Any]:
         "_bad": float(found.sums[:, tables.BAD].sum()),
         "_special": special,
     }
-
-
-def _exact_squares(sums: Array) -> int:
-    return exact_columns(sums, tables.TOTAL, tables.EXPONENT, tables.ERROR)
-
-
-def _powers(norms: Array, ord: float) -> dict[int, int]:
-    """Return exact sums of the powers of tensors' norms, as fractions of powers of two."""
-    found: dict[int, int] = {}
-    for norm, power in norms.tolist():
-        fraction, exponent = math.frexp(norm)
-        key = exponent + int(power)
-        units = exact([fraction if ord == math.inf else power_term(fraction, ord)])
-        if units:
-            own = found.get(key, 0)
-            found[key] = max(own, units) if ord == math.inf else own + units
-    return found
-
-
-def _norm(sums: dict[int, int], ord: float) -> Found:
-    """Return the norm that belongs to such sums, as a number and a power of two."""
-    highest = max(sums, default=0)
-    if ord == math.inf:
-        return rounded(sums.get(highest, 0))[0], 0.0, highest
-    terms = [
-        rounded(units)[0] * math.pow(2.0, (power - highest) * ord) for power, units in sums.items()
-    ]
-    return root(math.fsum(terms), ord), 0.0, highest

@@ -10,7 +10,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from numclip import formulas
-from numclip.formulas import SAFE, clip_factor, factor_over, root, scale_by_power
+from numclip.formulas import SAFE, clip_factor, factor_over, norm_of, scale_by_power
 from numclip.tables import (
     AIM,
     BOUND,
@@ -30,10 +30,8 @@ from numclip.tables import (
     MULTIPLY,
     NORM,
     ORD,
-    PEAK,
     POWER,
     RAISE,
-    RATIO,
     ROOT,
     ROOT_EXPONENT,
     ROUNDOFF,
@@ -41,8 +39,6 @@ from numclip.tables import (
     SKIP,
     SKIPPED,
     SPREAD,
-    TERMS_PEAK,
-    TERMS_RATIO,
     TINY,
     TRUNCATE,
     UNSCALE,
@@ -62,26 +58,10 @@ def compiled(functions: Parts, compiler: Callable[[Any], Any]) -> SimpleNamespac
     return SimpleNamespace(**made)
 
 
-def norm_of(total, exponent, ord, peak, ratio):  # type: ignore[no-untyped-def]
-    """Return a norm as ``root * 2**exponent``, from a sum of powers of magnitudes over a peak.
-
-    For an infinite order it is the peak times `ratio`.
-    """
-    if ord == 2.0:
-        return math.sqrt(total), exponent
-    if not 0.0 < peak < math.inf:
-        return peak, 0
-    fraction, exponent = math.frexp(peak)
-    return fraction * (ratio if ord == math.inf else root(total, ord)), exponent
-
-
-def write_norm(law, total, exponent, shift, bad, out):  # type: ignore[no-untyped-def]
-    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers.
-
-    All of it stands for ``2**shift`` times as much.
-    """
-    norm, power = norm_of(total, exponent, law[ORD], law[PEAK], law[RATIO])
-    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power + shift
+def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
+    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
+    norm, power = norm_of(total, exponent, law[ORD])
+    out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
     out[SPREAD] = 0.0
@@ -93,10 +73,8 @@ def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
     `sums` and `terms` are pairs of a total and its exponent.
     """
     if sums[0] > 0.0:
-        norm, power = norm_of(sums[0], sums[1], law[ORD], law[PEAK], law[RATIO])
-        upper, upper_power = norm_of(
-            terms[0], terms[1], law[ORD], law[TERMS_PEAK], law[TERMS_RATIO]
-        )
+        norm, power = norm_of(sums[0], sums[1], law[ORD])
+        upper, upper_power = norm_of(terms[0], terms[1], law[ORD])
         out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
 
 
@@ -188,13 +166,18 @@ SCALARS: Parts = (
     formulas.binned_square,
     formulas.joined_bins,
     formulas.larger,
+    formulas.told_order,
+    formulas.is_product,
     formulas.usable,
-    formulas.root,
     formulas.power_term,
+    formulas.root,
     formulas.scale_by_power,
+    formulas.split_order,
+    formulas.power_sum,
+    formulas.norm_of,
     formulas.clip_factor,
     formulas.factor_over,
     formulas.truncated_product,
     formulas.clamped,
 )
-DECISIONS: Parts = (norm_of, write_norm, write_spread, factor_of, write_factor, decide, relative)
+DECISIONS: Parts = (write_norm, write_spread, factor_of, write_factor, decide, relative)

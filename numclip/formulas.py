@@ -9,15 +9,16 @@ subnormal numbers. Norms are monotone and obey the triangle inequality, hence fo
 
     norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
 
-The measured norm ``n`` has a relative error of at most 8 * 2**-53, for elements under 64 bits
-20 * 2**-53 (see ``tuning``; but of orders over 4, and of fractions, as the power function is).
+The measured norm ``n`` has a relative error of at most 9 * 2**-53, for elements under 64 bits
+20 * 2**-53 (see ``tuning``; of orders over 4, and of fractions, if the power function is right to
+a unit in the last place).
 `clip_factor` returns
 
     s = down(C / n / (1 + u) * (1 - slack)),
 
 rounded down to the significand that the multiplication can hold. The slack is 32 * 2**-53, or
 64 * 2**-53 where s has 24 bits; it pays for the error of ``n`` here and when the result is
-measured again (16 or 40), for the four operations of the law itself (4) and for a grain of up
+measured again (18 or 40), for the four operations of the law itself (4) and for a grain of up
 to ``2**-50 C`` (8). So
 ``norm(y) <= C`` in real arithmetic, and clipping the result again changes nothing. Where the
 grain is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
@@ -46,6 +47,10 @@ SAFE = 2.0**-960, 2.0**1000
 BIN_LIMIT = 2.0**480
 BIN_EXPONENT = 600
 BIN_SCALE = 2.0**BIN_EXPONENT
+MOST_ORDER = 2.0**51
+"""From here on norms are those of order inf: as many elements as memory holds add 2e-14 of it."""
+LOWEST = -1022
+"""The exponent of the smallest normal float64, whose reciprocal is a number, too."""
 
 
 def two_sum(a: float, b: float) -> tuple[float, float]:
@@ -67,7 +72,7 @@ def scale_by_power(value: float, exponent: int) -> float:
     fraction, power = math.frexp(value)
     if power + exponent > 1024:
         return math.copysign(math.inf, value)
-    return math.ldexp(fraction, power + exponent)
+    return math.ldexp(fraction, max(power + exponent, -1100))  # a C int
 
 
 def settled(total: float, error: float) -> float:
@@ -108,23 +113,27 @@ def larger(a: float, b: float) -> float:
     return a if a > b or a != a else b
 
 
-def usable(peak: float) -> float:
-    """Return a largest magnitude as one that others can be divided by."""
-    return peak if 0.0 < peak < math.inf else 1.0
-
-
-def root(total: float, ord: float) -> float:
-    """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
-    if ord == 2.0:
-        return math.sqrt(total)
-    if ord == 1.0 or ord == math.inf:
-        return total
-    return math.pow(total, 1.0 / ord)
+def told_order(ord: float) -> float:
+    """Return an order, of those near infinity infinity itself."""
+    return ord if ord < MOST_ORDER else math.inf
 
 
 def is_product(ord: float) -> bool:
     """Tell whether `power_term` multiplies."""
     return ord <= 4.0 and ord == math.floor(ord)
+
+
+def usable(peak: float, ord: float) -> float:
+    """Return what magnitudes up to a largest one are divided by before their powers are taken.
+
+    Where powers are products it is a power of two, so that nothing is rounded, and a normal
+    number; else the largest magnitude itself, of whatever order.
+    """
+    if not 0.0 < peak < math.inf:
+        return 1.0
+    if not is_product(ord):
+        return peak
+    return math.ldexp(1.0, max(math.frexp(peak)[1] - 1, LOWEST))
 
 
 def power_term(ratio: float, ord: float) -> float:
@@ -138,6 +147,72 @@ def power_term(ratio: float, ord: float) -> float:
     if ord == 4.0:
         return ratio * ratio * (ratio * ratio)
     return math.pow(ratio, ord)
+
+
+def root(total: float, ord: float) -> float:
+    """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
+    if ord == 2.0:
+        return math.sqrt(total)
+    if ord == 1.0 or ord == math.inf:
+        return total
+    found = math.pow(total, 1.0 / ord)
+    if is_product(ord) and 0.0 < total < math.inf:  # a step of Newton's, for 1 / 3 is not exact
+        found -= (power_term(found, ord) - total) / (ord * power_term(found, ord - 1.0))
+    return found
+
+
+def split_order(ord: float) -> tuple[int, float, float]:
+    """Return an order in three parts, whose products with exponents of float64 are exact.
+
+    Its integer, a fraction of 26 bits, and the rest, whose product is small.
+    """
+    whole = math.floor(ord)
+    part = ord - whole
+    high = math.floor(part * 2.0**26) * 2.0**-26
+    return int(whole), high, part - high
+
+
+def power_sum(total: float, scale: float, shift: int, ord: float) -> tuple[float, int]:
+    """Return a sum of powers as ``total * 4**exponent``, from that of magnitudes over a scale.
+
+    All magnitudes stand for ``2**shift`` times as much; the order is finite. The exponent is a
+    multiple of 128 and follows from the scale and the shift: most often it is 0. What is returned
+    does not depend on a scale that is a power of two, but where digits vanish.
+    """
+    fraction, power = math.frexp(scale)
+    power += shift
+    whole, high, low = split_order(ord)
+    # The scale's logarithm times the order: an integer, and a rest from 0 to 1.
+    first = math.floor(power * high)
+    rest = (power * high - first) + power * low
+    rest += -ord if fraction == 0.5 else ord * math.log2(fraction)
+    second = math.floor(rest)
+    rest -= second
+    bits = power * whole + int(first) + int(second)
+    if rest != 0.0:
+        total *= math.pow(2.0, rest)
+    return scale_by_power(total, bits & 255), (bits >> 8) * 128
+
+
+def norm_of(total: float, exponent: int, ord: float) -> tuple[float, int]:
+    """Return the norm ``root * 2**power`` that belongs to a sum of powers, see `power_sum`.
+
+    For an infinite order that is the largest magnitude.
+    """
+    if ord == 2.0:
+        return math.sqrt(total), exponent
+    if not 0.0 < total < math.inf:
+        return total, 0
+    fraction, power = math.frexp(total)
+    power += 2 * exponent
+    if ord == math.inf:
+        return fraction, power
+    whole, high, low = split_order(ord)
+    count = math.floor(power / ord + 0.5)
+    rest = (power - count * whole) - count * high - count * low
+    if is_product(ord):
+        return root(scale_by_power(fraction, int(rest)), ord), count
+    return math.pow(2.0, (math.log2(fraction) + rest) / ord), count
 
 
 def clip_factor(

@@ -166,22 +166,6 @@ class Laws:
         return np.array([formulas.root(float(n), ord) for n in every])
 
 
-def by_norms(law: Array, totals: Array) -> tuple[Array, Array, Array]:
-    """Return a table of laws, its shifts and rows of sums by which pools have given norms.
-
-    `totals` has the norms, those of terms too, as `numclip.sums.Whole` says of orders but 2.
-    """
-    law, sums = law.copy(), totals.copy()
-    law[:, tables.PEAK] = totals[:, tables.TOTAL]
-    powers = totals[:, tables.TERMS_EXPONENT] - totals[:, tables.EXPONENT]
-    with np.errstate(over="ignore"):
-        law[:, tables.TERMS_PEAK] = np.ldexp(totals[:, tables.TERMS], powers.astype(np.int64))
-    law[:, tables.RATIO] = law[:, tables.TERMS_RATIO] = 1.0
-    sums[:, tables.TOTAL] = sums[:, tables.TERMS] = 1.0
-    sums[:, [tables.EXPONENT, tables.TERMS_EXPONENT, tables.ERROR]] = 0.0
-    return law, totals[:, tables.EXPONENT].astype(np.int64), sums
-
-
 def whole_pools(pools: Array) -> Array:
     """Return a table of pools with one row of sums each, told with that of its terms."""
     made = pools.copy()

@@ -10,7 +10,10 @@ import numpy as np
 
 from numclip import tables
 from numclip.dtypes import Array
-from numclip.formulas import BIN_EXPONENT, power_term, root, scale_by_power
+from numclip.formulas import BIN_EXPONENT, norm_of, scale_by_power
+
+ALL = [tables.TOTAL, tables.EXPONENT, tables.ERROR]
+TERMS = [tables.TERMS, tables.TERMS_EXPONENT]
 
 GRID = 3400
 """Sums are multiples of ``2**-GRID``: ``4**exponent`` times the smallest number is, of any sum."""
@@ -19,12 +22,21 @@ LEAST_BITS, MOST_BITS = -900, 900
 """Between which powers of two a sum is told with the exponent 0."""
 
 
+HALF = 1024
+"""Exact sums are kept under the multiple of ``4**2048`` that is nearest to their exponent."""
+
+Sums = dict[int, int]
+"""Exact sums of parts, in units of ``2**-GRID`` times ``4**2048`` to the power of the key."""
+
+
+Found = tuple[float, int, float]
+"""A sum ``total * 4**exponent`` as total and exponent, and what rounding has taken from it."""
+
+
 class Whole(NamedTuple):
     """What one norm is of, where the gradients at hand are a part of it.
 
-    `row` is a row of sums; for orders other than 2 its TOTAL and EXPONENT are the norm itself,
-    ``TOTAL * 2**EXPONENT``, and so are those of terms. `size` is how many stored numbers there are,
-    `loss` as in `Law`.
+    `row` is a row of sums, `size` how many stored numbers there are, `loss` as in `Law`.
     """
 
     row: Array
@@ -34,7 +46,13 @@ class Whole(NamedTuple):
     def norm(self, ord: float) -> float:
         """Return the norm, of an order."""
         total, exponent = float(self.row[tables.TOTAL]), int(self.row[tables.EXPONENT])
-        return scale_by_power(math.sqrt(total) if ord == 2.0 else total, exponent)
+        return norm(total, exponent, ord)
+
+
+def norm(total: float, exponent: int, ord: float) -> float:
+    """Return the norm that belongs to a sum of powers ``total * 4**exponent``."""
+    root, power = norm_of(total, exponent, ord)
+    return scale_by_power(root, int(power))
 
 
 def exact(values: Iterable[float], exponent: int = 0) -> int:
@@ -48,40 +66,64 @@ def exact(values: Iterable[float], exponent: int = 0) -> int:
     return found
 
 
-def exact_columns(sums: Array, total: int, exponent: int, *others: int) -> int:
-    """Return the exact sum of some columns of rows of sums, which share a column of exponents."""
-    powers = sums[:, exponent]
-    return sum(
-        exact(sums[powers == power][:, [total, *others]].ravel().tolist(), int(power))
-        for power in np.unique(powers)
-    )
+def exact_sums(rows: Array, column: int, ord: float, *others: int) -> Sums:
+    """Return the sums of a column of rows of finite sums, exact; of infinite order the largest.
 
-
-def rounded(units: int) -> tuple[float, float, int]:
-    """Return a sum as ``total * 4**exponent``, rounded once, and what rounding has taken.
-
-    The exponent is one that both engines know.
+    The exponents are in the next column; `others` share them.
     """
+    found: Sums = {}
+    for power in np.unique(rows[:, column + 1]).tolist():
+        own = rows[rows[:, column + 1] == power][:, [column, *others]]
+        key, rest = divmod(int(power) + HALF, 2 * HALF)
+        values = [float(own[:, 0].max())] if ord == math.inf else own.ravel().tolist()
+        add_sums(found, {key: exact(values, rest - HALF)}, ord)
+    return found
+
+
+def add_sums(found: Sums, more: Sums, ord: float) -> None:
+    """Add exact sums to others; of infinite order, keep the larger."""
+    for key, units in more.items():
+        own = found.get(key, 0)
+        found[key] = max(own, units) if ord == math.inf else own + units
+
+
+def joined(found: Sums, ord: float) -> Found:
+    """Return what `rounded` does of exact sums."""
+    key = max((key for key, units in found.items() if units), default=0)
+    units = found.get(key, 0)
+    if ord < math.inf:  # those further down are less than what a unit is rounded by
+        units += found.get(key - 1, 0) >> 4 * HALF
+    total, exponent, error = rounded(units)
+    return total, exponent + 2 * HALF * key, error
+
+
+def total_of(rows: Array, column: int, ord: float, *others: int) -> Found:
+    """Return the sum of a column of rows of sums as `rounded` does, see `exact_sums`."""
+    values = rows[:, column]
+    special = values[~np.isfinite(values)]
+    if special.size:
+        with np.errstate(invalid="ignore"):
+            return float(special.sum()), 0, 0.0
+    return joined(exact_sums(rows, column, ord, *others), ord)
+
+
+def row_of(rows: Array, ord: float) -> Array:
+    """Return the sum of rows of sums as such a row."""
+    row = np.zeros(tables.SUM_COLUMNS)
+    row[ALL] = total_of(rows, tables.TOTAL, ord, tables.ERROR)
+    row[TERMS] = row[ALL[:2]]
+    if (rows[:, TERMS] != rows[:, ALL[:2]]).any():  # some tensors' terms are not their elements
+        row[TERMS] = total_of(rows, tables.TERMS, ord)[:2]
+    row[tables.BAD] = rows[:, tables.BAD].sum()
+    return row
+
+
+def rounded(units: int) -> Found:
+    """Return a sum in units of ``2**-GRID``, rounded once; the exponent is one that GPUs know."""
     bits = units.bit_length() - GRID
     exponent = 0
     if units and not LEAST_BITS < bits < MOST_BITS:
         exponent = BIN_EXPONENT if bits > 0 else -BIN_EXPONENT
     one = 1 << (GRID + 2 * exponent)
     total = units / one  # Python rounds a quotient of integers once
-    return total, (units - exact([total], exponent)) / one, exponent
-
-
-def joined_norms(parts: Iterable[tuple[float, int]], ord: float) -> tuple[float, int]:
-    """Return the norm of vectors together, from the norm of each; as ``root * 2**exponent``."""
-    known = list(parts)
-    special = [norm for norm, _ in known if not math.isfinite(norm)]
-    if special:
-        return sum(special), 0
-    split = [(*math.frexp(norm), power) for norm, power in known if norm]
-    if not split:
-        return 0.0, 0
-    highest = max(own + power for _, own, power in split)
-    norms = [math.ldexp(fraction, own + power - highest) for fraction, own, power in split]
-    if ord == math.inf:
-        return max(norms), highest
-    return root(math.fsum(power_term(norm, ord) for norm in norms), ord), highest
+    return total, exponent, (units - exact([total], exponent)) / one

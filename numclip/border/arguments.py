@@ -14,6 +14,7 @@ import numpy as np
 from numclip import libraries
 from numclip.dtypes import lookup
 from numclip.errors import expected
+from numclip.formulas import MOST_ORDER, told_order
 
 POLICIES = ("propagate", "raise", "skip", "zero")
 DUPLICATES = ("sum", "raw")
@@ -94,7 +95,7 @@ def order(value: Any) -> float:
     number = real("ord", value)
     if not number >= 1.0:
         raise ValueError(expected("ord", "a number >= 1 or inf", value))
-    return number
+    return told_order(number)
 
 
 def given_norm(value: Any) -> float:
@@ -125,7 +126,7 @@ def are_usual(
         type(bound) in _NUMBERS
         and (0 <= bound <= LARGEST or bound == math.inf)
         and type(ord) in _NUMBERS
-        and (1 <= ord <= LARGEST or ord == math.inf)
+        and (1 <= ord < MOST_ORDER or ord == math.inf)
         and (norm is None or (type(norm) in _NUMBERS and 0 <= norm <= LARGEST))
         and (nonfinite is POLICIES[0] or (type(nonfinite) is str and nonfinite in POLICIES))
         and (duplicates is DUPLICATES[0] or (type(duplicates) is str and duplicates in DUPLICATES))

@@ -49,21 +49,23 @@ def row_span(gradient: Gradient, target: Gradient) -> RowSpan:
 def repeated_loss(entries: Sequence[Gradient], ord: float) -> float:
     """Return the norm of what rounding subnormal terms can add to the sums of repeated rows."""
     parts = [
-        2.0 ** entry.dtype.precision[1] * formulas.root(_counts(entry, ord), ord)
+        2.0 ** entry.dtype.precision[1] * _norm_of_counts(entry, ord)
         for entry in entries
         if entry.repeated
     ]
     return sum(parts)
 
 
-def _counts(entry: Gradient, ord: float) -> float:
-    """Return the sum of powers (the maximum) of how many terms each dense element has."""
+def _norm_of_counts(entry: Gradient, ord: float) -> float:
+    """Return the norm of how many terms each dense element has."""
     assert entry.slices is not None
     counts = np.diff(entry.slices.grouping.starts).astype(np.float64)
+    largest = float(counts.max())
     if ord == math.inf:
-        return float(counts.max())
+        return largest
     numbers = math.prod(entry.dense_shape[1:]) * entry.dtype.components
-    return float((counts**ord).sum()) * numbers
+    with np.errstate(under="ignore"):
+        return largest * formulas.root(float(((counts / largest) ** ord).sum()) * numbers, ord)
 
 
 @isolated

@@ -31,9 +31,12 @@ from numclip.host.kernels.pools import add_pools
 from numclip.host.kernels.ranks import LOSS, WIDTH, merge_ranks
 from numclip.isolation import isolated
 from numclip.law import Law
-from numclip.sums import Whole, exact, joined_norms, rounded
+from numclip.sums import Whole, row_of, total_of
 
 COLUMNS = tables.SUM_COLUMNS
+POWERS = [k for k in range(COLUMNS) if k != tables.BAD]
+"""The columns of a row of sums that follow from its order."""
+
 _ALONE = contextlib.nullcontext()
 
 Step = tuple[Facts, int]
@@ -55,6 +58,7 @@ class Part:
 
     own: Array
     every: Array
+    _powers: Array
 
     def __init__(self, clipper: Any) -> None:
         self.clipper = clipper
@@ -70,7 +74,7 @@ class Part:
         self._spans = np.array(spans, np.int64)
         self._sharded = np.array(sharded, np.int64)
         self.count = len(spans)
-        self.width = WIDTH if clipper.ord == 2.0 else WIDTH + 2
+        self.width = WIDTH if clipper.ord == 2.0 else WIDTH + COLUMNS
         self._pools = np.array(list(self._pool_spans()), np.int64)
         told: list[int] = []
         clipper.told_rows = {}
@@ -120,24 +124,9 @@ class Part:
             self.own[:, LOSS] = [losses[first:last].sum() for first, last in self._spans.tolist()]
         if clipper.ord != 2.0:
             clipper.take_powers(stream)
-            self.own[:, WIDTH:] = self._norms(stream)
-
-    def _norms(self, stream: Any) -> list[tuple[float, int]]:
-        """Return the norm of each row's tensors, of the clipper's order; see `joined_norms`."""
-        clipper, found = self.clipper, []
-        powers, decisions = (clipper.engine.read(table, stream) for table in clipper.powers)
-        pool_of = clipper.pool_of
-        for first, last in self._spans.tolist():
-            parts = []
-            for p in np.unique(pool_of[first:last]).tolist():
-                own = np.flatnonzero(pool_of == p)
-                norm = decisions[p, [tables.ROOT, tables.ROOT_EXPONENT]].tolist()
-                inside = own[(own >= first) & (own < last)]
-                share = _share(powers[own, tables.TOTAL], powers[inside, tables.TOTAL], clipper.ord)
-                scale = clipper.unscale * clipper.divisors[p]
-                parts.append((norm[0] * scale * share, int(norm[1])))
-            found.append(joined_norms(parts, clipper.ord))
-        return found
+            self._powers = clipper.engine.read(clipper.powers[0], stream)
+            for k, (first, last) in enumerate(self._spans.tolist()):
+                self.own[k, WIDTH:] = row_of(self._powers[first:last], clipper.ord)
 
     def at_once(self, heads: Array) -> Any:
         """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
@@ -159,7 +148,7 @@ class Part:
         if scaled:
             _normalise(given)
         if clipper.ord != 2.0:
-            self._take_norms(stream)
+            self._take_powers()
         sparse = clipper.losses_of_tensors is not None
         told: Any = self._sums.take(self._told, 0)
         losses: Any = np.zeros(len(given)) if sparse else 0.0
@@ -213,25 +202,17 @@ class Part:
             f"rank {rank}{cause}, but the group is not sharded; nothing was modified on any rank"
         )
 
-    def _take_norms(self, stream: Any) -> None:
-        """Take the norm of each pool, of the clipper's order."""
-        clipper, source = self.clipper, self._source
+    def _take_powers(self) -> None:
+        """Take the sum of powers of each pool, of the clipper's order."""
+        ord, source = self.clipper.ord, self._source
         for k in np.flatnonzero(self._sharded).tolist():
-            source[k, WIDTH:] = joined_norms(_pairs(self.every[k, :, WIDTH:]), clipper.ord)
-        decisions = clipper.engine.read(clipper.found[1], stream)
+            source[k, WIDTH:] = row_of(self.every[k, :, WIDTH:], ord)
         for p, (first, last) in enumerate(self._pools.tolist()):
             if first >= self.count:  # a tensor of this rank's own
-                root, power = decisions[p, [tables.ROOT, tables.ROOT_EXPONENT]].tolist()
-                norm = root * (clipper.unscale * clipper.divisors[p]), power
+                rows = self._powers[first - self.count : last - self.count]
             else:
-                norm = joined_norms(_pairs(source[first:last, WIDTH:]), clipper.ord)
-            for columns in NORM_COLUMNS:
-                self._given[p, columns] = norm
-
-
-def _pairs(columns: Array) -> list[tuple[float, int]]:
-    """Return norms as pairs of a number and an exponent."""
-    return [(norm, int(exponent)) for norm, exponent in columns.tolist()]
+                rows = source[first:last, WIDTH:]
+            self._given[p, POWERS] = row_of(rows, ord)[POWERS]
 
 
 def _scope(clipper: Any, group: Any) -> str | None:
@@ -239,27 +220,13 @@ def _scope(clipper: Any, group: Any) -> str | None:
     return None if rule is None else str(rule.scope)
 
 
-def _share(every: Array, inside: Array, ord: float) -> float:
-    """Return the norm of some of a pool's tensors over that of all, from sums over one peak."""
-    if ord == math.inf:
-        return float(inside.max(initial=0.0))
-    total = math.fsum(every.tolist())
-    if not math.isfinite(total) or inside.size == every.size:
-        return 1.0
-    return math.pow(math.fsum(inside.tolist()) / total, 1.0 / ord) if total > 0.0 else 0.0
-
-
 def _normalise(rows: Array) -> None:
-    """Bring rows of sums to the exponents that both engines know."""
-    for total, exponent in ((tables.TOTAL, tables.EXPONENT), (tables.TERMS, tables.TERMS_EXPONENT)):
-        size = abs(rows[:, exponent])
+    """Bring rows of sums of squares to the exponents that both engines know."""
+    for total, others in ((tables.TOTAL, [tables.ERROR]), (tables.TERMS, [])):
+        columns, size = [total, total + 1, *others], abs(rows[:, total + 1])
         odd = (size != 0.0) & (size != BIN_EXPONENT)
         for k in np.flatnonzero(odd & np.isfinite(rows[:, total])).tolist():
-            parts = [rows[k, total]] + ([rows[k, tables.ERROR]] if total == tables.TOTAL else [])
-            found = rounded(exact(parts, int(rows[k, exponent])))
-            rows[k, total], error, rows[k, exponent] = found
-            if total == tables.TOTAL:
-                rows[k, tables.ERROR] = error
+            rows[k, columns] = total_of(rows[k : k + 1], total, 2.0, *others)[: len(columns)]
 
 
 class Ranks:
@@ -409,9 +376,6 @@ def raise_of(
     raise NonFiniteGradientError(f"rank {rank}: {message}", name, index, value, count, rank)
 
 
-NORM_COLUMNS = [tables.TOTAL, tables.EXPONENT], [tables.TERMS, tables.TERMS_EXPONENT]
-"""Of sums: where norms of other orders than 2 are told, and those of terms."""
-
 SIZE = WIDTH  # of what a function tells: a row, its loss and how many numbers it is of
 TOLD = WIDTH + 1
 
@@ -459,9 +423,5 @@ def clip_by_global_norm(
 
 def _joined(every: Array, ord: float) -> Whole:
     """Return what all ranks have, each a row, its loss and its size."""
-    row = np.zeros((1, COLUMNS))
-    if add_pools(np.array([[0, len(every)]]), np.ascontiguousarray(every), row):
-        _normalise(row)
-    for columns in NORM_COLUMNS if ord != 2.0 else ():
-        row[0, columns] = joined_norms(_pairs(every[:, columns]), ord)
-    return Whole(row[0], int(every[:, SIZE].sum()), float(every[:, LOSS].sum()))
+    size, loss = int(every[:, SIZE].sum()), float(every[:, LOSS].sum())
+    return Whole(row_of(every[:, :COLUMNS], ord), size, loss)

@@ -22,7 +22,7 @@ from numclip.cuda.strided import Tiles
 from numclip.cuda.work import Shared, Work, measure
 from numclip.dtypes import Array
 from numclip.engine import Groups
-from numclip.law import Law, Laws, Pool, by_norms, whole_pools
+from numclip.law import Law, Laws, Pool, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 
@@ -66,6 +66,7 @@ class Plan:
         self._laws = self._own_laws = HostTable((len(pools), tables.LAW_COLUMNS), stream)
         self._leaving: HostTable | None = None
         self._groupings: list[Groups] = []
+        self._order = np.float64(2.0)  # of the partial sums
         # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
         whole = [span for span in spans if not isinstance(span, Span)]
         self._hypotenuses = any(span.dtype.components == 2 for span in whole)
@@ -154,6 +155,7 @@ class Plan:
 
     def measure(self, ord: float, stream: Any) -> None:
         """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
+        self._order = np.float64(ord)
         inputs = ord, self._shared, self._laws.table, self._find, stream
         measure(self._works, *inputs, hypotenuses=self._hypotenuses)
 
@@ -165,24 +167,22 @@ class Plan:
     def decide(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
         """Add the sums up, and decide for every pool."""
         table = (laws or self._laws).table
-        tables = self.tensors, self._pools, table, self._shared.partial, self._tickets
-        device.launch(verdict.judge, len(self.spans), stream, *tables, *outcome)
+        laid = self.tensors, self._pools, self._order, table
+        tables = *laid, self._shared.partial, self._tickets, *outcome
+        device.launch(verdict.judge, len(self.spans), stream, *tables)
 
     add = decide  # one launch does both
 
     def decide_by(self, totals: Array, outcome: tuple[Any, Any], stream: Any) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
         law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))
-        if (law[:, tables.ORD] != 2.0).any():
-            law, shifts, totals = by_norms(law, totals)
-            peaks = [tables.PEAK, tables.TERMS_PEAK]
-            law[:, peaks] = np.ldexp(law[:, peaks], shifts[:, None])
         tensors = np.zeros((len(pools), 5), np.int64)
         tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
         tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1
-        sent = [memory.table(table, stream) for table in (tensors, pools, law, totals)]
+        laid = [memory.table(table, stream) for table in (tensors, pools)]
+        told = [memory.table(table, stream) for table in (law, totals)]
         spare = memory.table(np.zeros_like(totals), stream)
-        arguments = *sent, self._tickets, spare, outcome[1]
+        arguments = *laid, law[0, tables.ORD], *told, self._tickets, spare, outcome[1]
         device.launch(verdict.judge, len(pools), stream, *arguments)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, DType
-from numclip.formulas import is_safe
+from numclip.formulas import LOWEST, is_product, is_safe
 from numclip.host.kernels import cpu, pools
+from numclip.host.kernels import powers as kernels
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
@@ -107,7 +108,7 @@ def _rescue(batch: Batch, sums: Array) -> None:
     unsafe[owners] = ~is_safe(sums[owners, TOTAL])
     peaks = largest(batch.of(unsafe), len(sums))
     unsafe &= np.isfinite(peaks) & (peaks > 0.0)
-    exponents = np.where(unsafe, np.frexp(peaks)[1] - 1, 0)
+    exponents = np.where(unsafe, np.maximum(np.frexp(peaks)[1] - 1, LOWEST), 0)
     totals = powers(batch.of(unsafe), np.ldexp(1.0, exponents), 2.0, len(sums))
     sums[unsafe, TOTAL] = sums[unsafe, TERMS] = totals[unsafe]
     sums[unsafe, EXPONENT] = sums[unsafe, TERMS_EXPONENT] = exponents[unsafe]
@@ -133,6 +134,32 @@ def powers(batch: Batch, scales: Array, ord: float, count: int) -> Array:
     totals = np.zeros(count)
     cpu.merge(batch.chunks, partial, totals)
     return totals
+
+
+def power_sums(parts: Sequence[Batch], ord: float, shifts: Array) -> Array:
+    """Return sums of powers of tensors with their exponents, as `kernels.spans.sum_of` does.
+
+    The numbers of the batches stand for ``2**shift`` times as much.
+    """
+    count = len(shifts)
+    totals, scales, found = np.zeros(count), np.ones(count), np.empty((count, 2))
+    unsafe = np.ones(count, np.bool_)
+    if is_product(ord):
+        for batch in parts:
+            totals += powers(batch, scales, ord, count)
+        unsafe = ~is_safe(totals) | (shifts != 0)
+    left = [batch.of(unsafe) for batch in parts] if unsafe.any() else []
+    peaks = np.zeros(count)
+    for batch in left:
+        peaks = np.maximum(peaks, largest(batch, count))
+    if ord == np.inf:
+        return np.stack([peaks, shifts / 2], axis=1)
+    totals[unsafe] = 0.0
+    kernels.write_scales(peaks, ord, scales)
+    for batch in left:
+        totals += powers(batch, scales, ord, count)
+    kernels.write_power_sums(totals, scales, shifts, ord, found)
+    return found
 
 
 def scaling(batch: Batch, factors: Array) -> Call:

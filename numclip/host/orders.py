@@ -1,8 +1,8 @@
-"""Norms of orders other than 2: of magnitudes over the largest of each pool."""
+"""Sums of powers of orders other than 2: of magnitudes over the largest of each tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +11,10 @@ from numclip.dtypes import FLOAT64, Array, DType, as_stored
 from numclip.engine import Groups
 from numclip.host import batches, rows
 from numclip.host.strided import elements
-from numclip.law import Pool
 from numclip.memory import Memory, RowSpan, Span
-from numclip.tables import BAD, PEAK, TERMS, TERMS_PEAK, TOTAL
+from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
 
+TOTALLED, TERMED = [TOTAL, EXPONENT], [TERMS, TERMS_EXPONENT]
 HEADROOM = 64  # bits: no sum of that many terms, and no hypotenuse, exceeds float64
 
 
@@ -22,61 +22,27 @@ class Magnitudes(NamedTuple):
     """Real tensors with the magnitudes of gradients over ``2**shift``; `kept` holds copies."""
 
     spans: dict[int, Span]
+    shifts: Array
     kept: list[Array]
 
 
 def write_powers(
-    spans: Mapping[int, Span | RowSpan],
-    groupings: Mapping[int, Groups],
-    pools: Sequence[Pool],
-    ord: float,
-    law: Array,
-    shifts: Array,
-    sums: Array,
+    spans: Mapping[int, Span | RowSpan], groupings: Mapping[int, Groups], ord: float, sums: Array
 ) -> None:
-    """Write each tensor's sum of powers over its pool's peak, and the peaks into the law.
+    """Write each tensor's sum of powers, of infinite order its largest magnitude.
 
-    `groupings` are those of the tensors whose rows are to be summed. All of a pool is taken over
-    a power of two, its shift, where magnitudes or sums of rows could exceed float64.
+    `groupings` are those of the tensors whose rows are to be summed.
     """
-    pool_of = np.zeros(len(sums), np.int64)
-    for p, pool in enumerate(pools):
-        pool_of[pool.first : pool.last] = p
-        members = [spans[t] for t in range(pool.first, pool.last)]
-        summed = [t in groupings for t in range(pool.first, pool.last)]
-        far = any(map(_may_overflow, members, summed))
-        shifts[p] = HEADROOM if far else 0
-    values = _magnitudes(spans, groupings, shifts[pool_of], of_terms=False)
-    totals, peaks, bad = _powers(values, pool_of, ord, len(pools))
-    sums[:, :] = 0.0
-    sums[:, TOTAL] = sums[:, TERMS] = totals
-    sums[:, BAD], law[:, PEAK] = bad, peaks
+    sums[:, TERMED] = sums[:, TOTALLED] = _power_sums(
+        _magnitudes(spans, groupings, of_terms=False), ord
+    )
+    sums[:, BAD], sums[:, ERROR] = ~np.isfinite(sums[:, TOTAL]), 0.0
     if groupings:
-        terms = _magnitudes(spans, groupings, shifts[pool_of], of_terms=True)
-        sums[:, TERMS], law[:, TERMS_PEAK], _ = _powers(terms, pool_of, ord, len(pools))
+        sums[:, TERMED] = _power_sums(_magnitudes(spans, groupings, of_terms=True), ord)
 
 
-def _powers(
-    found: Magnitudes, pool_of: Array, ord: float, pools: int
-) -> tuple[Array, Array, Array]:
-    """Return sums of powers of tensors, the peaks of pools, and which tensors are not finite."""
-    count = pool_of.size
-    parts = batches.batches(found.spans)
-    own = np.zeros(count)
-    for batch in parts:
-        own = np.maximum(own, batches.largest(batch, count))
-    peaks = np.zeros(pools)
-    with np.errstate(invalid="ignore"):
-        np.maximum.at(peaks, pool_of, own)
-    usable = np.where((peaks > 0.0) & np.isfinite(peaks), peaks, 1.0)[pool_of]
-    if ord == np.inf:
-        with np.errstate(all="ignore"):
-            totals = own / usable
-    else:
-        totals = np.zeros(count)
-        for batch in parts:
-            totals += batches.powers(batch, usable, ord, count)
-    return totals, peaks, ~np.isfinite(own)
+def _power_sums(found: Magnitudes, ord: float) -> Array:
+    return batches.power_sums(batches.batches(found.spans), ord, found.shifts)
 
 
 def values_of(span: Span | RowSpan) -> Array:
@@ -110,17 +76,13 @@ def real_rows(dtype: DType, values: Array) -> tuple[Array, DType, int]:
 
 
 def _magnitudes(
-    spans: Mapping[int, Span | RowSpan],
-    groupings: Mapping[int, Groups],
-    shifts: Array,
-    *,
-    of_terms: bool,
+    spans: Mapping[int, Span | RowSpan], groupings: Mapping[int, Groups], *, of_terms: bool
 ) -> Magnitudes:
     """Return the magnitudes of gradients, rows summed, or their terms' before they are added."""
     found: dict[int, Span] = {}
-    kept: list[Array] = []
+    shifts, kept = np.zeros(len(spans), np.int64), []
     for t, span in spans.items():
-        shift = int(shifts[t])
+        shift = HEADROOM if _may_overflow(span, t in groupings) else 0
         if t not in groupings and span.dtype.components == 1 and shift == 0:
             found[t] = Span(*span[:4])
             continue
@@ -129,8 +91,9 @@ def _magnitudes(
             wide = rows.summed(np.abs(wide) if of_terms else wide, groupings[t])
         flat = np.abs(wide).reshape(-1)
         kept.append(flat)
+        shifts[t] = shift
         found[t] = Span(FLOAT64, flat.ctypes.data, flat.ctypes.data, flat.size)
-    return Magnitudes(found, kept)
+    return Magnitudes(found, shifts, kept)
 
 
 def _over_power(values: Array, dtype: np.dtype[Any], shift: int) -> Array:

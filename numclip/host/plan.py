@@ -17,10 +17,11 @@ from numclip.host.batches import Batch
 from numclip.host.given import rows_table
 from numclip.host.kernels import cpu, given, given_rows, row_steps
 from numclip.host.kernels import pools as kernels
+from numclip.host.kernels.powers import decide_by_powers
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.strided import Copied
-from numclip.law import Law, Laws, Pool, by_norms, whole_pools
+from numclip.law import Law, Laws, Pool, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 from numclip.tables import (
     BAD,
@@ -34,7 +35,6 @@ from numclip.tables import (
     MANTISSA,
     MODE,
     MULTIPLY,
-    ORD,
     POWER,
     RARE,
     SKIPPED,
@@ -58,8 +58,6 @@ class Plan:
         self.pool_of = np.repeat(np.arange(len(pools)), [pool.last - pool.first for pool in pools])
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
-        self._shifts = np.zeros(len(pools), np.int64)
-        self._shifted = False
         self._groupings: dict[int, Groups] = {}
         self._order: float | None = None  # of what is to be measured
         self._lay_out()
@@ -96,6 +94,7 @@ class Plan:
         """Find the batch that one call measures and decides, where there is one alone."""
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self.fused = self._measured[0] if small and not self._groupings else None
+        self._real = all(span.dtype.components == 1 for span in self.spans)
         self._column = FACTOR
         if self.fused is not None and self.fused.dtype.digits == 53:
             self._column = FINE
@@ -127,7 +126,6 @@ class Plan:
         tables = {
             given.POOLS: self.pool_table,
             given.LAWS: self._laws.table(Law(math.inf, divisors, size=size)),
-            given.SHIFTS: np.zeros(len(self.pools), np.int64),
             given.POOL_OF: self.pool_of,
         }
         return {**tables, **self._row_tables(held)} if held else tables
@@ -227,32 +225,32 @@ class Plan:
     def _decide(self, pools: Array, outcome: Outcome) -> None:
         sums, decisions = outcome
         order, self._order = self._order, None
-        at_once = self.fused if order == 2.0 else None
-        if at_once is not None and self._decide_at_once(at_once, pools, *outcome):
+        if self.fused is not None and self._decide_at_once(self.fused, order, pools, *outcome):
             self._sums = sums
             return
         if order is not None:
             self._measure(order)
         sums[:] = self._sums
-        kernels.decide_pools(pools, self._law, self._shifts, sums, decisions)
+        kernels.decide_pools(pools, self._law, sums, decisions)
 
     def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
-        law, shifts = self._law, np.zeros(len(self.pools), np.int64)
-        if law[0, ORD] != 2.0:
-            law, shifts, totals = by_norms(law, totals)
         if self._whole_pools is None:
             self._whole_pools = whole_pools(self.pool_table)
-        kernels.decide_pools(self._whole_pools, law, shifts, totals, outcome[1])
+        kernels.decide_pools(self._whole_pools, self._law, totals, outcome[1])
 
-    def _decide_at_once(self, batch: Batch, pools: Array, sums: Array, decisions: Array) -> bool:
+    def _decide_at_once(
+        self, batch: Batch, order: float | None, pools: Array, sums: Array, decisions: Array
+    ) -> bool:
         """Measure and decide by one call; tell whether that is right."""
-        if self._shifted:
-            self._shifts[:] = 0
-            self._shifted = False
+        if order is None or (order != 2.0 and not self._real):
+            return False
         sums[:] = 0.0  # some may have no chunks: no elements, or none this time
-        tables = pools, self._law, self._shifts, sums, decisions
-        safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
+        tables, safe = (pools, self._law, sums, decisions), True
+        if order == 2.0:
+            safe = kernels.measure_and_decide(batch.chunks, batch.dtype.like, *tables)
+        else:
+            decide_by_powers(batch.chunks, batch.dtype.like, order, *tables)
         if self._zeroing and sums[:, BAD].any():
             return False
         return safe or batch.dtype.digits < 53
@@ -277,18 +275,15 @@ class Plan:
 
     def _take_sums(self, order: float, spans: Mapping[int, Span]) -> None:
         """Take the sums of tensors that are read where some spans say."""
-        self._shifts[:] = 0
-        self._shifted = True
         summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
         if order != 2.0:
-            tables = self._law, self._shifts, self._sums
             known: dict[int, Span | RowSpan] = {**spans, **summed}
             if self._sources is not None:
                 known = {
                     t: span._replace(source=source, size=span.size if source else 0)
                     for (t, span), source in zip(spans.items(), self._sources, strict=True)
                 }
-            orders.write_powers(known, self._groupings, self.pools, order, *tables)
+            orders.write_powers(known, self._groupings, order, self._sums)
             return
         for batch in self._plain(spans) if spans is not self._own else self._measured:
             batches.write_squares(batch, self._sums)

@@ -31,11 +31,9 @@ from numclip.tables import (
     MULTIPLY,
     PEAK,
     POWER,
-    RATIO,
     SKIPPED,
     SUM_COLUMNS,
     TOTAL,
-    UNIT_COLUMNS,
 )
 
 LONG_ROW = 4 * CHUNK
@@ -277,7 +275,7 @@ class UnitPlan:
         self.families, self._ord = list(families), ord
         ends = np.cumsum([family.units for family in families])
         self._rows = [slice(end - f.units, end) for end, f in zip(ends, families, strict=True)]
-        self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, UNIT_COLUMNS))
+        self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, PEAK))
         self._cuts = [[Cut(array) for array in family.arrays] for family in families]
         pairs = zip(families, self._cuts, strict=True)
         self._little = [_Little.of(family, cuts, ord) for family, cuts in pairs]
@@ -295,7 +293,7 @@ class UnitPlan:
     def measure(self, _stream: Any = None) -> None:
         """Take the sums of gradients and parameters."""
         self._sums = []
-        for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
+        for f, family in enumerate(self.families):
             little = self._little[f]
             if little is not None and little.measure():
                 self._sums.append((little.sums, little.params))
@@ -309,25 +307,18 @@ class UnitPlan:
                 parts = [squares(cut) for cut in cuts]
                 _add(parts, family.numbers, sums)
             else:
-                self._measure_powers(cuts, self.units[rows], sums)
+                self._measure_powers(cuts, sums)
             params = np.zeros((2, 0))
             if family.param is not None:
                 params = np.stack(squares(Cut(family.param)))
             self._sums.append((sums, params))
 
-    def _measure_powers(self, cuts: Sequence[Cut], units: Array, sums: Array) -> None:
-        """Take sums of powers over the peak of each unit, of arrays that have no other."""
+    def _measure_powers(self, cuts: Sequence[Cut], sums: Array) -> None:
+        """Take sums of powers of units, which have no other arrays."""
         (cut,) = cuts
         flat, dtype, shift = orders.real_rows(cut.array.dtype, cut.rows())
         parts = batches.batches(_spans(dtype, flat, flat))
-        peaks = np.zeros(len(flat))
-        for batch in parts:
-            peaks = batches.largest(batch, len(flat))
-        usable = np.where((peaks > 0.0) & np.isfinite(peaks), peaks, 1.0)
-        for batch in parts if self._ord != np.inf else ():
-            sums[0] = batches.powers(batch, usable, self._ord, len(flat))
-        units[:, PEAK], units[:, RATIO] = peaks, 1.0
-        sums[1] = shift
+        sums[:] = batches.power_sums(parts, self._ord, np.full(len(flat), shift)).T
 
     def decide(self, _stream: Any = None, base: Any = None) -> None:
         """Find the factor of every unit; `base` are decisions that can say to skip all."""

@@ -183,9 +183,42 @@ def test_adam_rate_corrects_both_biases():
     assert bias == pytest.approx(0.1)
 
 
+ORDERS = [1.0, 1.1, 2.5, 3.0, 4.0, 7.0, 33.3, 2000.0, 1e9 / 3, 2.0**50 + 0.25]
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@given(positive, st.integers(-60, 60), st.integers(1, 1 << 40))
+def test_norms_belong_to_sums_of_powers(ord, peak, shift, count):
+    """Of so many elements as large as the peak, which stands for ``2**shift`` times as much."""
+    scale = formulas.usable(peak, ord)
+    total = count * formulas.power_term(peak / scale, ord)
+    root, power = formulas.norm_of(*formulas.power_sum(total, scale, shift, ord), ord)
+    fraction, exponent = math.frexp(peak)
+    wanted = fraction * math.exp(math.log(count) / ord)
+    assert math.ldexp(root, power - exponent - shift) == pytest.approx(wanted, rel=1e-14)
+
+
+@pytest.mark.parametrize("ord", [1.0, 3.0, 4.0])
+@given(positive, st.integers(0, 50))
+def test_sums_of_products_do_not_depend_on_the_scale(ord, peak, more):
+    """Of a larger scale, so that no digits vanish."""
+    scale = formulas.usable(peak, ord)
+    larger = math.ldexp(scale, min(more, 1023 - math.frexp(scale)[1]))
+    found = [
+        formulas.power_sum(formulas.power_term(1.5 * scale / own, ord), own, 0, ord)
+        for own in (scale, larger)
+    ]
+    one, other = (Fraction(total) * Fraction(4) ** exponent for total, exponent in found)
+    assert one == other == (Fraction(3, 2) * Fraction(scale)) ** int(ord)
+
+
 def test_magnitudes_are_divided_by_a_largest_one_that_is_a_positive_number():
-    assert formulas.usable(0.25) == 0.25
-    assert [formulas.usable(peak) for peak in (0.0, math.inf, math.nan)] == [1.0, 1.0, 1.0]
+    assert formulas.usable(0.25, 1.5) == 0.25
+    assert formulas.usable(0.75, 1.5) == 0.75
+    assert formulas.usable(0.75, 3.0) == 0.5
+    assert formulas.usable(5e-324, 3.0) == 2.0**-1022
+    for ord in (1.0, 2.5):
+        assert [formulas.usable(peak, ord) for peak in (0.0, math.inf, math.nan)] == [1.0] * 3
 
 
 @pytest.mark.parametrize("total", [0.0, 2.0**-961, 2.0**-959, 1.0, 2.0**999, 2.0**1001, math.inf])

@@ -191,8 +191,8 @@ def with_ratio(ratio, ord, total, error):
 
 @inline
 def lane_powers_of(address, length, law, lane, lanes, like):
-    """Return a lane's share of a sum of powers and its error; `law` is masked, peak and order."""
-    masked, peak, ord = law
+    """Return a lane's share of a sum of powers and its error; `law` is masked, scale and order."""
+    masked, scale, ord = law
     total, error = 0.0, 0.0
     packets = whole_packets(address, length)
     p = lane
@@ -200,25 +200,26 @@ def lane_powers_of(address, length, law, lane, lanes, like):
         x = load_at(address, (packet_at(p, packets, like),), like)
         for k in range(len(x)):
             value, _ = finite_magnitude(x[k], masked)
-            total, error = with_ratio(value / peak, ord, total, error)
+            total, error = with_ratio(value / scale, ord, total, error)
         p += lanes
     i = packets * PACKET + lane
     while i < length:
         value, _ = finite_magnitude(load(address + i * size_of(like), like), masked)
-        total, error = with_ratio(value / peak, ord, total, error)
+        total, error = with_ratio(value / scale, ord, total, error)
         i += lanes
     return total, error
 
 
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
-    """Write each chunk's sum of ``(|x| / peak) ** ord``; of infinite order, the largest ratio."""
+    """Write each chunk's sum of ``(|x| / scale) ** ord``; of infinite order, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
         tensor, chunk = tensors[chunks[c, col.OWNER]], chunks[c]
-        peak, ord = usable(laws[tensor[col.POOL], col.PEAK]), laws[tensor[col.POOL], col.ORD]
-        law = tensor[col.ZEROING] != 0, peak, ord
+        ord = laws[tensor[col.POOL], col.ORD]
+        scale = usable(laws[tensor[col.POOL], col.PEAK], ord)
+        law = tensor[col.ZEROING] != 0, scale, ord
         total, error = lane_powers_of(chunk[col.SOURCE], chunk[col.LENGTH], law, i, THREADS, like)
         total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
         if cuda.threadIdx.x == 0:

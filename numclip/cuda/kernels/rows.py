@@ -192,13 +192,17 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
 
 @inline
 def ratios_of(share, g, groups, order, how, law, room):
-    """Return a thread's magnitudes of a group's sum and of its terms, each over its peak."""
+    """Return a thread's magnitudes of a group's sum and of its terms, each over its scale."""
     value, size = 0.0, 0.0
+    scale, terms_scale = (
+        usable(law[col.PEAK], law[col.ORD]),
+        usable(law[col.TERMS_PEAK], law[col.ORD]),
+    )
     part = np.int64(0)
     while part < share[col.COMPONENTS]:
         total, terms, _ = sums_of(share, g, groups, order, part, how, room)
-        value = math.hypot(value, total / usable(law[col.PEAK]))
-        size = math.hypot(size, terms / usable(law[col.TERMS_PEAK]))
+        value = math.hypot(value, total / scale)
+        size = math.hypot(size, terms / terms_scale)
         part += 1
     return value, size
 
@@ -224,7 +228,7 @@ def share_powers(share, groups, order, how, law, room):
 
 @kernel
 def sum_row_powers(shares, groups, order, tensors, laws, like, out):
-    """Write each share's sums of ``(|x| / peak) ** ord``, of sums and of their terms.
+    """Write each share's sums of ``(|x| / scale) ** ord``, of sums and of their terms.
 
     Of infinite order, the largest ratios.
     """

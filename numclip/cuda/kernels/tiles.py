@@ -171,16 +171,16 @@ def max_tile_magnitude(tiles, tensors, like, out):
 def line_powers(tile, n, law, lane, lanes, like):
     """Return a thread's share of a line's sum of powers; of infinite order, the largest ratio.
 
-    `law` is whether elements are masked, the peak and the order.
+    `law` is whether elements are masked, the scale and the order.
     """
     line, step = tile[col.SOURCE] + n * tile[col.UNIT_STEP], tile[col.STEP]
     if in_packets(tile, tile[col.SOURCE] | tile[col.UNIT_STEP], 1, like):
         return lane_powers_of(line, tile[col.LENGTH], law, lane, lanes, like)
-    masked, peak, ord = law
+    masked, scale, ord = law
     total, error, i = 0.0, 0.0, lane
     while i < tile[col.LENGTH]:
         x, y, _ = parts_of(line + i * step, masked, tile[col.COMPONENTS], like)
-        ratio = math.hypot(x / peak, y / peak) if tile[col.COMPONENTS] == 2 else abs(x / peak)
+        ratio = math.hypot(x / scale, y / scale) if tile[col.COMPONENTS] == 2 else abs(x / scale)
         total, error = with_ratio(ratio, ord, total, error)
         i += lanes
     return total, error
@@ -194,7 +194,7 @@ def powers_of_lines(tile, first, tensor, peaks, like, room, out):
     total, error, ord = 0.0, 0.0, peaks[tensor[col.POOL], col.ORD]
     if n < tile[col.COUNT]:
         row = tensor[col.POOL] + tile[col.NUMBER] + n * tile[col.NUMBER_STEP]
-        law = tensor[col.ZEROING] != 0, usable(peaks[row, col.PEAK]), ord
+        law = tensor[col.ZEROING] != 0, usable(peaks[row, col.PEAK], ord), ord
         total, error = line_powers(tile, n, law, lane, lanes, like)
     if ord == math.inf:
         total = lane_max(total, place, apart, room)
@@ -206,6 +206,6 @@ def powers_of_lines(tile, first, tensor, peaks, like, room, out):
 
 @kernel
 def sum_tile_powers(tiles, tensors, peaks, like, out):
-    """Write each tile's sums of ``(|x| / peak) ** ord``, of infinite order the largest ratios."""
+    """Write each tile's sums of ``(|x| / scale) ** ord``, of infinite order the largest ratios."""
     room = cuda.shared.array((2, THREADS), np.float64)
     over_lines(powers_of_lines, tiles, tensors, (peaks, like, room, out))

@@ -30,7 +30,7 @@ from numclip.cuda.kernels.scalars import (
     scale_by_power,
     write_factor,
 )
-from numclip.cuda.kernels.verdict import add_rows, join
+from numclip.cuda.kernels.verdict import add_rows, join, over_one
 
 
 @inline
@@ -96,10 +96,9 @@ def decide_slab(slab, tensors, law, partial, base, room, out):
     if not is_told(slab, u, lane):
         return float(col.LEAVE)
     own = out[slab[col.ROW] + u]
-    peak, ratio = 1.0, 1.0
     if law[col.ORD] != 2.0:  # else there are no such columns
-        peak, ratio = own[col.PEAK], own[col.RATIO]
-    root, power = norm_of(total, exponent, law[col.ORD], peak, ratio)
+        total, exponent = over_one(total, 0, law[col.ORD], own[col.PEAK], own[col.RATIO])
+    root, power = norm_of(total, exponent, law[col.ORD])
     norm = root / law[col.UNSCALE], power
     bound, judged, coarse = law[col.BOUND], norm, law[col.COARSE]
     if slab[col.PARAM] >= 0:

@@ -3,6 +3,8 @@
 Norm, verdict and factor stay on the device.
 """
 
+import math
+
 import numpy as np
 
 from numclip import tables as col
@@ -15,7 +17,14 @@ from numclip.cuda.kernels.blocks import (
     lane_bins,
     with_terms,
 )
-from numclip.cuda.kernels.scalars import decide, power_term, usable, write_norm, write_spread
+from numclip.cuda.kernels.scalars import (
+    decide,
+    power_sum,
+    scale_by_power,
+    usable,
+    write_norm,
+    write_spread,
+)
 
 
 @inline
@@ -41,49 +50,86 @@ def join(sums, column, first, last, room):
 
 
 @inline
-def add_parts(tensor, law, partial, out, room):
-    """Write the sums of a tensor's parts, and those of the magnitudes of its terms."""
-    total, exponent, bad = join(partial, col.TOTAL, tensor[col.FIRST], tensor[col.LAST], room)
-    terms, terms_exponent = total, exponent
-    if tensor[col.REPEATS] != 0:
-        terms, terms_exponent, _ = join(
-            partial, col.TERMS, tensor[col.FIRST], tensor[col.LAST], room
-        )
-    elif law[col.ORD] != 2.0:
-        terms *= power_term(usable(law[col.PEAK]) / usable(law[col.TERMS_PEAK]), law[col.ORD])
-    if cuda.threadIdx.x == 0:
-        out[col.TOTAL], out[col.EXPONENT], out[col.BAD] = total, exponent, bad
-        out[col.TERMS], out[col.TERMS_EXPONENT] = terms, terms_exponent
+def join_powers(sums, column, first, last, ord, room):
+    """Return that of sums of powers, of orders but 2 with the exponent that all rows have."""
+    total, exponent, bad = join(sums, column, first, last, room)
+    if ord != 2.0:
+        exponent = int(sums[first, column + 1]) if first < last else 0
+    return total, exponent, bad
 
 
 @inline
-def add_tensors(pool, law, sums, out, room):
-    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
-    total, exponent, bad = join(sums, col.TOTAL, pool[col.FIRST], pool[col.LAST], room)
-    terms, terms_exponent = total, exponent
-    if pool[col.REPEATED] != 0:
-        terms, terms_exponent, _ = join(sums, col.TERMS, pool[col.FIRST], pool[col.LAST], room)
+def over_one(total, exponent, ord, peak, ratio):
+    """Return a sum over a peak's scale as one over 1, see `formulas.power_sum`.
+
+    Of infinite order, the peak times a ratio: that of the largest magnitude to the largest part.
+    A peak of 0 says that the sum is over 1 already.
+    """
+    if ord == 2.0 or peak == 0.0:
+        return total, exponent
+    if not math.isfinite(peak):
+        return peak, 0
+    if ord < math.inf:
+        return power_sum(total, usable(peak, ord), 0, ord)
+    fraction, power = math.frexp(peak)
+    odd = power & 1
+    return math.ldexp(fraction * ratio, odd), (power - odd) >> 1
+
+
+@inline
+def add_parts(tensor, repeated, ord, law, partial, out, room):
+    """Write the sums of a tensor's parts, and those of the magnitudes of its terms.
+
+    `repeated` says that some tensor of its pool has terms.
+    """
+    first, last = tensor[col.FIRST], tensor[col.LAST]
+    total, exponent, bad = join_powers(partial, col.TOTAL, first, last, ord, room)
+    total, exponent = over_one(total, exponent, ord, law[col.PEAK], law[col.RATIO])
+    terms, power = total, exponent
+    if repeated:
+        peak, ratio = law[col.TERMS_PEAK], law[col.TERMS_RATIO]
+        terms, power, _ = join_powers(partial, col.TERMS, first, last, ord, room)
+        terms, power = over_one(terms, power, ord, peak, ratio)
+        if tensor[col.REPEATS] == 0:
+            terms = scale_by_power(total, 2 * (exponent - power))
     if cuda.threadIdx.x == 0:
-        write_norm(law, total, exponent, 0, bad, out)
+        out[col.TOTAL], out[col.EXPONENT], out[col.BAD] = total, exponent, bad
+        out[col.TERMS], out[col.TERMS_EXPONENT] = terms, power
+
+
+@inline
+def add_tensors(pool, ord, law, sums, out, room):
+    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
+    first, last = pool[col.FIRST], pool[col.LAST]
+    total, exponent, bad = join_powers(sums, col.TOTAL, first, last, ord, room)
+    terms, power = total, exponent
+    if pool[col.REPEATED] != 0:
+        terms, power, _ = join_powers(sums, col.TERMS, first, last, ord, room)
+    if ord == math.inf:  # each row has the largest magnitude of all
+        total, terms = sums[first, col.TOTAL], sums[first, col.TERMS]
+    if cuda.threadIdx.x == 0:
+        write_norm(law, total, exponent, bad, out)
         if pool[col.REPEATED] != 0:
-            write_spread(law, (total, exponent), (terms, terms_exponent), out)
+            write_spread(law, (total, exponent), (terms, power), out)
 
 
 @kernel
-def judge(tensors, pools, laws, partial, tickets, sums, decisions):
+def judge(tensors, pools, ord, laws, partial, tickets, sums, decisions):
     """Add up each tensor's chunks, each pool's tensors, and decide; a block for each tensor.
 
-    `tickets` counts, for each pool, tensors that are done; after them, for each set, those
-    that are not finite, and last the blocks. All are 0 again in the end.
+    `ord` is the order that the partial sums are of. `tickets` counts, for each pool, tensors that
+    are done; after them, for each set, those that are not finite, and last the blocks. All are 0
+    again in the end.
     """
     room = cuda.shared.array((BINS, THREADS), np.float64)
     t = np.int64(cuda.blockIdx.x)
     count = pools.shape[0]
     while t < tensors.shape[0]:
         p = tensors[t, col.POOL]
-        add_parts(tensors[t], laws[p], partial, sums[t], room)
+        repeated = pools[p, col.REPEATED] != 0
+        add_parts(tensors[t], repeated, ord, laws[p], partial, sums[t], room)
         if arrives_last(tickets, p, pools[p, col.LAST] - pools[p, col.FIRST], room):
-            add_tensors(pools[p], laws[p], sums, decisions[p], room)
+            add_tensors(pools[p], ord, laws[p], sums, decisions[p], room)
             if cuda.threadIdx.x == 0 and decisions[p, col.BROKEN] != 0.0:
                 cuda.atomic.max(tickets, count + pools[p, col.SET], np.uint32(1))
         t += cuda.gridDim.x

@@ -121,24 +121,24 @@ def sum_squares(begin, end, chunks, like, out):
 
 
 @block_sum
-def block_of_powers(x, scale, ord):
-    """Return the sum of ``(|x| / scale) ** ord`` of a short array."""
+def block_of_powers(x, inverse, ord):
+    """Return the sum of ``(|x| * inverse) ** ord`` of a short array."""
     total = 0.0
     for i in range(x.size):
-        total += power_term(np.float64(abs(widen(x[i]) / scale)), ord)
+        total += power_term(np.float64(abs(widen(x[i]) * inverse)), ord)
     return total
 
 
 @inline
-def blocks_of_powers(x, scale, ord):
+def blocks_of_powers(x, inverse, ord):
     """Return that sum of an array by blocks, as `blocks_of_squares` does."""
     total = error = 0.0
     size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
     for start in range(0, x.size, 4 * size):
-        low = block_of_powers(x[start : start + size], scale, ord)
-        low += block_of_powers(x[start + size : start + 2 * size], scale, ord)
-        high = block_of_powers(x[start + 2 * size : start + 3 * size], scale, ord)
-        high += block_of_powers(x[start + 3 * size : start + 4 * size], scale, ord)
+        low = block_of_powers(x[start : start + size], inverse, ord)
+        low += block_of_powers(x[start + size : start + 2 * size], inverse, ord)
+        high = block_of_powers(x[start + 2 * size : start + 3 * size], inverse, ord)
+        high += block_of_powers(x[start + 3 * size : start + 4 * size], inverse, ord)
         total, rest = two_sum(total, low + high)
         error += rest
     return settled(total, error)
@@ -146,15 +146,15 @@ def blocks_of_powers(x, scale, ord):
 
 @inline
 def array_of_powers(x, scale, ord):
-    """Return the sum of ``(|x| / scale) ** ord``, a finite order."""
+    """Return the sum of ``(|x| / scale) ** ord``, a finite order, see `formulas.usable`."""
     if is_product(ord):
-        return blocks_of_powers(x, scale, ord)
+        return blocks_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
     total = error = 0.0
     for i in range(x.size):  # the power function takes longer than to add up without a loss
         term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
         total, rest = two_sum(total, term)
         error += rest
-    return total + error
+    return settled(total, error)
 
 
 @kernel

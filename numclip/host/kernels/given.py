@@ -45,7 +45,7 @@ ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
 # The tables of a step, of three words each: address, rows, columns.
 WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
-SHIFTS, SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS = range(8, 15)
+SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS = range(8, 14)
 ROWS, PLACES, LOSSES, SIZES, TABLES = range(15, 20)  # where gradients are sparse, see `given_rows`
 FACTORS = TABLES  # which kernels are given as an array
 # Where a step finds arrays, if not in a tuple: in the plan, or measured by the call before.
@@ -247,15 +247,14 @@ def needs_care(pools, decisions, safe):
 def decide(measures, turn, unscale, tables, bounds, like):
     """Decide by what chunks hold, or by what was measured before; tell whether that is right."""
     laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
-    shifts = found_row(tables, SHIFTS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)
     safe = True
     if measures:
         chunks = found(tables, CHUNKS, tables)
-        safe = measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions)
+        safe = measure_and_decide(chunks, like, pools, laws, sums, decisions)
     else:
-        decide_all(pools, laws, shifts, sums, decisions)
+        decide_all(pools, laws, sums, decisions)
     return not needs_care(pools, decisions, safe)
 
 

@@ -187,7 +187,7 @@ def add_bad(pool, sums):
 
 
 @inline
-def decide_all(pools, laws, shifts, sums, decisions):
+def decide_all(pools, laws, sums, decisions):
     """Write the norm and the decision of each pool, and in the last row if there is work."""
     count = pools.shape[0]
     skipped = np.zeros(count, np.bool_)
@@ -195,7 +195,7 @@ def decide_all(pools, laws, shifts, sums, decisions):
         largest = laws[p, ORD] == math.inf
         total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
         bad = add_bad(pools[p], sums)
-        write_norm(laws[p], total, exponent, shifts[p], bad, decisions[p])
+        write_norm(laws[p], total, exponent, bad, decisions[p])
         if pools[p, REPEATED] != 0:
             terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
             write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
@@ -211,9 +211,9 @@ def decide_all(pools, laws, shifts, sums, decisions):
 
 
 @kernel
-def decide_pools(pools, laws, shifts, sums, decisions):
+def decide_pools(pools, laws, sums, decisions):
     """Decide for every pool, from the sums of the tensors. One more row tells if there is work."""
-    decide_all(pools, laws, shifts, sums, decisions)
+    decide_all(pools, laws, sums, decisions)
 
 
 @inline
@@ -263,10 +263,10 @@ def measure(chunks, like, sums):
 
 
 @kernel
-def measure_and_decide(chunks, like, pools, laws, shifts, sums, decisions):
+def measure_and_decide(chunks, like, pools, laws, sums, decisions):
     """Measure as `measure` does, and decide."""
     safe = measure(chunks, like, sums)
-    decide_all(pools, laws, shifts, sums, decisions)
+    decide_all(pools, laws, sums, decisions)
     return safe
 
 

@@ -9,7 +9,9 @@ from numclip.host.kernels.pools import add_pools, decide_all, measure_and_decide
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import BAD, EXPONENT, POLICY, SUM_COLUMNS, TOTAL, ZERO
 
-LOSS = SUM_COLUMNS  # of a row that is told; after it the norm, where its order is not 2
+LOSS = (
+    SUM_COLUMNS  # of a row that is told; after it a row of sums of powers, where the order is not 2
+)
 WIDTH = LOSS + 1
 SPANS, OWN, SHARDED, POOLS, SOURCE, GIVEN, TABLES = range(7)
 """Tables of what is told and merged, of three words each, see `kernels.given`.
@@ -79,10 +81,9 @@ def tell(turn, tables, told, like):
     floats = np.empty(0)
     chunks = steps.found(tables, steps.CHUNKS, tables)
     pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, floats)
-    shifts = steps.found_row(tables, steps.SHIFTS, tables)
     sums = steps.found_turn(tables, steps.SUMS, turn, floats)
     decisions = steps.found_turn(tables, steps.DECISIONS, turn, floats)
-    safe = measure_and_decide(chunks, like, pools[:0], laws, shifts, sums, decisions)
+    safe = measure_and_decide(chunks, like, pools[:0], laws, sums, decisions)
     own, source = steps.found(told, OWN, floats), steps.found(told, SOURCE, floats)
     add_pools(steps.found(told, SPANS, told), sums, own)
     for t in range(source.shape[0] - own.shape[0]):
@@ -113,9 +114,8 @@ def clip(turn, unscale, tables, bounds, heads, every, told, like):
     if bad > 0.0 or rank > 0 or scaled:
         return False
     laws, pools = steps.obey(tables, unscale, bounds), steps.found(tables, steps.POOLS, tables)
-    shifts = steps.found_row(tables, steps.SHIFTS, tables)
     decisions = steps.found_turn(tables, steps.DECISIONS, turn, bounds)
-    decide_all(pools, laws, shifts, given, decisions)
+    decide_all(pools, laws, given, decisions)
     if steps.needs_care(pools, decisions, True):
         return False
     steps.scale(decisions, tables, like)

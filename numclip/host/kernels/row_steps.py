@@ -26,7 +26,6 @@ from numclip.host.kernels.given import (
     POOLS,
     ROWS,
     SETTINGS,
-    SHIFTS,
     SIZES,
     SUMS,
     column_of,
@@ -160,7 +159,7 @@ def obey_rows(tables, unscale, bounds):
 @expanded
 def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
     """Decide by rows and chunks that are placed, or as before; tell whether that is right."""
-    pools, shifts = found(tables, POOLS, tables), found_row(tables, SHIFTS, tables)
+    pools = found(tables, POOLS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)
     safe = True
@@ -169,7 +168,7 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
         safe = measure_chunks(found(tables, CHUNKS, tables), like, sums)
         safe &= measure_rows(tables, groups, like, sums, losses)
     laws = obey_rows(tables, unscale, bounds)
-    decide_all(pools, laws, shifts, sums, decisions)
+    decide_all(pools, laws, sums, decisions)
     return not needs_care(pools, decisions, safe)
 
 

@@ -58,7 +58,9 @@ NARROW_PRECISION, WIDE_PRECISION = FLOAT32.precision, FLOAT64.precision
 HALF_LIMITS, BRAIN_LIMITS = FLOAT16.limits, BFLOAT16.limits
 NARROW_LIMITS, WIDE_LIMITS = FLOAT32.limits, FLOAT64.limits
 
-norm_from, root, usable = _parts.norm_of, _parts.root, _parts.usable
+norm_from, root = _parts.norm_of, _parts.root
+usable, power_sum, told_order = _parts.usable, _parts.power_sum, _parts.told_order
+is_product = _parts.is_product
 
 
 @inline
@@ -126,16 +128,36 @@ def powers_of(x, scale, ord):
 
 
 @inline
-def tensor_powers(rows, t, scale, ord):
-    """Return a tensor's sum of ``(|x| / scale) ** ord``."""
+def sum_of(x, ord):
+    """Return an array's sum of powers as rows of sums have it; of infinite order, its peak.
+
+    Products are added as they are where that loses nothing, and else, as other powers, over a
+    scale that follows from the peak.
+    """
+    total, scale = 0.0, 1.0
+    for scaled in range(0 if is_product(ord) else 1, 2):
+        if scaled:
+            peak = peak_of(x)
+            if ord == math.inf:
+                return peak, 0
+            scale = usable(peak, ord)
+        total = powers_of(x, scale, ord)
+        if is_safe(total):
+            break
+    return power_sum(total, scale, 0, ord)
+
+
+@inline
+def tensor_powers(rows, t, ord):
+    """Return that of a tensor."""
     kind = field(rows, t, KIND)
     if kind & WIDE:
-        return powers_of(array_of(rows, t, WIDE_LIKE), scale, ord)
+        return sum_of(array_of(rows, t, WIDE_LIKE), ord)
     if kind & HALF:
-        return powers_of(array_of(rows, t, HALF_LIKE), scale, ord)
+        return sum_of(array_of(rows, t, HALF_LIKE), ord)
     if kind & BRAIN:
-        return powers_of(array_of(rows, t, BRAIN_LIKE), scale, ord)
-    return powers_of(array_of(rows, t, NARROW_LIKE), scale, ord)
+        return sum_of(array_of(rows, t, BRAIN_LIKE), ord)
+    return sum_of(array_of(rows, t, NARROW_LIKE), ord)
 
 
 @inline
@@ -185,27 +207,26 @@ def rescued_squares(x):
     peak = peak_of(x)
     if not 0.0 < peak < math.inf:
         return total, lost, 0
-    exponent = math.frexp(peak)[1] - 1
-    return powers_of(x, math.ldexp(1.0, exponent), 2.0), 0.0, exponent
+    scale = usable(peak, 2.0)
+    return powers_of(x, scale, 2.0), 0.0, math.frexp(scale)[1] - 1
 
 
 @inline
 def joint_norm(rows, count, ord):
     """Return the norm of all tensors as ``root * 2**exponent``."""
     sums = np.empty((count, SUM_COLUMNS))
-    peak = 0.0 if ord == 2.0 else joint_peak(rows, count)
     for t in range(count):
         tensor, lost, exponent = 0.0, 0.0, 0
         if ord == 2.0 and field(rows, t, KIND) & WIDE:
             tensor, lost, exponent = rescued_squares(array_of(rows, t, WIDE_LIKE))
         elif ord == 2.0:
             tensor, lost = tensor_squares(rows, t)
-        elif ord < math.inf:
-            tensor = tensor_powers(rows, t, usable(peak), ord)
+        else:
+            tensor, exponent = tensor_powers(rows, t, ord)
         write_sum(sums[t], tensor, lost)
         sums[t, EXPONENT] = exponent
-    total, _, power = add_tensors((0, count), TOTAL, False, sums)
-    return norm_from(total, power, ord, peak, 1.0)
+    total, _, power = add_tensors((0, count), TOTAL, ord == math.inf, sums)
+    return norm_from(total, power, ord)
 
 
 @inline
@@ -386,7 +407,7 @@ def clip(rows, count, bound, given, ord, what):
 @kernel
 def clip_rare(rows, count, bound, given, ord, what):
     """Do the same where norms are of other orders or not finite, or where sums or results are."""
-    policy = what & POLICY
+    policy, ord = what & POLICY, told_order(ord)
     norm, power = 0.0, 0
     if policy != PROPAGATE or not what & GIVEN:
         norm, power = joint_norm(rows, count, ord)

@@ -10,9 +10,9 @@ more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at an
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
 
-WIDE_BLOCK = 16
+WIDE_BLOCK = 32
 """The same for norms of order 1, whose sum is the norm: no root makes its error less. At most
-1 + 3 + 2 roundings."""
+4 + 3 + 2 roundings."""
 
 STRIP = 248
 """Elements of a row summed together: the sums, their errors and the magnitudes stay in the

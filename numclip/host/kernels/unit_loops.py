@@ -13,7 +13,7 @@ from numclip.host.kernels.cpu import copy, multiply, multiply_into, squares_of
 from numclip.host.kernels.elements import as_computed
 from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.pools import _parts
-from numclip.host.kernels.spans import peak_of, powers_of
+from numclip.host.kernels.spans import sum_of
 from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
@@ -29,9 +29,7 @@ from numclip.tables import (
     MULTIPLY,
     NORM,
     ORD,
-    PEAK,
     RARE,
-    RATIO,
     ROUNDOFF,
     SCALE,
     TINY,
@@ -41,7 +39,7 @@ from numclip.tables import (
 norm_of, relative, write_factor = _parts.norm_of, _parts.relative, _parts.write_factor
 binned_square, joined_bins = _parts.binned_square, _parts.joined_bins
 scale_by_power, larger, is_safe = _parts.scale_by_power, _parts.larger, _parts.is_safe
-factor_of, usable = _parts.factor_of, _parts.usable
+factor_of = _parts.factor_of
 
 LOW, HIGH = 2.0**-930, 2.0**930  # between which quotients have exponents to spare
 
@@ -78,10 +76,7 @@ def decide_units(sums, params, law, digits, leaves, out, last):
     """
     for u in range(out.shape[0]):
         own = out[u]
-        own[ORD] = law[ORD]
-        root, power = norm_of(sums[0, u], int(sums[1, u]), law[ORD], own[PEAK], own[RATIO])
-        if law[ORD] != 2.0:  # magnitudes were taken over a power of two
-            power += int(sums[1, u])
+        root, power = norm_of(sums[0, u], int(sums[1, u]), law[ORD])
         norm = root / law[UNSCALE], power
         bound, judged, coarse = law[BOUND], norm, law[COARSE]
         if params.shape[1]:
@@ -194,9 +189,8 @@ def row_factors(begin, end, x, ord, law, digits, out):
     part = np.int64(x.ctypes.data), x.shape[1] * x.itemsize, x.shape[1]
     for r in range(begin, end):
         row = row_at(r, part, x)
-        peak = peak_of(row)
-        total = powers_of(row, usable(peak), ord) if ord < math.inf else 0.0
-        norm, power = norm_of(total, 0, ord, peak, 1.0)
+        total, exponent = sum_of(row, ord)
+        norm, power = norm_of(total, exponent, ord)
         mantissa, shift, small = factor_of(
             norm, power, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], digits, law[TINY]
         )

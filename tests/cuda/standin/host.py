@@ -36,7 +36,7 @@ RENAMED = {
     "llvm.nvvm.membar.gl": "standin_fence",
     "llvm.nvvm.shfl.sync.down.i32": "standin_shuffle",
 }
-FUNCTIONS = ("copysign", "fabs", "floor", "frexp", "hypot", "ldexp", "pow", "sqrt", "trunc")
+FUNCTIONS = ("copysign", "fabs", "floor", "frexp", "hypot", "ldexp", "log2", "pow", "sqrt", "trunc")
 LIBRARY = {f"__nv_{name}{end}": f"{name}{end}" for name in FUNCTIONS for end in ("", "f")}
 DEFINITIONS = """
 define linkonce_odr i32 @standin_increase(ptr %place, i32 %last) {

@@ -1,0 +1,47 @@
+"""From magnitudes to sums of powers, of orders other than 2, as rows of sums; see `formulas`."""
+
+from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE
+from numclip.host.kernels.elements import array_at
+from numclip.host.kernels.pools import _parts, decide_all, write_sum
+from numclip.host.kernels.spans import sum_of
+from numclip.host.runtime.jit import inline, kernel
+from numclip.tables import EXPONENT, TERMS_EXPONENT
+
+usable, power_sum = _parts.usable, _parts.power_sum
+
+
+@kernel
+def write_scales(peaks, ord, out):
+    """Write what magnitudes are divided by before their powers are taken, for each peak."""
+    for t in range(out.size):
+        out[t] = usable(peaks[t], ord)
+
+
+@kernel
+def write_power_sums(totals, scales, shifts, ord, out):
+    """Write sums of powers of magnitudes over scales as rows of sums have them; a finite order."""
+    for t in range(totals.size):
+        out[t, 0], out[t, 1] = power_sum(totals[t], scales[t], int(shifts[t]), ord)
+
+
+@inline
+def tensor_at(chunks, first, like):
+    """Return the tensor whose chunks begin with a number, and the number after its last one."""
+    c, length = first, 0
+    while c < chunks.shape[0] and chunks[c, OWNER] == chunks[first, OWNER]:
+        length += chunks[c, LENGTH]
+        c += 1
+    return array_at(chunks[first, SOURCE], length, like), c
+
+
+@kernel
+def decide_by_powers(chunks, like, ord, pools, laws, sums, decisions):
+    """Measure by an order other than 2, and decide."""
+    c = 0
+    while c < chunks.shape[0]:
+        row = sums[chunks[c, OWNER]]
+        x, c = tensor_at(chunks, c, like)
+        total, exponent = sum_of(x, ord)
+        write_sum(row, total, 0.0)
+        row[EXPONENT] = row[TERMS_EXPONENT] = exponent
+    decide_all(pools, laws, sums, decisions)
