@@ -20,7 +20,7 @@ from numclip.border.gradients import Gradient
 from numclip.clipping.held_rows import rows_of
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
-from numclip.clipping.outcome import GroupOutcome, Outcome, Read
+from numclip.clipping.outcome import Outcome, Read
 from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine
@@ -83,7 +83,7 @@ class Block:
             Read(self._read(k, turn.place), bounds, turn.unscale, turn.told and turn.told[k])
             for k, bounds in enumerate(turn.bounds)
         ]
-        return self._outcome(reads, turn.unscale)
+        return Outcome(self.clippers, reads, turn.unscale)
 
     def outcome(self, turns: Sequence[Turn]) -> Outcome:
         """Return what became of the groups in steps that follow one another."""
@@ -98,21 +98,7 @@ class Block:
             )
             for k in range(len(self.clippers))
         ]
-        return self._outcome(reads, unscale)
-
-    def _outcome(self, reads: Sequence[Read], unscale: Any) -> Outcome:
-        found = [
-            GroupOutcome(clipper, group, read)
-            for clipper, read in zip(self.clippers, reads, strict=True)
-            for group in clipper.groups
-        ]
-        return Outcome([found[k] for k in self._order], unscale)
-
-    @cached_property
-    def _order(self) -> list[int]:
-        """Where the groups are, in the order that the user gave them."""
-        numbers = [group.number for clipper in self.clippers for group in clipper.groups]
-        return np.argsort(numbers).tolist()  # type: ignore[no-any-return]
+        return Outcome(self.clippers, reads, unscale)
 
 
 def _columns(clippers: Sequence[Any]) -> dict[str, int]:
