@@ -568,6 +568,8 @@ class ParamGroups(state.Saved):
         sources = updater.sources(steps, self._intake.names, items)
         if sources is None:
             copy()
+            if ranks is None and updater.step_at_once(steps, turn, settings, None, absent):
+                return
         updater.step(steps, turn, settings, absent, ranks, sources, copy)
 
     @isolated

@@ -142,9 +142,9 @@ def clear(target):
 
 
 @inline
-def take_found(addresses, chunks, adds, like, wide):
-    """Do what `take` does with arrays that were found."""
-    for c in range(chunks.shape[0]):
+def take_found(begin, end, chunks, adds, like, wide, addresses):
+    """Do what `take` does with arrays that were found, for some chunks."""
+    for c in range(begin, end):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
             continue
@@ -160,6 +160,12 @@ def take_found(addresses, chunks, adds, like, wide):
             copy(source, target)
 
 
+@kernel
+def take_all(begin, end, chunks, adds, like, wide, addresses):
+    """Do what `take_found` does."""
+    take_found(begin, end, chunks, adds, like, wide, addresses)
+
+
 @kernel_with_gil
 def take(items, wanted, chunks, adds, like, wide, addresses):
     """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
@@ -169,7 +175,7 @@ def take(items, wanted, chunks, adds, like, wide, addresses):
     """
     if not find(items, wanted, addresses):
         return False
-    take_found(addresses, chunks, adds, like, wide)
+    take_found(0, chunks.shape[0], chunks, adds, like, wide, addresses)
     return True
 
 
@@ -322,19 +328,3 @@ def adam(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.adam`."""
     advance, update = updates.advance_adam, updates.adam
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
-
-
-@kernel
-def copy_all(begin, end, chunks, like, wide):
-    """Copy each chunk to where it goes."""
-    for c in range(begin, end):
-        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
-
-
-@kernel
-def add_all(begin, end, chunks, like, wide):
-    """Add each chunk to where it goes."""
-    for c in range(begin, end):
-        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
