@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,13 +205,6 @@ class Steps:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
         for clipper in self._following:
             clipper.absent = absent
-
-    def absent_of(self, items: Sequence[Any]) -> frozenset[str]:
-        """Return the parameters that have no gradient among some for all, in their order."""
-        if not any(map(is_, items, itertools.repeat(None))):
-            return NOBODY
-        names = self.clippers[0].names
-        return frozenset(name for name, item in zip(names, items, strict=True) if item is None)
 
     def decide(self, turn: Turn, ranks: Ranks | None = None, call: str = "") -> None:
         """Measure and decide; refuse before anything is written.
