@@ -16,7 +16,6 @@ import numpy as np
 
 from numclip import tables
 from numclip.border.gradients import Gradient
-from numclip.clipping.held_rows import rows_of
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
 from numclip.clipping.outcome import Outcome, Read
@@ -181,9 +180,8 @@ class Steps:
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
         self._native: AtOnce | None = None  # what clips by one call
-        if self._only is not None and self._only.by_norms:
-            held = [rows.words for rows in rows_of(self._only.groups).values()]
-            self._native = self._only.plan.at_once(self._only.divisors, held)
+        if self._only is not None:
+            self._native = self._only.at_once()
         self._facts: dict[str, str] = {}  # what must be the same on all ranks, but bounds
         self._facts_of: tuple[str, float] | None = None
         self._place = 0
@@ -228,9 +226,9 @@ class Steps:
 
     @property
     def clips_at_once(self) -> bool:
-        """Whether one native call clips, and all gradients are dense."""
+        """Whether one native call clips by norms, and all gradients are dense."""
         sparse = any(group.sparse for clipper in self.clippers for group in clipper.groups)
-        return self._native is not None and not sparse
+        return self._native is not None and self.clippers[0].by_norms and not sparse
 
     def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
         """Clip by one native call; tell whether that was right, if not no gradient is written.
@@ -245,10 +243,14 @@ class Steps:
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
-        clipper: Any = self.clippers[0]
-        if self.follows:
-            return clipper.take_at_once(native, turn, items)  # type: ignore[no-any-return]
-        return native.take(items, turn.place, turn.unscale, clipper.bounds, clipper.tables)
+        return self.clippers[0].take_at_once(native, turn, items)
+
+    def written_at_once(self, turn: Turn) -> EngineOutcome | None:
+        """Clip likewise, where updates are to find all written; return what they obey then."""
+        only: Any = self._only
+        if only is None or not only.writes_all or not self.clip_at_once(turn, None, ""):
+            return None
+        return only.outcome_after()  # type: ignore[no-any-return]
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""

@@ -234,6 +234,10 @@ class GroupUpdater:
         if sources is not None:
             steps.read_at(sources)
         try:
+            written = steps.written_at_once(turn) if ranks is None else None
+            if written is not None:
+                self._update(steps, settings, [written], absent, None)
+                return
             steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
                 assert copy is not None

@@ -27,6 +27,7 @@ RULES = {
     "each": lambda: nc.ByNorm(2.0),
     "AutoClip": lambda: nc.AutoClip(percentile=40),
     "AdaGC": lambda: nc.AdaGC(warmup=1),
+    "value": lambda: nc.ByValue(-0.5, 0.25),
     "ZClip": lambda: nc.ZClip(warmup=1, max_norm=4.0),
 }
 OPTIMIZERS = {

@@ -14,7 +14,7 @@ from numclip.host.kernels import updates
 from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.host.kernels.pools import decide_all, measure_and_decide, scale_decided
+from numclip.host.kernels.pools import decide_all, hold_chunk, measure_and_decide, scale_decided
 from numclip.host.kernels.updates import GRAD
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -285,6 +285,24 @@ def clip(measures, turn, unscale, tables, bounds, like):
         return False
     scale(found_turn(tables, DECISIONS, turn, bounds), tables, like)
     return True
+
+
+@kernel
+def hold(turn, unscale, tables, after, limits, bounds, like):
+    """Decide as `decide` does; if that is right, hold elements between the limits of each tensor.
+
+    And decide again, by the tables for what that makes. Tell whether each of both was right.
+    """
+    if not decide(True, turn, unscale, tables, bounds, like):
+        return False, False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    scale(decisions, tables, like)
+    chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
+    for c in range(chunks.shape[0]):
+        owner = chunks[c, OWNER]
+        low, high = limits[owner, 0], limits[owner, 1]
+        hold_chunk(chunks[c], pool_of[owner], decisions, low, high, like)
+    return True, decide(True, turn, 1.0, after, bounds, like)
 
 
 @kernel_with_gil
