@@ -78,6 +78,15 @@ def test_what_needs_care(rule, bad):
         same_both_ways([[np.array([3.0, bad]), np.ones(5)]], rule, "clip")
 
 
+def test_values_held_where_squares_vanish():
+    """What is left is measured anew: its squares are no numbers that float64 has."""
+    rule = nc.ByValue(-1e-300, 1e-300)
+    groups = nc.ParamGroups([nc.Group("m", {"w": np.zeros(2)}, clip=rule)])
+    groups.set_grads({"w": np.array([3.0, 4.0])})
+    report = groups.clip()
+    assert (report.norm, report.clipped_norm) == (5.0, math.hypot(1e-300, 1e-300))
+
+
 def test_reports_keep_what_they_saw():
     groups = nc.ParamGroups([nc.Group("m", {"w": np.zeros(2)}, clip=nc.ByGlobalNorm(1.0))])
     groups.set_grads({"w": np.array([3.0, 4.0])})
