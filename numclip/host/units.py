@@ -30,6 +30,7 @@ from numclip.tables import (
     MULTIPLY,
     PEAK,
     POWER,
+    RARE,
     SUM_COLUMNS,
     TOTAL,
 )
@@ -136,6 +137,12 @@ class _Little(NamedTuple):
         if unit_loops.measure_little(*told):
             return []
         return [f for f, right in zip(self.numbers, self.right.tolist(), strict=True) if not right]
+
+    def scaling(self, units: Array) -> Call:
+        """Return the call that multiplies units in place by the factors that are decided."""
+        told = self.places, units, self.dtype.like
+        nbytes = sum(x.nbytes for x, _ in self.held)
+        return Call(unit_loops.scale_little, len(self.numbers), nbytes, told)
 
 
 def _little_of(
@@ -358,8 +365,12 @@ class UnitPlan:
         """Write each unit times its factor, in one pass, or none."""
         if self._in_place and not self.changes():
             return
+        calls: list[Call] = []
+        others: Sequence[int] = range(len(self.families))
+        if self._in_place and self.units[-1, RARE] == 0.0:
+            calls, others = [own.scaling(self.units) for own in self._little], self._others
         made = []
-        for cuts, rows in zip(self._cuts, self._rows, strict=True):
+        for cuts, rows in ((self._cuts[f], self._rows[f]) for f in others):
             decided = self.units[rows]
             active = bool((decided[:, MODE] != LEAVE).any())
             made += [
@@ -367,13 +378,16 @@ class UnitPlan:
                 for cut in cuts
                 if cut.array.size and (active or cut.array.read != cut.array.written)
             ]
+        if not made:
+            threads.run_all(calls)
+            return
 
         def bring_back() -> None:
             for _, back in made:
                 if back is not None:
                     back()
 
-        threads.run_then([call for call, _ in made], bring_back)
+        threads.run_then([*calls, *(call for call, _ in made)], bring_back)
 
     def summaries(self, count: int, _stream: Any = None) -> list[Array]:
         """Return memory for what `summarize` tells, so often."""

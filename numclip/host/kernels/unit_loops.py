@@ -23,6 +23,7 @@ from numclip.tables import (
     CLIPPED_COUNT,
     COARSE,
     EPS,
+    FACTOR,
     LEAST,
     LEAVE,
     MODE,
@@ -240,6 +241,17 @@ def mark_lossy(x, sums):
             sums[unit] = UNKNOWN
 
 
+@inline
+def scale_units(x, factors, out):
+    """Multiply units by their factors, see `unit_squares`."""
+    if x.shape[2] == 1:
+        shape = x.shape[0], x.shape[1]
+        scale_rows(0, factors.size, x.reshape(shape), factors, out.reshape(shape))
+    else:
+        shape = x.shape[0], x.shape[2]
+        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
+
+
 @kernel
 def clip_little(x, params, law, digits, out):
     """Clip units, see `unit_squares`; tell whether that is done, and else nothing is written.
@@ -259,15 +271,24 @@ def clip_little(x, params, law, digits, out):
             return False
         factors[unit] = found[unit]
         clips |= found[unit] != 1.0
-    if not clips and x.ctypes.data == out.ctypes.data:
-        return True
-    if x.shape[2] == 1:
-        shape = x.shape[0], x.shape[1]
-        scale_rows(0, count, x.reshape(shape), factors, out.reshape(shape))
-    else:
-        shape = x.shape[0], x.shape[2]
-        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
+    if clips or x.ctypes.data != out.ctypes.data:
+        scale_units(x, factors, out)
     return True
+
+
+@kernel
+def scale_little(begin, end, places, units, like):
+    """Multiply the units of arrays in place by the factors that are decided."""
+    for k in range(begin, end):
+        own = places[k]
+        outer, reduced, inner = own[OUTER], own[REDUCED], own[INNER]
+        x = array_at(own[ADDRESS], outer * reduced * inner, like).reshape((outer, reduced, inner))
+        factors, clips = np.full(outer * inner, as_computed(1.0, x)), False
+        for unit in range(factors.size):
+            factors[unit] = units[own[UNIT] + unit, FACTOR]
+            clips |= factors[unit] != 1.0
+        if clips:
+            scale_units(x, factors, x)
 
 
 @inline
