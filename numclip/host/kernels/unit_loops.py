@@ -101,7 +101,7 @@ def decide_units(families, sums, params, laws, base, out):
         own = families[f]
         leaves = base.shape[0] > 0 and base[own[BASE], SKIPPED] != 0.0
         for u in range(first, own[END]):
-            relates, digits = own[RELATES] != 0, own[FAMILY_DIGITS]
+            relates, digits = own[RELATES] != 0, int(own[FAMILY_DIGITS])
             decide_unit(sums[:, u], params[:, u], relates, laws[f], digits, leaves, out[u])
             last[MODE] += out[u, MODE] != LEAVE
             last[RARE] += out[u, MODE] > MULTIPLY
