@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import numclip as nc
 from numclip.clipping.steps import Steps
+from numclip.clipping.updating import GroupUpdater
 from numclip.host.plan import Plan
+from numclip.host.runtime import environment
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
 
@@ -85,6 +87,33 @@ def test_values_held_where_squares_vanish():
     groups.set_grads({"w": np.array([3.0, 4.0])})
     report = groups.clip()
     assert (report.norm, report.clipped_norm) == (5.0, math.hypot(1e-300, 1e-300))
+
+
+def test_gradients_that_are_cast_are_applied_by_one_call(monkeypatch):
+    """They are copied first, and need no more then than those of the parameters' dtype."""
+    monkeypatch.setattr(GroupUpdater, "step", None)
+    left = []
+    for dtype in ("float32", "float64"):
+        groups = nc.ParamGroups([nc.Group("m", {"w": np.ones(2, "f")}, clip=nc.ByGlobalNorm(1.0))])
+        report = nc.SGD(groups, lr=0.5).step({"w": np.array([3.0, 4.0], dtype)})
+        left.append((report.norm, groups.params["w"].tobytes()))
+    assert left[0] == left[1]
+
+
+def test_a_field_of_a_report_enters_the_ordinary_environment_once(monkeypatch):
+    members = [nc.Group(name, {name: np.zeros(2)}, clip=nc.ByNorm(1.0)) for name in "ab"]
+    groups = nc.ParamGroups(members)
+    groups.set_grads({name: np.array([3.0, 4.0]) for name in "ab"})
+    report, entered, run = groups.clip(), [], environment.run
+
+    def counted(function: Any, *arguments: Any) -> Any:
+        entered.append(function)
+        return run(function, *arguments)
+
+    monkeypatch.setattr(environment, "run", counted)
+    assert report.norm == pytest.approx(math.hypot(5.0, 5.0))
+    assert report.groups["a"].clipped_norm <= 1.0
+    assert len(entered) == 2
 
 
 def test_reports_keep_what_they_saw():
