@@ -74,10 +74,10 @@ def test_any_gradients(data, dtype, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e-300, 1e300])
-def test_what_needs_care(rule, bad):
-    with np.errstate(all="ignore"):
-        same_both_ways([[np.array([3.0, bad]), np.ones(5)]], rule, "clip")
+def test_what_needs_care(rule):
+    for bad in (math.nan, math.inf, 1e-300, 1e300):
+        with np.errstate(all="ignore"):
+            same_both_ways([[np.array([3.0, bad]), np.ones(5)]], rule, "clip")
 
 
 def test_values_held_where_squares_vanish():
