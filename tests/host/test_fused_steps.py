@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import numclip as nc
@@ -67,6 +67,7 @@ def same_both_ways(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> 
 
 @given(st.data(), st.sampled_from(sorted(DTYPES)), st.sampled_from(sorted(RULES)))
 def test_any_gradients(data, dtype, rule):
+    assume(rule != "value" or DTYPES[dtype].kind != "c")  # which are not ordered
     grads = data.draw(st.lists(gradients(dtype), min_size=1, max_size=3))
     steps = [grads, [grad[::-1] for grad in grads], [grad * 0 for grad in grads]]
     with np.errstate(all="ignore"):
