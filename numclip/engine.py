@@ -66,6 +66,12 @@ class Plan(Protocol):
         `held` say where the rows of sparse tensors are, see `numclip.tables`.
         """
 
+    def values_at_once(self, later: Any, limits: Array) -> AtOnce | None:
+        """Return what holds elements by one call each likewise, between limits for each tensor.
+
+        What is left is measured by a plan of the same tensors, to tables that follow.
+        """
+
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
         """Read tensors at some addresses, 0 for no elements; None for where they are written.
 

@@ -413,7 +413,7 @@ class ParamGroups(state.Saved):
         self._take_over()
         steps = self._made_steps()
         if grads is not None:
-            return self._measured(steps, self._intake.named(grads), scale, ranks)
+            return self._measured(steps, self._intake.ordered(grads), scale, ranks)
         turn = steps.taken(self.step, scale)
         absent = self._intake.stale()
         if absent or steps.follows:
@@ -449,14 +449,13 @@ class ParamGroups(state.Saved):
 
     @isolated
     def _measured(
-        self, steps: Steps, named: Mapping[str, Any], scale: float, ranks: Ranks | None
+        self, steps: Steps, items: tuple[Any, ...], scale: float, ranks: Ranks | None
     ) -> ClipReport:
         """Return what clipping would make of gradients, which take the place of ours meanwhile."""
-        absent = self._intake.missing(named)
         turn = steps.taken(self.step, scale)
         held = [group.hold(self._stream) for group in self]
         try:
-            self._intake.put_each({**dict.fromkeys(absent), **named}, self._stream)
+            self._intake.put_all(items, self._stream)
             steps.decide(turn, ranks, "clip(apply=False, grads=...)")
             steps.preview()
             return self._reported(steps, turn, counts=False)
@@ -507,11 +506,11 @@ class ParamGroups(state.Saved):
         items = None if grads is None else self._intake.ordered(grads)
         with self._lock:
             if not self._mastered:
-                return self._step(updater, unscale, grads, items, ranks)
+                return self._step(updater, unscale, items, ranks)
             self._take_over()
             self._behind = True
             try:
-                return self._step(updater, unscale, grads, items, ranks)
+                return self._step(updater, unscale, items, ranks)
             finally:
                 self._round()
 
@@ -519,20 +518,23 @@ class ParamGroups(state.Saved):
         self,
         updater: GroupUpdater,
         unscale: float,
-        grads: Any,
         items: tuple[Any, ...] | None,
         ranks: Ranks | None,
     ) -> ClipReport:
-        """Take a step at once, or the general way; `items` are its gradients, if they are known."""
+        """Take a step at once, or the general way; `items` are its gradients, if not the own."""
         steps, intake = self._made_steps(), self._intake
-        if grads is None and intake.clipped is not None:
+        if items is None and intake.clipped is not None:
             return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
-        absent = intake.stale() if grads is None else NOBODY
         turn = steps.taken(self.step, unscale)
         settings = updater.settings(self.step)
-        known = ranks is None and (items is not None or grads is None)
-        if not (known and updater.step_at_once(steps, turn, settings, items, absent)):
-            self._update(updater, steps, turn, settings, absent, grads, items, ranks)
+        absent = NOBODY
+        if items is None:
+            absent = intake.stale()
+        elif steps.follows:
+            absent = intake.missing(items)
+        at_once = ranks is None and updater.step_at_once(steps, turn, settings, items, absent)
+        if not at_once:
+            self._update(updater, steps, turn, settings, absent, items, ranks)
         intake.forget(applied=True)
         return self._reported(steps, turn, counts=True)
 
@@ -544,22 +546,19 @@ class ParamGroups(state.Saved):
         turn: Turn,
         settings: list[list[float]],
         absent: frozenset[str],
-        grads: Any,
         items: tuple[Any, ...] | None,
         ranks: Ranks | None,
     ) -> None:
         """Take a step the general way."""
-        if grads is None:
+        if items is None:
             self._leave_out(steps, absent)
             updater.step(steps, turn, settings, absent, ranks)
             return
-        named = self._intake.named(grads)
-        absent = self._intake.missing(named)
+        absent = self._intake.missing(items)
         steps.leave_out(absent)
 
         def copy() -> None:
-            whole = {**dict.fromkeys(absent), **named}
-            self._intake.put_named(whole, self._stream)
+            self._intake.put_all(items, self._stream)
             for group in self._mastered:
                 if group.sparse:
                     group.take_over(self._stream, whole=False)  # at other rows
@@ -568,6 +567,8 @@ class ParamGroups(state.Saved):
         sources = updater.sources(steps, self._intake.names, items)
         if sources is None:
             copy()
+            if ranks is None and updater.step_at_once(steps, turn, settings, None, absent):
+                return
         updater.step(steps, turn, settings, absent, ranks, sources, copy)
 
     @isolated

@@ -11,6 +11,7 @@ import numpy as np
 
 from numclip.border import arguments
 from numclip.dtypes import Array
+from numclip.isolation import isolated
 from numclip.report import WHOLE, ClipReport, Outcome, cell, plain, table
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class History:
     def __getstate__(self) -> dict[str, Any]:
         return {"capacity": self.capacity, "_rings": self._caught_up(), "_source": None}
 
+    @isolated
     def take(self, told: Any) -> None:
         """Append many steps, see `numclip.clipping.steps.Told`."""
         outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}

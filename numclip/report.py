@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+from numclip.isolation import isolated
+
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
 NUMBERS = "norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"
@@ -62,6 +64,7 @@ class TensorReports(Mapping[str, TensorReport]):
         self._groups = groups
 
     @cached_property
+    @isolated
     def _made(self) -> dict[str, TensorReport]:
         return {
             name: TensorReport(*row)
@@ -114,6 +117,7 @@ class ToCome(ABC):
 _set_source = ToCome.__dict__["_source"].__set__  # half the time of `object.__setattr__`
 
 
+@isolated  # once for all that a field is found from
 def _number(source: Any, name: str) -> Any:
     """Return what became of one step as a plain number; no threshold is NaN there."""
     value = getattr(source, name).item()

@@ -15,9 +15,10 @@ import numpy as np
 
 from numclip import tables
 from numclip.clipping.clip import repeated_loss, row_span, span_of
+from numclip.clipping.held_rows import rows_of
 from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of, scaled_norms
 from numclip.dtypes import Array
-from numclip.engine import Engine, Outcome
+from numclip.engine import AtOnce, Engine, Outcome
 from numclip.law import Law, Pool
 from numclip.memory import AnySpan
 from numclip.slices import IndexedSlices
@@ -55,13 +56,13 @@ class Clipper:
         The parameters that have no gradient at the present step, where rules follow norms.
     writes_within : bool
         Whether parts of a tensor are written by factors of their own, or cleaned.
-    by_norms : bool
-        Whether bounds on L2 norms are all that decides.
+    by_norms, writes_all : bool
+        Whether bounds on L2 norms are all that decides; whether updates find all written.
     """
 
     by_norms = True
 
-    follows = decides_again = writes_within = False
+    follows = decides_again = writes_within = writes_all = False
     absent: frozenset[str] = frozenset()
     place: int
     found: Outcome
@@ -252,6 +253,20 @@ class Clipper:
         self.place, self.found = place, self._outcome(place)
         self.given = self.told = None
         self._leaves = False
+
+    def at_once(self) -> AtOnce | None:
+        """Return what clips little data by one call each, None where it is not that."""
+        if not self.by_norms:
+            return None
+        held = [rows.words for rows in rows_of(self.groups).values()]
+        return self.plan.at_once(self.divisors, held)  # type: ignore[no-any-return]
+
+    def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
+        """Take a step by one call, or two where bounds follow norms; tell whether that was right.
+
+        If not, nothing else was written than what is found.
+        """
+        return native.take(items, turn.place, turn.unscale, self.bounds, self.tables)
 
     def ranks_at_once(self, told: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
         """Return what clips by the sums of all ranks by two calls."""

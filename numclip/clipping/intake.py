@@ -56,26 +56,24 @@ class Intake:
             self._note(self.names)
             return
         named = self.named(grads)
-        self.put_named(named, stream, adds=adds)
+        kept = self._takers[0].kept if self._takers else None
+        items = tuple([named.get(name, kept) for name in self.names])
+        if not self._take(items, adds=adds):
+            self._put_each(named, stream, adds=adds)
         self._note(named)
 
-    def put_named(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
-        """Do so with those of some names, of which nothing is noted."""
-        if self._takers and named.keys() <= self._owners.keys():
-            items = tuple([named.get(name, self._takers[0].kept) for name in self.names])
-            if self._take(items, adds=adds):
-                return
-        self.put_each(named, stream, adds=adds)
+    def put_all(self, items: tuple[Any, ...], stream: Any) -> None:
+        """Copy gradients in, of all parameters in their order; None for those that lack.
 
-    def ordered(self, grads: Any) -> tuple[Any, ...] | None:
-        """Return gradients in the order of their parameters, with None for those that lack.
-
-        They are not checked. None for structures that are no dict of names nor as the last one.
+        Nothing is noted of them.
         """
+        if not self._take(items, adds=False):
+            self._put_each(dict(zip(self.names, items, strict=True)), stream)
+
+    def ordered(self, grads: Any) -> tuple[Any, ...]:
+        """Return gradients in the order of their parameters, with None for those that lack."""
         items = self.known(grads)
-        if items is None and type(grads) is dict and grads.keys() <= self._owners.keys():
-            items = tuple([grads.get(name) for name in self.names])
-        return items
+        return tuple(map(self.named(grads).get, self.names)) if items is None else items
 
     def known(self, grads: Any) -> tuple[Any, ...] | None:
         """Return the same, None where some are missing as well."""
@@ -95,6 +93,8 @@ class Intake:
             named = grads
         else:
             named = dotted(grads, "grads")
+            for name in named:
+                self.owner(name)
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
         in_order = isinstance(grads, dict) and tuple(grads) == self.names
         if reads and len(named) == len(self.names) and not in_order:
@@ -109,7 +109,7 @@ class Intake:
         return any(taker.take(items, adds=adds) for taker in self._takers)
 
     @isolated
-    def put_each(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
+    def _put_each(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
         """Copy gradients in, or add them, after checking each."""
         fitting = [(self.owner(name), name, grad) for name, grad in named.items()]
         fitting = [(own, name, own.fitting(name, grad, stream)) for own, name, grad in fitting]
@@ -150,6 +150,8 @@ class Intake:
         seen = {name for group in self._groups for name in group.exposed}
         return frozenset(self.names) - self.fresh - seen
 
-    def missing(self, named: Mapping[str, Any]) -> frozenset[str]:
-        """Return the parameters that have no gradient among some."""
-        return frozenset(compress(self.names, map(is_, map(named.get, self.names), repeat(None))))
+    def missing(self, items: Iterable[Any]) -> frozenset[str]:
+        """Return the parameters that have no gradient among some for all, in their order."""
+        if not any(map(is_, items, repeat(None))):
+            return NOBODY
+        return frozenset(compress(self.names, map(is_, items, repeat(None))))

@@ -40,7 +40,7 @@ class FollowingClipper(Clipper):
         self._decide_again(stream)
 
     def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
-        """Take a step by two calls, the first of which measures."""
+        """Take a step by two calls, the first of which measures, see `Clipper`."""
         where = items, turn.place, turn.unscale
         if not native.measure(*where, self._unbounded, self.tables):
             return False
@@ -166,7 +166,7 @@ class ValueClipper(Clipper):
     """Holds elements between bounds, and measures what that makes of the norms."""
 
     by_norms = False
-    writes_within = True
+    writes_within = writes_all = True
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
@@ -180,7 +180,22 @@ class ValueClipper(Clipper):
         own = super()._shapes()
         return [*own, *own]
 
-    def _outcome_after(self) -> Outcome:
+    def at_once(self) -> AtOnce | None:
+        """Return what clips little data by one call each."""
+        limits = np.zeros((len(self._pool_list), 2))
+        for group in self.groups:
+            own = self.tensors[group.name]
+            limits[own.start : own.stop] = self.rules[group.name].element_bounds
+        return self.plan.values_at_once(self._later, limits)  # type: ignore[no-any-return]
+
+    @isolated
+    def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
+        """Clip by one call, and measure what that makes."""
+        self.turn_to(turn.place)
+        return super().take_at_once(native, turn, items)
+
+    def outcome_after(self) -> Outcome:
+        """Return where the sums and decisions go that are for what was written."""
         return self.tables[2][self.place], self.tables[3][self.place]
 
     def write(self, stream: Any) -> None:
@@ -194,12 +209,12 @@ class ValueClipper(Clipper):
             bounds = self.rules[group.name].element_bounds
             plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
         later.measure(2.0, stream)
-        later.decide(self._outcome_after(), stream)
+        later.decide(self.outcome_after(), stream)
 
     def write_exceptional(self, stream: Any) -> Outcome:
         """Write all: an update has no factor to take."""
         self.write(stream)
-        return self._outcome_after()
+        return self.outcome_after()
 
     def preview(self, stream: Any) -> None:
         """Hold the elements of copies, and measure these."""

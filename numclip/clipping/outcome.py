@@ -1,8 +1,8 @@
 """What became of groups in some steps, or in one, made when asked for.
 
 Of some steps there are arrays, with steps along their first axis, and of one there are numbers:
-the history's rows are made of the former, a report of the latter. All is found isolated, so that
-NumPy says nothing of what is not finite.
+the history's rows are made of the former, a report of the latter. Whoever asks is isolated, so
+that NumPy says nothing of what is not finite.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 
 from numclip import tables
 from numclip.dtypes import Array
-from numclip.isolation import isolated
 
 SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
 
@@ -25,7 +24,7 @@ class kept:  # noqa: N801 - a decorator, as functools.cached_property, which tak
     """A property that is found once."""
 
     def __init__(self, find: Callable[[Any], Any]) -> None:
-        self._find, self.__doc__ = isolated(find), find.__doc__
+        self._find, self.__doc__ = find, find.__doc__
 
     def __set_name__(self, _owner: type, name: str) -> None:
         self._name = name
@@ -46,6 +45,11 @@ class Read(NamedTuple):
     unscale: Any
     told: Array | None = None
 
+    @property
+    def totals(self) -> Array:
+        """The sums of which all is made, of all ranks."""
+        return self.tables[0] if self.told is None else self.told
+
 
 class Columns(NamedTuple):
     """For each step and tensor: norms before and after, the smallest factor, the bound."""
@@ -64,7 +68,7 @@ class GroupOutcome:
 
     def __init__(self, clipper: Any, group: Any, read: Read) -> None:
         self._clipper, self._group, self._read = clipper, group, read
-        self.name, self._rule = group.name, clipper.rules[group.name]
+        self.name, self.number, self._rule = group.name, group.number, clipper.rules[group.name]
         self.jointly = self._rule is not None and self._rule.scope == "group"
 
     @property
@@ -209,16 +213,26 @@ class GroupOutcome:
 class Outcome:
     """What became of all groups together, as a `ClipReport` tells it."""
 
-    def __init__(self, groups: Sequence[GroupOutcome], unscale: Any) -> None:
-        self.groups, self._unscale = groups, unscale
+    def __init__(self, clippers: Sequence[Any], reads: Sequence[Read], unscale: Any) -> None:
+        self._clippers, self._reads, self._unscale = clippers, reads, unscale
+
+    @kept
+    def groups(self) -> list[GroupOutcome]:
+        """What became of each group, in the order that the user gave them."""
+        made = [
+            GroupOutcome(clipper, group, read)
+            for clipper, read in zip(self._clippers, self._reads, strict=True)
+            for group in clipper.groups
+        ]
+        return sorted(made, key=lambda own: own.number)
 
     @kept
     def norm(self) -> Any:
         """The L2 norm of all gradients before clipping."""
-        if len(self.groups) == 1:
+        if sum(len(clipper.groups) for clipper in self._clippers) == 1:
             return self.groups[0].own_norm
-        sums = np.concatenate([own.totals for own in self.groups], axis=-2)
-        return joined(sums, self._unscale)
+        sums = [read.totals for read in self._reads]
+        return joined(sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale)
 
     @kept
     def clipped_norm(self) -> Any:
@@ -269,9 +283,9 @@ def hypotenuses(norms: Array) -> Any:
 def joined(sums: Array, unscale: Any) -> Any:
     """Return the norm that belongs to tensors' sums of squares together."""
     if sums.ndim == 2:
-        rows = sums.tolist()
-        if not any(row[tables.EXPONENT] for row in rows):
-            parts = [row[k] for row in rows for k in (tables.TOTAL, tables.ERROR)]
+        columns = sums.T.tolist()
+        if not any(columns[tables.EXPONENT]):
+            parts = columns[tables.TOTAL] + columns[tables.ERROR]
             return np.float64(math.sqrt(math.fsum(parts)) / unscale)
         return joined(sums[None], unscale)[0]
     totals, exponents = sums[:, :, [tables.TOTAL, tables.ERROR]], sums[:, :, tables.EXPONENT]

@@ -10,17 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numclip import tables
 from numclip.border.gradients import Gradient
-from numclip.clipping.held_rows import rows_of
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
-from numclip.clipping.outcome import GroupOutcome, Outcome, Read
+from numclip.clipping.outcome import Outcome, Read
 from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine
@@ -83,7 +81,7 @@ class Block:
             Read(self._read(k, turn.place), bounds, turn.unscale, turn.told and turn.told[k])
             for k, bounds in enumerate(turn.bounds)
         ]
-        return self._outcome(reads, turn.unscale)
+        return Outcome(self.clippers, reads, turn.unscale)
 
     def outcome(self, turns: Sequence[Turn]) -> Outcome:
         """Return what became of the groups in steps that follow one another."""
@@ -98,21 +96,7 @@ class Block:
             )
             for k in range(len(self.clippers))
         ]
-        return self._outcome(reads, unscale)
-
-    def _outcome(self, reads: Sequence[Read], unscale: Any) -> Outcome:
-        found = [
-            GroupOutcome(clipper, group, read)
-            for clipper, read in zip(self.clippers, reads, strict=True)
-            for group in clipper.groups
-        ]
-        return Outcome([found[k] for k in self._order], unscale)
-
-    @cached_property
-    def _order(self) -> list[int]:
-        """Where the groups are, in the order that the user gave them."""
-        numbers = [group.number for clipper in self.clippers for group in clipper.groups]
-        return np.argsort(numbers).tolist()  # type: ignore[no-any-return]
+        return Outcome(self.clippers, reads, unscale)
 
 
 def _columns(clippers: Sequence[Any]) -> dict[str, int]:
@@ -196,9 +180,8 @@ class Steps:
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
         self._native: AtOnce | None = None  # what clips by one call
-        if self._only is not None and self._only.by_norms:
-            held = [rows.words for rows in rows_of(self._only.groups).values()]
-            self._native = self._only.plan.at_once(self._only.divisors, held)
+        if self._only is not None:
+            self._native = self._only.at_once()
         self._facts: dict[str, str] = {}  # what must be the same on all ranks, but bounds
         self._facts_of: tuple[str, float] | None = None
         self._place = 0
@@ -220,13 +203,6 @@ class Steps:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
         for clipper in self._following:
             clipper.absent = absent
-
-    def absent_of(self, items: Sequence[Any]) -> frozenset[str]:
-        """Return the parameters that have no gradient among some for all, in their order."""
-        if not any(map(is_, items, itertools.repeat(None))):
-            return NOBODY
-        names = self.clippers[0].names
-        return frozenset(name for name, item in zip(names, items, strict=True) if item is None)
 
     def decide(self, turn: Turn, ranks: Ranks | None = None, call: str = "") -> None:
         """Measure and decide; refuse before anything is written.
@@ -250,9 +226,9 @@ class Steps:
 
     @property
     def clips_at_once(self) -> bool:
-        """Whether one native call clips, and all gradients are dense."""
+        """Whether one native call clips by norms, and all gradients are dense."""
         sparse = any(group.sparse for clipper in self.clippers for group in clipper.groups)
-        return self._native is not None and not sparse
+        return self._native is not None and self.clippers[0].by_norms and not sparse
 
     def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
         """Clip by one native call; tell whether that was right, if not no gradient is written.
@@ -267,10 +243,14 @@ class Steps:
 
     def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
         """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
-        clipper: Any = self.clippers[0]
-        if self.follows:
-            return clipper.take_at_once(native, turn, items)  # type: ignore[no-any-return]
-        return native.take(items, turn.place, turn.unscale, clipper.bounds, clipper.tables)
+        return self.clippers[0].take_at_once(native, turn, items)
+
+    def written_at_once(self, turn: Turn) -> EngineOutcome | None:
+        """Clip likewise, where updates are to find all written; return what they obey then."""
+        only: Any = self._only
+        if only is None or not only.writes_all or not self.clip_at_once(turn, None, ""):
+            return None
+        return only.outcome_after()  # type: ignore[no-any-return]
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
         """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""

@@ -170,11 +170,12 @@ class GroupUpdater:
     ) -> bool:
         """Take a step by one native call, by the gradients given or, without, by the groups' own.
 
-        Of the latter, some are absent.
+        Of either, some are absent.
 
         Tell whether that was possible; if not, nothing has been changed.
         """
-        native = self._ready(steps, settings, absent)
+        left = absent if items is None else NOBODY  # of the groups' own
+        native = self._ready(steps, settings, left)
         if native is None:
             return False
         given = items
@@ -183,10 +184,10 @@ class GroupUpdater:
             if given is None or self._holds_masters:  # masters take over the rows that are held
                 return False
         if steps.follows:
-            steps.leave_out(absent if items is None else steps.absent_of(items))
-        if not absent:
+            steps.leave_out(absent)
+        if not left:
             return steps.take_at_once(native, turn, given)
-        with self._leaving(native, absent):
+        with self._leaving(native, left):
             return steps.take_at_once(native, turn, given)
 
     def _ready(
@@ -233,6 +234,10 @@ class GroupUpdater:
         if sources is not None:
             steps.read_at(sources)
         try:
+            written = steps.written_at_once(turn) if ranks is None else None
+            if written is not None:
+                self._update(steps, settings, [written], absent, None)
+                return
             steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
                 assert copy is not None

@@ -146,6 +146,9 @@ class Plan:
     def at_once(self, _divisors: Array, _held: Any) -> None:
         """Return nothing: a clip is a number of launches."""
 
+    def values_at_once(self, _later: Any, _limits: Array) -> None:
+        """Return nothing likewise."""
+
     def leave(self, stream: Any) -> None:
         """Let decisions leave tensors as they are: by a law of its own, sent once."""
         if self._leaving is None:

@@ -62,6 +62,51 @@ class ClipsAtOnce:
         return self._kernels.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
 
 
+class ValuesAtOnce(ClipsAtOnce):
+    """What holds elements between limits, rows of two for each tensor; and measures what is left.
+
+    `later` is the plan that measures again, and its tables for that.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        tables: dict[int, Array],
+        limits: Array,
+        later: tuple[Any, dict[int, Array]],
+    ) -> None:
+        super().__init__(batch, tables)
+        self._limits, (self._later, after) = limits, later
+        self._held += after.values()
+        self._after = self._own.copy()
+        for k, table in after.items():
+            _point(self._after, k, table)
+
+    def _turn_to(self, outcomes: Sequence[Array]) -> None:
+        super()._turn_to(outcomes)
+        _point(self._after, given.SUMS, outcomes[2][0])
+        _point(self._after, given.DECISIONS, outcomes[3][0])
+
+    def take(
+        self,
+        _items: Any,
+        place: int,
+        unscale: float,
+        bounds: Array,
+        outcomes: Sequence[Array],
+        measures: bool = True,  # noqa: ARG002
+    ) -> bool:
+        """Measure and clip."""
+        if outcomes is not self._outcomes:
+            self._turn_to(outcomes)
+        tables = self._own, self._after, self._limits
+        done, right = given.hold(place, unscale, *tables, bounds, self._like)
+        if done and not right:  # what was in the safe range is so no more
+            self._later.measure(2.0)
+            self._later.decide((outcomes[2][place], outcomes[3][place]))
+        return done  # type: ignore[no-any-return]
+
+
 class RanksAtOnce(ClipsAtOnce):
     """What clips by the sums of all ranks: by a call before they are exchanged, and one after.
 

@@ -95,9 +95,13 @@ def write_squares(batch: Batch, sums: Array) -> None:
     One pass. Only float64 can leave the safe range; such tensors are summed again, divided by
     a power of two near their largest element.
     """
-    partial = np.empty(len(batch.chunks))
-    batch.run(cpu.sum_squares, batch.dtype.like, partial)
-    if not pools.add_partials(batch.chunks, partial, sums) and batch.dtype.digits == 53:
+    if batch.nbytes < PARALLEL_BYTES:
+        safe = pools.measure_little(batch.chunks, batch.dtype.like, sums)
+    else:
+        partial = np.empty(len(batch.chunks))
+        batch.run(cpu.sum_squares, batch.dtype.like, partial)
+        safe = pools.add_partials(batch.chunks, partial, sums)
+    if not safe and batch.dtype.digits == 53:
         _rescue(batch, sums)
 
 

@@ -8,7 +8,7 @@ general way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class Given:
         found = [*self._batches, *self._kinds_of_rows(natives)]
         alone = {(id(batch.dtype), id(wide)) for batch, wide in found}
         self._only = found[0] if len(alone) == 1 and self.is_little else None
+        self._takes = {adds: self._taking(adds=adds) for adds in (False, True)}
 
     def _row_table(self) -> Array:
         """Return what `kernels.given_rows` is told of the targets that take rows."""
@@ -143,24 +144,15 @@ class Given:
             return given.take(pointers_of(items), self.wanted, batch.chunks, *how)  # type: ignore[no-any-return]
         if self._held or not self.read(items):
             return False
-        kernel = given.add_all if adds else given.copy_all
-        found = [(self._found(batch), wide) for batch, wide in self._batches]
-        calls = [
-            batch.call(kernel, batch.dtype.like, wide)._replace(keep=items) for batch, wide in found
-        ]
-        if not adds:
-            for facts, address in zip(self.targets, self.addresses.tolist(), strict=True):
-                if address == given.ABSENT:
-                    facts.array.fill(0)
-        threads.run_all(calls)
+        self._takes[adds]()
         return True
 
-    def _found(self, batch: Batch) -> Batch:
-        """Return the chunks of the arrays that were read last."""
-        starts = self.addresses[batch.chunks[:, cpu.OWNER]]
-        chunks = batch.chunks[starts > 0]
-        chunks[:, cpu.SOURCE] += starts[starts > 0]
-        return batch._replace(chunks=chunks)
+    def _taking(self, *, adds: bool) -> Callable[[], object]:
+        """Return what copies or adds arrays that were found."""
+        how = [(batch, (adds, batch.dtype.like, wide)) for batch, wide in self._batches]
+        return threads.kept(
+            [batch.call(given.take_all, *own, self.addresses) for batch, own in how]
+        )
 
 
 def _merged(extents: Extents) -> list[tuple[int, int]]:

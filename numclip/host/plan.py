@@ -12,7 +12,7 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.engine import Groups, Outcome
 from numclip.host import batches, orders, rows
-from numclip.host.at_once import ClipsAtOnce, RanksAtOnce
+from numclip.host.at_once import ClipsAtOnce, RanksAtOnce, ValuesAtOnce
 from numclip.host.batches import Batch
 from numclip.host.given import rows_table
 from numclip.host.kernels import cpu, given, given_rows, row_steps
@@ -148,12 +148,23 @@ class Plan:
             given.SIZES: sizes,
         }
 
+    @property
+    def _at_once(self) -> Batch | None:
+        """The batch that one call clips, where no more is needed."""
+        return None if self._copied or not self._in_place else self.little
+
     def at_once(self, divisors: Array, held: Sequence[Array]) -> ClipsAtOnce | None:
         """Return what clips by one call each, None where more is needed."""
-        batch = self.little
-        if batch is None or self._copied or not self._in_place:
+        batch = self._at_once
+        return None if batch is None else ClipsAtOnce(batch, self.tables_at_once(divisors, held))
+
+    def values_at_once(self, later: Plan, limits: Array) -> ValuesAtOnce | None:
+        """Return what holds elements between limits by one call each likewise."""
+        batch, ones = self._at_once, np.ones(len(self.pools))
+        if batch is None:
             return None
-        return ClipsAtOnce(batch, self.tables_at_once(divisors, held))
+        after = later, later.tables_at_once(ones)
+        return ValuesAtOnce(batch, self.tables_at_once(ones), limits, after)
 
     def ranks_at_once(
         self,

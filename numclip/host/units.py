@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from numclip.host.strided import elements
 from numclip.law import Family, unit_laws
 from numclip.memory import Span, Strided, strides_of
 from numclip.tables import (
-    BOUND,
     EXPONENT,
     FACTOR,
     LEAST,
@@ -31,7 +30,7 @@ from numclip.tables import (
     MULTIPLY,
     PEAK,
     POWER,
-    SKIPPED,
+    RARE,
     SUM_COLUMNS,
     TOTAL,
 )
@@ -120,38 +119,67 @@ class Cut:
         return as_stored(elements(array.dtype, array.shape, array.written).reshape(-1))
 
 
-class _Little:
-    """Units of one array that holds little, and their parameters: measured by one native call.
+class _Little(NamedTuple):
+    """Families of one array of few bytes: their units are measured by one native call.
 
-    Attributes
-    ----------
-    sums, params : array
-        Totals and exponents of both, (2, units); of no parameters if these do not count.
+    `places` are as `unit_loops` has them, `held` what is there.
     """
 
-    def __init__(self, x: Array, params: Array, digits: int) -> None:
-        self._told = x, params, digits
-        units = x.shape[0] * x.shape[2]
-        self.sums, self.params = np.zeros((2, units)), np.zeros((2, units if params.size else 0))
+    dtype: DType
+    numbers: Sequence[int]
+    places: Array
+    right: Array
+    held: Any
 
-    @classmethod
-    def of(cls, family: Family, cuts: Sequence[Cut], ord: float) -> _Little | None:
-        """Return that of a family; None where it takes more."""
-        first, owner = family.arrays[0], family.param
-        other = family.zeroing or family.measured or family.numbers or len(cuts) != 1
-        if ord != 2.0 or other or first.dtype.components == 2:
-            return None
-        if not 0 < first.size * first.itemsize < PARALLEL_BYTES:
-            return None
-        x = cuts[0].in_memory()
-        params = x[:0] if owner is None and x is not None else None
-        if owner is not None and owner.dtype == first.dtype:
-            params = Cut(owner).in_memory()
-        return None if x is None or params is None else cls(x, params, first.dtype.digits)
+    def measure(self, sums: Array, params: Array) -> list[int]:
+        """Write the totals and exponents of units; return the families of which some are wrong."""
+        told = self.places, self.dtype.digits, self.dtype.like, sums, params, self.right
+        if unit_loops.measure_little(*told):
+            return []
+        return [f for f, right in zip(self.numbers, self.right.tolist(), strict=True) if not right]
 
-    def measure(self) -> bool:
-        """Take the sums; tell whether all are right."""
-        return unit_loops.measure_little(*self._told, self.sums[0], self.params[0])  # type: ignore[no-any-return]
+    def scaling(self, units: Array) -> Call:
+        """Return the call that multiplies units in place by the factors that are decided."""
+        told = self.places, units, self.dtype.like
+        nbytes = sum(x.nbytes for x, _ in self.held)
+        return Call(unit_loops.scale_little, len(self.numbers), nbytes, told)
+
+
+def _little_of(
+    family: Family, cuts: Sequence[Cut], ord: float
+) -> tuple[Array, Array | None] | None:
+    """Return the array of a family that takes no more, and its parameter if that counts."""
+    first, owner = family.arrays[0], family.param
+    other = family.zeroing or family.measured or family.numbers or len(cuts) != 1
+    if ord != 2.0 or other or first.dtype.components == 2:
+        return None
+    if not 0 < first.size * first.itemsize < PARALLEL_BYTES:
+        return None
+    x = cuts[0].in_memory()
+    if x is None or owner is None:
+        return None if x is None else (x, None)
+    param = Cut(owner).in_memory() if owner.dtype == first.dtype else None
+    return None if param is None else (x, param)
+
+
+def _littles(
+    families: Sequence[Family], cuts: Sequence[Sequence[Cut]], firsts: Sequence[int], ord: float
+) -> list[_Little]:
+    """Return the families that are little, those of each dtype together."""
+    members: dict[DType, list[tuple[int, list[int], Any]]] = {}
+    for f, (family, own) in enumerate(zip(families, cuts, strict=True)):
+        held = _little_of(family, own, ord)
+        if held is not None:
+            x, param = held
+            owner = 0 if param is None else param.ctypes.data
+            place = [x.ctypes.data, *x.shape, owner, firsts[f]]
+            members.setdefault(family.arrays[0].dtype, []).append((f, place, held))
+    made = []
+    for dtype, every in members.items():
+        numbers, places, kept = zip(*every, strict=True)
+        right = np.zeros(len(numbers), np.bool_)
+        made.append(_Little(dtype, numbers, np.array(places, np.int64), right, kept))
+    return made
 
 
 def squares(cut: Cut) -> tuple[Array, Array]:
@@ -275,14 +303,20 @@ class UnitPlan:
         self.families, self._ord = list(families), ord
         ends = np.cumsum([family.units for family in families])
         self._rows = [slice(end - f.units, end) for end, f in zip(ends, families, strict=True)]
-        self.units = np.zeros((int(ends[-1]) + 1 if len(ends) else 1, PEAK))
+        count = int(ends[-1]) if len(ends) else 0
+        self.units = np.zeros((count + 1, PEAK))
+        self._table = np.zeros((len(families), unit_loops.FAMILY_COLUMNS), np.int64)
+        self._table[:, unit_loops.END] = ends
+        for own, family in zip(self._table, families, strict=True):
+            own[unit_loops.END + 1 :] = family.digits, family.param is not None, family.base
+        # Totals and exponents of units, and of their parameters.
+        self._sums, self._params = np.zeros((2, count)), np.zeros((2, count))
         self._cuts = [[Cut(array) for array in family.arrays] for family in families]
-        pairs = zip(families, self._cuts, strict=True)
-        self._little = [_Little.of(family, cuts, ord) for family, cuts in pairs]
-        self._digits = [family.digits for family in families]
+        self._little = _littles(families, self._cuts, [own.start for own in self._rows], ord)
+        little = {f for own in self._little for f in own.numbers}
+        self._others = [f for f in range(len(families)) if f not in little]
         arrays = [array for family in families for array in family.arrays]
         self._in_place = all(array.read == array.written for array in arrays)
-        self._sums: list[tuple[Array, Array]] = []
 
     def write_laws(
         self, bound: Any, _stream: Any = None, eps: Any = 0.0, unscale: float = 1.0
@@ -292,26 +326,23 @@ class UnitPlan:
 
     def measure(self, _stream: Any = None) -> None:
         """Take the sums of gradients and parameters."""
-        self._sums = []
-        for f, family in enumerate(self.families):
-            little = self._little[f]
-            if little is not None and little.measure():
-                self._sums.append((little.sums, little.params))
-                continue
-            sums = np.zeros((2, family.units))
-            cuts = self._cuts[f]
-            if family.zeroing or family.measured:
-                arrays = family.measured or family.arrays
-                cuts = [Cut(array, zeroing=family.zeroing) for array in arrays]
-            if self._ord == 2.0:
-                parts = [squares(cut) for cut in cuts]
-                _add(parts, family.numbers, sums)
-            else:
-                self._measure_powers(cuts, sums)
-            params = np.zeros((2, 0))
-            if family.param is not None:
-                params = np.stack(squares(Cut(family.param)))
-            self._sums.append((sums, params))
+        left = [f for own in self._little for f in own.measure(self._sums, self._params)]
+        for f in [*self._others, *left]:
+            self._measure(self.families[f], self._cuts[f], self._rows[f])
+
+    def _measure(self, family: Family, cuts: Sequence[Cut], rows: slice) -> None:
+        """Take the sums of one family."""
+        sums = self._sums[:, rows]
+        sums[:] = 0.0
+        if family.zeroing or family.measured:
+            arrays = family.measured or family.arrays
+            cuts = [Cut(array, zeroing=family.zeroing) for array in arrays]
+        if self._ord == 2.0:
+            _add([squares(cut) for cut in cuts], family.numbers, sums)
+        else:
+            self._measure_powers(cuts, sums)
+        if family.param is not None:
+            self._params[:, rows] = squares(Cut(family.param))
 
     def _measure_powers(self, cuts: Sequence[Cut], sums: Array) -> None:
         """Take sums of powers of units, which have no other arrays."""
@@ -322,12 +353,9 @@ class UnitPlan:
 
     def decide(self, _stream: Any = None, base: Any = None) -> None:
         """Find the factor of every unit; `base` are decisions that can say to skip all."""
-        last = self.units[-1]
-        last[:] = 0.0
-        for f, (family, rows) in enumerate(zip(self.families, self._rows, strict=True)):
-            leaves = base is not None and bool(base[family.base, SKIPPED])
-            own = self._laws[f], self._digits[f], leaves, self.units[rows], last
-            unit_loops.decide_units(*self._sums[f], *own)
+        skips = self.units[:0] if base is None else base
+        tables = self._table, self._sums, self._params, self._laws, skips, self.units
+        unit_loops.decide_units(*tables)
 
     def changes(self, _stream: Any = None) -> bool:
         """Tell whether some unit is scaled."""
@@ -337,8 +365,12 @@ class UnitPlan:
         """Write each unit times its factor, in one pass, or none."""
         if self._in_place and not self.changes():
             return
+        calls: list[Call] = []
+        others: Sequence[int] = range(len(self.families))
+        if self._in_place and self.units[-1, RARE] == 0.0:
+            calls, others = [own.scaling(self.units) for own in self._little], self._others
         made = []
-        for cuts, rows in zip(self._cuts, self._rows, strict=True):
+        for cuts, rows in ((self._cuts[f], self._rows[f]) for f in others):
             decided = self.units[rows]
             active = bool((decided[:, MODE] != LEAVE).any())
             made += [
@@ -346,13 +378,16 @@ class UnitPlan:
                 for cut in cuts
                 if cut.array.size and (active or cut.array.read != cut.array.written)
             ]
+        if not made:
+            threads.run_all(calls)
+            return
 
         def bring_back() -> None:
             for _, back in made:
                 if back is not None:
                     back()
 
-        threads.run_then([call for call, _ in made], bring_back)
+        threads.run_then([*calls, *(call for call, _ in made)], bring_back)
 
     def summaries(self, count: int, _stream: Any = None) -> list[Array]:
         """Return memory for what `summarize` tells, so often."""
@@ -362,9 +397,7 @@ class UnitPlan:
 
     def summarize(self, out: Any, _stream: Any = None) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
-        for f, rows in enumerate(self._rows):
-            if rows.stop > rows.start:
-                unit_loops.summarize(self.units[rows], self._laws[f, BOUND], out[f])
+        unit_loops.summarize(self._table, self.units, self._laws, out)
 
     def factors_of(self, k: int) -> Array:
         """Return the factors of the rows of the array of a number, counted over all families."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -162,15 +163,9 @@ class GroupUpdates(Updates):
         self._plan, self._name = plan, kernel
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         self._rows: Sequence[Any] = ()
-        self._own, self._left = self._dense, set[int]()
-        self._small = self._own_small = self._found_small()
-
-    def _found_small(self) -> tuple[Any, ...] | None:
-        """Return what the kernel takes, where one call is all and no threads can share it."""
-        if self._sparse or len(self._dense) != 1:
-            return None
-        call = self._call(*self._dense[0])
-        return (call.items, *call.arguments) if call.nbytes < PARALLEL_BYTES else None
+        self._left = set[int]()
+        self._calls = self._own_calls = [self._call(*dense) for dense in self._dense]
+        self._update = self._own_update = threads.kept(self._calls)
 
     def counts(self) -> Array:
         """Return how often each pool was updated."""
@@ -182,14 +177,14 @@ class GroupUpdates(Updates):
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Read gradients at some addresses, and leave what has none; None for those of the plan."""
-        self._dense, self._small = self._own, self._own_small
+        self._calls, self._update = self._own_calls, self._own_update
         if sources is not None:
             starts = self._places.starts
-            self._dense = [
-                (dtype, batches.moved(chunks, tensors, starts, sources))
-                for (dtype, chunks), tensors in zip(self._own, self._tensors, strict=True)
+            self._calls = [
+                self._call(dtype, batches.moved(chunks, tensors, starts, sources))
+                for (dtype, chunks), tensors in zip(self._dense, self._tensors, strict=True)
             ]
-            self._small = None if self._own_small is None else self._found_small()
+            self._update = functools.partial(threads.run_all, self._calls)
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
 
     def at_once(
@@ -197,13 +192,13 @@ class GroupUpdates(Updates):
     ) -> StepsAtOnce | None:
         """Return what takes whole steps by one call each, None where more is needed."""
         batch = self._plan.little
-        much = any(self._call(*dense).nbytes >= PARALLEL_BYTES for dense in self._own)
+        much = any(call.nbytes >= PARALLEL_BYTES for call in self._own_calls)
         if batch is None or much or reader is None:
             return None
         own = self._numbers[batch.dtype.compute]
         tables = {
             **self._plan.tables_at_once(divisors, held),
-            given.PIECES: self._own[0][1].copy() if self._own else np.zeros((0, 6), np.int64),
+            given.PIECES: self._dense[0][1].copy() if self._dense else np.zeros((0, 6), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
             given.SETTINGS: own.settings,
@@ -224,10 +219,10 @@ class GroupUpdates(Updates):
         """Take a step."""
         decisions = outcome[1]
         self._prepare(decisions)
-        if self._small is not None:
-            self._kernel(0, *self._small)
+        if not self._sparse:
+            self._update()
             return
-        calls = [self._call(*dense) for dense in self._dense]
+        calls = [*self._calls]
         for k, slices in zip(self._sparse, self._rows, strict=True):
             calls += self._row_calls(k, slices, decisions[self._pool_of[k]])
         threads.run_all(calls)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.host import plain_units
+from numclip.host import batches, plain_units
 from numclip.host.kernels import little
 from numclip.host.runtime import threads
 from tests.oracle import reference
@@ -83,7 +83,7 @@ def test_much_is_clipped_by_units_as_little_is(monkeypatch, dtype, axes):
     grad, param = (normal(np.random.default_rng(k), (40, 24), dtype) for k in (6, 7))
     grad[3], grad[:, 5] = 0, 0
     little = nc.clip_by_norm(grad, 4.0, axes), nc.adaptive_clip(grad, param, 0.9, axes=axes)
-    for module in (plain_units, threads):
+    for module in (batches, plain_units, threads):
         monkeypatch.setattr(module, "PARALLEL_BYTES", 8)
     much = nc.clip_by_norm(grad, 4.0, axes), nc.adaptive_clip(grad, param, 0.9, axes=axes)
     for own, other in zip(little, much, strict=True):

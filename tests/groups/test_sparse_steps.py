@@ -193,7 +193,7 @@ def at_once_alone() -> Iterator[None]:
         raise AssertionError("several calls")
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in [(Steps, "decide"), (Steps, "leave"), (Intake, "put_each")]:
+        for owner, name in [(Steps, "decide"), (Steps, "leave"), (Intake, "_put_each")]:
             patch.setattr(owner, name, refuse)
 
         yield

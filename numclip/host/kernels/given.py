@@ -14,7 +14,7 @@ from numclip.host.kernels import updates
 from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.host.kernels.pools import decide_all, measure_and_decide, scale_decided
+from numclip.host.kernels.pools import decide_all, hold_chunk, measure_and_decide, scale_decided
 from numclip.host.kernels.updates import GRAD
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -142,9 +142,9 @@ def clear(target):
 
 
 @inline
-def take_found(addresses, chunks, adds, like, wide):
-    """Do what `take` does with arrays that were found."""
-    for c in range(chunks.shape[0]):
+def take_found(begin, end, chunks, adds, like, wide, addresses):
+    """Do what `take` does with arrays that were found, for some chunks."""
+    for c in range(begin, end):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
             continue
@@ -160,6 +160,12 @@ def take_found(addresses, chunks, adds, like, wide):
             copy(source, target)
 
 
+@kernel
+def take_all(begin, end, chunks, adds, like, wide, addresses):
+    """Do what `take_found` does."""
+    take_found(begin, end, chunks, adds, like, wide, addresses)
+
+
 @kernel_with_gil
 def take(items, wanted, chunks, adds, like, wide, addresses):
     """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
@@ -169,7 +175,7 @@ def take(items, wanted, chunks, adds, like, wide, addresses):
     """
     if not find(items, wanted, addresses):
         return False
-    take_found(addresses, chunks, adds, like, wide)
+    take_found(0, chunks.shape[0], chunks, adds, like, wide, addresses)
     return True
 
 
@@ -281,6 +287,24 @@ def clip(measures, turn, unscale, tables, bounds, like):
     return True
 
 
+@kernel
+def hold(turn, unscale, tables, after, limits, bounds, like):
+    """Decide as `decide` does; if that is right, hold elements between the limits of each tensor.
+
+    And decide again, by the tables for what that makes. Tell whether each of both was right.
+    """
+    if not decide(True, turn, unscale, tables, bounds, like):
+        return False, False
+    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    scale(decisions, tables, like)
+    chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
+    for c in range(chunks.shape[0]):
+        owner = chunks[c, OWNER]
+        low, high = limits[owner, 0], limits[owner, 1]
+        hold_chunk(chunks[c], pool_of[owner], decisions, low, high, like)
+    return True, decide(True, turn, 1.0, after, bounds, like)
+
+
 @kernel_with_gil
 def measure(items, turn, unscale, tables, bounds, like):
     """Find the arrays, measure them and decide; tell whether that is right."""
@@ -322,19 +346,3 @@ def adam(items, turn, unscale, tables, bounds, factors, like):
     """Do the same by `updates.adam`."""
     advance, update = updates.advance_adam, updates.adam
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
-
-
-@kernel
-def copy_all(begin, end, chunks, like, wide):
-    """Copy each chunk to where it goes."""
-    for c in range(begin, end):
-        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        copy(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))
-
-
-@kernel
-def add_all(begin, end, chunks, like, wide):
-    """Add each chunk to where it goes."""
-    for c in range(begin, end):
-        source = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
-        add(source, array_at(chunks[c, TARGET], chunks[c, LENGTH], wide))

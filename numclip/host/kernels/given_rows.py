@@ -139,7 +139,7 @@ def take(items, wanted, chunks, rows, adds, like, wide, addresses):
         return False
     if not are_apart(items, wanted, addresses, rows, wide.itemsize):
         return False
-    take_found(addresses, chunks, adds, like, wide)
+    take_found(0, chunks.shape[0], chunks, adds, like, wide, addresses)
     first = addresses.size - rows.shape[0]
     for s in range(rows.shape[0]):
         t, held = rows[s, TENSOR], held_at(rows[s])

@@ -263,6 +263,12 @@ def measure(chunks, like, sums):
 
 
 @kernel
+def measure_little(chunks, like, sums):
+    """Measure as `measure` does."""
+    return measure(chunks, like, sums)
+
+
+@kernel
 def measure_and_decide(chunks, like, pools, laws, sums, decisions):
     """Measure as `measure` does, and decide."""
     safe = measure(chunks, like, sums)
@@ -279,18 +285,22 @@ def scale_decided(chunks, pool_of, decisions, column, like):
             multiply(array_at(chunks[c, TARGET], chunks[c, LENGTH], like), factor)
 
 
+@inline
+def hold_chunk(chunk, pool, decisions, low, high, like):
+    """Hold the elements of a chunk between two bounds, if its pool is not skipped.
+
+    The decisions say where an element was beyond the bounds.
+    """
+    if decisions[pool, SKIPPED] == 0.0:
+        least, most = elements.rounded(low, like), elements.rounded(high, like)
+        if hold(written(chunk, like), least, most):
+            decisions[pool, CLAMPED] = 1.0
+
+
 @kernel
 def clamp_decided(chunks, pool_of, decisions, members, low, high, like):
-    """Hold the elements of some tensors between two bounds, but of those skipped.
-
-    `members` are the first tensor's number and the one after the last. The decisions say where an
-    element was beyond the bounds.
-    """
-    least, most = elements.rounded(low, like), elements.rounded(high, like)
+    """Do so with the elements of some tensors: the first one's number, and the one after them."""
     for c in range(chunks.shape[0]):
         owner = chunks[c, OWNER]
-        pool = pool_of[owner]
-        if not members[0] <= owner < members[1] or decisions[pool, SKIPPED] != 0.0:
-            continue
-        if hold(written(chunks[c], like), least, most):
-            decisions[pool, CLAMPED] = 1.0
+        if members[0] <= owner < members[1]:
+            hold_chunk(chunks[c], pool_of[owner], decisions, low, high, like)

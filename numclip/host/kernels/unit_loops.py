@@ -10,7 +10,7 @@ import numpy as np
 from numclip.formulas import SLACK
 from numclip.host.kernels.columns import add_parts, column_squares, row_at, scale_columns
 from numclip.host.kernels.cpu import copy, multiply, multiply_into, squares_of
-from numclip.host.kernels.elements import as_computed
+from numclip.host.kernels.elements import array_at, as_computed
 from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.pools import _parts
 from numclip.host.kernels.spans import sum_of
@@ -23,6 +23,7 @@ from numclip.tables import (
     CLIPPED_COUNT,
     COARSE,
     EPS,
+    FACTOR,
     LEAST,
     LEAVE,
     MODE,
@@ -32,6 +33,7 @@ from numclip.tables import (
     RARE,
     ROUNDOFF,
     SCALE,
+    SKIPPED,
     TINY,
     UNSCALE,
 )
@@ -41,6 +43,12 @@ binned_square, joined_bins = _parts.binned_square, _parts.joined_bins
 scale_by_power, larger, is_safe = _parts.scale_by_power, _parts.larger, _parts.is_safe
 factor_of = _parts.factor_of
 
+# Of a family: the first unit that is none of it, digits of factors, whether units are held to a
+# fraction of parameters' norms, and its row of other decisions.
+END, FAMILY_DIGITS, RELATES, BASE, FAMILY_COLUMNS = range(5)
+# Of an array of few bytes: where it is, its lengths about the axes, its parameter (0 if that does
+# not count) and its first unit.
+ADDRESS, OUTER, REDUCED, INNER, PARAM, UNIT = range(6)
 LOW, HIGH = 2.0**-930, 2.0**930  # between which quotients have exponents to spare
 
 
@@ -68,24 +76,36 @@ def scale_rows(begin, end, x, factors, out):
             copy(row_at(r, (source, *step), x), row)
 
 
-@kernel
-def decide_units(sums, params, law, digits, leaves, out, last):
-    """Write the factor of every unit, and add to `last` if there is work, and rare work.
+@inline
+def decide_unit(sums, params, relates, law, digits, leaves, out):
+    """Write the factor of a unit, by a total and an exponent of it, and of its parameter."""
+    root, power = norm_of(sums[0], int(sums[1]), law[ORD])
+    norm = root / law[UNSCALE], power
+    bound, judged, coarse = law[BOUND], norm, law[COARSE]
+    if relates:
+        bound, judged, coarse = relative(law, norm, (math.sqrt(params[0]), int(params[1])))
+    limits = bound, bound, coarse, law[ROUNDOFF]
+    write_factor(law, limits, judged, norm, leaves, digits, out)
 
-    `sums` are totals and exponents, `params` likewise those of the parameters if they count.
+
+@kernel
+def decide_units(families, sums, params, laws, base, out):
+    """Write the factor of every unit; one more row tells if there is work, and rare work.
+
+    `sums` are totals and exponents, `params` those of parameters, of families that have these.
+    `base` are decisions that can say to skip a family, if there are some.
     """
-    for u in range(out.shape[0]):
-        own = out[u]
-        root, power = norm_of(sums[0, u], int(sums[1, u]), law[ORD])
-        norm = root / law[UNSCALE], power
-        bound, judged, coarse = law[BOUND], norm, law[COARSE]
-        if params.shape[1]:
-            owner = math.sqrt(params[0, u]), int(params[1, u])
-            bound, judged, coarse = relative(law, norm, owner)
-        limits = bound, bound, coarse, law[ROUNDOFF]
-        write_factor(law, limits, judged, norm, leaves, digits, own)
-        last[MODE] += own[MODE] != LEAVE
-        last[RARE] += own[MODE] > MULTIPLY
+    last, first = out[-1], 0
+    last[:] = 0.0
+    for f in range(families.shape[0]):
+        own = families[f]
+        leaves = base.shape[0] > 0 and base[own[BASE], SKIPPED] != 0.0
+        for u in range(first, own[END]):
+            relates, digits = own[RELATES] != 0, int(own[FAMILY_DIGITS])
+            decide_unit(sums[:, u], params[:, u], relates, laws[f], digits, leaves, out[u])
+            last[MODE] += out[u, MODE] != LEAVE
+            last[RARE] += out[u, MODE] > MULTIPLY
+        first = own[END]
 
 
 @inline
@@ -119,11 +139,27 @@ def unit_squares(x, digits, out):
     return True
 
 
+@inline
+def write_squares(address, place, digits, like, sums):
+    """Write the totals and exponents of an array's units; tell whether all are right."""
+    outer, reduced, inner = place[OUTER], place[REDUCED], place[INNER]
+    x = array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
+    own = sums[:, place[UNIT] : place[UNIT] + outer * inner]
+    own[1, :] = 0.0
+    return unit_squares(x, digits, own[0])
+
+
 @kernel
-def measure_little(x, params, digits, sums, owners):
-    """Write the sums of units and of their parameters; tell whether all are right."""
-    right = unit_squares(x, digits, sums)
-    return right and (params.size == 0 or unit_squares(params, digits, owners))
+def measure_little(places, digits, like, sums, params, right):
+    """Do so for arrays and their parameters, if they count; tell of which all are right."""
+    done = True
+    for k in range(places.shape[0]):
+        own = places[k]
+        right[k] = write_squares(own[ADDRESS], own, digits, like, sums)
+        if own[PARAM] != 0:
+            right[k] &= write_squares(own[PARAM], own, digits, like, params)
+        done &= right[k]
+    return done
 
 
 @inline
@@ -205,6 +241,17 @@ def mark_lossy(x, sums):
             sums[unit] = UNKNOWN
 
 
+@inline
+def scale_units(x, factors, out):
+    """Multiply units by their factors, see `unit_squares`."""
+    if x.shape[2] == 1:
+        shape = x.shape[0], x.shape[1]
+        scale_rows(0, factors.size, x.reshape(shape), factors, out.reshape(shape))
+    else:
+        shape = x.shape[0], x.shape[2]
+        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
+
+
 @kernel
 def clip_little(x, params, law, digits, out):
     """Clip units, see `unit_squares`; tell whether that is done, and else nothing is written.
@@ -224,20 +271,29 @@ def clip_little(x, params, law, digits, out):
             return False
         factors[unit] = found[unit]
         clips |= found[unit] != 1.0
-    if not clips and x.ctypes.data == out.ctypes.data:
-        return True
-    if x.shape[2] == 1:
-        shape = x.shape[0], x.shape[1]
-        scale_rows(0, count, x.reshape(shape), factors, out.reshape(shape))
-    else:
-        shape = x.shape[0], x.shape[2]
-        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
+    if clips or x.ctypes.data != out.ctypes.data:
+        scale_units(x, factors, out)
     return True
 
 
 @kernel
-def summarize(units, bound, out):
-    """Write the norm of all units after clipping, the smallest factor, how many are clipped."""
+def scale_little(begin, end, places, units, like):
+    """Multiply the units of arrays in place by the factors that are decided."""
+    for k in range(begin, end):
+        own = places[k]
+        outer, reduced, inner = own[OUTER], own[REDUCED], own[INNER]
+        x = array_at(own[ADDRESS], outer * reduced * inner, like).reshape((outer, reduced, inner))
+        factors, clips = np.full(outer * inner, as_computed(1.0, x)), False
+        for unit in range(factors.size):
+            factors[unit] = units[own[UNIT] + unit, FACTOR]
+            clips |= factors[unit] != 1.0
+        if clips:
+            scale_units(x, factors, x)
+
+
+@inline
+def summarize_units(units, bound, out):
+    """Write the norm of some units after clipping, the smallest factor, how many are clipped."""
     small = middle = large = 0.0
     least = -1.0
     count = 0
@@ -249,3 +305,14 @@ def summarize(units, bound, out):
     total, exponent = joined_bins(small, middle, large)
     out[AFTER] = scale_by_power(math.sqrt(total), exponent)
     out[LEAST], out[CLIPPED_COUNT] = -least, count
+
+
+@kernel
+def summarize(families, units, laws, out):
+    """Write that of every family that has units."""
+    first = 0
+    for f in range(families.shape[0]):
+        end = families[f, END]
+        if end > first:
+            summarize_units(units[first:end], laws[f, BOUND], out[f])
+        first = end

@@ -7,6 +7,7 @@ not used: they are global to the process, and each fails after a fork or in conc
 
 import _thread
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import limits, team
-from numclip.host.runtime.entries import COUNT, JOB_WORDS, PACK, SIZE
+from numclip.host.runtime.entries import COUNT, FAILED, JOB_WORDS, NEXT, PACK, SIZE
 from numclip.host.runtime.jit import INTERPRETED
 
 MOST = 1024
@@ -149,6 +150,19 @@ def ready(calls: Sequence[Call]) -> Callable[[], None]:
     return Jobs(calls).perform
 
 
+def kept(calls: Sequence[Call]) -> Callable[[], object]:
+    """Return a function that makes calls as `run_all` does, whenever it is called.
+
+    The jobs of little calls are made once for all.
+    """
+    if any(call.nbytes >= PARALLEL_BYTES for call in calls) or (INTERPRETED and len(calls) > 1):
+        return functools.partial(run_all, calls)
+    if len(calls) == 1:
+        return functools.partial(calls[0].kernel, 0, calls[0].items, *calls[0].arguments)
+    jobs = functools.cache(lambda: Jobs(calls))  # at the first call, when kernels are compiled
+    return lambda: jobs().perform_again()
+
+
 def whole(write: Callable[[], None]) -> None:
     """Call `write`, which may be repeated; where an exception ends it early, call it again.
 
@@ -194,7 +208,14 @@ class Jobs:
 
     def perform(self) -> None:
         """Make the calls; those that were made already are not made again."""
-        words = _words(int(self._threads.max(initial=1)))
+        self._perform(_words(int(self._threads.max(initial=1))))
+
+    def perform_again(self) -> None:
+        """Make all calls, by this thread alone."""
+        self._jobs[:, NEXT : FAILED + 1] = 0
+        self._perform(0)
+
+    def _perform(self, words: int) -> None:
         if team.perform(words, self._jobs, self._threads):
             raise MemoryError("a kernel found no memory for its sums")
 
