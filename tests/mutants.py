@@ -39,12 +39,17 @@ SUITES = {
     "border/results": "functions/errors functions/borders functions/edge_cases",
     "slices": "functions/slices functions/advice groups/sparse_steps",
     "rules": "groups/rules groups/kinds groups/group_clips",
+    "running_rules": "groups/rules groups/state groups/report",
     "formulas": "functions/formulas",
+    "decisions": "functions/decisions functions/edge_cases functions/magnitudes groups/kinds",
     "groups": "groups/groups groups/group_clips groups/given",
     "group": "groups/groups groups/group_clips groups/masters",
+    "host/outs": "functions/borders functions/edge_cases functions/errors",
+    "host/nests": "functions/structures functions/each functions/errors functions/edge_cases",
+    "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/optim",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels are made of these: they run as plain Python, as each fault would be compiled anew.
-INTERPRETED = {"formulas"}
+INTERPRETED = {"formulas", "decisions"}
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,

@@ -85,6 +85,11 @@ def test_coalesce_sorts_and_sums(name):
     slack = rounding * np.sqrt(terms.astype(np.float64))
     assert np.all(np.abs(reference.densify(merged) - exact) <= slack)
     checks.assert_same_bits(merged.coalesce().values, merged.values)
+    # Rounded once: the sum of the first two terms is midway between two numbers.
+    midway = 2.0 ** reference.PRECISION[name]
+    terms = np.array([[midway], [1.0], [2.0**-20]]).astype(merged.values.dtype)
+    total = nc.IndexedSlices(terms, [1, 1, 1], (2, 1)).coalesce()
+    assert total.values.astype(complex) == midway + 2.0
 
 
 def test_dense_array():
