@@ -32,7 +32,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
-    "functional": "functions/errors functions/each functions/edge_cases",
+    "functional": "functions/errors functions/conformance functions/per_example functions/each",
     "border/arguments": "functions/errors functions/edge_cases functions/borders",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
@@ -42,14 +42,14 @@ SUITES = {
     "running_rules": "groups/rules groups/state groups/report",
     "formulas": "functions/formulas",
     "decisions": "functions/decisions functions/edge_cases functions/magnitudes groups/kinds",
-    "groups": "groups/groups groups/group_clips groups/given",
+    "groups": "groups/groups groups/applied_once host/fused_steps groups/masters groups/ranks",
     "group": "groups/groups groups/group_clips groups/masters",
-    "host/outs": "functions/borders functions/edge_cases functions/errors",
+    "host/outs": "host/plain functions/borders functions/each",
     "host/nests": "functions/structures functions/each functions/errors functions/edge_cases",
     "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/applied_once",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels run as plain Python but for these modules, which lead to native calls.
-COMPILED = {"functional", "host/outs", "host/nests"}
+COMPILED = {"functional", "host/nests"}
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
