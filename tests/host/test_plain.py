@@ -267,6 +267,9 @@ def test_other_arrays_are_written_where_each_is_like_its_gradient():
     ):
         found = outs.of(grads, out)
         assert all(map(operator.is_, found, nests.items_of(out) or (out,)))
+        written = outs.filled(found, grads)
+        assert type(written) is type(out)
+        assert all(map(operator.is_, found, nests.items_of(written) or (written,)))
         u[:] = v[:] = 7.0
         assert type(nc.clip_by_norm(grads, 1.0, out=out)) is type(out)
         assert nc.global_norm([u]) == pytest.approx(1.0)
