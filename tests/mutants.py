@@ -45,11 +45,11 @@ SUITES = {
     "groups": "groups/groups groups/applied_once host/fused_steps groups/masters groups/ranks",
     "group": "groups/groups groups/group_clips groups/masters",
     "host/outs": "host/plain functions/borders functions/each",
-    "host/nests": "functions/structures functions/each functions/errors functions/edge_cases",
+    "host/nests": "host/plain functions/structures",
     "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/applied_once",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels run as plain Python but for these modules, which lead to native calls.
-COMPILED = {"functional", "host/nests"}
+COMPILED = {"functional"}
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,

@@ -299,6 +299,26 @@ def test_other_arrays_are_written_where_each_is_like_its_gradient():
     assert not outs.takes({"a": x}, {"b": x})
 
 
+def test_nests_are_opened_and_closed():
+    a, b, c = (np.ones(3) for _ in range(3))
+    nested = [{"w": a, "b": None}, (b, [c, ()])]
+    items, nest = nests.taken(nested)
+    assert all(map(operator.is_, items, (a, None, b, c)))
+    assert nests.rebuilt(nest, (1, None, 3, 4), None) == [{"w": 1, "b": None}, (3, [4, ()])]
+    holds_itself = [[a]]
+    holds_itself[0].append(holds_itself)
+    for odd in ([[a], 3.0], [[a], a.view(np.matrix)], {"k": [[3.0], a]}, holds_itself, 3.0, a, []):
+        assert nests.taken(odd)[0] == ()
+    for flat in ((a, None), [a, None], {"k": a, "l": None}):
+        items, held = nests.taken(flat)
+        assert all(map(operator.is_, items, (a, None)))
+        made = nests.rebuilt(held, (1, 2), None)
+        assert made == ({"k": 1, "l": 2} if type(flat) is dict else type(flat)((1, 2)))
+        assert type(made) is type(flat)
+    assert held is not flat  # another thread may change its keys
+    assert nests.rebuilt(held, (a, None), flat) is held
+
+
 def test_read_only_arrays_are_refused_in_place_only():
     grads = [LAYOUTS["read_only"](np.ones(4, np.float32))]
     with pytest.raises(ValueError, match="writeable"):
