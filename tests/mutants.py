@@ -46,7 +46,7 @@ SUITES = {
     "group": "groups/groups groups/group_clips groups/masters",
     "host/outs": "host/plain functions/borders functions/each",
     "host/nests": "host/plain functions/structures",
-    "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/applied_once",
+    "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/optim_state",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels run as plain Python but for these modules, which lead to native calls.
 COMPILED = {"functional"}
