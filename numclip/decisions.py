@@ -131,7 +131,7 @@ def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
     limits = law[BOUND], law[AIM], law[COARSE], roundoff
     write_factor(law, limits, norm, norm, leaves, digits, out)
     out[FINE] = out[FACTOR]
-    if law[UNSCALE] != 1.0 and digits < 53 and not leaves:
+    if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = math.frexp(out[SCALE])
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], 53)
         out[FINE] = scale_by_power(mantissa, power)

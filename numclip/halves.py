@@ -7,7 +7,8 @@ bfloat16 as int16.
 import numpy as np
 from llvmlite import ir
 
-_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
 _MAGNITUDE, _SIGN = 0x7FFF_FFFF, 0x8000
 _INFINITY, _QUIET = 0x7F80_0000, 0x0040_0000
 _HALF_INFINITY, _HALF_NAN = 0x7C00, 0x7E00
@@ -32,6 +33,21 @@ def half_to_float(builder, half, *, native):
     bits = builder.select(special, builder.or_(bits, _int(_INFINITY)), bits)
     sign = builder.shl(builder.and_(wide, _int(_SIGN)), _int(16))
     return builder.bitcast(builder.or_(bits, sign), _F32)
+
+
+def double_to_float(builder, value):
+    """Emit the float32 by which a float64 is rounded once to 16 bits: an odd one if inexact.
+
+    A nearest one could be midway between two numbers of 16 bits (Boldo and Melquiond 2008).
+    """
+    near = builder.fptrunc(value, _F32)
+    back, bits = builder.fpext(near, _F64), builder.bitcast(near, _I32)
+    own, other = (
+        builder.shl(builder.bitcast(x, _I64), ir.Constant(_I64, 1)) for x in (value, back)
+    )
+    toward_zero = builder.sub(bits, builder.zext(builder.icmp_unsigned(">", other, own), _I32))
+    inexact = builder.fcmp_ordered("!=", back, value)
+    return builder.bitcast(builder.select(inexact, builder.or_(toward_zero, _int(1)), bits), _F32)
 
 
 def float_to_half(builder, value, *, native, nearest=False):
@@ -92,6 +108,9 @@ def narrow_interpreted(value, like, *, nearest=False):
         return like.dtype.type(value)
     number = np.float32(value)
     bits = int(number.view(np.uint32))
+    if nearest and float(number) != value and value == value:
+        bits = bits - (abs(float(number)) > abs(value)) | 1
+        number = np.uint32(bits).view(np.float32)
     if like.dtype == np.uint16:
         if abs(number) < 2.0**-14 and not nearest:
             return np.uint16(int(abs(number) * 2.0**24) | bits >> 16 & _SIGN)

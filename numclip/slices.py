@@ -169,7 +169,7 @@ class IndexedSlices:
             shape: tuple[int, ...] = values.shape
             return shape
         _refuse_masked("values", values)
-        if not (libraries.is_array(values) or libraries.on_device(values)):
+        if not libraries.on_device(values):
             values = libraries.to_numpy("values", values)
         engine = engines.of(values)
         facts = engine.facts("values", values)

@@ -22,7 +22,10 @@ def kernel_digest() -> str:
     assert spec.submodule_search_locations
     digest = hashlib.sha256()
     for root in spec.submodule_search_locations:
-        for path in [Path(root, "formulas.py"), *sorted(Path(root).glob("host/*/*.py"))]:
+        ground = (
+            Path(root, f"{name}.py") for name in ("decisions", "formulas", "halves", "tables")
+        )
+        for path in (*ground, *sorted(Path(root).glob("host/*/*.py"))):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

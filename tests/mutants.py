@@ -32,19 +32,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
-    "functional": "functions/errors functions/each functions/edge_cases",
+    "functional": "functions/errors functions/conformance functions/per_example functions/each",
     "border/arguments": "functions/errors functions/edge_cases functions/borders",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
-    "border/gradients": "functions/errors functions/edge_cases functions/nonfinite",
+    "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
     "border/results": "functions/errors functions/borders functions/edge_cases",
     "slices": "functions/slices functions/advice groups/sparse_steps",
     "rules": "groups/rules groups/kinds groups/group_clips",
+    "running_rules": "groups/rules groups/state groups/report",
     "formulas": "functions/formulas",
-    "groups": "groups/groups groups/group_clips groups/given",
+    "decisions": "functions/decisions functions/edge_cases functions/magnitudes groups/kinds",
+    "groups": "groups/groups groups/applied_once host/fused_steps groups/masters groups/ranks",
     "group": "groups/groups groups/group_clips groups/masters",
+    "host/outs": "host/plain functions/borders functions/each",
+    "host/nests": "host/plain functions/structures",
+    "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/optim_state",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
-# Kernels are made of these: they run as plain Python, as each fault would be compiled anew.
-INTERPRETED = {"formulas"}
+# Kernels run as plain Python but for these modules, which lead to native calls.
+COMPILED = {"functional"}
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -199,13 +204,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if len(asked.modules) == 1:
-        return min(try_module(asked.modules[0], asked.count, asked.seed), 1)
+        module = asked.modules[0]
+        os.environ["NUMBA_DISABLE_JIT"] = str(int(module not in COMPILED))  # before numba is loaded
+        return min(try_module(module, asked.count, asked.seed), 1)
     failed = 0
-    for module in asked.modules:  # each in a process of its own: some have no compiler
-        plain = {"NUMBA_DISABLE_JIT": "1"} if module in INTERPRETED else {}
+    for module in asked.modules:
         command = [sys.executable, "-m", "tests.mutants", module]
         command += ["--count", str(asked.count), "--seed", str(asked.seed)]
-        failed |= subprocess.run(command, cwd=ROOT, env=os.environ | plain).returncode
+        failed |= subprocess.run(command, cwd=ROOT).returncode
     return failed
 
 

@@ -125,7 +125,7 @@ def overlaps_itself(found: Gradient) -> bool:
     if is_nested(shape, steps, found.native.itemsize):
         return False
     pairs = zip(steps, shape, strict=True)
-    return _counted(found, [(abs(step), length) for step, length in pairs if length > 1])
+    return _counted(found, [(abs(step), length) for step, length in pairs])
 
 
 def _counted(found: Gradient, ways: Sequence[tuple[int, int]]) -> bool:
@@ -164,10 +164,9 @@ def refuse_overlaps(
     for first, second in _touching(members):
         if first[2] and second[2]:
             raise ValueError(f"{second[3].name}: shares memory with {first[3].name}")
-        if first[2] or second[2]:
-            target, gradient = (first, second) if first[2] else (second, first)
-            own = f"{target[3].name}: shares memory with {gradient[3].name}"
-            raise ValueError(f"{own}; {advice}")
+        target, gradient = (first, second) if first[2] else (second, first)
+        own = f"{target[3].name}: shares memory with {gradient[3].name}"
+        raise ValueError(f"{own}; {advice}")
 
 
 Member = tuple[int, int, bool, Gradient]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -48,6 +49,26 @@ def test_numbers_beyond_float64_are_refused():
                 TAKERS[taker](value)
         if taker != "lr":
             TAKERS[taker](np.longdouble(np.inf))
+
+
+def test_numbers_are_within_their_ranges():
+    groups = nc.ParamGroups([nc.Group("g", {"w": ONES})])
+    takers = {**TAKERS, "unscale": lambda value: groups.clip(unscale=value)}
+    inf, nan = math.inf, math.nan
+    for taker, within, beyond in (
+        ("clip_norm", (0, 1e300, inf), (-1, -1e-300, -inf, nan)),
+        ("use_norm", (0, 1e300, inf, nan), (-1, -1e-300, -inf)),
+        ("ord", (1, 1.5, inf), (0, 1 - 2**-24, -inf, nan)),
+        ("max_norm", (0, inf), (-1, nan)),
+        ("lr", (0, 1e30), (-1, inf, nan)),
+        ("unscale", (1e-30, 2), (0, -1, inf, nan)),
+    ):
+        for make in (float, np.float64, np.array):
+            for value in within:
+                takers[taker](make(value))
+            for value in beyond:
+                with pytest.raises(ValueError, match=rf"^{taker}: expected a .*, got "):
+                    takers[taker](make(value))
 
 
 def test_arrays_of_bounds_hold_real_numbers():

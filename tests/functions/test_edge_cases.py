@@ -489,6 +489,11 @@ def test_little_that_shares_memory_is_clipped_once():
     overlapping = [memory[:, :4], memory[:, 3:], np.ones(3, np.float32)]
     with pytest.raises(ValueError, match="shares memory"):
         nc.clip_by_global_norm(overlapping, 1.0, out=overlapping)
+    memory = np.ones(24)
+    apart = [memory[8:], *(memory.reshape(12, 2)[k:, :0] for k in (0, 2, 4)), memory[:8]]
+    for bound in (2.0, np.float32(1.0)):  # the latter is no plain number
+        nc.clip_by_global_norm(apart, bound, out=apart)
+        np.testing.assert_allclose(memory, bound / 24**0.5)
     itself = np.lib.stride_tricks.as_strided(np.ones(9), (4, 3), (16, 8))
     with pytest.raises(ValueError, match="distinct elements"):
         nc.clip_by_global_norm([itself, grads[2]], 1.0, out=[itself, grads[2]])

@@ -94,3 +94,10 @@ def test_extreme_magnitudes(target):
         smallest = float(reference.float_info(name).smallest_subnormal)
         for new, exact in zip(summed, expected, strict=True):
             np.testing.assert_allclose(new, exact, rtol=1e-6, atol=4 * smallest)
+    for name in ("float16", "bfloat16"):
+        smallest = float(reference.float_info(name).smallest_subnormal)
+        grads = [(np.arange(1, 19).reshape(6, 3) * smallest).astype(reference.DTYPES[name])]
+        for count in (3, 40, 1000):
+            (new,), _ = target.clip_per_example(grads, count * smallest)
+            (exact,), _ = reference.clip_per_example(grads, count * smallest)
+            assert (np.abs(reference.wide(new) - exact) <= 0.5001 * smallest).all()

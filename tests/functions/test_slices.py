@@ -35,6 +35,11 @@ def test_attributes():
     np.testing.assert_array_equal(slices.values, ROWS)
     np.testing.assert_array_equal(slices.indices, INDICES)
     assert slices.dense_shape == (5, 2)
+    assert slices.has_duplicates
+    assert not nc.IndexedSlices(ROWS[:3], [4, 1, 0], (5, 2)).has_duplicates
+    of_lists = nc.IndexedSlices(ROWS.tolist(), INDICES.tolist(), (5, 2))
+    assert of_lists.dtype == np.float64
+    np.testing.assert_array_equal(of_lists.to_dense(), DENSE)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint32, np.uint64])
@@ -53,7 +58,7 @@ def test_any_integer_indices(dtype):
         (ROWS, [4, 1, -1, 0], (5, 2), ValueError, r"indices.*-1"),
         (ROWS, [4.0, 1, 4, 0], (5, 2), TypeError, r"indices.*float64"),
         (ROWS, [True, False, True, True], (5, 2), TypeError, r"indices.*bool"),
-        (ROWS, INDICES, (5, 3), ValueError, r"values.*\(5, 3\)|dense_shape.*\(5, 3\)"),
+        (ROWS, INDICES, (5, 3), ValueError, r"rows of shape \(3,\) as in .*\(5, 3\), got \(2,\)"),
         (ROWS, INDICES, (5,), ValueError, r"values|dense_shape"),
         (ROWS, INDICES, (), ValueError, r"dense_shape"),
         (ROWS, INDICES, (-5, 2), ValueError, r"dense_shape.*-5"),
@@ -85,6 +90,11 @@ def test_coalesce_sorts_and_sums(name):
     slack = rounding * np.sqrt(terms.astype(np.float64))
     assert np.all(np.abs(reference.densify(merged) - exact) <= slack)
     checks.assert_same_bits(merged.coalesce().values, merged.values)
+    # Rounded once: the sum of the first two terms is midway between two numbers.
+    midway = 2.0 ** reference.PRECISION[name]
+    terms = np.array([[midway], [1.0], [2.0**-20]]).astype(merged.values.dtype)
+    total = nc.IndexedSlices(terms, [1, 1, 1], (2, 1)).coalesce()
+    assert total.values.astype(complex) == midway + 2.0
 
 
 def test_dense_array():

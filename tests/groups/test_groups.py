@@ -58,6 +58,8 @@ def test_names():
             call({"w": np.ones(2), "v": np.ones(2)})
     assert groups.grads["w"].tolist() == [0, 0]
     assert list(groups.params) == list(groups.grads) == ["w"]
+    assert len(groups) == 1
+    assert [group.name for group in groups] == ["g"]
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,9 @@ def test_what_is_written_and_assigned_to_parameters():
         optimizer.step()
         return groups["g"].masters["w"]
 
+    groups.params["w"][2] = 1.5  # before the first step, too
+    assert step()[2] == np.float32(1.4999)
+    groups.params["w"] = np.ones(4)
     kept = step().copy()
     groups.params["w"][1] = 2.0
     groups.params["w"] *= dtype.type(1)  # nothing changes

@@ -118,6 +118,23 @@ def test_sixteen_bit_parameters_are_rounded_once_a_step(kind, dtype):
             assert (error <= 0.501 * spacing * 2 ** np.floor(np.log2(np.abs(wanted)))).all()
 
 
+def test_subnormal_parameters_are_rounded_to_the_nearest():
+    for dtype in (reference.DTYPES["float16"], reference.DTYPES["bfloat16"]):
+        smallest = float(reference.float_info(dtype).smallest_subnormal)
+        start = np.arange(-20, 20) * smallest
+        grad = np.arange(40) % 7 * smallest
+        for make, wanted in (
+            (lambda groups: nc.SGD(groups, 0.3), start - 0.3 * grad),
+            (lambda groups: nc.SGD(groups, 0.3, momentum=0.5), start - 0.3 * grad),
+            (lambda groups, lr=0.3 * smallest: nc.Adam(groups, lr), start - 0.3 * smallest),
+        ):
+            groups = nc.ParamGroups([nc.Group("g", {"w": start.astype(dtype)})])
+            adam = isinstance(optimizer := make(groups), nc.Adam)
+            groups.set_grads({"w": (np.ones(40) if adam else grad).astype(dtype)})
+            optimizer.step()
+            assert_same_bits(groups.params["w"], reference.nearest(wanted, dtype))
+
+
 # ---- sparse parameters
 
 

@@ -284,16 +284,23 @@ def test_optimizers_are_not_copied():
     ("dtype", "size", "bound"), [("f", 2e38, 1e-6), ("f", 2e38, 1e-8), ("d", 1e300, 1e-25)]
 )
 def test_factors_that_are_subnormal(dtype, size, bound):
-    def made():
-        group = nc.Group("g", {"w": np.zeros(4, dtype)}, clip=nc.ByGlobalNorm(bound))
-        groups = nc.ParamGroups([group])
-        groups.set_grads({"w": np.full(4, size)})
+    sizes = {"w": np.full(4, size), "zeros": np.zeros(3), "x": np.full(2, size)}
+    grads = {name: grad.astype(dtype) for name, grad in sizes.items()}
+
+    def made(rule):
+        params = {name: np.zeros_like(grad) for name, grad in grads.items()}
+        groups = nc.ParamGroups([nc.Group("g", params, clip=rule)])
+        groups.set_grads(grads)
         return groups
 
-    stepped, clipped = made(), made()
-    nc.SGD(stepped, lr=1.0).step()
-    clipped.clip()
-    assert (-stepped.params["w"]).tolist() == clipped.grads["w"].tolist()
+    for rule in (nc.ByGlobalNorm(bound), nc.ByNorm(bound)):
+        clipped = made(rule)
+        clipped.clip()
+        assert clipped.grads["w"].all()
+        for given in (None, grads):
+            nc.SGD(stepped := made(rule), lr=1.0).step(given)
+            for name, param in stepped.params.items():
+                assert (-param).tolist() == clipped.grads[name].tolist()
 
 
 def test_gradients_can_change_places():

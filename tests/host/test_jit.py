@@ -16,6 +16,8 @@ import numclip
 from numclip.host.kernels import cpu, elements
 from numclip.host.runtime import jit
 from numclip.host.runtime.jit import INTERPRETED
+from tests.oracle import reference
+from tests.oracle.checks import assert_same_bits
 
 PACKAGE = Path(numclip.__file__).parent
 CLIP = (
@@ -365,3 +367,24 @@ def test_halves_round_alike_with_and_without_hardware(monkeypatch, native):
     small = np.abs(values) < 2.0**-14
     rounded[small] = np.trunc(values[small] * 2.0**24) * 2.0**-24
     np.testing.assert_array_equal(bits.view(np.float16), rounded)
+
+    nearest = elements.nearest
+
+    @njit
+    def round_all(x, out):
+        for i in range(x.size):
+            out[i] = nearest(x[i], out[i])
+
+    for storage, name in ((np.uint16, "float16"), (np.int16, "bfloat16")):
+        dtype = reference.DTYPES[name]
+        own = np.arange(0x7C00, dtype=np.uint16).view(dtype).astype(np.float64)
+        own = own[np.isfinite(own)]
+        midway = (own[1:] + own[:-1]) / 2  # float32 has no numbers between these and their like
+        wide = np.concatenate([midway * (1.0 + sign * 2.0**-40) for sign in (-1, 0, 1)])
+        others = [1e300, 1e-300, 5e-324, 0.0, np.inf, 1.01 * own[-1]]
+        wide = np.concatenate([wide, values[np.isfinite(values)], others])
+        wide = np.concatenate([wide, -wide, [np.nan]])
+        out = np.empty(wide.size, storage)
+        round_all(wide, out)
+        assert_same_bits(out.view(dtype)[:-1], reference.nearest(wide[:-1], dtype))
+        assert np.isnan(out.view(dtype)[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import pickle
 import threading
 from typing import Any
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 import numclip as nc
 from numclip.host import lists as plain
+from numclip.host import nests, outs
 from numclip.host.kernels import arrays, little
-from numclip.host.kernels.tuning import CHUNK
+from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.reference import DTYPES
@@ -253,6 +255,68 @@ def test_views_apart_are_taken():
     assert plain.clip_by_global_norm(grads, 1.0, grads) is not None
     assert np.unique(base).size == 1
     assert nc.global_norm(grads) <= 1.0
+
+
+def test_other_arrays_are_written_where_each_is_like_its_gradient():
+    x, y, u, v = (np.ones(3, np.float32) for _ in range(4))
+    for grads, out in (
+        (x, u),
+        ([x, y], [u, v]),
+        ((x, None), (u, None)),
+        ({"a": x, "b": y}, {"a": u, "b": v}),
+    ):
+        found = outs.of(grads, out)
+        assert all(map(operator.is_, found, nests.items_of(out) or (out,)))
+        written = outs.filled(found, grads)
+        assert type(written) is type(out)
+        assert all(map(operator.is_, found, nests.items_of(written) or (written,)))
+        u[:] = v[:] = 7.0
+        assert type(nc.clip_by_norm(grads, 1.0, out=out)) is type(out)
+        assert nc.global_norm([u]) == pytest.approx(1.0)
+    assert x.tolist() == y.tolist() == [1, 1, 1]
+    read_only = LAYOUTS["read_only"](u)
+    wide, long, steps = np.ones(3), np.ones(4, np.float32), np.ones(6, np.float32)[::2]
+    for grads, out in (
+        ([x], (u,)),
+        ([], []),
+        ([x, y], [u]),
+        ([x], [u, v]),
+        ({"a": x, "b": y}, {"b": u, "a": v}),
+        ([x, y], [u, None]),
+        ([x, None], [u, v]),
+        ([x, y], [u, u]),
+        ([x, y], [u, x]),
+        *(([x, y], [u, other]) for other in (read_only, wide, long, steps, [v])),
+    ):
+        assert outs.of(grads, out) is None
+        assert not outs.takes(grads, out)
+    assert outs.of([x], [u], [u]) is None
+    assert outs.of([x], [u], [y]) is not None
+    much = np.ones(PARALLEL_BYTES // 4, np.float32)
+    assert outs.of([much], [much.copy()]) is None
+    assert outs.takes([x, y], [x, y])
+    assert outs.takes({"a": x}, {"a": x})
+    assert not outs.takes({"a": x}, {"b": x})
+
+
+def test_nests_are_opened_and_closed():
+    a, b, c = (np.ones(3) for _ in range(3))
+    nested = [{"w": a, "b": None}, (b, [c, ()])]
+    items, nest = nests.taken(nested)
+    assert all(map(operator.is_, items, (a, None, b, c)))
+    assert nests.rebuilt(nest, (1, None, 3, 4), None) == [{"w": 1, "b": None}, (3, [4, ()])]
+    holds_itself = [[a]]
+    holds_itself[0].append(holds_itself)
+    for odd in ([[a], 3.0], [[a], a.view(np.matrix)], {"k": [[3.0], a]}, holds_itself, 3.0, a, []):
+        assert nests.taken(odd)[0] == ()
+    for flat in ((a, None), [a, None], {"k": a, "l": None}):
+        items, held = nests.taken(flat)
+        assert all(map(operator.is_, items, (a, None)))
+        made = nests.rebuilt(held, (1, 2), None)
+        assert made == ({"k": 1, "l": 2} if type(flat) is dict else type(flat)((1, 2)))
+        assert type(made) is type(flat)
+    assert held is not flat  # another thread may change its keys
+    assert nests.rebuilt(held, (a, None), flat) is held
 
 
 def test_read_only_arrays_are_refused_in_place_only():

@@ -42,6 +42,15 @@ def float_info(dtype: Any) -> Any:
     return ml_dtypes.finfo(real_dtype(dtype))
 
 
+def nearest(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Round float64 numbers once, of two to the even one; ml_dtypes rounds to float32 before."""
+    dtype = np.dtype(dtype)
+    lowest = round(math.log2(float_info(dtype).smallest_subnormal))
+    power = np.maximum(np.frexp(values)[1] - PRECISION[dtype.name], lowest)
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.rint(np.ldexp(values, -power)), power).astype(dtype)
+
+
 def unit_roundoff(dtype: Any) -> Fraction:
     return Fraction(1, 2 ** PRECISION[np.dtype(dtype).name])
 

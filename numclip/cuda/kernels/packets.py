@@ -14,7 +14,7 @@ from numba.cuda.extending import intrinsic
 
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline
-from numclip.halves import float_to_bfloat, float_to_half
+from numclip.halves import double_to_float, float_to_bfloat, float_to_half
 
 PACKET = 8
 WORD = 16  # bytes of the widest load and store
@@ -138,10 +138,12 @@ def rounded(_typing, value, like):
     """Return the nearest element stored like `like` to a number, in the type it is computed in."""
 
     def emit(context, builder, _signature, arguments):
-        number = context.cast(builder, arguments[0], value, _computed(like))
         if like in (types.uint16, types.int16):
+            number = arguments[0]
+            if value == types.float64:
+                number = double_to_float(builder, number)
             return _widened(builder, _nearest(builder, number, like), like)
-        return number
+        return context.cast(builder, arguments[0], value, _computed(like))
 
     return _computed(like)(value, like), emit
 

@@ -21,7 +21,7 @@ from numclip.cuda.kernels.blocks import (
     lane_sum,
     with_square,
 )
-from numclip.cuda.kernels.packets import load, size_of, store
+from numclip.cuda.kernels.packets import load, rounded, size_of, store
 from numclip.cuda.kernels.scalars import (
     larger,
     power_term,
@@ -258,7 +258,7 @@ def write_sums(share, groups, order, how, to, room):
             number = number_of(share, part)
             if own < share[col.END] and number < share[col.LENGTH] and lane_of(share) == 0:
                 place = groups[own, col.PLACE] * share[col.LENGTH] + number
-                store(share[col.TARGET] + place * size_of(to), value, to)
+                store(share[col.TARGET] + place * size_of(to), rounded(value, to), to)
             part += 1
         g += teams_of(share)
 

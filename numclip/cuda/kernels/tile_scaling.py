@@ -193,7 +193,7 @@ def sum_lines(tile, first, tensor, units, like, room):
         total = lane_sum(total, 0.0, place, apart, room)
         if place < apart and n < tile[col.COUNT]:
             target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP] + k * size_of(like)
-            store(target, total, like)
+            store(target, rounded(total, like), like)
         k += 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numclip import formulas
 from numclip import tables as col
 from numclip.cuda.device import THREADS, cuda, inline, kernel
-from numclip.cuda.kernels.packets import as_computed, each, load_at, over_packets, store_at
+from numclip.cuda.kernels.packets import as_computed, each, load_at, over_packets, rounded, store_at
 from numclip.cuda.kernels.scaling import product
 from numclip.decisions import compiled
 
@@ -122,7 +122,8 @@ def descend_at(spots, update, factor, settings, state, like):
         velocity = each(sgd_velocity, (step, velocity), (momentum,))
         store_at(update[FIRST], spots, velocity, state)
         step = each(sgd_direction, (step, velocity), (own, lookahead))
-    store_at(update[PARAM], spots, each(descended, (value, step), (rate,)), like)
+    value = each(descended, (value, step), (rate,))
+    store_at(update[PARAM], spots, each(rounded, (value,), (like,)), like)
 
 
 @kernel
@@ -145,4 +146,4 @@ def adam_at(spots, update, factor, settings, state, like):
     store_at(update[FIRST], spots, mean, state)
     store_at(update[SECOND], spots, square, state)
     value = each(adam_param, (value, mean, square), (decay, rate, eps))
-    store_at(update[PARAM], spots, value, like)
+    store_at(update[PARAM], spots, each(rounded, (value,), (like,)), like)

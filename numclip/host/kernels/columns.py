@@ -6,7 +6,7 @@ Shares and types are as in `cpu`.
 import numpy as np
 
 from numclip.host.kernels.cpu import add_exactly, scaled, settle, two_sum
-from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.kernels.elements import array_at, nearest, widen
 from numclip.host.kernels.tuning import COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 
@@ -179,4 +179,4 @@ def sum_examples(begin, end, x, factors, width, out):
             add_weighted(x[e, first:last], factors[e], total)
         result = out[first:last]
         for i in range(result.size):
-            result[i] = narrow(total[i], result[i])
+            result[i] = nearest(total[i], result[i])

@@ -15,6 +15,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from numclip.halves import (
+    double_to_float,
     float_to_bfloat,
     float_to_half,
     half_to_float,
@@ -91,12 +92,15 @@ def _widened(context, builder, element, stored):
     return element
 
 
-def _nearest_of(context, builder, value, stored):
-    """Emit the nearest element of a type of 16 bits to a float32."""
+def _nearest_of(context, builder, value, own, stored):
+    """Emit the nearest element of a type to a number of the type `own`; of two, the even."""
+    if stored in (types.float32, types.float64):
+        return context.cast(builder, value, own, stored)
+    number = double_to_float(builder, value) if own == types.float64 else value
     if stored == types.uint16:
         native = converts_halves(context.codegen())
-        return float_to_half(builder, value, native=native, nearest=True)
-    return float_to_bfloat(builder, value, nearest=True)
+        return float_to_half(builder, number, native=native, nearest=True)
+    return float_to_bfloat(builder, number, nearest=True)
 
 
 @intrinsic
@@ -114,7 +118,7 @@ def _widen(_typing, value):
 
 @intrinsic
 def _narrow(_typing, value, like):
-    """Return `value` as an element stored like `like`."""
+    """Return `value` as an element stored like `like`; of 16 bits, a subnormal one is cut."""
 
     def emit(context, builder, signature, arguments):
         if like in (types.float32, types.float64):
@@ -129,10 +133,10 @@ def _narrow(_typing, value, like):
 
 @intrinsic
 def _nearest(_typing, value, like):
-    """Return the nearest element of 16 bits to a float32, stored like `like`; of two, the even."""
+    """Return the nearest element stored like `like` to a number; of two, the even."""
 
     def emit(context, builder, _signature, arguments):
-        return _nearest_of(context, builder, arguments[0], like)
+        return _nearest_of(context, builder, arguments[0], value, like)
 
     return like(value, like), emit
 
@@ -154,11 +158,9 @@ def _rounded(_typing, value, like):
     stored = like.dtype
     wanted = types.float64 if stored == types.float64 else types.float32
 
-    def emit(context, builder, signature, arguments):
-        number = context.cast(builder, arguments[0], signature.args[0], wanted)
-        if stored in (types.float32, types.float64):
-            return number
-        return _widened(context, builder, _nearest_of(context, builder, number, stored), stored)
+    def emit(context, builder, _signature, arguments):
+        number = _nearest_of(context, builder, arguments[0], value, stored)
+        return _widened(context, builder, number, stored)
 
     return wanted(value, like), emit
 

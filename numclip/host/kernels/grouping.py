@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip import formulas
 from numclip.host.kernels.cpu import array_of_squares, settle, slot_of, two_sum
-from numclip.host.kernels.elements import array_at, narrow, prefetch, widen
+from numclip.host.kernels.elements import array_at, nearest, prefetch, widen
 from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
 
@@ -325,7 +325,7 @@ def squares_of_groups(order, starts, values):
 def round_sums(sums, out):
     """Write sums, each rounded once."""
     for i in range(out.size):
-        out[i] = narrow(sums[i], out[i])
+        out[i] = nearest(sums[i], out[i])
 
 
 @kernel

@@ -11,7 +11,7 @@ import numpy as np
 
 from numclip import formulas
 from numclip.decisions import compiled
-from numclip.host.kernels.elements import array_at, narrow, widen
+from numclip.host.kernels.elements import array_at, nearest, widen
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import MODE, MULTIPLY, SKIPPED
@@ -96,7 +96,7 @@ def descend(begin, end, updates, factors, settings, like):
         for i in range(param.size):
             value = widen(param[i])
             step = rate * (widen(grad[i]) * factor + decay * value)
-            param[i] = narrow(value - step, param[i])
+            param[i] = nearest(value - step, param[i])
 
 
 @kernel
@@ -121,7 +121,7 @@ def descend_with_momentum(begin, end, updates, factors, settings, like):
             slope = widen(grad[i]) * factor + decay * value
             velocity[i] = sgd_velocity(slope, velocity[i], momentum)
             step = sgd_direction(slope, velocity[i], own, lookahead)
-            param[i] = narrow(value - rate * step, param[i])
+            param[i] = nearest(value - rate * step, param[i])
 
 
 @kernel
@@ -147,4 +147,4 @@ def adam(begin, end, updates, factors, settings, like):
             square[i] = moment(slope * slope, square[i], square_weight)
             step = adam_step(mean[i], np.sqrt(square[i]), rate, eps)
             value = widen(param[i])
-            param[i] = narrow(value - (step + decay * value), param[i])
+            param[i] = nearest(value - (step + decay * value), param[i])
