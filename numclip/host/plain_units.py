@@ -19,8 +19,9 @@ from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.units import LONG_ROW, lengths_about
 from numclip.law import Family, unit_laws
-from numclip.memory import Memory, Strided
+from numclip.memory import Memory, Strided, strides_of
 from numclip.tables import BOUND, EPS
+from numclip.views import view_of
 
 FEW_ROWS = 16
 """Rows, or blocks of columns, that are too few for threads to take one each where they are long."""
@@ -114,7 +115,12 @@ def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
     outer, reduced, inner = lengths[0], lengths[1] * row.components, lengths[2]
     if (inner > 1 and row.components == 2) or (reduced >= LONG_ROW and outer < FEW_ROWS):
         return None
-    return as_stored(array).reshape(outer, reduced, inner)
+    shape = outer, reduced, inner
+    if array.flags.writeable:
+        return as_stored(array).reshape(shape)
+    # For arrays that are only read, kernels would be compiled once more: five seconds each.
+    memory = Memory(array.ctypes.data, strides_of(shape, row.storage.itemsize))
+    return view_of(memory, shape, row.storage)
 
 
 @functools.lru_cache(maxsize=256)

@@ -36,7 +36,7 @@ def nested(grads):
 
 @njit(cache=True, fastmath=True, boundscheck=True, error_model="numpy", nogil=True)
 def flagged(grads):
-    return nc.clip_by_global_norm(grads, 1.0, nonfinite="zero", out=grads)[1]
+    return nc.clip_by_global_norm(grads, 1.0, out=grads)[1]
 
 @njit(cache=True, parallel=True, fastmath=True)
 def parallel(grads):
@@ -93,10 +93,14 @@ def run(folder: Path, *argv: str, **variables: str) -> list[str]:
 
 def test_code_from_another_process(tmp_path):
     """It runs, with the bits of Python's, whatever became of our kernels since."""
+    own = tmp_path / "cache" / "numclip"
+    own.mkdir(parents=True, mode=0o700)
+    for kernel in Path(os.environ["NUMBA_CACHE_DIR"], "numclip").glob("clip-*.nbc"):
+        shutil.copy(kernel, own)  # which other tests have compiled, it may be
     *expected, hits = run(tmp_path)
     assert hits == "hits 0 0 0"
     assert run(tmp_path) == [*expected, "hits 1 1 1"]
-    shutil.rmtree(tmp_path / "cache" / "numclip")
+    shutil.rmtree(own)
     assert run(tmp_path) == [*expected, "hits 1 1 1"]
     assert run(tmp_path, "changed") == [*expected, "hits 0 0 0"], "other kernels, other code"
     # Sums of interpreted kernels round otherwise: the norms of float64 differ, no element does.

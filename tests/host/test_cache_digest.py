@@ -114,9 +114,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numclip
 from numclip.host.kernels import cpu, little, updates
-from numclip.host.runtime import digest
+from numclip.host.runtime import digest, entries, parts, registers
 assert numclip.__file__.startswith(sys.argv[1]), numclip.__file__
-for kernel in little.clip, cpu.merge, updates.adam:
+print(digest.of_modules(entries, parts, registers))
+for kernel in updates.adam, little.clip, cpu.merge:
     print(digest.of(kernel.py_func))
 """
 
@@ -146,9 +147,9 @@ def test_the_digest_is_that_of_the_code_wherever_it_was_imported_from(tmp_path):
     here = listed(PACKAGE.parent, PYTHONHASHSEED="1")
     assert listed(zips[0], PYTHONHASHSEED="2") == here
     newer = listed(zips[1], PYTHONHASHSEED="3")
-    assert newer[0] != here[0]
-    assert newer[1] != here[1]
-    assert newer[2] == here[2]
+    assert newer[:2] == here[:2]
+    assert newer[2] != here[2]
+    assert newer[3] != here[3]
 
 
 def test_arrays_and_slices_are_told_apart_by_what_they_hold():

@@ -1,5 +1,6 @@
 """Compilation: the cache survives what happens to files, kernels vectorise, imports point down."""
 
+import json
 import os
 import platform
 import re
@@ -42,6 +43,48 @@ print(double(21.0), *double.stats.cache_hits.values())
 """
 
 
+# Runs programs in forks of itself: what takes most of their time, the start of numba, is done once.
+FORKING = """
+import json, os, sys
+import numclip
+from numba import njit
+from numba.core import config
+njit(lambda x: x)(1.0)
+for line in sys.stdin:
+    cache, code, environment, paths = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    config.CACHE_DIR = cache
+    exec(code, {"__name__": "__main__"})
+    sys.exit()
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """Return a function like `run`, for environments that numba does not read."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs forks")
+    paths = [tmp_path_factory.mktemp("forked") / name for name in ("stdout", "stderr")]
+    # Python warns of forks where there are threads, as OpenBLAS starts them.
+    variables = {**os.environ, "NUMCLIP_QUIET": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command, pipe = [sys.executable, "-W", "error", "-c", FORKING], subprocess.PIPE
+
+    with subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, text=True) as forking:
+
+        def run_forked(cache, code, **environment):
+            told = json.dumps([str(cache), code, environment, list(map(str, paths))])
+            print(told, file=forking.stdin, flush=True)
+            code = int(forking.stdout.readline())
+            return subprocess.CompletedProcess([], code, *(path.read_text() for path in paths))
+
+        yield run_forked
+
+
 def run(cache, code=CLIP, **environment):
     variables = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "NUMCLIP_QUIET": "1", **environment}
     command = [sys.executable, "-W", "error", "-c", code]
@@ -63,22 +106,22 @@ def test_the_second_process_takes_what_the_first_one_compiled(tmp_path):
 
 @pytest.mark.full
 @compiled_only
-def test_broken_cache_files_are_replaced(tmp_path):
-    assert run(tmp_path, KERNEL).stdout == "42.0\n"
-    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+def test_broken_cache_files_are_replaced(forked, tmp_path):
+    assert forked(tmp_path, KERNEL).stdout == "42.0\n"
+    assert forked(tmp_path, KERNEL).stdout == "42.0 1\n"
     (file,) = tmp_path.rglob("*.nbc")
     whole = file.read_bytes()
     for broken in (b"", whole[:40], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         file.write_bytes(broken)
-        again = run(tmp_path, KERNEL)
+        again = forked(tmp_path, KERNEL)
         assert (again.stdout, again.stderr) == ("42.0\n", "")
-        assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+        assert forked(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
 @pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("payload", ["b'no pickle'", "dumps(5)", "dumps(([], (1, 2)))", "ended"])
-def test_code_that_cannot_be_loaded_is_compiled(tmp_path, payload):
+def test_code_that_cannot_be_loaded_is_compiled(forked, tmp_path, payload):
     """A file that is what it says can still hold what this process cannot use."""
     spoilt = f"""
 from numclip.host.runtime import jit
@@ -89,18 +132,18 @@ def spoil(pair):
     return {"ended(pair)" if payload == "ended" else payload}
 jit.dumps = spoil
 """
-    assert run(tmp_path, KERNEL.replace("import sys", "import sys" + spoilt)).stdout == "42.0\n"
-    again = run(tmp_path, KERNEL)
+    assert forked(tmp_path, KERNEL.replace("import sys", "import sys" + spoilt)).stdout == "42.0\n"
+    again = forked(tmp_path, KERNEL)
     assert (again.returncode, again.stdout, again.stderr) == (0, "42.0\n", "")
-    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+    assert forked(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
 @pytest.mark.full
 @compiled_only
-def test_no_directory_for_the_cache(tmp_path):
+def test_no_directory_for_the_cache(forked, tmp_path):
     blocked = tmp_path / "a file"
     blocked.write_text("")
-    result = run(blocked, KERNEL, HOME=str(blocked), XDG_CACHE_HOME=str(blocked))
+    result = forked(blocked, KERNEL, HOME=str(blocked), XDG_CACHE_HOME=str(blocked))
     assert (result.stdout, result.stderr) == ("42.0\n", "")
     assert [*tmp_path.iterdir()] == [blocked]
 
@@ -111,23 +154,25 @@ def test_no_directory_for_the_cache(tmp_path):
     ("old", "new", "result"),
     [("2.0 * x", "3.0 * x", "63.0\n"), ("return part(x)", "return part(x) + 1", "43.0\n")],
 )
-def test_code_is_stale_when_what_it_is_made_of_changes(tmp_path, old, new, result):
-    assert run(tmp_path, KERNEL).stdout == "42.0\n"
-    assert run(tmp_path, KERNEL.replace(old, new)).stdout == result
-    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+def test_code_is_stale_when_what_it_is_made_of_changes(forked, tmp_path, old, new, result):
+    assert forked(tmp_path, KERNEL).stdout == "42.0\n"
+    assert forked(tmp_path, KERNEL.replace(old, new)).stdout == result
+    assert forked(tmp_path, KERNEL).stdout == "42.0 1\n"
 
 
 @pytest.mark.full
 @compiled_only
-@pytest.mark.parametrize(
-    "environment",
-    [{"NUMBA_OPT": "1"}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_CPU_NAME": "generic"}],
-)
-def test_code_for_other_settings_of_numba_is_not_taken(tmp_path, environment):
-    assert run(tmp_path, KERNEL).stdout == "42.0\n"
-    assert run(tmp_path, KERNEL, **environment).stdout == "42.0\n"
-    assert run(tmp_path, KERNEL, **environment).stdout == "42.0 1\n"
-    assert run(tmp_path, KERNEL).stdout == "42.0 1\n"
+def test_code_for_other_settings_of_numba_is_not_taken(tmp_path):
+    environments: list[dict[str, str]] = [
+        {},
+        {"NUMBA_OPT": "1"},
+        {"NUMBA_BOUNDSCHECK": "1"},
+        {"NUMBA_CPU_NAME": "generic"},
+    ]
+    for environment in environments:
+        assert run(tmp_path, KERNEL, **environment).stdout == "42.0\n"
+    for environment in environments:
+        assert run(tmp_path, KERNEL, **environment).stdout == "42.0 1\n"
 
 
 @compiled_only
@@ -155,31 +200,31 @@ def test_versions_arguments_and_options_are_in_the_description(monkeypatch):
 
 @pytest.mark.full
 @compiled_only
-def test_the_first_compilation_is_announced_once(tmp_path):
+def test_the_first_compilation_is_announced_once(forked, tmp_path):
     twice = KERNEL + "double(1)"
-    told = run(tmp_path, twice, NUMCLIP_QUIET="0").stderr
+    told = forked(tmp_path, twice, NUMCLIP_QUIET="0").stderr
     assert told.count("\n") == 1
     assert told.startswith("numclip: compiling")
     assert f"kept in {tmp_path}/numclip" in told
-    assert run(tmp_path, twice, NUMCLIP_QUIET="0").stderr == ""
-    assert run(tmp_path, twice.replace("2.0", "5.0")).stderr == ""
+    assert forked(tmp_path, twice, NUMCLIP_QUIET="0").stderr == ""
+    assert forked(tmp_path, twice.replace("2.0", "5.0")).stderr == ""
 
 
 @pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("stream", ["None", "open('/dev/full', 'w')", "open('/dev/null')"])
-def test_a_lost_stderr_is_no_fault(tmp_path, stream):
+def test_a_lost_stderr_is_no_fault(forked, tmp_path, stream):
     code = f"import sys; kept, sys.stderr = sys.stderr, {stream}\n{KERNEL}\nsys.stderr = kept"
-    assert run(tmp_path, code, NUMCLIP_QUIET="").stdout == "42.0\n"
+    assert forked(tmp_path, code, NUMCLIP_QUIET="").stdout == "42.0\n"
 
 
 @pytest.mark.full
 @compiled_only
-def test_nowhere_to_keep_code_is_announced_with_the_reason(tmp_path):
+def test_nowhere_to_keep_code_is_announced_with_the_reason(forked, tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     place = str(tmp_path / "open")
-    told = run(place, KERNEL, NUMCLIP_QUIET="0", HOME=place, XDG_CACHE_HOME=place).stderr
+    told = forked(place, KERNEL, NUMCLIP_QUIET="0", HOME=place, XDG_CACHE_HOME=place).stderr
     assert "kept nowhere" in told
     assert f"{place} can be written by others" in told
     assert [*(tmp_path / "open").iterdir()] == []
@@ -233,7 +278,6 @@ def halves_here():
         ({"NUMBA_CPU_NAME": "generic"}, False),
         ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+f16c"}, True),
         ({"NUMBA_CPU_FEATURES": "-f16c"}, False),
-        ({"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse4.2"}, False),
         ({"NUMBA_ENABLE_AVX": "0"}, None),
     ],
 )
@@ -249,7 +293,7 @@ def test_halves_are_computed_alike_on_any_target(tmp_path, halves_here, environm
 @pytest.mark.full
 @compiled_only
 @pytest.mark.parametrize("used", ["", "whole(1.0);"])
-def test_a_part_of_kernels_is_not_called_from_python(tmp_path, used):
+def test_a_part_of_kernels_is_not_called_from_python(forked, tmp_path, used):
     """It has no way in from there; numba would call address 0."""
     code = f"""
 from numclip.host.runtime.jit import inline, kernel
@@ -265,13 +309,13 @@ try:
 except TypeError as error:
     print(error, whole(1.0))
 """
-    result = run(tmp_path, code)
+    result = forked(tmp_path, code)
     assert result.stdout == "part is a part of kernels: only they can call it 2.0\n"
 
 
 @pytest.mark.full
 @compiled_only
-def test_a_kernel_that_kernels_call_is_a_part_of_them(tmp_path):
+def test_a_kernel_that_kernels_call_is_a_part_of_them(forked, tmp_path):
     code = """
 from numclip.host.runtime.jit import kernel
 @kernel
@@ -283,7 +327,7 @@ def whole(x):
 print(whole(3.0), len(half.overloads))
 print(half(3.0), len(half.overloads))
 """
-    assert run(tmp_path, code).stdout == "3.0 0\n1.5 1\n"
+    assert forked(tmp_path, code).stdout == "3.0 0\n1.5 1\n"
 
 
 @pytest.mark.full

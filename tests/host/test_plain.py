@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import numclip as nc
 from numclip.host import lists as plain
 from numclip.host import nests, outs
-from numclip.host.kernels import arrays, little
+from numclip.host.kernels import arrays, little, unit_loops
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
@@ -214,7 +214,7 @@ def test_much_of_one_dtype_has_the_bits_of_little(monkeypatch, dtype):
 
 
 def test_strided_arrays_are_brought_back_where_they_were_written():
-    for ord in (2, 1):
+    for ord in (2.0, 1.0):
         grads = [np.ones((4, 6))[:, ::2], np.full((4, 6), 1e-3)[:, ::2]]
         assert plain.clip_each(grads, 0.5, grads, ord, 0) is not None
         assert (grads[1] == 1e-3).all()
@@ -324,6 +324,16 @@ def test_read_only_arrays_are_refused_in_place_only():
     with pytest.raises(ValueError, match="writeable"):
         nc.clip_by_global_norm(grads, 1.0, out=grads)
     assert plain.clip_by_global_norm(grads, 1.0, None)[1] == 2.0
+
+
+def test_arrays_that_are_only_read_need_no_code_of_their_own():
+    rows = np.arange(12.0).reshape(3, 4)
+    expected = nc.clip_by_norm(rows, 1.0, 1)
+    known = list(getattr(unit_loops.clip_little, "signatures", ()))
+    clipped = nc.clip_by_norm(LAYOUTS["read_only"](rows), 1.0, 1)
+    assert clipped.flags.writeable
+    assert_same_bits(clipped, expected)
+    assert list(getattr(unit_loops.clip_little, "signatures", ())) == known
 
 
 @pytest.mark.parametrize("field", ["DATA", "NDIM", "SHAPE", "STRIDES", "DESCR", "FLAGS", "KIND"])

@@ -45,10 +45,15 @@ def of(function: Callable[..., Any]) -> str:
 
 @functools.cache
 def of_modules(*modules: types.ModuleType) -> str:
-    """Return the digest of the code that some modules define, and of their constants."""
+    """Return the digest of the code that some modules define, and of their constants.
+
+    It is the same wherever they were imported from.
+    """
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(vars(module).items()):
+            if name.startswith("__"):  # where it lies, and its docstring
+                continue
             for part in (name, *_defined(value, module.__name__)):
                 digest.update(part.encode() + b"\0")
     return digest.hexdigest()
