@@ -55,7 +55,12 @@ def test_the_factor_reaches_the_bound_and_no_more(norm, bound, unscale, spread, 
     assert own * (1 - Fraction(2) ** -51) <= Fraction(out[t.FINE]) <= own * (1 + Fraction(2) ** -51)
     assert out[t.NORM] == norm
     assert out[t.CLIPPED] == pytest.approx(min(norm, bound), rel=1e-5)
-    assert out[t.MODE] == (t.LEAVE if norm <= bound and unscale == 1.0 else t.MULTIPLY)
+    if norm <= bound and unscale == 1.0:
+        assert out[t.MODE] == t.LEAVE
+    elif min(out[t.SCALE], factor) < TINY:
+        assert out[t.MODE] == t.TRUNCATE
+    else:
+        assert out[t.MODE] == t.MULTIPLY
 
 
 @pytest.mark.parametrize("policy", [t.SKIP, t.RAISE])
