@@ -47,8 +47,11 @@ SAFE = 2.0**-960, 2.0**1000
 BIN_LIMIT = 2.0**480
 BIN_EXPONENT = 600
 BIN_SCALE = 2.0**BIN_EXPONENT
-MOST_ORDER = 2.0**51
-"""From here on norms are those of order inf: as many elements as memory holds add 2e-14 of it."""
+MOST_ORDER = 2.0**46
+"""From here on norms are those of order inf: as many elements as memory holds add 5e-13 of it.
+
+Exponents of sums of powers below it are exact in tables of float64.
+"""
 LOWEST = -1022
 """The exponent of the smallest normal float64, whose reciprocal is a number, too."""
 

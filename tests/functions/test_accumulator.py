@@ -108,7 +108,7 @@ def test_any_grouping_of_thousands_of_ranks_has_the_bits_of_all_at_once(ranks):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ord", [1, 1.3, 3, 4, 33.3, 1500, 1e7, 2.0**50 + 1, math.inf])
+@pytest.mark.parametrize("ord", [1, 1.3, 3, 4, 33.3, 1500, 1e7, 2.0**46 - 1, math.inf])
 @pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
 def test_other_orders_have_the_bits_of_all_at_once(ord, size):
     rng = np.random.default_rng(4)
@@ -138,7 +138,7 @@ def test_any_grouping_has_the_bits_of_all_at_once_in_other_orders(ord, data, gra
 
 
 def test_orders_near_infinity_are_infinite():
-    assert nc.NormAccumulator(2.0**51).ord == math.inf == nc.NormAccumulator(1e300).ord
+    assert nc.NormAccumulator(2.0**46).ord == math.inf == nc.NormAccumulator(1e300).ord
     assert nc.global_norm([np.full(9, 3.0)], 1e300) == 3.0
 
 

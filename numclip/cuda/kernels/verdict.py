@@ -86,12 +86,12 @@ def add_parts(tensor, repeated, ord, law, partial, out, room):
     total, exponent, bad = join_powers(partial, col.TOTAL, first, last, ord, room)
     total, exponent = over_one(total, exponent, ord, law[col.PEAK], law[col.RATIO])
     terms, power = total, exponent
-    if repeated:
-        peak, ratio = law[col.TERMS_PEAK], law[col.TERMS_RATIO]
+    if tensor[col.REPEATS] != 0:
         terms, power, _ = join_powers(partial, col.TERMS, first, last, ord, room)
-        terms, power = over_one(terms, power, ord, peak, ratio)
-        if tensor[col.REPEATS] == 0:
-            terms = scale_by_power(total, 2 * (exponent - power))
+        terms, power = over_one(terms, power, ord, law[col.TERMS_PEAK], law[col.TERMS_RATIO])
+    elif repeated and ord != 2.0:  # told with the exponent that other tensors' terms have
+        largest, power = over_one(1.0, 0, ord, law[col.TERMS_PEAK], law[col.TERMS_RATIO])
+        terms = largest if ord == math.inf else scale_by_power(total, 2 * (exponent - power))
     if cuda.threadIdx.x == 0:
         out[col.TOTAL], out[col.EXPONENT], out[col.BAD] = total, exponent, bad
         out[col.TERMS], out[col.TERMS_EXPONENT] = terms, power
