@@ -33,14 +33,20 @@ def piece_of(
     entries: Sequence[Gradient], ord: float, duplicates: str, policy: str = "propagate"
 ) -> Piece:
     """Return the sums of described gradients likewise."""
-    repeated = [k for k, own in enumerate(entries) if own.repeated and duplicates == "sum"]
-    sums = _measured(entries, ord, duplicates, policy)
+    summed = [entry for entry in entries if entry.repeated and duplicates == "sum"]
+    sums = _measured(entries, summed, ord, duplicates, policy)
     size = sum(entry.size for entry in entries)
-    return Piece(sums, size, repeated_loss([entries[k] for k in repeated], ord))
+    return Piece(sums, size, repeated_loss(summed, ord))
 
 
-def _measured(entries: Sequence[Gradient], ord: float, duplicates: str, policy: str) -> Array:
-    """Return the rows of sums of some gradients."""
+def _measured(
+    entries: Sequence[Gradient],
+    summed: Sequence[Gradient],
+    ord: float,
+    duplicates: str,
+    policy: str,
+) -> Array:
+    """Return the rows of sums of some gradients, of which those of some are summed first."""
     engine = entries[0].engine
     engine.require()
     used = [entry.facts for entry in entries]
@@ -52,7 +58,6 @@ def _measured(entries: Sequence[Gradient], ord: float, duplicates: str, policy: 
         pools = [Pool(t, t + 1, 0, policy) for t in range(len(spans))]
     plan, free = engine.kept_plan(spans, pools, stream)
     rows = [span for span in spans if isinstance(span, RowSpan)]
-    summed = [entry for entry in entries if entry.repeated and duplicates == "sum"]
     with plan.lock:
         if rows:
             slices: list[Any] = [entry.slices for entry in summed]

@@ -194,10 +194,8 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
 def ratios_of(share, g, groups, order, how, law, room):
     """Return a thread's magnitudes of a group's sum and of its terms, each over its scale."""
     value, size = 0.0, 0.0
-    scale, terms_scale = (
-        usable(law[col.PEAK], law[col.ORD]),
-        usable(law[col.TERMS_PEAK], law[col.ORD]),
-    )
+    scale = usable(law[col.PEAK], law[col.ORD])
+    terms_scale = usable(law[col.TERMS_PEAK], law[col.ORD])
     part = np.int64(0)
     while part < share[col.COMPONENTS]:
         total, terms, _ = sums_of(share, g, groups, order, part, how, room)
