@@ -275,12 +275,7 @@ def clip_by_norm(
         if result is not None:
             return result
         return clip.clip_whole(grad, bound, out, lambda _: 1.0, order)
-    result = lists.each(
-        grad,
-        out,
-        lambda own, to, reduced, _: plain_units.clip(own, bound, reduced, to, ord=order),
-        lambda own: arguments.axes_of(axes, own.ndim) or (),
-    )
+    result = plain_units.clip(grad, bound, axes, arguments.axes_of, out, ord=order)
     if result is not None:
         return result
     return parts.clip_by_norm(grad, bound, axes, order, out)
@@ -478,13 +473,7 @@ def adaptive_clip(
     factor = arguments.bound("clip_factor", clip_factor)
     least = arguments.bound("eps", eps)
     if param is not None:
-        result = lists.each(
-            grad,
-            out,
-            lambda own, to, over, owner: plain_units.clip(own, factor, over, to, owner, least),
-            lambda own: arguments.adaptive_axes(axes, own.ndim),
-            param,
-        )
+        result = plain_units.clip(grad, factor, axes, arguments.adaptive_axes, out, param, least)
         if result is not None:
             return result
     return parts.adaptive_clip(grad, param, factor, least, axes, out)

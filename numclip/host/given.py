@@ -8,7 +8,7 @@ general way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,8 @@ class Given:
         self.addresses = np.zeros(len(targets) + len(self._held), np.int64)
         natives = natives or [facts.native for facts in targets]
         self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
-        self.wanted = np.array(self._wanted(_merged(taken)), np.int64)
+        shapes = [facts.shape for facts in self.targets]
+        self.wanted = wanted_table(self._dtypes, shapes, _merged(taken), self._held)
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         self._rows = self._row_table()
@@ -104,21 +105,6 @@ class Given:
                 found.append((batch, written.like))
         return found
 
-    def _wanted(self, taken: Extents) -> list[int]:
-        """Return what `kernels.given` is told of the arrays."""
-        rows: list[int] = []
-        axes: list[int] = []
-        first = given.HEAD + given.ROW * self.addresses.size
-        for k, (facts, dtype) in enumerate(zip(self.targets, self._dtypes, strict=True)):
-            free = int(k in self._held)
-            nbytes = math.prod(facts.shape[free:]) * dtype.itemsize
-            rows += [id(dtype), len(facts.shape), first + len(axes), nbytes, free]
-            axes += facts.shape
-        rows += [id(INDEX), 1, first, INDEX.itemsize, 1] * len(self._held)
-        ids = id(np.ndarray), id(None), id(KEPT)
-        head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
-        return [*head, *rows, *axes, *(low for low, _ in taken), *(high for _, high in taken)]
-
     def read(self, items: tuple[Any, ...]) -> bool:
         """Find where arrays lie; tell whether all are as they are wanted."""
         self.check(items)
@@ -153,6 +139,29 @@ class Given:
         return threads.kept(
             [batch.call(given.take_all, *own, self.addresses) for batch, own in how]
         )
+
+
+def wanted_table(
+    dtypes: Sequence[np.dtype[Any]],
+    shapes: Sequence[tuple[int, ...]],
+    taken: Extents = (),
+    held: Container[int] = (),
+) -> Array:
+    """Return what `kernels.given` is told of arrays; `held` are those that take rows."""
+    free = [k for k in range(len(shapes)) if k in held]
+    rows: list[int] = []
+    axes: list[int] = []
+    first = given.HEAD + given.ROW * (len(shapes) + len(free))
+    for k, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+        own = int(k in held)
+        nbytes = math.prod(shape[own:]) * dtype.itemsize
+        rows += [id(dtype), len(shape), first + len(axes), nbytes, own]
+        axes += shape
+    rows += [id(INDEX), 1, first, INDEX.itemsize, 1] * len(free)
+    ids = id(np.ndarray), id(None), id(KEPT)
+    head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
+    ends = *(low for low, _ in taken), *(high for _, high in taken)
+    return np.array([*head, *rows, *axes, *ends], np.int64)
 
 
 def _merged(extents: Extents) -> list[tuple[int, int]]:

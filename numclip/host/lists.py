@@ -192,7 +192,7 @@ def clip_items(
     each: int = 0,
 ) -> tuple[Items, float] | None:
     """Clip the arrays of a tuple, in place or into new ones; return them and the norm."""
-    results = items if in_place else _copied(items, PARALLEL_BYTES)
+    results = items if in_place else copied(items, PARALLEL_BYTES)
     if results:
         norm, state = _clip_little(results, little.WRITES | each, bound, ord, what, given)
         if state <= WRITTEN:
@@ -241,7 +241,7 @@ def _clip_plain(items: Items, how: int, bound: float, what: int) -> tuple[int, f
     return plain.clip(pointers_of(items), len(items), *told)  # type: ignore[no-any-return]
 
 
-def _copied(items: Items, limit: float = math.inf) -> Items | None:
+def copied(items: Items, limit: float = math.inf) -> Items | None:
     """Return copies of arrays; None where they have more bytes than that, or one is none."""
     copies: list[Array | None] = []
     nbytes = 0
@@ -285,7 +285,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
     """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
-    results = items if in_place else _copied(items)
+    results = items if in_place else copied(items)
     if not results or not READABLE:
         return None
     kind = kind_of(results)
@@ -363,9 +363,14 @@ def _can_be_written(items: Items) -> bool:
     return share_no_memory(given) and all(item.flags.writeable for item in given)
 
 
+def are_alike(held: Any, items: Items, owners: Any, own: Items) -> bool:
+    """Tell whether two structures of a type have the same keys, by their items."""
+    return len(own) == len(items) and (type(held) is not dict or [*held] == [*owners])
+
+
 def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
     """Tell whether there is an array of the same shape for each, that is not written before."""
-    if len(own) != len(items) or (type(held) is dict and [*held] != [*owners]):
+    if not are_alike(held, items, owners, own):
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
     fit = all(kind_of((b,)) is not None and a.shape == b.shape for a, b in pairs)
@@ -383,7 +388,7 @@ def _clip_much(
         return None
     norm, factor = found
     if factor == 1.0 or in_place:
-        results = items if in_place else _copied(items)
+        results = items if in_place else copied(items)
         assert results is not None
     else:
         results = tuple(None if item is None else np.empty_like(item) for item in items)

@@ -1,19 +1,22 @@
-"""Units of one plain array, clipped without a plan; those of little by one native call.
+"""Units of plain arrays, clipped without a plan; those of little by one native call.
 
 As in `lists`: a function does the whole job with the bits of the general way, or returns None and
-has touched nothing.
+has written nothing that would be written otherwise.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from numclip.dtypes import Array, DType, as_stored
-from numclip.host import columns, lists
-from numclip.host.kernels import unit_loops
+from numclip.dtypes import Array, DType, as_stored, lookup
+from numclip.host import columns, lists, nests, outs
+from numclip.host.given import wanted_table
+from numclip.host.kernels import plain_units, unit_loops
 from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
@@ -27,25 +30,92 @@ FEW_ROWS = 16
 """Rows, or blocks of columns, that are too few for threads to take one each where they are long."""
 
 
+Reduce = Callable[[Any, int], "tuple[int, ...] | None"]
+"""Makes of an argument for axes those of an array of some dimensions, in ascending order."""
+
+
 def clip(
+    grads: Any,
+    bound: float,
+    axes: Any,
+    reduce: Reduce,
+    out: Any,
+    params: Any = None,
+    eps: float = 0.0,
+    ord: float = 2.0,
+) -> Any:
+    """Hold the norm of each unit to a bound, or to a fraction of its owner's; return the results.
+
+    Of an array, or of each of a list, tuple or dict of arrays. Owners are units of parameters,
+    of which there are as many; their norms are of order 2.
+    """
+    if not outs.takes(grads, out):
+        how = axes, reduce, None, params, eps, ord
+        return outs.put(grads, out, lambda: clip(grads, bound, *how), params)
+    if ord == 2.0 and lists.READABLE:
+        result = _clip_little(grads, bound, axes, reduce, out, params, eps)
+        if result is not None:
+            return result
+    return lists.each(
+        grads,
+        out,
+        lambda own, to, over, param: _clip_one(own, bound, over, to, param, eps, ord),
+        lambda own: reduce(axes, own.ndim) or (),
+        params,
+    )
+
+
+def _clip_little(
+    grads: Any, bound: float, axes: Any, reduce: Reduce, out: Any, params: Any, eps: float
+) -> Any:
+    """Do so by one native call."""
+    kind = type(grads)
+    if params is not None and type(params) is not kind:
+        return None
+    if kind is np.ndarray:
+        items, held, owners = (grads,), None, () if params is None else (params,)
+    else:
+        (items, held), owners = nests.taken(grads), nests.items_of(params)
+        if params is not None and not lists.are_alike(held, items, params, owners):
+            return None
+    results = items if out is not None else lists.copied(items, PARALLEL_BYTES)
+    if results is None or {*map(type, results + owners)} != {np.ndarray} or not _can_be_kept(axes):
+        return None
+    every = results + owners
+    known = _told(every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce)
+    if known is None or known[0] >= PARALLEL_BYTES:
+        return None
+    _, tables, like = known
+    if not plain_units.clip(lists.pointers_of(every), *tables, bound, eps, like):
+        return None
+    return results[0] if held is None else nests.rebuilt(held, results, out)
+
+
+def _can_be_kept(axes: Any) -> bool:
+    """Tell whether no other axes are equal to some, as True is to 1."""
+    return (
+        axes is None or type(axes) is int or (type(axes) is tuple and {*map(type, axes)} == {int})
+    )
+
+
+def _clip_one(
     grad: Any,
     bound: float,
     axes: tuple[int, ...],
     out: Any,
-    owner: Any = None,
-    eps: float = 0.0,
-    ord: float = 2.0,
+    owner: Any,
+    eps: float,
+    ord: float,
 ) -> Any:
-    """Hold the norm of each unit to a bound, or to a fraction of its owner's; return the result.
-
-    Axes are in ascending order. Owners' norms are of order 2.
-    """
+    """Clip one array by all threads, if it is plain."""
     kind = lists.kind_of((grad,)) if out is None or out is grad else None
     if kind is None or not axes or not grad.nbytes or not (out is None or grad.flags.writeable):
         return None
     x = _cut(grad, kind.row, axes)
     param = x if owner is None else _cut(owner, kind.row, axes)
     if x is None or param is None or (owner is not None and owner.shape != grad.shape):
+        return None
+    if ord != 2.0 and kind.row.components == 2:  # magnitudes are not those of the parts
         return None
     result, y = grad, x
     if out is None:
@@ -54,10 +124,6 @@ def clip(
     law = _law(kind.row, x.shape[1] // kind.row.components, ord).copy()
     law[BOUND], law[EPS] = bound, eps
     told = x, param if owner is not None else x[:0], law, kind.row.digits
-    if ord == 2.0 and grad.nbytes < PARALLEL_BYTES:
-        return result if unit_loops.clip_little(*told, y) else None
-    if ord != 2.0 and kind.row.components == 2:  # magnitudes are not those of the parts
-        return None
     factors = _factors(*told) if ord == 2.0 else _factors_by_order(x, ord, law, kind.row.digits)
     return result if _scale(x, factors, y) else None
 
@@ -109,18 +175,54 @@ def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
     """Return storage as (outer, reduced, inner), units being rows where `inner` is 1."""
     if type(array) is not np.ndarray or array.dtype != row.native:
         return None
-    lengths = lengths_about(array.shape, axes)
-    if lengths is None or not (array.flags.c_contiguous and array.flags.aligned):
+    shape = _lengths(array.shape, axes, row)
+    if shape is None or not (array.flags.c_contiguous and array.flags.aligned):
         return None
-    outer, reduced, inner = lengths[0], lengths[1] * row.components, lengths[2]
-    if (inner > 1 and row.components == 2) or (reduced >= LONG_ROW and outer < FEW_ROWS):
-        return None
-    shape = outer, reduced, inner
     if array.flags.writeable:
         return as_stored(array).reshape(shape)
     # For arrays that are only read, kernels would be compiled once more: five seconds each.
     memory = Memory(array.ctypes.data, strides_of(shape, row.storage.itemsize))
     return view_of(memory, shape, row.storage)
+
+
+def _lengths(shape: Sequence[int], axes: tuple[int, ...], row: DType) -> Any:
+    """Return the lengths of an array's storage about axes, None where units are no rows or columns.
+
+    And where they are too few and long.
+    """
+    lengths = lengths_about(shape, axes)
+    if lengths is None:
+        return None
+    outer, reduced, inner = lengths[0], lengths[1] * row.components, lengths[2]
+    if (inner > 1 and row.components == 2) or (reduced >= LONG_ROW and outer < FEW_ROWS):
+        return None
+    return outer, reduced, inner
+
+
+@functools.lru_cache(maxsize=256)
+def _told(
+    dtype: np.dtype[Any], shapes: tuple[tuple[int, ...], ...], count: int, axes: Any, reduce: Reduce
+) -> tuple[int, tuple[Array, Array, Array], Array] | None:
+    """Return the bytes of arrays and what `kernels.plain_units` is told of them, None of others.
+
+    After the first `count` come their parameters, if these count.
+    """
+    row = lookup(dtype)
+    own, others = shapes[:count], shapes[count:]
+    if row is None or (others and others != own):
+        return None
+    places, laws = [], []
+    for k, shape in enumerate(own):
+        over = reduce(axes, len(shape))
+        lengths = _lengths(shape, over, row) if over else None
+        if lengths is None or 0 in shape:
+            return None
+        places.append((*lengths, row.digits, count + k if others else 0))
+        laws.append(_law(row, lengths[1] // row.components, 2.0))
+    native = np.dtype(row.native.type)  # whose id is compared
+    wanted = wanted_table([native] * len(shapes), shapes)
+    nbytes = sum(map(math.prod, own)) * native.itemsize
+    return nbytes, (wanted, np.array(places, np.int64), np.array(laws)), row.like
 
 
 @functools.lru_cache(maxsize=256)

@@ -77,6 +77,99 @@ def test_plain_arrays_have_the_bits_of_others(dtype, shape, axes, scale):
             assert_same_bits(own, np.asarray(other))
 
 
+def grads_and_params(dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return two matrices in one buffer and a third one, and parameters of their shapes."""
+    rng = np.random.default_rng(8)
+    buffer = normal(rng, (90,), dtype)
+    grads = [buffer[:30].reshape(5, 6), buffer[30:90].reshape(15, 4), normal(rng, (2, 3), dtype)]
+    return grads, [normal(rng, grad.shape, dtype) for grad in grads]
+
+
+@pytest.mark.parametrize(
+    ("changed", "k", "change"),
+    [
+        ("nothing", 0, np.copy),
+        ("bound", 0, np.copy),  # so small that results are truncated
+        ("grads", 2, lambda grad: grad * 1e-170),  # whose squares are lost
+        ("params", 1, lambda param: param * 1e-160),
+        ("grads", 2, lambda grad: grad.astype("float32")),
+        ("params", 0, np.asfortranarray),
+        ("params", 0, lambda param: param.astype("float32")),
+    ],
+    ids=[
+        "plain",
+        "truncated",
+        "lossy",
+        "lossy parameter",
+        "mixed",
+        "other order",
+        "other parameter",
+    ],
+)
+@pytest.mark.each_value
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda grads, _, bound, out=None: nc.clip_by_norm(grads, bound, 0, out=out),
+        lambda *pair, out=None: nc.adaptive_clip(*pair, axes=0, out=out),
+    ],
+    ids=["norm", "ratio"],
+)
+def test_units_of_a_list_are_those_of_each(clip, changed, k, change):
+    grads, params = grads_and_params("float64")
+    for name, arrays in (("grads", grads), ("params", params)):
+        if name == changed:
+            arrays[k] = change(arrays[k])
+
+    bound = 1e-308 if changed == "bound" else 0.3
+    pairs = zip(grads, params, strict=True)
+    wanted = [np.asarray(clip(general(own), param, bound)) for own, param in pairs]
+    before = [grad.copy() for grad in grads]
+    made = clip(grads, params, bound)
+    for own, grad, other, right in zip(made, grads, before, wanted, strict=True):
+        assert_same_bits(own, right)
+        assert_same_bits(grad, other)
+        assert not np.shares_memory(own, grad)
+    for own, grad, right in zip(clip(grads, params, bound, out=grads), grads, wanted, strict=True):
+        assert own is grad
+        assert_same_bits(own, right)
+
+
+def test_parameters_are_read_before_anything_is_written_there():
+    square = np.random.default_rng(9).standard_normal((4, 4))
+    wanted = nc.adaptive_clip([square, 2 * square], [square, 2 * square], 0.3, axes=0)
+    grads = [square.copy(), 2 * square]
+    for own, right in zip(
+        nc.adaptive_clip(grads, grads, 0.3, axes=0, out=grads), wanted, strict=True
+    ):
+        assert_same_bits(own, right)
+    grads = [square.copy(), 2 * square]
+    with pytest.raises(ValueError, match="shares memory with param"):
+        nc.adaptive_clip(grads, grads[::-1], 0.3, axes=0, out=grads)
+    assert_same_bits(grads[0], square)
+
+
+def test_units_in_place_are_refused_as_a_whole():
+    grads, _ = grads_and_params("float64")
+    before = [grad.copy() for grad in grads]
+    grads[2].flags.writeable = False
+    with pytest.raises(ValueError, match=r"out\[2\]"):
+        nc.clip_by_norm(grads, 0.1, 0, out=grads)
+    overlapping = [grads[0], grads[0][:, ::-1]]
+    with pytest.raises(ValueError, match="out"):
+        nc.clip_by_norm(overlapping, 0.1, 0, out=overlapping)
+    shifted = [grads[0], grads[0].reshape(-1)[3:15].reshape(3, 4)]
+    with pytest.raises(ValueError, match="out"):
+        nc.clip_by_norm(shifted, 0.1, 0, out=shifted)
+    for own, other in zip(grads, before, strict=True):
+        assert_same_bits(own, other)
+    with pytest.raises(TypeError, match="axes"):
+        nc.clip_by_norm(grads[0], 0.1, True, out=grads[0])
+    with pytest.raises(ValueError, match="axes"):
+        nc.clip_by_norm(grads[0], 0.1, 2, out=grads[0])
+    assert_same_bits(grads[0], before[0])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
 @pytest.mark.parametrize("axes", [0, 1])
 def test_much_is_clipped_by_units_as_little_is(monkeypatch, dtype, axes):

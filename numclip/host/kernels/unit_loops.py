@@ -242,38 +242,14 @@ def mark_lossy(x, sums):
 
 
 @inline
-def scale_units(x, factors, out):
-    """Multiply units by their factors, see `unit_squares`."""
+def scale_units(x, factors):
+    """Multiply units in place by their factors, see `unit_squares`."""
     if x.shape[2] == 1:
-        shape = x.shape[0], x.shape[1]
-        scale_rows(0, factors.size, x.reshape(shape), factors, out.reshape(shape))
+        rows = x.reshape(x.shape[0], x.shape[1])
+        scale_rows(0, factors.size, rows, factors, rows)
     else:
         shape = x.shape[0], x.shape[2]
-        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), out)
-
-
-@kernel
-def clip_little(x, params, law, digits, out):
-    """Clip units, see `unit_squares`; tell whether that is done, and else nothing is written.
-
-    Not where sums lose something, or results are to be truncated.
-    """
-    count = x.shape[0] * x.shape[2]
-    sums, owners = np.zeros(count), np.zeros(count if params.size else 0)
-    if not unit_squares(x, digits, sums):
-        return False
-    if params.size and not unit_squares(params, digits, owners):
-        return False
-    found, factors, clips = np.empty(count), np.full(count, as_computed(1.0, x)), False
-    unit_factors(0, count, sums, owners, law, digits, found)
-    for unit in range(count):
-        if found[unit] == UNKNOWN:
-            return False
-        factors[unit] = found[unit]
-        clips |= found[unit] != 1.0
-    if clips or x.ctypes.data != out.ctypes.data:
-        scale_units(x, factors, out)
-    return True
+        scale_columns(0, x.shape[0] * x.shape[1], x, factors.reshape(shape), x)
 
 
 @kernel
@@ -288,7 +264,7 @@ def scale_little(begin, end, places, units, like):
             factors[unit] = units[own[UNIT] + unit, FACTOR]
             clips |= factors[unit] != 1.0
         if clips:
-            scale_units(x, factors, x)
+            scale_units(x, factors)
 
 
 @inline

@@ -1,0 +1,92 @@
+"""Units of contiguous arrays of one dtype that hold little: all arrays clipped in one call.
+
+Sums and factors are those of `unit_loops`: where these are not known, nothing else is written.
+"""
+
+import numpy as np
+
+from numclip.host.kernels import given
+from numclip.host.kernels.arrays import FLAGS, WRITEABLE, own_their_data
+from numclip.host.kernels.cpu import LENGTH, SOURCE
+from numclip.host.kernels.elements import array_at, as_computed, word_at
+from numclip.host.kernels.examples import UNKNOWN
+from numclip.host.kernels.plain import are_apart
+from numclip.host.kernels.unit_loops import scale_units, unit_factors, unit_squares
+from numclip.host.runtime.jit import inline, kernel_with_gil
+from numclip.tables import BOUND, EPS
+
+# Of an array: its lengths about its axes, in stored numbers, its digits, and where among the arrays
+# its parameter is, 0 if that does not count.
+OUTER, REDUCED, INNER, DIGITS, PARAM, COLUMNS = range(6)
+
+
+@inline
+def can_be_written(items, places, wanted, addresses, itemsize):
+    """Tell whether arrays can be, of which there are places, and none shares memory."""
+    header = wanted[given.HEADER]
+    for k in range(places.shape[0]):
+        if word_at(word_at(items + k * given.WORD) + header + FLAGS) & WRITEABLE == 0:
+            return False
+    if own_their_data(items, addresses.size, header, wanted[given.NONE]):
+        return True
+    spans = np.empty((addresses.size, 4), np.int64)
+    for k in range(addresses.size):
+        own = places[k % places.shape[0]]
+        spans[k, SOURCE] = addresses[k]
+        spans[k, LENGTH] = own[OUTER] * own[REDUCED] * own[INNER]
+    return are_apart(spans, itemsize)
+
+
+@inline
+def units_at(address, place, like):
+    """Return an array's storage as `unit_loops.unit_squares` has it."""
+    outer, reduced, inner = place[OUTER], place[REDUCED], place[INNER]
+    return array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
+
+
+@inline
+def clip_units(x, params, law, digits):
+    """Clip the units of an array in place; tell whether that is done, and else nothing is written.
+
+    Not where sums lose something, or results are to be truncated.
+    """
+    count = x.shape[0] * x.shape[2]
+    sums, owners = np.zeros(count), np.zeros(count if params.size else 0)
+    if not unit_squares(x, digits, sums):
+        return False
+    if params.size and not unit_squares(params, digits, owners):
+        return False
+    found, factors, clips = np.empty(count), np.full(count, as_computed(1.0, x)), False
+    unit_factors(0, count, sums, owners, law, digits, found)
+    for unit in range(count):
+        if found[unit] == UNKNOWN:
+            return False
+        factors[unit] = found[unit]
+        clips |= found[unit] != 1.0
+    if clips:
+        scale_units(x, factors)
+    return True
+
+
+@kernel_with_gil
+def clip(items, wanted, places, laws, bound, eps, like):
+    """Clip arrays of a tuple by their units, in place; tell whether all are done.
+
+    After them come their parameters, if these count. Where some are not, to do all again changes
+    nothing in those that are.
+    """
+    count = places.shape[0]
+    addresses = np.empty(count * (2 if places[0, PARAM] != 0 else 1), np.int64)
+    if not given.find(items, wanted, addresses):
+        return False
+    if not can_be_written(items, places, wanted, addresses, like.itemsize):
+        return False
+    for k in range(count):
+        own, law = places[k], laws[k].copy()
+        law[BOUND], law[EPS] = bound, eps
+        x, params = units_at(addresses[k], own, like), like.reshape((0, 0, 0))
+        if own[PARAM] != 0:
+            params = units_at(addresses[own[PARAM]], own, like)
+        if not clip_units(x, params, law, int(own[DIGITS])):
+            return False
+    return True
