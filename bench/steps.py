@@ -30,8 +30,13 @@ def exact(grads: list[np.ndarray], bound: float, adam: bool) -> tuple[Any, float
     return map(updated, grads), norm
 
 
+def rule(bound: Bound) -> nc.ByGlobalNorm:
+    """Return a rule of one bound: gradients are not written, what was clipped is so again."""
+    return nc.ByGlobalNorm(bound.value)
+
+
 def numclip(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
-    groups = grouped(source, nc.ByGlobalNorm(bound))
+    groups = grouped(source, rule(bound))
     made = optimizer(groups, lr=LR)
     views = list(groups.params.values())
     return lambda: (views, made.step().norm)
@@ -39,7 +44,7 @@ def numclip(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any
 
 def given(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
     """Gradients where they lie."""
-    groups = grouped(source, nc.ByGlobalNorm(bound))
+    groups = grouped(source, rule(bound))
     made = optimizer(groups, lr=LR)
     views = list(groups.params.values())
     grads = {str(k): array for k, array in enumerate(copied(source))}
@@ -48,7 +53,7 @@ def given(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any])
 
 def set_in(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
     """Gradients that are copied in first."""
-    groups = grouped(source, nc.ByGlobalNorm(bound))
+    groups = grouped(source, rule(bound))
     made = optimizer(groups, lr=LR)
     views = list(groups.params.values())
     grads = {str(k): array for k, array in enumerate(copied(source))}

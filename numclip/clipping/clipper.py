@@ -169,10 +169,10 @@ class Clipper:
             rule, pools = self.rules[group.name], self.pools[group.name]
             if rule is None:
                 continue
-            if rule.scheduled:
-                self.scheduled.append((rule, pools))
-            else:
+            if not rule.scheduled:
                 self.bounds[pools.start : pools.stop] = rule.bound(0)
+            elif pools not in [own for _, own in self.scheduled]:  # that of one norm is asked once
+                self.scheduled.append((rule, pools))
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the tables that a step fills."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress, repeat
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 from numclip.border.structures import Outline, dotted
@@ -16,6 +16,13 @@ from numclip.isolation import isolated
 
 Fitting = list[tuple[GroupState, str, Any]]
 """Gradients that fit: their group, their name, and what is copied in."""
+
+
+def _picker(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Return what makes a tuple of a dict's values, in the order of names."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda grads: tuple([grads[name] for name in names])
 
 
 class Intake:
@@ -38,6 +45,7 @@ class Intake:
         self._owners = {name: group for group in groups for name in group.names}
         self.names = tuple(self._owners)
         self._takers = takers_of(groups, engine)
+        self._picked = _picker(self.names)
         self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
         self.clipped: Turn | None = None
         self.applied = False
@@ -77,10 +85,11 @@ class Intake:
 
     def known(self, grads: Any) -> tuple[Any, ...] | None:
         """Return the same, None where some are missing as well."""
-        if type(grads) is dict:
-            grads = grads.copy()  # another thread may change its keys
-            if tuple(grads) == self.names:
-                return tuple(grads.values())
+        if type(grads) is dict and len(grads) == len(self.names):
+            try:
+                return self._picked(grads.copy())  # another thread may change its keys
+            except KeyError:  # it is nested
+                pass
         if self._outline is None:
             return None
         outline, order = self._outline
@@ -89,6 +98,7 @@ class Intake:
 
     def named(self, grads: Any) -> Mapping[str, Any]:
         """Return gradients by the names of their parameters, and remember their structure."""
+        flat = type(grads) is dict and grads.keys() <= self._owners.keys()
         if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
             named = grads
         else:
@@ -96,8 +106,7 @@ class Intake:
             for name in named:
                 self.owner(name)
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
-        in_order = isinstance(grads, dict) and tuple(grads) == self.names
-        if reads and len(named) == len(self.names) and not in_order:
+        if reads and len(named) == len(self.names) and not flat:
             outline = Outline(grads)
             places = {name: k for k, name in enumerate(outline.names)}
             if places.keys() == self._owners.keys():

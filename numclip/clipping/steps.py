@@ -72,8 +72,9 @@ class Block:
     def decided(self, turn: Turn, column: int) -> float:
         """Return what was decided for the only pool in one step, after waiting for it."""
         if self._readers is not None:
-            return float(self._handed[0][1][turn.place, 0, column])
-        return float(self._engine.read(self._tables[0][1][turn.place], self.stream)[0, column])
+            return self._handed[0][1].item(turn.place, 0, column)  # type: ignore[no-any-return]
+        row = self._engine.read(self._tables[0][1][turn.place], self.stream)
+        return row.item(0, column)  # type: ignore[no-any-return]
 
     def outcome_of(self, turn: Turn) -> Outcome:
         """Return what became of the groups in one step, after waiting for it."""
@@ -100,11 +101,13 @@ class Block:
 
 
 def _columns(clippers: Sequence[Any]) -> dict[str, int]:
-    """Return the columns of the decision that tells all: that of one group by its L2 norm."""
+    """Return the columns of the decision that tells all: that of groups clipped by one L2 norm."""
     first = clippers[0]
-    ((rule, (kind, _)), *others) = zip(first.rules.values(), first.keys.values(), strict=True)
-    alone = len(clippers) == 1 and not others and kind == "group" and first.ord == 2.0
-    if not alone or rule is None or rule.scope != "group" or first.divisors[0] != 1.0:
+    alone = len(clippers) == 1 and len(first.bounds) == 1 and first.ord == 2.0
+    rules = first.rules.values()
+    if not alone or any(rule is None or rule.scope != "group" for rule in rules):
+        return {}
+    if first.divisors[0] != 1.0:
         return {}
     return {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
 
@@ -239,11 +242,7 @@ class Steps:
             return False
         if ranks is not None:
             return ranks.clip_at_once(self, turn, lambda: self._to_agree(turn, call))
-        return self.take_at_once(self._native, turn)
-
-    def take_at_once(self, native: AtOnce, turn: Turn, items: Any = None) -> bool:
-        """Take a step by one native call, or two where bounds follow the norms; tell likewise."""
-        return self.clippers[0].take_at_once(native, turn, items)
+        return self.clippers[0].take_at_once(self._native, turn, None)
 
     def written_at_once(self, turn: Turn) -> EngineOutcome | None:
         """Clip likewise, where updates are to find all written; return what they obey then."""

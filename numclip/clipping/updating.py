@@ -183,12 +183,13 @@ class GroupUpdater:
             given = self._parts.of(items)
             if given is None or self._holds_masters:  # masters take over the rows that are held
                 return False
-        if steps.follows:
-            steps.leave_out(absent)
+        clipper = steps.clippers[0]
+        if clipper.follows:
+            clipper.absent = absent
         if not left:
-            return steps.take_at_once(native, turn, given)
+            return clipper.take_at_once(native, turn, given)
         with self._leaving(native, left):
-            return steps.take_at_once(native, turn, given)
+            return clipper.take_at_once(native, turn, given)
 
     def _ready(
         self, steps: Steps, settings: list[list[float]], absent: frozenset[str]

@@ -31,7 +31,7 @@ from numclip.memory import is_dense
 from numclip.tables import PROPAGATE
 
 READABLE = arrays.layout_holds()
-_POINTERS = tuple.__basicsize__  # where in a tuple they begin
+POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
 class Kind(NamedTuple):
@@ -73,12 +73,12 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
 
 def pointers_of(items: Items) -> int:
     """Return where the pointers to the items are."""
-    return id(items) + _POINTERS
+    return id(items) + POINTERS
 
 
 _KNOWN = [np.dtype(name) if name != "bfloat16" else None for name in little.NAMES]
 _TOLD = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
-_TOLD[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), _POINTERS
+_TOLD[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), POINTERS
 _TOLD[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
 TOLD: int = _TOLD.__array_interface__["data"][0]
 """Where that is what `kernels.little` is told."""

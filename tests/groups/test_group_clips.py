@@ -296,6 +296,36 @@ def test_a_clamp_is_reported(grad, low, high):
     assert (report.groups["g"].clipped, report.groups["free"].clipped) == (True, False)
 
 
+@pytest.mark.parametrize("policy", ["propagate", "skip"])
+def test_groups_of_one_norm_report_it_and_ask_for_its_bound_once(policy):
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return 1.0
+
+    rule = nc.ByGlobalNorm(schedule, shared="all")
+    params = {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float32)}
+    groups = nc.ParamGroups(
+        [nc.Group(name, {name: own}, rule, nonfinite=policy) for name, own in params.items()]
+    )
+    grads = {
+        name: np.linspace(-3.1, 9.7, own.size).reshape(own.shape) for name, own in params.items()
+    }
+    for step, bad in enumerate([0.0, math.inf, -math.inf, math.nan]):
+        grads["a"][0] = bad
+        groups.set_grads(grads)
+        norm = nc.global_norm(groups.grads)
+        report = groups.clip()
+        skips = bad != 0.0 and policy == "skip"
+        np.testing.assert_equal(report.norm, norm)
+        np.testing.assert_equal(
+            report.clipped_norm, norm if skips else report.groups["b"].clipped_norm
+        )
+        assert (report.skipped, report.nonfinite) == (skips, bad != 0.0)
+        assert asked == [*range(step + 1)]
+
+
 def by_units(bound):
     return nc.ByNorm(bound, axes=0)
 

@@ -129,7 +129,7 @@ def left(make: Any, optimizer: str, operations: Any, kinds: Any, unscale: float)
 def in_parts() -> Iterator[None]:
     """Let nothing be done by one call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steps, "take_at_once", lambda *_: False)
+        patch.setattr(Steps, "clip_at_once", lambda *_: False)
         patch.setattr(RowTaker, "take", lambda *_, **__: False)
         patch.setattr(GroupUpdater, "_ready", lambda *_: None)
         yield

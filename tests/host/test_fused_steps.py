@@ -59,7 +59,8 @@ def run(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> list[Any]:
 def same_both_ways(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> None:
     at_once = run(steps, rule, optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steps, "take_at_once", lambda *_: False)
+        patch.setattr(Steps, "clip_at_once", lambda *_: False)
+        patch.setattr(GroupUpdater, "step_at_once", lambda *_: False)
         assert run(steps, rule, optimizer) == at_once
         patch.setattr(Plan, "_decide_at_once", lambda *_: False)
         assert run(steps, rule, optimizer) == at_once
