@@ -167,7 +167,7 @@ class Clipper:
         """Take the bounds that do not depend on the step."""
         for group in self.groups:
             rule, pools = self.rules[group.name], self.pools[group.name]
-            if rule is None:
+            if rule is None or rule.follows_norms:
                 continue
             if not rule.scheduled:
                 self.bounds[pools.start : pools.stop] = rule.bound(0)

@@ -22,15 +22,26 @@ from numclip.memory import Strided
 
 
 class FollowingClipper(Clipper):
-    """Clips by rules whose bounds follow the norms, for which the host waits."""
+    """Clips by rules some of whose bounds follow the norms, for which the host waits."""
 
     follows = decides_again = True
 
     def _set_bounds(self) -> None:
-        """Leave all bounds infinite: they are found when norms are.
+        """Leave bounds that follow norms infinite: they are found when norms are.
 
         Until then, norms are found whatever the bounds.
         """
+        super()._set_bounds()
+        self._unbounded = self.bounds
+        rules = [(group, self.rules[group.name]) for group in self.groups]
+        self._following = [
+            group for group, rule in rules if rule is not None and rule.follows_norms
+        ]
+
+    def take_step(self, step: int) -> None:
+        """Take the bounds of a step that do not follow norms; refuse a bad one."""
+        self.bounds = self._unbounded
+        super().take_step(step)
         self._unbounded = self.bounds
 
     def decide(self, step: int, stream: Any) -> None:
@@ -55,7 +66,7 @@ class FollowingClipper(Clipper):
         read = self.engine.read
         sums, decisions = read(self.found[0], stream), read(self.found[1], stream)
         bounds, self._seen = self._unbounded.copy(), []
-        for group in self.groups:
+        for group in self._following:
             seen = self._norms_of(group, sums, decisions)
             self._seen.append(seen)
             pools = self.pools[group.name]
@@ -91,7 +102,7 @@ class FollowingClipper(Clipper):
     def observe(self, step: int, stream: Any) -> None:
         """Let the rules know the norms before and after."""
         decisions = self.engine.read(self.found[1], stream)
-        for group, (norms, total, bad) in zip(self.groups, self._seen, strict=True):
+        for group, (norms, total, bad) in zip(self._following, self._seen, strict=True):
             if not bad and not self.absent.issuperset(group.names):
                 pools, state = self.pools[group.name], group.rule_state
                 rule = self.rules[group.name]
@@ -363,6 +374,9 @@ def _kind(rule: Any) -> tuple[type[Clipper], float]:
 def clippers(groups: Iterable[Any], engine: Engine, stream: Any, kept: int) -> list[Clipper]:
     """Return what clips some groups; what is found is kept for so many steps."""
     found: dict[tuple[type[Clipper], float], list[Any]] = {}
-    for group in groups:
-        found.setdefault(_kind(group.clip), []).append(group)
+    kinds = [(group, _kind(group.clip)) for group in groups]
+    follows = any(kind is FollowingClipper for _, (kind, _) in kinds)
+    for group, own in kinds:
+        alike = follows and own == (Clipper, 2.0)  # and decided with them by one call
+        found.setdefault((FollowingClipper, 2.0) if alike else own, []).append(group)
     return [kind(own, ord, engine, stream, kept) for (kind, ord), own in found.items()]

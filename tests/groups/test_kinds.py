@@ -340,3 +340,53 @@ def test_measuring_by_value_works_on_copies(device, monkeypatch):
         np.testing.assert_array_equal(np.asarray(groups.grads[name]), grad)
     clipped = groups.clip()
     assert found[0] == found[1] == clipped
+
+
+MIXED = {
+    "follows": TimesLeast(),
+    "bounded": nc.ByNorm(lambda step: 1.0 + 0.25 * step),
+    "adapts": nc.AdaGC(warmup=1),
+    "shared": nc.ByGlobalNorm(0.5, shared="key"),
+    "with it": nc.ByGlobalNorm(0.5, shared="key"),
+    "measured": None,
+}
+
+
+def test_rules_that_follow_norms_leave_others_alone(device):
+    """Each group does beside the others what it does alone."""
+    params = {f"{name}.{key}": own for name in MIXED for key, own in PARAMS.items()}
+
+    def managed(*names):
+        members = [
+            (n, {k: own for k, own in params.items() if k.split(".")[0] == n}) for n in names
+        ]
+        groups = nc.ParamGroups([nc.Group(n, own, MIXED[n]) for n, own in members], device=device)
+        return groups, nc.SGD(groups, 0.125)
+
+    together = managed(*MIXED)
+    apart = [managed(name) for name in MIXED if "shared" not in name and name != "with it"]
+    apart.append(managed("shared", "with it"))
+    for step, grads in enumerate(
+        [*GRADS, {key: own * np.nan for key, own in GRADS[0].items()}, *GRADS]
+    ):
+        given = {
+            f"{name}.{key}": grads[key] * (1 + k) for k, name in enumerate(MIXED) for key in grads
+        }
+        own = managed_step(*together, given, step)
+        for pair in apart:
+            for name, told in managed_step(*pair, given, step).items():
+                assert repr(own[name]) == repr(told)
+                kept, other = (groups[name].params for groups in (together[0], pair[0]))
+                for param, right in zip(kept.values(), other.values(), strict=True):
+                    assert np.asarray(param).tobytes() == np.asarray(right).tobytes()
+
+
+def managed_step(groups, optimizer, given, step):
+    """Take a step by gradients of the groups, as one or as a clip and a step; return reports."""
+    grads = {name: given[name] for name in groups.params}
+    if step % 2:
+        return optimizer.step(grads).groups
+    groups.set_grads(grads)
+    report = groups.clip()
+    optimizer.step()
+    return report.groups
