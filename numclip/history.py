@@ -61,8 +61,10 @@ class _Ring:
         last = self.total + added.size
         if last > self.rows.size and self.rows.size < self.capacity:
             self._grow(last)
-        places = np.arange(self.total, last) % self.capacity
-        self.rows[places] = added
+        begin = self.total % self.capacity
+        first = added[: self.capacity - begin]  # as far as there is room before the oldest
+        self.rows[begin : begin + first.size] = first
+        self.rows[: added.size - first.size] = added[first.size :]
         self.total = last
 
     def _grow(self, size: int) -> None:
