@@ -349,9 +349,9 @@ class Clipper:
 
     @property
     def in_order(self) -> bool:
-        """Whether norms decide all, of all groups in the order the user gave them."""
+        """Whether the groups are in the order the user gave them."""
         numbers = [group.number for group in self.groups]
-        return self.by_norms and numbers == sorted(numbers)
+        return numbers == sorted(numbers)
 
     def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002
         """Return what became of each tensor of a group in some steps."""

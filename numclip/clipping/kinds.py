@@ -278,7 +278,7 @@ class UnitClipper(Clipper):
     """
 
     by_norms = False
-    decides_again = writes_within = True
+    decides_again = writes_within = writes_all = True
 
     def __init__(
         self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int

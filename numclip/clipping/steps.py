@@ -323,6 +323,11 @@ class Steps:
         return bool(self.engine.read(clipper.found[1], self.stream)[-1, tables.RARE])
 
     @property
+    def writes_all(self) -> bool:
+        """Whether updates find all written, by the only clipper."""
+        return self._only is not None and self._only.writes_all
+
+    @property
     def writes_within(self) -> bool:
         """Whether a clipper writes gradients before they are applied."""
         return any(clipper.writes_within for clipper in self.clippers)

@@ -132,8 +132,10 @@ class GroupUpdater:
         self._holds_masters = any(group.sparse and group.masters for group in self._groups)
         self.given = engine.given(params, self._taken(engine), None, held)
         self._at_once: StepsAtOnce | None = None  # of little data
-        if len(steps.clippers) == 1 and steps.clippers[0].in_order:
-            (clipper,), (updates,) = steps.clippers, self._updates
+        (clipper, *others), (updates, *_) = steps.clippers, self._updates
+        self._clips_at_once = clipper.by_norms
+        writes = clipper.writes_all and not self._sparse
+        if not others and clipper.in_order and (clipper.by_norms or writes):
             self._at_once = updates.at_once(self.given, clipper.divisors, [*held.values()])
             self._unbounded = np.full(len(clipper.bounds), np.inf)
             self._unclipped = [engine.table((1, *own.shape[1:]), stream) for own in clipper.tables]
@@ -176,7 +178,7 @@ class GroupUpdater:
         """
         left = absent if items is None else NOBODY  # of the groups' own
         native = self._ready(steps, settings, left)
-        if native is None:
+        if native is None or not self._clips_at_once:
             return False
         given = items
         if self._parts is not None and items is not None:
@@ -237,7 +239,8 @@ class GroupUpdater:
         try:
             written = steps.written_at_once(turn) if ranks is None else None
             if written is not None:
-                self._update(steps, settings, [written], absent, None)
+                if not self._apply_at_once(steps, settings, absent):
+                    self._update(steps, settings, [written], absent, None)
                 return
             steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
             if sources is not None and any(map(steps.is_exceptional, steps.clippers)):
@@ -248,6 +251,8 @@ class GroupUpdater:
             stream = steps.stream
             if sources is None:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
+                if steps.writes_all and self._apply_at_once(steps, settings, absent):
+                    return
             else:
                 outcomes = [clipper.found for clipper in steps.clippers]
             self._update(steps, settings, outcomes, absent, sources)
@@ -271,13 +276,20 @@ class GroupUpdater:
     ) -> None:
         """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
-        native = None if ranks is not None else self._ready(steps, settings, absent)
-        if native is not None:
-            with self._leaving(native, absent) if absent else contextlib.nullcontext():
-                if native.take(None, 0, 1.0, self._unbounded, self._unclipped):
-                    return
+        if ranks is None and self._apply_at_once(steps, settings, absent):
+            return
         call = "" if ranks is None else f"clipped before, {self._call(settings, absent)}"
         self._update(steps, settings, steps.leave(turn, ranks, call), absent, None)
+
+    def _apply_at_once(
+        self, steps: Steps, settings: list[list[float]], absent: frozenset[str]
+    ) -> bool:
+        """Update by gradients as they are, by one native call; tell whether that was possible."""
+        native = self._ready(steps, settings, absent)
+        if native is None:
+            return False
+        with self._leaving(native, absent) if absent else contextlib.nullcontext():
+            return native.take(None, 0, 1.0, self._unbounded, self._unclipped)
 
     def _attach_again(self, steps: Steps) -> None:
         """Make other tables where there are other clippers."""

@@ -31,6 +31,7 @@ RULES = {
     "AdaGC": lambda: nc.AdaGC(warmup=1),
     "value": lambda: nc.ByValue(-0.5, 0.25),
     "ZClip": lambda: nc.ZClip(warmup=1, max_norm=4.0),
+    "adaptive": lambda: nc.Adaptive(0.25),
 }
 OPTIMIZERS = {
     "clip": None,
@@ -60,7 +61,7 @@ def same_both_ways(steps: list[list[np.ndarray]], rule: str, optimizer: str) -> 
     at_once = run(steps, rule, optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Steps, "clip_at_once", lambda *_: False)
-        patch.setattr(GroupUpdater, "step_at_once", lambda *_: False)
+        patch.setattr(GroupUpdater, "_ready", lambda *_: None)
         assert run(steps, rule, optimizer) == at_once
         patch.setattr(Plan, "_decide_at_once", lambda *_: False)
         assert run(steps, rule, optimizer) == at_once
