@@ -270,7 +270,8 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 
     `grads` is a list, tuple or dict of arrays, or an array.
     """
-    low, high = _number(low), _number(high)
+    if type(low) is not float or type(high) is not float:
+        low, high = _number(low), _number(high)
     if not low <= high:
         return None
     if not outs.takes(grads, out):
