@@ -46,7 +46,15 @@ SUITES = {
     "group": "groups/groups groups/group_clips groups/masters",
     "host/outs": "host/plain functions/borders functions/each",
     "host/nests": "host/plain functions/structures",
+    "border/communicator": "groups/ranks",
+    "clipping/intake": "groups/applied_once groups/given groups/groups groups/sparse_steps",
     "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/optim_state",
+    "clipping/updating": "groups/given groups/applied_once groups/optim_state groups/optim",
+    "clipping/kinds": "groups/group_clips groups/kinds host/fused_steps groups/given groups/report",
+    "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
+    "host/at_once": "host/fused_steps groups/given groups/group_clips groups/sparse_steps",
+    "accumulator": "functions/accumulator",
+    "sums": "functions/accumulator functions/magnitudes",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels run as plain Python but for these modules, which lead to native calls.
 COMPILED = {"functional"}
