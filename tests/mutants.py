@@ -48,7 +48,8 @@ SUITES = {
     "host/nests": "host/plain functions/structures",
     "border/communicator": "groups/ranks",
     "clipping/intake": "groups/applied_once groups/given groups/groups groups/sparse_steps",
-    "clipping/steps": "groups/group_clips groups/given host/fused_steps groups/optim_state",
+    "clipping/steps": "groups/group_clips groups/applied_once groups/given host/fused_steps "
+    "groups/optim_state",
     "clipping/updating": "groups/given groups/applied_once groups/optim_state groups/optim",
     "clipping/kinds": "groups/group_clips groups/kinds host/fused_steps groups/given groups/report",
     "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
