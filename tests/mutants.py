@@ -5,8 +5,9 @@ until a test fails. A fault that none finds survives: it is printed, and either 
 line in `mutants.txt`, beside this file, below why no test can tell it from the original.
 
 Faults are drawn with a fixed seed: comparisons, arithmetic, `and` and `or`, conditions, numbers,
-truth values, results and calls without one. Texts, annotations and decorators stay. A process that
-has loaded numba forks for each fault: loading takes as long as most of the suites.
+truth values, results and calls without one. Texts, annotations and decorators stay, and `strict` of
+`zip`, which asserts. A process that has loaded numba forks for each fault: loading takes as long as
+most of the suites.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
-    "functional": "functions/errors functions/conformance functions/per_example functions/each",
+    "functional": "functions/errors functions/conformance functions/per_example functions/each "
+    "groups/ranks",
     "border/arguments": "functions/errors functions/edge_cases functions/borders",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
@@ -49,7 +51,7 @@ SUITES = {
     "border/communicator": "groups/ranks",
     "clipping/intake": "groups/applied_once groups/given groups/groups groups/sparse_steps",
     "clipping/steps": "groups/group_clips groups/applied_once groups/given host/fused_steps "
-    "groups/optim_state",
+    "groups/optim_state groups/ranks",
     "clipping/updating": "groups/given groups/applied_once groups/optim_state groups/optim",
     "clipping/kinds": "groups/group_clips groups/kinds host/fused_steps groups/given groups/report",
     "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
@@ -111,6 +113,8 @@ def places_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST
     """Yield what is computed below a node: its parent, the field, and where in a list."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        if field == "keywords" and is_name(getattr(node, "func", node), "zip"):
             continue
         for k, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST):
