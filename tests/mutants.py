@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
     "functional": "functions/errors functions/conformance functions/per_example functions/each "
-    "groups/ranks",
+    "functions/accumulator groups/ranks",
     "border/arguments": "functions/errors functions/edge_cases functions/borders",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
