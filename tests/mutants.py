@@ -57,7 +57,7 @@ SUITES = {
     "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
     "host/at_once": "host/fused_steps groups/given groups/group_clips groups/sparse_steps",
     "accumulator": "functions/accumulator groups/ranks",
-    "sums": "functions/accumulator functions/magnitudes",
+    "sums": "functions/accumulator groups/ranks",
 }  # of each module, the quickest first: what they find is not looked for by those behind them
 # Kernels run as plain Python but for these modules, which lead to native calls.
 COMPILED = {"functional"}
