@@ -196,7 +196,7 @@ def try_module(module: str, count: int, seed: int) -> int:
         log, begun = Path(folder, "log"), time.monotonic()
         if not run(suites, where, log, 1800):
             raise RuntimeError(f"the suites of {module} fail as they are:\n{log.read_text()}")
-        limit = 10 * (time.monotonic() - begun) + 30
+        limit = 4 * (time.monotonic() - begun) + 30
         mutants = mutants_of(source)
         drawn = random.Random(seed).sample(mutants, min(count, len(mutants)))
         for line, what, text in drawn:
