@@ -35,7 +35,8 @@ REASONS = Path(__file__).with_name("mutants.txt")
 SUITES = {
     "functional": "functions/errors functions/conformance functions/per_example functions/each "
     "functions/accumulator groups/ranks",
-    "border/arguments": "functions/errors functions/edge_cases functions/borders",
+    "border/arguments": "functions/errors functions/edge_cases functions/borders "
+    "groups/optim_state",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
     "border/results": "functions/errors functions/borders functions/edge_cases",
