@@ -39,7 +39,7 @@ SUITES = {
     "groups/optim_state",
     "border/structures": "functions/structures functions/errors groups/given functions/each",
     "border/gradients": "functions/errors functions/advice functions/nonfinite groups/sparse_steps",
-    "border/results": "functions/errors functions/borders functions/edge_cases",
+    "border/results": "functions/errors functions/borders functions/slices functions/edge_cases",
     "slices": "functions/slices functions/advice groups/sparse_steps",
     "rules": "groups/rules groups/kinds groups/group_clips",
     "running_rules": "groups/rules groups/state groups/report",
