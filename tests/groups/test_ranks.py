@@ -229,6 +229,18 @@ def test_what_is_no_communicator_is_refused():
 
     assert "got an inter-communicator" in raised(1, inter, ValueError)[0]
 
+    class Null(ranks.Comm):
+        """As COMM_NULL, which is false, of which nothing can be asked."""
+
+        def __init__(self):
+            pass
+
+        def __bool__(self):
+            return False
+
+    with pytest.raises(ValueError, match="comm: expected an intra-communicator, got COMM_NULL"):
+        nc.clip_by_global_norm(grads, 1.0, comm=Null())
+
     def with_use_norm(comm):
         nc.clip_by_global_norm(grads, 1.0, 3.0, comm=comm)
 
