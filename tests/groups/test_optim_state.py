@@ -302,8 +302,12 @@ def test_factors_that_are_subnormal(dtype, size, bound, monkeypatch):
         clipped = made(rule)
         clipped.clip()
         assert clipped.grads["w"].all()
-        for given in (None, grads):
-            nc.SGD(stepped := made(rule), lr=1.0).step(given)
+        turned = {name: np.flip(grad) for name, grad in grads.items()}
+        for given in (None, grads, turned):
+            optimizer = nc.SGD(stepped := made(rule), lr=1.0)
+            if given is not None:
+                stepped.zero_grads()
+            optimizer.step(given)
             for name, param in stepped.params.items():
                 assert (-param).tolist() == clipped.grads[name].tolist()
 
