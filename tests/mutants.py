@@ -53,7 +53,8 @@ SUITES = {
     "clipping/intake": "groups/applied_once groups/given groups/groups groups/sparse_steps",
     "clipping/steps": "groups/group_clips groups/applied_once groups/given host/fused_steps "
     "groups/optim_state groups/ranks",
-    "clipping/updating": "groups/given groups/applied_once groups/optim_state groups/optim",
+    "clipping/updating": "groups/applied_once groups/optim_state groups/kinds groups/given "
+    "groups/optim",
     "clipping/kinds": "groups/group_clips groups/kinds host/fused_steps groups/given groups/report",
     "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
     "host/at_once": "host/fused_steps groups/given groups/group_clips groups/sparse_steps",
