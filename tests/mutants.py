@@ -55,8 +55,8 @@ SUITES = {
     "groups/optim_state groups/ranks",
     "clipping/updating": "groups/applied_once groups/optim_state groups/kinds groups/given "
     "groups/optim",
-    "clipping/kinds": "groups/group_clips groups/kinds host/fused_steps groups/given groups/report",
-    "clipping/clipper": "groups/group_clips groups/kinds host/fused_steps groups/sparse_steps",
+    "clipping/kinds": "groups/kinds groups/group_clips host/fused_steps groups/given",
+    "clipping/clipper": "groups/kinds groups/group_clips host/fused_steps groups/ranks",
     "host/at_once": "host/fused_steps groups/given groups/group_clips groups/sparse_steps",
     "accumulator": "functions/accumulator groups/ranks",
     "sums": "functions/accumulator groups/ranks",
