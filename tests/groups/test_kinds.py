@@ -192,6 +192,18 @@ def test_a_rule_that_remembers_is_told(device):
         groups.set_grads(grads)
         groups.clip()
     np.testing.assert_allclose(groups["g"].rule_state["largest"], [1.0, 1.0], rtol=1e-12)
+    told = []
+
+    class Telling(TimesLeast):
+        def thresholds(self, norms, total, step, state):
+            told.append((norms.tolist(), total))
+            return TimesLeast.thresholds(self, norms, total, step, state)
+
+    groups = made(device, Telling())
+    for bad, norm_told in ((math.nan, 0.0), (math.inf, np.finfo(np.float64).max), (3.0, 3.0)):
+        groups.set_grads({"w": np.zeros((5, 3)), "b": np.array([0.0, bad, 0.0, 0.0])})
+        groups.clip()
+        assert told[-1] == ([norm_told], norm_told)
 
 
 def test_a_group_follows_the_rule_it_is_given_later(device):
