@@ -444,6 +444,10 @@ class ParamGroups(state.Saved):
     def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
         """Let parameters have no gradient in the step that begins: theirs were applied before."""
         steps.leave_out(absent)
+        self._clear(absent)
+
+    def _clear(self, absent: frozenset[str]) -> None:
+        """Let gradients that were applied be zero: others may be added to them."""
         for name in absent:
             self._intake.owner(name).clear(name, self._stream)
 
@@ -535,6 +539,8 @@ class ParamGroups(state.Saved):
         at_once = ranks is None and updater.step_at_once(steps, turn, settings, items, absent)
         if not at_once:
             self._update(updater, steps, turn, settings, absent, items, ranks)
+        elif absent and items is None:
+            self._clear(absent)
         intake.forget(applied=True)
         return self._reported(steps, turn, counts=True)
 

@@ -48,7 +48,7 @@ class Clipper:
     told_rows : dict of str to range
         Which of the latter are of each group: one, or one for each tensor.
     scheduled : list
-        The rules whose bounds follow the step, and the pools of each.
+        The rules whose bounds follow the step, one for each norm, and the pools of each.
     strict, follows, decides_again : bool
         Whether the policy of a group is to raise, whether rules follow the norms, and whether
         more is to be decided than `measure` decides.
@@ -66,15 +66,14 @@ class Clipper:
     absent: frozenset[str] = frozenset()
     place: int
     found: Outcome
+    tables: list[Any]
     given: Array | None = None
     told: Array | None = None
     told_rows: dict[str, range]
     _leaves = False
 
-    def __init__(
-        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
-    ) -> None:
-        """Make plans and tables; `kept` is for how many steps tables have memory."""
+    def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
+        """Make plans."""
         self.ord, self.engine = ord, engine
         self.rules = {group.name: group.clip for group in groups}
         self.keys = {group.name: shared_key(group) for group in groups}
@@ -98,7 +97,15 @@ class Clipper:
         self._written: tuple[Array, float, Any] | None = None
         self._as_they_are: Outcome | None = None
         self._set_bounds()
-        self.tables = [engine.table((kept, *shape), stream) for shape in self._shapes()]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of tables a step takes."""
+        return sum(8 * math.prod(shape) for shape in self._shapes())
+
+    def keep(self, steps: int, stream: Any) -> None:
+        """Make tables with memory for some steps."""
+        self.tables = [self.engine.table((steps, *shape), stream) for shape in self._shapes()]
 
     def _lay_out(self, groups: Sequence[Any]) -> None:
         """Give tensors and pools their numbers: those of one norm follow one another."""
@@ -158,13 +165,15 @@ class Clipper:
 
     def _set_bounds(self) -> None:
         """Take the bounds that do not depend on the step."""
+        asked: set[int] = set()
         for group in self.groups:
             rule, pools = self.rules[group.name], self.pools[group.name]
             if rule is None or rule.follows_norms:
                 continue
             if not rule.scheduled:
                 self.bounds[pools.start : pools.stop] = rule.bound(0)
-            elif pools not in [own for _, own in self.scheduled]:  # that of one norm is asked once
+            elif pools.start not in asked:  # for groups of one norm once
+                asked.add(pools.start)
                 self.scheduled.append((rule, pools))
 
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -179,12 +188,16 @@ class Clipper:
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step; refuse a bad one."""
+        self.bounds = self._bounds_at(step, self.bounds)
+
+    def _bounds_at(self, step: int, bounds: Array) -> Array:
+        """Return the bounds of a step, made of the last ones where some are others."""
         found = [rule.bound(step) for rule, _ in self.scheduled]
         if found != self._found:
-            bounds = self.bounds.copy()
+            bounds, self._found = bounds.copy(), found
             for bound, (_, pools) in zip(found, self.scheduled, strict=True):
                 bounds[pools.start : pools.stop] = bound
-            self.bounds, self._found = bounds, found
+        return bounds
 
     def obey(self, unscale: float, stream: Any) -> None:
         """Let decisions obey the bounds there are."""

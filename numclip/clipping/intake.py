@@ -85,11 +85,13 @@ class Intake:
 
     def known(self, grads: Any) -> tuple[Any, ...] | None:
         """Return the same, None where some are missing as well."""
-        if type(grads) is dict and len(grads) == len(self.names):
-            try:
-                return self._picked(grads.copy())  # another thread may change its keys
-            except KeyError:  # it is nested
-                pass
+        if type(grads) is dict:
+            grads = grads.copy()  # another thread may change its keys
+            if len(grads) == len(self.names):
+                try:
+                    return self._picked(grads)
+                except KeyError:  # it is nested
+                    pass
         if self._outline is None:
             return None
         outline, order = self._outline
@@ -98,15 +100,14 @@ class Intake:
 
     def named(self, grads: Any) -> Mapping[str, Any]:
         """Return gradients by the names of their parameters, and remember their structure."""
-        flat = type(grads) is dict and grads.keys() <= self._owners.keys()
-        if isinstance(grads, Mapping) and grads.keys() <= self._owners.keys():
-            named = grads
-        else:
+        flat = isinstance(grads, Mapping) and grads.keys() <= self._owners.keys()
+        named: Mapping[str, Any] = grads
+        if not flat:
             named = dotted(grads, "grads")
             for name in named:
                 self.owner(name)
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
-        if reads and len(named) == len(self.names) and not flat:
+        if reads and len(named) == len(self.names) and not (flat and type(grads) is dict):
             outline = Outline(grads)
             places = {name: k for k, name in enumerate(outline.names)}
             if places.keys() == self._owners.keys():

@@ -40,9 +40,7 @@ class FollowingClipper(Clipper):
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step that do not follow norms; refuse a bad one."""
-        self.bounds = self._unbounded
-        super().take_step(step)
-        self._unbounded = self.bounds
+        self._unbounded = self._bounds_at(step, self._unbounded)
 
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
@@ -136,10 +134,8 @@ class OrderClipper(Clipper):
     by_norms = False
     decides_again = True
 
-    def __init__(
-        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
-    ) -> None:
-        super().__init__(groups, ord, engine, stream, kept)
+    def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
+        super().__init__(groups, ord, engine, stream)
         ((self._powers, _),) = self.plan.outcomes(1, stream)
 
     def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
@@ -179,10 +175,8 @@ class ValueClipper(Clipper):
     by_norms = False
     writes_within = writes_all = True
 
-    def __init__(
-        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
-    ) -> None:
-        super().__init__(groups, ord, engine, stream, kept)
+    def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
+        super().__init__(groups, ord, engine, stream)
         self._later = self._plan(stream)
         self._later.write_laws(Law(math.inf), stream)
         self._copies: _Copies | None = None
@@ -220,7 +214,10 @@ class ValueClipper(Clipper):
             bounds = self.rules[group.name].element_bounds
             plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
         later.measure(2.0, stream)
-        later.decide(self.outcome_after(), stream)
+        if self.given is None:
+            later.decide(self.outcome_after(), stream)
+        else:  # what all ranks skip is skipped here
+            later.decide_by(self.given, self.outcome_after(), stream)
 
     def write_exceptional(self, stream: Any) -> Outcome:
         """Write all: an update has no factor to take."""
@@ -280,10 +277,8 @@ class UnitClipper(Clipper):
     by_norms = False
     decides_again = writes_within = writes_all = True
 
-    def __init__(
-        self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any, kept: int
-    ) -> None:
-        super().__init__(groups, 2.0, engine, stream, kept)
+    def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
+        super().__init__(groups, 2.0, engine, stream)
         families = [
             _family(group, entry, self.tensors[group.name][k])
             for group in self.groups
@@ -371,12 +366,13 @@ def _kind(rule: Any) -> tuple[type[Clipper], float]:
     return (Clipper if rule.ord == 2.0 else OrderClipper), float(rule.ord)
 
 
-def clippers(groups: Iterable[Any], engine: Engine, stream: Any, kept: int) -> list[Clipper]:
-    """Return what clips some groups; what is found is kept for so many steps."""
+def clippers(groups: Iterable[Any], engine: Engine, stream: Any) -> list[Clipper]:
+    """Return what clips some groups."""
     found: dict[tuple[type[Clipper], float], list[Any]] = {}
     kinds = [(group, _kind(group.clip)) for group in groups]
     follows = any(kind is FollowingClipper for _, (kind, _) in kinds)
     for group, own in kinds:
-        alike = follows and own == (Clipper, 2.0)  # and decided with them by one call
-        found.setdefault((FollowingClipper, 2.0) if alike else own, []).append(group)
-    return [kind(own, ord, engine, stream, kept) for (kind, ord), own in found.items()]
+        if follows and own == (Clipper, 2.0):  # only one clipper can take a step by one native call
+            own = FollowingClipper, 2.0
+        found.setdefault(own, []).append(group)
+    return [kind(own, ord, engine, stream) for (kind, ord), own in found.items()]

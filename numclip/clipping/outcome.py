@@ -170,7 +170,7 @@ class GroupOutcome:
     def own_norm(self) -> Any:
         """The L2 norm of the group's own gradients."""
         if self._own:
-            return self._decided(tables.NORM)
+            return self.decided(tables.NORM)
         return joined(self.totals, self._read.unscale)
 
     @kept
@@ -178,7 +178,7 @@ class GroupOutcome:
         """The norm that the rule is about, before clipping; the group's own where there is none."""
         if not self.jointly or self._own:
             return self.own_norm
-        return np.where(self.skipped, self.own_norm, self._decided(tables.NORM))
+        return np.where(self.skipped, self.own_norm, self.decided(tables.NORM))
 
     @kept
     def clipped_norm(self) -> Any:
@@ -187,7 +187,7 @@ class GroupOutcome:
             return self.norm
         if not self.jointly:
             return hypotenuses(self.columns.clipped)
-        left = self._decided(tables.CLIPPED)
+        left = self.decided(tables.CLIPPED)
         return left if self._own else np.where(self.skipped, self.own_norm, left)
 
     @kept
@@ -206,7 +206,8 @@ class GroupOutcome:
             return np.full(self.decisions.shape[:-2], math.nan)
         return np.where(self.skipped, math.nan, self.bounds[..., 0] * self.divisors[0])
 
-    def _decided(self, column: int) -> Any:
+    def decided(self, column: int) -> Any:
+        """Return a column of the one decision for the group, in units of its norm."""
         return self._decision[column] * self.divisors[0]
 
 
@@ -227,9 +228,18 @@ class Outcome:
         return sorted(made, key=lambda own: own.number)
 
     @kept
+    def _decided(self) -> GroupOutcome | None:
+        """A group whose decision is that of all, by their L2 norm; None where there is none."""
+        first = self.groups[0]
+        alike = first.jointly and self._clippers[0].ord == 2.0
+        return first if alike and len({own.key for own in self.groups}) == 1 else None
+
+    @kept
     def norm(self) -> Any:
         """The L2 norm of all gradients before clipping."""
-        if sum(len(clipper.groups) for clipper in self._clippers) == 1:
+        if self._decided is not None:
+            return self._decided.decided(tables.NORM)
+        if len(self.groups) == 1:
             return self.groups[0].own_norm
         sums = [read.totals for read in self._reads]
         return joined(sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale)
@@ -237,6 +247,8 @@ class Outcome:
     @kept
     def clipped_norm(self) -> Any:
         """That norm after clipping."""
+        if self._decided is not None:
+            return self._decided.decided(tables.CLIPPED)
         if len(self.groups) == 1:
             return self.groups[0].own_clipped_norm
         return hypotenuses(np.stack([own.own_clipped_norm for own in self.groups], axis=-1))

@@ -187,7 +187,7 @@ class GroupUpdater:
                 return False
         clipper = steps.clippers[0]
         if clipper.follows:
-            clipper.absent = absent
+            steps.leave_out(absent)
         if not left:
             return clipper.take_at_once(native, turn, given)
         with self._leaving(native, left):
@@ -239,7 +239,7 @@ class GroupUpdater:
         try:
             written = steps.written_at_once(turn) if ranks is None else None
             if written is not None:
-                if not self._apply_at_once(steps, settings, absent):
+                if not self._apply_at_once(steps, settings, absent, ranks):
                     self._update(steps, settings, [written], absent, None)
                 return
             steps.decide(turn, ranks, "" if ranks is None else self._call(settings, absent))
@@ -251,7 +251,7 @@ class GroupUpdater:
             stream = steps.stream
             if sources is None:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
-                if steps.writes_all and self._apply_at_once(steps, settings, absent):
+                if steps.writes_all and self._apply_at_once(steps, settings, absent, ranks):
                     return
             else:
                 outcomes = [clipper.found for clipper in steps.clippers]
@@ -276,17 +276,24 @@ class GroupUpdater:
     ) -> None:
         """Update every group by gradients that are clipped, by its settings."""
         self._attach_again(steps)
-        if ranks is None and self._apply_at_once(steps, settings, absent):
+        if self._apply_at_once(steps, settings, absent, ranks):
             return
         call = "" if ranks is None else f"clipped before, {self._call(settings, absent)}"
         self._update(steps, settings, steps.leave(turn, ranks, call), absent, None)
 
     def _apply_at_once(
-        self, steps: Steps, settings: list[list[float]], absent: frozenset[str]
+        self,
+        steps: Steps,
+        settings: list[list[float]],
+        absent: frozenset[str],
+        ranks: Ranks | None,
     ) -> bool:
-        """Update by gradients as they are, by one native call; tell whether that was possible."""
+        """Update by gradients as they are, by one native call; tell whether that was possible.
+
+        It decides by what this rank has: where all decide together it is not.
+        """
         native = self._ready(steps, settings, absent)
-        if native is None:
+        if native is None or ranks is not None:
             return False
         with self._leaving(native, absent) if absent else contextlib.nullcontext():
             return native.take(None, 0, 1.0, self._unbounded, self._unclipped)

@@ -154,7 +154,7 @@ class StepsAtOnce(ClipsAtOnce):
         tables |= {given.DISTANCES: distances, given.LENGTHS: batch.chunks[:, cpu.LENGTH].copy()}
         super().__init__(batch, tables)
         self._take = getattr(self._kernels, kernel)
-        self._starts, self._addresses, self._reader = starts, starts.copy(), reader
+        self._starts, self._addresses = starts, starts.copy()
         self._count = reader.addresses.size
         _point(self._own, given.ADDRESSES, self._addresses)
         _point(self._own, given.WANTED, reader.wanted)
@@ -175,7 +175,7 @@ class StepsAtOnce(ClipsAtOnce):
         """Return where kernels find gradients, and by which tables."""
         if items is None:
             return given.OWN, self._own
-        if len(items) != self._count:  # so many pointers are read
+        if len(items) != self._count:  # as `Given.check`, in a third of the time
             raise AssertionError(f"{len(items)} arrays for {self._count}")
         return id(items) + POINTERS, self._given
 

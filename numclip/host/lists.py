@@ -164,7 +164,7 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
         return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, what))
     if type(grads) is np.ndarray:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
-            result = grads if out is not None else _copy(grads)
+            result = grads if out is not None else copy(grads)
             items, how = (result,), little.WRITES if ord == 2.0 else little.WRITES | little.REAL
             if ord == 2.0 and _clip_plain(items, how, bound, what)[0] == plain.DONE:
                 return result
@@ -192,7 +192,7 @@ def clip_items(
     each: int = 0,
 ) -> tuple[Items, float] | None:
     """Clip the arrays of a tuple, in place or into new ones; return them and the norm."""
-    results = items if in_place else copied(items, PARALLEL_BYTES)
+    results = items if in_place else _copied(items, PARALLEL_BYTES)
     if results:
         norm, state = _clip_little(results, little.WRITES | each, bound, ord, what, given)
         if state <= WRITTEN:
@@ -241,7 +241,7 @@ def _clip_plain(items: Items, how: int, bound: float, what: int) -> tuple[int, f
     return plain.clip(pointers_of(items), len(items), *told)  # type: ignore[no-any-return]
 
 
-def copied(items: Items, limit: float = math.inf) -> Items | None:
+def _copied(items: Items, limit: float = math.inf) -> Items | None:
     """Return copies of arrays; None where they have more bytes than that, or one is none."""
     copies: list[Array | None] = []
     nbytes = 0
@@ -254,11 +254,11 @@ def copied(items: Items, limit: float = math.inf) -> Items | None:
         nbytes += item.nbytes
         if nbytes >= limit:
             return None
-        copies.append(_copy(item))
+        copies.append(copy(item))
     return tuple(copies)
 
 
-def _copy(array: Array) -> Array:
+def copy(array: Array) -> Array:
     """Return a copy in the order of memory, in C order of an array that does not fill its own."""
     if array.flags.forc or is_dense(array.shape, array.strides, array.itemsize):
         return array.copy("K")
@@ -286,7 +286,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
     """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
-    results = items if in_place else copied(items)
+    results = items if in_place else _copied(items)
     if not results or not READABLE:
         return None
     kind = kind_of(results)
@@ -365,8 +365,9 @@ def _can_be_written(items: Items) -> bool:
 
 
 def are_alike(held: Any, items: Items, owners: Any, own: Items) -> bool:
-    """Tell whether two structures of a type have the same keys, by their items."""
-    return len(own) == len(items) and (type(held) is not dict or [*held] == [*owners])
+    """Tell whether two flat structures of a type have the same keys, by their items."""
+    alike = len(own) == len(items) and type(held) is not nests.Opened
+    return alike and (type(held) is not dict or [*held] == [*owners])
 
 
 def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
@@ -389,7 +390,7 @@ def _clip_much(
         return None
     norm, factor = found
     if factor == 1.0 or in_place:
-        results = items if in_place else copied(items)
+        results = items if in_place else _copied(items)
         assert results is not None
     else:
         results = tuple(None if item is None else np.empty_like(item) for item in items)

@@ -1,7 +1,7 @@
 """Units of plain arrays, clipped without a plan; those of little by one native call.
 
-As in `lists`: a function does the whole job with the bits of the general way, or returns None and
-has written nothing that would be written otherwise.
+As in `lists`: a function does the whole job with the bits of the general way, or returns None. Then
+some arrays can be clipped already, which stay as they are when all is done again.
 """
 
 from __future__ import annotations
@@ -78,15 +78,19 @@ def _clip_little(
         (items, held), owners = nests.taken(grads), nests.items_of(params)
         if params is not None and not lists.are_alike(held, items, params, owners):
             return None
-    results = items if out is not None else lists.copied(items, PARALLEL_BYTES)
-    if results is None or {*map(type, results + owners)} != {np.ndarray} or not _can_be_kept(axes):
+    every = items + owners
+    if {*map(type, every)} != {np.ndarray} or not _can_be_kept(axes):
         return None
-    every = results + owners
     known = _told(every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce)
     if known is None or known[0] >= PARALLEL_BYTES:
         return None
+    results: nests.Items = items
+    if out is None:
+        if len({item.dtype for item in every}) > 1:
+            return None
+        results = tuple([lists.copy(item) for item in items])
     _, tables, like = known
-    if not plain_units.clip(lists.pointers_of(every), *tables, bound, eps, like):
+    if not plain_units.clip(lists.pointers_of(results + owners), *tables, bound, eps, like):
         return None
     return results[0] if held is None else nests.rebuilt(held, results, out)
 
@@ -129,7 +133,7 @@ def _clip_one(
 
 
 def _factors(x: Array, params: Array, law: Array, digits: int) -> Array:
-    """Return the factors that `kernels.unit_loops.clip_little` finds, by all threads."""
+    """Return the factor of each unit, UNKNOWN where another way finds it."""
     sums, owners = _sums(x, digits), _sums(params, digits)
     found = np.empty(sums.size)
     threads.run(unit_loops.unit_factors, found.size, x.nbytes, sums, owners, law, digits, found)
@@ -199,7 +203,7 @@ def _lengths(shape: Sequence[int], axes: tuple[int, ...], row: DType) -> Any:
     return outer, reduced, inner
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)  # 200 bytes for each array of each list
 def _told(
     dtype: np.dtype[Any], shapes: tuple[tuple[int, ...], ...], count: int, axes: Any, reduce: Reduce
 ) -> tuple[int, tuple[Array, Array, Array], Array] | None:

@@ -50,3 +50,14 @@ def test_groups_on_the_gpu_are_clipped_by_the_norm_of_all_ranks(rule):
     bound = 1.0 if isinstance(rule, nc.ByNorm) else 2.0
     params = np.array(groups.params["w"].copy_to_host())
     np.testing.assert_allclose(params, -own * bound / norm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_elements_are_held_on_the_gpu_where_all_ranks_step(bad):
+    group = nc.Group("g", {"w": np.zeros(2)}, nc.ByValue(-1.0, 1.0), nonfinite="skip")
+    groups = nc.ParamGroups([group], device="cuda")
+    groups.set_grads({"w": np.array([3.0, -0.5 + bad])})
+    report = nc.SGD(groups, lr=1.0).step(comm=ranks.Mirror(2))
+    assert report.skipped == (bad != 0.0)
+    params = np.array(groups.params["w"].copy_to_host())
+    np.testing.assert_array_equal(params, [0.0, 0.0] if report.skipped else [-1.0, 0.5])

@@ -149,6 +149,25 @@ def test_parameters_are_read_before_anything_is_written_there():
     assert_same_bits(grads[0], square)
 
 
+@pytest.mark.parametrize(
+    ("grads", "params"),
+    [
+        (lambda g: {"enc": {"w": g()}, "out": g()}, lambda p: {"out": p(), "enc.w": p()}),
+        (lambda g: [[g()], g()], lambda p: [p(), p()]),
+        (lambda g: ([g(), g()],), lambda p: (p(), p())),
+        (lambda g: [g(), g()], lambda p: [[p()], p()]),
+        (lambda g: {"a": g(), "b": g()}, lambda p: {"b": p(), "c": p()}),
+    ],
+)
+@pytest.mark.full
+def test_parameters_are_those_of_the_same_path(grads, params):
+    def made():
+        return np.ones((3, 2))
+
+    with pytest.raises((TypeError, ValueError), match="param"):
+        nc.adaptive_clip(grads(made), params(made), 0.01)
+
+
 def test_units_in_place_are_refused_as_a_whole():
     grads, _ = grads_and_params("float64")
     before = [grad.copy() for grad in grads]

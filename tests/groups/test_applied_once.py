@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip.clipping.updating import GroupUpdater
 from tests.oracle.cases import normal, slices
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import frozen
@@ -245,3 +246,30 @@ def test_groups_of_one_norm_have_rates_of_their_own(target, kind):
         np.testing.assert_allclose(np.asarray(groups.params[name]), wanted, rtol=1e-12)
     states = optimizer.state_dict()["groups"].values()
     assert [own["steps"] for own in states] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "rules", [[nc.ByGlobalNorm(9.0)], [nc.ByGlobalNorm(9.0), nc.AutoClip(warmup=9)]]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.full
+def test_what_was_applied_and_left_out_is_not_added_to(rules, dtype):
+    """Neither where a step is one native call nor in the general way."""
+    members = [
+        nc.Group(f"g{k}", {f"a{k}": np.zeros(1, dtype), f"b{k}": np.zeros(1, dtype)}, clip=rule)
+        for k, rule in enumerate(rules)
+    ]
+    for at_once in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not at_once:
+                patch.setattr(GroupUpdater, "_ready", lambda *_: None)
+            groups = nc.ParamGroups(members)
+            optimizer = nc.SGD(groups, lr=1.0)
+            ones = {name: np.ones(1, dtype) for name in groups.params}
+            groups.set_grads(ones)
+            optimizer.step()
+            groups.set_grads({"a0": ones["a0"]})
+            optimizer.step()
+            groups.accumulate(ones)
+            told = optimizer.step().tensors
+            assert [told[name].norm for name in told] == [2.0 if n == "a0" else 1.0 for n in told]

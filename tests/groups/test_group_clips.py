@@ -327,6 +327,9 @@ def test_groups_of_one_norm_report_it_and_ask_for_its_bound_once(policy):
             report.clipped_norm, norm if skips else report.groups["b"].clipped_norm
         )
         assert (report.skipped, report.nonfinite) == (skips, bad != 0.0)
+        record = groups.history.to_dict()["all"]
+        for name in ("norm", "clipped_norm", "scale"):
+            assert record[name][-1] == report.to_dict()[name]
         assert asked == [*range(step + 1)]
 
 

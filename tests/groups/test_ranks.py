@@ -12,6 +12,7 @@ import pytest
 import numclip as nc
 from numclip.errors import RankError
 from tests.oracle import checks, ranks, reference
+from tests.oracle.grouped import frozen
 from tests.oracle.shares import (
     CHUNK,
     NUMBERS,
@@ -662,3 +663,44 @@ def test_copies_are_clipped_tensor_by_tensor_at_every_step():
     assert len(pairs) == 2 * 4 * len(rules)
     for one, other in pairs:
         assert repr(one) == repr(other)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        nc.ByNorm(1.0, axes=0),
+        nc.Adaptive(0.1),
+        nc.ByValue(-1.0, 1.0),
+        nc.ByNorm(1.0),
+        nc.AutoClip(),
+    ],
+    ids=repr,
+)
+@pytest.mark.full
+def test_what_one_rank_skips_no_rank_applies(rule, kind):
+    """Whatever writes gradients before they are applied, and however often."""
+
+    def program(comm):
+        params = {"w": np.ones((2, 2), np.float32), "v": np.ones(3, np.float32)}
+        sound = nc.Group("sound", {"u": np.ones((3, 2), np.float32)}, clip=rule)
+        groups = nc.ParamGroups([nc.Group("m", params, clip=rule, nonfinite="skip"), sound])
+        optimizer = getattr(nc, kind)(groups, lr=1.0)
+        grads = {
+            name: np.full(own.shape, 1000.0, np.float32) for name, own in groups.params.items()
+        }
+        before = frozen(optimizer.state_dict()["groups"]["m"])
+        if comm.Get_rank() == 0:
+            grads["w"][0, 0] = np.nan
+        groups.set_grads(grads)
+        told = optimizer.step(comm=comm).groups
+        again = optimizer.step(grads, comm=comm).groups
+        assert (told["m"].skipped, again["m"].skipped) == (True, True)
+        assert (told["sound"].skipped, again["sound"].skipped) == (False, False)
+        assert frozen(optimizer.state_dict()["groups"]["m"]) == before
+        assert all((groups.params[name] == 1.0).all() for name in params)
+        assert (groups.params["u"] != 1.0).all()
+        return frozen(groups.params)
+
+    first, second = ranks.run(2, program)
+    assert first == second
