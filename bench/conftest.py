@@ -46,6 +46,14 @@ def one_thread() -> Iterator[None]:
     nc.set_num_threads(None)
 
 
+@pytest.fixture(scope="module")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return an empty folder for what children compile; in the smoke run the one in use."""
+    smoke = request.config.getoption("benchmark_disable")
+    in_use = os.environ.get("NUMBA_CACHE_DIR") if smoke else None
+    return in_use or str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def normal(benchmark: BenchmarkFixture) -> Callable[[int, str], np.ndarray]:
     """Return normal numbers that fill so many bytes, few in the smoke run."""

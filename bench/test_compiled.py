@@ -81,10 +81,10 @@ def test_call(benchmark, shape):
     assert all(math.isfinite(median) for median in medians.values())
 
 
-def test_compilation(benchmark, tmp_path):
+def test_compilation(benchmark, cache):
     """Time what one call adds to a function's compilation, with our kernels in the cache."""
     command = [sys.executable, "-c", COMPILED]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"NUMBA_CACHE_DIR": cache}
     turns = 1 if benchmark.disabled else 6
 
     def run():

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 FIRST = "import numpy as np; g = [np.full(9, 9.0, np.float32)]; nc.clip_by_global_norm(g, 1.0)"
 TIMED = "import time; import numclip as nc; a = time.perf_counter(); {}; b = time.perf_counter()"
 WAYS = {
@@ -26,14 +24,9 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("way", "turn"), cases, ids=[f"{way}-{turn}" for way, turn in cases])
 
 
-@pytest.fixture(scope="module")
-def full_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def test_startup(benchmark, tmp_path, full_cache, way, turn):
-    cache = tmp_path if "empty" in way else full_cache
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+def test_startup(benchmark, tmp_path, cache, way, turn):
+    folder = str(tmp_path) if "empty" in way else cache
+    environment = os.environ | {"NUMBA_CACHE_DIR": folder}
     command = [sys.executable, "-c", f"{WAYS[way]}; print(b - a)"]
 
     def run():

@@ -8,6 +8,25 @@ from numclip.host import rows
 from numclip.host.kernels import columns, cpu, grouping, tuning
 from numclip.host.runtime import jit, threads
 
+VALUES = {
+    "BLOCK": [32, 64, 128, 256, 512],
+    "CHUNK": [4096, 16_384, 65_536],
+    "COLUMNS": [128, 520, 1024, 1032, 8200],
+    "COLUMN_ROWS": [248, 1016, 1024, 4072],
+    "EXAMPLE_COLUMNS": [1024, 4096, 8192, 16_384],
+    "PARALLEL_BYTES": [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20],
+    "STRIP": [248, 504, 512],
+    "AHEAD": [0, 1024, 2048, 4096, 8192],
+}
+
+
+def pytest_generate_tests(metafunc):
+    """Try each value of a constant; in the smoke run the one in use, whose kernels are cached."""
+    name = metafunc.function.__name__.removeprefix("test_").upper()
+    if name in VALUES:
+        smoke = metafunc.config.getoption("benchmark_disable")
+        metafunc.parametrize("value", [getattr(tuning, name)] if smoke else VALUES[name])
+
 
 def chunks_of(x, length):
     spans = np.array([[x.ctypes.data, x.ctypes.data, x.size]])
@@ -17,10 +36,9 @@ def chunks_of(x, length):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("block", [32, 64, 128, 256, 512])
-def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
+def test_block(benchmark, monkeypatch, normal, timed, dtype, value):
     benchmark.group = f"BLOCK: sum of squares, 256 KB of {dtype}"
-    monkeypatch.setattr(cpu, "BLOCK" if dtype == "float64" else "NARROW_BLOCK", block)
+    monkeypatch.setattr(cpu, "BLOCK" if dtype == "float64" else "NARROW_BLOCK", value)
     monkeypatch.setattr(cpu, "array_of_squares", jit.expanded(cpu.array_of_squares.py_func))
     kernel = jit.kernel(cpu.sum_squares.py_func)
     x = normal(256 << 10, dtype)
@@ -30,11 +48,10 @@ def test_block(benchmark, monkeypatch, normal, timed, dtype, block):
 
 
 @pytest.mark.parametrize("nbytes", [256 << 10, 64 << 20])
-@pytest.mark.parametrize("length", [4096, 16_384, 65_536])
-def test_chunk(benchmark, normal, timed, nbytes, length):
+def test_chunk(benchmark, normal, timed, nbytes, value):
     benchmark.group = f"CHUNK: sum of squares, {nbytes >> 10} KB of float32"
     x = normal(nbytes, "float32")
-    chunks = chunks_of(x, length)
+    chunks = chunks_of(x, value)
     out = np.empty(len(chunks))
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
 
@@ -47,44 +64,40 @@ def sums_of_columns(monkeypatch, columns_of_share=columns.COLUMNS):
     return jit.kernel(columns.column_squares.py_func)
 
 
-@pytest.mark.parametrize("width", [128, 520, 1024, 1032, 8200])
-def test_columns(benchmark, monkeypatch, normal, timed, width):
+def test_columns(benchmark, monkeypatch, normal, timed, value):
     benchmark.group = "COLUMNS: sums over the first axis of 64 MB of float32, 8192 columns"
-    kernel = sums_of_columns(monkeypatch, width)
+    kernel = sums_of_columns(monkeypatch, value)
     x = normal(64 << 20, "float32").reshape(1, -1, 8192 if not benchmark.disabled else 64)
     parts = -(-x.shape[1] // tuning.COLUMN_ROWS)
     out = np.empty((1, parts, x.shape[2]))
-    count = parts * -(-x.shape[2] // width)
+    count = parts * -(-x.shape[2] // value)
     timed(lambda: threads.run(kernel, count, x.nbytes, x, tuning.COLUMN_ROWS, out), x.nbytes)
 
 
-@pytest.mark.parametrize("rows", [248, 1016, 1024, 4072])
-def test_column_rows(benchmark, normal, timed, rows):
+def test_column_rows(benchmark, normal, timed, value):
     benchmark.group = "COLUMN_ROWS: sums over the first axis of 64 MB of float32, 64 columns"
     x = normal(64 << 20, "float32").reshape(1, -1, 64)
-    out = np.empty((1, -(-x.shape[1] // rows), 64))
+    out = np.empty((1, -(-x.shape[1] // value), 64))
     timed(
-        lambda: threads.run(columns.column_squares, out.shape[1], x.nbytes, x, rows, out), x.nbytes
+        lambda: threads.run(columns.column_squares, out.shape[1], x.nbytes, x, value, out), x.nbytes
     )
 
 
-@pytest.mark.parametrize("width", [1024, 4096, 8192, 16_384])
-def test_example_columns(benchmark, normal, timed, width):
+def test_example_columns(benchmark, normal, timed, value):
     benchmark.group = "EXAMPLE_COLUMNS: sums over 64 examples, 64 MB of float32"
     x = normal(64 << 20, "float32").reshape(64, -1)
     out = np.empty(x.shape[1], x.dtype)
-    arguments = x, np.ones(64), width, out
-    count = -(-out.size // width)
+    arguments = x, np.ones(64), value, out
+    count = -(-out.size // value)
     timed(lambda: threads.run(columns.sum_examples, count, x.nbytes, *arguments), x.nbytes)
 
 
-@pytest.mark.parametrize("nbytes", [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20])
 @pytest.mark.parametrize("count", [1, 2])
-def test_parallel_bytes(benchmark, monkeypatch, normal, timed, nbytes, count):
-    benchmark.group = f"PARALLEL_BYTES: sum of squares, {nbytes >> 10} KB of float32"
+def test_parallel_bytes(benchmark, monkeypatch, normal, timed, value, count):
+    benchmark.group = f"PARALLEL_BYTES: sum of squares, {value >> 10} KB of float32"
     monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(threads, "_limit", count)
-    x = normal(nbytes, "float32")
+    x = normal(value, "float32")
     chunks = chunks_of(x, tuning.CHUNK)
     out = np.empty(len(chunks))
     timed(lambda: threads.run(cpu.sum_squares, out.size, x.nbytes, chunks, x[:0], out), x.nbytes)
@@ -99,20 +112,18 @@ def sums_of_groups(monkeypatch, name, value):
     return jit.kernel(grouping.grouped_squares.py_func)
 
 
-@pytest.mark.parametrize("strip", [248, 504, 512])
-def test_strip(benchmark, monkeypatch, normal, timed, strip):
+def test_strip(benchmark, monkeypatch, normal, timed, value):
     benchmark.group = "STRIP: summed rows of 64 float32, 1 MB"
-    kernel = sums_of_groups(monkeypatch, "STRIP", strip)
+    kernel = sums_of_groups(monkeypatch, "STRIP", value)
     x = normal(1 << 20, "float32").reshape(-1, 64)
     starts = np.append(np.arange(0, len(x), 16), len(x))
     out = np.empty((1, 2))
     timed(lambda: kernel(0, 1, len(x), np.arange(len(x)), starts, x, False, out), x.nbytes)
 
 
-@pytest.mark.parametrize("ahead", [0, 1024, 2048, 4096, 8192])
-def test_ahead(benchmark, monkeypatch, normal, timed, ahead):
+def test_ahead(benchmark, monkeypatch, normal, timed, value):
     benchmark.group = "AHEAD: summed rows of 64 float32, 16 MB, Zipf(1.3)"
-    kernel = sums_of_groups(monkeypatch, "AHEAD", ahead)
+    kernel = sums_of_groups(monkeypatch, "AHEAD", value)
     x = normal(16 << 20, "float32").reshape(-1, 64)
     order, starts = rows.group(np.random.default_rng(3).zipf(1.3, len(x)) % 1_000_000)
     out = np.empty((1, 2))

@@ -315,6 +315,22 @@ except TypeError as error:
 
 @pytest.mark.full
 @compiled_only
+def test_a_part_is_compiled_once_for_all_numbers_that_kernels_write_out(forked, tmp_path):
+    code = """
+from numclip.host.runtime.jit import inline, kernel
+@inline
+def part(x, power, whole):
+    return x**power if whole else 0.0
+@kernel
+def sums(x, power):
+    return part(x, 2, True) + part(x, 3, False) + part(x, power, True) + part(x, power, whole=True)
+print(sums(3.0, 1), [str(kind) for kinds in part.overloads for kind in kinds])
+"""
+    assert forked(tmp_path, code).stdout == "15.0 ['float64', 'int64', 'bool']\n"
+
+
+@pytest.mark.full
+@compiled_only
 def test_a_kernel_that_kernels_call_is_a_part_of_them(forked, tmp_path):
     code = """
 from numclip.host.runtime.jit import kernel

@@ -114,7 +114,7 @@ def write_sums(total, terms, out):
     return is_safe(total) and is_safe(terms)
 
 
-@expanded
+@inline
 def measure_rows(tables, groups, like, sums, losses):
     """Write the sum of each sparse gradient and the losses of pools; tell if sums are safe."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
@@ -156,7 +156,7 @@ def obey_rows(tables, unscale, bounds):
     return laws
 
 
-@expanded
+@inline
 def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
     """Decide by rows and chunks that are placed, or as before; tell whether that is right."""
     pools = found(tables, POOLS, tables)
@@ -222,7 +222,7 @@ def are_finite(x):
     return finite
 
 
-@expanded
+@inline
 def sum_rows(tables, groups, decisions, like, sums):
     """Write the sums of rows one after another; tell if those to be scaled are finite."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)

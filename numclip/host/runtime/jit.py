@@ -15,10 +15,11 @@ import numba
 import numpy as np
 from llvmlite import binding
 from numba import njit
-from numba.core import config, sigutils
+from numba.core import config, sigutils, types
 from numba.core.compiler import Compiler, CompileResult
 from numba.core.runtime.nrt import rtsys
 from numba.core.serialize import dumps
+from numba.core.typing.templates import make_concrete_template
 
 from numclip.host.runtime import cache, digest, entries, parts, registers
 from numclip.host.runtime.entries import KernelCompiler
@@ -224,5 +225,15 @@ def _part(function: Function, **options: Any) -> Function:
     def add(result: Any) -> None:  # numba's own also lets Python call it
         compiled.overloads[tuple(result.signature.args)] = result
 
+    def template(kinds: Any, names: Any) -> Any:  # numba's own compiles anew for each literal
+        signature, kinds = compiled._compiler.fold_argument_types(kinds, names)
+        kinds = tuple(map(types.unliteral, kinds))
+        if kinds not in compiled.overloads:
+            compiled.compile(kinds)
+        key, result = function.__qualname__, compiled.overloads[kinds]
+        made = make_concrete_template(key, key=key, signatures=[result.signature])
+        return made, signature, kinds, {}
+
     compiled._compile_for_args, compiled.add_overload = refuse, add
+    compiled.get_call_template = template
     return compiled  # type: ignore[no-any-return]
