@@ -142,7 +142,7 @@ class NormAccumulator:
     def _found(self, name: str) -> Found:
         with self._lock:
             sums, special = dict(getattr(self, name)), self._special
-        return (special, 0, 0.0) if special else joined(sums, self.ord)
+        return (special, 0, 0.0) if special else joined(sums)
 
     def check_order(self, name: str, ord: float) -> None:
         """Refuse, by the name of an argument, an accumulator of another order."""

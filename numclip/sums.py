@@ -87,12 +87,11 @@ def add_sums(found: Sums, more: Sums, ord: float) -> None:
         found[key] = max(own, units) if ord == math.inf else own + units
 
 
-def joined(found: Sums, ord: float) -> Found:
-    """Return what `rounded` does of exact sums."""
+def joined(found: Sums) -> Found:
+    """Return what `rounded` does of exact sums; of infinite order, these have one key, 0."""
     key = max((key for key, units in found.items() if units), default=0)
     units = found.get(key, 0)
-    if ord < math.inf:  # those further down are less than what a unit is rounded by
-        units += found.get(key - 1, 0) >> 4 * HALF
+    units += found.get(key - 1, 0) >> 4 * HALF  # those further down are less than it is rounded by
     total, exponent, error = rounded(units)
     return total, exponent + 2 * HALF * key, error
 
@@ -104,7 +103,7 @@ def total_of(rows: Array, column: int, ord: float, *others: int) -> Found:
     if special.size:
         with np.errstate(invalid="ignore"):
             return float(special.sum()), 0, 0.0
-    return joined(exact_sums(rows, column, ord, *others), ord)
+    return joined(exact_sums(rows, column, ord, *others))
 
 
 def row_of(rows: Array, ord: float) -> Array:

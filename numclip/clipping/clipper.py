@@ -152,13 +152,6 @@ class Clipper:
                 divisors[p] = rule.divisor(sum(sizes[pool.first : pool.last]))
         return divisors
 
-    @property
-    def pool_of(self) -> Array:
-        """The pool of each tensor."""
-        return np.repeat(
-            np.arange(len(self._pool_list)), [pool.last - pool.first for pool in self._pool_list]
-        )
-
     def take_sizes(self, known: Mapping[str, list[int]]) -> None:
         """Let the tensors of some groups have so many elements on all ranks together."""
         if known.keys().isdisjoint(self.rules):

@@ -115,9 +115,11 @@ def _clip_one(
     kind = lists.kind_of((grad,)) if out is None or out is grad else None
     if kind is None or not axes or not grad.nbytes or not (out is None or grad.flags.writeable):
         return None
+    if owner is not None and (type(owner) is not np.ndarray or owner.shape != grad.shape):
+        return None
     x = _cut(grad, kind.row, axes)
     param = x if owner is None else _cut(owner, kind.row, axes)
-    if x is None or param is None or (owner is not None and owner.shape != grad.shape):
+    if x is None or param is None:
         return None
     if ord != 2.0 and kind.row.components == 2:  # magnitudes are not those of the parts
         return None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.dtypes import Array, DType, as_stored
+from numclip.dtypes import FLOAT64, Array, DType, as_stored
 from numclip.formulas import is_safe
 from numclip.host import batches, columns, orders
 from numclip.host.kernels import unit_loops
@@ -399,13 +399,13 @@ class UnitPlan:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
         unit_loops.summarize(self._table, self.units, self._laws, out)
 
-    def factors_of(self, k: int) -> Array:
-        """Return the factors of the rows of the array of a number, counted over all families."""
+    def decisions_of(self, k: int) -> Array:
+        """Return the decisions for rows of the array of a number, counted over all families."""
         for family, rows in zip(self.families, self._rows, strict=True):
             if k < len(family.arrays):
                 numbers = family.numbers[k] if family.numbers else None
-                factors: Array = self.units[rows, FACTOR]
-                return factors.copy() if numbers is None else factors[numbers]
+                decisions: Array = self.units[rows]
+                return decisions if numbers is None else decisions[numbers]
             k -= len(family.arrays)
         raise IndexError(k)
 
@@ -418,4 +418,20 @@ def sum_examples(arrays: Sequence[Strided], units: UnitPlan, _stream: Any = None
         steps = strides_of(shape, array.itemsize)
         out = elements(array.dtype, shape, array.written._replace(steps=steps))
         rows = as_stored(values.reshape(array.shape[0], math.prod(shape)))
-        columns.sum_examples(rows, units.factors_of(k), as_stored(out.reshape(-1)))
+        decisions = units.decisions_of(k)
+        factors = decisions[:, FACTOR].copy()
+        under = (decisions[:, MANTISSA] > 0.0) & (factors < array.dtype.tiny)
+        if array.dtype.digits == 53 and rows.size and under.any():
+            rows, factors[under] = _truncated(rows, decisions, under), 1.0
+        columns.sum_examples(rows, factors, as_stored(out.reshape(-1)))
+
+
+def _truncated(values: Array, decisions: Array, chosen: Array) -> Array:
+    """Return a copy of rows, of which some are multiplied by factors that float64 does not hold."""
+    made, length = values.copy(), values.shape[1]
+    first, step = made.ctypes.data, made.strides[0]
+    starts = {e: first + e * step for e in np.flatnonzero(chosen).tolist()}
+    spans = {e: Span(FLOAT64, start, start, length) for e, start in starts.items()}
+    numbers = decisions[:, MANTISSA], decisions[:, POWER].astype(np.int64)
+    threads.run_all([batches.truncating(batch, *numbers) for batch in batches.batches(spans)])
+    return made

@@ -71,7 +71,9 @@ def test_what_decides_a_tie_counts_wherever_it_arrives():
         mixed = [np.zeros(1, np.float32), *grads]  # the general path: two dtypes
         assert nc.global_norm(mixed) == 1.5 + 2.0**-52
         assert accumulated([grads]).norm == accumulated([[g] for g in grads]).norm == 1.5 + 2.0**-52
-    assert nc.global_norm(TIE) == nc.global_norm(TIE[::-1]) == 1.5
+    for grads in (TIE, TIE[::-1]):
+        assert nc.global_norm(grads) == accumulated([grads]).norm == 1.5
+        assert accumulated([[g] for g in grads]).norm == 1.5
 
 
 def merged(parts, fan):
@@ -166,9 +168,11 @@ def test_finite_gradients_whose_norm_exceeds_float64_are_clipped():
     grads = [np.full(1, 1.5e308), np.full(1, 1.5e308, np.float64)]
     whole = accumulated([[g] for g in grads])
     assert whole.norm == math.inf == nc.global_norm(grads)
-    clipped = [nc.clip_by_global_norm([g], 1e300, whole, nonfinite="raise")[0][0] for g in grads]
-    checks.assert_same_bits(clipped[0], nc.clip_by_global_norm(grads, 1e300)[0][0])
-    assert clipped[1][0] == pytest.approx(1e300 / math.sqrt(2), rel=1e-14)
+    wanted = nc.clip_by_global_norm(grads, 1e300)[0][0]
+    assert wanted[0] == pytest.approx(1e300 / math.sqrt(2), rel=1e-14)
+    for grad, policy in itertools.product(grads, ("propagate", "raise", "skip", "zero")):
+        clipped, _ = nc.clip_by_global_norm([grad], 1e300, whole, nonfinite=policy)
+        checks.assert_same_bits(clipped[0], wanted)
 
 
 @pytest.mark.full

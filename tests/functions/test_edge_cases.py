@@ -337,6 +337,10 @@ def test_outputs_may_be_woven_into_one_another():
     nc.clip_by_global_norm(woven, 0.5, out=woven)
     for new, expected in zip(woven, nc.clip_by_global_norm(given, 0.5)[0], strict=True):
         checks.assert_same_bits(new, expected)
+    repeated = [np.broadcast_to(one, (10,)) for one in given[0][:2]]  # their steps are 0
+    nc.clip_by_global_norm(repeated, 0.5, out=woven)
+    for new, expected in zip(woven, nc.clip_by_global_norm(repeated, 0.5)[0], strict=True):
+        checks.assert_same_bits(new, expected)
 
 
 @pytest.mark.parametrize("layout", sorted(set(cases.LAYOUTS) - cases.UNWRITABLE))

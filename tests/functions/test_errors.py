@@ -237,6 +237,9 @@ def test_grads_that_are_no_collection(grads, message):
 def test_param(param, error, message):
     with raises(error, message):
         nc.adaptive_clip(ONES, param)
+    for code in ("f4", "f8", "c8", "c16"):  # of the gradient's dtype, but of no axes
+        with raises(ValueError, r"param.*\(\)"):
+            nc.adaptive_clip(np.ones(3, code), np.ones((), code), axes=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -94,6 +96,17 @@ def test_extreme_magnitudes(target):
         smallest = float(reference.float_info(name).smallest_subnormal)
         for new, exact in zip(summed, expected, strict=True):
             np.testing.assert_allclose(new, exact, rtol=1e-6, atol=4 * smallest)
+    for bound in (1e-310, 3e-323, 2e-320):  # by factors of a few bits, or under all numbers
+        for size in (1e13, 1e300):
+            grads = [np.full((5, 4), size), np.full((5, 5), -size), np.ones((5, 1), np.float32)]
+            grads[0][3] = grads[1][3] = bound / 8  # is added as it is
+            grads[2][3] = 0
+            summed, count = target.clip_per_example(grads, bound)
+            assert count == 4
+            assert reference.square_sum(summed) <= (4 * Fraction(bound) * Fraction(9, 8)) ** 2
+            for new, sign in zip(summed, (1, -1, 0), strict=True):
+                wanted = sign * (4 * bound / 3) + abs(sign) * bound / 8
+                np.testing.assert_allclose(new, wanted, rtol=0, atol=6 * 5e-324)
     for name in ("float16", "bfloat16"):
         smallest = float(reference.float_info(name).smallest_subnormal)
         grads = [(np.arange(1, 19).reshape(6, 3) * smallest).astype(reference.DTYPES[name])]

@@ -390,6 +390,11 @@ def test_in_place():
     assert nc.clip_by_norm(slices, 0.5, out=slices) is slices
     assert slices.values is values
     checks.assert_same_bits(values, expected.values)
+    with pytest.raises(TypeError, match="out: expected IndexedSlices, got ndarray"):
+        nc.clip_by_norm(slices, 0.25, out=values)
+    with pytest.raises(TypeError, match="out: expected an array, got IndexedSlices"):
+        nc.clip_by_norm(values, 0.25, out=slices)
+    checks.assert_same_bits(values, expected.values)
 
 
 def test_values_of_any_layout():

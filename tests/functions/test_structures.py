@@ -156,8 +156,13 @@ def test_a_mapping_whose_class_cannot_be_made_again_comes_back_as_a_dict():
         def __len__(self):
             return 1
 
-    clipped, norm = nc.clip_by_global_norm(Fixed(), 1.0)
-    assert (type(clipped), norm) == (dict, 3.0)
+    class Renamed(UserDict):
+        def __init__(self, items):
+            super().__init__({f"my {key}": item for key, item in items.items()})
+
+    for grads in (Fixed(), Renamed({"W": np.array([3.0])})):
+        clipped, norm = nc.clip_by_global_norm(grads, 1.0)
+        assert (type(clipped), [*clipped], norm) == (dict, [*grads], 3.0)
 
 
 def test_a_structure_that_holds_itself_is_refused():

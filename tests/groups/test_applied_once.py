@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import numclip as nc
 from numclip.clipping.updating import GroupUpdater
 from tests.oracle.cases import normal, slices
+from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import frozen
 from tests.oracle.plain_optim import KINDS, made
+from tests.oracle.reference import DTYPES
 
 RULES = [
     None,
@@ -195,7 +198,7 @@ def test_what_may_have_been_written_is_applied():
         assert groups.params["b"].tolist() == [-3, -3]
 
 
-def test_steps_without_anything_set_go_on():
+def test_steps_apply_what_was_set_and_all_where_nothing_was():
     groups = nc.ParamGroups([nc.Group("g", {"a": np.zeros(2)})])
     optimizer = nc.SGD(groups, lr=1.0)
     groups.set_grads({"a": np.ones(2)})
@@ -205,6 +208,17 @@ def test_steps_without_anything_set_go_on():
     groups.zero_grads()
     optimizer.step()
     assert groups.params["a"].tolist() == [-3, -3]
+    for dtype, size in itertools.product(DTYPES.values(), (2, 0)):
+        start = {"a": np.zeros(2, dtype), "b": np.zeros(3, dtype), "none": np.zeros(size, dtype)}
+        groups = nc.ParamGroups([nc.Group("g", start)])
+        optimizer = nc.SGD(groups, lr=1.0)
+        for rate, names in enumerate((["a", "b", "none"], ["a"], ["b", "none"], ["b"]), 1):
+            groups.set_grads({name: np.full_like(start[name], rate) for name in names})
+            optimizer.step()
+            for name in names:
+                start[name] -= start[name].dtype.type(rate)
+            for name, wanted in start.items():
+                assert_same_bits(np.asarray(groups.params[name]), wanted)
 
 
 # ---- groups that share a norm

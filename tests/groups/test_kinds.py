@@ -192,29 +192,42 @@ def test_a_rule_that_remembers_is_told(device):
         groups.set_grads(grads)
         groups.clip()
     np.testing.assert_allclose(groups["g"].rule_state["largest"], [1.0, 1.0], rtol=1e-12)
+    told = []
+
+    class Telling(TimesLeast):
+        def thresholds(self, norms, total, step, state):
+            told.append((norms.tolist(), total))
+            return TimesLeast.thresholds(self, norms, total, step, state)
+
+    groups = made(device, Telling())
+    for bad, norm_told in ((math.nan, 0.0), (math.inf, np.finfo(np.float64).max), (3.0, 3.0)):
+        groups.set_grads({"w": np.zeros((5, 3)), "b": np.array([0.0, bad, 0.0, 0.0])})
+        groups.clip()
+        assert told[-1] == ([norm_told], norm_told)
 
 
 def test_a_group_follows_the_rule_it_is_given_later(device):
-    groups = made(device, None)
-    optimizer = nc.SGD(groups, 0.1, momentum=0.5)
-    groups.set_grads(GRADS[0])
-    optimizer.step()
-    groups["g"].clip = nc.ByNorm(0.1)
-    optimizer.step()
-    assert [row["clipped"] for row in [groups.history.to_dict()["g"]]] == [[False, True]]
-    assert optimizer.state_dict()["groups"]["g"]["steps"] == 2
-    other = made(device, nc.ByNorm(0.1))
-    again = nc.SGD(other, 0.1, momentum=0.5)
-    again.load_state_dict(optimizer.state_dict())
-    for name in PARAMS:
-        other.params[name][...] = np.asarray(groups.params[name])
-    for each, own in ((groups, optimizer), (other, again)):
-        each.set_grads(GRADS[1])
-        own.step()
-    for name in PARAMS:
-        np.testing.assert_array_equal(
-            np.asarray(groups.params[name]), np.asarray(other.params[name])
-        )
+    for rule in (nc.ByNorm(0.1), nc.ByGlobalNorm(0.1)):
+        groups = made(device, None)
+        optimizer = nc.SGD(groups, 0.1, momentum=0.5)
+        groups.set_grads(GRADS[0])
+        optimizer.step()
+        groups["g"].clip = rule
+        optimizer.step()
+        assert [row["clipped"] for row in [groups.history.to_dict()["g"]]] == [[False, True]]
+        assert optimizer.state_dict()["groups"]["g"]["steps"] == 2
+        other = made(device, rule)
+        again = nc.SGD(other, 0.1, momentum=0.5)
+        again.load_state_dict(optimizer.state_dict())
+        for name in PARAMS:
+            other.params[name][...] = np.asarray(groups.params[name])
+        for each, own in ((groups, optimizer), (other, again)):
+            each.set_grads(GRADS[1])
+            own.step()
+        for name in PARAMS:
+            np.testing.assert_array_equal(
+                np.asarray(groups.params[name]), np.asarray(other.params[name])
+            )
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -1,12 +1,15 @@
 """Optimizers: their state, threads, arrays of the user's own, arguments that do not fit."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 import numclip as nc
+import numclip.host.given
+import numclip.host.updates
 from tests.oracle.cases import fortran, normal, slices, strided
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import ROWS, frozen, grads_of, snapshot
@@ -283,8 +286,8 @@ def test_optimizers_are_not_copied():
 @pytest.mark.parametrize(
     ("dtype", "size", "bound"), [("f", 2e38, 1e-6), ("f", 2e38, 1e-8), ("d", 1e300, 1e-25)]
 )
-def test_factors_that_are_subnormal(dtype, size, bound):
-    sizes = {"w": np.full(4, size), "zeros": np.zeros(3), "x": np.full(2, size)}
+def test_factors_that_are_subnormal(dtype, size, bound, monkeypatch):
+    sizes = {"w": np.full(4, size), "zeros": np.zeros(3), "x": np.full(2, size), "0": np.zeros(1)}
     grads = {name: grad.astype(dtype) for name, grad in sizes.items()}
 
     def made(rule):
@@ -293,12 +296,18 @@ def test_factors_that_are_subnormal(dtype, size, bound):
         groups.set_grads(grads)
         return groups
 
-    for rule in (nc.ByGlobalNorm(bound), nc.ByNorm(bound)):
+    for much, rule in itertools.product([False, True], [nc.ByGlobalNorm(bound), nc.ByNorm(bound)]):
+        for module in (nc.host.given, nc.host.updates) if much else ():  # read in place
+            monkeypatch.setattr(module, "PARALLEL_BYTES", 0)
         clipped = made(rule)
         clipped.clip()
         assert clipped.grads["w"].all()
-        for given in (None, grads):
-            nc.SGD(stepped := made(rule), lr=1.0).step(given)
+        turned = {name: np.flip(grad) for name, grad in grads.items()}
+        for given in (None, grads, turned):
+            optimizer = nc.SGD(stepped := made(rule), lr=1.0)
+            if given is not None:
+                stepped.zero_grads()
+            optimizer.step(given)
             for name, param in stepped.params.items():
                 assert (-param).tolist() == clipped.grads[name].tolist()
 

@@ -230,6 +230,18 @@ def test_what_is_no_communicator_is_refused():
 
     assert "got an inter-communicator" in raised(1, inter, ValueError)[0]
 
+    class Null(ranks.Comm):
+        """As COMM_NULL, which is false, of which nothing can be asked."""
+
+        def __init__(self):
+            pass
+
+        def __bool__(self):
+            return False
+
+    with pytest.raises(ValueError, match="comm: expected an intra-communicator, got COMM_NULL"):
+        nc.clip_by_global_norm(grads, 1.0, comm=Null())
+
     def with_use_norm(comm):
         nc.clip_by_global_norm(grads, 1.0, 3.0, comm=comm)
 
@@ -293,14 +305,17 @@ def test_sharded_rows_that_repeat_count_as_their_sums():
                 )
             ]
         )
-        groups.grads["E"] = nc.IndexedSlices(values * (1 + comm.Get_rank()), indices, (4, 1))
-        report = groups.clip(comm=comm)
-        return report.norm, groups.grads["E"].to_dense()
+        for rows in (indices[::-1], indices):  # from the second step on, ranks know one another
+            scaled = values * (1 + comm.Get_rank())
+            groups.grads["E"] = nc.IndexedSlices(scaled, rows.copy(), (4, 1))
+            report = groups.clip(comm=comm)
+            yield report.norm, groups.grads["E"].to_dense()
 
-    results = together(2, program)
-    assert {norm for norm, _ in results} == {10.0}
-    square = reference.square_sum([dense for _, dense in results])
-    assert Fraction(1 - 2**-40) < square <= 1
+    every = together(2, lambda comm: [*program(comm)])
+    for results, norm in zip(zip(*every, strict=True), (math.sqrt(90), 10.0), strict=True):
+        assert {found for found, _ in results} == {norm}
+        square = reference.square_sum([dense for _, dense in results])
+        assert Fraction(1 - 2**-40) < square <= 1
 
 
 # ---- what is not finite

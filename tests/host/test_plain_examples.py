@@ -48,6 +48,9 @@ def test_any_lengths_and_magnitudes(name):
 def test_squares_out_of_range_go_the_general_way(value):
     grads = [np.full((2, 3), value), np.ones((2, 4))]
     assert_same_both_ways(grads, 1.0, taken=False)
+    large = np.full((2, 3), 1e13)  # whose factors are subnormal
+    assert_same_both_ways([large], 1e-310, taken=False)
+    assert_same_both_ways([large.astype(np.float32)], 1e-310)
 
 
 def test_what_is_odd_goes_the_general_way():

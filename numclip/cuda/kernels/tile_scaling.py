@@ -20,9 +20,12 @@ from numclip.cuda.kernels.packets import (
     store,
     store_apart,
 )
-from numclip.cuda.kernels.scalars import clamped
+from numclip.cuda.kernels.scalars import clamped, truncated_product
 from numclip.cuda.kernels.scaling import copy, multiply, multiply_carefully, product
 from numclip.cuda.kernels.tiles import in_packets, over_lines, seat, sums_apart
+from numclip.dtypes import FLOAT64
+
+TINY, DIGITS, LOWEST = FLOAT64.tiny, *FLOAT64.precision
 
 
 @inline
@@ -165,17 +168,27 @@ def clamp_tiles_between(tiles, like):
 
 
 @inline
+def weighted(x, decision):
+    """Return an element times its factor in float64, which holds no factors under TINY."""
+    value, factor = np.float64(x), decision[col.FACTOR]
+    if factor < TINY:
+        mantissa, power = decision[col.MANTISSA], int(decision[col.POWER])
+        return truncated_product(value, mantissa, power, DIGITS, LOWEST)
+    return value * factor
+
+
+@inline
 def weighted_sum(tile, place, lane, lanes, row, units, like):
     """Return a thread's share of a sum over examples times their factors; two loads in flight."""
     step, length = tile[col.STEP], tile[col.LENGTH]
     total, i = 0.0, lane
     while i + lanes < length:
         x, y = load(place + i * step, like), load(place + (i + lanes) * step, like)
-        total += np.float64(x) * units[row + i, col.FACTOR]
-        total += np.float64(y) * units[row + i + lanes, col.FACTOR]
+        total += weighted(x, units[row + i])
+        total += weighted(y, units[row + i + lanes])
         i += 2 * lanes
     if i < length:
-        total += np.float64(load(place + i * step, like)) * units[row + i, col.FACTOR]
+        total += weighted(load(place + i * step, like), units[row + i])
     return total
 
 

@@ -57,14 +57,20 @@ def squares_of_example(e, table, like):
 
 @kernel
 def find_factors(begin, end, table, law, like, factors, clipped):
-    """Write the factor of each example, for a sum in float64, and whether it is clipped."""
+    """Write the factor of each example, for a sum in float64, and whether it is clipped.
+
+    A factor under the smallest normal number is no number of float64; of smaller types it makes 0.
+    """
     for e in range(begin, end):
         total, right = squares_of_example(e, table, like)
         norm = math.sqrt(total)
         mantissa, power, _ = factor_of(
             norm, 0, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], 53, law[TINY]
         )
-        factors[e] = scale_by_power(mantissa, power) if right else UNKNOWN
+        factor = scale_by_power(mantissa, power)
+        if like.itemsize == 8 and mantissa > 0.0 and factor < law[TINY]:
+            right = False
+        factors[e] = factor if right else UNKNOWN
         clipped[e] = norm > law[BOUND]
 
 
