@@ -72,7 +72,7 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
 
 
 def pointers_of(items: Items) -> int:
-    """Return where the pointers to the items are."""
+    """Return where the pointers to the items are, as long as the caller holds the tuple."""
     return id(items) + POINTERS
 
 

@@ -78,7 +78,7 @@ def _clip_little(
         (items, held), owners = nests.taken(grads), nests.items_of(params)
         if params is not None and not lists.are_alike(held, items, params, owners):
             return None
-    every = items + owners
+    every: nests.Items = items + owners
     if {*map(type, every)} != {np.ndarray} or not _can_be_kept(axes):
         return None
     known = _told(every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce)
@@ -90,7 +90,8 @@ def _clip_little(
             return None
         results = tuple([lists.copy(item) for item in items])
     _, tables, like = known
-    if not plain_units.clip(lists.pointers_of(results + owners), *tables, bound, eps, like):
+    every = results + owners  # which kernels read as long as it is held
+    if not plain_units.clip(lists.pointers_of(every), *tables, bound, eps, like):
         return None
     return results[0] if held is None else nests.rebuilt(held, results, out)
 
