@@ -214,9 +214,8 @@ class ValueClipper(Clipper):
             bounds = self.rules[group.name].element_bounds
             plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
         later.measure(2.0, stream)
-        if self.given is None:
-            later.decide(self.outcome_after(), stream)
-        else:  # what all ranks skip is skipped here
+        later.decide(self.outcome_after(), stream)
+        if self.given is not None:  # what all ranks skip is skipped here
             later.decide_by(self.given, self.outcome_after(), stream)
 
     def write_exceptional(self, stream: Any) -> Outcome:
