@@ -52,9 +52,9 @@ class Given:
         self.targets, self._held = list(targets), held or {}
         self.addresses = np.zeros(len(targets) + len(self._held), np.int64)
         natives = natives or [facts.native for facts in targets]
-        self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
+        dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
         shapes = [facts.shape for facts in self.targets]
-        self.wanted = wanted_table(self._dtypes, shapes, _merged(taken), self._held)
+        self.wanted = wanted_table(dtypes, shapes, _merged(taken), self._held)
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         self._rows = self._row_table()

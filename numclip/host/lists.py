@@ -329,8 +329,6 @@ def each(
     are owners: it does all, or returns None, and the general way does all of it again, which
     leaves what is clipped as it is. `prepare` raises where an argument does not fit.
     """
-    if not outs.takes(grads, out):
-        return outs.put(grads, out, lambda: each(grads, None, one, prepare, owners), owners)
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)
     if type(owners) not in (type(grads), type(None)):
