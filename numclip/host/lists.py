@@ -325,9 +325,10 @@ def each(
 ) -> Any:
     """Clip an array, or each of a list, tuple or dict of arrays, by itself; return the results.
 
-    `one` takes an array, where to write, what `prepare` returned for it and its owner, if there
-    are owners: it does all, or returns None, and the general way does all of it again, which
-    leaves what is clipped as it is. `prepare` raises where an argument does not fit.
+    These are new, or in place, as `outs.takes` has it. `one` takes an array, where to write, what
+    `prepare` returned for it and its owner, if there are owners: it does all, or returns None, and
+    the general way does all of it again, which leaves what is clipped as it is. `prepare` raises
+    where an argument does not fit.
     """
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)

@@ -8,16 +8,16 @@ import numpy as np
 from numclip.host.kernels import given
 from numclip.host.kernels.arrays import FLAGS, WRITEABLE, own_their_data
 from numclip.host.kernels.cpu import LENGTH, SOURCE
-from numclip.host.kernels.elements import array_at, as_computed, word_at
+from numclip.host.kernels.elements import as_computed, word_at
 from numclip.host.kernels.examples import UNKNOWN
 from numclip.host.kernels.plain import are_apart
-from numclip.host.kernels.unit_loops import scale_units, unit_factors, unit_squares
+from numclip.host.kernels.unit_loops import scale_units, unit_factors, unit_squares, units_at
 from numclip.host.runtime.jit import inline, kernel_with_gil
 from numclip.tables import BOUND, EPS
 
 # Of an array: its lengths about its axes, in stored numbers, its digits, and where among the arrays
 # its parameter is, 0 if that does not count.
-OUTER, REDUCED, INNER, DIGITS, PARAM, COLUMNS = range(6)
+OUTER, REDUCED, INNER, DIGITS, PARAM = range(5)
 
 
 @inline
@@ -35,13 +35,6 @@ def can_be_written(items, places, wanted, addresses, itemsize):
         spans[k, SOURCE] = addresses[k]
         spans[k, LENGTH] = own[OUTER] * own[REDUCED] * own[INNER]
     return are_apart(spans, itemsize)
-
-
-@inline
-def units_at(address, place, like):
-    """Return an array's storage as `unit_loops.unit_squares` has it."""
-    outer, reduced, inner = place[OUTER], place[REDUCED], place[INNER]
-    return array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
 
 
 @inline

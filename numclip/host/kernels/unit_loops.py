@@ -140,11 +140,17 @@ def unit_squares(x, digits, out):
 
 
 @inline
+def units_at(address, lengths, like):
+    """Return an array's storage as `unit_squares` has it, by its lengths about the axes."""
+    outer, reduced, inner = lengths[0], lengths[1], lengths[2]
+    return array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
+
+
+@inline
 def write_squares(address, place, digits, like, sums):
     """Write the totals and exponents of an array's units; tell whether all are right."""
-    outer, reduced, inner = place[OUTER], place[REDUCED], place[INNER]
-    x = array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
-    own = sums[:, place[UNIT] : place[UNIT] + outer * inner]
+    x = units_at(address, place[OUTER:], like)
+    own = sums[:, place[UNIT] : place[UNIT] + x.shape[0] * x.shape[2]]
     own[1, :] = 0.0
     return unit_squares(x, digits, own[0])
 
@@ -257,9 +263,8 @@ def scale_little(begin, end, places, units, like):
     """Multiply the units of arrays in place by the factors that are decided."""
     for k in range(begin, end):
         own = places[k]
-        outer, reduced, inner = own[OUTER], own[REDUCED], own[INNER]
-        x = array_at(own[ADDRESS], outer * reduced * inner, like).reshape((outer, reduced, inner))
-        factors, clips = np.full(outer * inner, as_computed(1.0, x)), False
+        x = units_at(own[ADDRESS], own[OUTER:], like)
+        factors, clips = np.full(x.shape[0] * x.shape[2], as_computed(1.0, x)), False
         for unit in range(factors.size):
             factors[unit] = units[own[UNIT] + unit, FACTOR]
             clips |= factors[unit] != 1.0
