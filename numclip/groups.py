@@ -473,7 +473,7 @@ class ParamGroups(state.Saved):
             self._turn_over(steps)
         if counts:
             self.step += 1
-        return ClipReport.of((turn, None))
+        return ClipReport.of(turn)
 
     @isolated
     def _turn_over(self, steps: Steps) -> None:
@@ -592,7 +592,7 @@ class ParamGroups(state.Saved):
             raise ValueError(expected("unscale", wanted, unscale))
         updater.apply(steps, turn, updater.settings(turn.step), self._intake.stale(), ranks)
         self._intake.forget(applied=True)
-        return ClipReport.of((turn, None))
+        return ClipReport.of(turn)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of parameters, their masters, the rules' state, the history and the step.
