@@ -52,17 +52,17 @@ def clip(
     if not outs.takes(grads, out):
         how = axes, reduce, None, params, eps, ord
         return outs.put(grads, out, lambda: clip(grads, bound, *how), params)
-    if ord == 2.0 and lists.READABLE:
+    native = ord == 2.0 and lists.READABLE
+    if native:
         result = _clip_little(grads, bound, axes, reduce, out, params, eps)
         if result is not None:
             return result
-    return lists.each(
-        grads,
-        out,
-        lambda own, to, over, param: _clip_one(own, bound, over, to, param, eps, ord),
-        lambda own: reduce(axes, own.ndim) or (),
-        params,
-    )
+
+    def one(own: Array, to: Any, over: tuple[int, ...], param: Any) -> Any:
+        found = _clip_copied(own, bound, axes, reduce, to, param, eps) if native else None
+        return _clip_one(own, bound, over, to, param, eps, ord) if found is None else found
+
+    return lists.each(grads, out, one, lambda own: reduce(axes, own.ndim) or (), params)
 
 
 def _clip_little(
@@ -94,6 +94,28 @@ def _clip_little(
     if not plain_units.clip(lists.pointers_of(every), *tables, bound, eps, like):
         return None
     return results[0] if held is None else nests.rebuilt(held, results, out)
+
+
+def _clip_copied(
+    grad: Array, bound: float, axes: Any, reduce: Reduce, out: Any, param: Any, eps: float
+) -> Any:
+    """Do so for one array of any order, by way of a copy in C order where it has another."""
+    if grad.nbytes >= PARALLEL_BYTES or (out is not None and out is not grad):
+        return None
+    if type(param) is np.ndarray and not param.flags.carray:
+        param = param.copy("C")
+    if grad.flags.carray or (grad.flags.c_contiguous and out is None):
+        return _clip_little(grad, bound, axes, reduce, out, param, eps)
+    if out is not None and not (grad.flags.f_contiguous and grad.flags.writeable):
+        return None
+    copy = grad.copy("C")
+    before = copy.tobytes()
+    if _clip_little(copy, bound, axes, reduce, copy, param, eps) is None:
+        return None
+    result = lists.copy(grad) if out is None else grad
+    if copy.tobytes() != before:
+        result[...] = copy
+    return result
 
 
 def _can_be_kept(axes: Any) -> bool:

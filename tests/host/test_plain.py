@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip.border import arguments
+from numclip.clipping import parts
 from numclip.host import lists as plain
 from numclip.host import nests, outs, plain_units
 from numclip.host.kernels import arrays, little, unit_loops
@@ -405,3 +407,32 @@ def test_much_that_takes_no_memory_is_not_taken_for_little():
     huge = np.broadcast_to(np.float32(1.0), (2**60,))
     with pytest.raises(MemoryError):
         nc.global_norm([huge] * 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "complex64"])
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"byte_swapped"}))
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+def test_units_of_arrays_in_any_order_are_clipped_by_way_of_copies(layout, dtype, axes):
+    """With the bits, and in the memory, of the general way."""
+    make, rng = LAYOUTS[layout], np.random.default_rng(0)
+    every = [make(normal(rng, (13, 11), DTYPES[dtype])) for _ in range(3)]
+    grads, params = every[:2], make(every[2])
+    for bound in (0.5, 1e30, 0.0):
+        wanted = [parts.clip_by_norm(grad, bound, axes, 2.0, None) for grad in grads]
+        found = plain_units.clip([*grads, None], bound, axes, arguments.axes_of, None)
+        relative = parts.adaptive_clip(grads[0], params, bound, 1e-3, axes, None)
+        told = arguments.adaptive_axes, None, params, 1e-3
+        owned = plain_units.clip(grads[0], bound, axes, *told)
+        if found is None:  # complex columns
+            assert dtype == "complex64"
+            continue
+        for a, b in zip([*found[:2], owned], [*wanted, relative], strict=True):
+            assert_same_bits(a, b)
+            assert a.strides == b.strides
+        if layout == "fortran":
+            held = [grad.copy("F") for grad in grads]
+            done = plain_units.clip(held, bound, axes, arguments.axes_of, held)
+            assert all(a is b for a, b in zip(done, held, strict=True))
+            for a, b in zip(held, wanted, strict=True):
+                assert_same_bits(a, b)
