@@ -178,9 +178,10 @@ class ParamGroups(state.Saved):
                 )
                 for number, member in enumerate(members)
             }
+        self._lock = threading.RLock()  # threads that race take their steps one after another
         self._states = tuple(self._groups.values())
         for group in self._states:
-            group.neighbours = self._states
+            group.neighbours, group.lock = self._states, self._lock
         self._intake = Intake(self._states, engine)
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
@@ -192,7 +193,6 @@ class ParamGroups(state.Saved):
         self._sharded = next((member.name for member in members if member.sharded), None)
         self._history = History(history)
         self._history.follow(self._told)
-        self._lock = threading.RLock()  # threads that race take their steps one after another
         self.step = 0
         self._made_steps()
 
@@ -603,9 +603,7 @@ class ParamGroups(state.Saved):
         return {
             "step": self.step,
             **arrays_on_host(self),
-            "rules": {
-                group.name: {"rule": repr(group.clip), **copied(group.rule_state)} for group in self
-            },
+            "rules": {group.name: {"rule": repr(group.clip), **group.rule_state} for group in self},
             "history": self.history.state_dict(),
         }
 
@@ -644,7 +642,7 @@ class ParamGroups(state.Saved):
         self._behind = False
         self._take_over(whole=True)
         for group in self:
-            group.rule_state = copied(rules[group.name])
+            group.remembered = copied(rules[group.name])
         self.history, self.step = history, found["step"]
         if self._ranks is not None:
             self._ranks.forget()
