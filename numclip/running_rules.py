@@ -185,10 +185,11 @@ class ZClip(Rule):
 
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the bound where the norm stands out, infinity or `max_norm` where not."""
-        norm, mean, deviation = float(norms[0]), float(state["mean"]), float(state["deviation"])
-        bound = self.bound(step)
-        if mean > 0.0 and int(state["count"]) >= self.warmup:
-            score = (norm - mean) / (deviation + 1e-6)
+        bound = math.inf if self.max_norm is None else self.bound(step)
+        mean: float = state["mean"].item()
+        if mean > 0.0 and state["count"].item() >= self.warmup:
+            deviation: float = state["deviation"].item()
+            score = (norms.item() - mean) / (deviation + 1e-6)
             if score > self.z:
                 bound = min(bound, mean + deviation / score * self.z * self.z)
         return np.array([bound])
@@ -197,23 +198,21 @@ class ZClip(Rule):
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Take up the norm before clipping during warm-up, the norm after clipping then."""
-        count, mean, deviation = int(state["count"]), float(state["mean"]), state["deviation"]
-        if count < max(self.warmup, 1):
+        count, mean = state["count"], state["mean"].item()
+        known: int = count.item()
+        if known < max(self.warmup, 1):
             # One by one as by all at once (Welford): only what is known so far is kept.
-            keep = share = count / (count + 1)
-            apart = (float(norms[0]) - mean) / math.sqrt(count + 1)
-            mean = _blend(mean, float(norms[0]), keep)
-            count += 1
+            keep = share = known / (known + 1)
+            apart = (norms.item() - mean) / math.sqrt(known + 1)
+            mean = _blend(mean, norms.item(), keep)
+            count = np.array(known + 1, np.int64)
         else:
             keep, share = self.alpha, 1.0 - self.alpha
-            mean = _blend(mean, float(clipped[0]), keep)
-            apart = float(clipped[0]) - mean
-        spread = math.hypot(math.sqrt(keep) * float(deviation), math.sqrt(share) * apart)
-        return {
-            "count": np.array(count, np.int64),
-            "mean": np.array(mean),
-            "deviation": np.array(spread),
-        }
+            mean = _blend(mean, clipped.item(), keep)
+            apart = clipped.item() - mean
+        deviation: float = state["deviation"].item()
+        spread = math.hypot(math.sqrt(keep) * deviation, math.sqrt(share) * apart)
+        return {"count": count, "mean": np.array(mean), "deviation": np.array(spread)}
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         if name == "count":

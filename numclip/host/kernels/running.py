@@ -64,8 +64,9 @@ def take(norm, count, ring, ordered):
     place, oldest = places_of(norm, number, ring, ordered)
     for k in range(oldest, place):
         ordered[k] = ordered[k + 1]
-    for k in range(oldest, place, -1):
-        ordered[k] = ordered[k - 1]
+    carried = norm
+    for k in range(place, oldest + 1):
+        ordered[k], carried = carried, ordered[k]
     ordered[place] = ring[number % ring.size] = norm
     count[()] = number + 1
 
