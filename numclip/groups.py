@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Never
 
 from numclip import state
 from numclip.border import arguments
-from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
 from numclip.border.results import refuse_overlaps
-from numclip.clipping.buffers import GroupState, SparseGroupState
-from numclip.clipping.intake import Intake
-from numclip.clipping.ranks import Ranks, telling
-from numclip.clipping.steps import NOBODY, Steps, Told, Turn
-from numclip.clipping.updating import GroupUpdater, Method
+from numclip.clipping.buffers import GroupState
+from numclip.clipping.manager import Manager
+from numclip.clipping.ranks import telling
 from numclip.engine import named
 from numclip.errors import expected
 from numclip.group import Group, checked
@@ -42,22 +38,22 @@ class _Named(MutableMapping[str, Any]):
         raise TypeError(f"{name!r}: parameters and gradients cannot be deleted, only overwritten")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._groups._intake.names)
+        return iter(self._groups._manager.intake.names)
 
     def __len__(self) -> int:
-        return len(self._groups._intake.names)
+        return len(self._groups._manager.intake.names)
 
 
 class _Params(_Named):
     """The parameters."""
 
     def __getitem__(self, name: str) -> Any:
-        return self._groups._intake.owner(name).params[name]
+        return self._groups._manager.intake.owner(name).params[name]
 
     @isolated
     def __setitem__(self, name: str, value: Any) -> None:
         if value is not self[name]:  # as it is after ``params[name] -= step``
-            self._groups._intake.owner(name).set_param(name, value, self._groups.stream)
+            self._groups._manager.intake.owner(name).set_param(name, value, self._groups.stream)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -67,13 +63,13 @@ class _Grads(_Named):
     """The gradients."""
 
     def __getitem__(self, name: str) -> Any:
-        return self._groups._intake.owner(name).gradient_of(name)
+        return self._groups._manager.intake.owner(name).gradient_of(name)
 
     def __setitem__(self, name: str, grad: Any) -> None:
         self._groups.set_grads({name: grad})
 
     def __repr__(self) -> str:
-        return repr({name: self._groups._intake.owner(name).seen(name) for name in self})
+        return repr({name: self._groups._manager.intake.owner(name).seen(name) for name in self})
 
 
 class ParamGroups(state.Saved):
@@ -169,32 +165,14 @@ class ParamGroups(state.Saved):
             raise ValueError(expected("copy", wanted, copy))
         self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
         engine.require()
-        self.stream = stream
-        members = checked(groups)
-        with engine.on_stream(None) as own:
-            self._groups = {
-                member.name: (SparseGroupState if member.sparse else GroupState)(
-                    member, number, engine, own, self._change, copies=bool(copy)
-                )
-                for number, member in enumerate(members)
-            }
-        self._lock = threading.RLock()  # threads that race take their steps one after another
-        self._states = tuple(self._groups.values())
-        for group in self._states:
-            group.neighbours, group.lock = self._states, self._lock
-        self._intake = Intake(self._states, engine)
+        self._history = History(history)
+        where, tell = engine.stream_from(stream), self._history.take
+        self._manager = Manager(checked(groups), engine, where, tell, copies=bool(copy))
+        self._history.follow(self._manager.told)
+        self._held = stream  # some libraries destroy a stream that nobody holds
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
             self._refuse_tied()
-        self._mastered = [group for group in self._states if group.masters]
-        self._behind = False  # whether parameters may not be their rounded masters yet
-        self._steps: Steps | None = None
-        self._ranks: Ranks | None = None
-        self._sharded = next((member.name for member in members if member.sharded), None)
-        self._history = History(history)
-        self._history.follow(self._told)
-        self.step = 0
-        self._made_steps()
 
     @property
     def device(self) -> str:
@@ -204,12 +182,21 @@ class ParamGroups(state.Saved):
     @property
     def stream(self) -> Any:
         """The stream on which everything is done, in order; None in the host's memory."""
-        return self._stream
+        return self._manager.stream
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        self._stream = self._engine.stream_from(stream)
-        self._held = stream  # some libraries destroy a stream that nobody holds
+        self._manager.stream = self._engine.stream_from(stream)
+        self._held = stream
+
+    @property
+    def step(self) -> int:
+        """How many times the gradients were clipped."""
+        return self._manager.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._manager.step = step
 
     @property
     def history(self) -> History:
@@ -218,15 +205,12 @@ class ParamGroups(state.Saved):
 
     @history.setter
     def history(self, history: History) -> None:
-        for told in self._told():  # what was found before is of the record before
+        manager = self._manager
+        for told in manager.told():  # what was found before is of the record before
             self._history.take(told)
         self._history.follow(None)
-        self._history = history
-        history.follow(self._told)
-
-    def _told(self) -> Iterator[Told]:
-        with self._lock:
-            return iter(()) if self._steps is None else iter(list(self._steps.told()))
+        self._history, manager.tell = history, history.take
+        history.follow(manager.told)
 
     def _refuse_tied(self) -> None:
         """Refuse parameters that share memory."""
@@ -238,50 +222,20 @@ class ParamGroups(state.Saved):
             advice = "pass tied weights under one name, and the sum of their gradients"
             raise ValueError(f"{error}; {advice}") from None
 
-    def _take_over(self, *, whole: bool = False) -> None:
-        """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
-        for group in self._mastered:
-            if self._behind:  # an update was interrupted
-                group.round(self._stream)
-            else:
-                group.take_over(self._stream, whole=whole)
-        self._behind = False
-
-    def _round(self) -> None:
-        """Let parameters be their rounded masters; sparse ones at the rows that have gradients."""
-        for group in self._mastered:
-            group.round(self._stream, whole=False)
-        self._behind = False
-
-    def _change(self) -> None:
-        """Let the next step make other clippers: a group has another rule."""
-        self._intake.clipped = None
-        for told in self._told():
-            self._history.take(told)
-        self._steps = None
-
-    def _made_steps(self) -> Steps:
-        """Return what takes steps, made anew where a group has another rule."""
-        steps = self._steps
-        if steps is None:
-            with self._engine.on_stream(None) as own:
-                steps = self._steps = Steps(self._states, self._engine, own)
-        steps.stream = self._stream
-        return steps
-
     def __getitem__(self, name: str) -> GroupState:
-        if name not in self._groups:
-            raise KeyError(f"{name!r} is no group; there are {', '.join(self._groups)}")
-        return self._groups[name]
+        groups = self._manager.groups
+        if name not in groups:
+            raise KeyError(f"{name!r} is no group; there are {', '.join(groups)}")
+        return groups[name]
 
     def __iter__(self) -> Iterator[GroupState]:
-        return iter(self._states)
+        return iter(self._manager.groups.values())
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._manager.groups)
 
     def __repr__(self) -> str:
-        title = f"ParamGroups({len(self._groups)} groups, step {self.step})"
+        title = f"ParamGroups({len(self)} groups, step {self.step})"
         return "\n  ".join([title, *map(repr, self)])
 
     def __reduce__(self) -> Never:
@@ -309,7 +263,7 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is copied then.
         """
-        self._intake.put(grads, self._stream, adds=False)
+        self._manager.intake.put(grads, self.stream, adds=False)
 
     def accumulate(self, grads: Any) -> None:
         """Add gradients to those there are; sparse ones are appended.
@@ -324,13 +278,13 @@ class ParamGroups(state.Saved):
         KeyError, TypeError, ValueError
             Where one does not fit; the message names it. Nothing is added then.
         """
-        self._intake.put(grads, self._stream, adds=True)
+        self._manager.intake.put(grads, self.stream, adds=True)
 
     def zero_grads(self) -> None:
         """Set every gradient to zero; sparse ones lose their rows."""
         for group in self:
-            group.zero(self._stream)
-        self._intake.forget()
+            group.zero(self.stream)
+        self._manager.intake.forget()
 
     def clip(
         self,
@@ -396,7 +350,7 @@ class ParamGroups(state.Saved):
         one group, at 1e5 ranks 17 us and 7 MB, which take a millisecond to add up: less than
         reading the gradients once. ``bench/ranks.py`` prints this for the latencies it measures.
         """
-        ranks = self.ranks_of(comm)
+        ranks = self._manager.ranks_of(comm)
         with telling(ranks):
             scale = arguments.positive("unscale", unscale)
             if grads is not None and apply:
@@ -405,201 +359,14 @@ class ParamGroups(state.Saved):
                     "got gradients; pass them to an optimizer's step(grads), or to "
                     "clip_by_global_norm"
                 )
-            with self._lock:
-                return self._clip(scale, bool(apply), grads, ranks)
-
-    def _clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> ClipReport:
-        """Clip as `clip` does, after its arguments were checked."""
-        self._take_over()
-        steps = self._made_steps()
-        if grads is not None:
-            return self._measured(steps, self._intake.ordered(grads), scale, ranks)
-        turn = steps.taken(self.step, scale)
-        absent = self._intake.stale()
-        if absent or steps.follows:
-            self._leave_out(steps, absent)
-        call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
-        if not (apply and steps.clip_at_once(turn, ranks, call)):
-            self._clip_by_parts(steps, turn, call, apply, ranks)
-        if apply:
-            self._intake.clipped = turn
-        return self._reported(steps, turn, counts=apply)
-
-    @isolated
-    def _clip_by_parts(
-        self, steps: Steps, turn: Turn, call: str, apply: bool, ranks: Ranks | None
-    ) -> None:
-        """Measure and decide, then write the gradients or find out what that would make."""
-        steps.decide(turn, ranks, call)
-        if apply:
-            steps.write()
-        else:
-            steps.preview()
-
-    def _without(self, absent: frozenset[str]) -> str:
-        """Say which parameters have no gradient, of those that all ranks have."""
-        left = absent and sorted(name for name in absent if not self._intake.owner(name).sharded)
-        return f" without {left}" if left else ""
-
-    def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
-        """Let parameters have no gradient in the step that begins: theirs were applied before."""
-        steps.leave_out(absent)
-        self._clear(absent)
-
-    def _clear(self, absent: frozenset[str]) -> None:
-        """Let gradients that were applied be zero: others may be added to them."""
-        for name in absent:
-            self._intake.owner(name).clear(name, self._stream)
-
-    @isolated
-    def _measured(
-        self, steps: Steps, items: tuple[Any, ...], scale: float, ranks: Ranks | None
-    ) -> ClipReport:
-        """Return what clipping would make of gradients, which take the place of ours meanwhile."""
-        turn = steps.taken(self.step, scale)
-        held = [group.hold(self._stream) for group in self]
-        try:
-            self._intake.put_all(items, self._stream)
-            steps.decide(turn, ranks, "clip(apply=False, grads=...)")
-            steps.preview()
-            return self._reported(steps, turn, counts=False)
-        finally:
-            for group, own in zip(self, held, strict=True):
-                group.restore(own, self._stream)
-
-    def _reported(self, steps: Steps, turn: Turn, *, counts: bool) -> ClipReport:
-        """Return the report of a step; where it counts, let rules and history know."""
-        if steps.take(turn, counts=counts):
-            self._turn_over(steps)
-        if counts:
-            self.step += 1
-        return ClipReport.of((turn, None))
-
-    @isolated
-    def _turn_over(self, steps: Steps) -> None:
-        """Go on with an empty block; let the history have what is known."""
-        for told in steps.turn_over():
-            self._history.take(told)
-
-    def updater(self, method: Method) -> GroupUpdater:
-        """Return what updates the parameters by an optimizer's method."""
-        return GroupUpdater(self._made_steps(), self._states, method)
-
-    def ranks_of(self, comm: Any) -> Ranks | None:
-        """Return the ranks of a communicator, None where there is no other one."""
-        if comm is None:
-            if self._sharded is None:
-                return None
-            raise ValueError(
-                "comm: expected the communicator of the ranks that share group "
-                f"{self._sharded!r}, got None"
-            )
-        known = self._ranks
-        if known is None or known.communicator.comm is not comm or not comm:
-            found = communicator(comm)
-            if found is None:
-                return None
-            if known is None or known.communicator.comm != comm:
-                self._ranks = known = Ranks(found)
-        return known
-
-    def update(
-        self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
-    ) -> ClipReport:
-        """Clip every group and update it at its rate, in one pass more than measuring takes."""
-        items = None if grads is None else self._intake.ordered(grads)
-        with self._lock:
-            if not self._mastered:
-                return self._step(updater, unscale, items, ranks)
-            self._take_over()
-            self._behind = True
-            try:
-                return self._step(updater, unscale, items, ranks)
-            finally:
-                self._round()
-
-    def _step(
-        self,
-        updater: GroupUpdater,
-        unscale: float,
-        items: tuple[Any, ...] | None,
-        ranks: Ranks | None,
-    ) -> ClipReport:
-        """Take a step at once, or the general way; `items` are its gradients, if not the own."""
-        steps, intake = self._made_steps(), self._intake
-        if items is None and intake.clipped is not None:
-            return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
-        turn = steps.taken(self.step, unscale)
-        settings = updater.settings(self.step)
-        absent = NOBODY
-        if items is None:
-            absent = intake.stale()
-        elif steps.follows:
-            absent = intake.missing(items)
-        at_once = ranks is None and updater.step_at_once(steps, turn, settings, items, absent)
-        if not at_once:
-            self._update(updater, steps, turn, settings, absent, items, ranks)
-        elif absent and items is None:
-            self._clear(absent)
-        intake.forget(applied=True)
-        return self._reported(steps, turn, counts=True)
-
-    @isolated
-    def _update(
-        self,
-        updater: GroupUpdater,
-        steps: Steps,
-        turn: Turn,
-        settings: list[list[float]],
-        absent: frozenset[str],
-        items: tuple[Any, ...] | None,
-        ranks: Ranks | None,
-    ) -> None:
-        """Take a step the general way."""
-        if items is None:
-            self._leave_out(steps, absent)
-            updater.step(steps, turn, settings, absent, ranks)
-            return
-        absent = self._intake.missing(items)
-        steps.leave_out(absent)
-
-        def copy() -> None:
-            self._intake.put_all(items, self._stream)
-            for group in self._mastered:
-                if group.sparse:
-                    group.take_over(self._stream, whole=False)  # at other rows
-            self._intake.clipped = None  # whatever follows: others are there
-
-        sources = updater.sources(steps, self._intake.names, items)
-        if sources is None:
-            copy()
-            if ranks is None and updater.step_at_once(steps, turn, settings, None, absent):
-                return
-        updater.step(steps, turn, settings, absent, ranks, sources, copy)
-
-    @isolated
-    def _update_clipped(
-        self,
-        updater: GroupUpdater,
-        steps: Steps,
-        turn: Turn,
-        unscale: float,
-        ranks: Ranks | None,
-    ) -> ClipReport:
-        """Update by gradients that `clip` has written; what it has found is what is reported."""
-        if unscale not in (1.0, turn.unscale):
-            wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
-            raise ValueError(expected("unscale", wanted, unscale))
-        updater.apply(steps, turn, updater.settings(turn.step), self._intake.stale(), ranks)
-        self._intake.forget(applied=True)
-        return ClipReport.of((turn, None))
+            return ClipReport.of(self._manager.clip(scale, bool(apply), grads, ranks))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of parameters, their masters, the rules' state, the history and the step.
 
         ``state_dict()["masters"]`` is there if any group has masters.
         """
-        self._take_over(whole=True)
+        self._manager.take_over(whole=True)
         return {
             "step": self.step,
             **arrays_on_host(self),
@@ -639,12 +406,9 @@ class ParamGroups(state.Saved):
             fit.leave_out(f"step: expected a count from 0 to {MOST}, got {found['step']}")
             found["step"] = self.step
         load_arrays(self, own, found)
-        self._behind = False
-        self._take_over(whole=True)
+        self._manager.restart(found["step"])
         for group in self:
             group.remembered = copied(rules[group.name])
-        self.history, self.step = history, found["step"]
-        if self._ranks is not None:
-            self._ranks.forget()
+        self.history = history
         self.zero_grads()
         return fit.left_out

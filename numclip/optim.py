@@ -34,7 +34,7 @@ class Optimizer(state.Saved):
         if not callable(lr):
             arguments.finite_bound("lr", lr)
         self.groups, self.lr = groups, lr
-        self._updater = None if groups is None else groups.updater(self)
+        self._updater = None if groups is None else groups._manager.updater(self)
         self._arrays = ArrayUpdater(self)
         self._applied = 0
 
@@ -115,11 +115,12 @@ class Optimizer(state.Saved):
         groups, updater = self.groups, self._updater
         if groups is None or updater is None:
             groups, updater = self._managed()
-        ranks = groups.ranks_of(comm)
+        manager = groups._manager
+        ranks = manager.ranks_of(comm)
         if ranks is None:  # a block that does nothing would take 0.4 us
-            return groups.update(updater, _loss_scale(unscale), grads)
+            return ClipReport.of(manager.update(updater, _loss_scale(unscale), grads))
         with telling(ranks):
-            return groups.update(updater, _loss_scale(unscale), grads, ranks)
+            return ClipReport.of(manager.update(updater, _loss_scale(unscale), grads, ranks))
 
     def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
         if self.groups is None or self._updater is None:

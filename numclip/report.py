@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from numclip.isolation import isolated
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
 NUMBERS = "norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"
-FIELDS = frozenset([*NUMBERS, "step", "groups", "tensors"])
+Report = TypeVar("Report")
 
 
 def cell(value: float | None) -> str:
@@ -88,33 +88,47 @@ class TensorReports(Mapping[str, TensorReport]):
         return dict, (self._made,)
 
 
+class Asked:
+    """A field that a report asks its source for when it is first read.
+
+    As `functools.cached_property`, which takes a lock first.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, report: Any, _owner: type | None = None) -> Any:
+        if report is None:
+            return self
+        value = report.__dict__[self._name] = report._asked(self._name)
+        return value
+
+
+def asked(report: type[Report]) -> type[Report]:
+    """Let a dataclass be made before its fields are known."""
+    for field in fields(report):  # type: ignore[arg-type]
+        setattr(report, field.name, Asked(field.name))
+    return report
+
+
 class ToCome(ABC):
     """What can be made before its fields are known: each is asked of a source when it is read."""
 
-    __slots__ = ("_source",)
     _source: Any
 
     @classmethod
     def of(cls, source: Any) -> Self:
         """Return one whose fields are the attributes of a source, which is kept."""
         made = object.__new__(cls)
-        _set_source(made, source)
+        made.__dict__["_source"] = source
         return made
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a field that has not been read before."""
-        if name not in FIELDS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = self._asked(name)
-        object.__setattr__(self, name, value)
-        return value
 
     @abstractmethod
     def _asked(self, name: str) -> Any:
         """Return a field from the source."""
 
-
-_set_source = ToCome.__dict__["_source"].__set__  # half the time of `object.__setattr__`
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
 @isolated  # once for all that a field is found from
@@ -124,7 +138,8 @@ def _number(source: Any, name: str) -> Any:
     return None if name == "threshold" and value != value else value
 
 
-@dataclass(frozen=True, slots=True)
+@asked
+@dataclass(frozen=True)
 class Outcome(ToCome):
     """What a group and the whole have in common."""
 
@@ -142,7 +157,7 @@ class Outcome(ToCome):
         """What happened, in a word."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GroupReport(Outcome):
     """What a step found and did to one group.
 
@@ -182,7 +197,8 @@ class GroupReport(Outcome):
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@asked
+@dataclass(frozen=True, repr=False)
 class ClipReport(Outcome):
     """What a step of parameter groups found and did.
 
@@ -223,22 +239,24 @@ class ClipReport(Outcome):
     tensors: Mapping[str, TensorReport]
 
     def _asked(self, name: str) -> Any:
-        turn, outcome = self._source
+        turn = self._source
+        if name in turn.block.columns:
+            return turn.block.decided(turn, name)
         if name == "step":
             return turn.step
-        column = turn.block.columns.get(name)
-        if column is not None:
-            return turn.block.decided(turn, column)
         if name == "clipped" and turn.block.columns:
             return self.scale < 1.0
-        if outcome is None:  # not kept with the turn, which lives longer
-            outcome = turn.outcome()
-            object.__setattr__(self, "_source", (turn, outcome))
+        outcome = self._outcome
         if name == "groups":
             return {own.name: GroupReport.of(own) for own in outcome.groups}
         if name == "tensors":
             return TensorReports(outcome.groups)
         return _number(outcome, name)
+
+    @cached_property
+    def _outcome(self) -> Any:
+        """What became of the groups; not kept with the turn, which lives longer."""
+        return self._source.outcome()
 
     @property
     def state(self) -> str:

@@ -45,7 +45,9 @@ SUITES = {
     "running_rules": "groups/rules groups/state groups/report",
     "formulas": "functions/formulas",
     "decisions": "functions/decisions functions/edge_cases functions/magnitudes groups/kinds",
-    "groups": "groups/groups groups/applied_once host/fused_steps groups/masters groups/ranks",
+    "groups": "groups/groups groups/state groups/applied_once",
+    "clipping/manager": "groups/groups groups/applied_once host/fused_steps groups/masters "
+    "groups/ranks",
     "group": "groups/groups groups/group_clips groups/masters",
     "host/outs": "host/plain functions/borders functions/each",
     "host/nests": "host/plain functions/structures",

@@ -51,6 +51,7 @@ class Block:
         self._tables = [clipper.tables for clipper in clippers]
         self._readers: list[list[Any]] | None = None
         self.columns = _columns(clippers)
+        self._decisions = self._tables[0][1]
 
     def hand_over(self) -> None:
         """Begin to bring the tables to the host; clippers go on with free ones."""
@@ -73,11 +74,12 @@ class Block:
             return [table[at] for table in self._handed[k]]
         return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
 
-    def decided(self, turn: Turn, column: int) -> float:
-        """Return what was decided for the only pool in one step, after waiting for it."""
+    def decided(self, turn: Turn, name: str) -> float:
+        """Return a number of one step that `columns` has, after waiting for it."""
+        column = self.columns[name]
         if self._readers is not None:
             return self._handed[0][1].item(turn.place, 0, column)  # type: ignore[no-any-return]
-        row = self._engine.read(self._tables[0][1][turn.place], self.stream)
+        row = self._engine.read(self._decisions[turn.place], self.stream)
         return row.item(0, column)  # type: ignore[no-any-return]
 
     def outcome_of(self, turn: Turn) -> Outcome:
@@ -172,6 +174,8 @@ class Steps:
         Where in order everything is done.
     follows : bool
         Whether some rules follow the norms.
+    absent : frozenset of str
+        The parameters that were left out last.
     """
 
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
@@ -184,7 +188,7 @@ class Steps:
             clipper.keep(self._kept, stream)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
-        self.follows = bool(self._following)
+        self.follows, self.absent = bool(self._following), NOBODY
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
@@ -210,6 +214,7 @@ class Steps:
 
     def leave_out(self, absent: frozenset[str]) -> None:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
+        self.absent = absent
         for clipper in self._following:
             clipper.absent = absent
 

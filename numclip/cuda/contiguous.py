@@ -11,7 +11,7 @@ from numclip import tables
 from numclip.cuda import device, memory
 from numclip.cuda.kernels import halves, norms, scaling
 from numclip.cuda.kernels.packets import WORD
-from numclip.cuda.work import Kernels, Tables, Work, launch, like
+from numclip.cuda.work import Kernels, OwnWork, Tables, launch, like
 from numclip.dtypes import Array, DType
 from numclip.memory import Span
 
@@ -61,7 +61,7 @@ def copied_first(table: Array) -> Array:
     return table[np.argsort(in_place, kind="stable")]
 
 
-class Chunks(Work):
+class Chunks(OwnWork):
     """The work on tensors that lie in contiguous memory."""
 
     kernels = Kernels(

@@ -13,7 +13,7 @@ from numclip.cuda import device, memory
 from numclip.cuda.contiguous import copied_first
 from numclip.cuda.kernels import tile_scaling, tiles
 from numclip.cuda.kernels.packets import PACKET, WORD
-from numclip.cuda.work import Kernels, Tables, Work, launch
+from numclip.cuda.work import Kernels, OwnWork, Tables, launch
 from numclip.dtypes import Array, DType
 from numclip.memory import Memory, Strided
 
@@ -190,7 +190,7 @@ def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> t
     return table.reshape(-1, tables.TILE_COLUMNS), sums
 
 
-class Tiles(Work):
+class Tiles(OwnWork):
     """The work on tensors that lie in memory of any steps.
 
     Of its `counts`, each unit has as many, unit by unit.

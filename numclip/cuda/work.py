@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def launch(
         device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
 
 
-class Work:
+class Work(ABC):
     """The work on some of a plan's tensors, by their numbers.
 
     `counts` says how many partial sums each of them takes, `repeats` whether they are rows that
@@ -59,13 +60,9 @@ class Work:
     counts: Array
     _tables: Tables
 
+    @abstractmethod
     def send(self, parts: Array, stream: Any) -> None:
         """Make the tables; `parts` says where the partial sums of each tensor begin."""
-        raise NotImplementedError
-
-    def _written(self, members: range | None, stream: Any) -> Tables:
-        """Return the tables by which some tensors, or all, are written."""
-        raise NotImplementedError
 
     def sum(self, kernel: Any, shared: Shared, stream: Any, *peaks: Any) -> None:
         """Write the partial sums, or maxima, of one of the kernels: one read.
@@ -74,6 +71,7 @@ class Work:
         """
         launch(kernel, self._tables, stream, shared.tensors, *peaks, after=[shared.partial])
 
+    @abstractmethod
     def scale(
         self, shared: Shared, decisions: Any, stream: Any, least: int = tables.MULTIPLY
     ) -> None:
@@ -81,6 +79,25 @@ class Work:
 
         From TRUNCATE on, what has a factor that is no plain number is scaled alone, in place.
         """
+
+    @abstractmethod
+    def clamp(
+        self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
+    ) -> None:
+        """Write the elements of some tensors held between two bounds, but of those skipped."""
+
+
+class OwnWork(Work):
+    """Work that writes tensors by kernels of its own."""
+
+    @abstractmethod
+    def _written(self, members: range | None, stream: Any) -> Tables:
+        """Return the tables by which some tensors, or all, are written."""
+
+    def scale(
+        self, shared: Shared, decisions: Any, stream: Any, least: int = tables.MULTIPLY
+    ) -> None:
+        """Write each tensor times the factors decided."""
         for dtype, own in self._written(None, stream).items():
             numbers = [np.int64(number) for number in (least, *dtype.precision)]
             inputs = shared.tensors, decisions, *numbers
@@ -89,7 +106,7 @@ class Work:
     def clamp(
         self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
     ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        """Write the elements of some tensors held between two bounds."""
         inputs = shared.tensors, decisions, *bounds
         launch(self.kernels.clamp, self._written(members, stream), stream, *inputs)
 

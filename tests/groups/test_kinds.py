@@ -340,7 +340,7 @@ def test_arrays_that_come_twice_are_updated_twice():
 def test_measuring_by_value_works_on_copies(device, monkeypatch):
     groups = made(device, nc.ByValue(-0.1, 0.2))
     groups.set_grads(GRADS[0])
-    (clipper,) = groups._made_steps().clippers
+    (clipper,) = groups._manager.made_steps().clippers
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the gradients are written")

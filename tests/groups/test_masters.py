@@ -315,7 +315,7 @@ def test_an_update_that_is_interrupted_before_it_is_rounded_stays(monkeypatch):
         grads = gradients(np.random.default_rng(step), dtype)
         with monkeypatch.context() as changed:
             if step == 1:
-                changed.setattr(groups, "_round", interrupt)
+                changed.setattr(groups._manager, "_round", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizers[0].step(grads)
             else:

@@ -262,7 +262,7 @@ def test_indices_that_were_changed_are_not_used(index):
     rows.indices.flags.writeable = True
     rows.indices[2] = index
     groups, _ = few()
-    steps, held = groups._made_steps(), groups["rows"].rows["e"]
+    steps, held = groups._manager.made_steps(), groups["rows"].rows["e"]
     held.append(rows, None)
     before = held._part(0, 6).copy()
     assert steps._native is not None
@@ -301,7 +301,7 @@ def test_much_data_is_left_to_threads():
     groups = nc.ParamGroups([nc.Group("g", {"e": np.ones(shape, np.float32)}, sparse=True)])
     optimizer = nc.SGD(groups, lr=0.5)
     rows = nc.IndexedSlices(np.ones(shape, np.float32), range(shape[0]), shape)
-    steps = groups._made_steps()
+    steps = groups._manager.made_steps()
     where = steps, steps.taken(0, 1.0), optimizer._updater.settings(0)
     assert not optimizer._updater.step_at_once(*where, (rows,), frozenset())
 
@@ -365,8 +365,8 @@ def test_rows_without_an_index_each_are_not_read():
     before = frozen(groups.state_dict()), frozen(groups.grads)
     items = grads["w"], grads["e"].values[:5].copy(), grads["e"].indices
     for adds in (False, True):
-        assert not groups._intake._takers[0]._given.take(items, adds=adds)
-    (clipper,) = groups._made_steps().clippers
+        assert not groups._manager.intake._takers[0]._given.take(items, adds=adds)
+    (clipper,) = groups._manager.made_steps().clippers
     where = 0, 1.0, clipper.bounds, clipper.tables
     assert not optimizer._updater._at_once.take(items, *where)
     assert not optimizer._updater._at_once.measure(items, *where)

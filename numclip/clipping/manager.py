@@ -1,0 +1,299 @@
+"""Clips and steps of parameter groups: whose gradients, by which calls, and what they count for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from numclip.border.communicator import communicator
+from numclip.clipping.buffers import GroupState, SparseGroupState
+from numclip.clipping.intake import Intake
+from numclip.clipping.ranks import Ranks
+from numclip.clipping.steps import NOBODY, Steps, Told, Turn
+from numclip.clipping.updating import GroupUpdater, Method
+from numclip.engine import Engine
+from numclip.errors import expected
+from numclip.isolation import isolated
+
+
+class Manager:
+    """Takes the gradients of some groups, clips them, and updates parameters by them.
+
+    Attributes
+    ----------
+    groups : dict of str to GroupState
+        The groups, in the order that the user gave them.
+    intake : Intake
+        What takes gradients.
+    stream : stream
+        Where in order everything is done.
+    step : int
+        How many times the gradients were clipped.
+    tell : function of Told
+        What takes the steps that are known.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Any],
+        engine: Engine,
+        stream: Any,
+        tell: Callable[[Told], None],
+        *,
+        copies: bool,
+    ) -> None:
+        """Copy the parameters of groups that were checked, or take them."""
+        self._engine, self.stream, self.tell = engine, stream, tell
+        with engine.on_stream(None) as own:
+            self.groups = {
+                member.name: (SparseGroupState if member.sparse else GroupState)(
+                    member, number, engine, own, self._change, copies=copies
+                )
+                for number, member in enumerate(members)
+            }
+        self._lock = threading.RLock()  # threads that race take their steps one after another
+        self._states = tuple(self.groups.values())
+        for group in self._states:
+            group.neighbours, group.lock = self._states, self._lock
+        self.intake = Intake(self._states, engine)
+        self._mastered = [group for group in self._states if group.masters]
+        self._behind = False  # whether parameters may not be their rounded masters yet
+        self._steps: Steps | None = None
+        self._ranks: Ranks | None = None
+        self._sharded = next((member.name for member in members if member.sharded), None)
+        self.step = 0
+        self.made_steps()
+
+    def told(self) -> Iterator[Told]:
+        """Return the steps that nobody was told of, after waiting for them."""
+        with self._lock:
+            return iter(()) if self._steps is None else iter(list(self._steps.told()))
+
+    def take_over(self, *, whole: bool = False) -> None:
+        """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
+        for group in self._mastered:
+            if self._behind:  # an update was interrupted
+                group.round(self.stream)
+            else:
+                group.take_over(self.stream, whole=whole)
+        self._behind = False
+
+    def restart(self, step: int) -> None:
+        """Go on at some step with the parameters that were loaded."""
+        self._behind, self.step = False, step
+        self.take_over(whole=True)
+        if self._ranks is not None:
+            self._ranks.forget()
+
+    def _round(self) -> None:
+        """Let parameters be their rounded masters; sparse ones at the rows that have gradients."""
+        for group in self._mastered:
+            group.round(self.stream, whole=False)
+        self._behind = False
+
+    def _change(self) -> None:
+        """Let the next step make other clippers: a group has another rule."""
+        self.intake.clipped = None
+        for told in self.told():
+            self.tell(told)
+        self._steps = None
+
+    def made_steps(self) -> Steps:
+        """Return what takes steps, made anew where a group has another rule."""
+        steps = self._steps
+        if steps is None:
+            with self._engine.on_stream(None) as own:
+                steps = self._steps = Steps(self._states, self._engine, own)
+        steps.stream = self.stream
+        return steps
+
+    def clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
+        """Clip the gradients, or measure them or others, divided by a loss scale."""
+        with self._lock:
+            return self._clip(scale, apply, grads, ranks)
+
+    def _clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
+        self.take_over()
+        steps = self.made_steps()
+        if grads is not None:
+            return self._measured(steps, self.intake.ordered(grads), scale, ranks)
+        turn = steps.taken(self.step, scale)
+        absent = self.intake.stale()
+        if absent or steps.absent:
+            self._leave_out(steps, absent)
+        call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
+        if not (apply and steps.clip_at_once(turn, ranks, call)):
+            self._clip_by_parts(steps, turn, call, apply, ranks)
+        if apply:
+            self.intake.clipped = turn
+        return self._counted(steps, turn, counts=apply)
+
+    @isolated
+    def _clip_by_parts(
+        self, steps: Steps, turn: Turn, call: str, apply: bool, ranks: Ranks | None
+    ) -> None:
+        """Measure and decide, then write the gradients or find out what that would make."""
+        steps.decide(turn, ranks, call)
+        if apply:
+            steps.write()
+        else:
+            steps.preview()
+
+    def _without(self, absent: frozenset[str]) -> str:
+        """Say which parameters have no gradient, of those that all ranks have."""
+        left = absent and sorted(name for name in absent if not self.intake.owner(name).sharded)
+        return f" without {left}" if left else ""
+
+    def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
+        """Let parameters have no gradient in the step that begins: theirs were applied before."""
+        steps.leave_out(absent)
+        self._clear(absent)
+
+    def _clear(self, absent: frozenset[str]) -> None:
+        """Let gradients that were applied be zero: others may be added to them."""
+        for name in absent:
+            self.intake.owner(name).clear(name, self.stream)
+
+    @isolated
+    def _measured(
+        self, steps: Steps, items: tuple[Any, ...], scale: float, ranks: Ranks | None
+    ) -> Turn:
+        """Return what clipping would make of gradients, which take the place of ours meanwhile."""
+        turn = steps.taken(self.step, scale)
+        held = [group.hold(self.stream) for group in self._states]
+        try:
+            self.intake.put_all(items, self.stream)
+            steps.decide(turn, ranks, "clip(apply=False, grads=...)")
+            steps.preview()
+            return self._counted(steps, turn, counts=False)
+        finally:
+            for group, own in zip(self._states, held, strict=True):
+                group.restore(own, self.stream)
+
+    def _counted(self, steps: Steps, turn: Turn, *, counts: bool) -> Turn:
+        """Keep a step and return it; where it counts, let rules and history know."""
+        if steps.take(turn, counts=counts):
+            self._turn_over(steps)
+        if counts:
+            self.step += 1
+        return turn
+
+    @isolated
+    def _turn_over(self, steps: Steps) -> None:
+        """Go on with an empty block; let the history have what is known."""
+        for told in steps.turn_over():
+            self.tell(told)
+
+    def updater(self, method: Method) -> GroupUpdater:
+        """Return what updates the parameters by an optimizer's method."""
+        return GroupUpdater(self.made_steps(), self._states, method)
+
+    def ranks_of(self, comm: Any) -> Ranks | None:
+        """Return the ranks of a communicator, None where there is no other one."""
+        if comm is None:
+            if self._sharded is None:
+                return None
+            raise ValueError(
+                "comm: expected the communicator of the ranks that share group "
+                f"{self._sharded!r}, got None"
+            )
+        known = self._ranks
+        if known is None or known.communicator.comm is not comm or not comm:
+            found = communicator(comm)
+            if found is None:
+                return None
+            if known is None or known.communicator.comm != comm:
+                self._ranks = known = Ranks(found)
+        return known
+
+    def update(
+        self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
+    ) -> Turn:
+        """Clip every group and update it at its rate, in one pass more than measuring takes."""
+        items = None if grads is None else self.intake.ordered(grads)
+        with self._lock:
+            if not self._mastered:
+                return self._step(updater, unscale, items, ranks)
+            self.take_over()
+            self._behind = True
+            try:
+                return self._step(updater, unscale, items, ranks)
+            finally:
+                self._round()
+
+    def _step(
+        self,
+        updater: GroupUpdater,
+        unscale: float,
+        items: tuple[Any, ...] | None,
+        ranks: Ranks | None,
+    ) -> Turn:
+        """Take a step at once, or the general way; `items` are its gradients, if not the own."""
+        steps, intake = self.made_steps(), self.intake
+        if items is None and intake.clipped is not None:
+            return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
+        turn = steps.taken(self.step, unscale)
+        settings = updater.settings(self.step)
+        absent = NOBODY
+        if items is None:
+            absent = intake.stale()
+        elif steps.follows:
+            absent = intake.missing(items)
+        at_once = ranks is None and updater.step_at_once(steps, turn, settings, items, absent)
+        if not at_once:
+            self._update(updater, steps, turn, settings, absent, items, ranks)
+        elif absent and items is None:
+            self._clear(absent)
+        intake.forget(applied=True)
+        return self._counted(steps, turn, counts=True)
+
+    @isolated
+    def _update(
+        self,
+        updater: GroupUpdater,
+        steps: Steps,
+        turn: Turn,
+        settings: list[list[float]],
+        absent: frozenset[str],
+        items: tuple[Any, ...] | None,
+        ranks: Ranks | None,
+    ) -> None:
+        """Take a step the general way."""
+        if items is None:
+            self._leave_out(steps, absent)
+            updater.step(steps, turn, settings, absent, ranks)
+            return
+        absent = self.intake.missing(items)
+        steps.leave_out(absent)
+
+        def copy() -> None:
+            self.intake.put_all(items, self.stream)
+            for group in self._mastered:
+                if group.sparse:
+                    group.take_over(self.stream, whole=False)  # at other rows
+            self.intake.clipped = None  # whatever follows: others are there
+
+        sources = updater.sources(steps, self.intake.names, items)
+        if sources is None:
+            copy()
+            if ranks is None and updater.step_at_once(steps, turn, settings, None, absent):
+                return
+        updater.step(steps, turn, settings, absent, ranks, sources, copy)
+
+    @isolated
+    def _update_clipped(
+        self,
+        updater: GroupUpdater,
+        steps: Steps,
+        turn: Turn,
+        unscale: float,
+        ranks: Ranks | None,
+    ) -> Turn:
+        """Update by gradients that `clip` has written; what it has found is what is reported."""
+        if unscale not in (1.0, turn.unscale):
+            wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
+            raise ValueError(expected("unscale", wanted, unscale))
+        updater.apply(steps, turn, updater.settings(turn.step), self.intake.stale(), ranks)
+        self.intake.forget(applied=True)
+        return turn
