@@ -287,9 +287,12 @@ class AdaGC(Rule):
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Take up the norms after clipping."""
-        count, found = state["count"].item(), np.empty(norms.size)
-        running.blend(clipped, count < self.warmup, self.beta, state["gamma"], found)
-        return {"count": np.array(min(count + 1, self.warmup), np.int64), "gamma": found}
+        count, found = state["count"], np.empty(norms.size)
+        known: int = count.item()
+        running.blend(clipped, known < self.warmup, self.beta, state["gamma"], found)
+        if known < self.warmup:
+            count = np.array(known + 1, np.int64)
+        return {"count": count, "gamma": found}
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         if name == "count":

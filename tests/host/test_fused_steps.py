@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -12,10 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip.clipping.outcome import joined, norms_of
 from numclip.clipping.steps import Steps
 from numclip.clipping.updating import GroupUpdater
+from numclip.host.kernels.pools import tell_norms
 from numclip.host.plan import Plan
 from numclip.host.runtime import environment
+from numclip.tables import BAD, ERROR, EXPONENT, SUM_COLUMNS, TOTAL
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
 
@@ -88,6 +92,50 @@ def test_what_needs_care(rule):
             grads = [np.array([3.0, bad]), np.ones(5)]
             same_both_ways([grads], rule, "clip")
             same_both_ways([grads, [np.ones(2), np.ones(5)]], rule, "SGD", "skip")
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_steps_by_norms_so_far_are_native_and_leave_what_was_told(optimizer, monkeypatch):
+    """No step goes the general way, and none copies the window of norms."""
+    params = {name: np.ones(3, "f") for name in "abc"}
+    rules = {"a": nc.AutoClip(50, window=4), "b": nc.ZClip(warmup=2), "c": nc.AdaGC(warmup=2)}
+    groups = nc.ParamGroups([nc.Group(n, {n: params[n]}, clip=rules[n]) for n in rules])
+    make = OPTIMIZERS[optimizer]
+    step = groups.clip if make is None else make(groups).step
+    groups.set_grads(params)
+    step()
+    monkeypatch.setattr(Steps, "decide", None)
+    monkeypatch.setattr(nc.AutoClip, "observe", None)
+    for number in range(2, 8):
+        held = {name: groups[name].rule_state for name in rules}
+        state = groups.state_dict()["rules"]
+        groups.set_grads({name: own * number for name, own in params.items()})
+        step()
+        for name, own in held.items():
+            for key, array in own.items():
+                assert array.tobytes() == state[name][key].tobytes()
+        after = groups["a"].rule_state
+        assert (held["a"]["count"], after["count"]) == (number - 1, number)
+        assert after["norms"][(number - 1) % 4] == np.float64(math.sqrt(3.0 * number**2))
+
+
+@given(st.lists(st.sampled_from([0.0, 2.0, 5e-324, 1e308, math.inf, math.nan]) | st.floats(0.0),
+                min_size=1, max_size=6), st.sampled_from([1.0, 3.0, 1e-300]))  # fmt: skip
+def test_norms_are_told_with_the_bits_of_reports(totals, unscale):
+    sums = np.zeros((len(totals), SUM_COLUMNS))
+    sums[:, TOTAL], norms = totals, np.empty(len(totals))
+    sums[:, ERROR] = [0.0 if total > 1e300 else total * 1e-17 for total in totals]
+    sums[:, BAD] = ~np.isfinite(totals)
+    divisors = np.arange(1.0, len(totals) + 1.0)
+    total, bad, plain = tell_norms(sums, unscale, divisors, norms)
+    with np.errstate(all="ignore"):
+        wanted = np.nan_to_num(norms_of(sums, unscale) / divisors)
+    assert norms.tobytes() == wanted.tobytes()
+    assert (bad, plain) == (not np.isfinite(totals).all(), True)
+    with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
+        assert total == np.nan_to_num(joined(sums, unscale))
+    sums[-1, EXPONENT] = 1.0
+    assert not tell_norms(sums, unscale, divisors, norms)[2]
 
 
 def test_values_held_where_squares_vanish():
