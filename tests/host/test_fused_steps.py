@@ -138,6 +138,49 @@ def test_norms_are_told_with_the_bits_of_reports(totals, unscale):
     assert not tell_norms(sums, unscale, divisors, norms)[2]
 
 
+SEVERAL = [np.full(3, 2.0, "f"), np.arange(4.0).reshape(2, 2), np.ones(5, "f2"), np.ones(2)]
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_several_dtypes_are_taken_natively(optimizer, monkeypatch):
+    """By one call that measures and one that writes; what needs care goes the general way."""
+    steps = [SEVERAL, [grad * 0 for grad in SEVERAL], [grad * 3 for grad in SEVERAL]]
+    for rule in ("global", "each", "AutoClip", "AdaGC"):
+        same_both_ways(steps, rule, optimizer)
+    same_both_ways(steps, "tiny", optimizer, "skip")
+    for bad in (math.nan, 1e300, 1e-300):
+        same_both_ways([[*SEVERAL[:3], np.array([bad, 1.0])]], "global", optimizer, "skip")
+    monkeypatch.setattr(Steps, "decide", None)
+    for rule in ("global", "never", "none", "AutoClip"):
+        run([SEVERAL, SEVERAL], rule, optimizer, "skip")
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_several_dtypes_of_which_some_have_no_gradient(optimizer):
+    def left(*, natively: bool) -> list[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            if natively:
+                patch.setattr(Steps, "decide", None)
+            else:
+                patch.setattr(GroupUpdater, "_ready", lambda *_: None)
+            members = [nc.Group("a", dict(zip("vw", SEVERAL[:2], strict=True)), nc.AutoClip(50)),
+                       nc.Group("b", dict(zip("xy", SEVERAL[2:], strict=True)))]  # fmt: skip
+            groups = nc.ParamGroups(members)
+            step = OPTIMIZERS[optimizer](groups).step
+            every = dict(zip("vwxy", SEVERAL, strict=True))
+            reports = [step({name: every[name] for name in names}) for names in ("vwxy", "wx", "v")]
+            groups.set_grads({"w": SEVERAL[1]})
+            reports += [step(), step({"v": SEVERAL[0][::-1].copy()[::-1]})]  # which is copied
+            state = groups.state_dict()["rules"]["a"]
+            return [
+                *(repr(report.to_dict()) for report in reports),
+                *(array.tobytes() for array in groups.params.values()),
+                *(np.asarray(own).tobytes() for own in state.values()),
+            ]
+
+    assert left(natively=True) == left(natively=False)
+
+
 def test_values_held_where_squares_vanish():
     """What is left is measured anew: its squares are no numbers that float64 has."""
     rule = nc.ByValue(-1e-300, 1e-300)
