@@ -12,7 +12,6 @@ import numpy as np
 from numclip import state
 from numclip.border import arguments
 from numclip.clipping.array_updating import ArrayUpdater
-from numclip.clipping.ranks import telling
 from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
@@ -118,9 +117,11 @@ class Optimizer(state.Saved):
         manager = groups._manager
         ranks = manager.ranks_of(comm)
         if ranks is None:  # a block that does nothing would take 0.4 us
-            return ClipReport.of(manager.update(updater, _loss_scale(unscale), grads))
-        with telling(ranks):
-            return ClipReport.of(manager.update(updater, _loss_scale(unscale), grads, ranks))
+            scale = arguments.positive("unscale", unscale)
+            return ClipReport.of(manager.update(updater, scale, grads))
+        with ranks.communicator:
+            scale = arguments.positive("unscale", unscale)
+            return ClipReport.of(manager.update(updater, scale, grads, ranks))
 
     def _managed(self) -> tuple[ParamGroups, GroupUpdater]:
         if self.groups is None or self._updater is None:
@@ -233,13 +234,6 @@ class Optimizer(state.Saved):
                 for label, array in zip(self.state_names, own, strict=True):
                     array[...] = saved["states"][param][label]
         return fit.left_out
-
-
-def _loss_scale(unscale: Any) -> float:
-    """Return a loss scale, after checking it."""
-    if type(unscale) is float and 0.0 < unscale < math.inf:
-        return unscale
-    return arguments.positive("unscale", unscale)
 
 
 class SGD(Optimizer):

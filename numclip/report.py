@@ -240,11 +240,12 @@ class ClipReport(Outcome):
 
     def _asked(self, name: str) -> Any:
         turn = self._source
-        if name in turn.block.columns:
+        columns = turn.block.members.columns
+        if name in columns:
             return turn.block.decided(turn, name)
         if name == "step":
             return turn.step
-        if name == "clipped" and turn.block.columns:
+        if name == "clipped" and columns:
             return self.scale < 1.0
         outcome = self._outcome
         if name == "groups":

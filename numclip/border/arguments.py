@@ -66,7 +66,7 @@ def bound(name: str, value: Any) -> float:
 
 def positive(name: str, value: Any) -> float:
     """Return a finite real number > 0."""
-    number = real(name, value)
+    number = value if type(value) is float else real(name, value)
     if not 0.0 < number < math.inf:
         raise ValueError(expected(name, "a finite number > 0", value))
     return number

@@ -16,7 +16,7 @@ import numpy as np
 from numclip import tables
 from numclip.clipping.clip import repeated_loss, row_span, span_of
 from numclip.clipping.held_rows import rows_of
-from numclip.clipping.outcome import Columns, GroupOutcome, Read, norms_of, scaled_norms
+from numclip.clipping.outcome import GroupOutcome, norms_of, scaled_norms
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine, Outcome
 from numclip.law import Law, Pool
@@ -359,14 +359,25 @@ class Clipper:
         numbers = [group.number for group in self.groups]
         return numbers == sorted(numbers)
 
-    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:  # noqa: ARG002
-        """Return what became of each tensor of a group in some steps."""
-        norms = norms_of(found.sums, read.unscale)
-        left = np.expand_dims(found.skipped, -1)
-        scales = np.broadcast_to(found.decisions[..., tables.SCALE], norms.shape)
-        bounds = np.where(left, math.inf, found.bounds * found.divisors)
-        clipped = scaled_norms(found.sums, found.decisions, read.unscale)
-        return Columns(norms, clipped, scales, np.broadcast_to(bounds, norms.shape))
+    def norms(self, own: GroupOutcome) -> Array:
+        """Return the norms of a group's tensors in some steps, before clipping."""
+        return norms_of(own.sums, own.unscale)
+
+    def clipped_norms(self, own: GroupOutcome) -> Array:
+        """Return the norms after clipping."""
+        return scaled_norms(own.sums, own.decisions, own.unscale)
+
+    def scales(self, own: GroupOutcome) -> Array:
+        """Return the smallest factors of the tensors, or one for all."""
+        return own.decisions[..., tables.SCALE]  # type: ignore[no-any-return]
+
+    def clipped(self, own: GroupOutcome) -> Any:
+        """Tell whether some tensor was scaled or clamped."""
+        return own.scale < 1.0
+
+    def thresholds(self, own: GroupOutcome) -> Array:
+        """Return the bounds on the norms likewise."""
+        return np.where(own.skipped_tensors, math.inf, own.bounds * own.divisors)
 
 
 def shared_key(group: Any) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from numclip.border.arguments import LARGEST
 from numclip.border.gradients import Gradient, describe
 from numclip.clipping.asking import check
 from numclip.clipping.clipper import Clipper
-from numclip.clipping.outcome import Columns, GroupOutcome, Read, joined, norms_of
+from numclip.clipping.outcome import GroupOutcome, joined, norms_of
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine, Outcome
 from numclip.host.kernels.pools import tell_norms
@@ -184,20 +184,20 @@ class OrderClipper(Clipper):
         self.plan.measure(self.ord, stream)
         self.plan.decide(self.powers, stream)
 
-    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
-        """Return what became of each tensor, by the norms of the order where each has one."""
-        columns = super().columns(group, found, read)
-        if found.jointly:
-            return columns
-        left = np.expand_dims(found.skipped, -1)
-        norms, clipped = (
-            found.decisions[..., column] * found.divisors
-            for column in (tables.NORM, tables.CLIPPED)
-        )
-        return columns._replace(
-            norms=np.where(left, columns.norms, norms),
-            clipped=np.where(left, columns.clipped, clipped),
-        )
+    def norms(self, own: GroupOutcome) -> Array:
+        """Return the norms of the order where each tensor has one, L2 norms elsewhere."""
+        return self._powers_of(own, tables.NORM, super().norms(own))
+
+    def clipped_norms(self, own: GroupOutcome) -> Array:
+        """Return the same after clipping."""
+        return self._powers_of(own, tables.CLIPPED, super().clipped_norms(own))
+
+    @staticmethod
+    def _powers_of(own: GroupOutcome, column: int, squares: Array) -> Array:
+        if own.member.jointly:
+            return squares
+        norms = own.decisions[..., column] * own.divisors
+        return np.where(own.skipped_tensors, squares, norms)
 
 
 class ValueClipper(Clipper):
@@ -261,19 +261,19 @@ class ValueClipper(Clipper):
         self._copies.take(stream)
         self._write(self._copies.plan, self._copies.later, stream)
 
-    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
-        """Return the norms that were measured: there is no factor."""
-        columns = super().columns(group, found, read)
-        tensors = self.tensors[group.name]
-        sums = read.tables[2][..., tensors.start : tensors.stop, :]
-        later = norms_of(sums, 1.0)
-        ratios = later / np.where(columns.norms == 0.0, 1.0, columns.norms)
-        clamped = found.decisions[..., tables.CLAMPED] != 0.0
-        left = np.expand_dims(found.skipped, -1)
-        return columns._replace(
-            clipped=np.where(left, columns.norms, later),
-            scales=np.where(clamped & ~left, ratios, 1.0),
-        )
+    def clipped_norms(self, own: GroupOutcome) -> Array:
+        """Return the norms that were measured of what was written: there is no factor."""
+        return np.where(own.skipped_tensors, own.tensor_norms, norms_of(own.rows(2), 1.0))
+
+    def scales(self, own: GroupOutcome) -> Array:
+        """Return the ratio of both norms, 1 where nothing was clamped."""
+        norms, clamped = own.tensor_norms, own.decisions[..., tables.CLAMPED] != 0.0
+        ratios = own.tensor_clipped_norms / np.where(norms == 0.0, 1.0, norms)
+        return np.where(clamped & ~own.skipped_tensors, ratios, 1.0)
+
+    def clipped(self, own: GroupOutcome) -> Any:
+        """Tell whether some element was clamped."""
+        return own.decisions[..., tables.CLAMPED].any(axis=-1)
 
 
 class _Copies:
@@ -348,21 +348,18 @@ class UnitClipper(Clipper):
         self._units.scale(stream)
         return super().write_exceptional(stream)
 
-    def columns(self, group: Any, found: GroupOutcome, read: Read) -> Columns:
-        """Return the norms of what all units have become, and the smallest factors."""
-        columns = super().columns(group, found, read)
-        tensors = self.tensors[group.name]
-        rows = read.tables[2][..., tensors.start : tensors.stop, :]
-        left = np.expand_dims(found.skipped, -1)
-        least = np.where(
-            self._counts[tensors.start : tensors.stop] == 0, 1.0, rows[..., tables.LEAST]
-        )
-        return Columns(
-            columns.norms,
-            np.where(left, columns.norms, rows[..., tables.AFTER]),
-            np.where(left, 1.0, least),
-            np.full_like(columns.norms, math.inf),
-        )
+    def clipped_norms(self, own: GroupOutcome) -> Array:
+        """Return the norms of what all units have become."""
+        return np.where(own.skipped_tensors, own.tensor_norms, own.rows(2)[..., tables.AFTER])
+
+    def scales(self, own: GroupOutcome) -> Array:
+        """Return the smallest factor of a tensor's units."""
+        left = own.skipped_tensors | (self._counts[own.member.tensors] == 0)
+        return np.where(left, 1.0, own.rows(2)[..., tables.LEAST])
+
+    def thresholds(self, own: GroupOutcome) -> Array:
+        """Return no bounds: units have them."""
+        return np.full_like(own.tensor_norms, math.inf)
 
 
 def _family(group: Any, entry: Gradient, base: int) -> Family:

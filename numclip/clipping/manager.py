@@ -111,23 +111,21 @@ class Manager:
     def clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
         """Clip the gradients, or measure them or others, divided by a loss scale."""
         with self._lock:
-            return self._clip(scale, apply, grads, ranks)
-
-    def _clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
-        self.take_over()
-        steps = self.made_steps()
-        if grads is not None:
-            return self._measured(steps, self.intake.ordered(grads), scale, ranks)
-        turn = steps.taken(self.step, scale)
-        absent = self.intake.stale()
-        if absent or steps.absent:
-            self._leave_out(steps, absent)
-        call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
-        if not (apply and steps.clip_at_once(turn, ranks, call)):
-            self._clip_by_parts(steps, turn, call, apply, ranks)
-        if apply:
-            self.intake.clipped = turn
-        return self._counted(steps, turn, counts=apply)
+            if self._mastered:
+                self.take_over()
+            steps = self.made_steps()
+            if grads is not None:
+                return self._measured(steps, self.intake.ordered(grads), scale, ranks)
+            turn = steps.taken(self.step, scale)
+            absent = self.intake.stale()
+            if absent or steps.absent:
+                self._leave_out(steps, absent)
+            call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
+            if not (apply and steps.clip_at_once(turn, ranks, call)):
+                self._clip_by_parts(steps, turn, call, apply, ranks)
+            if apply:
+                self.intake.clipped = turn
+            return self._counted(steps, turn, counts=apply)
 
     @isolated
     def _clip_by_parts(

@@ -51,195 +51,236 @@ class Read(NamedTuple):
         return self.tables[0] if self.told is None else self.told
 
 
-class Columns(NamedTuple):
-    """For each step and tensor: norms before and after, the smallest factor, the bound."""
+class Member:
+    """A group as its outcomes tell it: what is the same at all steps.
 
-    norms: Array
-    clipped: Array
-    scales: Array
-    thresholds: Array
+    Attributes
+    ----------
+    name, number, names
+        The group's name, its place in the user's order, and the names of its tensors.
+    number_of_clipper : int
+        Which of the clippers has it.
+    clipped : bool
+        Whether it has a rule, and is not only measured.
+    jointly : bool
+        Whether the rule is about the group as one vector.
+    key : tuple
+        What is the same for groups that are clipped by one norm.
+    decides : bool
+        Whether its decision is about the L2 norm of this group alone.
+    """
+
+    def __init__(self, number_of_clipper: int, clipper: Any, group: Any) -> None:
+        self.number_of_clipper, self.clipper = number_of_clipper, clipper
+        self.name, self.number, self.names = group.name, group.number, group.names
+        rule = clipper.rules[group.name]
+        self.clipped = rule is not None
+        self.jointly = rule is not None and rule.scope == "group"
+        self.key = clipper.keys[group.name]
+        self.decides = self.jointly and clipper.ord == 2.0 and self.key[0] == "group"
+        tensors, pools = clipper.tensors[group.name], clipper.pools[group.name]
+        self.tensors = slice(tensors.start, tensors.stop)
+        self.pools = slice(pools.start, pools.stop)
+
+
+class Members:
+    """The groups of some clippers, in the user's order.
+
+    Attributes
+    ----------
+    clippers, groups : list
+        The clippers and the groups.
+    alike : bool
+        Whether one norm clips all groups.
+    decider : Member or None
+        A group whose decision is that of all, by their L2 norm.
+    columns : dict of str to int
+        The columns of the first decision that tell of all groups; empty where it is not enough.
+    """
+
+    def __init__(self, clippers: Sequence[Any]) -> None:
+        self.clippers = clippers
+        every = enumerate(clippers)
+        found = [Member(k, own, group) for k, own in every for group in own.groups]
+        self.groups = sorted(found, key=lambda own: own.number)
+        first = self.groups[0]
+        self.alike = len({own.key for own in self.groups}) == 1
+        joint = self.alike and first.jointly and first.clipper.ord == 2.0
+        self.decider = first if joint else None
+        alone = joint and len(clippers) == 1 and first.clipper.divisors[0] == 1.0
+        told = {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
+        self.columns = told if alone else {}
 
 
 class GroupOutcome:
     """What became of a group, as a `GroupReport` tells it.
 
-    `threshold` is NaN where there is no single bound.
+    `threshold` is NaN where there is no single bound. `unscale` is the loss scale, of some steps
+    an array; `later` are the sums of what was written, where a clipper measures that.
     """
 
-    def __init__(self, clipper: Any, group: Any, read: Read) -> None:
-        self._clipper, self._group, self._read = clipper, group, read
-        self.name, self.number, self._rule = group.name, group.number, clipper.rules[group.name]
-        self.jointly = self._rule is not None and self._rule.scope == "group"
+    def __init__(self, member: Member, read: Read) -> None:
+        self.member, self._read = member, read
+        self.name, self.names, self.unscale = member.name, member.names, read.unscale
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the group's tensors."""
-        return self._group.names  # type: ignore[no-any-return]
-
-    @property
-    def key(self) -> tuple[str, Any]:
-        """What is the same for groups that are clipped by one norm."""
-        return self._clipper.keys[self.name]  # type: ignore[no-any-return]
-
-    @kept
-    def _own(self) -> bool:
-        """Whether the decision is for the L2 norm of this group alone."""
-        return self.jointly and self._clipper.ord == 2.0 and self.key[0] == "group"
+    def rows(self, k: int) -> Array:
+        """Return the rows of the group's tensors in one of the clipper's tables."""
+        return self._read.tables[k][..., self.member.tensors, :]
 
     @kept
     def sums(self) -> Array:
         """The sums of the group's tensors, each of all ranks where it has a norm of its own."""
-        if self._read.told is not None and not self.jointly and self._rule is not None:
+        if self._read.told is not None and not self.member.jointly and self.member.clipped:
             return self.totals  # type: ignore[no-any-return]
-        own = self._clipper.tensors[self.name]
-        sums: Array = self._read.tables[0][..., own.start : own.stop, :]
-        return sums
+        return self.rows(0)
 
     @kept
     def totals(self) -> Array:
         """Sums that belong to the group as a whole, of all ranks."""
         if self._read.told is None:
             return self.sums  # type: ignore[no-any-return]
-        own = self._clipper.told_rows[self.name]
+        own = self.member.clipper.told_rows[self.name]
         return self._read.told[..., own.start : own.stop, :]
-
-    @property
-    def _pools(self) -> slice:
-        own = self._clipper.pools[self.name]
-        return slice(own.start, own.stop)
 
     @kept
     def decisions(self) -> Array:
         """The decisions for the group's pools."""
-        return self._read.tables[1][..., self._pools, :]
+        return self._read.tables[1][..., self.member.pools, :]
 
     @kept
     def _decision(self) -> Array:
         """The one decision for the group, columns first."""
-        return self._read.tables[1][..., self._pools.start, :].T
+        return self._read.tables[1][..., self.member.pools.start, :].T
+
+    def decided(self, column: int) -> Any:
+        """Return a column of the one decision for the group, in units of its norm."""
+        return self._decision[column] * self.divisors[0]
 
     @property
     def bounds(self) -> Array:
         """The bounds on the norms of the group's pools."""
-        return self._read.bounds[..., self._pools]
+        return self._read.bounds[..., self.member.pools]
 
     @property
     def divisors(self) -> Array:
         """What these norms are divided by."""
-        return self._clipper.divisors[self._pools]  # type: ignore[no-any-return]
+        return self.member.clipper.divisors[self.member.pools]  # type: ignore[no-any-return]
 
     @kept
-    def columns(self) -> Columns:
-        """What became of each tensor."""
-        return self._clipper.columns(self._group, self, self._read)  # type: ignore[no-any-return]
+    def tensor_norms(self) -> Array:
+        """The norm of each tensor before clipping."""
+        return self.member.clipper.norms(self)  # type: ignore[no-any-return]
+
+    @kept
+    def tensor_clipped_norms(self) -> Array:
+        """The norm of each tensor after clipping."""
+        return self.member.clipper.clipped_norms(self)  # type: ignore[no-any-return]
+
+    @kept
+    def tensor_scales(self) -> Array:
+        """The smallest factor of each tensor, or one for all."""
+        return self.member.clipper.scales(self)  # type: ignore[no-any-return]
 
     @property
-    def tensor_rows(self) -> list[list[float]]:
-        """What became of each tensor in one step, a row for each."""
-        return np.stack(self.columns, axis=1).tolist()  # type: ignore[no-any-return]
+    def tensor_rows(self) -> list[tuple[float, ...]]:
+        """What became of each tensor in one step, a row as a `TensorReport` for each."""
+        bounds = self.member.clipper.thresholds(self)
+        columns = self.tensor_norms, self.tensor_clipped_norms, self.tensor_scales, bounds
+        count = len(self.names)  # lists take a third of the time of arrays that are broadcast
+        return list(zip(*[own.tolist() * (count // own.size) for own in columns], strict=True))
 
     @kept
     def skipped(self) -> Any:
         """Whether the group was left as it is."""
-        if self.jointly:
+        if self.member.jointly:
             return self._decision[tables.SKIPPED] != 0.0
         return self.decisions[..., tables.SKIPPED].any(axis=-1)
+
+    @property
+    def skipped_tensors(self) -> Any:
+        """The same, to be compared with what is of each tensor."""
+        return self.skipped[..., None]
 
     @kept
     def nonfinite(self) -> Any:
         """Whether a gradient held NaN or Inf."""
-        if self._own:
+        if self.member.decides:
             return self._decision[tables.BROKEN] != 0.0
         return self.totals[..., tables.BAD].any(axis=-1)
 
     @kept
     def scale(self) -> Any:
         """The smallest factor, NaN where one is."""
-        if self.jointly:
+        if self.member.jointly:
             return self._decision[tables.SCALE]
-        return self.columns.scales.min(axis=-1)
+        return self.tensor_scales.min(axis=-1)
 
     @kept
     def clipped(self) -> Any:
         """Whether anything was scaled or clamped."""
-        if self.jointly:
-            return self.scale < 1.0
-        return (self.scale < 1.0) | self.decisions[..., tables.CLAMPED].any(axis=-1)
+        return self.member.clipper.clipped(self)
 
     @kept
     def own_norm(self) -> Any:
         """The L2 norm of the group's own gradients."""
-        if self._own:
+        if self.member.decides:
             return self.decided(tables.NORM)
-        return joined(self.totals, self._read.unscale)
+        return joined(self.totals, self.unscale)
 
     @kept
     def norm(self) -> Any:
         """The norm that the rule is about, before clipping; the group's own where there is none."""
-        if not self.jointly or self._own:
+        if not self.member.jointly or self.member.decides:
             return self.own_norm
         return np.where(self.skipped, self.own_norm, self.decided(tables.NORM))
 
     @kept
     def clipped_norm(self) -> Any:
         """That norm after clipping."""
-        if self._rule is None:
+        if not self.member.clipped:
             return self.norm
-        if not self.jointly:
-            return hypotenuses(self.columns.clipped)
+        if not self.member.jointly:
+            return hypotenuses(self.tensor_clipped_norms)
         left = self.decided(tables.CLIPPED)
-        return left if self._own else np.where(self.skipped, self.own_norm, left)
+        return left if self.member.decides else np.where(self.skipped, self.own_norm, left)
 
     @kept
     def own_clipped_norm(self) -> Any:
         """The L2 norm of the group's own gradients after clipping."""
-        if self.jointly and not self._own and self._read.told is not None:
+        if not self.member.jointly or self.member.decides:
+            return self.clipped_norm
+        if self._read.told is not None:
             return self.own_norm * self.scale
-        if self.jointly and not self._own:
-            return hypotenuses(self.columns.clipped)
-        return self.clipped_norm
+        return hypotenuses(self.tensor_clipped_norms)
 
     @kept
     def threshold(self) -> Any:
         """The one bound on the group's norm."""
-        if not self.jointly:
+        if not self.member.jointly:
             return np.full(self.decisions.shape[:-2], math.nan)
         return np.where(self.skipped, math.nan, self.bounds[..., 0] * self.divisors[0])
-
-    def decided(self, column: int) -> Any:
-        """Return a column of the one decision for the group, in units of its norm."""
-        return self._decision[column] * self.divisors[0]
 
 
 class Outcome:
     """What became of all groups together, as a `ClipReport` tells it."""
 
-    def __init__(self, clippers: Sequence[Any], reads: Sequence[Read], unscale: Any) -> None:
-        self._clippers, self._reads, self._unscale = clippers, reads, unscale
+    def __init__(self, members: Members, reads: Sequence[Read], unscale: Any) -> None:
+        self._members, self._reads, self._unscale = members, reads, unscale
+
+    def _of(self, member: Member) -> GroupOutcome:
+        return GroupOutcome(member, self._reads[member.number_of_clipper])
 
     @kept
     def groups(self) -> list[GroupOutcome]:
         """What became of each group, in the order that the user gave them."""
-        made = [
-            GroupOutcome(clipper, group, read)
-            for clipper, read in zip(self._clippers, self._reads, strict=True)
-            for group in clipper.groups
-        ]
-        return sorted(made, key=lambda own: own.number)
-
-    @kept
-    def _decided(self) -> GroupOutcome | None:
-        """A group whose decision is that of all, by their L2 norm; None where there is none."""
-        first = self.groups[0]
-        alike = first.jointly and self._clippers[0].ord == 2.0
-        return first if alike and len({own.key for own in self.groups}) == 1 else None
+        return [self._of(member) for member in self._members.groups]
 
     @kept
     def norm(self) -> Any:
         """The L2 norm of all gradients before clipping."""
-        if self._decided is not None:
-            return self._decided.decided(tables.NORM)
-        if len(self.groups) == 1:
+        if self._members.decider is not None:
+            return self._of(self._members.decider).decided(tables.NORM)
+        if len(self._members.groups) == 1:
             return self.groups[0].own_norm
         sums = [read.totals for read in self._reads]
         return joined(sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale)
@@ -247,8 +288,8 @@ class Outcome:
     @kept
     def clipped_norm(self) -> Any:
         """That norm after clipping."""
-        if self._decided is not None:
-            return self._decided.decided(tables.CLIPPED)
+        if self._members.decider is not None:
+            return self._of(self._members.decider).decided(tables.CLIPPED)
         if len(self.groups) == 1:
             return self.groups[0].own_clipped_norm
         return hypotenuses(np.stack([own.own_clipped_norm for own in self.groups], axis=-1))
@@ -256,8 +297,9 @@ class Outcome:
     @kept
     def threshold(self) -> Any:
         """The bound, where one norm clips all groups."""
-        alike = len({own.key for own in self.groups}) == 1
-        return self.groups[0].threshold if alike else np.full(np.shape(self._unscale), math.nan)
+        if self._members.alike:
+            return self.groups[0].threshold
+        return np.full(np.shape(self._unscale), math.nan)
 
     @property
     def scale(self) -> Any:
@@ -280,8 +322,6 @@ class Outcome:
         return self._reduced("nonfinite", np.logical_or)
 
     def _reduced(self, name: str, operation: Any) -> Any:
-        if len(self.groups) == 1:
-            return getattr(self.groups[0], name)
         return functools.reduce(operation, [getattr(own, name) for own in self.groups])
 
 
@@ -310,10 +350,15 @@ def joined(sums: Array, unscale: Any) -> Any:
     return np.ldexp(roots / unscale, peaks.astype(np.intc))
 
 
+def _of_each(unscale: Any) -> Any:
+    """Return loss scales, to be combined with what is of each tensor."""
+    return unscale[:, None] if isinstance(unscale, np.ndarray) else unscale
+
+
 def norms_of(sums: Array, unscale: Any) -> Array:
     """Return the norm of each tensor, from its sum of squares."""
     roots: Array = np.sqrt(sums[..., tables.TOTAL])
-    roots /= np.expand_dims(unscale, -1) if isinstance(unscale, np.ndarray) else unscale
+    roots /= _of_each(unscale)
     exponents = sums[..., tables.EXPONENT]
     # A list is asked in a third of the time, which one step of few tensors takes most often.
     scaled = any(exponents.tolist()) if exponents.ndim == 1 else exponents.any()
@@ -322,7 +367,7 @@ def norms_of(sums: Array, unscale: Any) -> Array:
 
 def scaled_norms(sums: Array, decisions: Array, unscale: Any) -> Array:
     """Return the norm of each tensor times its factor, where the norm alone may exceed float64."""
-    scales, divisors = decisions[..., tables.SCALE], np.expand_dims(unscale, -1)
+    scales, divisors = decisions[..., tables.SCALE], _of_each(unscale)
     fractions, powers = np.frexp(scales)
     coarse = (scales > 0.0) & (scales < SMALLEST_NORMAL)
     if coarse.any():  # the mantissa has all digits; it is over the loss scale

@@ -7,7 +7,6 @@ ranks, so that all have the same bits, and decides by these as it does by its ow
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,8 +35,6 @@ from numclip.sums import Whole, row_of, total_of
 COLUMNS = tables.SUM_COLUMNS
 POWERS = [k for k in range(COLUMNS) if k != tables.BAD]
 """The columns of a row of sums that follow from its order."""
-
-_ALONE = contextlib.nullcontext()
 
 Step = tuple[Facts, int]
 """What must be the same on all ranks, in words, and the number of the step."""
@@ -327,11 +324,6 @@ class Ranks:
         if steps.clips_at_once and not steps.follows:
             self._native = self._parts[0].at_once(told.heads)
         self._steps = steps
-
-
-def telling(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
-    """Let other ranks know what is raised, where there are some."""
-    return _ALONE if ranks is None else ranks.communicator
 
 
 def _description(engine: Any, groups: Sequence[Any]) -> Facts:

@@ -18,7 +18,7 @@ from numclip import tables
 from numclip.border.gradients import Gradient
 from numclip.clipping.kinds import clippers
 from numclip.clipping.nonfinite import first_error
-from numclip.clipping.outcome import Outcome, Read
+from numclip.clipping.outcome import Members, Outcome, Read
 from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine
@@ -44,13 +44,13 @@ class Block:
     `turns` are the steps; `told` of them have become rows of the history.
     """
 
-    def __init__(self, clippers: Sequence[Any], engine: Engine, stream: Any) -> None:
-        self.clippers, self._engine, self.stream = clippers, engine, stream
+    def __init__(self, members: Members, engine: Engine, stream: Any) -> None:
+        self.members, self.clippers = members, members.clippers
+        self._engine, self.stream = engine, stream
         self.turns: list[Turn] = []
         self.told = 0
-        self._tables = [clipper.tables for clipper in clippers]
+        self._tables = [clipper.tables for clipper in self.clippers]
         self._readers: list[list[Any]] | None = None
-        self.columns = _columns(clippers)
         self._decisions = self._tables[0][1]
 
     def hand_over(self) -> None:
@@ -75,8 +75,8 @@ class Block:
         return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
 
     def decided(self, turn: Turn, name: str) -> float:
-        """Return a number of one step that `columns` has, after waiting for it."""
-        column = self.columns[name]
+        """Return a number of one step that `Members.columns` has, after waiting for it."""
+        column = self.members.columns[name]
         if self._readers is not None:
             return self._handed[0][1].item(turn.place, 0, column)  # type: ignore[no-any-return]
         row = self._engine.read(self._decisions[turn.place], self.stream)
@@ -88,7 +88,7 @@ class Block:
             Read(self._read(k, turn.place), bounds, turn.unscale, turn.told and turn.told[k])
             for k, bounds in enumerate(turn.bounds)
         ]
-        return Outcome(self.clippers, reads, turn.unscale)
+        return Outcome(self.members, reads, turn.unscale)
 
     def outcome(self, turns: Sequence[Turn]) -> Outcome:
         """Return what became of the groups in steps that follow one another."""
@@ -103,19 +103,7 @@ class Block:
             )
             for k in range(len(self.clippers))
         ]
-        return Outcome(self.clippers, reads, unscale)
-
-
-def _columns(clippers: Sequence[Any]) -> dict[str, int]:
-    """Return the columns of the decision that tells all: that of groups clipped by one L2 norm."""
-    first = clippers[0]
-    alone = len(clippers) == 1 and len(first.bounds) == 1 and first.ord == 2.0
-    rules = first.rules.values()
-    if not alone or any(rule is None or rule.scope != "group" for rule in rules):
-        return {}
-    if first.divisors[0] != 1.0:
-        return {}
-    return {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
+        return Outcome(self.members, reads, unscale)
 
 
 def _stacked(bounds: Sequence[Array]) -> Array:
@@ -199,7 +187,8 @@ class Steps:
         self._facts_of: tuple[str, float] | None = None
         self._place = 0
         self._full: Block | None = None
-        self._block = Block(self.clippers, engine, stream)
+        self._members = Members(self.clippers)
+        self._block = Block(self._members, engine, stream)
 
     def taken(self, step: int, unscale: float) -> Turn:
         """Begin a step with the bounds it has; refuse a bad one."""
@@ -372,7 +361,7 @@ class Steps:
         """Go on with an empty block; yield what the one before that is to tell the history."""
         before, self._full = self._full, self._block
         self._full.hand_over()
-        self._block, self._place = Block(self.clippers, self.engine, self.stream), 0
+        self._block, self._place = Block(self._members, self.engine, self.stream), 0
         if before is not None:
             yield from self._told_last(before)
 
