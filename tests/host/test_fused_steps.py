@@ -193,6 +193,32 @@ def test_values_held_where_squares_vanish():
     assert (report.norm, report.clipped_norm) == (5.0, math.hypot(1e-300, 1e-300))
 
 
+def test_zeros_take_one_call_and_squares_that_vanish_do_not(monkeypatch):
+    """A sum of squares of 0 is right where all elements are 0."""
+    params = {"w": np.ones(2), "b": np.ones(3)}, {"e": np.ones((4, 2))}
+    groups = nc.ParamGroups(
+        [
+            nc.Group("dense", params[0], nc.ByGlobalNorm(1.0)),
+            nc.Group("rows", params[1], nc.ByGlobalNorm(1.0), sparse=True),
+        ]
+    )
+    optimizer = nc.SGD(groups, lr=0.5)
+    monkeypatch.setattr(Steps, "decide", None)  # by which all else goes
+    w, zeros = np.array([3.0, 4.0]), np.zeros(3)
+    for indices in ([0, 1], [2, 2]):
+        rows = nc.IndexedSlices(np.zeros((2, 2)), indices, (4, 2))
+        for grads in ({"w": w, "b": zeros, "e": rows}, {"w": w, "b": None, "e": rows}):
+            assert optimizer.step(grads).norm == 5.0
+        groups.set_grads({"w": 0 * w, "b": zeros, "e": rows})
+        assert groups.clip().norm == 0.0
+        for small in (np.array([0.0, 1e-200, 0.0]), np.full(3, 5e-324)):
+            with pytest.raises(TypeError, match="NoneType"):
+                optimizer.step({"w": w, "b": small, "e": rows})
+            tiny = nc.IndexedSlices(small[:2].reshape(2, 1) * [1, 1], indices, (4, 2))
+            with pytest.raises(TypeError, match="NoneType"):
+                optimizer.step({"w": w, "b": zeros, "e": tiny})
+
+
 def test_gradients_that_are_cast_are_applied_by_one_call(monkeypatch):
     """They are copied first, and need no more then than those of the parameters' dtype."""
     monkeypatch.setattr(GroupUpdater, "step", None)

@@ -67,8 +67,11 @@ def write_sum(out, total, error):
 
 
 @inline
-def add_chunks(chunks, partial, sums):
-    """Write the sum of each tensor that has a chunk; tell whether all are in the safe range."""
+def add_chunks(chunks, partial, zeros, sums):
+    """Write the sum of each tensor that has a chunk; tell whether all are in the safe range.
+
+    `zeros` says whether sums of 0 are, and none of what is not 0.
+    """
     tensor = error = 0.0
     safe = True
     for c in range(partial.size):
@@ -77,7 +80,7 @@ def add_chunks(chunks, partial, sums):
         owner = chunks[c, OWNER]
         if c + 1 == partial.size or chunks[c + 1, OWNER] != owner:
             write_sum(sums[owner], tensor, error)
-            safe &= is_safe(sums[owner, TOTAL]) or chunks[c, LENGTH] == 0  # which is absent
+            safe &= is_safe(sums[owner, TOTAL]) or (zeros and sums[owner, TOTAL] == 0.0)
             tensor = error = 0.0
     return safe
 
@@ -272,17 +275,28 @@ def tell_norms(sums, unscale, divisors, norms):
 @kernel
 def add_partials(chunks, partial, sums):
     """Add the sums of squares of chunks, as `add_chunks` does."""
-    return add_chunks(chunks, partial, sums)
+    return add_chunks(chunks, partial, False, sums)
+
+
+@inline
+def has_vanished(total, x):
+    """Tell whether squares are too small for float64 to have a sum of them."""
+    some = False
+    if total == 0.0 and x.itemsize == 8:
+        for i in range(x.size):
+            some |= x[i] != 0.0
+    return some
 
 
 @inline
 def measure(chunks, like, sums):
-    """Read every element once; tell whether all sums are in the safe range."""
-    partial = np.empty(chunks.shape[0])
+    """Read every element once; tell whether all sums are in the safe range, or of zeros."""
+    partial, zeros = np.empty(chunks.shape[0]), True
     for c in range(partial.size):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         partial[c] = array_of_squares(x)
-    return add_chunks(chunks, partial, sums)
+        zeros &= not has_vanished(partial[c], x)
+    return add_chunks(chunks, partial, zeros, sums)
 
 
 @kernel

@@ -46,7 +46,7 @@ from numclip.host.kernels.given_rows import (
     place_rows,
 )
 from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
-from numclip.host.kernels.pools import decide_all, is_safe, write_sum
+from numclip.host.kernels.pools import decide_all, has_vanished, is_safe, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import expanded, inline, kernel, kernel_with_gil
@@ -126,15 +126,15 @@ def measure_rows(tables, groups, like, sums, losses):
         t, length, count = rows[s, TENSOR], rows[s, LENGTH], places[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
         first += count
-        if count * length == 0:
-            write_sum(sums[t], 0.0, 0.0)
-        elif starts.size - 1 == count:
-            total, error = parts_of_squares(array_at(places[s, VALUES], count * length, like))
+        values = array_at(places[s, VALUES], count * length, like)
+        if starts.size - 1 == count:
+            total, error = parts_of_squares(values)
             write_sum(sums[t], total, error)
-            safe &= is_safe(sums[t, TOTAL])
+            right = is_safe(sums[t, TOTAL])
         else:
-            values = table_at(places[s, VALUES], count, length, like)
-            safe &= write_sums(*squares_of_groups(order, starts, values), sums[t])
+            rows_of_groups = order, starts, values.reshape((count, length))
+            right = write_sums(*squares_of_groups(*rows_of_groups), sums[t])
+        safe &= right or (sums[t, TERMS] == 0.0 and not has_vanished(0.0, values))
         if starts.size - 1 < count:
             losses[pool_of[t]] += loss_of(starts, rows[s])
     return safe
