@@ -137,6 +137,9 @@ class Given(Protocol):
         None stands for zeros, `kept` for what is there.
         """
 
+    def copies(self, items: tuple[Any, ...], *, adds: bool) -> tuple[Any, ...] | None:
+        """Return little arrays of other dtypes or orders as copies that can be taken, or None."""
+
 
 class HalfCopies(Protocol):
     """Float32 numbers and their 16-bit copies."""

@@ -121,7 +121,7 @@ class RowTaker:
 
     def __init__(self, given: Given, rows: Mapping[int, HeldRows], parts: Parts) -> None:
         self._given, self._rows, self._parts = given, rows, parts
-        self.kept = given.kept
+        self.kept, self.copies = given.kept, given.copies
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
         """Do what `Given.take` does, with slices among the items."""

@@ -115,8 +115,17 @@ class Intake:
         return named
 
     def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Copy ordinary arrays in by one call, or add them; tell whether they are that."""
-        return any(taker.take(items, adds=adds) for taker in self._takers)
+        """Copy arrays in by one call, or add them; tell whether that was possible."""
+        for taker in self._takers:
+            if taker.take(items, adds=adds):
+                return True
+        return bool(self._takers) and self._take_copies(self._takers[0], items, adds=adds)
+
+    @isolated
+    def _take_copies(self, taker: Any, items: tuple[Any, ...], *, adds: bool) -> bool:
+        """Do so with arrays that are not ordinary, of which few microseconds make copies."""
+        copies = taker.copies(items, adds=adds)
+        return copies is not None and taker.take(copies, adds=adds)
 
     @isolated
     def _put_each(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:

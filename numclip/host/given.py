@@ -52,9 +52,9 @@ class Given:
         self.targets, self._held = list(targets), held or {}
         self.addresses = np.zeros(len(targets) + len(self._held), np.int64)
         natives = natives or [facts.native for facts in targets]
-        dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
+        self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
         shapes = [facts.shape for facts in self.targets]
-        self.wanted = wanted_table(dtypes, shapes, _merged(taken), self._held)
+        self.wanted = wanted_table(self._dtypes, shapes, _merged(taken), self._held)
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         self._rows = self._row_table()
@@ -133,12 +133,42 @@ class Given:
         self._takes[adds]()
         return True
 
+    def copies(self, items: tuple[Any, ...], *, adds: bool) -> tuple[Any, ...] | None:
+        """Return little arrays as copies that can be taken, with the same bits as a result.
+
+        None where one is no array of NumPy, or of another shape, or would be added in its own
+        dtype, and where an element becomes infinite.
+        """
+        found = [*items]
+        for k, facts in enumerate(self.targets):
+            item = items[k]
+            if item is not None and item is not KEPT and k not in self._held:
+                plain = type(item) is np.ndarray or isinstance(item, np.floating)  # sums are that
+                if not (self.is_little and plain and item.shape == facts.shape):
+                    return None
+                found[k] = copy = _copy(np.asarray(item), self._dtypes[k], adds=adds)
+                if copy is None:
+                    return None
+        return tuple(found)
+
     def _taking(self, *, adds: bool) -> Callable[[], object]:
         """Return what copies or adds arrays that were found."""
         how = [(batch, (adds, batch.dtype.like, wide)) for batch, wide in self._batches]
         return threads.kept(
             [batch.call(given.take_all, *own, self.addresses) for batch, own in how]
         )
+
+
+def _copy(array: Array, native: np.dtype[Any], *, adds: bool) -> Array | None:
+    """Return an array in C order and of a dtype; None where that loses more than digits."""
+    row = lookup(array.dtype)
+    if row is None or (row.components == 2 and native.kind != "c"):
+        return None
+    exact = array.dtype == native or np.can_cast(array.dtype, native)
+    if adds and not exact:
+        return None
+    copy = array.astype(native, order="C")
+    return copy if exact or np.isfinite(copy).all() else None
 
 
 def wanted_table(

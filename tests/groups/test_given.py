@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip.clipping.buffers import GroupState
+from numclip.host.given import Given
 from tests.oracle.cases import fortran, normal, slices, strided
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import RULES, frozen
@@ -113,6 +115,63 @@ def test_any_groups(data):
         optimizer = data.draw(st.sampled_from(sorted(OPTIMIZERS)))
         unscale = data.draw(st.sampled_from([1.0, 3.0, 1024.0]))
         assert_same_both_ways("cpu", members, optimizer, steps, unscale)
+
+
+def unusual(draw: Any, array: np.ndarray) -> Any:
+    """Return a gradient of an array's shape in another dtype or order, or no gradient at all."""
+    kind = draw(st.sampled_from(["dtype"] * 3 + ["order"] * 3 + ["plain", "none", "odd", "shape"]))
+    if kind == "dtype":
+        array = array * draw(st.sampled_from([1.0, 1e4, 1e30]))
+        return array.astype(DTYPES[draw(st.sampled_from(sorted(DTYPES)))])
+    if kind == "order":
+        return strided(array) if array.ndim and draw(st.booleans()) else fortran(array)
+    if kind == "odd":
+        odd = array.astype("i4"), array.tolist(), np.ma.masked_array(array), array.astype(">f4")
+        return draw(st.sampled_from([*odd, array[()]]))
+    return {"plain": array, "none": None, "shape": array[..., None]}[kind]
+
+
+@pytest.mark.full
+@given(st.data())
+def test_gradients_that_are_copied_have_the_bits_of_the_general_way(data):
+    """Of other dtypes and orders: cast, added or refused alike, by whichever way they come."""
+    dtype = DTYPES[data.draw(st.sampled_from(sorted(DTYPES)))]
+    policy = data.draw(st.sampled_from(["propagate", "skip", "zero", "raise"]))
+    arrays = {name: normal(np.random.default_rng(1), s, "float64") for name, s in SHAPES.items()}
+    calls = data.draw(st.lists(st.sampled_from(["set_grads", "accumulate", "step"]), max_size=3))
+    with np.errstate(all="ignore"):
+        steps = [(call, {k: unusual(data.draw, a) for k, a in arrays.items()}) for call in calls]
+
+    def left() -> list[Any]:
+        params = {name: np.ones(shape, dtype) for name, shape in SHAPES.items()}
+        groups = nc.ParamGroups([nc.Group("g", params, nc.ByGlobalNorm(0.5), nonfinite=policy)])
+        optimizer, found = nc.SGD(groups, lr=0.5), list[Any]()
+        for call, grads in steps:
+            before = frozen(grads)
+            try:
+                found.append(repr(getattr(optimizer if call == "step" else groups, call)(grads)))
+            except (ArithmeticError, TypeError, ValueError) as error:
+                found.append(str(error))
+            assert frozen(grads) == before
+            found += [frozen(groups.state_dict()), [frozen(groups["g"].seen(k)) for k in SHAPES]]
+        return found
+
+    with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+        found = left()
+        patch.setattr(Given, "copies", lambda *_, **__: None)
+        assert found == left()
+
+
+@pytest.mark.full
+def test_little_gradients_of_any_order_and_dtype_are_taken_by_one_call(monkeypatch):
+    params = {"w": np.ones((4, 3), "f"), "b": np.float32(1)}
+    groups = nc.ParamGroups([nc.Group("g", params, nc.ByGlobalNorm(1.0))])
+    optimizer = nc.SGD(groups, lr=1.0)
+    monkeypatch.setattr(GroupState, "fitting", None)  # of the general way
+    for w in (np.full((4, 3), 2.0), fortran(np.full((4, 3), 2.0)), np.full((4, 6), 2.0)[:, ::2]):
+        groups.set_grads({"w": w, "b": np.float64(1.0)})
+        assert groups.clip().norm == 7.0
+        assert optimizer.step({"w": w, "b": w.sum(dtype="f") * 0 + 1}).norm == 7.0
 
 
 @pytest.mark.jit_only
