@@ -374,9 +374,7 @@ class ParamGroups(state.Saved):
         return {
             "step": self.step,
             **arrays_on_host(self),
-            "rules": {
-                group.name: {"rule": repr(group.clip), **copied(group.rule_state)} for group in self
-            },
+            "rules": {group.name: {"rule": repr(group.clip), **group.rule_state} for group in self},
             "history": self.history.state_dict(),
         }
 
@@ -414,7 +412,7 @@ class ParamGroups(state.Saved):
         load_arrays(self, own, found)
         self._manager.restart(found["step"])
         for group in self:
-            group.rule_state = copied(rules[group.name])
+            group.remembered = copied(rules[group.name])
         self.history = history
         self.zero_grads()
         return fit.left_out

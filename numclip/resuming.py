@@ -32,7 +32,7 @@ def _without_leaves(saved: Any) -> Any:
 
 
 def _fitting_rule(group: GroupState, saved: Any, fit: Fit) -> dict[str, Array]:
-    own, rule = {**group.rule_state}, repr(group.clip)
+    own, rule = group.rule_state, repr(group.clip)
     if not isinstance(saved, dict):
         return own  # which has been told
     arrays = {name: value for name, value in saved.items() if name != "rule"}

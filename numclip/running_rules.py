@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from numclip.border import arguments
 from numclip.dtypes import Array
+from numclip.host.kernels import running
 from numclip.rules import Bound, Rule, State, bound_or_schedule, put
 
 MOST = 2**62  # steps that are counted; one more must fit into int64
@@ -21,8 +21,20 @@ MOST = 2**62  # steps that are counted; one more must fit into int64
 class _Norms(dict[str, Array]):
     """A ring of norms; beside it, until the state after takes them over, these in order."""
 
-    __slots__ = ("ascending",)
-    ascending: list[float] | None
+    __slots__ = ("ordered",)
+    ordered: Array | None
+
+    @classmethod
+    def of(cls, state: State) -> _Norms:
+        """Return a state that has them in order: this one, or a copy."""
+        if type(state) is cls and state.ordered is not None:
+            return state
+        ring, count = np.array(state["norms"]), np.array(state["count"])
+        made = cls(norms=ring, count=count)
+        known = np.sort(ring[: count.item()])
+        made.ordered = np.empty(ring.size)
+        made.ordered[: known.size] = known
+        return made
 
 
 @final
@@ -83,56 +95,32 @@ class AutoClip(Rule):
 
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the percentile."""
-        count = int(state["count"])
+        count: int = state["count"].item()
         if count < self.warmup:
             return np.array([np.inf])
-        known = self._ascending(state)
-        norm: float = norms.item()
-        place = bisect_left(known, norm)
-        oldest = len(known)  # which the norm takes the place of, where the ring is full
-        if count >= self.window:
-            oldest = bisect_left(known, state["norms"].item(count % self.window))
-            place -= oldest < place
-
-        def known_with_norm(k: int) -> float:
-            """Return the k-th of the norms, of the present one and without the oldest."""
-            if k == place:
-                return norm
-            k -= k > place
-            return known[k + (k >= oldest)]
-
-        # The bits of numpy.percentile, which took 330 us for 10,000 norms where this takes 1.
-        last = min(count, self.window - 1)
-        position = last * (self.percentile / 100.0)
-        below = math.floor(position)
-        low, high = known_with_norm(below), known_with_norm(min(below + 1, last))
-        share = position - below
-        nearer, weight = (low, share) if share < 0.5 else (high, share - 1.0)
-        return np.array([nearer + (high - low) * weight])
-
-    def _ascending(self, state: State) -> list[float]:
-        """Return the norms that are known in ascending order."""
-        if not isinstance(state, _Norms) or state.ascending is None:
-            known = state["norms"][: min(int(state["count"]), self.window)]
-            return sorted(known.tolist())
-        return state.ascending
+        own = _Norms.of(state)
+        share = self.percentile / 100.0
+        found = running.percentile(norms.item(), share, count, own["norms"], own.ordered)
+        return np.array([found])
 
     def observe(
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Put the norm in the place of the oldest."""
-        count, norm = int(state["count"]), norms.item()
-        known, ring = self._ascending(state), state["norms"].copy()
-        if isinstance(state, _Norms):
-            state.ascending = None
-        place = count % self.window
-        if count >= self.window:
-            del known[bisect_left(known, ring.item(place))]
-        insort(known, norm)
-        ring[place] = norm
-        after = _Norms(norms=ring, count=np.array(count + 1, np.int64))
-        after.ascending = known
-        return after
+        own = _Norms.of(state)
+        if own is state:  # which goes on without: so that both are right at any time
+            ordered, own.ordered = own.ordered, None
+            own = _Norms(norms=own["norms"].copy(), count=own["count"].copy())
+            own.ordered = ordered
+        return self.renew(norms, clipped, total, step, own)
+
+    def renew(
+        self, norms: Array, clipped: Array, total: float, step: int, state: State
+    ) -> dict[str, Array]:
+        """Do the same in place: a copy of 10,000 norms takes as long as the rest of a step."""
+        own = _Norms.of(state)
+        running.take(norms.item(), own["count"], own["norms"], own.ordered)
+        return own
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         return _counted(found, MOST) if name == "count" else Rule._sane(self, name, found)
@@ -197,10 +185,11 @@ class ZClip(Rule):
 
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the bound where the norm stands out, infinity or `max_norm` where not."""
-        norm, mean, deviation = float(norms[0]), float(state["mean"]), float(state["deviation"])
-        bound = self.bound(step)
-        if mean > 0.0 and int(state["count"]) >= self.warmup:
-            score = (norm - mean) / (deviation + 1e-6)
+        bound = math.inf if self.max_norm is None else self.bound(step)
+        mean: float = state["mean"].item()
+        if mean > 0.0 and state["count"].item() >= self.warmup:
+            deviation: float = state["deviation"].item()
+            score = (norms.item() - mean) / (deviation + 1e-6)
             if score > self.z:
                 bound = min(bound, mean + deviation / score * self.z * self.z)
         return np.array([bound])
@@ -209,23 +198,21 @@ class ZClip(Rule):
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Take up the norm before clipping during warm-up, the norm after clipping then."""
-        count, mean, deviation = int(state["count"]), float(state["mean"]), state["deviation"]
-        if count < max(self.warmup, 1):
+        count, mean = state["count"], state["mean"].item()
+        known: int = count.item()
+        if known < max(self.warmup, 1):
             # One by one as by all at once (Welford): only what is known so far is kept.
-            keep = share = count / (count + 1)
-            apart = (float(norms[0]) - mean) / math.sqrt(count + 1)
-            mean = _blend(mean, float(norms[0]), keep)
-            count += 1
+            keep = share = known / (known + 1)
+            apart = (norms.item() - mean) / math.sqrt(known + 1)
+            mean = _blend(mean, norms.item(), keep)
+            count = np.array(known + 1, np.int64)
         else:
             keep, share = self.alpha, 1.0 - self.alpha
-            mean = _blend(mean, float(clipped[0]), keep)
-            apart = float(clipped[0]) - mean
-        spread = math.hypot(math.sqrt(keep) * float(deviation), math.sqrt(share) * apart)
-        return {
-            "count": np.array(count, np.int64),
-            "mean": np.array(mean),
-            "deviation": np.array(spread),
-        }
+            mean = _blend(mean, clipped.item(), keep)
+            apart = clipped.item() - mean
+        deviation: float = state["deviation"].item()
+        spread = math.hypot(math.sqrt(keep) * deviation, math.sqrt(share) * apart)
+        return {"count": count, "mean": np.array(mean), "deviation": np.array(spread)}
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         if name == "count":
@@ -289,38 +276,23 @@ class AdaGC(Rule):
         """Return averages of which nothing is known."""
         return {"count": np.array(0, np.int64), "gamma": np.full(tensors, np.inf)}
 
-    def _warming(self, state: State) -> Array | None:
-        """Tell which tensors are in warm-up, None where none is."""
-        gamma, begins = state["gamma"], int(state["count"]) < self.warmup
-        if not begins and gamma.max(initial=0.0) < math.inf:
-            return None
-        return np.isinf(gamma) | begins
-
     def thresholds(self, norms: Array, total: float, step: int, state: State) -> Array:
         """Return the bound of each tensor."""
-        warming = self._warming(state)
-        with np.errstate(over="ignore", invalid="ignore"):
-            bounds: Array = self.relative * state["gamma"]
-        if warming is not None:
-            bounds[warming] = np.inf
-            if total > self.absolute:
-                bounds[warming] = norms[warming] * (self.absolute / total)
+        warms, bounds = state["count"].item() < self.warmup, np.empty(norms.size)
+        settings = warms, self.relative, self.absolute
+        running.bounds_of(norms, total, *settings, state["gamma"], bounds)
         return bounds
 
     def observe(
         self, norms: Array, clipped: Array, total: float, step: int, state: State
     ) -> dict[str, Array]:
         """Take up the norms after clipping."""
-        gamma, warming = state["gamma"], self._warming(state)
-        if warming is not None:
-            found = np.minimum(gamma, clipped)
-            found[~warming] = _blend(gamma[~warming], clipped[~warming], self.beta)
-        else:
-            found = _blend(gamma, clipped, self.beta)
-        if not found.min(initial=math.inf) > 0.0:
-            found = np.where(found > 0.0, found, gamma)
-        count = min(int(state["count"]) + 1, self.warmup)
-        return {"count": np.array(count, np.int64), "gamma": found}
+        count, found = state["count"], np.empty(norms.size)
+        known: int = count.item()
+        running.blend(clipped, known < self.warmup, self.beta, state["gamma"], found)
+        if known < self.warmup:
+            count = np.array(known + 1, np.int64)
+        return {"count": count, "gamma": found}
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
         if name == "count":

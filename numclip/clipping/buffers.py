@@ -6,8 +6,10 @@ order and without gaps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +60,8 @@ class GroupState:
         The names of the parameters.
     neighbours : sequence of GroupState
         The groups whose gradients are written together with this one's, itself included.
+    lock : context manager
+        Held by a thread that takes a step.
     params, grads : mapping of str to array
         Views into the flat buffers, parameters that are not copied the user's own arrays; for a
         sparse group `grads` is empty.
@@ -75,6 +79,7 @@ class GroupState:
     """
 
     sparse = False
+    lock: AbstractContextManager[Any] = contextlib.nullcontext()
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class GroupState:
         self._flat_grads, grads = flat_buffers({} if self.sparse else kinds | wide, engine, stream)
         self._grads = MappingProxyType(grads)
         self.exposed: set[str] = set()
-        self.rule_state = group.clip.initial_state(len(given)) if group.clip else {}
+        self.remembered = group.clip.initial_state(len(given)) if group.clip else {}
         self._dense = [self._gradient(name, grad) for name, grad in grads.items()]
         self._facts = {name: own.facts for name, own in zip(grads, self._dense, strict=True)}
         flats = [engine.facts(name, flat) for name, flat in self._flat_grads.items()]
@@ -129,19 +134,25 @@ class GroupState:
     @clip.setter
     def clip(self, rule: Any) -> None:
         self._clip = rule
-        self.rule_state = self._state_for(rule)
+        self.remembered = self._state_for(rule)
         self._changed()
+
+    @property
+    def rule_state(self) -> dict[str, Array]:
+        """What the rule remembers between steps, as copies: a step can write to its own."""
+        with self.lock:
+            return {name: own.copy() for name, own in self.remembered.items()}
 
     def _state_for(self, rule: Any) -> dict[str, Array]:
         """Return the state there is where it can be that of a rule, else one of no step."""
         if rule is None:
             return {}
         try:
-            rule.check_state(self.rule_state, len(self.names))
+            rule.check_state(self.remembered, len(self.names))
         except ValueError:
             made: dict[str, Array] = rule.initial_state(len(self.names))
             return made
-        return self.rule_state
+        return self.remembered
 
     @property
     def nonfinite(self) -> str:

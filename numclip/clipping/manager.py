@@ -52,16 +52,16 @@ class Manager:
                 )
                 for number, member in enumerate(members)
             }
+        self._lock = threading.RLock()  # threads that race take their steps one after another
         self._states = tuple(self.groups.values())
         for group in self._states:
-            group.neighbours = self._states
+            group.neighbours, group.lock = self._states, self._lock
         self.intake = Intake(self._states, engine)
         self._mastered = [group for group in self._states if group.masters]
         self._behind = False  # whether parameters may not be their rounded masters yet
         self._steps: Steps | None = None
         self._ranks: Ranks | None = None
         self._sharded = next((member.name for member in members if member.sharded), None)
-        self._lock = threading.RLock()  # threads that race take their steps one after another
         self.step = 0
         self.made_steps()
 
@@ -118,7 +118,7 @@ class Manager:
                 return self._measured(steps, self.intake.ordered(grads), scale, ranks)
             turn = steps.taken(self.step, scale)
             absent = self.intake.stale()
-            if absent or steps.follows:
+            if absent or steps.absent:
                 self._leave_out(steps, absent)
             call = "" if ranks is None else f"clip(apply={apply}){self._without(absent)}"
             if not (apply and steps.clip_at_once(turn, ranks, call)):

@@ -110,7 +110,7 @@ def _stacked(bounds: Sequence[Array]) -> Array:
     """Return bounds as rows; most often they are the same ones."""
     if len({*map(id, bounds)}) == 1:
         return np.broadcast_to(bounds[0], (len(bounds), bounds[0].size))
-    return np.stack(bounds)
+    return np.concatenate(bounds).reshape(len(bounds), -1)  # in a quarter of the time of np.stack
 
 
 class Turn:
@@ -162,6 +162,8 @@ class Steps:
         Where in order everything is done.
     follows : bool
         Whether some rules follow the norms.
+    absent : frozenset of str
+        The parameters that were left out last.
     """
 
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
@@ -174,7 +176,7 @@ class Steps:
             clipper.keep(self._kept, stream)
         self._strict = [clipper for clipper in self.clippers if clipper.strict]
         self._following = [clipper for clipper in self.clippers if clipper.follows]
-        self.follows = bool(self._following)
+        self.follows, self.absent = bool(self._following), NOBODY
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
@@ -201,6 +203,7 @@ class Steps:
 
     def leave_out(self, absent: frozenset[str]) -> None:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
+        self.absent = absent
         for clipper in self._following:
             clipper.absent = absent
 

@@ -186,7 +186,7 @@ class GroupUpdater:
             if given is None or self._holds_masters:  # masters take over the rows that are held
                 return False
         clipper = steps.clippers[0]
-        if clipper.follows:
+        if absent or steps.absent:
             steps.leave_out(absent)
         if not left:
             return clipper.take_at_once(native, turn, given)

@@ -30,14 +30,14 @@ class ClipsAtOnce:
         self._held = [*tables.values()]
         self._own = np.zeros((given.TABLES, 3), np.int64)
         for k, table in {given.CHUNKS: self._chunks, **tables}.items():
-            _point(self._own, k, table)
+            point(self._own, k, table)
         self._outcomes: Sequence[Array] = ()
 
     def _turn_to(self, outcomes: Sequence[Array]) -> None:
         """Let what is found be written to some tables."""
         self._outcomes = outcomes
-        _point(self._own, given.SUMS, outcomes[0][0])
-        _point(self._own, given.DECISIONS, outcomes[1][0])
+        point(self._own, given.SUMS, outcomes[0][0])
+        point(self._own, given.DECISIONS, outcomes[1][0])
 
     def measure(
         self, _items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
@@ -80,12 +80,12 @@ class ValuesAtOnce(ClipsAtOnce):
         self._held += after.values()
         self._after = self._own.copy()
         for k, table in after.items():
-            _point(self._after, k, table)
+            point(self._after, k, table)
 
     def _turn_to(self, outcomes: Sequence[Array]) -> None:
         super()._turn_to(outcomes)
-        _point(self._after, given.SUMS, outcomes[2][0])
-        _point(self._after, given.DECISIONS, outcomes[3][0])
+        point(self._after, given.SUMS, outcomes[2][0])
+        point(self._after, given.DECISIONS, outcomes[3][0])
 
     def take(
         self,
@@ -124,7 +124,7 @@ class RanksAtOnce(ClipsAtOnce):
         self._held += told
         self._told = np.zeros((ranks.TABLES, 3), np.int64)
         for k, table in enumerate(told):
-            _point(self._told, k, table)
+            point(self._told, k, table)
         self._heads, self._every = exchanged
 
     def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
@@ -156,10 +156,10 @@ class StepsAtOnce(ClipsAtOnce):
         self._take = getattr(self._kernels, kernel)
         self._starts, self._addresses = starts, starts.copy()
         self._count = reader.addresses.size
-        _point(self._own, given.ADDRESSES, self._addresses)
-        _point(self._own, given.WANTED, reader.wanted)
+        point(self._own, given.ADDRESSES, self._addresses)
+        point(self._own, given.WANTED, reader.wanted)
         self._given = self._own.copy()
-        _point(self._given, given.ADDRESSES, reader.addresses)
+        point(self._given, given.ADDRESSES, reader.addresses)
 
     def leave(self, numbers: Sequence[int]) -> None:
         """Let some tensors have no gradient of the batch's in the next step, all others one."""
@@ -208,7 +208,7 @@ class StepsAtOnce(ClipsAtOnce):
         )
 
 
-def _point(tables: Array, k: int, table: Array) -> None:
+def point(tables: Array, k: int, table: Array) -> None:
     """Write the words of a table."""
     rows, columns = table.shape if table.ndim == 2 else (1, table.size)
     tables[k] = table.ctypes.data, rows, columns

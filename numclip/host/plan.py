@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array
-from numclip.engine import Groups, Outcome
+from numclip.engine import AtOnce, Groups, Outcome
 from numclip.host import batches, orders, rows
 from numclip.host.at_once import ClipsAtOnce, RanksAtOnce, ValuesAtOnce
 from numclip.host.batches import Batch
@@ -20,6 +20,7 @@ from numclip.host.kernels import pools as kernels
 from numclip.host.kernels.powers import decide_by_powers
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime import threads
+from numclip.host.several import SeveralClips
 from numclip.host.strided import Copied
 from numclip.law import Law, Laws, Pool, whole_pools
 from numclip.memory import AnySpan, RowSpan, Span, Strided
@@ -106,15 +107,18 @@ class Plan:
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
     @property
-    def little(self) -> Batch | None:
-        """The dense tensors as a batch, where one call can take them and what rows there are."""
+    def little(self) -> list[Batch]:
+        """The dense tensors as batches, where one call can take them and what rows there are.
+
+        None where it cannot: rows are taken with tensors of their dtype alone.
+        """
         dense = {t: own for t, own in self._own.items() if not isinstance(self.spans[t], RowSpan)}
         dtypes = {span.dtype for span in self.spans}
-        if len(dtypes) != 1:
-            return None
+        if not dtypes or (len(dtypes) > 1 and len(dense) < len(self.spans)):
+            return []
         empty = Batch(dtypes.pop(), np.empty((0, 4), np.int64), 0)
-        batch = next(iter(batches.batches(dense)), empty)
-        return batch if batch.nbytes < PARALLEL_BYTES else None
+        found = batches.batches(dense) or [empty]
+        return found if sum(batch.nbytes for batch in found) < PARALLEL_BYTES else []
 
     def tables_at_once(
         self, divisors: Array, held: Sequence[Array] = (), size: Array | None = None
@@ -149,22 +153,24 @@ class Plan:
         }
 
     @property
-    def _at_once(self) -> Batch | None:
-        """The batch that one call clips, where no more is needed."""
-        return None if self._copied or not self._in_place else self.little
+    def _at_once(self) -> list[Batch]:
+        """The batches that are clipped at once, none where more is needed."""
+        return [] if self._copied or not self._in_place else self.little
 
-    def at_once(self, divisors: Array, held: Sequence[Array]) -> ClipsAtOnce | None:
-        """Return what clips by one call each, None where more is needed."""
-        batch = self._at_once
-        return None if batch is None else ClipsAtOnce(batch, self.tables_at_once(divisors, held))
+    def at_once(self, divisors: Array, held: Sequence[Array]) -> AtOnce | None:
+        """Return what clips by one call each, or by two; None where more is needed."""
+        found, tables = self._at_once, self.tables_at_once(divisors, held)
+        if len(found) > 1:
+            return SeveralClips(found, tables)
+        return ClipsAtOnce(found[0], tables) if found else None
 
     def values_at_once(self, later: Plan, limits: Array) -> ValuesAtOnce | None:
         """Return what holds elements between limits by one call each likewise."""
-        batch, ones = self._at_once, np.ones(len(self.pools))
-        if batch is None:
+        found, ones = self._at_once, np.ones(len(self.pools))
+        if len(found) != 1:
             return None
         after = later, later.tables_at_once(ones)
-        return ValuesAtOnce(batch, self.tables_at_once(ones), limits, after)
+        return ValuesAtOnce(found[0], self.tables_at_once(ones), limits, after)
 
     def ranks_at_once(
         self,
@@ -172,9 +178,10 @@ class Plan:
         size: Array | None,
         told: Sequence[Array],
         exchanged: tuple[Array, Array],
-    ) -> RanksAtOnce:
-        """Return what clips by the sums of all ranks, where `at_once` does by one's own."""
-        assert self.fused is not None
+    ) -> RanksAtOnce | None:
+        """Return what clips by the sums of all ranks, where one call does by one's own."""
+        if self.fused is None:
+            return None
         tables = {
             **self.tables_at_once(divisors, size=size),
             given.POOLS: whole_pools(self.pool_table),

@@ -17,6 +17,7 @@ from numclip.host.kernels import given, given_rows, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
+from numclip.host.several import SeveralSteps
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 from numclip.tables import DECISION_COLUMNS, FACTOR, FINE, MODE, MULTIPLY, SKIPPED
@@ -189,27 +190,32 @@ class GroupUpdates(Updates):
 
     def at_once(
         self, reader: Given | None, divisors: Array, held: Sequence[Array]
-    ) -> StepsAtOnce | None:
-        """Return what takes whole steps by one call each, None where more is needed."""
-        batch = self._plan.little
+    ) -> StepsAtOnce | SeveralSteps | None:
+        """Return what takes whole steps by one call each, or few; None where more is needed."""
+        found = self._plan.little
         much = any(call.nbytes >= PARALLEL_BYTES for call in self._own_calls)
-        if batch is None or much or reader is None:
+        if not found or much or reader is None:
             return None
-        own = self._numbers[batch.dtype.compute]
+        numbers = [self._numbers[batch.dtype.compute] for batch in found]
+        pieces = [chunks.copy() for _, chunks in self._dense] or [np.zeros((0, 6), np.int64)]
         tables = {
             **self._plan.tables_at_once(divisors, held),
-            given.PIECES: self._dense[0][1].copy() if self._dense else np.zeros((0, 6), np.int64),
             given.COUNTS: self._counts,
             given.GIVEN: self._given,
-            given.SETTINGS: own.settings,
-            given.FACTORS: own.factors,
         }
-        if held:
-            each = [self._places.each[k] for k in self._sparse]
-            tables[given.ROWS][:, given_rows.PARAM :] = each
         starts = np.array([span.source for span in self._plan.spans], np.int64)
+        if len(found) > 1:
+            pairs = zip(pieces, numbers, strict=True)
+            each = [(updated, own.factors, own.settings) for updated, own in pairs]
+            kernel = self._name, self._kernel
+            return SeveralSteps(kernel, found, starts, reader, tables, each)
+        tables[given.PIECES], own = pieces[0], numbers[0]
+        tables[given.SETTINGS], tables[given.FACTORS] = own.settings, own.factors
+        if held:
+            places = [self._places.each[k] for k in self._sparse]
+            tables[given.ROWS][:, given_rows.PARAM :] = places
         starts[self._sparse] = 1  # what is held is no address, and is not absent
-        return StepsAtOnce(self._name, batch, starts, reader, tables)
+        return StepsAtOnce(self._name, found[0], starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
         """Let the next step update the rows of some slices."""

@@ -644,6 +644,22 @@ def test_two_native_calls_clip_as_the_general_way_does(rule, dtype, policy, valu
             checks.assert_same_bits(grads[name], others[name])
 
 
+def test_several_dtypes_are_clipped_by_one_norm():
+    """Which one call does alone, but not with others."""
+
+    def program(comm):
+        params = {"a": np.zeros(1, "f"), "b": np.zeros(1)}
+        rule = nc.ByGlobalNorm(2.5)
+        groups = nc.ParamGroups([nc.Group("g", params, rule, sharded=True)])
+        for _ in range(2):
+            groups.set_grads({"ab"[comm.Get_rank()]: np.full(1, 3.0 + comm.Get_rank())})
+            report = groups.clip(comm=comm)
+        return [report.norm, report.clipped_norm, *(own.item() for own in groups.grads.values())]
+
+    for found, wanted in zip(together(2, program), ([1.5, 0.0], [0.0, 2.0]), strict=True):
+        np.testing.assert_allclose(found, [5.0, 2.5, *wanted], rtol=1e-6)
+
+
 def test_copies_are_clipped_tensor_by_tensor_at_every_step():
     rules = [None, nc.ByNorm(1.0), nc.ByAverageNorm(0.5), nc.ByBlockRMS(0.5)]
 

@@ -314,6 +314,27 @@ def test_autoclip_has_the_bits_of_numpy(norms, window, percentile):
         saved = {name: array.copy() for name, array in state.items()}
 
 
+def test_a_state_that_nobody_else_has_is_renewed_in_place():
+    rule, norms = AutoClip(40, 5), series(5, 300)
+    first = rule.initial_state(1)
+    before, pure = bits(first), [first]
+    own = rule.renew(np.array(norms[:1]), np.array(norms[:1]), norms[0], 0, first)
+    assert bits(first) == before
+    ring = own["norms"]
+    for step, norm in enumerate(norms):
+        told = np.array([norm]), np.array([norm]), norm, step
+        pure.append(rule.observe(*told, pure[-1]))
+        if step:
+            assert rule.renew(*told, own) is own
+        assert bits(own) == bits(pure[-1])
+        assert rule.thresholds(told[0], norm, step, own) == rule.thresholds(
+            told[0], norm, step, dict(own)
+        )
+    assert own["norms"] is ring
+    known = [state["count"].item() for state in pure]
+    assert known == list(range(301))  # none was written to
+
+
 @pytest.mark.each_value
 @pytest.mark.parametrize("window", [1, 2, 37, 1000])
 @pytest.mark.parametrize(("percentile", "warmup"), [(10, 0), (0, 1), (100, 3), (50, 60), (97.5, 0)])

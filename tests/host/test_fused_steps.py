@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -12,10 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import numclip as nc
+from numclip.clipping.outcome import joined, norms_of
 from numclip.clipping.steps import Steps
 from numclip.clipping.updating import GroupUpdater
+from numclip.host.kernels.pools import tell_norms
 from numclip.host.plan import Plan
 from numclip.host.runtime import environment
+from numclip.tables import BAD, ERROR, EXPONENT, SUM_COLUMNS, TOTAL
 from tests.oracle.reference import DTYPES
 from tests.oracle.strategies import arrays as gradients
 
@@ -88,6 +92,95 @@ def test_what_needs_care(rule):
             grads = [np.array([3.0, bad]), np.ones(5)]
             same_both_ways([grads], rule, "clip")
             same_both_ways([grads, [np.ones(2), np.ones(5)]], rule, "SGD", "skip")
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_steps_by_norms_so_far_are_native_and_leave_what_was_told(optimizer, monkeypatch):
+    """No step goes the general way, and none copies the window of norms."""
+    params = {name: np.ones(3, "f") for name in "abc"}
+    rules = {"a": nc.AutoClip(50, window=4), "b": nc.ZClip(warmup=2), "c": nc.AdaGC(warmup=2)}
+    groups = nc.ParamGroups([nc.Group(n, {n: params[n]}, clip=rules[n]) for n in rules])
+    make = OPTIMIZERS[optimizer]
+    step = groups.clip if make is None else make(groups).step
+    groups.set_grads(params)
+    step()
+    monkeypatch.setattr(Steps, "decide", None)
+    monkeypatch.setattr(nc.AutoClip, "observe", None)
+    for number in range(2, 8):
+        held = {name: groups[name].rule_state for name in rules}
+        state = groups.state_dict()["rules"]
+        groups.set_grads({name: own * number for name, own in params.items()})
+        step()
+        for name, own in held.items():
+            for key, array in own.items():
+                assert array.tobytes() == state[name][key].tobytes()
+        after = groups["a"].rule_state
+        assert (held["a"]["count"], after["count"]) == (number - 1, number)
+        assert after["norms"][(number - 1) % 4] == np.float64(math.sqrt(3.0 * number**2))
+
+
+@given(st.lists(st.sampled_from([0.0, 2.0, 5e-324, 1e308, math.inf, math.nan]) | st.floats(0.0),
+                min_size=1, max_size=6), st.sampled_from([1.0, 3.0, 1e-300]))  # fmt: skip
+def test_norms_are_told_with_the_bits_of_reports(totals, unscale):
+    sums = np.zeros((len(totals), SUM_COLUMNS))
+    sums[:, TOTAL], norms = totals, np.empty(len(totals))
+    sums[:, ERROR] = [0.0 if total > 1e300 else total * 1e-17 for total in totals]
+    sums[:, BAD] = ~np.isfinite(totals)
+    divisors = np.arange(1.0, len(totals) + 1.0)
+    total, bad, plain = tell_norms(sums, unscale, divisors, norms)
+    with np.errstate(all="ignore"):
+        wanted = np.nan_to_num(norms_of(sums, unscale) / divisors)
+    assert norms.tobytes() == wanted.tobytes()
+    assert (bad, plain) == (not np.isfinite(totals).all(), True)
+    with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
+        assert total == np.nan_to_num(joined(sums, unscale))
+    sums[-1, EXPONENT] = 1.0
+    assert not tell_norms(sums, unscale, divisors, norms)[2]
+
+
+SEVERAL = [np.full(3, 2.0, "f"), np.arange(4.0).reshape(2, 2), np.ones(5, "f2"), np.ones(2)]
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_several_dtypes_are_taken_natively(optimizer, monkeypatch):
+    """By one call that measures and one that writes; what needs care goes the general way."""
+    steps = [SEVERAL, [grad * 0 for grad in SEVERAL], [grad * 3 for grad in SEVERAL]]
+    for rule in ("global", "each", "AutoClip", "AdaGC"):
+        same_both_ways(steps, rule, optimizer)
+    same_both_ways(steps, "tiny", optimizer, "skip")
+    with np.errstate(all="ignore"):  # the averages of these are bounds that make subnormal numbers
+        small = [grad * grad.dtype.type(1e-38) for grad in SEVERAL]
+    same_both_ways([small, SEVERAL], "AdaGC", optimizer, "skip")
+    for bad in (math.nan, 1e300, 1e-300):
+        same_both_ways([[*SEVERAL[:3], np.array([bad, 1.0])]], "global", optimizer, "skip")
+    monkeypatch.setattr(Steps, "decide", None)
+    for rule in ("global", "never", "none", "AutoClip"):
+        run([SEVERAL, SEVERAL], rule, optimizer, "skip")
+
+
+def test_several_dtypes_of_which_some_have_no_gradient():
+    def left(*, natively: bool) -> list[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            if natively:
+                patch.setattr(Steps, "decide", None)
+            else:
+                patch.setattr(GroupUpdater, "_ready", lambda *_: None)
+            members = [nc.Group("a", dict(zip("vw", SEVERAL[:2], strict=True)), nc.AutoClip(50)),
+                       nc.Group("b", dict(zip("xy", SEVERAL[2:], strict=True)))]  # fmt: skip
+            groups = nc.ParamGroups(members)
+            step = OPTIMIZERS["Adam"](groups).step
+            every = dict(zip("vwxy", SEVERAL, strict=True))
+            reports = [step({name: every[name] for name in names}) for names in ("vwxy", "wx", "v")]
+            groups.set_grads({"w": SEVERAL[1]})
+            reports += [step(), step({"v": SEVERAL[0][::-1].copy()[::-1]})]  # which is copied
+            state = groups.state_dict()["rules"]["a"]
+            return [
+                *(repr(report.to_dict()) for report in reports),
+                *(array.tobytes() for array in groups.params.values()),
+                *(np.asarray(own).tobytes() for own in state.values()),
+            ]
+
+    assert left(natively=True) == left(natively=False)
 
 
 def test_values_held_where_squares_vanish():

@@ -51,6 +51,7 @@ is_settled = _parts.is_settled
 scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
 write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
 
+LARGEST = np.finfo(np.float64).max
 MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
 SMALLEST = 5e-324
 
@@ -247,6 +248,28 @@ def add_pools(pools, sums, out):
         write_total(pools[p], sums, out[p])
         scaled |= out[p, EXPONENT] != 0.0 or out[p, TERMS_EXPONENT] != 0.0
     return scaled
+
+
+@inline
+def told(norm):
+    """Return a norm as rules are told it: NaN as 0, Inf as the largest number."""
+    return 0.0 if math.isnan(norm) else min(norm, LARGEST)
+
+
+@kernel
+def tell_norms(sums, unscale, divisors, norms):
+    """Write the norms of tensors as rules are told them, with the bits of `clipping.outcome`.
+
+    Return the norm of all, whether a tensor is not finite, and whether none has an exponent: else
+    the norms are not right.
+    """
+    bad, plain = False, True
+    for t in range(norms.size):
+        norms[t] = told(math.sqrt(sums[t, TOTAL]) / unscale / divisors[t])
+        bad |= sums[t, BAD] != 0.0
+        plain &= sums[t, EXPONENT] == 0.0
+    total, _, _ = add_tensors((0, norms.size), TOTAL, False, sums)
+    return told(math.sqrt(total) / unscale), bad, plain
 
 
 @kernel
