@@ -14,7 +14,8 @@ from numclip.host.kernels import updates
 from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.host.kernels.pools import decide_all, hold_chunk, measure_and_decide, scale_decided
+from numclip.host.kernels.pools import decide_squares, hold_chunk, scale_decided
+from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.kernels.updates import GRAD
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -258,10 +259,9 @@ def decide(measures, turn, unscale, tables, bounds, like):
     safe = True
     if measures:
         chunks = found(tables, CHUNKS, tables)
-        safe = measure_and_decide(chunks, like, pools, laws, sums, decisions)
-    else:
-        decide_all(pools, laws, sums, decisions)
-    return not needs_care(pools, decisions, safe)
+        safe = measure_chunks(chunks, like, sums)
+    right = decide_squares(pools, laws, sums, decisions)
+    return right and not needs_care(pools, decisions, safe)
 
 
 @inline

@@ -8,9 +8,9 @@ foresees them: they are fetched into the caches some rows ahead.
 
 import numpy as np
 
-from numclip import formulas
-from numclip.host.kernels.cpu import array_of_squares, settle, slot_of, two_sum
+from numclip.host.kernels.cpu import array_of_squares, settle, slot_of
 from numclip.host.kernels.elements import array_at, nearest, prefetch, widen
+from numclip.host.kernels.scalars import settled, two_sum
 from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
 
@@ -22,8 +22,6 @@ TERMS_MARGIN = 1.0 + 2.0**-25
 """What the magnitudes are multiplied by then, see `squares_of_groups`."""
 
 FOUR, EIGHT = 4, 8  # rows added together, so that their sums are loaded and stored once
-
-settled = inline(formulas.settled)
 
 
 @kernel

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-from numclip.decisions import DECISIONS, SCALARS, compiled
 from numclip.host.kernels import elements
 from numclip.host.kernels.cpu import (
     LENGTH,
@@ -21,6 +20,18 @@ from numclip.host.kernels.cpu import (
     written,
 )
 from numclip.host.kernels.elements import array_at, as_computed
+from numclip.host.kernels.scalars import (
+    decide,
+    is_safe,
+    is_settled,
+    larger,
+    scale_by_power,
+    settled,
+    two_sum,
+    write_norm,
+    write_root,
+    write_spread,
+)
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
     BAD,
@@ -40,16 +51,11 @@ from numclip.tables import (
     REPEATED,
     SET,
     SKIPPED,
+    SPREAD,
     TERMS,
     TERMS_EXPONENT,
     TOTAL,
 )
-
-_parts = compiled((*SCALARS, *DECISIONS), inline)
-two_sum, settled, is_safe = _parts.two_sum, _parts.settled, _parts.is_safe
-is_settled = _parts.is_settled
-scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
-write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
 
 MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
 SMALLEST = 5e-324
@@ -190,18 +196,11 @@ def add_bad(pool, sums):
 
 
 @inline
-def decide_all(pools, laws, sums, decisions):
-    """Write the norm and the decision of each pool, and in the last row if there is work."""
+def decide_measured(pools, laws, decisions):
+    """Write the decision of each pool by its norm, and in the last row if there is work."""
     count = pools.shape[0]
     skipped = np.zeros(count, np.bool_)
     for p in range(count):
-        largest = laws[p, ORD] == math.inf
-        total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
-        bad = add_bad(pools[p], sums)
-        write_norm(laws[p], total, exponent, bad, decisions[p])
-        if pools[p, REPEATED] != 0:
-            terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
-            write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
         if decisions[p, BROKEN] != 0.0:
             skipped[pools[p, SET]] = True
     last = decisions[count]
@@ -211,6 +210,53 @@ def decide_all(pools, laws, sums, decisions):
         decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
         last[MODE] += decisions[p, MODE] != LEAVE
         last[RARE] += decisions[p, MODE] > MULTIPLY
+
+
+@inline
+def decide_all(pools, laws, sums, decisions):
+    """Write the norm and the decision of each pool, and in the last row if there is work."""
+    for p in range(pools.shape[0]):
+        largest = laws[p, ORD] == math.inf
+        total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
+        bad = add_bad(pools[p], sums)
+        write_norm(laws[p], total, exponent, bad, decisions[p])
+        if pools[p, REPEATED] != 0:
+            terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
+            write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
+    decide_measured(pools, laws, decisions)
+
+
+@inline
+def add_squares(pool, column, sums):
+    """Return the sum of a pool's sums of squares, and if that is sure; see `add_tensors`."""
+    total = error = doubt = 0.0
+    plain = True
+    for t in range(pool[FIRST], pool[LAST]):
+        rest = sums[t, ERROR] if column == TOTAL else 0.0
+        total, error, doubt = add_sum((total, error, doubt), sums[t, column], rest)
+        plain &= sums[t, column + 1] == 0.0
+    result = settled(total, error)
+    return result, plain and (not math.isfinite(result) or is_settled(total, error, doubt))
+
+
+@inline
+def decide_squares(pools, laws, sums, decisions):
+    """Decide as `decide_all` does, by sums of squares; tell whether that is right.
+
+    It is, but for exponents and exact ties. What these need, and other orders, takes as long to
+    compile as all the rest.
+    """
+    right = True
+    for p in range(pools.shape[0]):
+        total, sure = add_squares(pools[p], TOTAL, sums)
+        write_root(laws[p], math.sqrt(total), 0, add_bad(pools[p], sums), decisions[p])
+        right &= sure
+        if pools[p, REPEATED] != 0 and total > 0.0:
+            terms, sure = add_squares(pools[p], TERMS, sums)
+            decisions[p, SPREAD] = math.sqrt(terms) / math.sqrt(total)
+            right &= sure
+    decide_measured(pools, laws, decisions)
+    return right
 
 
 @kernel

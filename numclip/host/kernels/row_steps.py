@@ -46,8 +46,9 @@ from numclip.host.kernels.given_rows import (
     place_rows,
 )
 from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
-from numclip.host.kernels.pools import decide_all, has_vanished, is_safe, write_sum
+from numclip.host.kernels.pools import decide_squares, has_vanished, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
+from numclip.host.kernels.scalars import is_safe
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import expanded, inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -168,8 +169,8 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
         safe = measure_chunks(found(tables, CHUNKS, tables), like, sums)
         safe &= measure_rows(tables, groups, like, sums, losses)
     laws = obey_rows(tables, unscale, bounds)
-    decide_all(pools, laws, sums, decisions)
-    return not needs_care(pools, decisions, safe)
+    right = decide_squares(pools, laws, sums, decisions)
+    return right and not needs_care(pools, decisions, safe)
 
 
 @kernel
