@@ -6,8 +6,6 @@ of a pool is rounded once, so that it does not depend on the order of the tensor
 
 import math
 
-import numpy as np
-
 from numclip.host.kernels import elements
 from numclip.host.kernels.cpu import (
     LENGTH,
@@ -19,7 +17,7 @@ from numclip.host.kernels.cpu import (
     multiply,
     written,
 )
-from numclip.host.kernels.elements import array_at, as_computed
+from numclip.host.kernels.elements import array_at, as_computed, empty, zeros
 from numclip.host.kernels.scalars import (
     decide,
     is_safe,
@@ -152,7 +150,7 @@ def rounded(parts, count):
 @inline
 def add_exactly(pool, column, exponent, sums):
     """Return what `add_tensors` does, of finite sums, by exact arithmetic."""
-    parts, count = np.empty(MOST_PARTS), 0
+    parts, count = empty(MOST_PARTS, sums), 0
     for t in range(pool[FIRST], pool[LAST]):
         apart = sums[t, column + 1] - exponent
         count = add_part(parts, count, scaled_down(sums[t, column], apart))
@@ -199,14 +197,14 @@ def add_bad(pool, sums):
 def decide_measured(pools, laws, decisions):
     """Write the decision of each pool by its norm, and in the last row if there is work."""
     count = pools.shape[0]
-    skipped = np.zeros(count, np.bool_)
+    skipped = zeros(count, pools)
     for p in range(count):
         if decisions[p, BROKEN] != 0.0:
-            skipped[pools[p, SET]] = True
+            skipped[pools[p, SET]] = 1
     last = decisions[count]
     last[MODE] = last[RARE] = 0.0
     for p in range(count):
-        bad = skipped[pools[p, SET]]
+        bad = skipped[pools[p, SET]] != 0
         decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
         last[MODE] += decisions[p, MODE] != LEAVE
         last[RARE] += decisions[p, MODE] > MULTIPLY
@@ -314,7 +312,7 @@ def has_vanished(total, x):
 @inline
 def measure(chunks, like, sums):
     """Read every element once; tell whether all sums are in the safe range, or of zeros."""
-    partial, zeros = np.empty(chunks.shape[0]), True
+    partial, zeros = empty(chunks.shape[0], sums), True
     for c in range(partial.size):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         partial[c] = array_of_squares(x)
