@@ -58,13 +58,18 @@ def compiled(functions: Parts, compiler: Callable[[Any], Any]) -> SimpleNamespac
     return SimpleNamespace(**made)
 
 
-def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
-    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
-    norm, power = norm_of(total, exponent, law[ORD])
+def write_root(law, norm, power, bad, out):  # type: ignore[no-untyped-def]
+    """Write the norm of a pool as ``root * 2**exponent``, before the loss scale and the divisor."""
     out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
     out[SPREAD] = 0.0
+
+
+def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
+    """Write the norm of a pool as ``root * 2**exponent``, from its sum of powers."""
+    norm, power = norm_of(total, exponent, law[ORD])
+    write_root(law, norm, power, bad, out)
 
 
 def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
@@ -180,4 +185,12 @@ SCALARS: Parts = (
     formulas.truncated_product,
     formulas.clamped,
 )
-DECISIONS: Parts = (write_norm, write_spread, factor_of, write_factor, decide, relative)
+DECISIONS: Parts = (
+    write_root,
+    write_norm,
+    write_spread,
+    factor_of,
+    write_factor,
+    decide,
+    relative,
+)

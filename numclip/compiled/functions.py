@@ -35,7 +35,7 @@ from numclip.compiled.types_taken import (
     members,
     refuse,
 )
-from numclip.host.kernels.cpu import clamped
+from numclip.host.kernels.scalars import clamped
 from numclip.host.kernels.spans import (
     AVERAGE,
     BAD_INTERVAL,

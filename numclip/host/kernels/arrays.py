@@ -17,7 +17,7 @@ import numpy as np
 
 from numclip.dtypes import Array
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET, slot_of
-from numclip.host.kernels.elements import word_at
+from numclip.host.kernels.elements import WORDS, word_at, zeros
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel_with_gil
 
@@ -134,7 +134,7 @@ def own_their_data(items, count, header, none):
     size = 4
     while size < 2 * count:
         size *= 2
-    seen = np.zeros(size, np.int64)
+    seen = zeros(size, WORDS)
     for t in range(count):
         item = word_at(items + t * WORD)
         if item == none:

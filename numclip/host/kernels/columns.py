@@ -5,8 +5,9 @@ Shares and types are as in `cpu`.
 
 import numpy as np
 
-from numclip.host.kernels.cpu import add_exactly, scaled, settle, two_sum
+from numclip.host.kernels.cpu import add_exactly, scaled, settle
 from numclip.host.kernels.elements import array_at, nearest, widen
+from numclip.host.kernels.scalars import two_sum
 from numclip.host.kernels.tuning import COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 

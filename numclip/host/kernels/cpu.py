@@ -11,20 +11,20 @@ import math
 
 import numpy as np
 
-from numclip import formulas
 from numclip.host.kernels.elements import array_at, narrow, rounded, widen
+from numclip.host.kernels.scalars import (
+    clamped,
+    is_product,
+    power_term,
+    settled,
+    truncated_product,
+    two_sum,
+)
 from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
-
-two_sum = inline(formulas.two_sum)
-power_term = inline(formulas.power_term)
-truncated_product = inline(formulas.truncated_product)
-clamped = inline(formulas.clamped)
-settled = inline(formulas.settled)
-is_product = inline(formulas.is_product)
 
 
 @inline

@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import carray, types
+from numba import types
+from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
@@ -22,7 +23,10 @@ from numclip.halves import (
     narrow_interpreted,
     widen_interpreted,
 )
-from numclip.host.runtime.jit import INTERPRETED, inline
+from numclip.host.runtime.jit import INTERPRETED
+
+WORDS = np.empty(0, np.int64)
+"""Says that an array is of integers."""
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -45,16 +49,6 @@ def converts_halves(codegen) -> bool:
         builder.ret(convert(builder, function.args[0], made))
     parsed = binding.parse_assembly(str(module))
     return not re.search("hfsf|sfhf|h2f|f2h", codegen._tm.emit_assembly(parsed))
-
-
-@intrinsic
-def _pointer(_typing, address):
-    """Turn an address into a pointer."""
-
-    def emit(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(address), emit
 
 
 @intrinsic
@@ -165,18 +159,98 @@ def _rounded(_typing, value, like):
     return wanted(value, like), emit
 
 
-def _array_at(address, length, like):
+def _array_in_memory(made):
+    """Return what emits an array of a type by its address and its shape.
+
+    numba's own `carray` compiles two functions for each dtype, and emits calls of them.
+    """
+
+    def emit(context, builder, _signature, arguments):
+        from numba.np.arrayobj import populate_array  # 40 ms, where nothing is compiled for nothing
+
+        address, *shape = arguments[:-1]
+        itemsize = context.get_constant(types.intp, made.dtype.bitwidth // 8)
+        strides = [itemsize]
+        for length in shape[:0:-1]:
+            strides.insert(0, builder.mul(strides[0], length))
+        array = context.make_array(made)(context, builder)
+        data = builder.inttoptr(address, context.get_data_type(made.dtype).as_pointer())
+        populate_array(array, data, shape, strides, itemsize, None)
+        return array._getvalue()
+
+    return emit
+
+
+def _allocated(context, builder, made, shape):
+    """Emit a new array of a type."""
+    from numba.np.arrayobj import _empty_nd_impl
+
+    return _empty_nd_impl(context, builder, made, shape)
+
+
+@intrinsic
+def _array_at(_typing, _address, _length, like):
     """Return the `length` elements stored at `address` as an array with the dtype of `like`."""
-    return carray(_pointer(address), length, like.dtype)
+    made = types.Array(like.dtype, 1, "C")
+    return made(types.int64, types.int64, like), _array_in_memory(made)
 
 
-def _table_at(address, rows, columns, like):
+@intrinsic
+def _empty(_typing, _length, like):
+    """Return a new array with the dtype of `like`; numba's own compiles a function for each."""
+    made = types.Array(like.dtype, 1, "C")
+
+    def emit(context, builder, _signature, arguments):
+        return _allocated(context, builder, made, arguments[:-1])._getvalue()
+
+    return made(types.int64, like), emit
+
+
+@intrinsic
+def _zeros(_typing, _length, like):
+    """Return a new array of zeros likewise."""
+    made = types.Array(like.dtype, 1, "C")
+
+    def emit(context, builder, _signature, arguments):
+        array = _allocated(context, builder, made, arguments[:-1])
+        cgutils.memset(builder, array.data, builder.mul(array.itemsize, array.nitems), 0)
+        return array._getvalue()
+
+    return made(types.int64, like), emit
+
+
+@intrinsic
+def _empty_table(_typing, _rows, _columns, like):
+    """Return a new table likewise."""
+    made = types.Array(like.dtype, 2, "C")
+
+    def emit(context, builder, _signature, arguments):
+        return _allocated(context, builder, made, arguments[:-1])._getvalue()
+
+    return made(types.int64, types.int64, like), emit
+
+
+@intrinsic
+def _table_at(_typing, _address, _rows, _columns, like):
     """Return the rows stored at an address likewise."""
-    return carray(_pointer(address), (rows, columns), like.dtype)
+    made = types.Array(like.dtype, 2, "C")
+    return made(types.int64, types.int64, types.int64, like), _array_in_memory(made)
 
 
 def _table_at_interpreted(address, rows, columns, like):
     return _array_at_interpreted(address, rows * columns, like).reshape((rows, columns))
+
+
+def _empty_interpreted(length, like):
+    return np.empty(length, like.dtype)
+
+
+def _zeros_interpreted(length, like):
+    return np.zeros(length, like.dtype)
+
+
+def _empty_table_interpreted(rows, columns, like):
+    return np.empty((rows, columns), like.dtype)
 
 
 def _array_at_interpreted(address, length, like):
@@ -206,11 +280,13 @@ def _rounded_interpreted(value, like):
 
 if INTERPRETED:
     array_at, widen, narrow = _array_at_interpreted, widen_interpreted, narrow_interpreted
-    table_at = _table_at_interpreted
+    table_at, empty_table = _table_at_interpreted, _empty_table_interpreted
+    empty, zeros = _empty_interpreted, _zeros_interpreted
     as_computed, word_at = _as_computed_interpreted, _word_at_interpreted
     prefetch, nearest = _prefetch_interpreted, _nearest_interpreted
     rounded = _rounded_interpreted
 else:
-    array_at, table_at, widen, narrow = inline(_array_at), inline(_table_at), _widen, _narrow
+    array_at, table_at, widen, narrow = _array_at, _table_at, _widen, _narrow
+    empty, zeros, empty_table = _empty, _zeros, _empty_table
     as_computed, word_at, prefetch, nearest = _as_computed, _word_at, _prefetch, _nearest
     rounded = _rounded

@@ -9,9 +9,9 @@ import numpy as np
 
 from numclip.host.kernels.arrays import DATA, HEADER, SHAPE, WORD, length_of
 from numclip.host.kernels.columns import sum_examples
-from numclip.host.kernels.cpu import settled, squares_of, two_sum
+from numclip.host.kernels.cpu import squares_of
 from numclip.host.kernels.elements import array_at, table_at, word_at
-from numclip.host.kernels.pools import factor_of, is_safe, scale_by_power
+from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, settled, two_sum
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import BOUND, COARSE, ROUNDOFF, TINY
 

@@ -13,8 +13,9 @@ import numpy as np
 from numclip.host.kernels import updates
 from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
-from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at
-from numclip.host.kernels.pools import decide_all, hold_chunk, measure_and_decide, scale_decided
+from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at, zeros
+from numclip.host.kernels.pools import decide_squares, hold_chunk, scale_decided
+from numclip.host.kernels.pools import measure as measure_chunks
 from numclip.host.kernels.updates import GRAD
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -219,12 +220,12 @@ def place(items, tables):
 def uncount(tables, counts, factors):
     """Take back what was counted for groups, or those of one norm, of which all is absent."""
     addresses, pools = found_row(tables, ADDRESSES, tables), found(tables, POOLS, tables)
-    present = np.zeros(pools.shape[0], np.bool_)
+    present = zeros(pools.shape[0], pools)
     for p in range(pools.shape[0]):
         for t in range(pools[p, FIRST], pools[p, LAST]):
             present[pools[p, SET]] |= addresses[t] != ABSENT
     for p in range(pools.shape[0]):
-        if not present[pools[p, SET]] and factors[p] != updates.LEFT:
+        if present[pools[p, SET]] == 0 and factors[p] != updates.LEFT:
             counts[p] -= 1
 
 
@@ -258,10 +259,9 @@ def decide(measures, turn, unscale, tables, bounds, like):
     safe = True
     if measures:
         chunks = found(tables, CHUNKS, tables)
-        safe = measure_and_decide(chunks, like, pools, laws, sums, decisions)
-    else:
-        decide_all(pools, laws, sums, decisions)
-    return not needs_care(pools, decisions, safe)
+        safe = measure_chunks(chunks, like, sums)
+    right = decide_squares(pools, laws, sums, decisions)
+    return right and not needs_care(pools, decisions, safe)
 
 
 @inline

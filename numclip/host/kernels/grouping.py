@@ -8,9 +8,18 @@ foresees them: they are fetched into the caches some rows ahead.
 
 import numpy as np
 
-from numclip import formulas
-from numclip.host.kernels.cpu import array_of_squares, settle, slot_of, two_sum
-from numclip.host.kernels.elements import array_at, nearest, prefetch, widen
+from numclip.host.kernels.cpu import array_of_squares, settle, slot_of
+from numclip.host.kernels.elements import (
+    WORDS,
+    array_at,
+    empty,
+    empty_table,
+    nearest,
+    prefetch,
+    widen,
+    zeros,
+)
+from numclip.host.kernels.scalars import settled, two_sum
 from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
 
@@ -21,9 +30,8 @@ norm is then right to 2**-31."""
 TERMS_MARGIN = 1.0 + 2.0**-25
 """What the magnitudes are multiplied by then, see `squares_of_groups`."""
 
+SLOTS, TOTALS = np.empty(0, np.uint32), np.empty(0)  # what hash tables and sums are of
 FOUR, EIGHT = 4, 8  # rows added together, so that their sums are loaded and stored once
-
-settled = inline(formulas.settled)
 
 
 @kernel
@@ -33,8 +41,8 @@ def group_rows(indices, table, order, starts):
     Group g has the rows ``order[starts[g]:starts[g + 1]]``, as they stand. `table` is a hash
     table, a power of two of slots that hold 0; `starts` has room for a group for each row.
     """
-    groups = np.empty(indices.size, table.dtype)
-    ranks = np.empty(indices.size, table.dtype)
+    groups = empty(indices.size, table)
+    ranks = empty(indices.size, table)
     count = 0
     starts[0] = 0
     for k in range(indices.size):
@@ -252,7 +260,7 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     `values` has the shape (rows, elements) and is read once. Share s has the groups that start
     at the positions ``rows * s`` to ``rows * (s + 1)``; `out` has the shape (shares, 2).
     """
-    sums = np.zeros(4 * STRIP)
+    sums = zeros(4 * STRIP, TOTALS)
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):
         total = error = terms = terms_error = 0.0
@@ -308,7 +316,7 @@ def squares_of_groups(order, starts, values):
     again, and M's own. Where ``M`` exceeds `CANCELLATION` times the norm, nothing is rounded.
     """
     rows, count = shares(order, values)
-    partial = np.empty((count, 2))
+    partial = empty_table(count, 2, TOTALS)
     exact = values.itemsize >= 8  # no constant: one code serves both, and is compiled once
     if not exact:
         grouped_squares(0, count, rows, order, starts, values, exact, partial)
@@ -331,7 +339,7 @@ def round_sums(sums, out):
 @kernel
 def merge_rows(begin, end, order, starts, values, out):
     """Write the sum of each group of rows to a row of `out`, rounded once."""
-    sums = np.zeros(4 * STRIP)
+    sums = zeros(4 * STRIP, TOTALS)
     stride = values.shape[1] * values.itemsize
     for g in range(begin, end):
         for column in range(0, values.shape[1], STRIP):
@@ -350,8 +358,8 @@ def sum_rows(indices, values, height, distinct, out):
     """
     if not are_within(indices, height):
         return -1
-    order, starts = np.empty(indices.size, np.int64), np.empty(indices.size + 1, np.int64)
-    table = np.zeros(slots_for(indices.size), np.uint32)
+    order, starts = empty(indices.size, WORDS), empty(indices.size + 1, WORDS)
+    table = zeros(slots_for(indices.size), SLOTS)
     count = group_rows(indices, table, order, starts)
     for g in range(count):
         distinct[g] = indices[order[starts[g]]]

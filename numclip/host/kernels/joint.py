@@ -6,17 +6,13 @@ needs its subnormal results truncated is said to be so, and left to other kernel
 
 import math
 
-from numclip import formulas
-from numclip.host.kernels.cpu import OWNER, two_sum
-from numclip.host.kernels.pools import add_sum, factor_of
-from numclip.host.runtime.jit import inline, kernel
+from numclip.host.kernels.cpu import OWNER
+from numclip.host.kernels.pools import add_sum
+from numclip.host.kernels.scalars import factor_of, is_safe, is_settled, scale_by_power, two_sum
+from numclip.host.runtime.jit import kernel
 
 # What kernels are told of a dtype, see `dtypes.DType`.
 ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
-
-is_safe = inline(formulas.is_safe)
-is_settled = inline(formulas.is_settled)
-scale_by_power = inline(formulas.scale_by_power)
 
 
 @kernel

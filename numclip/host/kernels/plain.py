@@ -6,8 +6,6 @@ these kernels in 4: the first call of a process that finds nothing compiled is m
 
 import math
 
-import numpy as np
-
 from numclip.host.kernels.arrays import (
     COMPONENTS,
     HEADER,
@@ -24,7 +22,7 @@ from numclip.host.kernels.cpu import (
     hold,
     multiply,
 )
-from numclip.host.kernels.elements import array_at, as_computed, rounded
+from numclip.host.kernels.elements import WORDS, array_at, as_computed, empty, empty_table, rounded
 from numclip.host.kernels.joint import decide, joined
 from numclip.host.kernels.spans import divisor_for
 from numclip.host.kernels.tuning import PARALLEL_BYTES
@@ -65,7 +63,7 @@ def read_little(items, count, facts, like, chunks):
 @inline
 def norm_of(chunks, like, limits, totals):
     """Return as `joined` does, reading every element once."""
-    partial = np.empty(chunks.shape[0])
+    partial = empty(chunks.shape[0], totals)
     for c in range(partial.size):
         partial[c] = array_of_squares(array_at(chunks[c, SOURCE], chunks[c, LENGTH], like))
     return joined(chunks, partial, limits, totals)
@@ -78,11 +76,11 @@ def clip(items, count, facts, limits, bound, what, like):
     `what` says what that is divided by. Where the facts do not ask for arrays that can be written,
     `bound` is infinite.
     """
-    chunks = np.empty((count + SPARE, 4), np.int64)
+    chunks = empty_table(count + SPARE, 4, WORDS)
     state, used, elements = read_little(items, count, facts, like, chunks)
     if state != DONE:
         return state, 0.0
-    norm, safe = norm_of(chunks[:used], like, limits, np.empty(count))
+    norm, safe = norm_of(chunks[:used], like, limits, empty(count, limits))
     divisor = divisor_for(elements // facts[COMPONENTS], what)
     norm /= divisor
     if not safe:
@@ -99,7 +97,7 @@ def clip(items, count, facts, limits, bound, what, like):
 @kernel_with_gil
 def clamp(items, count, facts, low, high, like):
     """Hold the elements of arrays between bounds; return what became of them."""
-    chunks = np.empty((count + SPARE, 4), np.int64)
+    chunks = empty_table(count + SPARE, 4, WORDS)
     state, used, _ = read_little(items, count, facts, like, chunks)
     least, most = rounded(low, like), rounded(high, like)
     for c in range(used):

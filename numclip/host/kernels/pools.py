@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-from numclip.decisions import DECISIONS, SCALARS, compiled
 from numclip.host.kernels import elements
 from numclip.host.kernels.cpu import (
     LENGTH,
@@ -20,7 +19,19 @@ from numclip.host.kernels.cpu import (
     multiply,
     written,
 )
-from numclip.host.kernels.elements import array_at, as_computed
+from numclip.host.kernels.elements import array_at, as_computed, empty, zeros
+from numclip.host.kernels.scalars import (
+    decide,
+    is_safe,
+    is_settled,
+    larger,
+    scale_by_power,
+    settled,
+    two_sum,
+    write_norm,
+    write_root,
+    write_spread,
+)
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
     BAD,
@@ -40,16 +51,11 @@ from numclip.tables import (
     REPEATED,
     SET,
     SKIPPED,
+    SPREAD,
     TERMS,
     TERMS_EXPONENT,
     TOTAL,
 )
-
-_parts = compiled((*SCALARS, *DECISIONS), inline)
-two_sum, settled, is_safe = _parts.two_sum, _parts.settled, _parts.is_safe
-is_settled = _parts.is_settled
-scale_by_power, larger, factor_of = _parts.scale_by_power, _parts.larger, _parts.factor_of
-write_norm, write_spread, decide = _parts.write_norm, _parts.write_spread, _parts.decide
 
 LARGEST = np.finfo(np.float64).max
 MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
@@ -147,7 +153,7 @@ def rounded(parts, count):
 @inline
 def add_exactly(pool, column, exponent, sums):
     """Return what `add_tensors` does, of finite sums, by exact arithmetic."""
-    parts, count = np.empty(MOST_PARTS), 0
+    parts, count = empty(MOST_PARTS, sums), 0
     for t in range(pool[FIRST], pool[LAST]):
         apart = sums[t, column + 1] - exponent
         count = add_part(parts, count, scaled_down(sums[t, column], apart))
@@ -191,11 +197,26 @@ def add_bad(pool, sums):
 
 
 @inline
+def decide_measured(pools, laws, decisions):
+    """Write the decision of each pool by its norm, and in the last row if there is work."""
+    count = pools.shape[0]
+    skipped = zeros(count, pools)
+    for p in range(count):
+        if decisions[p, BROKEN] != 0.0:
+            skipped[pools[p, SET]] = 1
+    last = decisions[count]
+    last[MODE] = last[RARE] = 0.0
+    for p in range(count):
+        bad = skipped[pools[p, SET]] != 0
+        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
+        last[MODE] += decisions[p, MODE] != LEAVE
+        last[RARE] += decisions[p, MODE] > MULTIPLY
+
+
+@inline
 def decide_all(pools, laws, sums, decisions):
     """Write the norm and the decision of each pool, and in the last row if there is work."""
-    count = pools.shape[0]
-    skipped = np.zeros(count, np.bool_)
-    for p in range(count):
+    for p in range(pools.shape[0]):
         largest = laws[p, ORD] == math.inf
         total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
         bad = add_bad(pools[p], sums)
@@ -203,15 +224,40 @@ def decide_all(pools, laws, sums, decisions):
         if pools[p, REPEATED] != 0:
             terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
             write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
-        if decisions[p, BROKEN] != 0.0:
-            skipped[pools[p, SET]] = True
-    last = decisions[count]
-    last[MODE] = last[RARE] = 0.0
-    for p in range(count):
-        bad = skipped[pools[p, SET]]
-        decide(laws[p], pools[p, POLICY], int(pools[p, DIGITS]), bad, decisions[p])
-        last[MODE] += decisions[p, MODE] != LEAVE
-        last[RARE] += decisions[p, MODE] > MULTIPLY
+    decide_measured(pools, laws, decisions)
+
+
+@inline
+def add_squares(pool, column, sums):
+    """Return the sum of a pool's sums of squares, and if that is sure; see `add_tensors`."""
+    total = error = doubt = 0.0
+    plain = True
+    for t in range(pool[FIRST], pool[LAST]):
+        rest = sums[t, ERROR] if column == TOTAL else 0.0
+        total, error, doubt = add_sum((total, error, doubt), sums[t, column], rest)
+        plain &= sums[t, column + 1] == 0.0
+    result = settled(total, error)
+    return result, plain and (not math.isfinite(result) or is_settled(total, error, doubt))
+
+
+@inline
+def decide_squares(pools, laws, sums, decisions):
+    """Decide as `decide_all` does, by sums of squares; tell whether that is right.
+
+    It is, but for exponents and exact ties. What these need, and other orders, takes as long to
+    compile as all the rest.
+    """
+    right = True
+    for p in range(pools.shape[0]):
+        total, sure = add_squares(pools[p], TOTAL, sums)
+        write_root(laws[p], math.sqrt(total), 0, add_bad(pools[p], sums), decisions[p])
+        right &= sure
+        if pools[p, REPEATED] != 0 and total > 0.0:
+            terms, sure = add_squares(pools[p], TERMS, sums)
+            decisions[p, SPREAD] = math.sqrt(terms) / math.sqrt(total)
+            right &= sure
+    decide_measured(pools, laws, decisions)
+    return right
 
 
 @kernel
@@ -291,7 +337,7 @@ def has_vanished(total, x):
 @inline
 def measure(chunks, like, sums):
     """Read every element once; tell whether all sums are in the safe range, or of zeros."""
-    partial, zeros = np.empty(chunks.shape[0]), True
+    partial, zeros = empty(chunks.shape[0], sums), True
     for c in range(partial.size):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         partial[c] = array_of_squares(x)

@@ -2,12 +2,11 @@
 
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE
 from numclip.host.kernels.elements import array_at
-from numclip.host.kernels.pools import _parts, decide_all, write_sum
+from numclip.host.kernels.pools import decide_all, write_sum
+from numclip.host.kernels.scalars import power_sum, usable
 from numclip.host.kernels.spans import sum_of
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import EXPONENT, TERMS_EXPONENT
-
-usable, power_sum = _parts.usable, _parts.power_sum
 
 
 @kernel

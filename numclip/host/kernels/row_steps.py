@@ -11,7 +11,15 @@ import numpy as np
 
 from numclip.host.kernels import updates
 from numclip.host.kernels.cpu import multiply, parts_of_squares
-from numclip.host.kernels.elements import array_at, as_computed, table_at, widen
+from numclip.host.kernels.elements import (
+    array_at,
+    as_computed,
+    empty,
+    empty_table,
+    table_at,
+    widen,
+    zeros,
+)
 from numclip.host.kernels.given import (
     AGAIN,
     CHUNKS,
@@ -45,9 +53,16 @@ from numclip.host.kernels.given_rows import (
     place_all,
     place_rows,
 )
-from numclip.host.kernels.grouping import group_rows, merge_rows, slots_for, squares_of_groups
-from numclip.host.kernels.pools import decide_all, has_vanished, is_safe, write_sum
+from numclip.host.kernels.grouping import (
+    SLOTS,
+    group_rows,
+    merge_rows,
+    slots_for,
+    squares_of_groups,
+)
+from numclip.host.kernels.pools import decide_squares, has_vanished, write_sum
 from numclip.host.kernels.pools import measure as measure_chunks
+from numclip.host.kernels.scalars import is_safe
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import expanded, inline, kernel, kernel_with_gil
 from numclip.tables import (
@@ -75,15 +90,17 @@ DENSE, UNIT = range(2)
 @inline
 def grouped(places):
     """Return the rows of all sparse gradients grouped by their indices."""
-    count = places[:, FILLED].sum()
-    order, starts = np.empty(count, np.int64), np.empty(count + places.shape[0], np.int64)
-    distinct = np.empty(places.shape[0], np.int64)
+    count = 0
+    for s in range(places.shape[0]):
+        count += places[s, FILLED]
+    order, starts = empty(count, places), empty(count + places.shape[0], places)
+    distinct = empty(places.shape[0], places)
     first = 0
     for s in range(places.shape[0]):
         count = places[s, FILLED]
         indices = array_at(places[s, INDICES], count, places)
         own = order[first : first + count], starts[first + s : first + s + count + 1]
-        distinct[s] = group_rows(indices, np.zeros(slots_for(count), np.uint32), *own)
+        distinct[s] = group_rows(indices, zeros(slots_for(count), SLOTS), *own)
         first += count
     return order, starts, distinct
 
@@ -168,8 +185,8 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
         safe = measure_chunks(found(tables, CHUNKS, tables), like, sums)
         safe &= measure_rows(tables, groups, like, sums, losses)
     laws = obey_rows(tables, unscale, bounds)
-    decide_all(pools, laws, sums, decisions)
-    return not needs_care(pools, decisions, safe)
+    right = decide_squares(pools, laws, sums, decisions)
+    return right and not needs_care(pools, decisions, safe)
 
 
 @kernel
@@ -259,13 +276,15 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     itemsizes = like.itemsize, factors.itemsize
-    addresses, first = np.empty(4, np.int64), 0
+    addresses, first = empty(4, places), 0
     addresses[updates.GRAD] = sums.ctypes.data
     for s in range(rows.shape[0]):
         length, count = rows[s, LENGTH], places[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
-        indices = array_at(places[s, INDICES], count, places)[order[starts[:-1]]]
-        chunks = np.empty((indices.size * -(-length // CHUNK), 6), np.int64)
+        given, indices = array_at(places[s, INDICES], count, places), empty(starts.size - 1, places)
+        for g in range(indices.size):
+            indices[g] = given[order[starts[g]]]
+        chunks = empty_table(indices.size * -(-length // CHUNK), 6, places)
         for k in range(updates.PARAM, addresses.size):
             addresses[k] = rows[s, PARAM + k - updates.PARAM]
         owner = pool_of[rows[s, TENSOR]]
@@ -284,7 +303,7 @@ def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
     if not decide_placed(items != AGAIN, turn, unscale, tables, bounds, groups, like):
         return False
     decisions = found_turn(tables, DECISIONS, turn, bounds)
-    sums = np.empty(numbers_in(tables, groups), like.dtype)
+    sums = empty(numbers_in(tables, groups), like)
     if not sum_rows(tables, groups, decisions, like, sums):
         return False
     counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)

@@ -10,7 +10,7 @@ import numpy as np
 from numclip.host.kernels.columns import add_parts, column_squares, scale_columns
 from numclip.host.kernels.elements import as_computed
 from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
-from numclip.host.kernels.pools import factor_of, is_safe, scale_by_power, settled
+from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, settled
 from numclip.host.kernels.spans import (
     BAD_BOUND,
     COMPLEX,

@@ -23,18 +23,25 @@ from numclip.host.kernels.cpu import (
 from numclip.host.kernels.elements import array_at, as_computed, rounded, widen, word_at
 from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
 from numclip.host.kernels.pools import (
-    _parts,
     add_sum,
     add_tensors,
+    write_sum,
+)
+from numclip.host.kernels.scalars import (
     factor_of,
+    is_product,
     is_safe,
     is_settled,
     larger,
+    power_sum,
+    root,
     scale_by_power,
     settled,
+    told_order,
     two_sum,
-    write_sum,
+    usable,
 )
+from numclip.host.kernels.scalars import norm_of as norm_from
 from numclip.host.kernels.tuning import CHUNK
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL, ZERO
@@ -57,10 +64,6 @@ HALF_PRECISION, BRAIN_PRECISION = FLOAT16.precision, BFLOAT16.precision
 NARROW_PRECISION, WIDE_PRECISION = FLOAT32.precision, FLOAT64.precision
 HALF_LIMITS, BRAIN_LIMITS = FLOAT16.limits, BFLOAT16.limits
 NARROW_LIMITS, WIDE_LIMITS = FLOAT32.limits, FLOAT64.limits
-
-norm_from, root = _parts.norm_of, _parts.root
-usable, power_sum, told_order = _parts.usable, _parts.power_sum, _parts.told_order
-is_product = _parts.is_product
 
 
 @inline

@@ -12,7 +12,17 @@ from numclip.host.kernels.columns import add_parts, column_squares, row_at, scal
 from numclip.host.kernels.cpu import copy, multiply, multiply_into, squares_of
 from numclip.host.kernels.elements import array_at, as_computed
 from numclip.host.kernels.examples import UNKNOWN
-from numclip.host.kernels.pools import _parts
+from numclip.host.kernels.scalars import (
+    binned_square,
+    factor_of,
+    is_safe,
+    joined_bins,
+    larger,
+    norm_of,
+    relative,
+    scale_by_power,
+    write_factor,
+)
 from numclip.host.kernels.spans import sum_of
 from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.runtime.jit import inline, kernel
@@ -37,11 +47,6 @@ from numclip.tables import (
     TINY,
     UNSCALE,
 )
-
-norm_of, relative, write_factor = _parts.norm_of, _parts.relative, _parts.write_factor
-binned_square, joined_bins = _parts.binned_square, _parts.joined_bins
-scale_by_power, larger, is_safe = _parts.scale_by_power, _parts.larger, _parts.is_safe
-factor_of = _parts.factor_of
 
 # Of a family: the first unit that is none of it, digits of factors, whether units are held to a
 # fraction of parameters' norms, and its row of other decisions.

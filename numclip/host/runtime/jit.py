@@ -222,18 +222,16 @@ def _part(function: Function, **options: Any) -> Function:
     def refuse(*_arguments: Any, **_names: Any) -> None:
         raise TypeError(f"{function.__qualname__} is a part of kernels: only they can call it")
 
-    def add(result: Any) -> None:  # numba's own also lets Python call it
-        compiled.overloads[tuple(result.signature.args)] = result
-
     def template(kinds: Any, names: Any) -> Any:  # numba's own compiles anew for each literal
         signature, kinds = compiled._compiler.fold_argument_types(kinds, names)
         kinds = tuple(map(types.unliteral, kinds))
-        if kinds not in compiled.overloads:
-            compiled.compile(kinds)
-        key, result = function.__qualname__, compiled.overloads[kinds]
+        result = compiled.overloads.get(kinds)
+        if result is None:  # the dispatcher's own way takes time for each lock of each part in it
+            result = compiled.overloads[kinds] = compiled._compiler.compile(kinds, None)
+        key = function.__qualname__
         made = make_concrete_template(key, key=key, signatures=[result.signature])
         return made, signature, kinds, {}
 
-    compiled._compile_for_args, compiled.add_overload = refuse, add
+    compiled._compile_for_args = refuse
     compiled.get_call_template = template
     return compiled  # type: ignore[no-any-return]
