@@ -61,6 +61,7 @@ NUMBER_FIELDS = [
 FIELD_IDS = [f"{rule.__name__}-{name}" for rule, _, name in NUMBER_FIELDS]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("rule", "rest", "name"), NUMBER_FIELDS, ids=FIELD_IDS)
 @pytest.mark.parametrize("value", ["1", True, np.True_, 1j, [1.0], np.ones(2)], ids=repr)
 def test_what_is_no_number_is_refused(rule, rest, name, value):
