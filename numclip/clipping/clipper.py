@@ -376,7 +376,7 @@ class Clipper:
         return own.scale < 1.0
 
     def thresholds(self, own: GroupOutcome) -> Array:
-        """Return the bounds on the norms likewise."""
+        """Return the bounds on the norms of the tensors, or one for all."""
         return np.where(own.skipped_tensors, math.inf, own.bounds * own.divisors)
 
 
