@@ -40,7 +40,7 @@ class FollowingClipper(Clipper):
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step that do not follow norms; refuse a bad one."""
-        self._unbounded = self._bounds_at(step, self._unbounded)
+        self._unbounded = self._bounds_at(step)
 
     def decide(self, step: int, stream: Any) -> None:
         """Decide again, by the bounds that the rules make of the norms."""
