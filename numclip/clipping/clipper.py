@@ -247,6 +247,7 @@ class Clipper:
                 loss=self._losses,
                 size=self._sizes,
             )
+            self._written = None  # as an interrupt leaves it
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 

@@ -298,6 +298,7 @@ class UnitClipper(Clipper):
         """Let units obey the bounds; whole tensors are left as they are."""
         obeyed = self._obeyed
         if obeyed is None or obeyed[0] is not self.bounds or obeyed[1] != unscale:
+            self._obeyed = None  # as an interrupt leaves it
             self._units.write_laws(self.bounds, stream, self._floors, unscale)
             self._obeyed = self.bounds, unscale
 

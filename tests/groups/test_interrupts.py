@@ -8,16 +8,28 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.clipping import outcome, steps
+from numclip.clipping import outcome, steps, updating
 from numclip.clipping.clipper import Clipper
 from numclip.host import at_once
 from numclip.host.plan import Plan
+from numclip.host.units import UnitPlan
+from numclip.host.updates import GroupUpdates
 
 pytestmark = pytest.mark.full
 
 
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def late(function: Any) -> Any:
+    """A function that is interrupted when it has done all."""
+
+    def call(*given: Any) -> None:
+        function(*given)
+        raise KeyboardInterrupt
+
+    return call
 
 
 def interrupted(monkeypatch, owner: Any, name: str, call: Any) -> None:
@@ -92,19 +104,65 @@ def test_rows_that_the_plan_does_not_know_yet(monkeypatch):
     np.testing.assert_array_equal(groups.grads["e"].values, other.grads["e"].values)
 
 
+@pytest.mark.parametrize("rule", [nc.ByNorm(1.0, ord=3), nc.Adaptive(0.5)])
+def test_a_law_is_written_again(rule, monkeypatch):
+    groups = nc.ParamGroups([nc.Group("g", {"w": np.ones(2)}, rule)])
+
+    def clip(unscale: float) -> nc.ClipReport:
+        groups.set_grads({"w": np.array([3.0, 4.0])})
+        return groups.clip(unscale=unscale)
+
+    first = repr(clip(1.0))
+    with monkeypatch.context() as changed:
+        for owner in (Plan, UnitPlan):
+            changed.setattr(owner, "write_laws", late(owner.write_laws))
+        with pytest.raises(KeyboardInterrupt):
+            clip(16.0)
+    assert repr(clip(1.0)).replace("step 1", "step 0") == first
+
+
+def test_rates_are_written_again(monkeypatch):
+    groups, other = (
+        nc.ParamGroups([nc.Group(name, {name: np.ones(2)}, nc.ByNorm(1.0)) for name in "ab"])
+        for _ in range(2)
+    )
+    grads = {name: np.array([3.0, 4.0]) for name in "ab"}
+    optimizers = [nc.SGD(own, lr=0.5) for own in (groups, other)]
+    for optimizer in optimizers:
+        optimizer.step(grads)
+    optimizers[0].lr = 0.25
+    with monkeypatch.context() as changed:
+        changed.setattr(GroupUpdates, "write_settings", late(GroupUpdates.write_settings))
+        with pytest.raises(KeyboardInterrupt):
+            optimizers[0].step(grads)
+    optimizers[0].lr = 0.5
+    for optimizer in optimizers:
+        optimizer.step(grads)
+    np.testing.assert_array_equal(groups.params["a"], other.params["a"])
+
+
+def test_updates_of_another_rule_are_made_again(monkeypatch):
+    groups, other = (
+        nc.ParamGroups([nc.Group("g", {"w": np.ones(2)}, nc.ByNorm(1.0))]) for _ in range(2)
+    )
+    optimizers = [nc.SGD(own, lr=0.5, momentum=0.9) for own in (groups, other)]
+    grads = {"w": np.array([3.0, 4.0])}
+    for optimizer in optimizers:
+        optimizer.step(grads)
+        optimizer.groups["g"].clip = nc.ByNorm(0.5, ord=3)
+    interrupted(monkeypatch, updating, "update_span", lambda: optimizers[0].step(grads))
+    for optimizer in optimizers:
+        optimizer.step(grads)
+    np.testing.assert_array_equal(groups.params["w"], other.params["w"])
+
+
 def test_a_bound_that_was_asked_for_is_taken_by_the_next_step(monkeypatch):
     rule = nc.ByNorm(lambda step: 9.0 if step == 0 else 1.0)
     groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros(2)}, rule)])
     groups.set_grads({"w": np.array([3.0, 4.0])})
     groups.clip()
-    found = Clipper._bounds_at
-
-    def late(*given: Any) -> Any:
-        found(*given)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as changed:
-        changed.setattr(Clipper, "_bounds_at", late)
+        changed.setattr(Clipper, "_bounds_at", late(Clipper._bounds_at))
         with pytest.raises(KeyboardInterrupt):
             groups.clip()
     assert groups.clip().tensors["w"].threshold == 1.0
