@@ -168,7 +168,7 @@ class ParamGroups(state.Saved):
         self._history = History(history)
         where, tell = engine.stream_from(stream), self._history.take
         self._manager = Manager(checked(groups), engine, where, tell, copies=bool(copy))
-        self._history.follow(self._manager.told)
+        self._history.follow(self._manager.tell_all)
         self._held = stream  # some libraries destroy a stream that nobody holds
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
@@ -206,11 +206,10 @@ class ParamGroups(state.Saved):
     @history.setter
     def history(self, history: History) -> None:
         manager = self._manager
-        for told in manager.told():  # what was found before is of the record before
-            self._history.take(told)
+        manager.tell_all()  # what was found before is of the record before
         self._history.follow(None)
         self._history, manager.tell = history, history.take
-        history.follow(manager.told)
+        history.follow(manager.tell_all)
 
     def _refuse_tied(self) -> None:
         """Refuse parameters that share memory."""

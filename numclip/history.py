@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,17 +121,16 @@ class History:
     def __init__(self, capacity: int = 10_000) -> None:
         self.capacity = arguments.count("capacity", capacity)
         self._rings: dict[str, _Ring] = {WHOLE: _Ring(self.capacity)}
-        self._source: Callable[[], Iterable[Any]] | None = None
+        self._source: Callable[[], None] | None = None
 
-    def follow(self, source: Callable[[], Iterable[Any]] | None) -> None:
-        """Take up what a source has to tell whenever the record is asked for; None has nothing."""
+    def follow(self, source: Callable[[], None] | None) -> None:
+        """Let a source tell what it has, see `take`, whenever the record is asked for."""
         self._source = source
 
     def _caught_up(self) -> dict[str, _Ring]:
         """Return the rings, after asking the source."""
         if self._source is not None:
-            for told in self._source():
-                self.take(told)
+            self._source()
         return self._rings
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,12 +140,15 @@ class History:
     def take(self, told: Any) -> None:
         """Append many steps, see `numclip.clipping.steps.Told`."""
         outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}
+        added = []
         for name, own in outcomes.items():
             rows = np.empty(told.steps.size, ROW)
             rows["step"] = told.steps
             for column in COLUMNS[1:]:
                 rows[column] = getattr(own, column)
-            self._ring(name).extend(rows[told.counts])
+            added.append((self._ring(name), rows[told.counts]))
+        for ring, rows in added:  # in no time, for an interrupt before leaves all to be told
+            ring.extend(rows)
 
     def _ring(self, name: str) -> _Ring:
         if name not in self._rings:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, Self, TypeVar
 
+from numclip.clipping.outcome import kept
 from numclip.isolation import isolated
 
 STATES = ("untouched", "clipped", "skipped", "not finite")
 WHOLE = "all"
-NUMBERS = "norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "nonfinite"
 Report = TypeVar("Report")
 
 
@@ -88,18 +88,20 @@ class TensorReports(Mapping[str, TensorReport]):
         return dict, (self._made,)
 
 
-class Asked:
-    """A field that a report asks its source for when it is first read.
+class Asked(cached_property[Any]):
+    """A field that a report asks its source for when it is first read, without taking a lock."""
 
-    As `functools.cached_property`, which takes a lock first.
-    """
+    def __init__(self, field: Field[Any]) -> None:
+        def ask(report: ToCome) -> Any:
+            return report._asked(field.name)
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+        ask.__annotations__["return"] = field.type  # what documentation shows
+        super().__init__(ask)
+        self._name = field.name
 
     def __get__(self, report: Any, _owner: type | None = None) -> Any:
-        if report is None:
-            return self
+        if report is None:  # as a dataclass has it: a field without a default is none of the class
+            raise AttributeError(self._name)
         value = report.__dict__[self._name] = report._asked(self._name)
         return value
 
@@ -107,7 +109,7 @@ class Asked:
 def asked(report: type[Report]) -> type[Report]:
     """Let a dataclass be made before its fields are known."""
     for field in fields(report):  # type: ignore[arg-type]
-        setattr(report, field.name, Asked(field.name))
+        setattr(report, field.name, Asked(field))
     return report
 
 
@@ -254,7 +256,7 @@ class ClipReport(Outcome):
             return TensorReports(outcome.groups)
         return _number(outcome, name)
 
-    @cached_property
+    @kept
     def _outcome(self) -> Any:
         """What became of the groups; not kept with the turn, which lives longer."""
         return self._source.outcome()

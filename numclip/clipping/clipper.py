@@ -93,7 +93,7 @@ class Clipper:
         self.unscale = 1.0
         self.bounds = np.full(len(self._pool_list), math.inf)
         self.scheduled: list[Any] = []
-        self._found: list[float] = []
+        self._found: tuple[list[float], Array] = [], self.bounds
         self._written: tuple[Array, float, Any] | None = None
         self._as_they_are: Outcome | None = None
         self._set_bounds()
@@ -188,15 +188,17 @@ class Clipper:
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step; refuse a bad one."""
-        self.bounds = self._bounds_at(step, self.bounds)
+        self.bounds = self._bounds_at(step)
 
-    def _bounds_at(self, step: int, bounds: Array) -> Array:
+    def _bounds_at(self, step: int) -> Array:
         """Return the bounds of a step, made of the last ones where some are others."""
         found = [rule.bound(step) for rule, _ in self.scheduled]
-        if found != self._found:
-            bounds, self._found = bounds.copy(), found
+        last, bounds = self._found
+        if found != last:
+            bounds = bounds.copy()
             for bound, (_, pools) in zip(found, self.scheduled, strict=True):
                 bounds[pools.start : pools.stop] = bound
+            self._found = found, bounds  # at once: an interrupt leaves it to the next step
         return bounds
 
     def obey(self, unscale: float, stream: Any) -> None:
@@ -213,7 +215,7 @@ class Clipper:
         rows = [entry.slices for _, entry in entries]
         if list(map(id, rows)) == list(map(id, self.rows)):
             return
-        self.rows = rows
+        self.rows = []  # until the plan knows them: an interrupt leaves it to the next step
         groupings = [slices.grouping for slices in rows]
         self.plan.take_rows([row_span(entry, entry) for _, entry in entries], groupings, stream)
         losses = np.zeros(len(self._pool_list))
@@ -226,7 +228,7 @@ class Clipper:
             loss = repeated_loss([entry], self.ord)
             losses[pool] += loss
             self.losses_of_tensors[next(tensors[group.name])] = loss
-        self._own_losses = losses
+        self._own_losses, self.rows = losses, rows
 
     def _write_law(self, unscale: float, stream: Any) -> None:
         """Let decisions obey the bounds; nothing is sent where they do already."""
@@ -245,6 +247,7 @@ class Clipper:
                 loss=self._losses,
                 size=self._sizes,
             )
+            self._written = None  # as an interrupt leaves it
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 
@@ -376,7 +379,7 @@ class Clipper:
         return own.scale < 1.0
 
     def thresholds(self, own: GroupOutcome) -> Array:
-        """Return the bounds on the norms likewise."""
+        """Return the bounds on the norms of the tensors, or one for all."""
         return np.where(own.skipped_tensors, math.inf, own.bounds * own.divisors)
 
 

@@ -30,6 +30,7 @@ class HeldRows:
 
     def _own(self, rows: int) -> None:
         """Have new memory for so many rows, of which none is filled."""
+        self.words[: tables.HEIGHT] = 0  # until there is other memory, as an interrupt leaves it
         self._memory = self._engine.empty((rows * self._length,), self._dtype)
         self._indices = np.empty(rows, np.int64)
         address = self._engine.facts("rows", self._memory).address
@@ -74,6 +75,7 @@ class HeldRows:
 
     def take_back(self, given: tuple[Any, Array, Array]) -> None:
         """Go on with rows that were given away."""
+        self.words[: tables.HEIGHT] = 0
         self._memory, self._indices, self.words[:] = given
         self.forget()
 

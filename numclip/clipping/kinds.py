@@ -57,7 +57,7 @@ class FollowingClipper(Clipper):
 
     def take_step(self, step: int) -> None:
         """Take the bounds of a step that do not follow norms; refuse a bad one."""
-        self._unbounded = self._bounds_at(step, self._unbounded)
+        self._unbounded = self._bounds_at(step)
 
     @isolated
     def decide(self, step: int, stream: Any) -> None:
@@ -329,6 +329,7 @@ class UnitClipper(Clipper):
         """Let units obey the bounds; whole tensors are left as they are."""
         obeyed = self._obeyed
         if obeyed is None or obeyed[0] is not self.bounds or obeyed[1] != unscale:
+            self._obeyed = None  # as an interrupt leaves it
             self._units.write_laws(self.bounds, stream, self._floors, unscale)
             self._obeyed = self.bounds, unscale
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numclip.border.communicator import communicator
@@ -65,10 +65,11 @@ class Manager:
         self.step = 0
         self.made_steps()
 
-    def told(self) -> Iterator[Told]:
-        """Return the steps that nobody was told of, after waiting for them."""
+    def tell_all(self) -> None:
+        """Tell the steps that nobody was told of, after waiting for them."""
         with self._lock:
-            return iter(()) if self._steps is None else iter(list(self._steps.told()))
+            for told in self._steps.told() if self._steps is not None else ():
+                self.tell(told)
 
     def take_over(self, *, whole: bool = False) -> None:
         """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
@@ -95,8 +96,7 @@ class Manager:
     def _change(self) -> None:
         """Let the next step make other clippers: a group has another rule."""
         self.intake.clipped = None
-        for told in self.told():
-            self.tell(told)
+        self.tell_all()
         self._steps = None
 
     def made_steps(self) -> Steps:

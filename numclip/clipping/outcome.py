@@ -18,6 +18,7 @@ from numclip import tables
 from numclip.dtypes import Array
 
 SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
+OF_ALL = {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
 
 
 class kept:  # noqa: N801 - a decorator, as functools.cached_property, which takes a lock first
@@ -58,23 +59,25 @@ class Member:
     ----------
     name, number, names
         The group's name, its place in the user's order, and the names of its tensors.
-    number_of_clipper : int
-        Which of the clippers has it.
-    clipped : bool
-        Whether it has a rule, and is not only measured.
+    number_of_clipper, clipper : int, Clipper
+        Which of the clippers has it, and that one.
+    has_rule : bool
+        Whether it is clipped, and not only measured.
     jointly : bool
         Whether the rule is about the group as one vector.
     key : tuple
         What is the same for groups that are clipped by one norm.
     decides : bool
         Whether its decision is about the L2 norm of this group alone.
+    tensors, pools : slice
+        Which rows of the clipper's tables are its tensors' and its pools'.
     """
 
     def __init__(self, number_of_clipper: int, clipper: Any, group: Any) -> None:
         self.number_of_clipper, self.clipper = number_of_clipper, clipper
         self.name, self.number, self.names = group.name, group.number, group.names
         rule = clipper.rules[group.name]
-        self.clipped = rule is not None
+        self.has_rule = rule is not None
         self.jointly = rule is not None and rule.scope == "group"
         self.key = clipper.keys[group.name]
         self.decides = self.jointly and clipper.ord == 2.0 and self.key[0] == "group"
@@ -94,8 +97,6 @@ class Members:
         Whether one norm clips all groups.
     decider : Member or None
         A group whose decision is that of all, by their L2 norm.
-    columns : dict of str to int
-        The columns of the first decision that tell of all groups; empty where it is not enough.
     """
 
     def __init__(self, clippers: Sequence[Any]) -> None:
@@ -107,16 +108,22 @@ class Members:
         self.alike = len({own.key for own in self.groups}) == 1
         joint = self.alike and first.jointly and first.clipper.ord == 2.0
         self.decider = first if joint else None
-        alone = joint and len(clippers) == 1 and first.clipper.divisors[0] == 1.0
-        told = {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.SCALE}
-        self.columns = told if alone else {}
+        self._alone = joint and len(clippers) == 1
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """The columns of the first decision that tell of all groups; empty where it is not enough.
+
+        They are not kept: ranks that agree on sizes change the divisors.
+        """
+        return OF_ALL if self._alone and self.clippers[0].divisors.item(0) == 1.0 else {}
 
 
 class GroupOutcome:
     """What became of a group, as a `GroupReport` tells it.
 
     `threshold` is NaN where there is no single bound. `unscale` is the loss scale, of some steps
-    an array; `later` are the sums of what was written, where a clipper measures that.
+    an array.
     """
 
     def __init__(self, member: Member, read: Read) -> None:
@@ -130,7 +137,7 @@ class GroupOutcome:
     @kept
     def sums(self) -> Array:
         """The sums of the group's tensors, each of all ranks where it has a norm of its own."""
-        if self._read.told is not None and not self.member.jointly and self.member.clipped:
+        if self._read.told is not None and not self.member.jointly and self.member.has_rule:
             return self.totals  # type: ignore[no-any-return]
         return self.rows(0)
 
@@ -237,7 +244,7 @@ class GroupOutcome:
     @kept
     def clipped_norm(self) -> Any:
         """That norm after clipping."""
-        if not self.member.clipped:
+        if not self.member.has_rule:
             return self.norm
         if not self.member.jointly:
             return hypotenuses(self.tensor_clipped_norms)

@@ -348,8 +348,9 @@ class Steps:
             for clipper in self._following:
                 clipper.observe(turn.step, self.stream)
         turns = self._block.turns
-        if turn.place < len(turns):
+        if turn.place < len(turns):  # the last one was captured or interrupted
             turns.pop()
+            self._block.told = min(self._block.told, turn.place)
         turns.append(turn)
         if len(turns) < self._kept:
             self._place = len(turns)
@@ -359,32 +360,35 @@ class Steps:
 
     def turn_over(self) -> Iterator[Told]:
         """Go on with an empty block; yield what the one before that is to tell the history."""
-        before, self._full = self._full, self._block
+        yield from self._told_last()
+        self._full = self._block
         self._full.hand_over()
         self._block, self._place = Block(self._members, self.engine, self.stream), 0
-        if before is not None:
-            yield from self._told_last(before)
 
     def told(self) -> Iterator[Told]:
-        """Yield what the history does not have yet, after waiting for it."""
-        if self._full is not None:
-            before, self._full = self._full, None
-            yield from self._told_last(before)
+        """Yield what the history does not have yet, after waiting for it.
+
+        What was yielded counts as told when the next is asked for: an interrupt loses nothing.
+        """
+        yield from self._told_last()
         yield from _told(self._block)
 
-    def _told_last(self, block: Block) -> Iterator[Told]:
-        yield from _told(block)
-        block.turns.clear()  # which refer to it
+    def _told_last(self) -> Iterator[Told]:
+        """Yield what is left of the block that was handed over, and give it up."""
+        block = self._full
+        if block is not None:
+            yield from _told(block)
+            self._full = None
+            block.turns.clear()  # which refer to it
 
 
 def _told(block: Block) -> Iterator[Told]:
     """Yield the steps of a block that the history does not have yet, if there are some."""
     new = block.turns[block.told :]
-    block.told += len(new)
     for _, alike in itertools.groupby(new, key=lambda turn: turn.told is None):
         turns = list(alike)
-        if not any(turn.counts for turn in turns):
-            continue
-        steps = np.array([turn.step for turn in turns])
-        counts = np.array([turn.counts for turn in turns])
-        yield Told(steps, block.outcome(turns), counts)
+        if any(turn.counts for turn in turns):
+            steps = np.array([turn.step for turn in turns])
+            counts = np.array([turn.counts for turn in turns])
+            yield Told(steps, block.outcome(turns), counts)
+        block.told += len(turns)

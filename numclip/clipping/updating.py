@@ -100,8 +100,7 @@ class GroupUpdater:
 
     def _attach(self, steps: Steps, stream: Any, counts: Mapping[str, int]) -> None:
         """Make tables for the clippers that there are, which have others after a rule changed."""
-        self._steps, engine = steps, steps.engine
-        self._updates = []
+        engine, self._updates = steps.engine, []
         for clipper in steps.clippers:
             own = [self.slots[group.name] for group in clipper.groups]
             grads = [grad for group in clipper.groups for grad in group.gradients()]
@@ -139,6 +138,7 @@ class GroupUpdater:
             self._at_once = updates.at_once(self.given, clipper.divisors, [*held.values()])
             self._unbounded = np.full(len(clipper.bounds), np.inf)
             self._unclipped = [engine.table((1, *own.shape[1:]), stream) for own in clipper.tables]
+        self._steps = steps  # last: an interrupt leaves all to the next step
 
     def _taken(self, engine: Engine) -> list[tuple[int, int]]:
         """Return where a step writes: the memory of parameters and states."""
@@ -212,8 +212,8 @@ class GroupUpdater:
     def _leaving(self, native: StepsAtOnce, absent: frozenset[str]) -> Iterator[None]:
         """Let some parameters have no gradient of the groups' own meanwhile."""
         names = self._steps.clippers[0].names
-        native.leave([k for k, name in enumerate(names) if name in absent])
         try:
+            native.leave([k for k, name in enumerate(names) if name in absent])
             yield
         finally:
             native.leave([])
@@ -308,10 +308,11 @@ class GroupUpdater:
     def _write_settings(self, steps: Steps, settings: list[list[float]]) -> None:
         """Let updates use some settings."""
         if settings != self._written:
+            self._written = None  # as an interrupt leaves it
             for clipper, updates in zip(steps.clippers, self._updates, strict=True):
                 updates.write_settings(self._table(clipper, settings), steps.stream)
-            self._written = settings
             self._differs = any(len(_rounds(own, settings)) > 1 for own in steps.clippers)
+            self._written = settings
 
     def _update(
         self,

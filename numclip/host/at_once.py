@@ -34,8 +34,13 @@ class ClipsAtOnce:
         self._outcomes: Sequence[Array] = ()
 
     def _turn_to(self, outcomes: Sequence[Array]) -> None:
-        """Let what is found be written to some tables."""
+        """Let what is found be written to some tables; an interrupt leaves it to the next call."""
+        self._outcomes = ()
+        self._point_to(outcomes)
         self._outcomes = outcomes
+
+    def _point_to(self, outcomes: Sequence[Array]) -> None:
+        """Write the words of these tables."""
         point(self._own, given.SUMS, outcomes[0][0])
         point(self._own, given.DECISIONS, outcomes[1][0])
 
@@ -82,8 +87,8 @@ class ValuesAtOnce(ClipsAtOnce):
         for k, table in after.items():
             point(self._after, k, table)
 
-    def _turn_to(self, outcomes: Sequence[Array]) -> None:
-        super()._turn_to(outcomes)
+    def _point_to(self, outcomes: Sequence[Array]) -> None:
+        super()._point_to(outcomes)
         point(self._after, given.SUMS, outcomes[2][0])
         point(self._after, given.DECISIONS, outcomes[3][0])
 
@@ -166,8 +171,8 @@ class StepsAtOnce(ClipsAtOnce):
         self._addresses[:] = self._starts
         self._addresses[numbers] = given.ABSENT
 
-    def _turn_to(self, outcomes: Sequence[Array]) -> None:
-        super()._turn_to(outcomes)
+    def _point_to(self, outcomes: Sequence[Array]) -> None:
+        super()._point_to(outcomes)
         for k in (given.SUMS, given.DECISIONS):
             self._given[k] = self._own[k]
 

@@ -60,6 +60,7 @@ class Plan:
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
         self._groupings: dict[int, Groups] = {}
+        self._fits = True  # whether tables are those of the spans and groupings
         self._order: float | None = None  # of what is to be measured
         self._lay_out()
 
@@ -207,13 +208,16 @@ class Plan:
         numbers = [t for t, span in enumerate(self.spans) if isinstance(span, RowSpan)]
         pairs = zip(numbers, groupings, strict=True)
         found = {t: own for t, own in pairs if rows.repeats(own)}
-        same = found.keys() == self._groupings.keys()
-        self._groupings = found
+        same = self._fits and found.keys() == self._groupings.keys()
         if same and not self._copied and [self.spans[t] for t in numbers] == list(spans):
+            self._groupings = found
             return  # as many rows as before, in the same memory
+        self._fits = False  # until all is laid out: an interrupt leaves it to the next rows
+        self._groupings = found
         for t, span in zip(numbers, spans, strict=True):
             self.spans[t] = span
         self._lay_out()
+        self._fits = True
 
     def outcomes(self, count: int, _stream: Any = None) -> list[Outcome]:
         """Return memory for the sums of the tensors and the decisions for the pools, so often."""

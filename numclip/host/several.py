@@ -61,10 +61,11 @@ class SeveralClips:
     ) -> None:
         """Let what is found be written to some tables."""
         if outcomes is not self._outcomes:
-            self._outcomes = outcomes
+            self._outcomes = ()  # until all is done, as an interrupt may come between
             for own in self._own:
                 point(own, given.SUMS, outcomes[0][0])
                 point(own, given.DECISIONS, outcomes[1][0])
+            self._outcomes = outcomes
         self._words[:] = place, 1, 0
         self._unscale[0], self._bounds[:] = unscale, bounds
 

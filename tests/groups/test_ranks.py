@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 import numclip as nc
 from numclip.errors import RankError
+from numclip.rules import Rule
 from tests.oracle import checks, ranks, reference
 from tests.oracle.grouped import frozen
 from tests.oracle.shares import (
@@ -681,6 +684,36 @@ def test_copies_are_clipped_tensor_by_tensor_at_every_step():
     assert len(pairs) == 2 * 4 * len(rules)
     for one, other in pairs:
         assert repr(one) == repr(other)
+
+
+@dataclass(frozen=True, repr=False)
+class ByRootMeanSquare(Rule):
+    """Hold the root mean square of a group to a bound."""
+
+    scope: ClassVar[str] = "group"
+    bound_name: ClassVar[str | None] = "most"
+    most: float = 0.5
+
+    def divisor(self, size: int) -> float:
+        return math.sqrt(size)
+
+
+@pytest.mark.full
+def test_a_norm_is_that_of_all_ranks_where_one_has_a_single_element():
+    def program(comm):
+        part = np.full(1 + 2 * comm.Get_rank(), 2.0)
+        group = nc.Group("g", {"w": part}, ByRootMeanSquare(), sharded=True)
+        groups, found = nc.ParamGroups([group]), []
+        for _ in range(1030):  # and those of the memory after that of the first steps
+            groups.set_grads({"w": part})
+            report = groups.clip(comm=comm)
+            found.append((report.norm, report.clipped_norm, report.groups["g"].norm))
+        return found, groups.history.to_dict()["all"]["norm"]
+
+    for found, told in together(2, program):
+        assert {norms[::2] for norms in found} == {(4.0, 4.0)}
+        assert all(1.0 - 1e-14 < clipped <= 1.0 for _, clipped, _ in found)
+        assert set(told) == {4.0}
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])

@@ -8,8 +8,9 @@ import math
 import pickle
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
-from typing import Any
+from dataclasses import FrozenInstanceError, dataclass
+from functools import cached_property
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -192,6 +193,23 @@ def test_reports_are_values():
     assert pickle.loads(pickle.dumps(report)) == report
     with pytest.raises(FrozenInstanceError):
         report.norm = 1.0
+
+
+@pytest.mark.full
+def test_fields_are_those_of_any_dataclass():
+    @dataclass(frozen=True)
+    class Whole(ClipReport):
+        norm: np.float64  # a field that comes again has no default
+        rank: int = 0
+
+    for name, kind in get_type_hints(GroupReport).items():
+        if not name.startswith("_"):
+            field = vars(ClipReport)[name]
+            assert isinstance(field, cached_property)  # documentation takes others for methods
+            assert get_type_hints(field.func)["return"] == kind
+    own = {"a": clipped_at(10.0)}
+    report = Whole(**clipped_at(10.0).to_dict(), step=1, groups=own, tensors={}, rank=3)
+    assert (report.norm, report.rank) == (10.0, 3)
 
 
 # ---- the record
