@@ -119,6 +119,7 @@ def test_steps_by_norms_so_far_are_native_and_leave_what_was_told(optimizer, mon
         assert after["norms"][(number - 1) % 4] == np.float64(math.sqrt(3.0 * number**2))
 
 
+@pytest.mark.full
 @given(st.lists(st.sampled_from([0.0, 2.0, 5e-324, 1e308, math.inf, math.nan]) | st.floats(0.0),
                 min_size=1, max_size=6), st.sampled_from([1.0, 3.0, 1e-300]))  # fmt: skip
 def test_norms_are_told_with_the_bits_of_reports(totals, unscale):
