@@ -244,7 +244,7 @@ class ClipReport(Outcome):
         turn = self._source
         columns = turn.block.members.columns
         if name in columns:
-            return turn.block.decided(turn, name)
+            return turn.block.decided(turn, columns[name])
         if name == "step":
             return turn.step
         if name == "clipped" and columns:

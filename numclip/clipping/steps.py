@@ -74,9 +74,8 @@ class Block:
             return [table[at] for table in self._handed[k]]
         return [self._engine.read(table[at], self.stream) for table in self._tables[k]]
 
-    def decided(self, turn: Turn, name: str) -> float:
-        """Return a number of one step that `Members.columns` has, after waiting for it."""
-        column = self.members.columns[name]
+    def decided(self, turn: Turn, column: int) -> float:
+        """Return a column of the first decision in one step, after waiting for it."""
         if self._readers is not None:
             return self._handed[0][1].item(turn.place, 0, column)  # type: ignore[no-any-return]
         row = self._engine.read(self._decisions[turn.place], self.stream)
