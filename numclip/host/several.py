@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip.dtypes import Array
+from numclip.dtypes import FLOAT64, Array
 from numclip.host.at_once import point
 from numclip.host.batches import Batch
 from numclip.host.given import Given
@@ -49,8 +49,8 @@ class SeveralClips:
 
     @property
     def _deciding(self) -> Call:
-        like = self._batches[0][0].dtype.like
-        arguments = self._words, self._unscale, self._own[0], self._bounds, like
+        any_like = FLOAT64.like  # nothing is read: one code serves all element types
+        arguments = self._words, self._unscale, self._own[0], self._bounds, any_like
         return Call(several.decide, 1, 0, arguments)
 
     def _writing(self) -> list[Call]:
