@@ -24,6 +24,10 @@ class _Norms(dict[str, Array]):
     __slots__ = ("ordered",)
     ordered: Array | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies be without: norms in order that two states hold are those of neither."""
+        return dict, (dict(self),)
+
     @classmethod
     def of(cls, state: State) -> _Norms:
         """Return a state that has them in order: this one, or a copy."""

@@ -340,6 +340,10 @@ class Clipper:
         """Write the gradients, clipped."""
         self.plan.scale(self.found, stream)
 
+    def has_spoilt(self, stream: Any) -> bool:  # noqa: ARG002
+        """Tell whether finite gradients are NaN since they were clipped."""
+        return False
+
     def write_exceptional(self, stream: Any) -> Outcome:
         """Write what an update cannot do on its way; return what it is to obey."""
         self.plan.write_exceptional(self.found, stream)

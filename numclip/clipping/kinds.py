@@ -349,6 +349,13 @@ class UnitClipper(Clipper):
         self._units.scale(stream)
         return super().write_exceptional(stream)
 
+    def has_spoilt(self, stream: Any) -> bool:
+        """Tell whether some units are NaN, as those of parameters can make them."""
+        if all(group.clip.floor is None for group in self.groups):
+            return False
+        found = self.engine.read(self.tables[2][self.place], stream)
+        return bool(np.isnan(found[:, tables.AFTER]).any())
+
     def clipped_norms(self, own: GroupOutcome) -> Array:
         """Return the norms of what all units have become."""
         return np.where(own.skipped_tensors, own.tensor_norms, own.rows(2)[..., tables.AFTER])

@@ -251,7 +251,10 @@ class GroupUpdater:
             stream = steps.stream
             if sources is None:
                 outcomes = [clipper.write_exceptional(stream) for clipper in steps.clippers]
-                if steps.writes_all and self._apply_at_once(steps, settings, absent, ranks):
+                at_once = self._at_once is not None and steps.writes_all
+                if at_once and steps.clippers[0].has_spoilt(stream):
+                    at_once = False  # it would skip a group whose gradients were finite
+                if at_once and self._apply_at_once(steps, settings, absent, ranks):
                     return
             else:
                 outcomes = [clipper.found for clipper in steps.clippers]

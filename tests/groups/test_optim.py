@@ -342,3 +342,22 @@ def test_loss_scales(kind, rule):
     assert frozen(exact.params) == frozen(plain.params)
     for name, param in plain.params.items():
         assert_near(near.params[name], param, 1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [3, 2_000_000], ids=["little", "much"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
+def test_a_parameter_that_is_nan_skips_no_group(dtype, length, bad):
+    """Only gradients do, whatever the size and the dtypes: the report says which are skipped."""
+    params = {"a": np.ones((2, 2), np.float32), "b": np.ones(length, dtype)}
+    params["a"][0, 1] = np.nan
+    rule = nc.Adaptive(0.1)
+    groups = nc.ParamGroups([nc.Group("g", params, clip=rule, nonfinite="skip")])
+    grads = {name: np.ones_like(param) for name, param in params.items()}
+    grads["b"][0] = np.nan if bad else 1.0
+    report = nc.SGD(groups, 0.5).step(grads)
+    assert report.skipped is bad
+    left = [[1.0, np.nan], [1.0, 1.0]] if bad else [[0.95, np.nan], [0.95, np.nan]]
+    np.testing.assert_allclose(groups.params["a"], left, rtol=1e-6)
+    assert (groups.params["b"] == 1.0).all() == bad

@@ -336,6 +336,18 @@ def test_a_state_that_nobody_else_has_is_renewed_in_place():
     assert known == list(range(301))  # none was written to
 
 
+@pytest.mark.full
+def test_a_shallow_copy_of_a_state_shares_nothing_that_steps_write_to():
+    rule, two = AutoClip(50), np.array([2.0])
+    state = rule.initial_state(1)
+    for step, norm in enumerate([3.0, 1.0, 8.0]):
+        state = rule.observe(np.array([norm]), np.array([norm]), norm, step, state)
+    kept = copy.copy(state)
+    rule.observe(np.array([0.5]), np.array([0.5]), 0.5, 3, state)
+    assert rule.thresholds(two, 2.0, 3, kept).item() == np.percentile([3.0, 1.0, 8.0, 2.0], 50)
+    assert type(kept) is type(pickle.loads(pickle.dumps(state))) is dict
+
+
 @pytest.mark.each_value
 @pytest.mark.parametrize("window", [1, 2, 37, 1000])
 @pytest.mark.parametrize(("percentile", "warmup"), [(10, 0), (0, 1), (100, 3), (50, 60), (97.5, 0)])
