@@ -20,7 +20,7 @@ from numclip.host.kernels.scalars import (
     truncated_product,
     two_sum,
 )
-from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
+from numclip.host.kernels.tuning import BLOCK, CHUNK, LANES, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
@@ -67,40 +67,54 @@ def block_of_squares(x):
     return total
 
 
+@block_sum
+def four_of_squares(address, step, size, like):
+    """Return the sum of squares of four short arrays, so many bytes apart."""
+    a, b = array_at(address, size, like), array_at(address + step, size, like)
+    c, d = array_at(address + 2 * step, size, like), array_at(address + 3 * step, size, like)
+    first = second = third = fourth = 0.0
+    for i in range(size):
+        x, y = np.float64(widen(a[i])), np.float64(widen(b[i]))
+        z, w = np.float64(widen(c[i])), np.float64(widen(d[i]))
+        first += x * x
+        second += y * y
+        third += z * z
+        fourth += w * w
+    return (first + second) + (third + fourth)
+
+
 @inline
-def blocks_of_squares(x, size):
-    """Return the sum of squares of an array, right to a few units of roundoff."""
-    total = 0.0
-    error = 0.0
-    for start in range(0, x.size, 4 * size):
-        low = block_of_squares(x[start : start + size])
-        low += block_of_squares(x[start + size : start + 2 * size])
-        high = block_of_squares(x[start + 2 * size : start + 3 * size])
-        high += block_of_squares(x[start + 3 * size : start + 4 * size])
-        total, rest = two_sum(total, low + high)
+def long_of_squares(x, size):
+    """Return the sum of squares of a long array, right to a few units of roundoff.
+
+    Its quarters are read side by side, `size` elements of each at a time. A core of a Xeon of 2023
+    fetched 9 GB/s of one stream from memory, and 16 of four: it stops at each page, and to add.
+    """
+    quarter = x.size // (4 * LANES) * LANES
+    address, step = np.int64(x.ctypes.data), quarter * x.itemsize
+    total, error = block_of_squares(x[4 * quarter :]), 0.0
+    for first in range(0, quarter, size):
+        own = address + first * x.itemsize
+        total, rest = two_sum(total, four_of_squares(own, step, min(size, quarter - first), x))
         error += rest
-    # An infinite total has no error; its two_sum is NaN.
-    return total + error if math.isfinite(total) else total
+    return settled(total, error)  # its two_sum is NaN where the total is infinite
 
 
 @expanded
 def array_of_squares(x):
-    """Return what `blocks_of_squares` does; one block needs no compensation."""
+    """Return the sum of squares of at most a chunk; one block needs no compensation."""
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
     if x.size <= size:
         return block_of_squares(x)
-    return blocks_of_squares(x, size)
+    return long_of_squares(x, size)
 
 
 @expanded
 def parts_of_squares(x):
     """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
-    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
-    if x.size <= size:
-        return block_of_squares(x), 0.0
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
-        total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
+        total, rest = two_sum(total, array_of_squares(x[start : start + CHUNK]))
         error += rest
     return total, error
 
@@ -129,17 +143,30 @@ def block_of_powers(x, inverse, ord):
     return total
 
 
+@block_sum
+def four_of_powers(address, step, size, inverse, ord, like):
+    """Return that sum of four short arrays, so many bytes apart."""
+    a, b = array_at(address, size, like), array_at(address + step, size, like)
+    c, d = array_at(address + 2 * step, size, like), array_at(address + 3 * step, size, like)
+    first = second = third = fourth = 0.0
+    for i in range(size):
+        first += power_term(np.float64(abs(widen(a[i]) * inverse)), ord)
+        second += power_term(np.float64(abs(widen(b[i]) * inverse)), ord)
+        third += power_term(np.float64(abs(widen(c[i]) * inverse)), ord)
+        fourth += power_term(np.float64(abs(widen(d[i]) * inverse)), ord)
+    return (first + second) + (third + fourth)
+
+
 @inline
-def blocks_of_powers(x, inverse, ord):
-    """Return that sum of an array by blocks, as `blocks_of_squares` does."""
-    total = error = 0.0
+def long_of_powers(x, inverse, ord):
+    """Return that sum of a long array, as `long_of_squares` does."""
     size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
-    for start in range(0, x.size, 4 * size):
-        low = block_of_powers(x[start : start + size], inverse, ord)
-        low += block_of_powers(x[start + size : start + 2 * size], inverse, ord)
-        high = block_of_powers(x[start + 2 * size : start + 3 * size], inverse, ord)
-        high += block_of_powers(x[start + 3 * size : start + 4 * size], inverse, ord)
-        total, rest = two_sum(total, low + high)
+    quarter = x.size // (4 * LANES) * LANES
+    address, step = np.int64(x.ctypes.data), quarter * x.itemsize
+    total, error = block_of_powers(x[4 * quarter :], inverse, ord), 0.0
+    for first in range(0, quarter, size):
+        own, length = address + first * x.itemsize, min(size, quarter - first)
+        total, rest = two_sum(total, four_of_powers(own, step, length, inverse, ord, x))
         error += rest
     return settled(total, error)
 
@@ -148,7 +175,7 @@ def blocks_of_powers(x, inverse, ord):
 def array_of_powers(x, scale, ord):
     """Return the sum of ``(|x| / scale) ** ord``, a finite order, see `formulas.usable`."""
     if is_product(ord):
-        return blocks_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
+        return long_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
     total = error = 0.0
     for i in range(x.size):  # the power function takes longer than to add up without a loss
         term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
