@@ -112,6 +112,8 @@ def array_of_squares(x):
 @expanded
 def parts_of_squares(x):
     """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
+    if x.size <= CHUNK:
+        return array_of_squares(x), 0.0
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
         total, rest = two_sum(total, array_of_squares(x[start : start + CHUNK]))
