@@ -145,30 +145,20 @@ def block_of_powers(x, inverse, ord):
     return total
 
 
-@block_sum
-def four_of_powers(address, step, size, inverse, ord, like):
-    """Return that sum of four short arrays, so many bytes apart."""
-    a, b = array_at(address, size, like), array_at(address + step, size, like)
-    c, d = array_at(address + 2 * step, size, like), array_at(address + 3 * step, size, like)
-    first = second = third = fourth = 0.0
-    for i in range(size):
-        first += power_term(np.float64(abs(widen(a[i]) * inverse)), ord)
-        second += power_term(np.float64(abs(widen(b[i]) * inverse)), ord)
-        third += power_term(np.float64(abs(widen(c[i]) * inverse)), ord)
-        fourth += power_term(np.float64(abs(widen(d[i]) * inverse)), ord)
-    return (first + second) + (third + fourth)
-
-
 @inline
-def long_of_powers(x, inverse, ord):
-    """Return that sum of a long array, as `long_of_squares` does."""
+def blocks_of_powers(x, inverse, ord):
+    """Return that sum of an array, of four blocks at a time.
+
+    One after another: side by side, as squares, those of bfloat16 are not vectorised.
+    """
+    total = error = 0.0
     size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
-    quarter = x.size // (4 * LANES) * LANES
-    address, step = np.int64(x.ctypes.data), quarter * x.itemsize
-    total, error = block_of_powers(x[4 * quarter :], inverse, ord), 0.0
-    for first in range(0, quarter, size):
-        own, length = address + first * x.itemsize, min(size, quarter - first)
-        total, rest = two_sum(total, four_of_powers(own, step, length, inverse, ord, x))
+    for start in range(0, x.size, 4 * size):
+        low = block_of_powers(x[start : start + size], inverse, ord)
+        low += block_of_powers(x[start + size : start + 2 * size], inverse, ord)
+        high = block_of_powers(x[start + 2 * size : start + 3 * size], inverse, ord)
+        high += block_of_powers(x[start + 3 * size : start + 4 * size], inverse, ord)
+        total, rest = two_sum(total, low + high)
         error += rest
     return settled(total, error)
 
@@ -177,7 +167,7 @@ def long_of_powers(x, inverse, ord):
 def array_of_powers(x, scale, ord):
     """Return the sum of ``(|x| / scale) ** ord``, a finite order, see `formulas.usable`."""
     if is_product(ord):
-        return long_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
+        return blocks_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
     total = error = 0.0
     for i in range(x.size):  # the power function takes longer than to add up without a loss
         term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
@@ -202,9 +192,10 @@ def largest_bits(chunk, mask):
     the bits of positive floats order as the floats do.
     """
     bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
-    largest = bits[0] & mask[0]
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & mask[0])
+    kind, magnitude = mask.dtype.type, mask[0]
+    largest = kind(bits[0] & magnitude)
+    for i in range(bits.size):  # an integer of 64 bits would let it read a fourth as many at once
+        largest = max(largest, kind(bits[i] & magnitude))
     return largest
 
 
@@ -340,12 +331,12 @@ def clean(begin, end, chunks, components, like):
 @inline
 def hold(x, low, high):
     """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
-    beyond = 0
+    beyond = False
     for i in range(x.size):
         value = widen(x[i])
-        beyond |= int(value < low) | int(value > high)
+        beyond |= (value < low) | (value > high)
         x[i] = narrow(clamped(value, low, high), x[i])
-    return beyond != 0
+    return beyond
 
 
 @kernel
