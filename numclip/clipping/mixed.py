@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from numclip.border.structures import structure
 from numclip.host import lists, outs, plain_rows
 from numclip.host.kernels.spans import GIVEN
@@ -17,17 +19,19 @@ from numclip.isolation import isolated
 from numclip.slices import Grouping, IndexedSlices
 from numclip.tables import PROPAGATE
 
+_norm_of_rows, _clip_rows = isolated(plain_rows.norm_of), isolated(plain_rows.clip_items)
+
 
 def global_norm(grads: Any, ord: float, duplicates: str) -> float | None:
     """Return the norm of gradients."""
     if not isinstance(grads, (list, tuple, dict)):
         return None
-    taken = _taken(structure(grads).items, duplicates)
-    if taken is None:
+    values = _values_of(structure(grads).items, duplicates)
+    if values is None:
         return None
-    if not taken.groupings:
-        return lists.norm_of(taken.values, ord)
-    return _norm_of_rows(*taken) if ord == 2.0 else None
+    if not values.groupings:
+        return lists.norm_of(values.arrays, ord)
+    return _norm_of_rows(*values) if ord == 2.0 else None
 
 
 def clip_by_global_norm(
@@ -37,13 +41,13 @@ def clip_by_global_norm(
     if not outs.takes(grads, out) or not isinstance(grads, (list, tuple, dict)):
         return None
     found = structure(grads)
-    taken = _taken(found.items, duplicates)
-    if taken is None:
+    values = _values_of(found.items, duplicates)
+    if values is None:
         return None
-    if not taken.groupings:
-        clipped = lists.clip_items(taken.values, out is not None, bound, ord, what, given)
+    if not values.groupings:
+        clipped = lists.clip_items(values.arrays, out is not None, bound, ord, what, given)
     elif ord == 2.0 and not what & GIVEN:
-        clipped = _clip_rows(*taken, bound, in_place=out is not None)
+        clipped = _clip_rows(*values, bound, in_place=out is not None)
     else:
         return None
     if clipped is None:
@@ -61,29 +65,27 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     return None if found is None else found[0][0]
 
 
-class _Taken(NamedTuple):
-    """Gradients with the values of slices for these, and which of their rows are to be summed."""
+class _Values(NamedTuple):
+    """The values of gradients, and which rows of some are to be summed, by their numbers."""
 
-    values: Items
+    arrays: Items
     groupings: dict[int, Grouping]
 
 
-def _taken(items: Sequence[Any], duplicates: str) -> _Taken | None:
-    """Return gradients taken so; None where there is not one row for each index."""
-    values, groupings = [], {}
+def _values_of(items: Sequence[Any], duplicates: str) -> _Values | None:
+    """Return the values; None where they are no arrays of NumPy, or their shape was changed."""
+    arrays, groupings = [], {}
     for t, item in enumerate(items):
         if type(item) is not IndexedSlices:
-            values.append(item)
+            arrays.append(item)
             continue
-        if item.values.shape[0] != item.indices.size:
+        shape = item.indices.size, *item.dense_shape[1:]
+        if type(item.values) is not np.ndarray or item.values.shape != shape:
             return None
         if duplicates == "sum" and item.has_duplicates:
             groupings[t] = item.grouping
-        values.append(item.values)
-    return _Taken(tuple(values), groupings)
-
-
-_norm_of_rows, _clip_rows = isolated(plain_rows.norm_of), isolated(plain_rows.clip_items)
+        arrays.append(item.values)
+    return _Values(tuple(arrays), groupings)
 
 
 def _with_values(items: Sequence[Any], values: Items) -> list[Any]:

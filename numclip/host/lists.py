@@ -391,7 +391,10 @@ def _clip_much(
 
 
 def scaled(batch: Batch, items: Items, factor: float, *, in_place: bool) -> Items:
-    """Multiply the arrays of a batch, in place or into new ones; return these."""
+    """Multiply the arrays of a batch, in place or into new ones; return these.
+
+    The batch writes these then.
+    """
     if factor == 1.0 or in_place:
         results = items if in_place else _copied(items)
         assert results is not None

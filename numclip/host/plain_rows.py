@@ -1,7 +1,7 @@
 """Plain arrays of one dtype, some of which are rows that repeat, clipped without describing each.
 
 As in `lists`: a function does the whole job with the bits of the general way, or returns None and
-has touched nothing.
+has touched nothing. `groupings` say of some arrays, by their numbers, which rows are to be summed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numclip.host import batches, lists, rows
 from numclip.host.batches import Batch
 from numclip.host.kernels.pools import decide_pools
 from numclip.host.nests import Items
-from numclip.law import Law, Laws, Pool
-from numclip.memory import Span
+from numclip.law import Law, Laws, Pool, loss_of_rows
+from numclip.memory import RowSpan
 from numclip.tables import (
     AIM,
     BAD,
@@ -30,15 +30,17 @@ from numclip.tables import (
     DECISION_COLUMNS,
     FACTOR,
     FINE,
+    LAST,
     LEAVE,
     MODE,
     MULTIPLY,
     NORM,
-    PROPAGATE,
     SUM_COLUMNS,
     TERMS,
     TOTAL,
 )
+
+Groupings = Mapping[int, Groups]
 
 
 class Decided(NamedTuple):
@@ -49,40 +51,36 @@ class Decided(NamedTuple):
     factor: float
 
 
-def norm_of(items: Items, groupings: Mapping[int, Groups]) -> float | None:
-    """Return the L2 norm of the arrays of a tuple.
-
-    `groupings` say of some arrays, by their numbers, which rows are to be summed.
-    """
+def norm_of(items: Items, groupings: Groupings) -> float | None:
+    """Return the L2 norm of the arrays of a tuple."""
     found = _decided(items, groupings, math.inf, write=False)
     return None if found is None else found.norm
 
 
 def clip_items(
-    items: Items, groupings: Mapping[int, Groups], bound: float, *, in_place: bool
+    items: Items, groupings: Groupings, bound: float, *, in_place: bool
 ) -> tuple[Items, float] | None:
-    """Clip such arrays by their norm, in place or into new ones; return both."""
+    """Clip the arrays of a tuple by their L2 norm, in place or into new ones; return both."""
     found = _decided(items, groupings, bound, write=in_place)
     if found is None:
         return None
     return lists.scaled(found.batch, items, found.factor, in_place=in_place), found.norm
 
 
-def _decided(
-    items: Items, groupings: Mapping[int, Groups], bound: float, *, write: bool
-) -> Decided | None:
+def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -> Decided | None:
     """Measure and decide."""
-    batch = lists.plain_batch(items, write=write)
-    sums = np.zeros((len(items), SUM_COLUMNS))
-    if batch is None or not _measure(batch, items, groupings, sums):
+    if not all(items[t].size and items[t].flags.c_contiguous for t in groupings):
         return None
-    smallest = math.ldexp(1.0, batch.dtype.precision[1])
-    if bound - smallest * sum(items[t].size for t in groupings) != bound:
-        return None  # what rounding subnormal terms adds counts
-    law = _law_of(batch.dtype).copy()
-    law[0, [BOUND, AIM]] = bound
+    batch = lists.plain_batch(items, write=write)
+    if batch is None:
+        return None
+    sums = np.zeros((len(items), SUM_COLUMNS))
+    if not _measure(batch, items, groupings, sums):
+        return None
+    pool, law = (table.copy() for table in _tables_of_one(batch.dtype))
+    pool[0, LAST] = len(items)
     law[0, COARSE] *= math.sqrt(batch.nbytes // batch.dtype.storage.itemsize)
-    pool = np.array([[0, len(items), 0, PROPAGATE, batch.dtype.digits, 1]])
+    law[0, BOUND], law[0, AIM] = bound, _aim(batch.dtype, items, groupings, bound)
     decisions = np.empty((2, DECISION_COLUMNS))
     decide_pools(pool, law, sums, decisions)
     if decisions[0, MODE] not in (LEAVE, MULTIPLY):
@@ -91,25 +89,36 @@ def _decided(
     return Decided(batch, decisions.item(0, NORM), factor)
 
 
-@functools.cache
-def _law_of(dtype: DType) -> Array:
-    """Return the law of one number."""
-    pool = Pool(0, 1, 0, "propagate")
-    return Laws([Span(dtype, 0, 0, 1)], [pool]).table(Law(math.inf))
-
-
-def _measure(batch: Batch, items: Items, groupings: Mapping[int, Groups], sums: Array) -> bool:
+def _measure(batch: Batch, items: Items, groupings: Groupings, sums: Array) -> bool:
     """Write the sum of each array; tell whether all are finite, and squares lose nothing."""
     dense = np.ones(len(items), np.bool_)
     dense[[*groupings]] = False
     if dense.any():
         batches.write_squares(batch.of(dense), sums)
     for t, grouping in groupings.items():
-        if not items[t].size or not items[t].flags.c_contiguous:
-            return False
-        values = as_stored(items[t])
-        total, terms = rows.grouped_squares(*grouping, values.reshape(values.shape[0], -1))
+        values = as_stored(items[t].reshape(len(items[t]), -1))
+        total, terms = rows.grouped_squares(*grouping, values)
         if not (is_safe(total) and is_safe(terms)):
             return False
         sums[t, TOTAL], sums[t, TERMS] = total, terms
     return not sums[:, BAD].any()
+
+
+@functools.cache
+def _tables_of_one(dtype: DType) -> tuple[Array, Array]:
+    """Return the tables of a pool and its law, of one number in a row that can repeat."""
+    pools = [Pool(0, 1, 0, "propagate")]
+    laws = Laws([RowSpan(dtype, 0, 0, 1, 1)], pools)
+    return laws.pool_table(pools), laws.table(Law(math.inf))
+
+
+def _aim(dtype: DType, items: Items, groupings: Groupings, bound: float) -> float:
+    """Return what results are to reach: the bound less what rounding their terms can add."""
+    most = dtype.smallest * dtype.components * sum(items[t].size for t in groupings)
+    if bound - most == bound:
+        return bound
+    loss = 0.0
+    for t, (_, starts) in groupings.items():
+        numbers = items[t].size // len(items[t]) * dtype.components
+        loss += loss_of_rows(starts, numbers, 2.0, dtype.smallest)
+    return max(bound - loss, 0.0)

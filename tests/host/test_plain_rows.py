@@ -11,12 +11,12 @@ import numclip as nc
 from numclip.host import plain_rows
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
-from tests.oracle.reference import DTYPES
+from tests.oracle.reference import DTYPES, float_info
 
 
-def slices(values, seed=0):
-    """Return slices of a few rows, each of which has many values."""
-    indices = np.random.default_rng(seed).integers(0, len(values) // 4 + 1, len(values))
+def slices(values):
+    """Return slices of a few rows, of which each index has many."""
+    indices = np.random.default_rng(0).integers(0, len(values) // 4 + 1, len(values))
     return nc.IndexedSlices(values, indices, (len(values), *values.shape[1:]))
 
 
@@ -24,44 +24,64 @@ def values_of(grads):
     return [own.values if isinstance(own, nc.IndexedSlices) else own for own in grads]
 
 
+def results_of(grads, bound, *, in_place):
+    """Return what becomes of slices of the first array, alone and with the others."""
+    own = [slices(grads[0].copy()), *[grad.copy() for grad in grads[1:]]]
+    norm = nc.global_norm(own)
+    alone = nc.clip_by_norm(own[0], bound)
+    clipped, told = nc.clip_by_global_norm(own, bound, out=own if in_place else None)
+    np.testing.assert_equal(told, norm)
+    return [*values_of([*clipped, alone]), np.float64(norm)]
+
+
 def assert_same_both_ways(grads, bound, *, taken=True):
-    """Clip and measure by the shorter way and by the general one, into new arrays and in place."""
-    calls = []
+    """Clip and measure by the shorter way, where it is taken, and by the general one."""
+    decide, calls = plain_rows._decided, []
 
-    def counted(*arguments, **names):
-        found = decide(*arguments, **names)
-        calls.append(found is not None)
-        return found
+    def noted(*arguments, **names):
+        calls.append(decide(*arguments, **names) is not None)
+        return decide(*arguments, **names)
 
-    decide = plain_rows._decided
     for in_place in (False, True):
-        results = []
-        for way in (counted, lambda *_, **__: None):
-            own = [slices(v.copy(), 0) if v.ndim == 2 else v.copy() for v in values_of(grads)]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(plain_rows, "_decided", way)
-                norm = nc.global_norm(own)
-                out = own if in_place else None
-                clipped, told = nc.clip_by_global_norm(own, bound, out=out)
-                alone = nc.clip_by_norm(own[0], bound)
-            np.testing.assert_equal(told, norm)
-            results.append([*values_of([*clipped, alone]), np.float64(norm)])
-        for one, other in zip(*results, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plain_rows, "_decided", noted)
+            found = results_of(grads, bound, in_place=in_place)
+            patch.setattr(plain_rows, "_decided", lambda *_, **__: None)
+            expected = results_of(grads, bound, in_place=in_place)
+        assert len(calls) == 3
+        assert calls[-1] == taken
+        calls.clear()
+        for one, other in zip(found, expected, strict=True):
             assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("width", [(), (5,), (2, 3)])
 @pytest.mark.parametrize("name", DTYPES)
-def test_any_dtype_and_magnitude(name):
+def test_any_dtype_and_magnitude(name, width):
     rng = np.random.default_rng(9)
-    grads = [slices(normal(rng, (23, 5), name)), normal(rng, (40,), name), normal(rng, (0,), name)]
+    grads = [normal(rng, shape, name) for shape in ((23, *width), (40,), (0,))]
     for power in (0, 60, -60):  # float16 overflows and underflows
-        finite = name != "float16" or power <= 0
         with np.errstate(all="ignore"):
-            own = [g * g.dtype.type(2.0**power) for g in values_of(grads)]
-        zeros = not own[0].any()
+            own = [grad * grad.dtype.type(2.0**power) for grad in grads]
         for bound in (3.0, 1e30):
-            bound = math.ldexp(bound, power)
-            assert_same_both_ways(own, bound, taken=finite and not zeros)
+            assert_same_both_ways(
+                own, math.ldexp(bound, power), taken=name != "float16" or not power
+            )
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_small_bounds(name):
+    """What rounding subnormal terms adds counts beside them, by the last bit or altogether."""
+    rng = np.random.default_rng(3)
+    lowest = round(math.log2(float(float_info(DTYPES[name]).smallest_subnormal)))
+    for above in (-2, 0, 3, 50, 52, 53, 54, 55, 56, 60):
+        bound = math.ldexp(1.0 + rng.random(), max(lowest + above, -1074))
+        grads = [normal(rng, (9,), name), normal(rng, (4,), name)]
+        with pytest.MonkeyPatch.context() as patch:
+            found = results_of(grads, bound, in_place=False)
+            patch.setattr(plain_rows, "_decided", lambda *_, **__: None)
+            for one, other in zip(found, results_of(grads, bound, in_place=False), strict=True):
+                assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("value", [1e-200, 1e200, math.nan, math.inf, 0.0])
@@ -69,10 +89,20 @@ def test_sums_that_lose_something_go_the_general_way(value):
     assert_same_both_ways([np.full((8, 3), value), np.ones(4)], 1.0, taken=False)
 
 
-def test_small_bounds_go_the_general_way():
-    grads = [np.ones((8, 3), np.float32), np.ones(4, np.float32)]
-    for bound in (0.0, 1e-44, 1e-36):  # results are subnormal; rounding their terms counts
-        assert_same_both_ways(grads, bound, taken=False)
+def test_a_bound_of_nothing():
+    assert_same_both_ways([np.ones((8, 3), np.float32), np.ones(4, np.float32)], 0.0)
+
+
+def test_rows_whose_shape_was_changed_are_refused():
+    values = np.ones((4, 6), np.float32)
+    for indices in ([1, 1, 2, 2], [1, 2, 3, 4]):
+        grad = nc.IndexedSlices(values.copy(), indices, (10, 6))
+        grad.values.shape = (4, 2, 3)
+        for call in (nc.global_norm, lambda grads: nc.clip_by_global_norm(grads, 1.0)):
+            with pytest.raises(ValueError, match=r"grads\[0\].values"):
+                call([grad])
+        with pytest.raises(ValueError, match="values"):
+            nc.clip_by_norm(grad, 1.0)
 
 
 @pytest.mark.parametrize("layout", ["fortran", "strided", "misaligned", "byte_swapped"])

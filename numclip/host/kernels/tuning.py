@@ -3,10 +3,6 @@
 CHUNK = 16_384
 """Elements a partial sum covers: the unit of work of a thread, the same at any thread count."""
 
-LANES = 16
-"""Elements of float64 that a processor adds side by side at most: quarters of a chunk are multiples
-of it."""
-
 BLOCK = 64
 """Elements summed plainly. Of a longer array as many of each quarter are, side by side, and these
 four sums go into one compensated addition. In eight lanes or more that is at most 8 + 3 + 2
