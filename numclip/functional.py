@@ -188,10 +188,10 @@ def clip_by_global_norm(
         what, given = LAWS[nonfinite], 0.0
         if use_norm is not None:
             what, given = what | GIVEN, arguments.given_norm(use_norm)
-        told = float(clip_norm), out, float(ord), what, given
-        done = lists.clip_by_global_norm(grads, *told)
+        bound, order = float(clip_norm), float(ord)
+        done = lists.clip_by_global_norm(grads, bound, out, order, what, given)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, *told, duplicates)
+            done = mixed.clip_by_global_norm(grads, bound, out, order, what, given, duplicates)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
