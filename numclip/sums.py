@@ -72,8 +72,10 @@ def exact_sums(rows: Array, column: int, ord: float, *others: int) -> Sums:
     The exponents are in the next column; `others` share them.
     """
     found: Sums = {}
-    for power in np.unique(rows[:, column + 1]).tolist():
-        own = rows[rows[:, column + 1] == power][:, [column, *others]]
+    powers = {*rows[:, column + 1].tolist()}
+    for power in powers:
+        own = rows if len(powers) == 1 else rows[rows[:, column + 1] == power]
+        own = own[:, [column, *others]]
         key, rest = divmod(int(power) + HALF, 2 * HALF)
         values = [float(own[:, 0].max())] if ord == math.inf else own.ravel().tolist()
         add_sums(found, {key: exact(values, rest - HALF)}, ord)

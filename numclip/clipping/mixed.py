@@ -26,7 +26,7 @@ def global_norm(grads: Any, ord: float, duplicates: str) -> float | None:
     """Return the norm of gradients."""
     if not isinstance(grads, (list, tuple, dict)):
         return None
-    values = _values_of(structure(grads).items, duplicates)
+    values = values_of(structure(grads).items, duplicates)
     if values is None:
         return None
     if not values.groupings:
@@ -41,7 +41,7 @@ def clip_by_global_norm(
     if not outs.takes(grads, out) or not isinstance(grads, (list, tuple, dict)):
         return None
     found = structure(grads)
-    values = _values_of(found.items, duplicates)
+    values = values_of(found.items, duplicates)
     if values is None:
         return None
     if not values.groupings:
@@ -65,14 +65,14 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     return None if found is None else found[0][0]
 
 
-class _Values(NamedTuple):
+class Values(NamedTuple):
     """The values of gradients, and which rows of some are to be summed, by their numbers."""
 
     arrays: Items
     groupings: dict[int, Grouping]
 
 
-def _values_of(items: Sequence[Any], duplicates: str) -> _Values | None:
+def values_of(items: Sequence[Any], duplicates: str) -> Values | None:
     """Return the values; None where they are no arrays of NumPy, or their shape was changed."""
     arrays, groupings = [], {}
     for t, item in enumerate(items):
@@ -85,7 +85,7 @@ def _values_of(items: Sequence[Any], duplicates: str) -> _Values | None:
         if duplicates == "sum" and item.has_duplicates:
             groupings[t] = item.grouping
         arrays.append(item.values)
-    return _Values(tuple(arrays), groupings)
+    return Values(tuple(arrays), groupings)
 
 
 def _with_values(items: Sequence[Any], values: Items) -> list[Any]:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from numclip.border.gradients import Gradient, gradients
 from numclip.border.structures import structure
 from numclip.clipping.clip import repeated_loss, span_of
+from numclip.clipping.mixed import values_of
 from numclip.dtypes import Array
+from numclip.host import plain_rows
 from numclip.isolation import isolated
 from numclip.law import Law, Pool
 from numclip.memory import RowSpan
@@ -25,7 +27,12 @@ class Piece(NamedTuple):
 @isolated
 def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
     """Return the sums of gradients, for which a GPU is waited; None where there are none."""
-    entries = gradients(structure(grads)).entries
+    found = structure(grads)
+    values = values_of(found.items, duplicates) if ord == 2.0 else None
+    sums = None if values is None else plain_rows.sums_of(*values)
+    if sums is not None:
+        return Piece(*sums)
+    entries = gradients(found).entries
     return piece_of(entries, ord, duplicates) if entries else None
 
 

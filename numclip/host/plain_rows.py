@@ -67,19 +67,27 @@ def clip_items(
     return lists.scaled(found.batch, items, found.factor, in_place=in_place), found.norm
 
 
+def sums_of(items: Items, groupings: Groupings) -> tuple[Array, int, float] | None:
+    """Return the sums of squares of the arrays of a tuple, rows as engines' tables have them.
+
+    And how many numbers they are of, and what rounding subnormal terms can add to them.
+    """
+    batch = _batch(items, groupings, write=False)
+    sums = None if batch is None else _measured(batch, items, groupings)
+    if batch is None or sums is None:
+        return None
+    return sums, _numbers_of(batch), _loss_of(batch.dtype, items, groupings)
+
+
 def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -> Decided | None:
     """Measure and decide."""
-    if not all(items[t].size and items[t].flags.c_contiguous for t in groupings):
-        return None
-    batch = lists.plain_batch(items, write=write)
-    if batch is None:
-        return None
-    sums = np.zeros((len(items), SUM_COLUMNS))
-    if not _measure(batch, items, groupings, sums):
+    batch = _batch(items, groupings, write=write)
+    sums = None if batch is None else _measured(batch, items, groupings)
+    if batch is None or sums is None or sums[:, BAD].any():
         return None
     pool, law = (table.copy() for table in _tables_of_one(batch.dtype))
     pool[0, LAST] = len(items)
-    law[0, COARSE] *= math.sqrt(batch.nbytes // batch.dtype.storage.itemsize)
+    law[0, COARSE] *= math.sqrt(_numbers_of(batch))
     law[0, BOUND], law[0, AIM] = bound, _aim(batch.dtype, items, groupings, bound)
     decisions = np.empty((2, DECISION_COLUMNS))
     decide_pools(pool, law, sums, decisions)
@@ -89,19 +97,30 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
     return Decided(batch, decisions.item(0, NORM), factor)
 
 
-def _measure(batch: Batch, items: Items, groupings: Groupings, sums: Array) -> bool:
-    """Write the sum of each array; tell whether all are finite, and squares lose nothing."""
-    dense = np.ones(len(items), np.bool_)
+def _batch(items: Items, groupings: Groupings, *, write: bool) -> Batch | None:
+    """Return the arrays as a batch, None where they or their rows are not plain."""
+    plain = all(items[t].size and items[t].flags.c_contiguous for t in groupings)
+    return lists.plain_batch(items, write=write) if plain else None
+
+
+def _measured(batch: Batch, items: Items, groupings: Groupings) -> Array | None:
+    """Return the sum of each array; None where rows lose something when they are squared."""
+    sums, dense = np.zeros((len(items), SUM_COLUMNS)), np.ones(len(items), np.bool_)
     dense[[*groupings]] = False
     if dense.any():
-        batches.write_squares(batch.of(dense), sums)
+        batches.write_squares(batch.of(dense) if groupings else batch, sums)
     for t, grouping in groupings.items():
         values = as_stored(items[t].reshape(len(items[t]), -1))
         total, terms = rows.grouped_squares(*grouping, values)
         if not (is_safe(total) and is_safe(terms)):
-            return False
+            return None
         sums[t, TOTAL], sums[t, TERMS] = total, terms
-    return not sums[:, BAD].any()
+    return sums
+
+
+def _numbers_of(batch: Batch) -> int:
+    """Return how many numbers a batch has, two for each complex element."""
+    return batch.nbytes // batch.dtype.storage.itemsize
 
 
 @functools.cache
@@ -117,8 +136,12 @@ def _aim(dtype: DType, items: Items, groupings: Groupings, bound: float) -> floa
     most = dtype.smallest * dtype.components * sum(items[t].size for t in groupings)
     if bound - most == bound:
         return bound
+    return max(bound - _loss_of(dtype, items, groupings), 0.0)
+
+
+def _loss_of(dtype: DType, items: Items, groupings: Groupings) -> float:
     loss = 0.0
     for t, (_, starts) in groupings.items():
         numbers = items[t].size // len(items[t]) * dtype.components
         loss += loss_of_rows(starts, numbers, 2.0, dtype.smallest)
-    return max(bound - loss, 0.0)
+    return loss

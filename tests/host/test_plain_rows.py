@@ -84,6 +84,23 @@ def test_small_bounds(name):
                 assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_pieces_of_a_norm(monkeypatch, name):
+    rng = np.random.default_rng(4)
+    arrays = [normal(rng, shape, name) for shape in ((23,), (40, 2), ())]
+    for power in (0, 200, -200):
+        with np.errstate(all="ignore"):
+            own = [np.asarray(a * a.dtype.type(2.0**power)) for a in arrays]
+        for grads in (own, [slices(own[0]), None, *own[1:]]):
+            found, expected = nc.NormAccumulator(), nc.NormAccumulator()
+            found.add(iter(grads))
+            with monkeypatch.context() as patch:
+                patch.setattr(plain_rows, "sums_of", lambda *_: None)
+                expected.add(grads)
+            np.testing.assert_equal(found.__getstate__(), expected.__getstate__())
+    assert plain_rows.sums_of((arrays[1],), {}) is not None
+
+
 @pytest.mark.parametrize("value", [1e-200, 1e200, math.nan, math.inf, 0.0])
 def test_sums_that_lose_something_go_the_general_way(value):
     assert_same_both_ways([np.full((8, 3), value), np.ones(4)], 1.0, taken=False)
