@@ -73,7 +73,7 @@ class Values(NamedTuple):
 
 
 def values_of(items: Sequence[Any], duplicates: str) -> Values | None:
-    """Return the values; None where they are no arrays of NumPy, or their shape was changed."""
+    """Return the values; None where those of slices are not NumPy's, or their shape was changed."""
     arrays, groupings = [], {}
     for t, item in enumerate(items):
         if type(item) is not IndexedSlices:

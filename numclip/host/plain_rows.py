@@ -1,4 +1,4 @@
-"""Plain arrays of one dtype, some of which are rows that repeat, clipped without describing each.
+"""Plain arrays of one dtype, some of rows that repeat, measured and clipped as they are.
 
 As in `lists`: a function does the whole job with the bits of the general way, or returns None and
 has touched nothing. `groupings` say of some arrays, by their numbers, which rows are to be summed.
@@ -72,19 +72,20 @@ def sums_of(items: Items, groupings: Groupings) -> tuple[Array, int, float] | No
 
     And how many numbers they are of, and what rounding subnormal terms can add to them.
     """
-    batch = _batch(items, groupings, write=False)
-    sums = None if batch is None else _measured(batch, items, groupings)
-    if batch is None or sums is None:
+    found = _measured(items, groupings, write=False)
+    if found is None:
         return None
-    return sums, _numbers_of(batch), _loss_of(batch.dtype, items, groupings)
+    batch, sums = found
+    present = [t for t, item in enumerate(items) if item is not None]
+    return sums[present], _numbers_of(batch), _loss_of(batch.dtype, items, groupings)
 
 
 def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -> Decided | None:
     """Measure and decide."""
-    batch = _batch(items, groupings, write=write)
-    sums = None if batch is None else _measured(batch, items, groupings)
-    if batch is None or sums is None or sums[:, BAD].any():
+    found = _measured(items, groupings, write=write)
+    if found is None or found[1][:, BAD].any():
         return None
+    batch, sums = found
     pool, law = (table.copy() for table in _tables_of_one(batch.dtype))
     pool[0, LAST] = len(items)
     law[0, COARSE] *= math.sqrt(_numbers_of(batch))
@@ -97,14 +98,16 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
     return Decided(batch, decisions.item(0, NORM), factor)
 
 
-def _batch(items: Items, groupings: Groupings, *, write: bool) -> Batch | None:
-    """Return the arrays as a batch, None where they or their rows are not plain."""
-    plain = all(items[t].size and items[t].flags.c_contiguous for t in groupings)
-    return lists.plain_batch(items, write=write) if plain else None
+def _measured(items: Items, groupings: Groupings, *, write: bool) -> tuple[Batch, Array] | None:
+    """Return the arrays as a batch, and the sum of each.
 
-
-def _measured(batch: Batch, items: Items, groupings: Groupings) -> Array | None:
-    """Return the sum of each array; None where rows lose something when they are squared."""
+    None where they or their rows are not plain, or rows lose something when they are squared.
+    """
+    if not all(items[t].size and items[t].flags.c_contiguous for t in groupings):
+        return None
+    batch = lists.plain_batch(items, write=write)
+    if batch is None:
+        return None
     sums, dense = np.zeros((len(items), SUM_COLUMNS)), np.ones(len(items), np.bool_)
     dense[[*groupings]] = False
     if dense.any():
@@ -115,7 +118,7 @@ def _measured(batch: Batch, items: Items, groupings: Groupings) -> Array | None:
         if not (is_safe(total) and is_safe(terms)):
             return None
         sums[t, TOTAL], sums[t, TERMS] = total, terms
-    return sums
+    return batch, sums
 
 
 def _numbers_of(batch: Batch) -> int:
@@ -140,6 +143,7 @@ def _aim(dtype: DType, items: Items, groupings: Groupings, bound: float) -> floa
 
 
 def _loss_of(dtype: DType, items: Items, groupings: Groupings) -> float:
+    """Return what rounding subnormal terms can add to the norm."""
     loss = 0.0
     for t, (_, starts) in groupings.items():
         numbers = items[t].size // len(items[t]) * dtype.components

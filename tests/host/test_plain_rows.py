@@ -91,7 +91,8 @@ def test_pieces_of_a_norm(monkeypatch, name):
     for power in (0, 200, -200):
         with np.errstate(all="ignore"):
             own = [np.asarray(a * a.dtype.type(2.0**power)) for a in arrays]
-        for grads in (own, [slices(own[0]), None, *own[1:]]):
+        infinite = np.full(2, math.inf, own[0].dtype)
+        for grads in (own, [slices(own[0]), None, *own[1:]], [infinite, None]):
             found, expected = nc.NormAccumulator(), nc.NormAccumulator()
             found.add(iter(grads))
             with monkeypatch.context() as patch:

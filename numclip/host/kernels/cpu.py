@@ -193,9 +193,10 @@ def largest_bits(chunk, mask):
     the bits of positive floats order as the floats do.
     """
     bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
+    # Of 64 bits, which numba makes of integers, fewer would be read side by side.
     kind, magnitude = mask.dtype.type, mask[0]
     largest = kind(bits[0] & magnitude)
-    for i in range(bits.size):  # an integer of 64 bits would let it read a fourth as many at once
+    for i in range(bits.size):
         largest = max(largest, kind(bits[i] & magnitude))
     return largest
 
