@@ -10,10 +10,10 @@ import numpy as np
 from numclip import tables
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES
-from numclip.clipping.pieces import Piece, piece
+from numclip.clipping.pieces import Piece, norm_of_sum, piece
 from numclip.errors import expected
 from numclip.isolation import in_ordinary_environment
-from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined, norm
+from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined
 
 
 class NormAccumulator:
@@ -137,7 +137,7 @@ class NormAccumulator:
     def norm(self) -> float:
         """The norm of all that was added, a float."""
         total, exponent, _ = self._found("_sums")
-        return norm(total, exponent, self.ord)
+        return norm_of_sum(total, exponent, self.ord)
 
     def _found(self, name: str) -> Found:
         with self._lock:

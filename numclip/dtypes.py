@@ -59,6 +59,11 @@ class DType:
         """The smallest normal number of the type that factors are stored in."""
         return float(np.finfo(self.compute).tiny)
 
+    @cached_property
+    def smallest(self) -> float:
+        """The smallest positive number of the dtype."""
+        return 2.0 ** self.precision[1]
+
     @property
     def coarse(self) -> float:
         """The bound under which the grain matters (see `formulas`), over the norm of ones."""

@@ -117,7 +117,7 @@ class UnitPlan(Protocol):
 
 
 class Given(Protocol):
-    """What reads arrays that a user passes for others, in a fixed order.
+    """Reads arrays that a user passes for others, in a fixed order.
 
     What is no ordinary array of the very dtype and shape in C order, or overlaps memory that is
     taken, is not read. `addresses` are where the arrays were that were read last, 0 for None.
@@ -176,7 +176,7 @@ class AtOnce(Protocol):
 
 
 class StepsAtOnce(AtOnce, Protocol):
-    """What takes whole steps."""
+    """Takes whole steps."""
 
     def leave(self, numbers: list[int]) -> None:
         """Let some tensors have no gradient of the plan's in the next step, all others one."""

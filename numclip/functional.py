@@ -78,7 +78,7 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     if arguments.are_usual(ord, duplicates=duplicates):
         known = lists.global_norm(grads, float(ord))
         if known is None:
-            known = mixed.global_norm(grads, float(ord))
+            known = mixed.global_norm(grads, float(ord), duplicates)
         if known is not None:
             return known
     order = arguments.order(ord)
@@ -188,10 +188,10 @@ def clip_by_global_norm(
         what, given = LAWS[nonfinite], 0.0
         if use_norm is not None:
             what, given = what | GIVEN, arguments.given_norm(use_norm)
-        told = float(clip_norm), out, float(ord), what, given
-        done = lists.clip_by_global_norm(grads, *told)
+        bound, order = float(clip_norm), float(ord)
+        done = lists.clip_by_global_norm(grads, bound, out, order, what, given)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, *told)
+            done = mixed.clip_by_global_norm(grads, bound, out, order, what, given, duplicates)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
@@ -272,6 +272,8 @@ def clip_by_norm(
     bound = float(clip_norm) if usual else arguments.bound("clip_norm", clip_norm)
     if axes is None:
         result = lists.clip_each(grad, bound, out, order, PROPAGATE)
+        if result is None:
+            result = mixed.clip_slices(grad, bound, out, order)
         if result is not None:
             return result
         return clip.clip_whole(grad, bound, out, lambda _: 1.0, order)

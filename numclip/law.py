@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -105,6 +106,22 @@ def unit_laws(
     facts = np.array([family.facts(ord) for family in families])
     table[:, [tables.ROUNDOFF, tables.COARSE, tables.TINY]] = facts
     return table
+
+
+def loss_of_rows(starts: Array, numbers: int, ord: float, smallest: float) -> float:
+    """Return the norm of what rounding subnormal terms can add to the sums of repeated rows.
+
+    Groups of rows start so, rows have so many numbers, and each is off by the smallest number of
+    its dtype at most.
+    """
+    counts = np.diff(starts).astype(np.float64)
+    largest = float(counts.max())
+    if ord == math.inf:
+        return smallest * largest
+    with np.errstate(under="ignore"):
+        return smallest * (
+            largest * formulas.root(float(((counts / largest) ** ord).sum()) * numbers, ord)
+        )
 
 
 class Laws:

@@ -336,7 +336,7 @@ def _array(content: bytes, name: str, shape: tuple[int, ...]) -> Array:
 
 
 class Saved(ABC):
-    """What has a state that can be written to a file and taken up again."""
+    """An object whose state can be saved to a file and loaded."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

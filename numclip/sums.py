@@ -72,8 +72,10 @@ def exact_sums(rows: Array, column: int, ord: float, *others: int) -> Sums:
     The exponents are in the next column; `others` share them.
     """
     found: Sums = {}
-    for power in np.unique(rows[:, column + 1]).tolist():
-        own = rows[rows[:, column + 1] == power][:, [column, *others]]
+    powers = {*rows[:, column + 1].tolist()}
+    for power in powers:
+        own = rows if len(powers) == 1 else rows[rows[:, column + 1] == power]
+        own = own[:, [column, *others]]
         key, rest = divmod(int(power) + HALF, 2 * HALF)
         values = [float(own[:, 0].max())] if ord == math.inf else own.ravel().tolist()
         add_sums(found, {key: exact(values, rest - HALF)}, ord)
@@ -125,4 +127,16 @@ def rounded(units: int) -> Found:
         exponent = BIN_EXPONENT if bits > 0 else -BIN_EXPONENT
     one = 1 << (GRID + 2 * exponent)
     total = units / one  # Python rounds a quotient of integers once
-    return total, exponent, (units - exact([total], exponent)) / one
+    return total, exponent, _to_odd(units - exact([total], exponent), one, exponent)
+
+
+def _to_odd(units: int, one: int, exponent: int) -> float:
+    """Return an integer over another, rounded to the odd one of two numbers.
+
+    So a sum with it is rounded as if nothing had been: what is near a tie is taken for none.
+    """
+    found = units / one
+    rest = units - exact([found], exponent)
+    if rest and math.ldexp(math.frexp(found)[0], 53) % 2.0 == 0.0:
+        return math.nextafter(found, math.inf if rest > 0 else -math.inf)
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numclip import engine as engines
-from numclip import formulas, libraries, tables
+from numclip import libraries, tables
 from numclip.border.arguments import refuse_excluding_zero
 from numclip.border.gradients import Gradient, describe, gradients
 from numclip.border.results import targets_of
@@ -20,7 +20,7 @@ from numclip.clipping.nonfinite import first_error
 from numclip.engine import Engine, Outcome, Plan
 from numclip.errors import expected
 from numclip.isolation import isolated
-from numclip.law import ABSENT, Law, Pool
+from numclip.law import ABSENT, Law, Pool, loss_of_rows
 from numclip.memory import AnySpan, Memory, RowSpan, Strided
 from numclip.sums import Whole
 
@@ -48,24 +48,13 @@ def row_span(gradient: Gradient, target: Gradient) -> RowSpan:
 
 def repeated_loss(entries: Sequence[Gradient], ord: float) -> float:
     """Return the norm of what rounding subnormal terms can add to the sums of repeated rows."""
-    parts = [
-        2.0 ** entry.dtype.precision[1] * _norm_of_counts(entry, ord)
-        for entry in entries
-        if entry.repeated
-    ]
-    return sum(parts)
+    return sum([_loss_of(entry, ord) for entry in entries if entry.repeated])
 
 
-def _norm_of_counts(entry: Gradient, ord: float) -> float:
-    """Return the norm of how many terms each dense element has."""
+def _loss_of(entry: Gradient, ord: float) -> float:
     assert entry.slices is not None
-    counts = np.diff(entry.slices.grouping.starts).astype(np.float64)
-    largest = float(counts.max())
-    if ord == math.inf:
-        return largest
     numbers = math.prod(entry.dense_shape[1:]) * entry.dtype.components
-    with np.errstate(under="ignore"):
-        return largest * formulas.root(float(((counts / largest) ** ord).sum()) * numbers, ord)
+    return loss_of_rows(entry.slices.grouping.starts, numbers, ord, entry.dtype.smallest)
 
 
 @isolated

@@ -116,7 +116,7 @@ class HeldRows:
 
 
 class RowTaker:
-    """What takes gradients in by one call, as `Given`, where some are sparse.
+    """Takes gradients in by one call, as `Given`, where some are sparse.
 
     Rows for which memory has no room yet are not taken.
     """

@@ -26,7 +26,7 @@ def _picker(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 class Intake:
-    """What takes gradients for the parameters of some groups.
+    """Takes gradients for the parameters of some groups.
 
     Attributes
     ----------

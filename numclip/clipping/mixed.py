@@ -7,48 +7,85 @@ has touched nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from numclip.border.structures import structure
-from numclip.host import lists, outs
+from numclip.host import lists, outs, plain_rows
+from numclip.host.kernels.spans import GIVEN
 from numclip.host.nests import Items
-from numclip.slices import IndexedSlices
+from numclip.isolation import isolated
+from numclip.slices import Grouping, IndexedSlices
+from numclip.tables import PROPAGATE
+
+_norm_of_rows, _clip_rows = isolated(plain_rows.norm_of), isolated(plain_rows.clip_items)
 
 
-def global_norm(grads: Any, ord: float) -> float | None:
+def global_norm(grads: Any, ord: float, duplicates: str) -> float | None:
     """Return the norm of gradients."""
     if not isinstance(grads, (list, tuple, dict)):
         return None
-    values = _values(structure(grads).items)
-    return None if values is None else lists.norm_of(values, ord)
+    values = values_of(structure(grads).items, duplicates)
+    if values is None:
+        return None
+    if not values.groupings:
+        return lists.norm_of(values.arrays, ord)
+    return _norm_of_rows(*values) if ord == 2.0 else None
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, out: Any, ord: float, what: int, given: float
+    grads: Any, bound: float, out: Any, ord: float, what: int, given: float, duplicates: str
 ) -> tuple[Any, float] | None:
     """Clip gradients by their joint norm, in place or into new ones; return both."""
     if not outs.takes(grads, out) or not isinstance(grads, (list, tuple, dict)):
         return None
     found = structure(grads)
-    values = _values(found.items)
+    values = values_of(found.items, duplicates)
     if values is None:
         return None
-    clipped = lists.clip_items(values, out is not None, bound, ord, what, given)
+    if not values.groupings:
+        clipped = lists.clip_items(values.arrays, out is not None, bound, ord, what, given)
+    elif ord == 2.0 and not what & GIVEN:
+        clipped = _clip_rows(*values, bound, in_place=out is not None)
+    else:
+        return None
     if clipped is None:
         return None
     results = found.items if out is not None else _with_values(found.items, clipped[0])
     return found.rebuild(results), clipped[1]
 
 
-def _values(items: Sequence[Any]) -> Items | None:
-    """Return gradients with the values of slices for these; None where their rows repeat.
-
-    And where there is not one row for each index, which the general way refuses.
-    """
-    sparse = [item for item in items if type(item) is IndexedSlices]
-    if any(own.has_duplicates or own.values.shape[0] != own.indices.size for own in sparse):
+def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
+    """Clip slices by their norm, in place or into new ones; return these."""
+    if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
-    return tuple([item.values if type(item) is IndexedSlices else item for item in items])
+    place = None if out is None else [grad]
+    found = clip_by_global_norm([grad], bound, place, ord, PROPAGATE, 0.0, "sum")
+    return None if found is None else found[0][0]
+
+
+class Values(NamedTuple):
+    """The values of gradients, and which rows of some are to be summed, by their numbers."""
+
+    arrays: Items
+    groupings: dict[int, Grouping]
+
+
+def values_of(items: Sequence[Any], duplicates: str) -> Values | None:
+    """Return the values; None where those of slices are not NumPy's, or their shape was changed."""
+    arrays, groupings = [], {}
+    for t, item in enumerate(items):
+        if type(item) is not IndexedSlices:
+            arrays.append(item)
+            continue
+        shape = item.indices.size, *item.dense_shape[1:]
+        if type(item.values) is not np.ndarray or item.values.shape != shape:
+            return None
+        if duplicates == "sum" and item.has_duplicates:
+            groupings[t] = item.grouping
+        arrays.append(item.values)
+    return Values(tuple(arrays), groupings)
 
 
 def _with_values(items: Sequence[Any], values: Items) -> list[Any]:

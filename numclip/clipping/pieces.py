@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from numclip.border.gradients import Gradient, gradients
 from numclip.border.structures import structure
 from numclip.clipping.clip import repeated_loss, span_of
+from numclip.clipping.mixed import values_of
 from numclip.dtypes import Array
+from numclip.formulas import is_product
+from numclip.host import plain_rows
+from numclip.host.kernels import powers
 from numclip.isolation import isolated
 from numclip.law import Law, Pool
 from numclip.memory import RowSpan
+from numclip.sums import norm
 
 
 class Piece(NamedTuple):
@@ -25,8 +31,20 @@ class Piece(NamedTuple):
 @isolated
 def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
     """Return the sums of gradients, for which a GPU is waited; None where there are none."""
-    entries = gradients(structure(grads)).entries
+    found = structure(grads)
+    values = values_of(found.items, duplicates) if ord == 2.0 else None
+    sums = None if values is None else plain_rows.sums_of(*values)
+    if sums is not None:
+        return Piece(*sums)
+    entries = gradients(found).entries
     return piece_of(entries, ord, duplicates) if entries else None
+
+
+def norm_of_sum(total: float, exponent: int, ord: float) -> float:
+    """Return the norm that belongs to a sum of powers, with the bits that kernels give."""
+    if ord == math.inf or is_product(ord):
+        return norm(total, exponent, ord)
+    return powers.norm_of_sum(total, exponent, ord)  # type: ignore[no-any-return]
 
 
 def piece_of(

@@ -151,7 +151,7 @@ class Told(NamedTuple):
 
 
 class Steps:
-    """What takes the steps of some groups.
+    """Takes the steps of some groups.
 
     Attributes
     ----------

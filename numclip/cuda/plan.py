@@ -41,7 +41,7 @@ class HostTable:
 
 
 WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
-"""What works on each kind of tensor."""
+"""The class that works on each kind of tensor."""
 
 
 class Plan:

@@ -24,7 +24,7 @@ KERNELS = {
     "descend_with_momentum": updates.descend,
     "adam": updates.adam,
 }
-"""What takes a step, by the name that an optimizer has for it."""
+"""The kernels that take a step, by the name that an optimizer has for it."""
 
 
 class Places:

@@ -22,7 +22,7 @@ class Shared(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """What measures and writes tensors of a kind, and which are `None` where others do it."""
+    """The kernels that measure and write tensors of one kind, `None` where others do it."""
 
     squares: Any
     maxima: Any

@@ -18,7 +18,7 @@ from numclip.host.lists import POINTERS
 
 
 class ClipsAtOnce:
-    """What clips one batch in place; see `numclip.engine.AtOnce`.
+    """Clips one batch in place; see `numclip.engine.AtOnce`.
 
     `tables` are what kernels work on beside the chunks, by their numbers in `kernels.given`; those
     of rows are there where gradients are sparse.
@@ -68,7 +68,7 @@ class ClipsAtOnce:
 
 
 class ValuesAtOnce(ClipsAtOnce):
-    """What holds elements between limits, rows of two for each tensor; and measures what is left.
+    """Holds elements between limits, rows of two for each tensor; and measures what is left.
 
     `later` is the plan that measures again, and its tables for that.
     """
@@ -113,7 +113,7 @@ class ValuesAtOnce(ClipsAtOnce):
 
 
 class RanksAtOnce(ClipsAtOnce):
-    """What clips by the sums of all ranks: by a call before they are exchanged, and one after.
+    """Clips by the sums of all ranks: by a call before they are exchanged, and one after.
 
     `told` are the tables that `kernels.ranks` names, `exchanged` the heads and the rows of all.
     """
@@ -146,7 +146,7 @@ class RanksAtOnce(ClipsAtOnce):
 
 
 class StepsAtOnce(ClipsAtOnce):
-    """What takes steps of one batch, by its gradients or by given ones.
+    """Takes steps of one batch, by its gradients or by given ones.
 
     `starts` are where its tensors begin.
     """

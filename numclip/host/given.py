@@ -30,7 +30,7 @@ KEPT = object()
 
 
 class Given:
-    """What reads arrays for others, which are where some facts say.
+    """Reads arrays for the targets that some facts describe.
 
     `taken` are addresses between which none of them may lie. Arrays have the dtypes `natives`,
     where these are told, of 16 bits for others of float32. Of what is read last, `addresses`

@@ -86,10 +86,13 @@ TOLD: int = _TOLD.__array_interface__["data"][0]
 
 def _are_met(items: Items) -> bool:
     """Let kernels know bfloat16, which another package makes; tell whether that is new to them."""
-    for item in items:
-        if type(item) is np.ndarray and item.dtype.name == "bfloat16":
-            own, place = np.dtype(item.dtype.type), little.NAMES.index("bfloat16")
-            if _KNOWN[place] is None and lookup(own) is not None:
+    place = little.NAMES.index("bfloat16")
+    if _KNOWN[place] is not None:
+        return False
+    for item in items:  # a name takes 2 us to be made
+        if type(item) is np.ndarray and item.itemsize == 2 and item.dtype.name == "bfloat16":
+            own = np.dtype(item.dtype.type)
+            if lookup(own) is not None:
                 _KNOWN[place] = own
                 _TOLD[little.DTYPES + place] = id(own)
                 return True
@@ -132,7 +135,7 @@ def norm_of(items: Items, ord: float) -> float | None:
     views = _views(items)
     if views is not None:
         return norm_of(views, ord)
-    batch = _batch(items, write=False)
+    batch = plain_batch(items, write=False)
     found = None if batch is None else _decided(batch, len(items), math.inf, ord, 1.0)
     return None if found is None else found[0]
 
@@ -144,6 +147,11 @@ def clip_by_global_norm(
 
     `what` is a policy, with `spans.GIVEN` where the norm is given.
     """
+    if out is grads and type(grads) is list and grads:  # 0.9 us less than all of the below
+        items = tuple(grads)
+        norm, state = _clip_little(items, little.WRITES, bound, ord, what, given)
+        if state <= WRITTEN:
+            return [*items], norm
     if not outs.takes(grads, out):
         places = outs.of(grads, out)
         if places is None:
@@ -300,7 +308,7 @@ def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Ite
         state = little.clamp(*told)
     if state <= WRITTEN:
         return results
-    batch = _batch(results, write=True)
+    batch = plain_batch(results, write=True)
     if batch is None or batch.dtype.components == 2:
         return None
     beyond = np.empty(len(batch.chunks), np.bool_)
@@ -382,24 +390,31 @@ def _clip_much(
     items: Items, in_place: bool, bound: float, ord: float, what: int
 ) -> tuple[Items, float] | None:
     """Clip arrays that hold much: over a table of chunks, by all threads."""
-    batch = _batch(items, write=in_place)
+    batch = plain_batch(items, write=in_place)
     divisor = _divisor_of(items[0], what) if batch is not None else 1.0
     found = None if batch is None else _decided(batch, len(items), bound, ord, divisor)
     if batch is None or found is None:
         return None
-    norm, factor = found
+    return scaled(batch, items, found[1], in_place=in_place), found[0]
+
+
+def scaled(batch: Batch, items: Items, factor: float, *, in_place: bool) -> Items:
+    """Multiply the arrays of a batch, in place or into new ones; return these.
+
+    The batch writes these then.
+    """
     if factor == 1.0 or in_place:
         results = items if in_place else _copied(items)
         assert results is not None
     else:
         results = tuple(None if item is None else np.empty_like(item) for item in items)
-        targets = _batch(results, write=True)
+        targets = plain_batch(results, write=True)
         assert targets is not None
         batch.chunks[:, cpu.TARGET] = targets.chunks[:, cpu.SOURCE]
     if factor != 1.0:
         call = batches.scaling(batch, np.full(len(items), factor))
         threads.run_all([call._replace(keep=(items, results))])
-    return results, norm
+    return results
 
 
 def _divisor_of(array: Any, what: int) -> float:
@@ -410,7 +425,7 @@ def _divisor_of(array: Any, what: int) -> float:
     return size if what & AVERAGE else environment.run(math.sqrt, (size,), {})
 
 
-def _batch(items: Items, *, write: bool) -> Batch | None:
+def plain_batch(items: Items, *, write: bool) -> Batch | None:
     """Return contiguous arrays of one dtype as a batch; None if they are others.
 
     None, too, where they are to be written and cannot be, or share memory.

@@ -23,7 +23,7 @@ SETTLES = {
 
 
 class SeveralClips:
-    """What clips batches of several element types in place, see `host.at_once.ClipsAtOnce`."""
+    """Clips batches of several element types in place, see `host.at_once.ClipsAtOnce`."""
 
     def __init__(self, batches: Sequence[Batch], tables: dict[int, Array]) -> None:
         self._words, self._unscale = np.zeros(several.WORDS, np.int64), np.ones(1)
@@ -102,7 +102,7 @@ class SeveralClips:
 
 
 class SeveralSteps(SeveralClips):
-    """What takes steps of batches of several element types, see `host.at_once.StepsAtOnce`.
+    """Takes steps of batches of several element types, see `host.at_once.StepsAtOnce`.
 
     `own` are the pieces that are updated, the factors and the settings of each batch.
     """

@@ -27,7 +27,7 @@ KERNELS = {
     "descend_with_momentum": (updates.advance, updates.descend_with_momentum),
     "adam": (updates.advance_adam, updates.adam),
 }
-"""What prepares a step and what takes it, by the name that an optimizer has for it."""
+"""The kernels that prepare and take a step, by the name that an optimizer has for it."""
 
 
 class Places:
@@ -100,7 +100,7 @@ class Numbers:
 
 
 class Updates:
-    """What updates parameters; a row of settings and a count of steps stand for each pool."""
+    """Updates parameters; a row of settings and a count of steps stand for each pool."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Updates:
 
 
 class GroupUpdates(Updates):
-    """What updates parameters by the gradients of a plan, times the factors that are decided.
+    """Updates parameters by the gradients of a plan, times the factors that are decided.
 
     Where rows can share an index, `take_rows` is told them before each step.
     """
@@ -264,7 +264,7 @@ class GroupUpdates(Updates):
 
 
 class ArrayUpdates(Updates):
-    """What updates arrays by gradients that are not clipped.
+    """Updates arrays by gradients that are not clipped.
 
     `indices` are those of the rows, each once, that each `RowSpan` reads.
     """

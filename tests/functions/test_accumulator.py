@@ -87,6 +87,14 @@ def test_what_decides_a_tie_counts_wherever_it_arrives():
         assert accumulated([[g] for g in grads]).norm == 1.5
 
 
+@pytest.mark.parametrize("base", [[1.5, 1.0], [1.25, 1.25], [1.0, 1.0, 1.0], [1.75, 0.5]])
+@pytest.mark.parametrize("odd", [[], [2.0**-25, 2.0**-25]])
+def test_a_clip_tells_the_norm_where_all_but_decides_a_tie(base, odd):
+    grads = [np.array([value]) for value in (*base, *odd, 2.0**-26, 2.0**-100)]
+    whole = accumulated([grads])
+    assert nc.clip_by_global_norm(grads, 0.5, whole)[1] == whole.norm == nc.global_norm(grads)
+
+
 def merged(parts, fan):
     """Merge neighbours, so many at a time, until one is left; the parts stay as they are."""
     parts = list(map(copy.copy, parts))
@@ -139,6 +147,14 @@ def test_other_orders_have_the_bits_of_all_at_once(ord, size):
         assert whole.norm == norm
     clipped = [nc.clip_by_global_norm([g], norm / 3, whole, ord=ord)[0][0] for g in grads]
     assert norm / 3 * (1 - 1e-6) <= nc.global_norm(clipped, ord) <= norm / 3
+
+
+@pytest.mark.jit_only
+@pytest.mark.parametrize("seed", [694, 1176, 1318, 1684, 3948])
+def test_roots_of_fractional_orders_have_the_bits_of_all_at_once(seed):
+    """Of 4000 seeds these five have a root that Python's power function tells otherwise."""
+    grad = (np.random.default_rng(seed).integers(-256, 257, 15) / 128).astype(np.float32)
+    assert accumulated([[grad]], 2.5).norm == nc.global_norm([grad], 2.5)
 
 
 @pytest.mark.full

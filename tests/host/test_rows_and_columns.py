@@ -9,8 +9,8 @@ import pytest
 
 import numclip as nc
 from numclip.host import columns as host_columns
-from numclip.host.kernels import grouping
-from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS, STRIP
+from numclip.host.kernels import grouping, unit_loops
+from numclip.host.kernels.tuning import CHUNK, COLUMN_ROWS, COLUMNS, STRIP
 from numclip.host.rows import group
 
 
@@ -73,6 +73,14 @@ def test_column_squares(shape, name):
     x = np.random.default_rng(5).standard_normal(shape).astype(name)
     stored = x.view(np.uint16) if name == "float16" else x
     check_columns(x, host_columns.column_squares(stored))
+
+
+@pytest.mark.parametrize("size", [CHUNK, CHUNK + 1, 2 * CHUNK + 70])
+def test_a_long_row_has_the_norm_of_a_tensor(size):
+    row = np.random.default_rng(2).standard_normal((1, size)).astype(np.float32)
+    sums = np.empty(1)
+    unit_loops.row_squares(0, 1, row, sums)
+    assert math.sqrt(sums[0]) == nc.global_norm([row])
 
 
 @pytest.mark.jit_only

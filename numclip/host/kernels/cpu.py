@@ -24,6 +24,7 @@ from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
+ABREAST = 16  # elements that are added side by side at most: quarters are multiples of it
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
 
 
@@ -67,40 +68,56 @@ def block_of_squares(x):
     return total
 
 
+@block_sum
+def four_of_squares(address, step, size, like):
+    """Return the sum of squares of four short arrays, so many bytes apart."""
+    a, b = array_at(address, size, like), array_at(address + step, size, like)
+    c, d = array_at(address + 2 * step, size, like), array_at(address + 3 * step, size, like)
+    first = second = third = fourth = 0.0
+    for i in range(size):
+        x, y = np.float64(widen(a[i])), np.float64(widen(b[i]))
+        z, w = np.float64(widen(c[i])), np.float64(widen(d[i]))
+        first += x * x
+        second += y * y
+        third += z * z
+        fourth += w * w
+    return (first + second) + (third + fourth)
+
+
 @inline
-def blocks_of_squares(x, size):
-    """Return the sum of squares of an array, right to a few units of roundoff."""
-    total = 0.0
-    error = 0.0
-    for start in range(0, x.size, 4 * size):
-        low = block_of_squares(x[start : start + size])
-        low += block_of_squares(x[start + size : start + 2 * size])
-        high = block_of_squares(x[start + 2 * size : start + 3 * size])
-        high += block_of_squares(x[start + 3 * size : start + 4 * size])
-        total, rest = two_sum(total, low + high)
+def long_of_squares(x, size):
+    """Return the sum of squares of a contiguous array, right to a few units of roundoff.
+
+    Its quarters are read side by side, `size` elements of each at a time: a core of a Xeon of 2023
+    read one stream from memory at 10 GB/s, and four at 17.
+    """
+    quarter = x.size // (4 * ABREAST) * ABREAST
+    address, step = np.int64(x.ctypes.data), quarter * x.itemsize
+    total, error = block_of_squares(x[4 * quarter :]), 0.0
+    for first in range(0, quarter, size):
+        own = address + first * x.itemsize
+        total, rest = two_sum(total, four_of_squares(own, step, min(size, quarter - first), x))
         error += rest
-    # An infinite total has no error; its two_sum is NaN.
-    return total + error if math.isfinite(total) else total
+    return settled(total, error)
 
 
 @expanded
 def array_of_squares(x):
-    """Return what `blocks_of_squares` does; one block needs no compensation."""
+    """Return the sum of squares of at most a chunk; one block needs no compensation."""
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
     if x.size <= size:
         return block_of_squares(x)
-    return blocks_of_squares(x, size)
+    return long_of_squares(x, size)
 
 
 @expanded
 def parts_of_squares(x):
     """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
-    size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
-    if x.size <= size:
-        return block_of_squares(x), 0.0
+    if x.size <= CHUNK:
+        return array_of_squares(x), 0.0
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
-        total, rest = two_sum(total, blocks_of_squares(x[start : start + CHUNK], size))
+        total, rest = two_sum(total, array_of_squares(x[start : start + CHUNK]))
         error += rest
     return total, error
 
@@ -131,7 +148,10 @@ def block_of_powers(x, inverse, ord):
 
 @inline
 def blocks_of_powers(x, inverse, ord):
-    """Return that sum of an array by blocks, as `blocks_of_squares` does."""
+    """Return that sum of an array, of four blocks at a time.
+
+    One after another: side by side, as squares, those of bfloat16 are not vectorised.
+    """
     total = error = 0.0
     size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
     for start in range(0, x.size, 4 * size):
@@ -173,9 +193,11 @@ def largest_bits(chunk, mask):
     the bits of positive floats order as the floats do.
     """
     bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
-    largest = bits[0] & mask[0]
+    # Of 64 bits, which numba makes of integers, fewer would be read side by side.
+    kind, magnitude = mask.dtype.type, mask[0]
+    largest = kind(bits[0] & magnitude)
     for i in range(bits.size):
-        largest = max(largest, bits[i] & mask[0])
+        largest = max(largest, kind(bits[i] & magnitude))
     return largest
 
 
@@ -311,12 +333,12 @@ def clean(begin, end, chunks, components, like):
 @inline
 def hold(x, low, high):
     """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
-    beyond = 0
+    beyond = False
     for i in range(x.size):
         value = widen(x[i])
-        beyond |= int(value < low) | int(value > high)
+        beyond |= (value < low) | (value > high)
         x[i] = narrow(clamped(value, low, high), x[i])
-    return beyond != 0
+    return beyond
 
 
 @kernel

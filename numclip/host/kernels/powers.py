@@ -3,7 +3,7 @@
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE
 from numclip.host.kernels.elements import array_at
 from numclip.host.kernels.pools import decide_all, write_sum
-from numclip.host.kernels.scalars import power_sum, usable
+from numclip.host.kernels.scalars import norm_of, power_sum, scale_by_power, usable
 from numclip.host.kernels.spans import sum_of
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import EXPONENT, TERMS_EXPONENT
@@ -21,6 +21,16 @@ def write_power_sums(totals, scales, shifts, ord, out):
     """Write sums of powers of magnitudes over scales as rows of sums have them; a finite order."""
     for t in range(totals.size):
         out[t, 0], out[t, 1] = power_sum(totals[t], scales[t], int(shifts[t]), ord)
+
+
+@kernel
+def norm_of_sum(total, exponent, ord):
+    """Return the norm that belongs to a sum of powers ``total * 4**exponent``.
+
+    Python's own power function has other last bits.
+    """
+    root, power = norm_of(total, exponent, ord)
+    return scale_by_power(root, int(power))
 
 
 @inline

@@ -4,8 +4,9 @@ CHUNK = 16_384
 """Elements a partial sum covers: the unit of work of a thread, the same at any thread count."""
 
 BLOCK = 64
-"""Elements summed plainly; four such sums go into one compensated addition. In eight lanes or
-more that is at most 8 + 3 + 2 roundings, so that a norm is right to 4 ulp at any length."""
+"""Elements summed plainly. Of a longer array as many of each quarter are, side by side, and these
+four sums go into one compensated addition. In eight lanes or more that is at most 8 + 3 + 2
+roundings, so that a norm is right to 4 ulp at any length."""
 
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""

@@ -125,7 +125,7 @@ class _EntryLowering(NativeLowering):
 
     @property
     def lowering_class(self) -> type[_EntryLower]:
-        """What emits the code."""
+        """The class that emits the code."""
         return _EntryLower
 
 

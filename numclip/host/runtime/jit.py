@@ -106,7 +106,7 @@ def _ordered(value: Any) -> Any:
 
 
 class Cache:
-    """What numba asks for a kernel's code on disk, and gives it to; see `cache`."""
+    """The cache that numba loads a kernel's code from and saves it to; see `cache`."""
 
     def __init__(self, function: Callable[..., Any], options: Any) -> None:
         self._function = function
