@@ -10,7 +10,8 @@ import numpy as np
 from numclip import tables
 from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES
-from numclip.clipping.pieces import Piece, norm_of_sum, piece
+from numclip.clipping.clip import norm_of_sum
+from numclip.clipping.pieces import Piece, piece
 from numclip.errors import expected
 from numclip.isolation import in_ordinary_environment
 from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined

@@ -108,20 +108,19 @@ def unit_laws(
     return table
 
 
-def loss_of_rows(starts: Array, numbers: int, ord: float, smallest: float) -> float:
+def loss_of_rows(starts: Array, length: int, dtype: DType, ord: float) -> float:
     """Return the norm of what rounding subnormal terms can add to the sums of repeated rows.
 
-    Groups of rows start so, rows have so many numbers, and each is off by the smallest number of
-    its dtype at most.
+    `starts` are those of the groups of rows, `length` how many elements a row has. Each number is
+    off by the smallest one of the dtype at most.
     """
     counts = np.diff(starts).astype(np.float64)
     largest = float(counts.max())
     if ord == math.inf:
-        return smallest * largest
+        return dtype.smallest * largest
     with np.errstate(under="ignore"):
-        return smallest * (
-            largest * formulas.root(float(((counts / largest) ** ord).sum()) * numbers, ord)
-        )
+        powers = float(((counts / largest) ** ord).sum()) * (length * dtype.components)
+        return dtype.smallest * (largest * formulas.root(powers, ord))
 
 
 class Laws:

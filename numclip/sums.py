@@ -43,11 +43,6 @@ class Whole(NamedTuple):
     size: int
     loss: float
 
-    def norm(self, ord: float) -> float:
-        """Return the norm, of an order."""
-        total, exponent = float(self.row[tables.TOTAL]), int(self.row[tables.EXPONENT])
-        return norm(total, exponent, ord)
-
 
 def norm(total: float, exponent: int, ord: float) -> float:
     """Return the norm that belongs to a sum of powers ``total * 4**exponent``."""

@@ -19,10 +19,12 @@ from numclip.clipping.each import clip_each
 from numclip.clipping.nonfinite import first_error
 from numclip.engine import Engine, Outcome, Plan
 from numclip.errors import expected
+from numclip.formulas import is_product
+from numclip.host.kernels import powers
 from numclip.isolation import isolated
 from numclip.law import ABSENT, Law, Pool, loss_of_rows
 from numclip.memory import AnySpan, Memory, RowSpan, Strided
-from numclip.sums import Whole
+from numclip.sums import Whole, norm
 
 
 def span_of(
@@ -53,8 +55,20 @@ def repeated_loss(entries: Sequence[Gradient], ord: float) -> float:
 
 def _loss_of(entry: Gradient, ord: float) -> float:
     assert entry.slices is not None
-    numbers = math.prod(entry.dense_shape[1:]) * entry.dtype.components
-    return loss_of_rows(entry.slices.grouping.starts, numbers, ord, entry.dtype.smallest)
+    length = math.prod(entry.dense_shape[1:])
+    return loss_of_rows(entry.slices.grouping.starts, length, entry.dtype, ord)
+
+
+def norm_of_sum(total: float, exponent: int, ord: float) -> float:
+    """Return the norm that belongs to a sum of powers, with the bits that kernels give."""
+    if ord == math.inf or is_product(ord):
+        return norm(total, exponent, ord)
+    return powers.norm_of_sum(total, exponent, ord)  # type: ignore[no-any-return]
+
+
+def _norm_of_whole(whole: Whole, ord: float) -> float:
+    row = whole.row
+    return norm_of_sum(float(row[tables.TOTAL]), int(row[tables.EXPONENT]), ord)
 
 
 @isolated
@@ -125,7 +139,7 @@ def clip(
     """
     if not entries:
         if whole is not None:
-            return whole.norm(law.ord)
+            return _norm_of_whole(whole, law.ord)
         return 0.0 if law.given == ABSENT else law.given
     engine = entries[0].engine
     engine.require()
@@ -153,7 +167,9 @@ def clip(
         if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
             free.append(outcome)
             given = None if law.given == ABSENT else law.given
-            raise first_error(entries, given if whole is None else whole.norm(law.ord), stream)
+            if whole is not None:
+                given = _norm_of_whole(whole, law.ord)
+            raise first_error(entries, given, stream)
         if targets is not None:
             plan.scale(outcome, stream)
     engine.give_back(stream, [gradient.facts for gradient in used])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +10,10 @@ from numclip.border.structures import structure
 from numclip.clipping.clip import repeated_loss, span_of
 from numclip.clipping.mixed import values_of
 from numclip.dtypes import Array
-from numclip.formulas import is_product
 from numclip.host import plain_rows
-from numclip.host.kernels import powers
 from numclip.isolation import isolated
 from numclip.law import Law, Pool
 from numclip.memory import RowSpan
-from numclip.sums import norm
 
 
 class Piece(NamedTuple):
@@ -38,13 +34,6 @@ def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
         return Piece(*sums)
     entries = gradients(found).entries
     return piece_of(entries, ord, duplicates) if entries else None
-
-
-def norm_of_sum(total: float, exponent: int, ord: float) -> float:
-    """Return the norm that belongs to a sum of powers, with the bits that kernels give."""
-    if ord == math.inf or is_product(ord):
-        return norm(total, exponent, ord)
-    return powers.norm_of_sum(total, exponent, ord)  # type: ignore[no-any-return]
 
 
 def piece_of(

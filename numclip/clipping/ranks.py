@@ -30,7 +30,7 @@ from numclip.host.kernels.pools import add_pools
 from numclip.host.kernels.ranks import LOSS, WIDTH, merge_ranks
 from numclip.isolation import isolated
 from numclip.law import Law
-from numclip.sums import Whole, row_of, total_of
+from numclip.sums import Whole, norm, row_of, total_of
 
 COLUMNS = tables.SUM_COLUMNS
 POWERS = [k for k in range(COLUMNS) if k != tables.BAD]
@@ -189,7 +189,7 @@ class Part:
         """Return the error that says how the copies of a rank differ from those of the first."""
         name = next(name for name, own in self.rows.items() if row in own)
         rows = self.every[row, [0, rank]]
-        one, two = (Whole(own, 0, 0.0).norm(2.0) for own in rows)
+        one, two = (norm(own.item(tables.TOTAL), int(own[tables.EXPONENT]), 2.0) for own in rows)
         bad = rows[:, tables.BAD]
         cause = ""
         if bad[0] != bad[1]:

@@ -15,7 +15,7 @@ from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
 from numclip.memory import Span
-from numclip.tables import BAD, ERROR, EXPONENT, TERMS, TERMS_EXPONENT, TOTAL
+from numclip.tables import BAD, ERROR, EXPONENT, FACTOR, FINE, TERMS, TERMS_EXPONENT, TOTAL
 
 
 class Batch(NamedTuple):
@@ -24,6 +24,11 @@ class Batch(NamedTuple):
     dtype: DType
     chunks: Array
     nbytes: int
+
+    @property
+    def column(self) -> int:
+        """The column of decisions that has the factors of the elements."""
+        return FINE if self.dtype.digits == 53 else FACTOR
 
     def of(self, chosen: Array) -> Batch:
         """Return the chunks of the chosen tensors alone (a mask over all)."""

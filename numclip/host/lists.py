@@ -147,11 +147,11 @@ def clip_by_global_norm(
 
     `what` is a policy, with `spans.GIVEN` where the norm is given.
     """
-    if out is grads and type(grads) is list and grads:  # 0.9 us less than all of the below
+    if out is grads and type(grads) is list:  # the same as below, sooner
         items = tuple(grads)
-        norm, state = _clip_little(items, little.WRITES, bound, ord, what, given)
-        if state <= WRITTEN:
-            return [*items], norm
+        if items and type(items[0]) not in nests.KINDS:
+            found = clip_items(items, True, bound, ord, what, given)
+            return None if found is None else ([*found[0]], found[1])
     if not outs.takes(grads, out):
         places = outs.of(grads, out)
         if places is None:

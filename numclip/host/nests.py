@@ -65,11 +65,8 @@ def taken(grads: Any) -> tuple[Items, Any]:
 
     No arrays where it is none, or has other entries deep in it.
     """
-    if type(grads) is list:
-        held, items = grads, tuple(grads)
-    else:
-        held = held_still(grads)
-        items = items_of(held)
+    held = held_still(grads)
+    items = items_of(held)
     if not items or type(items[0]) not in KINDS:
         return items, held
     found: list[Any] = []

@@ -28,8 +28,6 @@ from numclip.tables import (
     BOUND,
     COARSE,
     DECISION_COLUMNS,
-    FACTOR,
-    FINE,
     LAST,
     LEAVE,
     MODE,
@@ -94,8 +92,7 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
     decide_pools(pool, law, sums, decisions)
     if decisions[0, MODE] not in (LEAVE, MULTIPLY):
         return None
-    factor = decisions.item(0, FINE if batch.dtype.digits == 53 else FACTOR)
-    return Decided(batch, decisions.item(0, NORM), factor)
+    return Decided(batch, decisions.item(0, NORM), decisions.item(0, batch.column))
 
 
 def _measured(items: Items, groupings: Groupings, *, write: bool) -> tuple[Batch, Array] | None:
@@ -137,15 +134,16 @@ def _tables_of_one(dtype: DType) -> tuple[Array, Array]:
 def _aim(dtype: DType, items: Items, groupings: Groupings, bound: float) -> float:
     """Return what results are to reach: the bound less what rounding their terms can add."""
     most = dtype.smallest * dtype.components * sum(items[t].size for t in groupings)
-    if bound - most == bound:
+    if bound - most == bound:  # as most often
         return bound
     return max(bound - _loss_of(dtype, items, groupings), 0.0)
 
 
 def _loss_of(dtype: DType, items: Items, groupings: Groupings) -> float:
     """Return what rounding subnormal terms can add to the norm."""
-    loss = 0.0
-    for t, (_, starts) in groupings.items():
-        numbers = items[t].size // len(items[t]) * dtype.components
-        loss += loss_of_rows(starts, numbers, 2.0, dtype.smallest)
-    return loss
+    return sum(
+        [
+            loss_of_rows(starts, items[t].size // len(items[t]), dtype, 2.0)
+            for t, (_, starts) in groupings.items()
+        ]
+    )

@@ -29,8 +29,6 @@ from numclip.tables import (
     CLAMPED,
     CLEAN,
     DECISION_COLUMNS,
-    FACTOR,
-    FINE,
     LAW_COLUMNS,
     LEAVE,
     MANTISSA,
@@ -97,9 +95,6 @@ class Plan:
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self.fused = self._measured[0] if small and not self._groupings else None
         self._real = all(span.dtype.components == 1 for span in self.spans)
-        self._column = FACTOR
-        if self.fused is not None and self.fused.dtype.digits == 53:
-            self._column = FINE
 
     def _plain(self, spans: Mapping[int, Span]) -> list[Batch]:
         """Return the batches of tensors in which no rows repeat."""
@@ -319,7 +314,7 @@ class Plan:
             return
         alone = self._in_place and not self._copied and decisions[-1, RARE] == 0.0
         if self.fused is not None and alone:
-            tables = self.pool_of, decisions, self._column
+            tables = self.pool_of, decisions, self.fused.column
             kernels.scale_decided(self.fused.chunks, *tables, self.fused.dtype.like)
             return
         modes = decisions[self.pool_of, MODE]
@@ -338,9 +333,7 @@ class Plan:
         """Return the calls that multiply by the factors, after cleaning what is to be cleaned."""
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
-            fine = [FINE if batch.dtype.digits == 53 else FACTOR for batch in written]
-            pairs = zip(written, fine, strict=True)
-            return [batches.scaling(batch, own[:, column]) for batch, column in pairs]
+            return [batches.scaling(batch, own[:, batch.column]) for batch in written]
         cleaned = own[:, MODE] == CLEAN
         calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
         powers = own[:, POWER].astype(np.int64)
