@@ -186,7 +186,7 @@ class ParamGroups(state.Saved):
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        self._manager.stream = self._engine.stream_from(stream)
+        self._manager.follow(self._engine.stream_from(stream))
         self._held = stream
 
     @property

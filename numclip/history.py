@@ -32,6 +32,7 @@ ROW = np.dtype(
     align=True,
 )
 COLUMNS = ROW.names or ()
+BYTES = np.dtype((np.void, ROW.itemsize))  # the same, which NumPy copies ten times as fast
 PERCENTILES = {"min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 # The percentiles that a history's table shows.
 NORMS = {"median norm": "p50", "95%": "p95", "max": "max"}
@@ -63,8 +64,9 @@ class _Ring:
             self._grow(last)
         begin = self.total % self.capacity
         first = added[: self.capacity - begin]  # as far as there is room before the oldest
-        self.rows[begin : begin + first.size] = first
-        self.rows[: added.size - first.size] = added[first.size :]
+        rows = self.rows.view(BYTES)
+        rows[begin : begin + first.size] = first.view(BYTES)
+        rows[: added.size - first.size] = added[first.size :].view(BYTES)
         self.total = last
 
     def _grow(self, size: int) -> None:
@@ -146,7 +148,7 @@ class History:
             rows["step"] = told.steps
             for column in COLUMNS[1:]:
                 rows[column] = getattr(own, column)
-            added.append((self._ring(name), rows[told.counts]))
+            added.append((self._ring(name), rows if told.counts.all() else rows[told.counts]))
         for ring, rows in added:  # in no time, for an interrupt before leaves all to be told
             ring.extend(rows)
 

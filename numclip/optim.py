@@ -295,8 +295,9 @@ class SGD(Optimizer):
 
     def settings(self, lr: float) -> list[float]:
         """Return the rate, the decay, the momentum, and the weights of gradient and velocity."""
-        weights = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
-        return [lr, self.weight_decay, self.momentum, *weights]
+        momentum = self.momentum
+        own, kept = (1.0, momentum) if self.nesterov else (0.0, 1.0)
+        return [lr, self.weight_decay, momentum, own, kept]
 
     @property
     def kernel(self) -> str:
@@ -366,4 +367,5 @@ class Adam(Optimizer):
 
     def settings(self, lr: float) -> list[float]:
         """Return the rate, the decay, both betas and eps."""
-        return [lr, self.weight_decay, *self.betas, self.eps]
+        first, second = self.betas
+        return [lr, self.weight_decay, first, second, self.eps]

@@ -242,9 +242,9 @@ class ClipReport(Outcome):
 
     def _asked(self, name: str) -> Any:
         turn = self._source
-        columns = turn.block.members.columns
+        columns = turn.stretch.block.members.columns
         if name in columns:
-            return turn.block.decided(turn, columns[name])
+            return turn.stretch.block.decided(turn, columns[name])
         if name == "step":
             return turn.step
         if name == "clipped" and columns:

@@ -275,7 +275,7 @@ class Clipper:
 
         If not, nothing else was written than what is found.
         """
-        return native.take(items, turn.place, turn.unscale, self.bounds, self.tables)
+        return native.take(items, turn.place, turn.stretch.unscale, self.bounds, self.tables)
 
     def ranks_at_once(self, told: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
         """Return what clips by the sums of all ranks by two calls."""

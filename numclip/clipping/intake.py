@@ -14,15 +14,13 @@ from numclip.clipping.steps import NOBODY, Turn
 from numclip.engine import Engine
 from numclip.isolation import isolated
 
-Fitting = list[tuple[GroupState, str, Any]]
-"""Gradients that fit: their group, their name, and what is copied in."""
-
 
 def _picker(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """Return what makes a tuple of a dict's values, in the order of names."""
     if len(names) > 1:
         return itemgetter(*names)
-    return lambda grads: tuple([grads[name] for name in names])
+    (name,) = names
+    return lambda grads: (grads[name],)
 
 
 class Intake:

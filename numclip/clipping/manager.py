@@ -105,8 +105,14 @@ class Manager:
         if steps is None:
             with self._engine.on_stream(None) as own:
                 steps = self._steps = Steps(self._states, self._engine, own)
-        steps.stream = self.stream
+            steps.stream = self.stream
         return steps
+
+    def follow(self, stream: Any) -> None:
+        """Do everything on a stream from now on."""
+        self.stream = stream
+        if self._steps is not None:
+            self._steps.stream = stream
 
     def clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
         """Clip the gradients, or measure them or others, divided by a loss scale."""
@@ -116,7 +122,7 @@ class Manager:
             steps = self.made_steps()
             if grads is not None:
                 return self._measured(steps, self.intake.ordered(grads), scale, ranks)
-            turn = steps.taken(self.step, scale)
+            turn = steps.taken(self.step, scale, counts=apply)
             absent = self.intake.stale()
             if absent or steps.absent:
                 self._leave_out(steps, absent)
@@ -125,7 +131,7 @@ class Manager:
                 self._clip_by_parts(steps, turn, call, apply, ranks)
             if apply:
                 self.intake.clipped = turn
-            return self._counted(steps, turn, counts=apply)
+            return self._counted(steps, turn)
 
     @isolated
     def _clip_by_parts(
@@ -158,22 +164,22 @@ class Manager:
         self, steps: Steps, items: tuple[Any, ...], scale: float, ranks: Ranks | None
     ) -> Turn:
         """Return what clipping would make of gradients, which take the place of ours meanwhile."""
-        turn = steps.taken(self.step, scale)
+        turn = steps.taken(self.step, scale, counts=False)
         held = [group.hold(self.stream) for group in self._states]
         try:
             self.intake.put_all(items, self.stream)
             steps.decide(turn, ranks, "clip(apply=False, grads=...)")
             steps.preview()
-            return self._counted(steps, turn, counts=False)
+            return self._counted(steps, turn)
         finally:
             for group, own in zip(self._states, held, strict=True):
                 group.restore(own, self.stream)
 
-    def _counted(self, steps: Steps, turn: Turn, *, counts: bool) -> Turn:
+    def _counted(self, steps: Steps, turn: Turn) -> Turn:
         """Keep a step and return it; where it counts, let rules and history know."""
-        if steps.take(turn, counts=counts):
+        if steps.take(turn):
             self._turn_over(steps)
-        if counts:
+        if turn.stretch.counts:
             self.step += 1
         return turn
 
@@ -208,43 +214,43 @@ class Manager:
     def update(
         self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
     ) -> Turn:
-        """Clip every group and update it at its rate, in one pass more than measuring takes."""
-        items = None if grads is None else self.intake.ordered(grads)
-        with self._lock:
-            if not self._mastered:
-                return self._step(updater, unscale, items, ranks)
-            self.take_over()
-            self._behind = True
-            try:
-                return self._step(updater, unscale, items, ranks)
-            finally:
-                self._round()
+        """Clip every group and update it at its rate, in one pass more than measuring takes.
 
-    def _step(
-        self,
-        updater: GroupUpdater,
-        unscale: float,
-        items: tuple[Any, ...] | None,
-        ranks: Ranks | None,
-    ) -> Turn:
-        """Take a step at once, or the general way; `items` are its gradients, if not the own."""
-        steps, intake = self.made_steps(), self.intake
-        if items is None and intake.clipped is not None:
-            return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
-        turn = steps.taken(self.step, unscale)
-        settings = updater.settings(self.step)
-        absent = NOBODY
-        if items is None:
-            absent = intake.stale()
-        elif steps.follows:
-            absent = intake.missing(items)
-        at_once = ranks is None and updater.step_at_once(steps, turn, settings, items, absent)
-        if not at_once:
-            self._update(updater, steps, turn, settings, absent, items, ranks)
-        elif absent and items is None:
-            self._clear(absent)
-        intake.forget(applied=True)
-        return self._counted(steps, turn, counts=True)
+        By one native call where that is possible; most steps take this way, without another call.
+        """
+        intake = self.intake
+        items = None if grads is None else intake.ordered(grads)
+        with self._lock:
+            if self._mastered:
+                self.take_over()
+                self._behind = True
+            try:
+                steps = self._steps or self.made_steps()
+                if items is None and intake.clipped is not None:
+                    return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
+                turn = steps.taken(self.step, unscale)
+                settings = updater.settings(self.step)
+                absent = NOBODY
+                if items is None:
+                    absent = intake.stale()
+                elif steps.follows:
+                    absent = intake.missing(items)
+                if ranks is not None or not updater.step_at_once(
+                    steps, turn, settings, items, absent
+                ):
+                    self._update(updater, steps, turn, settings, absent, items, ranks)
+                elif absent and items is None:
+                    self._clear(absent)
+                intake.clipped, intake.applied = None, True
+                if intake.fresh:
+                    intake.fresh.clear()
+                if steps.take(turn):
+                    self._turn_over(steps)
+                self.step += 1
+                return turn
+            finally:
+                if self._behind:
+                    self._round()
 
     @isolated
     def _update(
@@ -289,8 +295,9 @@ class Manager:
         ranks: Ranks | None,
     ) -> Turn:
         """Update by gradients that `clip` has written; what it has found is what is reported."""
-        if unscale not in (1.0, turn.unscale):
-            wanted = f"{turn.unscale}, by which clip() has divided the gradients, or nothing"
+        if unscale not in (1.0, turn.stretch.unscale):
+            own = turn.stretch.unscale
+            wanted = f"{own}, by which clip() has divided the gradients, or nothing"
             raise ValueError(expected("unscale", wanted, unscale))
         updater.apply(steps, turn, updater.settings(turn.step), self.intake.stale(), ranks)
         self.intake.forget(applied=True)

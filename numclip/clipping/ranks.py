@@ -273,20 +273,20 @@ class Ranks:
         found = facts()
         self.communicator.gather(*found)
         (part,) = self._parts
-        if native.clip(turn.place, turn.unscale, part.clipper.bounds):
+        if native.clip(turn.place, turn.stretch.unscale, part.clipper.bounds):
             part.take_decided()
         elif self.communicator.heard(*found):
             self._clip_with_care(steps, part, turn)
         else:
             self._agree(steps)
             return False
-        turn.told = [part.clipper.told]
+        turn.decide_by(turn.stretch.bounds, [part.clipper.told])
         return True
 
     @isolated
     def _clip_with_care(self, steps: Any, part: Part, turn: Any) -> None:
         """Clip the general way by rows that have been exchanged."""
-        part.clipper.obey(turn.unscale, steps.stream)
+        part.clipper.obey(turn.stretch.unscale, steps.stream)
         part.clipper.turn_to(turn.place)
         part.take(steps, self.communicator, steps.stream)
         steps.write()

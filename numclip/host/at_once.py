@@ -5,7 +5,8 @@ Each call finds the gradients, measures, decides and writes; of two, the first o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from numclip.host.batches import Batch
 from numclip.host.given import Given
 from numclip.host.kernels import cpu, given, ranks, row_steps
 from numclip.host.lists import POINTERS
+from numclip.host.runtime.jit import entry
+
+BOUNDS = np.zeros(1)
+"""Stands for the bounds of pools."""
 
 
 class ClipsAtOnce:
@@ -33,6 +38,14 @@ class ClipsAtOnce:
             point(self._own, k, table)
         self._outcomes: Sequence[Array] = ()
 
+    @cached_property
+    def _decide(self) -> Callable[..., bool]:
+        return entry(self._kernels.decide, True, 0, 1.0, self._own, BOUNDS, self._like)
+
+    @cached_property
+    def _clip(self) -> Callable[..., bool]:
+        return entry(self._kernels.clip, True, 0, 1.0, self._own, BOUNDS, self._like)
+
     def _turn_to(self, outcomes: Sequence[Array]) -> None:
         """Let what is found be written to some tables; an interrupt leaves it to the next call."""
         self._outcomes = ()
@@ -50,7 +63,7 @@ class ClipsAtOnce:
         """Measure and decide alone."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return self._kernels.decide(True, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+        return self._decide(True, place, unscale, self._own, bounds, self._like)
 
     def take(
         self,
@@ -64,7 +77,7 @@ class ClipsAtOnce:
         """Clip; without `measures`, by what was measured before."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return self._kernels.clip(measures, place, unscale, self._own, bounds, self._like)  # type: ignore[no-any-return]
+        return self._clip(measures, place, unscale, self._own, bounds, self._like)
 
 
 class ValuesAtOnce(ClipsAtOnce):
@@ -158,13 +171,22 @@ class StepsAtOnce(ClipsAtOnce):
         distances = batch.chunks[:, cpu.SOURCE] - starts[batch.chunks[:, cpu.OWNER]]
         tables |= {given.DISTANCES: distances, given.LENGTHS: batch.chunks[:, cpu.LENGTH].copy()}
         super().__init__(batch, tables)
-        self._take = getattr(self._kernels, kernel)
+        self._kernel = getattr(self._kernels, kernel)
         self._starts, self._addresses = starts, starts.copy()
         self._count = reader.addresses.size
         point(self._own, given.ADDRESSES, self._addresses)
         point(self._own, given.WANTED, reader.wanted)
         self._given = self._own.copy()
         point(self._given, given.ADDRESSES, reader.addresses)
+
+    @cached_property
+    def _measure(self) -> Callable[..., bool]:
+        return entry(self._kernels.measure, 0, 0, 1.0, self._own, BOUNDS, self._like)
+
+    @cached_property
+    def _step(self) -> Callable[..., bool]:
+        told = 0, 0, 1.0, self._own, BOUNDS, self._factors, self._like
+        return entry(self._kernel, *told)
 
     def leave(self, numbers: Sequence[int]) -> None:
         """Let some tensors have no gradient of the batch's in the next step, all others one."""
@@ -191,7 +213,7 @@ class StepsAtOnce(ClipsAtOnce):
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
-        return self._kernels.measure(pointers, place, unscale, tables, bounds, self._like)  # type: ignore[no-any-return]
+        return self._measure(pointers, place, unscale, tables, bounds, self._like)
 
     def take(
         self,
@@ -208,9 +230,7 @@ class StepsAtOnce(ClipsAtOnce):
         pointers, tables = self._read(items)
         if not measures:
             pointers = given.AGAIN
-        return self._take(  # type: ignore[no-any-return]
-            pointers, place, unscale, tables, bounds, self._factors, self._like
-        )
+        return self._step(pointers, place, unscale, tables, bounds, self._factors, self._like)
 
 
 def point(tables: Array, k: int, table: Array) -> None:

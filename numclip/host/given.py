@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numclip.host.kernels import cpu, given, given_rows
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.lists import pointers_of
 from numclip.host.runtime import threads
+from numclip.host.runtime.jit import entry
 from numclip.memory import Span
 
 INDEX = np.dtype(np.int64)
@@ -127,11 +129,18 @@ class Given:
             if self._held:
                 tables = self.wanted, batch.chunks, self._rows
                 return given_rows.take(pointers_of(items), *tables, *how)  # type: ignore[no-any-return]
-            return given.take(pointers_of(items), self.wanted, batch.chunks, *how)  # type: ignore[no-any-return]
+            return self._take(pointers_of(items), self.wanted, batch.chunks, *how)
         if self._held or not self.read(items):
             return False
         self._takes[adds]()
         return True
+
+    @cached_property
+    def _take(self) -> Callable[..., bool]:
+        assert self._only is not None
+        batch, wide = self._only
+        how = False, batch.dtype.like, wide, self.addresses
+        return entry(given.take, 0, self.wanted, batch.chunks, *how)
 
     def copies(self, items: tuple[Any, ...], *, adds: bool) -> tuple[Any, ...] | None:
         """Return little arrays as copies that can be taken, with the same bits as a result.

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +23,19 @@ from numclip.host import batches, nests, outs
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
 from numclip.host.kernels import arrays, cpu, joint, little, plain
-from numclip.host.kernels.spans import AVERAGE, GIVEN, NONFINITE, RARE, ROOT_MEAN, WRITTEN
+from numclip.host.kernels.spans import (
+    AVERAGE,
+    GIVEN,
+    NONFINITE,
+    POLICY,
+    RARE,
+    ROOT_MEAN,
+    WRITTEN,
+)
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.nests import Items
 from numclip.host.runtime import environment, threads
+from numclip.host.runtime.jit import entry
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 from numclip.memory import is_dense
 from numclip.tables import PROPAGATE
@@ -34,12 +44,21 @@ READABLE = arrays.layout_holds()
 POINTERS = tuple.__basicsize__  # where in a tuple they begin
 
 
-class Kind(NamedTuple):
+class Kind:
     """A dtype, and what `kernels.arrays` is told of arrays to read and of arrays to write."""
 
-    row: DType
-    readable: Array
-    writeable: Array
+    def __init__(self, row: DType, readable: Array, writeable: Array) -> None:
+        self.row, self.readable, self.writeable = row, readable, writeable
+
+    @cached_property
+    def clip(self) -> Callable[..., tuple[int, float]]:
+        """The entry of `plain.clip`."""
+        return entry(plain.clip, 0, 0, self.readable, self.row.limits, 1.0, 0, self.row.like)
+
+    @cached_property
+    def clamp(self) -> Callable[..., int]:
+        """The entry of `plain.clamp`."""
+        return entry(plain.clamp, 0, 0, self.readable, 1.0, 1.0, self.row.like)
 
 
 _KINDS: dict[np.dtype[Any], Kind] = {}
@@ -173,10 +192,7 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
     if type(grads) is np.ndarray:
         if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else copy(grads)
-            items, how = (result,), little.WRITES if ord == 2.0 else little.WRITES | little.REAL
-            if ord == 2.0 and _clip_plain(items, how, bound, what)[0] == plain.DONE:
-                return result
-            _, state = little.clip(id(items), TOLD, how, bound, 0.0, ord, what)
+            _, state = _clip_little((result,), little.WRITES, bound, ord, what, 0.0)
             if state <= WRITTEN:
                 return result
         found = clip_items((grads,), out is not None, bound, ord, what)
@@ -220,13 +236,21 @@ def clip_items(
 def _clip_little(
     items: Items, how: int, bound: float, ord: float, what: int, given: float
 ) -> tuple[float, int]:
-    """Clip arrays that hold little in place; return the norm, and what became of them."""
+    """Clip arrays that hold little in place; return the norm, and what became of them.
+
+    Contiguous ones of one dtype by `kernels.plain`, if it is the usual clip.
+    """
+    kind = None
+    if ord == 2.0 and not what & (POLICY | GIVEN) and not how & little.EACH:
+        kind = kind_of(items)
+    if kind is not None:
+        facts, row = kind.writeable if how & little.WRITES else kind.readable, kind.row
+        pointers, count = id(items) + POINTERS, len(items)
+        state, norm = kind.clip(pointers, count, facts, row.limits, bound, what, row.like)
+        if state != plain.ELSEWHERE:
+            return norm, WRITTEN if state == plain.DONE else little.MUCH
     if not READABLE:
         return 0.0, little.ELSEWHERE
-    if ord == 2.0 and what == PROPAGATE and not how & little.EACH:
-        plain_state, norm = _clip_plain(items, how, bound, what)
-        if plain_state != plain.ELSEWHERE:
-            return norm, WRITTEN if plain_state == plain.DONE else little.MUCH
     usual = ord == 2.0 or ord == math.inf
     if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
         how |= little.REAL
@@ -237,16 +261,6 @@ def _clip_little(
     elif state == little.ELSEWHERE and _are_met(items):
         return _clip_little(items, how, bound, ord, what, given)
     return norm, state
-
-
-def _clip_plain(items: Items, how: int, bound: float, what: int) -> tuple[int, float]:
-    """Clip contiguous arrays of one dtype likewise, by their L2 norm; see `kernels.plain`."""
-    kind = kind_of(items)
-    if kind is None:
-        return plain.ELSEWHERE, 0.0
-    facts, row = kind.writeable if how & little.WRITES else kind.readable, kind.row
-    told = facts, row.limits, bound, what, row.like
-    return plain.clip(pointers_of(items), len(items), *told)  # type: ignore[no-any-return]
 
 
 def _copied(items: Items, limit: float = math.inf) -> Items | None:
@@ -300,7 +314,7 @@ def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Ite
     kind = kind_of(results)
     if kind is not None and kind.row.components == 1:
         bounds = low, high, kind.row.like
-        if plain.clamp(pointers_of(results), len(results), kind.writeable, *bounds) == plain.DONE:
+        if kind.clamp(pointers_of(results), len(results), kind.writeable, *bounds) == plain.DONE:
             return results
     told = id(results), TOLD, little.WRITES | little.REAL, low, high
     state = little.clamp(*told)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
+from numclip.clipping import steps
 from numclip.clipping.updating import GroupUpdater
 from tests.oracle.cases import normal, slices
 from tests.oracle.checks import assert_same_bits
@@ -273,3 +274,38 @@ def test_what_was_applied_and_left_out_is_not_added_to(rules, dtype):
             groups.accumulate(ones)
             told = optimizer.step().tensors
             assert [told[name].norm for name in told] == [2.0 if n == "a0" else 1.0 for n in told]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [nc.ByGlobalNorm(0.5), nc.ByGlobalNorm(lambda step: 0.25 + step % 3), nc.AutoClip(50, 9)],
+    ids=["fixed", "scheduled", "following"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_history_has_what_reports_told(target, monkeypatch, rule, seed):
+    """Steps are kept in stretches that differ in their numbers alone, or each by itself."""
+    records = []
+    for kept in (4, 1):
+        monkeypatch.setattr(steps, "KEPT", kept)
+        rng, told, number = np.random.default_rng(seed), nc.History(), 0
+        groups = groups_by(rule, target.device, "skip")
+        optimizer = nc.SGD(groups, lr=0.01)
+        for _ in range(30):
+            grads = grads_of(rng.integers(99), rng.choice([1.0, np.nan], p=[0.9, 0.1]))
+            unscale = rng.choice([1.0, 4.0], p=[0.7, 0.3]).item()
+            if rng.random() < 0.1:
+                groups.step = number = number + 5
+            groups.set_grads(grads)
+            what = rng.choice(["clip", "step", "step(grads)", "measure", "ask"])
+            if what == "ask":
+                assert len(groups.history) == len(told)
+            elif what == "measure":
+                groups.clip(unscale=unscale, apply=False)
+            else:
+                given = (grads,) if what == "step(grads)" else ()
+                take = groups.clip if what == "clip" else optimizer.step
+                told.record(take(*given, unscale=unscale))
+                assert told.to_dict()["all"]["step"][-1] == number
+                number += 1
+        records += [repr(groups.history.to_dict()), repr(told.to_dict())]
+    assert records == [records[0]] * 4

@@ -686,6 +686,26 @@ def test_copies_are_clipped_tensor_by_tensor_at_every_step():
         assert repr(one) == repr(other)
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_the_history_has_what_was_decided_by_all_ranks_and_what_by_one(sharded):
+    def program(comm):
+        groups = nc.ParamGroups(
+            nc.Group(name, {name: np.zeros(2)}, nc.ByGlobalNorm(9.0), sharded=sharded)
+            for name in "gh"
+        )
+        told, wanted = nc.History(), []
+        for step in range(12):
+            groups.set_grads({name: np.array([3.0, 4.0]) * step for name in "gh"})
+            given = comm if sharded or step % 4 < 3 else None
+            told.record(groups.clip(comm=given))
+            wanted.append(5.0 * step * math.sqrt(4.0 if sharded else 2.0))
+        return groups.history.to_dict(), told.to_dict(), wanted
+
+    for found, told, wanted in together(2, program):
+        assert found == told
+        np.testing.assert_allclose(found["all"]["norm"], wanted, rtol=1e-15)
+
+
 @dataclass(frozen=True, repr=False)
 class ByRootMeanSquare(Rule):
     """Hold the root mean square of a group to a bound."""

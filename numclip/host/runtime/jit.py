@@ -183,6 +183,18 @@ def kernel_with_gil(function: Function) -> Function:
     return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": KernelCompiler})
 
 
+def entry(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Return what calls a kernel by arguments of the types of these, and looks at no types.
+
+    A call with seven arguments takes 0.2 us less. Types must be the same, as they are in tables of
+    ours: arguments of others would be read as if they were of these.
+    """
+    if INTERPRETED:
+        return function
+    compiled: Any = function
+    return compiled.compile(tuple(map(numba.typeof, arguments)))  # type: ignore[no-any-return]
+
+
 def without_entry(function: Function) -> Function:
     """Compile a function that reads or sets the floating-point environment, see `entries`."""
     return _cached(function, {**_OPTIONS, "nogil": False, "pipeline_class": Compiler})
