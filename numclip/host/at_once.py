@@ -15,7 +15,7 @@ from numclip.dtypes import Array
 from numclip.host.batches import Batch
 from numclip.host.given import Given
 from numclip.host.kernels import cpu, given, ranks, row_steps
-from numclip.host.lists import POINTERS
+from numclip.host.plain_arrays import POINTERS
 from numclip.host.runtime.jit import entry
 
 BOUNDS = np.zeros(1)

@@ -14,7 +14,7 @@ from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
 from numclip.facts import Facts
-from numclip.host import arrays, halves, lists, pairs, rows, units, updates
+from numclip.host import arrays, halves, pairs, plain_arrays, rows, units, updates
 from numclip.host.given import Extents, Given
 from numclip.host.plan import Plan
 from numclip.host.strided import elements
@@ -161,7 +161,7 @@ def given(
     held: Mapping[int, Array] | None = None,
 ) -> Given | None:
     """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
-    return Given(targets, taken, natives, held) if lists.READABLE else None
+    return Given(targets, taken, natives, held) if plain_arrays.READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:

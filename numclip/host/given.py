@@ -20,7 +20,7 @@ from numclip.host import batches
 from numclip.host.batches import Batch
 from numclip.host.kernels import cpu, given, given_rows
 from numclip.host.kernels.tuning import PARALLEL_BYTES
-from numclip.host.lists import pointers_of
+from numclip.host.plain_arrays import pointers_of
 from numclip.host.runtime import threads
 from numclip.host.runtime.jit import entry
 from numclip.memory import Span

@@ -12,17 +12,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from numclip import formulas
-from numclip.dtypes import Array, DType, lookup
-from numclip.host import batches, nests, outs
+from numclip.dtypes import Array, lookup
+from numclip.host import batches, nests, outs, plain_arrays
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
-from numclip.host.kernels import arrays, cpu, joint, little, plain
+from numclip.host.kernels import cpu, joint, little, plain
 from numclip.host.kernels.spans import (
     AVERAGE,
     GIVEN,
@@ -34,66 +33,16 @@ from numclip.host.kernels.spans import (
 )
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.nests import Items
+from numclip.host.plain_arrays import (
+    POINTERS,
+    copy,
+    kind_of,
+    plain_batch,
+    pointers_of,
+)
 from numclip.host.runtime import environment, threads
-from numclip.host.runtime.jit import entry
 from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
-from numclip.memory import is_dense
 from numclip.tables import PROPAGATE
-
-READABLE = arrays.layout_holds()
-POINTERS = tuple.__basicsize__  # where in a tuple they begin
-
-
-class Kind:
-    """A dtype, and what `kernels.arrays` is told of arrays to read and of arrays to write."""
-
-    def __init__(self, row: DType, readable: Array, writeable: Array) -> None:
-        self.row, self.readable, self.writeable = row, readable, writeable
-
-    @cached_property
-    def clip(self) -> Callable[..., tuple[int, float]]:
-        """The entry of `plain.clip`."""
-        return entry(plain.clip, 0, 0, self.readable, self.row.limits, 1.0, 0, self.row.like)
-
-    @cached_property
-    def clamp(self) -> Callable[..., int]:
-        """The entry of `plain.clamp`."""
-        return entry(plain.clamp, 0, 0, self.readable, 1.0, 1.0, self.row.like)
-
-
-_KINDS: dict[np.dtype[Any], Kind] = {}
-
-
-def kind_of(items: Items) -> Kind | None:
-    """Return the kind of the first array, None where there is none."""
-    for item in items:
-        if item is not None:
-            break
-    else:
-        return None
-    if type(item) is not np.ndarray or not READABLE:
-        return None
-    known = _KINDS.get(item.dtype)
-    return known if known is not None else _made(item.dtype)
-
-
-def _made(dtype: np.dtype[Any]) -> Kind | None:
-    row = lookup(dtype)
-    if row is None:
-        return None
-    dtype = np.dtype(dtype.type)  # equal ones (unpickled, with metadata) are other objects
-    names = id(np.ndarray), id(None), id(dtype)
-    facts = [object.__basicsize__, *names, row.storage.itemsize, row.components, arrays.ALIGNED]
-    readable, writeable = np.array([facts, facts], np.int64)
-    writeable[arrays.NEEDS] |= arrays.WRITEABLE
-    kind = _KINDS[dtype] = Kind(row, readable, writeable)
-    return kind
-
-
-def pointers_of(items: Items) -> int:
-    """Return where the pointers to the items are, as long as the caller holds the tuple."""
-    return id(items) + POINTERS
-
 
 _KNOWN = [np.dtype(name) if name != "bfloat16" else None for name in little.NAMES]
 _TOLD = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
@@ -190,7 +139,7 @@ def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
     if not outs.takes(grads, out):
         return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, what))
     if type(grads) is np.ndarray:
-        if READABLE and grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
+        if grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
             result = grads if out is not None else copy(grads)
             _, state = _clip_little((result,), little.WRITES, bound, ord, what, 0.0)
             if state <= WRITTEN:
@@ -249,7 +198,7 @@ def _clip_little(
         state, norm = kind.clip(pointers, count, facts, row.limits, bound, what, row.like)
         if state != plain.ELSEWHERE:
             return norm, WRITTEN if state == plain.DONE else little.MUCH
-    if not READABLE:
+    if not plain_arrays.READABLE:
         return 0.0, little.ELSEWHERE
     usual = ord == 2.0 or ord == math.inf
     if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
@@ -280,13 +229,6 @@ def _copied(items: Items, limit: float = math.inf) -> Items | None:
     return tuple(copies)
 
 
-def copy(array: Array) -> Array:
-    """Return a copy in the order of memory, in C order of an array that does not fill its own."""
-    if array.flags.forc or is_dense(array.shape, array.strides, array.itemsize):
-        return array.copy("K")
-    return array.copy("C")
-
-
 def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
     """Hold the elements of arrays between two floats, in place or in copies; return these.
 
@@ -309,7 +251,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
     """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
     results = items if in_place else _copied(items)
-    if not results or not READABLE:
+    if not results or not plain_arrays.READABLE:
         return None
     kind = kind_of(results)
     if kind is not None and kind.row.components == 1:
@@ -437,41 +379,6 @@ def _divisor_of(array: Any, what: int) -> float:
         return 1.0
     size = float(max(array.size, 1))
     return size if what & AVERAGE else environment.run(math.sqrt, (size,), {})
-
-
-def plain_batch(items: Items, *, write: bool) -> Batch | None:
-    """Return contiguous arrays of one dtype as a batch; None if they are others.
-
-    None, too, where they are to be written and cannot be, or share memory.
-    """
-    kind = kind_of(items)
-    if kind is None:
-        return None
-    batch, apart = batch_of(items, kind, kind.writeable if write else kind.readable)
-    if batch is None or (write and not (apart or are_apart(batch))):
-        return None
-    return batch
-
-
-def batch_of(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
-    """Return arrays as a batch, None where one is not plain, and if all own their memory."""
-    chunks = np.empty((0, 4), np.int64)
-    needed = len(items)
-    while needed > len(chunks):
-        chunks = np.empty((needed, 4), np.int64)
-        arguments = pointers_of(items), len(items), facts, chunks
-        needed, elements, apart = arrays.table(*arguments)
-    if needed < 0:
-        return None, False
-    nbytes = elements * kind.row.storage.itemsize
-    return Batch(kind.row, chunks[:needed], nbytes), apart
-
-
-def are_apart(batch: Batch) -> bool:
-    """Tell whether no chunks overlap: in sorted order each ends before the next begins."""
-    begins = batch.chunks[:, cpu.SOURCE]
-    ends = begins + batch.chunks[:, cpu.LENGTH] * batch.dtype.storage.itemsize
-    return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
 def _decided(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, as_stored
-from numclip.host import lists
+from numclip.host import plain_arrays
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
 from numclip.host.kernels import arrays, cpu, grouping
@@ -41,18 +41,18 @@ def plain(
         dense = [k for k in range(len(variables)) if k not in rows]
         own = [gradients[k] for k in dense], [variables[k] for k in dense]
         return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
-    kind = lists.kind_of((*gradients, *variables))
+    kind = plain_arrays.kind_of((*gradients, *variables))
     if kind is None:
         return None, None
     batch, apart = _batch_of(gradients, variables, kind)
-    if batch is None or not (apart or lists.are_apart(batch)):
+    if batch is None or not (apart or plain_arrays.are_apart(batch)):
         return None, None
     half = len(batch.chunks) // 2
     starts = batch.chunks[:half, cpu.SOURCE]
     return (kind.row.name, batch.chunks[half:].tobytes()), Sources(starts, ())
 
 
-def _facts_of(kind: lists.Kind) -> tuple[Array, Array]:
+def _facts_of(kind: plain_arrays.Kind) -> tuple[Array, Array]:
     """Return what `kernels.arrays` is told of arrays in C order, to read and to write."""
     name = kind.row.name
     if name not in _FACTS:
@@ -63,17 +63,17 @@ def _facts_of(kind: lists.Kind) -> tuple[Array, Array]:
 
 
 def _batch_of(
-    gradients: list[Any], variables: list[Any], kind: lists.Kind
+    gradients: list[Any], variables: list[Any], kind: plain_arrays.Kind
 ) -> tuple[Batch | None, bool]:
     """Return dense pairs as a batch, gradients first, and if all own their memory."""
     held, count = (*gradients, *variables), len(variables)
     if not held:
         return Batch(kind.row, _UNUSED, 0), True
     readable, writeable = _facts_of(kind)
-    batch, apart = lists.batch_of(held, kind, readable)
+    batch, apart = plain_arrays.batch_of(held, kind, readable)
     if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
         return None, False
-    places = lists.pointers_of(held) + count * arrays.WORD
+    places = plain_arrays.pointers_of(held) + count * arrays.WORD
     found, _, _ = arrays.table(places, count, writeable, _UNUSED)
     return (None if found < 0 else batch), apart
 
@@ -86,7 +86,7 @@ def _with_rows(
 ) -> tuple[Any, Sources | None]:
     """Return the same where some gradients are sparse, of little data."""
     held = tuple(array for values, variable, _ in sparse for array in (values, variable))
-    kind = lists.kind_of((*gradients, *held))
+    kind = plain_arrays.kind_of((*gradients, *held))
     if kind is None or not _are_plain(held, kind) or not all(map(_fit, sparse)):
         return None, None
     batch, _ = _batch_of(gradients, variables, kind)
@@ -98,7 +98,7 @@ def _with_rows(
     if not share_no_memory([*gradients, *variables, *others]):
         rows = [(place, place, size * kind.row.components, 0) for place, size in places]
         every = np.concatenate([batch.chunks, np.array(rows, np.int64)])
-        if not lists.are_apart(batch._replace(chunks=every)):
+        if not plain_arrays.are_apart(batch._replace(chunks=every)):
             return None, None
     sums = []
     for values, variable, indices in sparse:
@@ -112,11 +112,11 @@ def _with_rows(
     return key, Sources(batch.chunks[:half, cpu.SOURCE], sums)
 
 
-def _are_plain(held: tuple[Any, ...], kind: lists.Kind) -> bool:
+def _are_plain(held: tuple[Any, ...], kind: plain_arrays.Kind) -> bool:
     """Tell whether arrays are of one kind, each variable behind the values of its rows."""
     for k, facts in enumerate(_facts_of(kind)):
         own = held[k::2]  # which is held while its pointers are read
-        if arrays.table(lists.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
+        if arrays.table(plain_arrays.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
             return False
     return True
 

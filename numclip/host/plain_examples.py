@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import FLOAT64, Array
-from numclip.host import lists, nests
+from numclip.host import nests, plain_arrays
 from numclip.host.kernels import arrays, examples
 from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
 from numclip.host.nests import Items
@@ -29,14 +29,14 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     """Clip each example by its norm over all arrays; return the sums, and how many are clipped."""
     held = nests.held_still(grads)
     items = nests.items_of(held)
-    kind = lists.kind_of(items)
+    kind = plain_arrays.kind_of(items)
     if kind is None or not _are_examples(items):
         return None
     results = tuple([np.empty(item.shape[1:], item.dtype) for item in items])
     facts = kind.readable.copy()
     facts[arrays.NEEDS] |= arrays.C_ORDER
     table = np.empty((len(items), 4), np.int64)
-    pointers = lists.pointers_of(items), lists.pointers_of(results)
+    pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
     blocks = examples.find(*pointers, facts, EXAMPLE_COLUMNS, table)
     if blocks < 0:
         return None

@@ -16,7 +16,7 @@ import numpy as np
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Groups
 from numclip.formulas import is_safe
-from numclip.host import batches, lists, rows
+from numclip.host import batches, lists, plain_arrays, rows
 from numclip.host.batches import Batch
 from numclip.host.kernels.pools import decide_pools
 from numclip.host.nests import Items
@@ -102,7 +102,7 @@ def _measured(items: Items, groupings: Groupings, *, write: bool) -> tuple[Batch
     """
     if not all(items[t].size and items[t].flags.c_contiguous for t in groupings):
         return None
-    batch = lists.plain_batch(items, write=write)
+    batch = plain_arrays.plain_batch(items, write=write)
     if batch is None:
         return None
     sums, dense = np.zeros((len(items), SUM_COLUMNS)), np.ones(len(items), np.bool_)

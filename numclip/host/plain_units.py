@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored, lookup
-from numclip.host import columns, lists, nests, outs
+from numclip.host import columns, lists, nests, outs, plain_arrays
 from numclip.host.given import wanted_table
 from numclip.host.kernels import plain_units, unit_loops
 from numclip.host.kernels.examples import UNKNOWN
@@ -52,7 +52,7 @@ def clip(
     if not outs.takes(grads, out):
         how = axes, reduce, None, params, eps, ord
         return outs.put(grads, out, lambda: clip(grads, bound, *how), params)
-    native = ord == 2.0 and lists.READABLE
+    native = ord == 2.0 and plain_arrays.READABLE
     if native:
         result = _clip_little(grads, bound, axes, reduce, out, params, eps)
         if result is not None:
@@ -88,10 +88,10 @@ def _clip_little(
     if out is None:
         if len({item.dtype for item in every}) > 1:
             return None
-        results = tuple([lists.copy(item) for item in items])
+        results = tuple([plain_arrays.copy(item) for item in items])
     _, tables, like = known
     every = results + owners  # which kernels read as long as it is held
-    if not plain_units.clip(lists.pointers_of(every), *tables, bound, eps, like):
+    if not plain_units.clip(plain_arrays.pointers_of(every), *tables, bound, eps, like):
         return None
     return results[0] if held is None else nests.rebuilt(held, results, out)
 
@@ -112,7 +112,7 @@ def _clip_copied(
     before = copy.tobytes()
     if _clip_little(copy, bound, axes, reduce, copy, param, eps) is None:
         return None
-    result = lists.copy(grad) if out is None else grad
+    result = plain_arrays.copy(grad) if out is None else grad
     if copy.tobytes() != before:
         result[...] = copy
     return result
@@ -135,7 +135,7 @@ def _clip_one(
     ord: float,
 ) -> Any:
     """Clip one array by all threads, if it is plain."""
-    kind = lists.kind_of((grad,)) if out is None or out is grad else None
+    kind = plain_arrays.kind_of((grad,)) if out is None or out is grad else None
     if kind is None or not axes or not grad.nbytes or not (out is None or grad.flags.writeable):
         return None
     if owner is not None and (type(owner) is not np.ndarray or owner.shape != grad.shape):

@@ -17,7 +17,7 @@ import numclip as nc
 from numclip.border import arguments
 from numclip.clipping import parts
 from numclip.host import lists as plain
-from numclip.host import nests, outs, plain_units
+from numclip.host import nests, outs, plain_arrays, plain_units
 from numclip.host.kernels import arrays, little, unit_loops
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from tests.oracle.cases import LAYOUTS, normal
@@ -32,7 +32,7 @@ ODD = "strided", "negative", "misaligned"
 
 def general(patch: pytest.MonkeyPatch) -> None:
     """Send everything the general way."""
-    patch.setattr(plain, "READABLE", False)
+    patch.setattr(plain_arrays, "READABLE", False)
 
 
 def copied(grads: Grads) -> Grads:
@@ -131,7 +131,7 @@ def test_what_is_plain_is_taken(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_first_dtype_met_may_be_another_object(monkeypatch, dtype):
-    monkeypatch.setattr(plain, "_KINDS", {})
+    monkeypatch.setattr(plain_arrays, "_KINDS", {})
     grad = normal(np.random.default_rng(5), (6,), dtype)
     unpickled = pickle.loads(pickle.dumps(grad))
     noted = grad.astype(np.dtype(grad.dtype, metadata={"unit": "m"}))

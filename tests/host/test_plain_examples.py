@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numclip as nc
-from numclip.host import lists, plain_examples
+from numclip.host import plain_arrays, plain_examples
 from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
 from tests.oracle.cases import LAYOUTS, normal
 from tests.oracle.checks import assert_same_bits
@@ -19,7 +19,7 @@ def assert_same_both_ways(grads, bound, *, taken=True):
     found = plain_examples.clip(grads, bound)
     assert (found is not None) == taken
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lists, "READABLE", False)
+        patch.setattr(plain_arrays, "READABLE", False)
         expected, count = nc.clip_per_example(grads, bound)
     summed, own = nc.clip_per_example(grads, bound)
     assert own == count

@@ -121,7 +121,10 @@ def run(
     kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any, keep: Any = None
 ) -> None:
     """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``."""
-    run_all([Call(kernel, count, nbytes, arguments, keep)])
+    if nbytes < PARALLEL_BYTES:  # 1.5 us sooner than by what follows
+        kernel(0, count, *arguments)
+    else:
+        run_all([Call(kernel, count, nbytes, arguments, keep)])
 
 
 def run_all(calls: Sequence[Call]) -> None:
