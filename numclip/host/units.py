@@ -159,7 +159,9 @@ def _little_of(
     if x is None or owner is None:
         return None if x is None else (x, None)
     param = Cut(owner).in_memory() if owner.dtype == first.dtype else None
-    return None if param is None else (x, param)
+    if param is None or param.shape != x.shape:  # slices have fewer rows than their parameter
+        return None
+    return x, param
 
 
 def _littles(

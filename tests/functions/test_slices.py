@@ -336,14 +336,17 @@ def test_sums_beyond_the_range_of_the_dtype(target):
         checks.assert_scaled([slices], [clipped], Fraction(1))
 
 
+OWNER = np.geomspace(1e-3, 10.0, 120).reshape(30, 4)
 RULES = {
     "norm": lambda target, g: target.clip_by_norm(g, 0.5),
     "norm_of_columns": lambda target, g: target.clip_by_norm(g, 0.5, axes=0),
     "norm_of_rows": lambda target, g: target.clip_by_norm(g, 0.5, axes=-1),
     "average_norm": lambda target, g: target.clip_by_average_norm(g, 1e-3),
     "block_rms": lambda target, g: target.clip_by_block_rms(g, 0.05),
-    "adaptive": lambda target, g: target.adaptive_clip(g, np.linspace(-1, 1, 120).reshape(30, 4)),
-    "adaptive_rows": lambda target, g: target.adaptive_clip(g, np.ones((30, 4)), axes=1),
+    "adaptive": lambda target, g: target.adaptive_clip(g, OWNER.astype(g.dtype)),
+    "adaptive_of_another_dtype": lambda target, g: target.adaptive_clip(g, OWNER),
+    "adaptive_rows": lambda target, g: target.adaptive_clip(g, OWNER.astype(g.dtype), axes=1),
+    "adaptive_whole": lambda target, g: target.adaptive_clip(g, OWNER.astype(g.dtype), axes=(0, 1)),
     "value": lambda target, g: target.clip_by_value(g, -0.3, 0.2),
     "order_1": lambda target, g: target.clip_by_global_norm([g], 0.5, ord=1)[0][0],
     "order_3": lambda target, g: target.clip_by_global_norm([g], 0.5, ord=3)[0][0],
@@ -354,18 +357,20 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_same_as_dense(target, rule, name):
-    slices = random(name)
-    before = slices.values.copy()
-    dense = reference.densify(slices).astype(name)
-    sparse = RULES[rule](target, slices)
-    assert isinstance(sparse, nc.IndexedSlices)
-    checks.assert_same_bits(slices.values, before)
-    assert not np.shares_memory(sparse.values, slices.values)
-    expected = RULES[rule](target, dense)
-    # Each row is a sum of up to a handful of terms no larger than 10.
-    slack = 100 * float(reference.unit_roundoff(name))
-    np.testing.assert_allclose(sparse.to_dense(), expected, rtol=slack, atol=slack)
-    assert np.any(sparse.to_dense() != slices.to_dense())
+    repeated = random(name)
+    distinct = nc.IndexedSlices(repeated.values[:9], np.arange(9) * 3 + 2, (30, 4))
+    for slices in (repeated, distinct):
+        before = slices.values.copy()
+        dense = reference.densify(slices).astype(name)
+        sparse = RULES[rule](target, slices)
+        assert isinstance(sparse, nc.IndexedSlices)
+        checks.assert_same_bits(slices.values, before)
+        assert not np.shares_memory(sparse.values, slices.values)
+        expected = RULES[rule](target, dense)
+        # Each row is a sum of up to a handful of terms no larger than 10.
+        slack = 100 * float(reference.unit_roundoff(name))
+        np.testing.assert_allclose(sparse.to_dense(), expected, rtol=slack, atol=slack)
+        assert np.any(sparse.to_dense() != slices.to_dense())
 
 
 def test_untriggered_is_untouched(target):
