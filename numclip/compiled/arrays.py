@@ -110,8 +110,10 @@ def copied(grad, _):
 
 @overload(copied, jit_options=OWN_FLAGS)
 def _copied(grad, _):
-    if grad.layout != "A":
+    if grad.layout == "C":
         return lambda grad, _: grad.copy()
+    if grad.layout == "F":  # of which numba's own copy is in C order
+        return lambda grad, _: grad.T.copy().T
 
     def copy(grad, _):
         shape, strides = grad.shape, grad.strides

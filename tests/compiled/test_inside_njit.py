@@ -103,6 +103,15 @@ def test_generated(grads, ratio):
     checks.assert_clipped(list(kept), list(grads), Fraction(bound) ** 2, norm)
 
 
+def test_an_array_in_fortran_order_is_measured_in_the_order_of_memory():
+    rng = np.random.default_rng(3)
+    for _ in range(60):  # in C order a sixth of the norms would differ
+        grad = np.asfortranarray(rng.normal(size=(4, 5)))
+        found = wrappers.clip_by_norm(grad, 0.5)
+        checks.assert_same_bits(found, nc.clip_by_norm(grad, 0.5))
+        assert found.flags.f_contiguous
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_array(dtype):
