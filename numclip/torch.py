@@ -24,9 +24,9 @@ Gradients are clipped where they lie. `clip_grad_norm_` of gradients on a GPU wa
 |---|---|---|
 | scale factor | max_norm / (norm + 1e-6) | min(1, max_norm / norm): the result reaches max_norm |
 | norm <= max_norm | written, and rescaled close to the bound | not written |
-| norm | in the gradients' dtype | exact; a float64 tensor for 64-bit gradients, else float32 |
+| norm | in the gradients' dtype | exact; float32, or float64 for 64-bit gradients |
 | float32, four times 1e20 | norm inf, gradients 0 | norm 2e20, clipped |
-| NaN or Inf, without error_if_nonfinite | NaN and 0, or all NaN | all NaN |
+| NaN or Inf, without error_if_nonfinite | NaN and 0, or all NaN | all NaN (orders >= 1) |
 | max_norm, clip_value < 0 | every sign flips | ValueError |
 | sparse gradients (COO) | error | clipped as the dense ones they stand for |
 | gradients on several devices | moved | TypeError |
@@ -34,14 +34,16 @@ Gradients are clipped where they lie. `clip_grad_norm_` of gradients on a GPU wa
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from numclip import functional
 from numclip.border import arguments
-from numclip.errors import NonFiniteGradientError
+from numclip.errors import NonFiniteGradientError, expected
 
 __all__ = [
     "NonFiniteNormError",
@@ -92,13 +94,14 @@ def clip_grad_norm_(
     error_if_nonfinite : bool, default False
         Whether a norm of NaN or Inf is an error; otherwise all gradients become NaN.
     foreach : bool, optional
-        Accepted for the signature's sake. There is one way, which is `foreach=True` in spirit.
+        Accepted for the signature's sake, and ignored.
 
     Returns
     -------
     tensor, 0-d
         The norm before clipping, on the device of the first gradient: float64 for 64-bit
-        gradients, else float32. It is ``inf`` beyond that dtype; clipping is right all the same.
+        gradients, else float32, which makes it ``inf`` on a GPU where it is beyond that (clipping
+        is right all the same); in the host's memory it is float64 then.
 
     Raises
     ------
@@ -132,16 +135,22 @@ def clip_grad_norm_(
     bound = arguments.bound("max_norm", max_norm)
     order = _order(norm_type)
     grads = _gradients(parameters)
-    if not grads and isinstance(parameters, Generator):
-        warnings.warn(
-            "parameters: got a generator that has nothing left; no gradient is clipped",
-            stacklevel=2,
-        )
-    return _clip(grads, bound, order, error_if_nonfinite)
+    first: dict[int, int] = {}
+    for number, grad in enumerate(grads):
+        other = first.setdefault(id(grad), number) if grad is not None else number
+        if other != number:
+            raise ValueError(
+                f"parameters[{number}].grad: expected a gradient that comes once, got that of "
+                f"parameters[{other}], which would be scaled twice"
+            )
+    with _named("parameters[{}].grad"):
+        return _clip(grads, bound, order, error_if_nonfinite)
 
 
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """Hold each element of the gradients of parameters in ``[-clip_value, clip_value]``, in place.
+
+    The bounds are rounded to the dtype of each gradient.
 
     Parameters
     ----------
@@ -150,7 +159,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     clip_value : float
         The bound on the magnitudes, >= 0.
     foreach : bool, optional
-        Accepted for the signature's sake.
+        Accepted for the signature's sake, and ignored.
 
     Raises
     ------
@@ -182,7 +191,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
                 f"between bounds, got {grad.dtype}"
             )
     every = [*{id(grad): grad for grad in grads}.values()]  # a parameter may stand there twice
-    functional.clip_by_value(every, -bound, bound, out=every)
+    with _named("a gradient"):
+        functional.clip_by_value(every, -bound, bound, out=every)
 
 
 def get_total_norm(
@@ -202,7 +212,7 @@ def get_total_norm(
     error_if_nonfinite : bool, default False
         Whether a norm of NaN or Inf is an error.
     foreach : bool, optional
-        Accepted for the signature's sake.
+        Accepted for the signature's sake, and ignored.
 
     Returns
     -------
@@ -229,7 +239,8 @@ def get_total_norm(
     """
     del foreach
     order = _order(norm_type)
-    return _clip(_listed("tensors", tensors), None, order, error_if_nonfinite)
+    with _named("tensors[{}]"):
+        return _clip(_listed("tensors", tensors), None, order, error_if_nonfinite)
 
 
 def clip_grads_with_norm_(
@@ -246,7 +257,7 @@ def clip_grads_with_norm_(
     total_norm : tensor, 0-d, or float
         The norm that stands for the gradients', for instance from `get_total_norm`.
     foreach : bool, optional
-        Accepted for the signature's sake.
+        Accepted for the signature's sake, and ignored.
 
     Raises
     ------
@@ -270,11 +281,30 @@ def clip_grads_with_norm_(
     """
     del foreach
     bound = arguments.bound("max_norm", max_norm)
-    norm = arguments.real("total_norm", total_norm.item() if _is_tensor(total_norm) else total_norm)
+    if _is_tensor(total_norm):
+        if total_norm.numel() != 1:
+            got = f"a tensor of shape {tuple(total_norm.shape)}"
+            raise ValueError(expected("total_norm", "one number", got))
+        total_norm = total_norm.item()
+    norm = arguments.real("total_norm", total_norm)
     if norm < 0.0:
         raise ValueError(f"total_norm: expected a norm, which is >= 0, got {norm}")
     grads = _gradients(parameters)
-    functional.clip_by_global_norm(grads, bound, use_norm=norm, out=grads)
+    with _named("parameters[{}].grad"):
+        functional.clip_by_global_norm(grads, bound, use_norm=norm, out=grads)
+
+
+@contextlib.contextmanager
+def _named(form: str) -> Iterator[None]:
+    """Let errors name what the user has passed, by its number."""
+    try:
+        yield
+    except NonFiniteGradientError:
+        raise
+    except (TypeError, ValueError) as error:
+        text = re.sub(r"\b(?:grads|out)\[(\d+)\]", lambda k: form.format(k[1]), str(error))
+        text = re.sub(r"\.astype\(numpy\.(\w+)\)", r".to(torch.\1)", text)
+        raise type(error)(text) from None
 
 
 def _clip(tensors: list[Tensor], bound: float | None, order: float, strict: bool) -> Tensor:
@@ -312,6 +342,8 @@ def _clip(tensors: list[Tensor], bound: float | None, order: float, strict: bool
     dtype, device = torch.float64 if wide else torch.float32, given[0].device
     if hasattr(norm, "__cuda_array_interface__"):  # it stays on the GPU, nobody waits
         return torch.as_tensor(norm, device=device).to(dtype, copy=True)
+    if math.isfinite(norm) and norm > torch.finfo(dtype).max:
+        dtype = torch.float64
     return torch.tensor(float(norm), dtype=dtype, device=device)
 
 
@@ -324,9 +356,14 @@ def _complaint(order: float, what: str) -> str:
 
 def _order(norm_type: Any) -> float:
     """Return the order of a norm: any real number, or a string for infinity."""
-    return arguments.real(
-        "norm_type", float(norm_type) if isinstance(norm_type, str) else norm_type
-    )
+    try:
+        order = float(norm_type) if isinstance(norm_type, str) else norm_type
+    except ValueError:
+        raise ValueError(expected("norm_type", "a number or 'inf'", repr(norm_type))) from None
+    number = arguments.real("norm_type", order)
+    if math.isnan(number):
+        raise ValueError(expected("norm_type", "a number or 'inf'", norm_type))
+    return number
 
 
 def _norm_of_low_order(tensors: list[Tensor], order: float) -> Tensor:
@@ -354,9 +391,21 @@ def _listed(name: str, tensors: Tensors) -> list[Tensor]:
         return [tensors]
     if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes)):
         raise TypeError(f"{name}: expected an iterable of tensors, got {type(tensors).__name__}")
-    return list(tensors)
+    found = list(tensors)
+    for number, tensor in enumerate(found):
+        if not _is_tensor(tensor) and not (tensor is None and name == "tensors"):
+            advice = "; pass model.parameters()" if isinstance(tensor, (tuple, str)) else ""
+            got = f"{type(tensor).__name__}{advice}"
+            raise TypeError(expected(f"{name}[{number}]", "a tensor", got))
+    return found
 
 
 def _gradients(parameters: Tensors) -> list[Tensor | None]:
     """Return the gradients of parameters, None where there is none."""
-    return [parameter.grad for parameter in _listed("parameters", parameters)]
+    found = _listed("parameters", parameters)
+    if not found and isinstance(parameters, Generator):
+        warnings.warn(
+            "parameters: got a generator that has nothing left; no gradient is clipped",
+            stacklevel=3,
+        )
+    return [parameter.grad for parameter in found]

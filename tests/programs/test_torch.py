@@ -282,9 +282,13 @@ def test_large_gradients_do_not_vanish():
     assert theirs.clip_grad_norm_(there, 1.0) == math.inf
     assert torch.equal(there.grad, torch.zeros(4))
     largest = torch.full((4,), 3e38)
-    (beyond,) = parameters(largest)
-    assert ours.clip_grad_norm_(beyond, 1.0) == math.inf  # 6e38, which float32 has not
+    beyond, halves = parameters(largest, largest)
+    norm = ours.get_total_norm([halves.grad])
+    assert norm.item() == pytest.approx(6e38, rel=1e-6)  # which float32 has not
+    assert ours.clip_grad_norm_(beyond, 1.0) == norm
     torch.testing.assert_close(beyond.grad, torch.full((4,), 0.5))
+    ours.clip_grads_with_norm_(halves, 1.0, norm)
+    assert torch.equal(halves.grad, beyond.grad)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +340,51 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     with pytest.raises(TypeError, match=r"parameters\[1\].grad: expected real .*complex64"):
         ours.clip_grad_value_(params, 1.0)
     assert torch.equal(params[0].grad, torch.tensor([3.0, 4.0]))
-    with pytest.raises(ValueError, match="shares memory with"):
+    with pytest.raises(ValueError, match=r"parameters\[1\].grad: .*got that of parameters\[0\]"):
         ours.clip_grad_norm_([params[0], params[0]], 1.0)
     with pytest.raises(TypeError, match="parameters: expected an iterable of tensors, got int"):
         ours.clip_grad_norm_(3, 1.0)
     assert torch.equal(params[0].grad, torch.tensor([3.0, 4.0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda _: ours.clip_grad_norm_(torch.nn.Linear(2, 2).named_parameters(), 1.0),
+            TypeError,
+            r"parameters\[0\]: expected a tensor, got tuple; pass model.parameters\(\)",
+        ),
+        (lambda _: ours.clip_grad_value_({"w": 1}, 1.0), TypeError, r"parameters\[0\]: .*got str"),
+        (lambda w: ours.clip_grad_norm_([w, None], 1.0), TypeError, r"parameters\[1\]: .*NoneType"),
+        (lambda w: ours.get_total_norm([[w]]), TypeError, r"tensors\[0\]: .*got list"),
+        (lambda w: ours.clip_grad_norm_(w, 1.0, "fro"), ValueError, "norm_type: .*got 'fro'"),
+        (lambda w: ours.clip_grad_norm_(w, 1.0, math.nan), ValueError, "norm_type: .*got nan"),
+        (
+            lambda w: ours.clip_grads_with_norm_(w, 1.0, torch.ones(2)),
+            ValueError,
+            r"total_norm: .*shape \(2,\)",
+        ),
+        (
+            lambda w: ours.get_total_norm([w.grad, torch.ones(2, dtype=torch.int32)]),
+            TypeError,
+            r"^tensors\[1\]: .*\.to\(torch\.float32\)",
+        ),
+    ],
+)
+def test_errors_name_what_was_passed(call, error, text):
+    (param,) = parameters(torch.tensor([3.0, 4.0]))
+    with pytest.raises(error, match=text):
+        call(param)
+    assert torch.equal(param.grad, torch.tensor([3.0, 4.0]))
+
+
+def test_an_expanded_gradient_is_named():
+    param, other = parameters(torch.tensor([3.0, 4.0]), torch.ones(2))
+    other.grad = torch.ones(1).expand(2)
+    with pytest.raises(ValueError, match=r"^parameters\[1\]\.grad: expected distinct elements"):
+        ours.clip_grad_norm_([param, other], 1.0)
+    assert torch.equal(param.grad, torch.tensor([3.0, 4.0]))
 
 
 def test_a_norm_on_the_gpu_becomes_a_tensor_without_being_read(monkeypatch):
