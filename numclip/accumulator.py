@@ -65,12 +65,17 @@ class NormAccumulator:
     """
 
     def __init__(self, ord: float = 2) -> None:
-        self.ord = arguments.order(ord)
+        self._ord = arguments.order(ord)
         self._lock = threading.Lock()
         self._sums: Sums = {}
         self._terms: Sums = {}  # of rows that repeat, the sums of their magnitudes
         self._loss = self._size = 0
         self._bad, self._special = 0.0, 0.0
+
+    @property
+    def ord(self) -> float:
+        """The order of the norm."""
+        return self._ord
 
     def __repr__(self) -> str:
         return f"NormAccumulator(ord={self.ord:g}, norm={self.norm!r})"

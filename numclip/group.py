@@ -139,6 +139,8 @@ class Group:
 
 def checked(groups: Sequence[Group]) -> list[Group]:
     """Return the groups, after refusing those whose names or shared norms do not fit."""
+    if isinstance(groups, Group):
+        raise TypeError("groups: expected a sequence of Group objects, got Group; pass [group]")
     members = list(groups)
     for member in members:
         if not isinstance(member, Group):

@@ -186,7 +186,7 @@ class ParamGroups(state.Saved):
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        self._manager.follow(self._engine.stream_from(stream))
+        self._manager.use_stream(self._engine.stream_from(stream))
         self._held = stream
 
     @property
@@ -196,7 +196,7 @@ class ParamGroups(state.Saved):
 
     @step.setter
     def step(self, step: int) -> None:
-        self._manager.step = step
+        self._manager.step = arguments.count("step", step, 0)
 
     @property
     def history(self) -> History:

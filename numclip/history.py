@@ -32,7 +32,7 @@ ROW = np.dtype(
     align=True,
 )
 COLUMNS = ROW.names or ()
-BYTES = np.dtype((np.void, ROW.itemsize))  # the same, which NumPy copies ten times as fast
+BYTES = np.dtype((np.void, ROW.itemsize))  # of which NumPy copies whole rows, ten times as fast
 PERCENTILES = {"min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 # The percentiles that a history's table shows.
 NORMS = {"median norm": "p50", "95%": "p95", "max": "max"}
@@ -144,7 +144,7 @@ class History:
         outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}
         added = []
         for name, own in outcomes.items():
-            rows = np.empty(told.steps.size, ROW)
+            rows = np.zeros(told.steps.size, ROW)
             rows["step"] = told.steps
             for column in COLUMNS[1:]:
                 rows[column] = getattr(own, column)

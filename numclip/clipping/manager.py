@@ -105,10 +105,10 @@ class Manager:
         if steps is None:
             with self._engine.on_stream(None) as own:
                 steps = self._steps = Steps(self._states, self._engine, own)
-            steps.stream = self.stream
+            steps.stream = self.stream  # which may be another one
         return steps
 
-    def follow(self, stream: Any) -> None:
+    def use_stream(self, stream: Any) -> None:
         """Do everything on a stream from now on."""
         self.stream = stream
         if self._steps is not None:
@@ -214,10 +214,7 @@ class Manager:
     def update(
         self, updater: GroupUpdater, unscale: float, grads: Any = None, ranks: Ranks | None = None
     ) -> Turn:
-        """Clip every group and update it at its rate, in one pass more than measuring takes.
-
-        By one native call where that is possible; most steps take this way, without another call.
-        """
+        """Clip every group and update it at its rate, in one pass more than measuring takes."""
         intake = self.intake
         items = None if grads is None else intake.ordered(grads)
         with self._lock:
@@ -225,7 +222,7 @@ class Manager:
                 self.take_over()
                 self._behind = True
             try:
-                steps = self._steps or self.made_steps()
+                steps = self.made_steps()
                 if items is None and intake.clipped is not None:
                     return self._update_clipped(updater, steps, intake.clipped, unscale, ranks)
                 turn = steps.taken(self.step, unscale)
@@ -235,19 +232,13 @@ class Manager:
                     absent = intake.stale()
                 elif steps.follows:
                     absent = intake.missing(items)
-                if ranks is not None or not updater.step_at_once(
-                    steps, turn, settings, items, absent
-                ):
+                told = steps, turn, settings, items, absent
+                if ranks is not None or not updater.step_at_once(*told):
                     self._update(updater, steps, turn, settings, absent, items, ranks)
                 elif absent and items is None:
                     self._clear(absent)
-                intake.clipped, intake.applied = None, True
-                if intake.fresh:
-                    intake.fresh.clear()
-                if steps.take(turn):
-                    self._turn_over(steps)
-                self.step += 1
-                return turn
+                intake.forget(applied=True)
+                return self._counted(steps, turn)
             finally:
                 if self._behind:
                     self._round()

@@ -23,6 +23,7 @@ from numclip.clipping.ranks import Ranks
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine
 from numclip.engine import Outcome as EngineOutcome
+from numclip.host.runtime import threads
 from numclip.views import view_of
 
 KEPT = 1024
@@ -40,8 +41,8 @@ MOST_BYTES = 3 << 20
 class Block:
     """What clippers found in some steps, one after another.
 
-    `stretches` are the `size` steps, each up to where the next one begins; `told` of them have
-    become rows of the history. The last one can go on if it `is_open`.
+    `stretches` are of `size` steps, each up to where the next one begins; the first `told` of them
+    have become rows of the history. The next step may go on the `open` one, if there is one.
     """
 
     def __init__(self, members: Members, engine: Engine, stream: Any) -> None:
@@ -49,7 +50,7 @@ class Block:
         self._engine, self.stream = engine, stream
         self.stretches: list[Stretch] = []
         self.size = self.told = 0
-        self.is_open = False
+        self.open: Stretch | None = None
         self._tables = [clipper.tables for clipper in self.clippers]
         self._readers: list[list[Any]] | None = None
         self._decisions = self._tables[0][1]
@@ -93,20 +94,20 @@ class Block:
 
     def tell(self) -> Iterator[Told]:
         """Yield the steps that the history does not have yet, if there are some."""
-        self.is_open = False
+        self.open = None
         new = self.stretches[self.told :]
         lengths = np.diff([*[own.first for own in new], self.size])
-        for _, alike in itertools.groupby(new, key=lambda own: own.told is None):
-            found = list(alike)
-            some, lengths = lengths[: len(found)], lengths[len(found) :]
-            if some.any() and any(own.counts for own in found):
-                yield self._told(found, some)
+        pairs = zip(new, lengths.tolist(), strict=True)
+        for _, alike in itertools.groupby(pairs, key=lambda pair: pair[0].told is None):
+            found, counts = zip(*alike, strict=True)
+            if any(counts) and any(own.counts for own in found):
+                yield self._told(found, counts)
             self.told += len(found)
 
-    def _told(self, stretches: Sequence[Stretch], lengths: Array) -> Told:
+    def _told(self, stretches: Sequence[Stretch], lengths: Sequence[int]) -> Told:
         """Return what became of the groups in stretches that follow one another."""
-        first = stretches[0].first
-        at = slice(first, first + int(lengths.sum()))
+        first, count = stretches[0].first, sum(lengths)
+        at = slice(first, first + count)
         unscale = np.repeat([own.unscale for own in stretches], lengths)
         reads = [
             Read(
@@ -122,10 +123,10 @@ class Block:
         steps = np.repeat([own.ahead for own in stretches], lengths)
         counts = np.repeat([own.counts for own in stretches], lengths)
         outcome = Outcome(self.members, reads, unscale)
-        return Told(steps + np.arange(at.start, at.stop), outcome, counts)
+        return Told(steps + np.arange(first, first + count), outcome, counts)
 
 
-def _repeated(arrays: Sequence[Array], lengths: Array) -> Array:
+def _repeated(arrays: Sequence[Array], lengths: Sequence[int]) -> Array:
     """Return arrays of one shape in a row, each so many times."""
     every = np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape)  # faster than np.stack
     return np.repeat(every, lengths, axis=0)
@@ -133,8 +134,6 @@ def _repeated(arrays: Sequence[Array], lengths: Array) -> Array:
 
 class Stretch:
     """Steps that follow one another and differ in nothing but their numbers.
-
-    Nothing of it changes once its first step is kept.
 
     Attributes
     ----------
@@ -182,7 +181,7 @@ class Turn:
         return self.place + self.stretch.ahead
 
     def decide_by(self, bounds: list[Array], told: list[Any] | None = None) -> None:
-        """Be the first of a stretch, with other bounds, or decided with all ranks."""
+        """Have other bounds, or the sums of all ranks: a step that goes on a stretch leaves it."""
         own = self.stretch
         if own.first != self.place:
             kept = own.unscale, own.counts
@@ -195,7 +194,7 @@ class Turn:
 
 
 class Told(NamedTuple):
-    """What became of the groups in some steps that count."""
+    """What became of the groups in some steps, and which of these count."""
 
     steps: Array
     outcome: Outcome
@@ -247,13 +246,13 @@ class Steps:
         for clipper in self._scheduled:
             clipper.take_step(step)
         block, place = self._block, self._place
-        ahead = step - place
-        if block.is_open:
-            own = block.stretches[-1]
-            if own.ahead == ahead and own.unscale == unscale and own.counts is counts:
-                return Turn(own, place)
-        bounds = [clipper.bounds for clipper in self.clippers]
-        return Turn(Stretch(block, place, ahead, bounds, unscale, counts), place)
+        own, ahead = block.open, step - place
+        if own is None or not (
+            own.ahead == ahead and own.unscale == unscale and own.counts is counts
+        ):
+            bounds = [clipper.bounds for clipper in self.clippers]
+            own = Stretch(block, place, ahead, bounds, unscale, counts)
+        return Turn(own, place)
 
     def leave_out(self, absent: frozenset[str]) -> None:
         """Let rules that follow norms know nothing of some parameters in the step that begins."""
@@ -402,19 +401,26 @@ class Steps:
         if self._following and own.counts:
             for clipper in self._following:
                 clipper.observe(turn.step, self.stream)
-        if not block.is_open or own is not block.stretches[-1]:
+        if own is not block.open:
+            block.open = None  # before: an interrupt leaves none that is not the last
             block.stretches.append(own)
         block.size = size = turn.place + 1  # as before if the last one was captured
+        self._place = min(size, self._kept - 1)
         if size < self._kept:
-            self._place, block.is_open = size, own.told is None and not self._varies
+            block.open = own if own.told is None and not self._varies else None
             return False
-        self._place, block.is_open = self._kept - 1, False
+        block.open = None
         return not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
         """Go on with an empty block; yield what the one before that is to tell the history."""
         yield from self._told_last()
-        self._full = self._block
+        threads.whole(self._go_on)
+
+    def _go_on(self) -> None:
+        """Hand over the block that is full and have an empty one; an interrupt repeats it."""
+        if self._full is None:
+            self._full = self._block
         self._full.hand_over()
         self._block, self._place = Block(self._members, self.engine, self.stream), 0
 

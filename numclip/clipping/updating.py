@@ -150,8 +150,6 @@ class GroupUpdater:
     def settings(self, number: int) -> list[list[float]]:
         """Return the settings of each group at a step."""
         method = self._method
-        if len(self._groups) == 1:  # most often; a list of one takes 0.1 us less
-            return [method.settings(method.rate(self._groups[0].lr, number))]
         return [method.settings(method.rate(group.lr, number)) for group in self._groups]
 
     def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:

@@ -19,7 +19,7 @@ from numclip.host.plain_arrays import POINTERS
 from numclip.host.runtime.jit import entry
 
 BOUNDS = np.zeros(1)
-"""Stands for the bounds of pools."""
+"""Has the type of the bounds of pools, for which kernels are entered."""
 
 
 class ClipsAtOnce:

@@ -187,8 +187,11 @@ def _clip_little(
 ) -> tuple[float, int]:
     """Clip arrays that hold little in place; return the norm, and what became of them.
 
-    Contiguous ones of one dtype by `kernels.plain`, if it is the usual clip.
+    Contiguous ones of one dtype by `kernels.plain`, if it is by their own L2 norm together, and
+    what is not finite is to pass on.
     """
+    if not plain_arrays.READABLE:
+        return 0.0, little.ELSEWHERE
     kind = None
     if ord == 2.0 and not what & (POLICY | GIVEN) and not how & little.EACH:
         kind = kind_of(items)
@@ -198,8 +201,6 @@ def _clip_little(
         state, norm = kind.clip(pointers, count, facts, row.limits, bound, what, row.like)
         if state != plain.ELSEWHERE:
             return norm, WRITTEN if state == plain.DONE else little.MUCH
-    if not plain_arrays.READABLE:
-        return 0.0, little.ELSEWHERE
     usual = ord == 2.0 or ord == math.inf
     if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
         how |= little.REAL

@@ -31,7 +31,7 @@ class Kind:
 
     @cached_property
     def clip(self) -> Callable[..., tuple[int, float]]:
-        """The entry of `plain.clip`."""
+        """The entry of `plain.clip`, for either facts."""
         return entry(plain.clip, 0, 0, self.readable, self.row.limits, 1.0, 0, self.row.like)
 
     @cached_property

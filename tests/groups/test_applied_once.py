@@ -281,7 +281,7 @@ def test_what_was_applied_and_left_out_is_not_added_to(rules, dtype):
     [nc.ByGlobalNorm(0.5), nc.ByGlobalNorm(lambda step: 0.25 + step % 3), nc.AutoClip(50, 9)],
     ids=["fixed", "scheduled", "following"],
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_history_has_what_reports_told(target, monkeypatch, rule, seed):
     """Steps are kept in stretches that differ in their numbers alone, or each by itself."""
     records = []
@@ -294,7 +294,8 @@ def test_the_history_has_what_reports_told(target, monkeypatch, rule, seed):
             grads = grads_of(rng.integers(99), rng.choice([1.0, np.nan], p=[0.9, 0.1]))
             unscale = rng.choice([1.0, 4.0], p=[0.7, 0.3]).item()
             if rng.random() < 0.1:
-                groups.step = number = number + 5
+                number += 5
+                groups.step = np.uint8(number)
             groups.set_grads(grads)
             what = rng.choice(["clip", "step", "step(grads)", "measure", "ask"])
             if what == "ask":

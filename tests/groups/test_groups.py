@@ -88,9 +88,19 @@ def test_groups_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_group_lists_that_do_not_fit_are_refused():
-    for wrong, message in (([], "at least one"), ([np.ones(2)], "expected Group")):
+    group = nc.Group("g", {"w": np.ones(2)})
+    for wrong, message in (
+        ([], "at least one"),
+        ([np.ones(2)], "expected Group"),
+        (group, r"got Group; pass \[group\]"),
+    ):
         with pytest.raises((TypeError, ValueError), match=message):
             nc.ParamGroups(wrong)
+    groups = nc.ParamGroups([group])
+    for number in (-1, 1.5, True):
+        with pytest.raises((TypeError, ValueError), match="step: expected an integer >= 0"):
+            groups.step = number
+    assert groups.step == 0
 
 
 # ---- setting gradients

@@ -59,6 +59,49 @@ def test_what_is_found_goes_to_the_memory_of_the_present_steps(rule, steps_by, m
     assert groups.history.to_dict()["g"]["norm"] == [5.0, 10.0, 15.0, 20.0]
 
 
+@pytest.mark.parametrize("name", ["hand_over", "__init__"])
+def test_a_block_is_handed_over_whatever_comes(name, monkeypatch):
+    monkeypatch.setattr(steps, "KEPT", 2)
+    groups = nc.ParamGroups([nc.Group("g", {"w": np.zeros(2)}, nc.ByGlobalNorm(1.0))])
+
+    def take(size: float) -> nc.ClipReport:
+        groups.set_grads({"w": np.array([3.0, 4.0]) * size})
+        return groups.clip()
+
+    reports, whole = [take(1.0)], getattr(steps.Block, name)
+    with monkeypatch.context() as changed:
+        endings = iter([late(whole)])
+        changed.setattr(steps.Block, name, lambda *given: next(endings, whole)(*given))
+        with pytest.raises(KeyboardInterrupt):
+            take(2.0)
+    reports += [take(3.0), take(4.0), take(5.0)]
+    assert [report.norm for report in reports] == [5.0, 15.0, 20.0, 25.0]
+    assert groups.history.to_dict()["g"]["norm"] == [5.0, 10.0, 15.0, 20.0, 25.0]
+
+
+def test_a_step_that_was_interrupted_when_it_was_kept_says_nothing_of_the_next():
+    groups = nc.ParamGroups([nc.Group(name, {name: np.zeros(2)}, nc.ByNorm(1.0)) for name in "ab"])
+    told = []
+
+    class Kept(list):
+        def append(self, stretch: Any) -> None:
+            super().append(stretch)
+            raise KeyboardInterrupt
+
+    for size, scale in ((1.0, 1.0), (7.0, 4.0), (2.0, 1.0)):
+        groups.set_grads({name: np.array([3.0, 4.0]) * size * scale for name in "ab"})
+        block = groups._manager.made_steps()._block
+        if scale != 1.0:
+            kept, block.stretches = block.stretches, Kept(block.stretches)
+            with pytest.raises(KeyboardInterrupt):
+                groups.clip(unscale=scale)
+            kept[:], block.stretches = block.stretches, kept
+        else:
+            told.append(groups.clip(unscale=scale))
+    assert [report.groups["a"].norm for report in told] == [5.0, 10.0]
+    assert groups.history.to_dict()["a"]["norm"] == [5.0, 10.0]
+
+
 @pytest.mark.parametrize("count", [3, 5, 8])
 def test_a_record_that_is_interrupted_loses_no_step(count, monkeypatch):
     monkeypatch.setattr(steps, "KEPT", 3)

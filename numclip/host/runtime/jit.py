@@ -186,8 +186,8 @@ def kernel_with_gil(function: Function) -> Function:
 def entry(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     """Return what calls a kernel by arguments of the types of these, and looks at no types.
 
-    A call with seven arguments takes 0.2 us less. Types must be the same, as they are in tables of
-    ours: arguments of others would be read as if they were of these.
+    A call with seven arguments takes 0.2 us less. It is for tables of ours: an array of another
+    dtype or layout would be read as if it were of these.
     """
     if INTERPRETED:
         return function
