@@ -131,7 +131,10 @@ class Manager:
                 self._clip_by_parts(steps, turn, call, apply, ranks)
             if apply:
                 self.intake.clipped = turn
-            return self._counted(steps, turn)
+            if steps.take(turn):
+                self._turn_over(steps)
+            self.step += apply
+            return turn
 
     @isolated
     def _clip_by_parts(
@@ -170,18 +173,12 @@ class Manager:
             self.intake.put_all(items, self.stream)
             steps.decide(turn, ranks, "clip(apply=False, grads=...)")
             steps.preview()
-            return self._counted(steps, turn)
+            if steps.take(turn):
+                self._turn_over(steps)
+            return turn
         finally:
             for group, own in zip(self._states, held, strict=True):
                 group.restore(own, self.stream)
-
-    def _counted(self, steps: Steps, turn: Turn) -> Turn:
-        """Keep a step and return it; where it counts, let rules and history know."""
-        if steps.take(turn):
-            self._turn_over(steps)
-        if turn.stretch.counts:
-            self.step += 1
-        return turn
 
     @isolated
     def _turn_over(self, steps: Steps) -> None:
@@ -232,13 +229,18 @@ class Manager:
                     absent = intake.stale()
                 elif steps.follows:
                     absent = intake.missing(items)
-                told = steps, turn, settings, items, absent
-                if ranks is not None or not updater.step_at_once(*told):
+                at_once = ranks is None and updater.step_at_once(
+                    steps, turn, settings, items, absent
+                )
+                if not at_once:
                     self._update(updater, steps, turn, settings, absent, items, ranks)
                 elif absent and items is None:
                     self._clear(absent)
                 intake.forget(applied=True)
-                return self._counted(steps, turn)
+                if steps.take(turn):
+                    self._turn_over(steps)
+                self.step += 1
+                return turn
             finally:
                 if self._behind:
                     self._round()

@@ -250,7 +250,10 @@ class Steps:
         if own is None or not (
             own.ahead == ahead and own.unscale == unscale and own.counts is counts
         ):
-            bounds = [clipper.bounds for clipper in self.clippers]
+            if self._only is None:
+                bounds = [clipper.bounds for clipper in self.clippers]
+            else:
+                bounds = [self._only.bounds]
             own = Stretch(block, place, ahead, bounds, unscale, counts)
         return Turn(own, place)
 
@@ -405,11 +408,11 @@ class Steps:
             block.open = None  # before: an interrupt leaves none that is not the last
             block.stretches.append(own)
         block.size = size = turn.place + 1  # as before if the last one was captured
-        self._place = min(size, self._kept - 1)
         if size < self._kept:
+            self._place = size
             block.open = own if own.told is None and not self._varies else None
             return False
-        block.open = None
+        self._place, block.open = self._kept - 1, None
         return not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
