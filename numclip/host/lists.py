@@ -252,27 +252,37 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
     """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
     results = items if in_place else _copied(items)
-    if not results or not plain_arrays.READABLE:
-        return None
-    kind = kind_of(results)
+    if results and plain_arrays.READABLE and _clamp(results, low, high):
+        return results
+    views = _views(items)
+    found = None if views is None else clamp_items(views, low, high, in_place=in_place)
+    if found is None or not in_place:
+        return found
+    note_writing(items)
+    return items
+
+
+def _clamp(items: Items, low: float, high: float) -> bool:
+    """Do so in place; tell whether that was possible."""
+    kind = kind_of(items)
     if kind is not None and kind.row.components == 1:
         bounds = low, high, kind.row.like
-        if kind.clamp(pointers_of(results), len(results), kind.writeable, *bounds) == plain.DONE:
-            return results
-    told = id(results), TOLD, little.WRITES | little.REAL, low, high
+        if kind.clamp(pointers_of(items), len(items), kind.writeable, *bounds) == plain.DONE:
+            return True
+    told = id(items), TOLD, little.WRITES | little.REAL, low, high
     state = little.clamp(*told)
-    if state == little.ELSEWHERE and _are_met(results):
+    if state == little.ELSEWHERE and _are_met(items):
         state = little.clamp(*told)
     if state <= WRITTEN:
-        return results
-    batch = plain_batch(results, write=True)
+        return True
+    batch = plain_batch(items, write=True)
     if batch is None or batch.dtype.components == 2:
-        return None
+        return False
     beyond = np.empty(len(batch.chunks), np.bool_)
     with np.errstate(all="ignore"):  # a bound out of range is infinite or 0
         call = environment.run(batches.clamping, (batch, beyond, low, high), {})
-    threads.run_all([call._replace(keep=results)])
-    return results
+    threads.run_all([call._replace(keep=items)])
+    return True
 
 
 def _number(value: Any) -> float:

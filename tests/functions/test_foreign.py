@@ -292,6 +292,7 @@ def odd_tensors(torch: Any) -> list[tuple[Any, str]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
 def test_tensors_that_are_not_taken(torch):
     for odd, message in odd_tensors(torch):
         with pytest.raises((TypeError, ValueError), match=rf"grads\[1\]: expected .*{message}"):
