@@ -26,9 +26,9 @@ class Group:
         The group's name, of which no other group has the same.
     params : mapping of str to array, or nested
         The initial parameters by name, or in lists, tuples and mappings of them, which name them
-        by their keys joined with dots (``enc.0.W``). Of float16, bfloat16, float32, float64,
-        complex64 or complex128, of NumPy, PyTorch or with DLPack; for ``device="cuda"`` also CUDA
-        arrays. Copied into the group's buffers when `ParamGroups` is made.
+        by their keys and positions joined with dots (``enc.0.W``). Of float16, bfloat16, float32,
+        float64, complex64 or complex128, of NumPy, PyTorch or with DLPack; for ``device="cuda"``
+        also CUDA arrays. Copied into the group's buffers when `ParamGroups` is made.
     clip : rule, optional
         How to clip, for instance ``ByGlobalNorm(5.0)``; None measures only.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"

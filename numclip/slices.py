@@ -401,8 +401,11 @@ class IndexedSlices:
 
         Raises
         ------
+        TypeError
+            Where the values are on a GPU.
         ValueError
-            Where the slices do not stand for a matrix.
+            Where the slices do not stand for a matrix, or have a dtype that SciPy's have not:
+            float16 and bfloat16.
         """
         from scipy.sparse import coo_array  # optional
 

@@ -334,7 +334,8 @@ def _taken(own: Gradient) -> Any:
         raise TypeError(expected(own.name, wanted, type(own.source).__name__))
     check_writable(own)
     if not own.facts.c_order or own.address % own.dtype.storage.itemsize:
-        got = f"strides {own.facts.strides} at the address {own.address}; pass a contiguous copy"
+        lies = "a misaligned array" if own.facts.c_order else f"strides {own.facts.strides}"
+        got = f"{lies}; pass a contiguous copy"
         raise ValueError(expected(own.name, "C order for copy=False", got))
     return own.facts.array
 
