@@ -213,8 +213,17 @@ class GroupUpdates(Protocol):
 class ArrayUpdates(Protocol):
     """How arrays are updated by gradients that are not clipped."""
 
+    def reads(self, gradients: list[Any], variables: list[Any]) -> bool:
+        """Let the following steps read gradients where they lie; tell whether that was possible.
+
+        That is where the variables are the arrays of ours.
+        """
+
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read gradients where `Engine.key_of_pairs` found them."""
+        """Let the following steps read gradients where `Engine.key_of_pairs` found them.
+
+        None is for where they were when this was made.
+        """
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says."""
@@ -384,6 +393,7 @@ class Engine(Protocol):
         spans: Sequence[Any],
         states: Sequence[Sequence[int]],
         indices: Sequence[Array],
+        arrays: Sequence[Facts],
         stream: Any,
     ) -> ArrayUpdates:
         """Return what updates arrays; `indices` are of the rows, each once, of each `RowSpan`."""

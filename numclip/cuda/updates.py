@@ -15,6 +15,7 @@ from numclip.cuda.plan import HostTable, Plan
 from numclip.cuda.work import Tables, launch
 from numclip.dtypes import Array
 from numclip.engine import Outcome
+from numclip.facts import Facts
 from numclip.memory import RowSpan, Span
 from numclip.methods import SETTINGS_COLUMNS
 from numclip.tables import DECISION_COLUMNS, LENGTH, OWNER, POOL, SOURCE
@@ -170,6 +171,7 @@ class ArrayUpdates:
         spans: Sequence[Span | RowSpan],
         states: Sequence[Sequence[int]],
         indices: Sequence[Array],
+        _arrays: Sequence[Facts],
         stream: Any,
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
@@ -185,6 +187,10 @@ class ArrayUpdates:
         decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._decisions = memory.table(decisions, stream)
         self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
+
+    def reads(self, _gradients: list[Any], _variables: list[Any]) -> bool:
+        """Tell that gradients are not looked for: sets are found by `engine.key_of_pairs`."""
+        return False
 
     def read_from(self, _sources: None) -> None:
         """Do nothing: updates are kept for gradients where they are."""

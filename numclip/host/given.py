@@ -8,7 +8,7 @@ general way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,7 @@ class Given:
         natives = natives or [facts.native for facts in targets]
         self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
         shapes = [facts.shape for facts in self.targets]
-        self.wanted = wanted_table(self._dtypes, shapes, _merged(taken), self._held)
+        self.wanted = wanted_table(self._dtypes, shapes, merged(taken), self._held)
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         self._rows = self._row_table()
@@ -185,8 +185,12 @@ def wanted_table(
     shapes: Sequence[tuple[int, ...]],
     taken: Extents = (),
     held: Container[int] = (),
+    needs: int = given.PLAIN,
 ) -> Array:
-    """Return what `kernels.given` is told of arrays; `held` are those that take rows."""
+    """Return what `kernels.given` is told of arrays; `held` are those that take rows.
+
+    `needs` are the flags that NumPy's arrays must have.
+    """
     free = [k for k in range(len(shapes)) if k in held]
     rows: list[int] = []
     axes: list[int] = []
@@ -198,12 +202,12 @@ def wanted_table(
         axes += shape
     rows += [id(INDEX), 1, first, INDEX.itemsize, 1] * len(free)
     ids = id(np.ndarray), id(None), id(KEPT)
-    head = [object.__basicsize__, *ids, first + len(axes), len(taken)]
+    head = [object.__basicsize__, *ids, first + len(axes), len(taken), needs]
     ends = *(low for low, _ in taken), *(high for _, high in taken)
     return np.array([*head, *rows, *axes, *ends], np.int64)
 
 
-def _merged(extents: Extents) -> list[tuple[int, int]]:
+def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return extents in ascending order, those that touch as one."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(extents):

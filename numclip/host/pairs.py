@@ -1,4 +1,4 @@
-"""Pairs of a gradient and the array it updates, where all are plain arrays of one dtype.
+"""Pairs of a gradient and the array it updates, where all are plain arrays.
 
 In C order, so that their elements lie alike; and apart, so that none is written before it is read.
 Of sparse gradients these are the values, which are summed at once.
@@ -12,14 +12,43 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numclip.dtypes import Array, as_stored
+from numclip.facts import Facts
 from numclip.host import plain_arrays
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
-from numclip.host.kernels import arrays, cpu, grouping
+from numclip.host.given import merged, wanted_table
+from numclip.host.kernels import arrays, cpu, given, grouping, updates
+from numclip.host.kernels.arrays import WRITEABLE
 from numclip.host.kernels.tuning import PARALLEL_BYTES
+from numclip.host.runtime.jit import entry
 
 _UNUSED = np.empty((0, 4), np.int64)
 _FACTS: dict[str, tuple[Array, Array]] = {}
+
+
+class Reader:
+    """Finds gradients for some arrays, where these are as they were and lie where they lay.
+
+    `chunks` are the updates, which it lets read the gradients.
+    """
+
+    def __init__(self, arrays: Sequence[Facts], chunks: Array) -> None:
+        dtypes = [np.dtype(facts.native.type) for facts in arrays]
+        shapes = [facts.shape for facts in arrays]
+        places = np.array([facts.address for facts in arrays], np.int64)
+        writeable = wanted_table(dtypes, shapes, needs=given.PLAIN | WRITEABLE)
+        apart = wanted_table(dtypes, shapes, merged(facts.extent for facts in arrays))
+        distances = chunks[:, updates.PARAM] - places[chunks[:, updates.OWNER]]
+        self._count = len(arrays)
+        self._tables = apart, writeable, places, places.copy(), chunks, distances
+        self._read = entry(given.read_pairs, 0, *self._tables)
+
+    def read(self, gradients: list[Any], variables: list[Any]) -> bool:
+        """Let the updates read gradients; tell if all fit, else nothing is changed."""
+        if len(variables) != self._count:
+            return False
+        held = (*gradients, *variables)
+        return self._read(plain_arrays.pointers_of(held), *self._tables)  # type: ignore[no-any-return]
 
 
 class Sources(NamedTuple):
@@ -32,24 +61,16 @@ class Sources(NamedTuple):
 def plain(
     gradients: list[Any], variables: list[Any], rows: Mapping[int, Array]
 ) -> tuple[Any, Sources | None]:
-    """Return a key for which memory is updated, and where the gradients are.
+    """Return a key for which memory is updated, and where the gradients are, of one dtype.
 
     `rows` are the indices of those that are values of sparse ones. Nothing where an array is not
-    plain; no array is described.
+    plain, or none is sparse; no array is described.
     """
-    if rows:
-        dense = [k for k in range(len(variables)) if k not in rows]
-        own = [gradients[k] for k in dense], [variables[k] for k in dense]
-        return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
-    kind = plain_arrays.kind_of((*gradients, *variables))
-    if kind is None:
+    if not rows:
         return None, None
-    batch, apart = _batch_of(gradients, variables, kind)
-    if batch is None or not (apart or plain_arrays.are_apart(batch)):
-        return None, None
-    half = len(batch.chunks) // 2
-    starts = batch.chunks[:half, cpu.SOURCE]
-    return (kind.row.name, batch.chunks[half:].tobytes()), Sources(starts, ())
+    dense = [k for k in range(len(variables)) if k not in rows]
+    own = [gradients[k] for k in dense], [variables[k] for k in dense]
+    return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
 
 
 def _facts_of(kind: plain_arrays.Kind) -> tuple[Array, Array]:

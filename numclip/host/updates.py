@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 
 from numclip.dtypes import Array, DType, as_stored
 from numclip.engine import Outcome
-from numclip.host import batches, rows
+from numclip.facts import Facts
+from numclip.host import batches, plain_arrays, rows
 from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
 from numclip.host.kernels import given, given_rows, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
+from numclip.host.pairs import Reader
 from numclip.host.runtime import threads
 from numclip.host.runtime.threads import Call
 from numclip.host.several import SeveralSteps
@@ -266,7 +269,8 @@ class GroupUpdates(Updates):
 class ArrayUpdates(Updates):
     """Updates arrays by gradients that are not clipped.
 
-    `indices` are those of the rows, each once, that each `RowSpan` reads.
+    `indices` are those of the rows, each once, that each `RowSpan` reads; `arrays` are what is
+    updated.
     """
 
     def __init__(
@@ -275,13 +279,27 @@ class ArrayUpdates(Updates):
         spans: Sequence[Span | RowSpan],
         states: Sequence[Sequence[int]],
         indices: Sequence[Array],
+        arrays: Sequence[Facts],
         _stream: Any = None,
     ) -> None:
         super().__init__(kernel, spans, states, np.arange(len(spans)))
+        self._chunks = self._together()
+        self._starts = self._chunks[:, updates.GRAD].copy()
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
         self._take_rows(list(zip(indices, found, strict=True)))
+        reads = plain_arrays.READABLE and not self._sparse
+        self._reader = Reader(arrays, self._chunks) if reads else None
+
+    def _together(self) -> Array:
+        """Return the updates of dense tensors, those of a dtype after another's, in one table."""
+        tables = [chunks for _, chunks in self._dense] or [np.zeros((0, 6), np.int64)]
+        chunks = np.concatenate(tables)
+        ends = itertools.accumulate(map(len, tables))
+        parts = [chunks[end - len(own) : end] for own, end in zip(tables, ends, strict=True)]
+        self._dense = [(dtype, own) for (dtype, _), own in zip(self._dense, parts, strict=False)]
+        return chunks
 
     def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:
         """Let the following steps update rows by their sums: one call for each dtype."""
@@ -293,12 +311,16 @@ class ArrayUpdates(Updates):
             self._call(dtype, np.concatenate(own) if len(own) > 1 else own[0], sums)
             for dtype, own in tables.items()
         ]
+        self._update = threads.kept(self._calls)
+
+    def reads(self, gradients: list[Any], variables: list[Any]) -> bool:
+        """Let the following steps read gradients where they lie, if these are of our arrays."""
+        return self._reader is not None and self._reader.read(gradients, variables)
 
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read the gradients, all of one dtype, elsewhere."""
-        if self._dense:
-            self._dense[0][1][:, updates.GRAD] = sources.starts
-        if self._sparse:
+        """Let the following steps read the gradients elsewhere; None is for where they were."""
+        self._chunks[:, updates.GRAD] = self._starts if sources is None else sources.starts
+        if sources is not None:
             self._take_rows(sources.sums)
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
@@ -306,4 +328,4 @@ class ArrayUpdates(Updates):
         self._given[:, : len(settings)] = settings
         self._counts[:] = counts
         self._prepare(self._decisions, counted=True)
-        threads.run_all(self._calls)
+        self._update()

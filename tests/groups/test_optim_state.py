@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import numclip as nc
 import numclip.host.given
 import numclip.host.updates
+from numclip.clipping import array_updating
 from tests.oracle.cases import fortran, normal, slices, strided
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import ROWS, frozen, grads_of, snapshot
@@ -261,6 +263,48 @@ def test_plans_that_are_known_read_the_gradients_of_the_call():
     assert variable.tolist() == [-2.0] * 3
     optimizer.apply_gradients([(first.view(Other), variable)])
     assert variable.tolist() == [-3.0] * 3
+
+
+def test_sets_of_arrays_that_take_turns_are_not_described_again(monkeypatch):
+    rng, shapes = (
+        np.random.default_rng(3),
+        [[((2, 3), "float32"), ((40_000,), "float64"), ((), "float16")]],
+    )
+    shapes.append([((5,), "float32")])
+    sets = [[np.asarray(normal(rng, *own)) for own in arrays] for arrays in shapes]
+    others = [[array.copy() for array in arrays] for arrays in sets]
+    one, two = nc.Adam(None, 0.1), nc.Adam(None, 0.1)
+    for step in range(5):
+        for own, arrays, other in zip(shapes, sets, others, strict=True):
+            grads = [np.asarray(normal(rng, *wanted)) for wanted in own]
+            two.apply_gradients([(g.view(Other), a) for g, a in zip(grads, other, strict=True)])
+            with monkeypatch.context() as context:
+                if step > 1:  # a new set may be where another one was
+                    context.setattr(array_updating, "describe", None)
+                if step == 2:
+                    grads = pickle.loads(pickle.dumps(grads))  # have dtype objects of their own
+                one.apply_gradients(zip(grads, [array[...] for array in arrays], strict=True))
+            for mine, theirs in zip(arrays, other, strict=True):
+                assert_same_bits(mine, theirs)
+
+
+def test_what_changed_of_arrays_that_are_known_is_seen():
+    variable, grad = np.ones(4), np.ones(4)
+    memory = np.zeros(6)
+    shifted = memory[2:]
+    optimizer = nc.SGD(None, 1.0)
+    for own in (variable, shifted, variable):  # what is new lets all be described again
+        optimizer.apply_gradients([(grad, own)])
+    for wrong in (np.ones(5), np.ones(4, complex), [1.0] * 4):
+        with pytest.raises((TypeError, ValueError), match="grads_and_vars"):
+            optimizer.apply_gradients([(wrong, variable)])
+    memory[:] = range(6)
+    optimizer.apply_gradients([(memory[:4], shifted)])
+    assert memory.tolist() == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    variable.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        optimizer.apply_gradients([(grad, variable)])
+    assert variable.tolist() == [-1.0] * 4
 
 
 @pytest.mark.parametrize("size", [9, pytest.param(2_000_001, marks=pytest.mark.full)])

@@ -11,7 +11,17 @@ first addresses in ascending order followed by the ends.
 import numpy as np
 
 from numclip.host.kernels import updates
-from numclip.host.kernels.arrays import ALIGNED, C_ORDER, DATA, DESCR, FLAGS, NDIM, SHAPE, WORD
+from numclip.host.kernels.arrays import (
+    ALIGNED,
+    C_ORDER,
+    DATA,
+    DESCR,
+    FLAGS,
+    NDIM,
+    SHAPE,
+    WORD,
+    are_equal,
+)
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE, TARGET
 from numclip.host.kernels.elements import array_at, narrow, table_at, widen, word_at, zeros
 from numclip.host.kernels.pools import decide_squares, hold_chunk, scale_decided
@@ -37,7 +47,7 @@ from numclip.tables import (
     ZERO,
 )
 
-HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, HEAD = range(7)
+HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, NEEDS, HEAD = range(8)
 # Of the row of each array; FIRST_AXIS is where its shape begins. Of a FREE first axis any length is
 # wanted, and NBYTES are of each row.
 DTYPE, AXES, FIRST_AXIS, NBYTES, FREE, ROW = range(6)
@@ -77,10 +87,11 @@ def address_of(item, row, wanted):
     fields = item + wanted[HEADER]
     if word_at(fields - WORD) != wanted[NDARRAY]:
         return np.int64(ELSEWHERE)
-    axes = wanted[row + AXES]
-    plain = word_at(fields + DESCR) == wanted[row + DTYPE]
-    plain &= word_at(fields + FLAGS) & PLAIN == PLAIN
-    if not plain or word_at(fields + NDIM) & 0xFFFF_FFFF != axes:
+    axes, needs = wanted[row + AXES], wanted[NEEDS]
+    fits = word_at(fields + FLAGS) & needs == needs and word_at(fields + NDIM) & 0xFFFF_FFFF == axes
+    dtype, like = word_at(fields + DESCR), wanted[row + DTYPE]
+    fits &= dtype == like or are_equal(dtype + wanted[HEADER], like + wanted[HEADER])
+    if not fits:
         return np.int64(ELSEWHERE)
     shape, own = word_at(fields + SHAPE), wanted[row + FIRST_AXIS]
     free = wanted[row + FREE]
@@ -109,6 +120,25 @@ def find(items, wanted, addresses):
 def read(items, wanted, addresses):
     """Do what `find` does."""
     return find(items, wanted, addresses)
+
+
+@kernel_with_gil
+def read_pairs(items, wanted, arrays, places, addresses, chunks, distances):
+    """Let updates read the gradients of pairs where they lie; tell if all are as they are wanted.
+
+    `items` are the gradients, then the arrays they update; `arrays` is what is wanted of these,
+    `places` are where they are to lie.
+    """
+    count = places.size
+    for t in range(count):
+        row = HEAD + t * ROW
+        own = address_of(word_at(items + (count + t) * WORD), row, arrays)
+        addresses[t] = address_of(word_at(items + t * WORD), row, wanted)
+        if own != places[t] or addresses[t] in (ABSENT, STAYS, ELSEWHERE):
+            return False
+    for c in range(distances.size):
+        chunks[c, GRAD] = addresses[chunks[c, updates.OWNER]] + distances[c]
+    return True
 
 
 @inline
