@@ -12,6 +12,7 @@ from numclip.border import arguments
 from numclip.border.arguments import DUPLICATES, POLICIES
 from numclip.border.communicator import communicator
 from numclip.border.gradients import describe
+from numclip.border.structures import structure
 from numclip.clipping import clip, mixed, parts, ranks
 from numclip.errors import expected
 from numclip.host import lists, plain_examples, plain_units
@@ -75,15 +76,17 @@ def global_norm(grads: Any, ord: float = 2, *, duplicates: str = "sum") -> float
     >>> f"{norm:.7g}"
     '5e+20'
     """
+    held = None
     if arguments.are_usual(ord, duplicates=duplicates):
         known = lists.global_norm(grads, float(ord))
         if known is None:
-            known = mixed.global_norm(grads, float(ord), duplicates)
+            held = structure(grads)
+            known = mixed.global_norm(held, float(ord), duplicates)
         if known is not None:
             return known
     order = arguments.order(ord)
     arguments.choice("duplicates", duplicates, DUPLICATES)
-    return clip.norm_of(grads, order, duplicates)  # type: ignore[no-any-return]
+    return clip.norm_of(held or structure(grads), order, duplicates)  # type: ignore[no-any-return]
 
 
 def clip_by_global_norm(
@@ -184,6 +187,7 @@ def clip_by_global_norm(
             check = partial(_law, clip_norm, use_norm, ord, nonfinite, duplicates, comm)
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
+    held = None
     if arguments.are_usual(ord, clip_norm, nonfinite, duplicates, use_norm):
         what, given = LAWS[nonfinite], 0.0
         if use_norm is not None:
@@ -191,11 +195,12 @@ def clip_by_global_norm(
         bound, order = float(clip_norm), float(ord)
         done = lists.clip_by_global_norm(grads, bound, out, order, what, given)
         if done is None:
-            done = mixed.clip_by_global_norm(grads, bound, out, order, what, given, duplicates)
+            held = structure(grads)
+            done = mixed.clip_by_global_norm(held, bound, out, order, what, given, duplicates)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)
-    return clip.clip_together(grads, law, nonfinite, duplicates, out, whole)
+    return clip.clip_together(held or structure(grads), law, nonfinite, duplicates, out, whole)
 
 
 def _law(

@@ -35,14 +35,14 @@ def target_of(gradient: Gradient, out: Any) -> Gradient:
     return found
 
 
-def targets_of(grads: Gradients, given: Any, out: Any) -> list[Gradient]:
-    """Return where the results of several gradients go; `given` is what the user passed."""
+def targets_of(grads: Gradients, out: Any) -> list[Gradient]:
+    """Return where the results of several gradients go."""
     grads.engine.require()
     for gradient in grads.entries:
         libraries.refuse_parameter(gradient.name, gradient.source)
     if out is None:
         return [new_like(gradient) for gradient in grads.entries]
-    other = grads.structure if out is given else structure(out, "out")
+    other = grads.structure if out is grads.structure.given else structure(out, "out")
     _check_keys(grads.structure, other)
     named = zip(map(other.named("out").name_of, other.keys), other.items, strict=True)
     pairs = [(name, item) for name, item in named if item is not None]

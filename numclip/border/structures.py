@@ -20,12 +20,13 @@ Rebuild = Callable[[list[Any]], Any]
 
 
 class Structure(NamedTuple):
-    """The items of a structure by their keys, and what makes such a one of other items."""
+    """The items of a structure that was given, by their keys; and what makes one of others."""
 
     name: str
     keys: list[Key]
     items: list[Any]
     rebuild: Rebuild
+    given: Any
 
     def named(self, name: str) -> Structure:
         """Return the structure under another name."""
@@ -51,9 +52,9 @@ def structure(grads: Any, name: str = "grads") -> Structure:
         raise TypeError(expected(name, "a list, tuple or dict of gradients", advice))
     keys, items, rebuild = _level(grads)
     if not any(map(_is_nested, items)):
-        return Structure(name, keys, items, rebuild)
+        return Structure(name, keys, items, rebuild, grads)
     with _depth_told(name):
-        return _flattened(name, keys, items, rebuild)
+        return _flattened(name, keys, items, rebuild)._replace(given=grads)
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -
         remaining = iter(results)
         return rebuild([_part(remaining, *part) for part in parts])
 
-    return Structure(name, paths, flat, rebuilt)
+    return Structure(name, paths, flat, rebuilt, None)
 
 
 def _part(remaining: Iterator[Any], count: int, rebuild: Rebuild | None) -> Any:

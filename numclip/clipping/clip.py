@@ -72,9 +72,8 @@ def _norm_of_whole(whole: Whole, ord: float) -> float:
 
 
 @isolated
-def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
+def norm_of(found: Structure, ord: float, duplicates: str) -> Any:
     """Return the norm of all gradients together."""
-    found = structure(grads)
     engine = _engine_of(found)
     law = Law(math.inf, ord=ord)
     key = engine.key_of(found.items, ord, "propagate", written=False)
@@ -87,20 +86,19 @@ def norm_of(grads: Any, ord: float, duplicates: str) -> Any:
 
 @isolated
 def clip_together(
-    grads: Any, law: Law, policy: str, duplicates: str, out: Any, whole: Whole | None = None
+    found: Structure, law: Law, policy: str, duplicates: str, out: Any, whole: Whole | None = None
 ) -> tuple[Any, Any]:
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
-    found = structure(grads)
     engine = _engine_of(found)
     key = None
-    if whole is None and (out is grads or _are_same(found, out)):
+    if whole is None and (out is found.given or _are_same(found, out)):
         key = engine.key_of(found.items, law.ord, policy, written=True)
     norm = _clip_again(engine, key, law, policy, write=True)
     if norm is not None:
         libraries.note_writing(found.items)
         return found.rebuild(found.items), norm
     described = gradients(found)
-    targets = targets_of(described, grads, out)
+    targets = targets_of(described, out)
     norm = clip(described.entries, targets, law, policy, duplicates, key, whole)
     if out is not None:
         libraries.note_writing(target.source for target in targets)

@@ -30,7 +30,7 @@ def clip_each(grad: Any, out: Any, check: Check, write: Write, owner_of: Any = N
         return result
     described = gradients(structure(grad, "grad"))
     every = [check(entry) for entry in described.entries]
-    targets = targets_of(described, grad, out)
+    targets = targets_of(described, out)
     if owner_of is not None and out is not None:
         advice = "pass copies of the parameters"
         refuse_overlaps(list(map(owner_of, every)), targets, advice)

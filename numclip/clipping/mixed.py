@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numclip.border.structures import structure
+from numclip.border.structures import Structure, structure
 from numclip.host import lists, outs, plain_rows
 from numclip.host.kernels.spans import GIVEN
 from numclip.host.nests import Items
@@ -22,11 +22,9 @@ from numclip.tables import PROPAGATE
 _norm_of_rows, _clip_rows = isolated(plain_rows.norm_of), isolated(plain_rows.clip_items)
 
 
-def global_norm(grads: Any, ord: float, duplicates: str) -> float | None:
+def global_norm(found: Structure, ord: float, duplicates: str) -> float | None:
     """Return the norm of gradients."""
-    if not isinstance(grads, (list, tuple, dict)):
-        return None
-    values = values_of(structure(grads).items, duplicates)
+    values = values_of(found.items, duplicates)
     if values is None:
         return None
     if not values.groupings:
@@ -35,24 +33,30 @@ def global_norm(grads: Any, ord: float, duplicates: str) -> float | None:
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, out: Any, ord: float, what: int, given: float, duplicates: str
+    found: Structure,
+    bound: float,
+    out: Any,
+    ord: float,
+    what: int,
+    given: float,
+    duplicates: str,
 ) -> tuple[Any, float] | None:
     """Clip gradients by their joint norm, in place or into new ones; return both."""
-    if not outs.takes(grads, out) or not isinstance(grads, (list, tuple, dict)):
+    if not outs.takes(found.given, out):
         return None
-    found = structure(grads)
+    in_place = out is not None
     values = values_of(found.items, duplicates)
     if values is None:
         return None
     if not values.groupings:
-        clipped = lists.clip_items(values.arrays, out is not None, bound, ord, what, given)
+        clipped = lists.clip_items(values.arrays, in_place, bound, ord, what, given)
     elif ord == 2.0 and not what & GIVEN:
-        clipped = _clip_rows(*values, bound, in_place=out is not None)
+        clipped = _clip_rows(*values, bound, in_place=in_place)
     else:
         return None
     if clipped is None:
         return None
-    results = found.items if out is not None else _with_values(found.items, clipped[0])
+    results = found.items if in_place else _with_values(found.items, clipped[0])
     return found.rebuild(results), clipped[1]
 
 
@@ -60,8 +64,9 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     """Clip slices by their norm, in place or into new ones; return these."""
     if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
-    place = None if out is None else [grad]
-    found = clip_by_global_norm([grad], bound, place, ord, PROPAGATE, 0.0, "sum")
+    given = [grad]
+    place = None if out is None else given
+    found = clip_by_global_norm(structure(given), bound, place, ord, PROPAGATE, 0.0, "sum")
     return None if found is None else found[0][0]
 
 

@@ -389,7 +389,7 @@ def clip_by_global_norm(
         law = checked()
         held = structure(grads)
         described = gradients(held)
-        targets = targets_of(described, grads, out)
+        targets = targets_of(described, out)
         entries = described.entries
         own = piece_of(entries, law.ord, duplicates, policy) if entries else None
         whole = NormAccumulator.of(law.ord, own).whole

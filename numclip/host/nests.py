@@ -67,8 +67,8 @@ def taken(grads: Any) -> tuple[Items, Any]:
     """
     held = held_still(grads)
     items = items_of(held)
-    if not items or type(items[0]) not in KINDS:
-        return items, held
+    if not items or (type(items[0]) not in KINDS and type(items[-1]) not in KINDS):
+        return items, held  # of a nest that is closed at both ends the mixed way takes care
     found: list[Any] = []
     try:
         nest = opened(held, found)

@@ -143,14 +143,21 @@ def test_no_gradients():
     assert nc.clip_by_global_norm((None, None), 0.0) == ((None, None), 0.0)
 
 
-def test_generator_gives_a_list():
-    assert nc.global_norm(g for g in grads()) == nc.global_norm(grads())
-    clipped, norm = nc.clip_by_global_norm((g for g in grads()), 1.0)
-    assert isinstance(clipped, list)
-    expected, same_norm = nc.clip_by_global_norm(grads(), 1.0)
-    assert norm == same_norm
-    for new, old in zip(clipped, expected, strict=True):
-        checks.assert_same_bits(new, old)
+def test_what_gives_gradients_once_gives_a_list(monkeypatch):
+    for dtype in "<f4", ">f4":  # the second is taken the general way
+        given = {"a": np.full(3, 2.0, dtype), "b": [np.ones(2, dtype)], "c": None}
+        (first, (second,), _), wanted = nc.clip_by_global_norm([*given.values()], 1.0)
+        for take in given.values, lambda given=given: (grad for grad in given.values()):
+            with monkeypatch.context() as context:
+                if dtype == "<f4":
+                    context.setattr("numclip.clipping.clip.clip_together", None)
+                    context.setattr("numclip.clipping.clip.norm_of", None)
+                clipped, norm = nc.clip_by_global_norm(take(), 1.0)
+                assert nc.global_norm(take()) == norm == wanted
+            assert isinstance(clipped, list)
+            assert_same_bits(clipped[0], first)
+            assert_same_bits(clipped[1][0], second)
+            assert clipped[2] is None
 
 
 def test_structure_is_kept_in_place():
