@@ -23,7 +23,6 @@ from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import entry
 
 _UNUSED = np.empty((0, 4), np.int64)
-_FACTS: dict[str, tuple[Array, Array]] = {}
 
 
 class Reader:
@@ -73,16 +72,6 @@ def plain(
     return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
 
 
-def _facts_of(kind: plain_arrays.Kind) -> tuple[Array, Array]:
-    """Return what `kernels.arrays` is told of arrays in C order, to read and to write."""
-    name = kind.row.name
-    if name not in _FACTS:
-        facts = np.array([kind.readable, kind.writeable])
-        facts[:, arrays.NEEDS] |= arrays.C_ORDER
-        _FACTS[name] = facts[0], facts[1]
-    return _FACTS[name]
-
-
 def _batch_of(
     gradients: list[Any], variables: list[Any], kind: plain_arrays.Kind
 ) -> tuple[Batch | None, bool]:
@@ -90,7 +79,7 @@ def _batch_of(
     held, count = (*gradients, *variables), len(variables)
     if not held:
         return Batch(kind.row, _UNUSED, 0), True
-    readable, writeable = _facts_of(kind)
+    readable, writeable = kind.in_c_order
     batch, apart = plain_arrays.batch_of(held, kind, readable)
     if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
         return None, False
@@ -135,7 +124,7 @@ def _with_rows(
 
 def _are_plain(held: tuple[Any, ...], kind: plain_arrays.Kind) -> bool:
     """Tell whether arrays are of one kind, each variable behind the values of its rows."""
-    for k, facts in enumerate(_facts_of(kind)):
+    for k, facts in enumerate(kind.in_c_order):
         own = held[k::2]  # which is held while its pointers are read
         if arrays.table(plain_arrays.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
             return False

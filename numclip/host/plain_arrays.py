@@ -30,6 +30,13 @@ class Kind:
         self.row, self.readable, self.writeable = row, readable, writeable
 
     @cached_property
+    def in_c_order(self) -> tuple[Array, Array]:
+        """The same two of arrays in C order."""
+        facts = np.array([self.readable, self.writeable])
+        facts[:, arrays.NEEDS] |= arrays.C_ORDER
+        return facts[0], facts[1]
+
+    @cached_property
     def clip(self) -> Callable[..., tuple[int, float]]:
         """The entry of `plain.clip`, for either facts."""
         return entry(plain.clip, 0, 0, self.readable, self.row.limits, 1.0, 0, self.row.like)

@@ -6,16 +6,20 @@ has touched nothing.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from numclip.dtypes import FLOAT64, Array
 from numclip.host import nests, plain_arrays
-from numclip.host.kernels import arrays, examples
-from numclip.host.kernels.tuning import EXAMPLE_COLUMNS
+from numclip.host.kernels import examples
+from numclip.host.kernels.tuning import EXAMPLE_COLUMNS, PARALLEL_BYTES
 from numclip.host.nests import Items
+from numclip.host.plain_arrays import Kind
 from numclip.host.runtime import threads
+from numclip.host.runtime.jit import entry
 from numclip.host.units import LONG_ROW
 from numclip.law import Family, unit_laws
 from numclip.memory import Memory, Strided
@@ -33,26 +37,43 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     if kind is None or not _are_examples(items):
         return None
     results = tuple([np.empty(item.shape[1:], item.dtype) for item in items])
-    facts = kind.readable.copy()
-    facts[arrays.NEEDS] |= arrays.C_ORDER
-    table = np.empty((len(items), 4), np.int64)
-    pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
-    blocks = examples.find(*pointers, facts, EXAMPLE_COLUMNS, table)
-    if blocks < 0:
-        return None
-    like, nbytes = kind.row.like, sum([item.nbytes for item in items])
-    factors, clipped = np.empty(len(items[0])), np.empty(len(items[0]), np.bool_)
     law: Array = _LAW.copy()
     law[BOUND] = bound
-    threads.run(
-        examples.find_factors, factors.size, nbytes, table, law, like, factors, clipped, keep=items
-    )
-    if like.itemsize == 8 and (factors == examples.UNKNOWN).any():
-        return None
-    threads.run(
-        examples.sum_blocks, blocks, nbytes, table, factors, EXAMPLE_COLUMNS, like, keep=results
-    )
-    return nests.rebuilt(held, results, None), int(np.count_nonzero(clipped))
+    factors, clipped = np.empty(len(items[0])), np.empty(len(items[0]), np.bool_)
+    told = law, kind.row.like, factors, clipped
+    if sum([item.nbytes for item in items]) < PARALLEL_BYTES:
+        pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
+        facts = kind.in_c_order[0]
+        found = _little(kind)(*pointers, len(items), facts, EXAMPLE_COLUMNS, *told)
+    else:
+        found = _clip_much(items, results, kind, *told)
+    return None if found < 0 else (nests.rebuilt(held, results, None), found)
+
+
+@functools.cache
+def _little(kind: Kind) -> Callable[..., int]:
+    """Return the entry of `examples.clip_little`."""
+    told = kind.in_c_order[0], EXAMPLE_COLUMNS, _LAW, kind.row.like, np.empty(1), np.empty(1, bool)
+    return entry(examples.clip_little, 0, 0, 1, *told)
+
+
+def _clip_much(
+    items: Items, results: Items, kind: Kind, law: Array, like: Array, *found: Array
+) -> int:
+    """Clip by all threads; return how many are clipped, -1 where that is not possible."""
+    factors, clipped = found
+    nbytes, table = sum([item.nbytes for item in items]), np.empty((len(items), 4), np.int64)
+    pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
+    blocks = examples.find(*pointers, kind.in_c_order[0], EXAMPLE_COLUMNS, table)
+    if blocks < 0:
+        return -1
+    read = table, law, like, factors, clipped
+    threads.run(examples.find_factors, factors.size, nbytes, *read, keep=items)
+    if (factors == examples.UNKNOWN).any():
+        return -1
+    told = table, factors, EXAMPLE_COLUMNS, like
+    threads.run(examples.sum_blocks, blocks, nbytes, *told, keep=results)
+    return int(np.count_nonzero(clipped))
 
 
 def _are_examples(items: Items) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from numclip.host.kernels.arrays import DATA, HEADER, SHAPE, WORD, length_of
 from numclip.host.kernels.columns import sum_examples
 from numclip.host.kernels.cpu import squares_of
-from numclip.host.kernels.elements import array_at, table_at, word_at
+from numclip.host.kernels.elements import WORDS, array_at, empty_table, table_at, word_at
 from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, settled, two_sum
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import BOUND, COARSE, ROUNDOFF, TINY
@@ -83,3 +83,23 @@ def sum_blocks(begin, end, table, factors, width, like):
         own = block - table[t, FIRST]
         out = array_at(table[t, TARGET], table[t, LENGTH], like)
         sum_examples(own, own + 1, x, factors, width, out)
+
+
+@kernel_with_gil
+def clip_little(items, results, count, facts, width, law, like, factors, clipped):
+    """Do all of the above for `count` arrays; return how many examples are clipped.
+
+    -1 where an array is not as the facts demand, or a factor is not known: no sums are written.
+    """
+    table = empty_table(count, 4, WORDS)
+    blocks = find(items, results, facts, width, table)
+    if blocks < 0:
+        return -1
+    find_factors(0, factors.size, table, law, like, factors, clipped)
+    found = 0
+    for e in range(factors.size):
+        if factors[e] == UNKNOWN:
+            return -1
+        found += clipped[e]
+    sum_blocks(0, blocks, table, factors, width, like)
+    return found
