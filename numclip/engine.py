@@ -213,17 +213,18 @@ class GroupUpdates(Protocol):
 class ArrayUpdates(Protocol):
     """How arrays are updated by gradients that are not clipped."""
 
-    def reads(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the following steps read gradients where they lie; tell whether that was possible.
+    def read_pairs(self, gradients: list[Any], variables: list[Any]) -> bool:
+        """Let the following steps read the gradients of pairs where they lie.
 
-        That is where the variables are the arrays of ours.
+        Tell whether that is possible: whether the variables are the arrays that are updated, and
+        each gradient is as it has to be.
         """
 
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read gradients where `Engine.key_of_pairs` found them.
+        """Let the following steps read gradients where `Engine.key_of_pairs` found them."""
 
-        None is for where they were when this was made.
-        """
+    def read_own(self) -> None:
+        """Let the following steps read the gradients that this was made for."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from numclip import state
 from numclip.border import arguments
-from numclip.clipping.array_updating import ArrayUpdater
+from numclip.clipping.array_updating import ArrayUpdater, not_a_pair
 from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
 from numclip.groups import ParamGroups
@@ -152,13 +152,17 @@ class Optimizer(state.Saved):
             Where a pair does not fit; the message names it. Nothing is updated then.
         """
         numbers, grads, variables = [], [], []
-        for number, (gradient, variable) in enumerate(grads_and_vars):
+        for number, pair in enumerate(grads_and_vars):
+            try:
+                gradient, variable = pair
+            except (TypeError, ValueError):
+                raise TypeError(not_a_pair(number, pair)) from None
             if gradient is not None:
                 numbers.append(number)
                 grads.append(gradient)
                 variables.append(variable)
+        lr = self.rate(None, self._applied)  # which may apply gradients itself
         rounds = self._arrays.describe(numbers, grads, variables)
-        lr = self.rate(None, self._applied)
         self._applied += 1
         self._arrays.update(rounds, lr)
 

@@ -42,7 +42,7 @@ def targets_of(grads: Gradients, out: Any) -> list[Gradient]:
         libraries.refuse_parameter(gradient.name, gradient.source)
     if out is None:
         return [new_like(gradient) for gradient in grads.entries]
-    other = grads.structure if out is grads.structure.given else structure(out, "out")
+    other = grads.structure if out is grads.structure.source else structure(out, "out")
     _check_keys(grads.structure, other)
     named = zip(map(other.named("out").name_of, other.keys), other.items, strict=True)
     pairs = [(name, item) for name, item in named if item is not None]

@@ -20,13 +20,13 @@ Rebuild = Callable[[list[Any]], Any]
 
 
 class Structure(NamedTuple):
-    """The items of a structure that was given, by their keys; and what makes one of others."""
+    """The items of a structure by their keys, what makes such a one of others, and the source."""
 
     name: str
     keys: list[Key]
     items: list[Any]
     rebuild: Rebuild
-    given: Any
+    source: Any
 
     def named(self, name: str) -> Structure:
         """Return the structure under another name."""
@@ -54,7 +54,7 @@ def structure(grads: Any, name: str = "grads") -> Structure:
     if not any(map(_is_nested, items)):
         return Structure(name, keys, items, rebuild, grads)
     with _depth_told(name):
-        return _flattened(name, keys, items, rebuild)._replace(given=grads)
+        return _flattened(name, grads, keys, items, rebuild)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,9 @@ def _sequence_like(given: MutableSequence[Any], results: list[Any]) -> Any:
     return other if type(other) is type(given) and other is not given else results
 
 
-def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -> Structure:
+def _flattened(
+    name: str, source: Any, keys: list[Any], items: list[Any], rebuild: Rebuild
+) -> Structure:
     """Return the items of all levels as those of one."""
     paths: list[Key] = []
     flat: list[Any] = []
@@ -142,7 +144,7 @@ def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -
             flat.append(item)
             parts.append((1, None))
             continue
-        inner = _flattened(name, *_level(item))
+        inner = _flattened(name, item, *_level(item))
         paths += [(key, *path) if type(path) is tuple else (key, path) for path in inner.keys]
         flat += inner.items
         parts.append((len(inner.items), inner.rebuild))
@@ -151,7 +153,7 @@ def _flattened(name: str, keys: list[Any], items: list[Any], rebuild: Rebuild) -
         remaining = iter(results)
         return rebuild([_part(remaining, *part) for part in parts])
 
-    return Structure(name, paths, flat, rebuilt, None)
+    return Structure(name, paths, flat, rebuilt, source)
 
 
 def _part(remaining: Iterator[Any], count: int, rebuild: Rebuild | None) -> Any:

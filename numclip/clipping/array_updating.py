@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,10 @@ class Kept:
             engine.clear(state, stream)
 
 
+Pair = tuple[Gradient, Gradient]
+"""A gradient and the array it updates."""
+
+
 def _kind_of(param: Gradient) -> tuple[Any, int]:
     """Return what an array's states follow from."""
     return param.dtype, param.size
@@ -67,14 +71,14 @@ class ArrayUpdater:
     def __init__(self, method: Method) -> None:
         self._method = method
         self._known: dict[int, Kept] = {}
-        self._planned: OrderedDict[Any, Planned] = OrderedDict()
+        self._planned: dict[Any, Planned] = {}
         self._held: list[Gradient] = []  # whose memory is used until the update is under way
 
     def describe(self, numbers: list[int], grads: list[Any], variables: list[Any]) -> list[Planned]:
         """Return what updates pairs in rounds of different arrays, after checking each."""
         if not grads:
             return []
-        known = self._that_reads(grads, variables)
+        known = self._of_pairs(grads, variables) or self._of_pairs(*_filled(grads, variables))
         if known is not None:
             return [known]
         engine = engines.of(variables[0])
@@ -85,62 +89,66 @@ class ArrayUpdater:
             engine.require()
             engine.check_kernel(self._method.kernel, self._method.state_names)
             pairs = zip(numbers, grads, variables, strict=True)
-            described = [_described(*pair, engine) for pair in pairs]
-            rounds = [self._plan(engine, own, keeps=key is None) for own in _rounds(described)]
-            if key is None or len(rounds) != 1:
-                return rounds
-            planned = self._keep(key, rounds[0])
+            made = self._plans(engine, [_described(*pair, engine) for pair in pairs], key is None)
+            if key is None or len(made) != 1:
+                return made
+            planned = self._keep(key, made[0])
         planned.updates.read_from(sources)
         return [planned]
 
-    def _that_reads(self, grads: list[Any], variables: list[Any]) -> Planned | None:
-        """Return what is known of arrays, and lets it read gradients where they lie.
+    def _of_pairs(self, grads: list[Any], variables: list[Any]) -> Planned | None:
+        """Return what updates arrays, if it is known, after letting it read the gradients.
 
-        What was used last is tried first, then what was used first: sets may take turns.
+        What was used last is tried first; where sets of arrays take turns, it is the one that was
+        not used for longest.
         """
-        last = next(reversed(self._planned.values()), None)
-        if last is not None and last.updates.reads(grads, variables) and last.lives:
-            return last
-        for key, planned in self._planned.items():
-            if planned.updates.reads(grads, variables) and planned.lives:
-                self._planned.move_to_end(key)
+        known = [*self._planned.items()]  # other threads may add to it
+        for key, planned in known[-1:] + known[:-1]:
+            if planned.updates.read_pairs(grads, variables) and planned.lives:
+                if planned is not known[-1][1]:  # a key takes microseconds to be hashed
+                    self._keep(key, planned)
                 return planned
         return None
 
     def _find(self, key: Any) -> Planned | None:
         """Return what is known, if the memory of all its arrays lives."""
         planned = self._planned.get(key)
-        if planned is None or not planned.lives:
-            return None
-        self._planned.move_to_end(key)
-        return planned
+        return self._keep(key, planned) if planned is not None and planned.lives else None
 
     def _keep(self, key: Any, planned: Planned) -> Planned:
         """Keep what was used last, and forget what was not used for longest."""
+        self._planned.pop(key, None)
         self._planned[key] = planned
-        self._planned.move_to_end(key)
-        while len(self._planned) > KEPT:
-            self._planned.popitem(last=False)
+        for oldest in [*self._planned][:-KEPT]:
+            self._planned.pop(oldest, None)
         return planned
 
+    def _plans(self, engine: Engine, pairs: Sequence[Pair], keeps: bool) -> list[Planned]:
+        """Return what updates described pairs in rounds, of arrays that share no memory."""
+        arrays = [*{(own.address, _kind_of(own)): own for _, own in pairs}.values()]
+        refuse_overlaps(arrays, arrays)
+        rounds = _rounds(pairs)
+        stays = len(rounds) == 1  # else the update of an earlier round could change a gradient
+        extents = sorted(own.facts.extent for own in arrays)
+        apart = partial(_apart, extents=extents, stays=stays)
+        return [self._plan(engine, own, apart, keeps=keeps) for own in rounds]
+
     def _plan(
-        self, engine: Engine, pairs: Sequence[tuple[Gradient, Gradient]], *, keeps: bool
+        self, engine: Engine, pairs: Sequence[Pair], apart: Callable[..., Any], *, keeps: bool
     ) -> Planned:
-        """Return what updates described pairs; one that is kept here reads them where they are."""
-        grads, params = map(list, zip(*pairs, strict=True))
+        """Return what updates a round; one that is kept here reads gradients where they are."""
+        params = [param for _, param in pairs]
         kept = self._kept_of(engine, params)
-        stream = engine.stream_of([own.facts for own in (*params, *grads)])
-        refuse_overlaps(params, params)
-        self._held += [*params, *grads]
-        grads = _apart(grads, params, stream)
-        self._held += grads
+        stream = engine.stream_of([own.facts for pair in pairs for own in pair])
+        grads = [apart(*pair, stream) for pair in pairs]
+        self._held += [own for pair in pairs for own in pair] + grads
         pairs = list(zip(grads, params, strict=True))
         spans = [update_span(grad, param.address) for grad, param in pairs]
         indices = [grad.slices.indices for grad in grads if grad.slices is not None]
         key = (stream, *map(id, kept), *spans) if keeps and not indices else None
         planned = self._find(key)
         if planned is not None:
-            planned.updates.read_from(None)
+            planned.updates.read_own()
             return planned
         addresses = [
             [engine.facts("state", own.states[k]).address for own in kept]
@@ -183,6 +191,12 @@ class ArrayUpdater:
         self._held = []
 
 
+def not_a_pair(number: int, got: Any) -> str:
+    """Return what is wrong with an entry that is no pair."""
+    wanted = "a pair of a gradient and an array"
+    return expected(f"grads_and_vars[{number}]", wanted, type(got).__name__)
+
+
 def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int, Any]]:
     """Return gradients with the values of slices that fit, and the indices of these."""
     arrays, rows = grads, {}
@@ -193,11 +207,19 @@ def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int
     return arrays, rows
 
 
-def _rounds(
-    pairs: Sequence[tuple[Gradient, Gradient]],
-) -> list[list[tuple[Gradient, Gradient]]]:
+def _filled(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return pairs without those of plain arrays that have no elements, which need no update."""
+    kept = [
+        (grad, own)
+        for grad, own in zip(grads, variables, strict=True)
+        if not (type(own) is type(grad) is np.ndarray and own.size == 0 == grad.size)
+    ]
+    return [grad for grad, _ in kept], [own for _, own in kept]
+
+
+def _rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Return pairs in their order, in lists in which no array comes twice; none is empty."""
-    rounds: list[list[tuple[Gradient, Gradient]]] = []
+    rounds: list[list[Pair]] = []
     seen: set[int] = set()
     for pair in pairs:
         own = pair[1].address
@@ -211,17 +233,24 @@ def _rounds(
     return rounds
 
 
-def _apart(grads: Sequence[Gradient], params: Sequence[Gradient], stream: Any) -> list[Gradient]:
-    """Return gradients, copies of those that updates would write over before they are read."""
-    extents = sorted(param.facts.extent for param in params)
-    ends = [end for _, end in extents]
-    apart = []
-    for grad, param in zip(grads, params, strict=True):
-        begin, end = grad.facts.extent
-        first = bisect.bisect_right(ends, begin)
-        met = first < len(ends) and extents[first][0] < end and not grad.lies_as(param)
-        apart.append(_with(grad, copied(grad, stream)) if met else grad)
-    return apart
+def _apart(
+    grad: Gradient,
+    param: Gradient,
+    stream: Any,
+    extents: Sequence[tuple[int, int]],
+    stays: bool,
+) -> Gradient:
+    """Return a gradient, a copy where updates could write over it before it is read.
+
+    `extents` are where arrays are, in order; `stays` says that one is not written before its own
+    gradient is read.
+    """
+    begin, end = grad.facts.extent
+    first = bisect.bisect_right(extents, begin, key=lambda extent: extent[1])
+    met = first < len(extents) and extents[first][0] < end
+    return (
+        _with(grad, copied(grad, stream)) if met and not (stays and grad.lies_as(param)) else grad
+    )
 
 
 def _with(grad: Gradient, array: Any) -> Gradient:
@@ -248,7 +277,8 @@ def _described(
         wanted = f"a gradient of shape {param.shape} and dtype {param.native}"
         raise ValueError(expected(name, wanted, f"{grad.dense_shape} and {grad.native}"))
     if not param.facts.c_order or not (grad.facts.c_order or engine.takes_any_rows):
-        strides = f"strides {grad.facts.strides} of the gradient and {param.facts.strides}"
+        steps = grad.facts.memory.steps, param.facts.memory.steps
+        strides = "strides {} of the gradient and {}".format(*steps)
         got = f"{strides} of the array; pass contiguous ones"
         raise ValueError(expected(name, f"C order for device={engine.name!r}", got))
     if grad.slices is not None:

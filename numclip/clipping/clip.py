@@ -91,7 +91,7 @@ def clip_together(
     """Scale all gradients by one factor; return the results in their structure, and the norm."""
     engine = _engine_of(found)
     key = None
-    if whole is None and (out is found.given or _are_same(found, out)):
+    if whole is None and (out is found.source or _are_same(found, out)):
         key = engine.key_of(found.items, law.ord, policy, written=True)
     norm = _clip_again(engine, key, law, policy, write=True)
     if norm is not None:

@@ -42,7 +42,7 @@ def clip_by_global_norm(
     duplicates: str,
 ) -> tuple[Any, float] | None:
     """Clip gradients by their joint norm, in place or into new ones; return both."""
-    if not outs.takes(found.given, out):
+    if not outs.takes(found.source, out):
         return None
     in_place = out is not None
     values = values_of(found.items, duplicates)
@@ -64,9 +64,9 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     """Clip slices by their norm, in place or into new ones; return these."""
     if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
-    given = [grad]
-    place = None if out is None else given
-    found = clip_by_global_norm(structure(given), bound, place, ord, PROPAGATE, 0.0, "sum")
+    grads = [grad]
+    place = None if out is None else grads
+    found = clip_by_global_norm(structure(grads), bound, place, ord, PROPAGATE, 0.0, "sum")
     return None if found is None else found[0][0]
 
 

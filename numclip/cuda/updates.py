@@ -188,12 +188,15 @@ class ArrayUpdates:
         self._decisions = memory.table(decisions, stream)
         self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
 
-    def reads(self, _gradients: list[Any], _variables: list[Any]) -> bool:
-        """Tell that gradients are not looked for: sets are found by `engine.key_of_pairs`."""
+    def read_pairs(self, _gradients: list[Any], _variables: list[Any]) -> bool:
+        """Tell that these are not ours: updates are found by `engine.key_of_pairs`."""
         return False
 
     def read_from(self, _sources: None) -> None:
         """Do nothing: updates are kept for gradients where they are."""
+
+    def read_own(self) -> None:
+        """Do nothing likewise."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says; one launch for each dtype."""

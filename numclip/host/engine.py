@@ -101,8 +101,8 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> N
 def key_of_pairs(
     gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
 ) -> tuple[Any, Any]:
-    """Return by what the updates of plain arrays are found, and where the gradients are."""
-    return pairs.plain(gradients, variables, rows)
+    """Return by what updates by rows are found, and where the gradients are."""
+    return pairs.with_rows(gradients, variables, rows) if rows else (None, None)
 
 
 def find_plan(_key: Any) -> None:

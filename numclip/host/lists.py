@@ -117,7 +117,7 @@ def clip_by_global_norm(
     """
     if out is grads and type(grads) is list:  # the same as below, sooner
         items = tuple(grads)
-        if items and type(items[0]) not in nests.KINDS:
+        if not nests.is_nest(items):
             found = clip_items(items, True, bound, ord, what, given)
             return None if found is None else ([*found[0]], found[1])
     if not outs.takes(grads, out):

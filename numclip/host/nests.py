@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-KINDS = dict, list, tuple
-
+KINDS = frozenset((dict, list, tuple))
+FEW = 32
 
 Items = tuple[Any, ...]
 
@@ -60,6 +60,13 @@ def items_of(grads: Any) -> Items:
     return tuple(grads.values()) if of is dict else ()
 
 
+def is_nest(items: Items) -> bool:
+    """Tell whether an entry is a list, tuple or dict; of many the first or the last one."""
+    if len(items) > FEW:
+        items = items[0], items[-1]
+    return not KINDS.isdisjoint(map(type, items))
+
+
 def taken(grads: Any) -> tuple[Items, Any]:
     """Return the arrays of a list, tuple or dict, nested or not, and what `rebuilt` makes one of.
 
@@ -67,8 +74,8 @@ def taken(grads: Any) -> tuple[Items, Any]:
     """
     held = held_still(grads)
     items = items_of(held)
-    if not items or (type(items[0]) not in KINDS and type(items[-1]) not in KINDS):
-        return items, held  # of a nest that is closed at both ends the mixed way takes care
+    if not is_nest(items):
+        return items, held
     found: list[Any] = []
     try:
         nest = opened(held, found)

@@ -1,7 +1,7 @@
 """Pairs of a gradient and the array it updates, where all are plain arrays.
 
 In C order, so that their elements lie alike; and apart, so that none is written before it is read.
-Of sparse gradients these are the values, which are summed at once.
+Where gradients are sparse, all are of one dtype, and their rows are summed at once.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Reader:
         dtypes = [np.dtype(facts.native.type) for facts in arrays]
         shapes = [facts.shape for facts in arrays]
         places = np.array([facts.address for facts in arrays], np.int64)
-        writeable = wanted_table(dtypes, shapes, needs=given.PLAIN | WRITEABLE)
-        apart = wanted_table(dtypes, shapes, merged(facts.extent for facts in arrays))
+        of_arrays = wanted_table(dtypes, shapes, needs=given.PLAIN | WRITEABLE)
+        of_gradients = wanted_table(dtypes, shapes, merged(facts.extent for facts in arrays))
         distances = chunks[:, updates.PARAM] - places[chunks[:, updates.OWNER]]
-        self._count = len(arrays)
-        self._tables = apart, writeable, places, places.copy(), chunks, distances
+        self._count, found = len(arrays), np.empty_like(places)
+        self._tables = of_gradients, of_arrays, places, found, chunks, distances
         self._read = entry(given.read_pairs, 0, *self._tables)
 
     def read(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the updates read gradients; tell if all fit, else nothing is changed."""
+        """Let the updates read gradients; tell if all fit, else no update is changed."""
         if len(variables) != self._count:
             return False
         held = (*gradients, *variables)
@@ -57,19 +57,17 @@ class Sources(NamedTuple):
     sums: Sequence[tuple[Array, Array]]
 
 
-def plain(
+def with_rows(
     gradients: list[Any], variables: list[Any], rows: Mapping[int, Array]
 ) -> tuple[Any, Sources | None]:
-    """Return a key for which memory is updated, and where the gradients are, of one dtype.
+    """Return a key for which memory is updated, and where the gradients are.
 
     `rows` are the indices of those that are values of sparse ones. Nothing where an array is not
-    plain, or none is sparse; no array is described.
+    plain, or there is much data; no array is described.
     """
-    if not rows:
-        return None, None
     dense = [k for k in range(len(variables)) if k not in rows]
     own = [gradients[k] for k in dense], [variables[k] for k in dense]
-    return _with_rows(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
+    return _key_of(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
 
 
 def _batch_of(
@@ -88,13 +86,13 @@ def _batch_of(
     return (None if found < 0 else batch), apart
 
 
-def _with_rows(
+def _key_of(
     gradients: list[Any],
     variables: list[Any],
     sparse: list[tuple[Any, Any, Array]],
     numbers: tuple[int, ...],
 ) -> tuple[Any, Sources | None]:
-    """Return the same where some gradients are sparse, of little data."""
+    """Return the same for dense pairs, and sparse ones with their numbers."""
     held = tuple(array for values, variable, _ in sparse for array in (values, variable))
     kind = plain_arrays.kind_of((*gradients, *held))
     if kind is None or not _are_plain(held, kind) or not all(map(_fit, sparse)):

@@ -313,15 +313,18 @@ class ArrayUpdates(Updates):
         ]
         self._update = threads.kept(self._calls)
 
-    def reads(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the following steps read gradients where they lie, if these are of our arrays."""
+    def read_pairs(self, gradients: list[Any], variables: list[Any]) -> bool:
+        """Let the following steps read the gradients of pairs where they lie; tell if all fit."""
         return self._reader is not None and self._reader.read(gradients, variables)
 
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read the gradients elsewhere; None is for where they were."""
-        self._chunks[:, updates.GRAD] = self._starts if sources is None else sources.starts
-        if sources is not None:
-            self._take_rows(sources.sums)
+        """Let the following steps read the gradients, all of one dtype, elsewhere."""
+        self._chunks[:, updates.GRAD] = sources.starts
+        self._take_rows(sources.sums)
+
+    def read_own(self) -> None:
+        """Let the following steps read the gradients where they were at first."""
+        self._chunks[:, updates.GRAD] = self._starts
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""

@@ -4,6 +4,8 @@ import copy
 import itertools
 import math
 import pickle
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -266,11 +268,9 @@ def test_plans_that_are_known_read_the_gradients_of_the_call():
 
 
 def test_sets_of_arrays_that_take_turns_are_not_described_again(monkeypatch):
-    rng, shapes = (
-        np.random.default_rng(3),
-        [[((2, 3), "float32"), ((40_000,), "float64"), ((), "float16")]],
-    )
-    shapes.append([((5,), "float32")])
+    rng = np.random.default_rng(3)
+    first = [((2, 3), "float32"), ((40_000,), "float64"), ((), "float16"), ((0, 2), "float32")]
+    shapes = [first, [((5,), "float32")]]
     sets = [[np.asarray(normal(rng, *own)) for own in arrays] for arrays in shapes]
     others = [[array.copy() for array in arrays] for arrays in sets]
     one, two = nc.Adam(None, 0.1), nc.Adam(None, 0.1)
@@ -301,6 +301,9 @@ def test_what_changed_of_arrays_that_are_known_is_seen():
     memory[:] = range(6)
     optimizer.apply_gradients([(memory[:4], shifted)])
     assert memory.tolist() == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    for wrong in ((grad,), grad, None, 3.0, "abc"):
+        with pytest.raises(TypeError, match=r"grads_and_vars\[1\]: .*a pair"):
+            optimizer.apply_gradients([(grad, variable), wrong])
     variable.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         optimizer.apply_gradients([(grad, variable)])
@@ -320,6 +323,57 @@ def test_gradients_are_read_before_what_they_overlap_is_written(size, shift):
     assert (first.tolist(), second.tolist()) == ([0.0] * 3, [1.5] * 3)
     nc.SGD(None, 0.5).apply_gradients([(second, second)])
     assert second.tolist() == [0.75] * 3
+    grad, first, second = np.ones(3), np.ones(3), np.ones(3)
+    for given in first, first[::-1], second:  # as it was, though updated before
+        first[:] = second[:] = 1
+        nc.SGD(None, 0.5).apply_gradients([(grad, first), (grad, second), (given, first)])
+        assert (first.tolist(), second.tolist()) == ([0.0] * 3, [0.5] * 3)
+
+
+def test_arrays_share_no_memory_whenever_they_are_updated():
+    memory, array, optimizer = np.zeros(6), np.zeros(1), nc.SGD(None, 1.0)
+    pairs = [(np.ones(4), memory[:4]), (np.ones(1), array), (np.ones(1), array)]
+    with pytest.raises(ValueError, match=r"\[3\].*shares memory with.*\[0\]"):
+        optimizer.apply_gradients([*pairs, (np.ones(4), memory[2:])])
+    assert (memory.any(), array.any()) == (False, False)
+
+
+def test_rates_may_apply_gradients_and_threads_may_share_an_optimizer():
+    others = [1]
+
+    def rate(step):
+        if step in others:
+            others.remove(step)
+            optimizer.apply_gradients([(np.full(3, 0.5), array)])
+        return 1.0
+
+    array = np.zeros(3)
+    optimizer = nc.SGD(None, rate)
+    for _ in range(2):
+        optimizer.apply_gradients([(np.ones(3), array)])
+    assert array.tolist() == [-2.5] * 3
+
+    shared, arrays, errors = nc.SGD(None, 1.0), [np.zeros(5) for _ in range(4)], []
+
+    def work(own):
+        try:
+            for _ in range(400):
+                shared.apply_gradients([(np.ones(5), own)])
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        workers = [threading.Thread(target=work, args=(own,)) for own in arrays]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert [own.tolist() for own in arrays] == [[-400.0] * 5] * 4
 
 
 def test_optimizers_are_not_copied():
