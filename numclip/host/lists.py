@@ -117,9 +117,12 @@ def clip_by_global_norm(
     """
     if out is grads and type(grads) is list:  # the same as below, sooner
         items = tuple(grads)
-        if not nests.is_nest(items):
+        if items and type(items[0]) not in nests.KINDS:
             found = clip_items(items, True, bound, ord, what, given)
-            return None if found is None else ([*found[0]], found[1])
+            if found is not None:
+                return [*found[0]], found[1]
+            if not nests.is_nest(items):
+                return None
     if not outs.takes(grads, out):
         places = outs.of(grads, out)
         if places is None:
@@ -128,6 +131,9 @@ def clip_by_global_norm(
         return None if found is None else (outs.filled(places, found[0]), found[1])
     items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, given)
+    if found is None and nests.is_nest(items):
+        items, held = nests.taken(grads, is_nested=True)
+        found = clip_items(items, out is not None, bound, ord, what, given)
     return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
 
 

@@ -311,6 +311,10 @@ def test_nests_are_opened_and_closed():
     holds_itself[0].append(holds_itself)
     for odd in ([[a], 3.0], [[a], a.view(np.matrix)], {"k": [[3.0], a]}, holds_itself, 3.0, a, []):
         assert nests.taken(odd)[0] == ()
+    middle = {"k": a, "l": [b], "m": c}
+    assert nests.is_nest(nests.items_of(middle))
+    assert nests.taken(middle)[0][1] is middle["l"]
+    assert all(map(operator.is_, nests.taken(middle, is_nested=True)[0], (a, b, c)))
     for flat in ((a, None), [a, None], {"k": a, "l": None}):
         items, held = nests.taken(flat)
         assert all(map(operator.is_, items, (a, None)))
