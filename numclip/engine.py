@@ -33,8 +33,8 @@ class Plan(Protocol):
     """To be held from `take_rows` or a law to the last use of what is decided by it: threads with
     the same arrays share a plan that is kept."""
 
-    def outcomes(self, count: int, stream: Any) -> list[Outcome]:
-        """Return memory for what is decided, so often."""
+    def outcome(self, stream: Any) -> Outcome:
+        """Return memory for what is decided."""
 
     def take_rows(self, spans: Sequence[Any], groupings: Sequence[Groups], stream: Any) -> None:
         """Let the tensors whose rows can share an index be these."""
@@ -109,8 +109,8 @@ class UnitPlan(Protocol):
     def scale(self, stream: Any) -> None:
         """Write each unit times its factor; one read, one write, or none."""
 
-    def summaries(self, count: int, stream: Any) -> list[Any]:
-        """Return memory for what `summarize` tells, so often."""
+    def summary(self, stream: Any) -> Any:
+        """Return memory for what `summarize` tells."""
 
     def summarize(self, out: Any, stream: Any) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""
@@ -237,6 +237,7 @@ class Engine(Protocol):
     """
 
     name: str
+    kernels: Mapping[str, Any]  # of updates, by their names
     takes_any_rows: bool  # slices whose values are not in C order, and misaligned arrays
 
     def require(self) -> None:
@@ -350,11 +351,8 @@ class Engine(Protocol):
     def half_copies(self, tables: Mapping[DType, Array], stream: Any) -> HalfCopies:
         """Return what rounds numbers; rows are of (copies, numbers, length), by copies' dtypes."""
 
-    def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
-        """Copy arrays likewise, each into the one before it."""
-
-    def add_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any) -> None:
-        """Add arrays likewise."""
+    def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any, *, adds: bool) -> None:
+        """Copy arrays likewise, each into the one before it, or add them."""
 
     def table(self, shape: tuple[int, ...], stream: Any) -> Any:
         """Return a new table of zeros."""
@@ -370,9 +368,6 @@ class Engine(Protocol):
 
     def is_capturing(self, stream: Any) -> bool:
         """Tell whether what is done on a stream is only written down, for a graph."""
-
-    def check_kernel(self, kernel: str, states: Sequence[str]) -> None:
-        """Refuse an update kernel that there is not, or that has not the states it needs."""
 
     def updates_of_groups(
         self,

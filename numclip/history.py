@@ -48,16 +48,8 @@ class _Ring:
         self.rows = np.zeros(min(capacity, max(held.size, 64)), ROW)
         self.rows[: held.size] = held
 
-    def add(self, row: tuple[Any, ...]) -> None:
-        """Append a row in place of the oldest, where the ring is full."""
-        position = self.total % self.capacity
-        if position >= self.rows.size:  # beyond it after a race of threads
-            self._grow(position + 1)
-        self.rows[position] = row
-        self.total += 1
-
     def extend(self, added: Array) -> None:
-        """Append many rows likewise."""
+        """Append rows in place of the oldest, where the ring is full."""
         added = added[-self.capacity :]
         last = self.total + added.size
         if last > self.rows.size and self.rows.size < self.capacity:
@@ -173,9 +165,9 @@ class History:
         if WHOLE in report.groups:
             raise ValueError(f"groups: expected names other than {WHOLE!r}, which is all of them")
         self._caught_up()
-        self._ring(WHOLE).add(_row(report.step, report))
+        self._ring(WHOLE).extend(_row(report.step, report))
         for name, group in report.groups.items():
-            self._ring(name).add(_row(report.step, group))
+            self._ring(name).extend(_row(report.step, group))
 
     def __len__(self) -> int:
         return min(self._caught_up()[WHOLE].total, self.capacity)
@@ -329,11 +321,11 @@ class History:
         return f"{title}\n{table('<>>>>>>>', header, rows)}" if len(self) else "no steps"
 
 
-def _row(step: int, of: Outcome) -> tuple[Any, ...]:
-    """Return the values of `ROW`."""
+def _row(step: int, of: Outcome) -> Array:
+    """Return a step as a row."""
     threshold = math.nan if of.threshold is None else of.threshold
     numbers = (step, of.norm, of.clipped_norm, of.scale, threshold)
-    return (*numbers, of.clipped, of.skipped, of.nonfinite)
+    return np.array([(*numbers, of.clipped, of.skipped, of.nonfinite)], ROW)
 
 
 def _rows(name: Any, columns: Any) -> Array:

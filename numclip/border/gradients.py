@@ -70,11 +70,6 @@ class Gradient(NamedTuple):
         return math.prod(self.dense_shape)
 
     @property
-    def nbytes(self) -> int:
-        """The number of bytes."""
-        return self.size * self.dtype.storage.itemsize
-
-    @property
     def row_length(self) -> int:
         """The stored numbers of a row."""
         return math.prod(self.shape[1:]) * self.dtype.components

@@ -112,31 +112,23 @@ def check_writable(found: Gradient) -> None:
         raise TypeError(expected(found.name, "native byte order", found.facts.swapped))
     if not found.facts.writable:
         raise ValueError(expected(found.name, "a writeable array", "a read-only one"))
-    if overlaps_itself(found):
+    if _overlaps_itself(found):
         got = f"strides {found.facts.strides} for shape {found.shape}"
         raise ValueError(expected(found.name, "distinct elements", got))
 
 
-def overlaps_itself(found: Gradient) -> bool:
-    """Tell whether two elements share memory."""
-    if found.facts.dense or not found.size:
+def _overlaps_itself(found: Gradient) -> bool:
+    """Tell whether two elements share memory; if steps are odd, by the elements, if few."""
+    steps, shape, itemsize = found.facts.memory.steps, found.shape, found.native.itemsize
+    if found.facts.dense or not found.size or is_nested(shape, steps, itemsize):
         return False
-    steps, shape = found.facts.memory.steps, found.shape
-    if is_nested(shape, steps, found.native.itemsize):
-        return False
-    pairs = zip(steps, shape, strict=True)
-    return _counted(found, [(abs(step), length) for step, length in pairs])
-
-
-def _counted(found: Gradient, ways: Sequence[tuple[int, int]]) -> bool:
-    """Tell the same of an array whose steps are odd: by its elements, if these are few."""
     if found.size > MOST_COUNTED:
         return True
     places = np.zeros(1, np.int64)
-    for step, length in ways:
-        places = (places[:, None] + step * np.arange(length)).reshape(-1)
+    for step, length in zip(steps, shape, strict=True):
+        places = (places[:, None] + abs(step) * np.arange(length)).reshape(-1)
     places.sort()
-    return bool((np.diff(places) < found.native.itemsize).any())
+    return bool((np.diff(places) < itemsize).any())
 
 
 def _check_slices(gradient: Gradient, found: Gradient) -> None:

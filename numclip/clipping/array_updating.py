@@ -18,6 +18,7 @@ from numclip.clipping.updating import Method, update_span
 from numclip.engine import Engine
 from numclip.errors import expected
 from numclip.memory import owner_of
+from numclip.methods import check
 from numclip.slices import IndexedSlices
 
 KEPT = 8
@@ -87,7 +88,8 @@ class ArrayUpdater:
         planned = self._find(key)
         if planned is None:
             engine.require()
-            engine.check_kernel(self._method.kernel, self._method.state_names)
+            method = self._method
+            check(method.kernel, method.state_names, engine.kernels, engine.name)
             pairs = zip(numbers, grads, variables, strict=True)
             made = self._plans(engine, [_described(*pair, engine) for pair in pairs], key is None)
             if key is None or len(made) != 1:

@@ -149,20 +149,20 @@ def clip(
     if whole is not None:
         law = law._replace(loss=whole.loss, size=whole.size)
     places = entries if targets is None else targets
-    plan, free, rows = _plan(entries, places, law, policy, duplicates, stream)
+    plan, free, rows = plan_of(entries, places, law, policy, duplicates, stream)
     measures = law.given == ABSENT or policy != "propagate" or summed
     if whole is not None:
         measures = policy != "propagate"
     with plan.lock:
         if rows:
-            _take_rows(plan, entries, rows, stream)
-        outcome = _decide(plan, free, law, stream, measures=measures)
+            take_rows(plan, entries, rows, stream)
+        outcome = decide(plan, free, law, stream, measures=measures)
         if whole is not None:
             row = whole.row.copy()
             if measures:
                 row[tables.BAD] += engine.read(outcome[0], stream)[:, tables.BAD].sum()
             plan.decide_by(row[None], outcome, stream)
-        if policy == "raise" and _decided(engine, outcome, tables.BROKEN, stream):
+        if policy == "raise" and engine.read(outcome[1], stream)[0, tables.BROKEN]:
             free.append(outcome)
             given = None if law.given == ABSENT else law.given
             if whole is not None:
@@ -175,23 +175,30 @@ def clip(
     return _norm(engine, free, outcome, stream)
 
 
-def _plan(
+def plan_of(
     entries: Sequence[Gradient],
     targets: Sequence[Gradient],
     law: Law,
     policy: str,
     duplicates: str,
     stream: Any,
+    *,
+    apart: bool = False,
 ) -> tuple[Plan, list[Outcome], list[RowSpan]]:
-    """Return a plan for one norm of some gradients, its free memory for outcomes, and its rows."""
+    """Return a plan for one norm of some gradients, its free memory for outcomes, and its rows.
+
+    Or for one norm of each, `apart`.
+    """
     engine = entries[0].engine
     pairs = zip(entries, targets, strict=True)
     spans = [span_of(entry, target, policy, law.ord, duplicates) for entry, target in pairs]
-    plan, free = engine.kept_plan(spans, [Pool(0, len(spans), 0, policy)], stream)
+    ends = range(1, len(spans) + 1) if apart else [len(spans)]
+    pools = [Pool(end - 1 if apart else 0, end, 0, policy) for end in ends]
+    plan, free = engine.kept_plan(spans, pools, stream)
     return plan, free, [span for span in spans if isinstance(span, RowSpan)]
 
 
-def _take_rows(
+def take_rows(
     plan: Plan, entries: Sequence[Gradient], rows: Sequence[RowSpan], stream: Any
 ) -> None:
     """Let a plan know which rows of slices share an index."""
@@ -213,7 +220,7 @@ def _clip_again(engine: Engine, key: Any, law: Law, policy: str, *, write: bool)
     plan, free, stream = known
     measures = law.given == ABSENT or policy != "propagate"
     with plan.lock:
-        outcome = _decide(plan, free, law, stream, measures=measures)
+        outcome = decide(plan, free, law, stream, measures=measures)
         if write:
             plan.scale(outcome, stream)
     return _norm(engine, free, outcome, stream)
@@ -227,9 +234,9 @@ def _are_same(found: Structure, out: Any) -> bool:
     return other.keys == found.keys and all(map(operator.is_, other.items, found.items))
 
 
-def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
+def decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
     """Decide by a law, after measuring or not; return where the outcome is."""
-    outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+    outcome = free.pop() if free else plan.outcome(stream)
     plan.write_laws(law, stream)
     if measures:
         plan.measure(law.ord, stream)
@@ -240,11 +247,6 @@ def _decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures:
 def _norm(engine: Engine, free: list[Outcome], outcome: Outcome, stream: Any) -> Any:
     """Return the norm that a decision tells; its memory is free when nobody asks any more."""
     return engine.number(outcome[1], tables.NORM, stream, lambda: free.append(outcome))
-
-
-def _decided(engine: Engine, outcome: Outcome, column: int, stream: Any) -> float:
-    """Return what was decided, after waiting for it."""
-    return float(engine.read(outcome[1], stream)[0, column])
 
 
 @isolated
@@ -289,9 +291,9 @@ def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) 
         least, most = _sent(low, entry, stream), _sent(high, entry, stream)
         engine.clamp_between(array, least[0], most[0], stream)
         return
-    plan, free, _ = _plan([entry], [target], Law(math.inf), "propagate", "raw", stream)
+    plan, free, _ = plan_of([entry], [target], Law(math.inf), "propagate", "raw", stream)
     with plan.lock:
-        outcome = free.pop() if free else plan.outcomes(1, stream)[0]
+        outcome = free.pop() if free else plan.outcome(stream)
         plan.clamp(outcome, low, high, stream, range(1))
         free.append(outcome)
 

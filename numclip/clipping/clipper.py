@@ -281,14 +281,6 @@ class Clipper:
         """Return what clips by the sums of all ranks by two calls."""
         return self.plan.ranks_at_once(self.divisors, self._sizes, told, exchanged)
 
-    @property
-    def powers(self) -> Outcome:
-        """The sums and decisions of the rules' order, where that is not 2."""
-        return self.found
-
-    def take_powers(self, stream: Any) -> None:
-        """Measure by the rules' order, where that is not 2."""
-
     def decide_given(self, given: Array, told: Array, losses: float | Array, stream: Any) -> None:
         """Decide by the sums of all ranks for each pool; reports tell others."""
         self.given, self.told = given, told
@@ -310,7 +302,7 @@ class Clipper:
         if self._sparse:
             self._take_rows(stream)
         if self._as_they_are is None:
-            (self._as_they_are,) = self.plan.outcomes(1, stream)
+            self._as_they_are = self.plan.outcome(stream)
         self.plan.leave(stream)
         self._written = None
         self.plan.measure(2.0, stream)

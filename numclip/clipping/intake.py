@@ -135,7 +135,7 @@ class Intake:
             for own, name, grad in fitting
             if grad is not None and not own.sparse
         ]
-        (self._engine.add_all if adds else self._engine.put_all)(dense, stream)
+        self._engine.put_all(dense, stream, adds=adds)
         for own, name, grad in fitting:
             if not adds and (grad is None or own.sparse):
                 own.clear(name, stream)

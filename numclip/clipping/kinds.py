@@ -167,7 +167,7 @@ class OrderClipper(Clipper):
 
     def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
         super().__init__(groups, ord, engine, stream)
-        ((self._powers, _),) = self.plan.outcomes(1, stream)
+        self._powers, _ = self.plan.outcome(stream)
 
     def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
         """Measure by the order, and decide again by that."""

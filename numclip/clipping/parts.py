@@ -197,7 +197,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
         plan.write_laws(bounds, stream)
         plan.measure(stream)
         plan.decide(stream)
-        out = free.pop() if free else plan.summaries(1, stream)[0]
+        out = free.pop() if free else plan.summary(stream)
         plan.summarize(out, stream)
         engine.sum_examples(added, plan, stream)
     engine.give_back(stream, [gradient.facts for gradient in (*entries, *sums)])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from numclip.border.gradients import Gradient, gradients
 from numclip.border.structures import structure
-from numclip.clipping.clip import repeated_loss, span_of
+from numclip.clipping.clip import decide, plan_of, repeated_loss, take_rows
 from numclip.clipping.mixed import values_of
 from numclip.dtypes import Array
 from numclip.host import plain_rows
 from numclip.isolation import isolated
-from numclip.law import Law, Pool
-from numclip.memory import RowSpan
+from numclip.law import Law
 
 
 class Piece(NamedTuple):
@@ -40,40 +40,19 @@ def piece_of(
     entries: Sequence[Gradient], ord: float, duplicates: str, policy: str = "propagate"
 ) -> Piece:
     """Return the sums of described gradients likewise."""
-    summed = [entry for entry in entries if entry.repeated and duplicates == "sum"]
-    sums = _measured(entries, summed, ord, duplicates, policy)
-    size = sum(entry.size for entry in entries)
-    return Piece(sums, size, repeated_loss(summed, ord))
-
-
-def _measured(
-    entries: Sequence[Gradient],
-    summed: Sequence[Gradient],
-    ord: float,
-    duplicates: str,
-    policy: str,
-) -> Array:
-    """Return the rows of sums of some gradients, of which those of some are summed first."""
     engine = entries[0].engine
     engine.require()
     used = [entry.facts for entry in entries]
     stream = engine.stream_of(used)
-    spans = [span_of(entry, entry, policy, ord, duplicates) for entry in entries]
-    if ord == 2.0:
-        pools = [Pool(0, len(spans), 0, policy)]
-    else:
-        pools = [Pool(t, t + 1, 0, policy) for t in range(len(spans))]
-    plan, free = engine.kept_plan(spans, pools, stream)
-    rows = [span for span in spans if isinstance(span, RowSpan)]
+    law = Law(math.inf, ord=ord)
+    told = law, policy, duplicates, stream
+    plan, free, rows = plan_of(entries, entries, *told, apart=ord != 2.0)
     with plan.lock:
         if rows:
-            slices: list[Any] = [entry.slices for entry in summed]
-            plan.take_rows(rows, [own.grouping for own in slices], stream)
-        outcome = free.pop() if free else plan.outcomes(1, stream)[0]
-        plan.write_laws(Law(float("inf"), ord=ord), stream)
-        plan.measure(ord, stream)
-        plan.decide(outcome, stream)
+            take_rows(plan, entries, rows, stream)
+        outcome = decide(plan, free, law, stream, measures=True)
     sums = engine.read(outcome[0], stream).copy()
     engine.give_back(stream, used)
     free.append(outcome)
-    return sums
+    loss = repeated_loss(entries, ord) if duplicates == "sum" else 0.0
+    return Piece(sums, sum(entry.size for entry in entries), loss)

@@ -17,7 +17,7 @@ from numclip.clipping.steps import NOBODY, Steps, Turn
 from numclip.dtypes import Array, lookup
 from numclip.engine import Engine, Outcome, StepsAtOnce
 from numclip.memory import RowSpan, Span
-from numclip.methods import SETTINGS_COLUMNS
+from numclip.methods import SETTINGS_COLUMNS, check
 from numclip.slices import Parts
 
 Rounds = list[tuple[Any, frozenset[str]]]
@@ -92,7 +92,7 @@ class GroupUpdater:
     def __init__(self, steps: Steps, groups: Sequence[Any], method: Method) -> None:
         self._method, self._groups = method, groups
         engine = steps.engine
-        engine.check_kernel(method.kernel, method.state_names)
+        check(method.kernel, method.state_names, engine.kernels, engine.name)
         states = len(method.state_names)
         with engine.on_stream(None) as stream:
             self.slots = {group.name: Slots(group, states, engine, stream) for group in groups}

@@ -57,14 +57,15 @@ def check_bound(name: str, kind: Any) -> bool:
     return False
 
 
-def check_default(name: str, kind: Any, value: Any, advice: str) -> None:
-    """Refuse an argument that compiled code takes only as it is by default."""
+def require_two(order: Any, where: str) -> None:
+    """Refuse an order other than 2, which compiled code does not take there."""
+    wanted = f"2 {where}"
     try:
-        given = value_of(kind)
+        given = value_of(order)
     except ValueError:
-        given = kind
-    if isinstance(given, types.Type) or given != value:
-        raise refuse(name, f"{value!r} ({advice})", given)
+        raise refuse("ord", wanted, order) from None
+    if given != 2:
+        raise refuse("ord", wanted, given)
 
 
 def check_order(kind: Any, gradients: Sequence[Any]) -> None:
@@ -72,13 +73,7 @@ def check_order(kind: Any, gradients: Sequence[Any]) -> None:
     if isinstance(kind, types.Type) and not isinstance(kind, types.Omitted):
         check_number("ord", kind)
     if any(isinstance(part.dtype, types.Complex) for part in gradients):
-        wanted = "2 for complex gradients (other orders are taken outside compiled code)"
-        try:
-            given = value_of(kind)
-        except ValueError:
-            raise refuse("ord", wanted, kind) from None
-        if given != 2:
-            raise refuse("ord", wanted, given)
+        require_two(kind, "for complex gradients (other orders are taken outside compiled code)")
 
 
 def choice(name: str, kind: Any, allowed: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from numclip.compiled.tables import (
     fail,
     number_of,
 )
-from numclip.compiled.types_taken import check_default, is_nothing, refuse, value_of
+from numclip.compiled.types_taken import is_nothing, refuse, require_two, value_of
 from numclip.host.kernels.spans import RARE, WRITTEN
 from numclip.host.runtime.jit import inline
 
@@ -87,7 +87,7 @@ def _clipped(axes: tuple[int, ...], ndim: int) -> Any:
 
 def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
     """Return the implementation for these types, which are checked but for the axes."""
-    check_default("ord", ord, 2, "other orders along axes are taken outside compiled code")
+    require_two(ord, "(other orders along axes are taken outside compiled code)")
     try:
         reduced = axes_of(value_of(axes), grad.ndim)
     except (TypeError, ValueError):

@@ -105,11 +105,6 @@ def require() -> None:
     driver.gpu()
 
 
-def ordinal() -> int:
-    """Return the number of the GPU that this process uses: the one that is current at first."""
-    return driver.gpu().ordinal
-
-
 _functions: dict[Any, Any] = {}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from numclip import methods
 from numclip.cuda import (
     arrays,
     device,
@@ -227,20 +226,12 @@ def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: A
     """Return nothing: what is passed for arrays of the GPU is copied into them."""
 
 
-def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Copy arrays likewise, each into the one before it: those of the GPU together."""
-    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=False)
+def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
+    """Copy arrays likewise, each into the one before it, or add them: those of the GPU together."""
+    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=adds)
     for array, source in pairs:
         if not on_device(source):
-            put(array, source, stream)
-
-
-def add_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any) -> None:
-    """Add arrays likewise."""
-    arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=True)
-    for array, source in pairs:
-        if not on_device(source):
-            array.add(_sendable(array, source), stream)
+            (array.add if adds else array.copy_from)(_sendable(array, source), stream)
 
 
 @np.errstate(all="ignore")
@@ -262,8 +253,4 @@ on_stream = driver.on_stream
 is_capturing = driver.is_captured
 updates_of_groups = updates.GroupUpdates
 updates_of_arrays = updates.ArrayUpdates
-
-
-def check_kernel(kernel: str, states: Sequence[str]) -> None:
-    """Refuse an update kernel that there is not, or that has not the states it needs."""
-    methods.check(kernel, states, updates.KERNELS, name)
+kernels = updates.KERNELS

@@ -126,22 +126,16 @@ class Plan:
         if self._rows is not None:
             self._rows.sum_scaled(self._shared, outcome[1], stream)
 
-    def outcomes(self, count: int, stream: Any) -> list[tuple[Any, Any]]:
-        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
-        shape = count, len(self.pools) + 1, tables.DECISION_COLUMNS
-        sums = np.zeros((count, len(self.spans), tables.SUM_COLUMNS))
-        decisions = np.zeros(shape)
-        both = memory.table(sums, stream), memory.table(decisions, stream)
-        return [(both[0][k], both[1][k]) for k in range(count)]
+    def outcome(self, stream: Any) -> tuple[Any, Any]:
+        """Return memory for the sums of the tensors and the decisions for the pools."""
+        sums = np.zeros((len(self.spans), tables.SUM_COLUMNS))
+        decisions = np.zeros((len(self.pools) + 1, tables.DECISION_COLUMNS))
+        return memory.table(sums, stream), memory.table(decisions, stream)
 
-    def write_laws(self, law: Law, stream: Any, laws: HostTable | None = None) -> None:
-        """Let decisions obey a law, whose numbers may be arrays with one for each pool.
-
-        It is written to the plan's own table, or to another one for `decide` to be given.
-        """
-        if laws is None:
-            laws = self._laws = self._own_laws
-        laws.write(self._facts.table(law), stream)
+    def write_laws(self, law: Law, stream: Any) -> None:
+        """Let decisions obey a law, whose numbers may be arrays with one for each pool."""
+        self._laws = self._own_laws
+        self._laws.write(self._facts.table(law), stream)
 
     def at_once(self, _divisors: Array, _held: Any) -> None:
         """Return nothing: a clip is a number of launches."""
@@ -167,10 +161,9 @@ class Plan:
         arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
         device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
 
-    def decide(self, outcome: tuple[Any, Any], stream: Any, laws: HostTable | None = None) -> None:
+    def decide(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Add the sums up, and decide for every pool."""
-        table = (laws or self._laws).table
-        laid = self.tensors, self._pools, self._order, table
+        laid = self.tensors, self._pools, self._order, self._laws.table
         tables = *laid, self._shared.partial, self._tickets, *outcome
         device.launch(verdict.judge, len(self.spans), stream, *tables)
 

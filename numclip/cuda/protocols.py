@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numclip.cuda import device, dlpack
+from numclip.cuda import dlpack, driver
 from numclip.cuda.dlpack import Told
 from numclip.dtypes import NAMES, lookup
 from numclip.errors import expected
@@ -42,9 +42,10 @@ def told(name: str, array: Any) -> Told:
         found = _tensor(name, array)
     else:
         found = (None if _prefers_dlpack(array) else _interface(array)) or dlpack.read(name, array)
-    if found.gpu is not None and found.gpu != device.ordinal():
+    own = driver.gpu().ordinal
+    if found.gpu is not None and found.gpu != own:
         raise ValueError(
-            f"{name}: expected an array on GPU {device.ordinal()}, got one on GPU {found.gpu}; a "
+            f"{name}: expected an array on GPU {own}, got one on GPU {found.gpu}; a "
             "process uses one GPU, which CUDA_VISIBLE_DEVICES or torch.cuda.set_device chooses"
         )
     return found

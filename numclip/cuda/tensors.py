@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from numclip.cuda import device
+from numclip.cuda import driver
 
 
 def facts(items: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -18,7 +18,7 @@ def facts(items: Sequence[Any]) -> tuple[Any, ...] | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    kinds, gpu = (torch.Tensor, torch.nn.Parameter), device.ordinal()
+    kinds, gpu = (torch.Tensor, torch.nn.Parameter), driver.gpu().ordinal
     found: list[Any] = []
     with contextlib.suppress(RuntimeError):  # sparse and nested ones have no address or shape
         for item in items:

@@ -99,12 +99,11 @@ class UnitPlan:
         """Write each unit times its factor; one read, one write, or none."""
         self._written.scale(self.shared, self.units, stream)
 
-    def summaries(self, count: int, stream: Any) -> list[Any]:
-        """Return memory for what `summarize` tells, so often."""
-        table = np.zeros((count, len(self.families), 3))
-        table[..., tables.LEAST] = 1.0  # of families without units
-        made = memory.table(table, stream)
-        return [made[k] for k in range(count)]
+    def summary(self, stream: Any) -> Any:
+        """Return memory for what `summarize` tells."""
+        table = np.zeros((len(self.families), 3))
+        table[:, tables.LEAST] = 1.0  # of families without units
+        return memory.table(table, stream)
 
     def summarize(self, out: Any, stream: Any) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from numclip import methods
 from numclip.dtypes import Array, DType
 from numclip.engine import Outcome
 from numclip.errors import expected
@@ -32,6 +31,8 @@ plan = Plan
 half_copies = halves.HalfCopies
 unit_plan = UnitPlan
 sum_rows = rows.sum_rows
+key_of_pairs = pairs.key_of_pairs
+kernels = updates.KERNELS
 sum_examples = units.sum_examples
 updates_of_groups = updates.GroupUpdates
 updates_of_arrays = updates.ArrayUpdates
@@ -98,13 +99,6 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> N
     """Return nothing: plans of the host are not kept."""
 
 
-def key_of_pairs(
-    gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
-) -> tuple[Any, Any]:
-    """Return by what updates by rows are found, and where the gradients are."""
-    return pairs.with_rows(gradients, variables, rows) if rows else (None, None)
-
-
 def find_plan(_key: Any) -> None:
     """Return nothing likewise."""
 
@@ -164,16 +158,13 @@ def given(
     return Given(targets, taken, natives, held) if plain_arrays.READABLE else None
 
 
-def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
-    """Copy arrays, each into the one before it."""
+def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None, *, adds: bool) -> None:
+    """Copy arrays, each into the one before it, or add them."""
     for array, source in pairs:
-        put(array, source)
-
-
-def add_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None) -> None:
-    """Add arrays likewise."""
-    for array, source in pairs:
-        np.add(array, source, out=array, casting="same_kind")
+        if adds:
+            np.add(array, source, out=array, casting="same_kind")
+        else:
+            put(array, source)
 
 
 def table(shape: tuple[int, ...], _stream: Any = None) -> Array:
@@ -194,8 +185,3 @@ def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
 def is_capturing(_stream: Any) -> bool:
     """Tell whether what is done is only written down."""
     return False
-
-
-def check_kernel(kernel: str, states: Sequence[str]) -> None:
-    """Refuse an update kernel that there is not, or that has not the states it needs."""
-    methods.check(kernel, states, updates.KERNELS, name)

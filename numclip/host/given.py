@@ -8,7 +8,7 @@ general way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,9 +60,7 @@ class Given:
         self._batches = self._made_batches(natives)
         self.is_little = sum(batch.nbytes for batch, _ in self._batches) < PARALLEL_BYTES
         self._rows = self._row_table()
-        found = [*self._batches, *self._kinds_of_rows(natives)]
-        alone = {(id(batch.dtype), id(wide)) for batch, wide in found}
-        self._only = found[0] if len(alone) == 1 and self.is_little else None
+        self._only = self._batches[0] if len(self._batches) == 1 and self.is_little else None
         self._takes = {adds: self._taking(adds=adds) for adds in (False, True)}
 
     def _row_table(self) -> Array:
@@ -74,28 +72,18 @@ class Given:
             row[given_rows.LENGTH] = math.prod(self.targets[t].shape[1:]) * own.components
         return rows
 
-    def _kinds_of_rows(self, natives: Sequence[np.dtype[Any]]) -> Iterator[tuple[Batch, Array]]:
-        """Yield for each target that takes rows the batch of no dense tensors of its dtypes."""
-        for t in self._held:
-            row, written = lookup(natives[t]), lookup(self.targets[t].native)
-            assert row is not None
-            assert written is not None
-            yield Batch(row, np.empty((0, 4), np.int64), 0), written.like
-
     def _made_batches(self, natives: Sequence[np.dtype[Any]]) -> list[tuple[Batch, Array]]:
-        """Return the batches of each dtype, and as what it is written.
+        """Return the batches of each dtype, and as what it is written; no chunks are of rows.
 
         Their sources are distances from the beginnings of arrays.
         """
         starts = np.array([facts.address for facts in self.targets], np.int64)
         spans: dict[DType, dict[int, Span]] = {}
         for k, (facts, native) in enumerate(zip(self.targets, natives, strict=True)):
-            if k in self._held:
-                continue
             row, written = lookup(native), lookup(facts.native)
             assert row is not None
             assert written is not None
-            size = math.prod(facts.shape) * row.components
+            size = 0 if k in self._held else math.prod(facts.shape) * row.components
             spans.setdefault(written, {})[k] = Span(row, facts.address, facts.address, size)
         found = []
         for written, own in spans.items():

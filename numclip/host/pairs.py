@@ -57,55 +57,32 @@ class Sources(NamedTuple):
     sums: Sequence[tuple[Array, Array]]
 
 
-def with_rows(
-    gradients: list[Any], variables: list[Any], rows: Mapping[int, Array]
+def key_of_pairs(
+    gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
 ) -> tuple[Any, Sources | None]:
     """Return a key for which memory is updated, and where the gradients are.
 
-    `rows` are the indices of those that are values of sparse ones. Nothing where an array is not
-    plain, or there is much data; no array is described.
+    `rows` are the indices of those that are values of sparse ones. Nothing where there are none,
+    an array is not plain, or there is much data; no array is described.
     """
+    if not rows:
+        return None, None
+    sparse = [(gradients[k], variables[k], rows[k]) for k in rows]
     dense = [k for k in range(len(variables)) if k not in rows]
-    own = [gradients[k] for k in dense], [variables[k] for k in dense]
-    return _key_of(*own, [(gradients[k], variables[k], rows[k]) for k in rows], (*rows,))
-
-
-def _batch_of(
-    gradients: list[Any], variables: list[Any], kind: plain_arrays.Kind
-) -> tuple[Batch | None, bool]:
-    """Return dense pairs as a batch, gradients first, and if all own their memory."""
-    held, count = (*gradients, *variables), len(variables)
-    if not held:
-        return Batch(kind.row, _UNUSED, 0), True
-    readable, writeable = kind.in_c_order
-    batch, apart = plain_arrays.batch_of(held, kind, readable)
-    if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
-        return None, False
-    places = plain_arrays.pointers_of(held) + count * arrays.WORD
-    found, _, _ = arrays.table(places, count, writeable, _UNUSED)
-    return (None if found < 0 else batch), apart
-
-
-def _key_of(
-    gradients: list[Any],
-    variables: list[Any],
-    sparse: list[tuple[Any, Any, Array]],
-    numbers: tuple[int, ...],
-) -> tuple[Any, Sources | None]:
-    """Return the same for dense pairs, and sparse ones with their numbers."""
+    gradients, variables = [gradients[k] for k in dense], [variables[k] for k in dense]
     held = tuple(array for values, variable, _ in sparse for array in (values, variable))
     kind = plain_arrays.kind_of((*gradients, *held))
     if kind is None or not _are_plain(held, kind) or not all(map(_fit, sparse)):
         return None, None
-    batch, _ = _batch_of(gradients, variables, kind)
+    batch = _batch_of(gradients, variables, kind)
     if batch is None or sum(values.nbytes for values, _, _ in sparse) >= PARALLEL_BYTES:
         return None, None
     half = len(batch.chunks) // 2
     places = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
     others = [variable for _, variable, _ in sparse]
     if not share_no_memory([*gradients, *variables, *others]):
-        rows = [(place, place, size * kind.row.components, 0) for place, size in places]
-        every = np.concatenate([batch.chunks, np.array(rows, np.int64)])
+        extents = [(place, place, size * kind.row.components, 0) for place, size in places]
+        every = np.concatenate([batch.chunks, np.array(extents, np.int64)])
         if not plain_arrays.are_apart(batch._replace(chunks=every)):
             return None, None
     sums = []
@@ -116,8 +93,22 @@ def _key_of(
         if count < 0:
             return None, None
         sums.append((found[0][:count], found[1][:count]))
-    key = kind.row.name, numbers, places, batch.chunks[half:].tobytes()
+    key = kind.row.name, *rows, places, batch.chunks[half:].tobytes()
     return key, Sources(batch.chunks[:half, cpu.SOURCE], sums)
+
+
+def _batch_of(gradients: list[Any], variables: list[Any], kind: plain_arrays.Kind) -> Batch | None:
+    """Return dense pairs as a batch, gradients first."""
+    held, count = (*gradients, *variables), len(variables)
+    if not held:
+        return Batch(kind.row, _UNUSED, 0)
+    readable, writeable = kind.in_c_order
+    batch, _ = plain_arrays.batch_of(held, kind, readable)
+    if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
+        return None
+    places = plain_arrays.pointers_of(held) + count * arrays.WORD
+    found, _, _ = arrays.table(places, count, writeable, _UNUSED)
+    return None if found < 0 else batch
 
 
 def _are_plain(held: tuple[Any, ...], kind: plain_arrays.Kind) -> bool:

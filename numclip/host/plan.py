@@ -214,10 +214,10 @@ class Plan:
         self._lay_out()
         self._fits = True
 
-    def outcomes(self, count: int, _stream: Any = None) -> list[Outcome]:
-        """Return memory for the sums of the tensors and the decisions for the pools, so often."""
-        shapes = (len(self.spans), SUM_COLUMNS), (len(self.pools) + 1, DECISION_COLUMNS)
-        return [(np.zeros(shapes[0]), np.zeros(shapes[1])) for _ in range(count)]
+    def outcome(self, _stream: Any = None) -> Outcome:
+        """Return memory for the sums of the tensors and the decisions for the pools."""
+        decisions = np.zeros((len(self.pools) + 1, DECISION_COLUMNS))
+        return np.zeros((len(self.spans), SUM_COLUMNS)), decisions
 
     def write_laws(self, law: Law, _stream: Any = None) -> None:
         """Let decisions obey a law."""

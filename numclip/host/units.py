@@ -391,11 +391,11 @@ class UnitPlan:
 
         threads.run_then([*calls, *(call for call, _ in made)], bring_back)
 
-    def summaries(self, count: int, _stream: Any = None) -> list[Array]:
-        """Return memory for what `summarize` tells, so often."""
-        table = np.zeros((count, len(self.families), 3))
-        table[..., LEAST] = 1.0
-        return list(table)
+    def summary(self, _stream: Any = None) -> Array:
+        """Return memory for what `summarize` tells."""
+        table = np.zeros((len(self.families), 3))
+        table[:, LEAST] = 1.0
+        return table
 
     def summarize(self, out: Any, _stream: Any = None) -> None:
         """Write what clipping makes of each family: norm, least factor, how many are clipped."""

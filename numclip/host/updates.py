@@ -15,7 +15,7 @@ from numclip.facts import Facts
 from numclip.host import batches, plain_arrays, rows
 from numclip.host.at_once import StepsAtOnce
 from numclip.host.given import Given
-from numclip.host.kernels import given, given_rows, updates
+from numclip.host.kernels import cpu, given, given_rows, updates
 from numclip.host.kernels.tuning import CHUNK, PARALLEL_BYTES
 from numclip.host.pairs import Reader
 from numclip.host.runtime import threads
@@ -53,17 +53,22 @@ class Places:
         """Where each gradient begins."""
         return np.array([span.source for span in self.spans], np.int64)
 
-    def tensors_of(self, numbers: Sequence[int]) -> Array:
-        """Return the number of each chunk's tensor, for `whole`."""
-        sizes = np.array([self.spans[k].size for k in numbers], np.int64)
-        return np.repeat(numbers, -(-sizes // CHUNK))
-
-    def whole(self, numbers: Sequence[int], owners: Array) -> Array:
-        """Return the updates of whole tensors, chunk by chunk."""
-        spans = [self.spans[k] for k in numbers]
-        grads = np.array([span.source for span in spans], np.int64)
-        lengths = np.array([span.size for span in spans], np.int64)
-        return self._chunks(np.array(numbers, np.int64), owners, grads, lengths)
+    def whole(self, numbers: Sequence[int]) -> tuple[Array, Array]:
+        """Return the updates of whole tensors of a dtype, chunk by chunk, and whose each is."""
+        dtype = self.spans[numbers[0]].dtype
+        places = np.array([self.spans[k][1:4] for k in numbers], np.int64)
+        pieces = batches.of_table(dtype, places).chunks
+        own = pieces[:, cpu.OWNER]
+        starts = (pieces[:, cpu.SOURCE] - places[own, 0]) // dtype.storage.itemsize
+        tensors, chunks = np.array(numbers)[own], np.zeros((len(own), 6), np.int64)
+        chunks[:, updates.GRAD], chunks[:, updates.LENGTH] = (
+            pieces[:, cpu.SOURCE],
+            pieces[:, cpu.LENGTH],
+        )
+        for k, addresses in enumerate(self._addresses):
+            size = (dtype.compute if k else dtype.storage).itemsize
+            chunks[:, updates.PARAM + k] = np.array(addresses, np.int64)[tensors] + starts * size
+        return chunks, tensors
 
     def of_rows(self, number: int, owner: int, sums: Array, indices: Array) -> Array:
         """Return the updates of some rows of a tensor by their sums, which are contiguous."""
@@ -72,24 +77,6 @@ class Places:
         addresses = np.array([sums.ctypes.data, *self.each[number]], np.int64)
         itemsizes = sums.itemsize, self.spans[number].dtype.compute.itemsize
         updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
-        return chunks
-
-    def _chunks(self, numbers: Array, owners: Array, grads: Array, lengths: Array) -> Array:
-        """Return updates cut into chunks."""
-        counts = -(-lengths // CHUNK)
-        own = np.repeat(np.arange(numbers.size), counts)
-        starts = CHUNK * (np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts))
-        chunks = np.zeros((own.size, 6), np.int64)
-        if not own.size:
-            return chunks
-        dtype = self.spans[int(numbers[0])].dtype
-        chunks[:, updates.GRAD] = grads[own] + starts * dtype.storage.itemsize
-        for k, addresses in enumerate(self._addresses):
-            size = (dtype.compute if k else dtype.storage).itemsize
-            places = np.array(addresses, np.int64)[numbers[own]]
-            chunks[:, updates.PARAM + k] = places + starts * size
-        chunks[:, updates.LENGTH] = np.minimum(CHUNK, lengths[own] - starts)
-        chunks[:, updates.OWNER] = owners[own]
         return chunks
 
 
@@ -126,8 +113,10 @@ class Updates:
             every = enumerate(self._places.spans)
             members = [k for k, own in every if isinstance(own, Span) and own.dtype is dtype]
             if members:
-                self._dense.append((dtype, self._places.whole(members, pool_of[members])))
-                self._tensors.append(self._places.tensors_of(members))
+                chunks, tensors = self._places.whole(members)
+                chunks[:, updates.OWNER] = pool_of[tensors]
+                self._dense.append((dtype, chunks))
+                self._tensors.append(tensors)
 
     def write_settings(self, settings: Array, _stream: Any = None) -> None:
         """Let the following steps use some settings, a row for each pool."""

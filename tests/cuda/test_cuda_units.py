@@ -155,7 +155,7 @@ def run(plan: UnitPlan, bound: Any, base: Any = None, **options: Any) -> np.ndar
     plan.measure(0)
     plan.decide(0, base)
     plan.scale(0)
-    (summary,) = plan.summaries(1, 0)
+    summary = plan.summary(0)
     plan.summarize(summary, 0)
     return memory.read_table(summary, 0)
 

@@ -329,8 +329,6 @@ def test_gradients_are_read_before_what_they_overlap_is_written(size, shift):
         nc.SGD(None, 0.5).apply_gradients([(grad, first), (grad, second), (given, first)])
         assert (first.tolist(), second.tolist()) == ([0.0] * 3, [0.5] * 3)
 
-
-def test_arrays_share_no_memory_whenever_they_are_updated():
     memory, array, optimizer = np.zeros(6), np.zeros(1), nc.SGD(None, 1.0)
     pairs = [(np.ones(4), memory[:4]), (np.ones(1), array), (np.ones(1), array)]
     with pytest.raises(ValueError, match=r"\[3\].*shares memory with.*\[0\]"):

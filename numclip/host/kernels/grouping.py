@@ -19,6 +19,7 @@ from numclip.host.kernels.elements import (
     widen,
     zeros,
 )
+from numclip.host.kernels.running import place_of
 from numclip.host.kernels.scalars import settled, two_sum
 from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
@@ -240,19 +241,6 @@ def strip_squares(order, begin, end, strip, values, exact, sums):
     return array_of_squares(sums[: strip[2]]), terms
 
 
-@inline
-def group_from(starts, row):
-    """Return the first group that starts at a row or behind it."""
-    low, high = 0, starts.size - 1
-    while low < high:
-        middle = (low + high) // 2
-        if starts[middle] < row:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
 @kernel
 def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     """Write the squared norms of the groups' summed rows, and of their summed magnitudes.
@@ -264,7 +252,8 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):
         total = error = terms = terms_error = 0.0
-        first, last = group_from(starts, rows * s), group_from(starts, rows * (s + 1))
+        first = place_of(rows * s, starts, starts.size - 1)
+        last = place_of(rows * (s + 1), starts, starts.size - 1)
         for column in range(0, values.shape[1], STRIP):
             address = np.int64(values.ctypes.data) + column * values.itemsize
             strip = address, stride, min(STRIP, values.shape[1] - column)
