@@ -223,8 +223,8 @@ class ArrayUpdates(Protocol):
     def read_from(self, sources: Any) -> None:
         """Let the following steps read gradients where `Engine.key_of_pairs` found them."""
 
-    def read_own(self) -> None:
-        """Let the following steps read the gradients that this was made for."""
+    def read_at(self, sources: Sequence[int]) -> None:
+        """Let the following steps read gradients, none of which is sparse, at some addresses."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
         """Update each array for the time that its count says."""
@@ -238,6 +238,7 @@ class Engine(Protocol):
 
     name: str
     kernels: Mapping[str, Any]  # of updates, by their names
+    updates_read_anywhere: bool  # of arrays that are known, without new tables
     takes_any_rows: bool  # slices whose values are not in C order, and misaligned arrays
 
     def require(self) -> None:

@@ -119,8 +119,10 @@ def check_writable(found: Gradient) -> None:
 
 def _overlaps_itself(found: Gradient) -> bool:
     """Tell whether two elements share memory; if steps are odd, by the elements, if few."""
+    if found.facts.dense or not found.size:
+        return False
     steps, shape, itemsize = found.facts.memory.steps, found.shape, found.native.itemsize
-    if found.facts.dense or not found.size or is_nested(shape, steps, itemsize):
+    if is_nested(shape, steps, itemsize):
         return False
     if found.size > MOST_COUNTED:
         return True

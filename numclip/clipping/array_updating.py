@@ -21,7 +21,7 @@ from numclip.memory import owner_of
 from numclip.methods import check
 from numclip.slices import IndexedSlices
 
-KEPT = 8
+KEPT = 32
 """How many sets of arrays are kept: the same at the same addresses are not described again."""
 
 
@@ -127,12 +127,15 @@ class ArrayUpdater:
 
     def _plans(self, engine: Engine, pairs: Sequence[Pair], keeps: bool) -> list[Planned]:
         """Return what updates described pairs in rounds, of arrays that share no memory."""
-        arrays = [*{(own.address, _kind_of(own)): own for _, own in pairs}.values()]
-        refuse_overlaps(arrays, arrays)
         rounds = _rounds(pairs)
         stays = len(rounds) == 1  # else the update of an earlier round could change a gradient
+        arrays = [own for _, own in pairs]
+        if not stays:
+            arrays = [*{(own.address, _kind_of(own)): own for own in arrays}.values()]
+        refuse_overlaps(arrays, arrays)
         extents = sorted(own.facts.extent for own in arrays)
         apart = partial(_apart, extents=extents, stays=stays)
+        keeps &= stays  # else rounds of the same arrays would be one
         return [self._plan(engine, own, apart, keeps=keeps) for own in rounds]
 
     def _plan(
@@ -147,10 +150,12 @@ class ArrayUpdater:
         pairs = list(zip(grads, params, strict=True))
         spans = [update_span(grad, param.address) for grad, param in pairs]
         indices = [grad.slices.indices for grad in grads if grad.slices is not None]
-        key = (stream, *map(id, kept), *spans) if keeps and not indices else None
+        sources = [span.source for span in spans]
+        read = () if engine.updates_read_anywhere else sources
+        key = (stream, *map(id, kept), *read) if keeps and not indices else None
         planned = self._find(key)
         if planned is not None:
-            planned.updates.read_own()
+            planned.updates.read_at(sources)
             return planned
         addresses = [
             [engine.facts("state", own.states[k]).address for own in kept]

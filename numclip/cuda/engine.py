@@ -38,6 +38,7 @@ from numclip.libraries import on_device
 from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 takes_any_rows = False
+updates_read_anywhere = False
 require = device.require
 facts = facts_of
 stream_of = streams.stream_of

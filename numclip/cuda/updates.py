@@ -195,7 +195,7 @@ class ArrayUpdates:
     def read_from(self, _sources: None) -> None:
         """Do nothing: updates are kept for gradients where they are."""
 
-    def read_own(self) -> None:
+    def read_at(self, _sources: Sequence[int]) -> None:
         """Do nothing likewise."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:

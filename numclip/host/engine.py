@@ -23,6 +23,7 @@ from numclip.memory import AnySpan, Memory, Span, Strided
 
 name = "cpu"
 takes_any_rows = True
+updates_read_anywhere = True
 facts = arrays.facts_of
 empty = arrays.empty
 new_like = arrays.new_like

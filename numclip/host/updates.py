@@ -273,7 +273,8 @@ class ArrayUpdates(Updates):
     ) -> None:
         super().__init__(kernel, spans, states, np.arange(len(spans)))
         self._chunks = self._together()
-        self._starts = self._chunks[:, updates.GRAD].copy()
+        owners = self._chunks[:, updates.OWNER]
+        self._distances = self._chunks[:, updates.GRAD] - self._places.starts[owners]
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
@@ -311,9 +312,10 @@ class ArrayUpdates(Updates):
         self._chunks[:, updates.GRAD] = sources.starts
         self._take_rows(sources.sums)
 
-    def read_own(self) -> None:
-        """Let the following steps read the gradients where they were at first."""
-        self._chunks[:, updates.GRAD] = self._starts
+    def read_at(self, sources: Sequence[int]) -> None:
+        """Let the following steps read gradients, none of which is sparse, at some addresses."""
+        starts = np.array(sources, np.int64)
+        self._chunks[:, updates.GRAD] = starts[self._chunks[:, updates.OWNER]] + self._distances
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
         """Update each array for the time that its count says."""

@@ -265,6 +265,9 @@ def test_plans_that_are_known_read_the_gradients_of_the_call():
     assert variable.tolist() == [-2.0] * 3
     optimizer.apply_gradients([(first.view(Other), variable)])
     assert variable.tolist() == [-3.0] * 3
+    for _ in range(2):
+        optimizer.apply_gradients([(first, variable), (second, variable)])
+    assert variable.tolist() == [-205.0] * 3
 
 
 def test_sets_of_arrays_that_take_turns_are_not_described_again(monkeypatch):
