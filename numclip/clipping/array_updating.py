@@ -216,12 +216,16 @@ def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int
 
 def _filled(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return pairs without those of plain arrays that have no elements, which need no update."""
-    kept = [
-        (grad, own)
-        for grad, own in zip(grads, variables, strict=True)
-        if not (type(own) is type(grad) is np.ndarray and own.size == 0 == grad.size)
-    ]
+    kept = [pair for pair in zip(grads, variables, strict=True) if not _is_empty(*pair)]
     return [grad for grad, _ in kept], [own for _, own in kept]
+
+
+def _is_empty(grad: Any, own: Any) -> bool:
+    """Tell whether a pair is of plain arrays that fit, and have no elements."""
+    if type(grad) is not np.ndarray or type(own) is not np.ndarray or own.size:
+        return False
+    alike = grad.dtype == own.dtype and grad.shape == own.shape
+    return alike and own.flags.writeable
 
 
 def _rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:

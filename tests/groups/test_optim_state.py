@@ -307,6 +307,8 @@ def test_what_changed_of_arrays_that_are_known_is_seen():
     for wrong in ((grad,), grad, None, 3.0, "abc"):
         with pytest.raises(TypeError, match=r"grads_and_vars\[1\]: .*a pair"):
             optimizer.apply_gradients([(grad, variable), wrong])
+    with pytest.raises(TypeError, match=r"\[1\].*int64"):
+        optimizer.apply_gradients([(grad, variable), (np.ones(0, int), np.ones(0))])
     variable.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         optimizer.apply_gradients([(grad, variable)])
