@@ -137,19 +137,25 @@ class Optimizer(state.Saved):
         grads_and_vars : iterable of (gradient, array)
             Gradients of the arrays' shapes and dtypes, `IndexedSlices` or None, which leaves
             its array as it is. Arrays (of NumPy, PyTorch or with DLPack) are C-contiguous; the
-            optimizer keeps a state for the memory of each, by its address, dtype and length, while
-            that lives (other libraries' arrays are kept, too): views of it may be made anew. These
-            states are not in `state_dict`. An array that comes twice is updated twice; apart from
-            that, arrays share no memory with one another. Gradients that an update would write
-            over are copied first; those of other dtypes are cast as `ParamGroups.set_grads` casts
-            them, in the host's memory. CUDA arrays are taken with gradients that are CUDA arrays
-            in C order or slices of them: one launch for each dtype, whatever their number, on the
-            stream of the first array's library, after slices are coalesced.
+            optimizer keeps a state for the memory of each, by its address, while that lives (other
+            libraries' arrays are kept, too): views of it may be made anew. One of another dtype or
+            length at that address gets a new state. These states are not in `state_dict`. An array
+            that comes twice is updated twice; apart from that, arrays share no memory with one
+            another. Gradients are read as they are before the call: what an update would write over
+            is copied first. Those of other dtypes are cast as `ParamGroups.set_grads` casts them,
+            in the host's memory. CUDA arrays are taken with gradients that are CUDA arrays in C
+            order or slices of them: one launch for each dtype, whatever their number, on the stream
+            of the first array's library, after slices are coalesced.
 
         Raises
         ------
         TypeError, ValueError
             Where a pair does not fit; the message names it. Nothing is updated then.
+
+        Notes
+        -----
+        Arrays are described once, also where 32 sets of them take turns, layers for instance.
+        Plain gradients are found for them anew, wherever they lie.
         """
         numbers, grads, variables = [], [], []
         for number, pair in enumerate(grads_and_vars):

@@ -67,7 +67,7 @@ class Planned(NamedTuple):
 
 
 class ArrayUpdater:
-    """Updates arrays; it keeps states for each memory, by address, dtype and length."""
+    """Updates arrays; it keeps states for each memory, by its address."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
