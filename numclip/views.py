@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,9 @@ from numclip.dtypes import Array
 from numclip.memory import Memory
 
 
-class _Interface:
-    """What NumPy makes an array of; it does not keep the memory."""
-
-    def __init__(self, **description: Any) -> None:
-        self.__array_interface__ = {"version": 3, **description}
-
-
 def view_of(memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return the array of some shape and dtype at an address, which can be written."""
     kind = dtype.str if dtype.kind in "iufc" else f"|V{dtype.itemsize}"
-    interface = _Interface(
-        shape=shape, typestr=kind, data=(memory.address, False), strides=memory.steps
-    )
-    return np.asarray(interface).view(dtype)
+    place = {"shape": shape, "typestr": kind, "data": (memory.address, False)}
+    described = {"version": 3, "strides": memory.steps, **place}
+    return np.asarray(SimpleNamespace(__array_interface__=described)).view(dtype)

@@ -18,10 +18,9 @@ from numclip.compiled.containers import (
 )
 from numclip.compiled.tables import (
     UNFIT,
-    UNREACHABLE,
+    check,
     clamp_array,
     clip_all,
-    fail,
     number_of,
 )
 from numclip.compiled.types_taken import (
@@ -61,9 +60,7 @@ def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
     def norm(grads, ord=2, duplicates="sum"):
         works = all_entered(grads)
         norm, status = clip_all(grads, works, (INFINITE, 0.0, number_of(ord), 0))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         return norm
 
     return norm
@@ -75,9 +72,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
     def into_new_arrays(grads, out, bound, given, ord):
         works = all_copied(grads)
         norm, status = clip_all(works, works, (bound, given, ord, what))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         return works, norm
 
     def in_place(grads, out, bound, given, ord):
@@ -85,9 +80,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         wrong = fault_of_target(out, grads) << FOUND
         works = all_entered(grads)
         norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE | wrong))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         if status != UNCHANGED:
             all_left(grads, works)
         return grads, norm
@@ -198,18 +191,14 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, out: Any)
     def into_new_array(grad, clip_value_min, clip_value_max, out=None):
         work = copied(grad, None)
         status = clamp(work, clip_value_min, clip_value_max)
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         return work
 
     def in_place(grad, clip_value_min, clip_value_max, out=None):
         check_target(out, grad)
         work = entered(grad, None)
         status = clamp(work, clip_value_min, clip_value_max)
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         left(grad, work)
         return grad
 

@@ -17,7 +17,7 @@ from numclip.compiled.types_taken import CONTAINERS, is_nothing
 from numclip.errors import NonFiniteGradientError
 from numclip.host.kernels import spans
 from numclip.host.kernels.spans import FIELDS
-from numclip.host.runtime.jit import OWN_FLAGS
+from numclip.host.runtime.jit import OWN_FLAGS, expanded
 
 _IN_PLACE = "out: expected the gradients themselves, to work in place, or None"
 ELSEWHERE, UNFIT = range(spans.RARE + 1, spans.RARE + 3)
@@ -61,6 +61,14 @@ def fail(_typing: Any, status: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64), emit
+
+
+@expanded
+def check(status):
+    """Raise the error that a status stands for, if it is one."""
+    if status > spans.WRITTEN:
+        fail(status)
+        raise UNREACHABLE
 
 
 @intrinsic

@@ -10,10 +10,9 @@ from numclip.border.arguments import axes_of
 from numclip.compiled.arrays import turned
 from numclip.compiled.containers import check_target
 from numclip.compiled.tables import (
-    UNREACHABLE,
+    check,
     clip_array_by_columns,
     clip_array_by_rows,
-    fail,
     number_of,
 )
 from numclip.compiled.types_taken import is_nothing, refuse, require_two, value_of
@@ -101,26 +100,20 @@ def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
     def into_new_array(grad, clip_norm, axes=None, ord=2, out=None):
         work = in_c_order(grad)
         status = clipped(work, number_of(clip_norm))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         return work
 
     def in_place(grad, clip_norm, axes=None, ord=2, out=None):
         check_target(out, grad)
         status = clipped(grad, number_of(clip_norm))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         return grad
 
     def in_place_by_a_copy(grad, clip_norm, axes=None, ord=2, out=None):
         check_target(out, grad)
         work = in_c_order(grad)
         status = clipped(work, number_of(clip_norm))
-        if status > WRITTEN:
-            fail(status)
-            raise UNREACHABLE
+        check(status)
         if status == WRITTEN:
             write(work, grad)
         return grad

@@ -1,12 +1,15 @@
 """What the training programs' command lines have in common."""
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+Number = TypeVar("Number", int, float)
 PICTURES = (".png", ".svg", ".pdf")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """What pip calls packages, where that is not their name."""
@@ -67,47 +70,22 @@ def picture_file(text: str) -> Path:
     return output_file(text)
 
 
-def whole_number(text: str) -> int:
-    """Read a whole number >= 0."""
-    value = _int_or_less(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
-    return value
+def _number(
+    kind: Callable[[str], Number], wanted: str, fits: Callable[[Number], bool]
+) -> Callable[[str], Number]:
+    """Return what reads a number that fits."""
+
+    def read(text: str) -> Number:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+
+    return read
 
 
-def positive_int(text: str) -> int:
-    """Read a whole number >= 1."""
-    value = _int_or_less(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """Read a finite number > 0."""
-    value = _float_or_nan(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text!r}")
-    return value
-
-
-def norm_bound(text: str) -> float:
-    """Read a bound on a norm: a number >= 0, ``inf`` for none."""
-    value = _float_or_nan(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, or inf, got {text!r}")
-    return value
-
-
-def _float_or_nan(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _int_or_less(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        return -1
+whole_number = _number(int, "a whole number >= 0", lambda value: value >= 0)
+positive_int = _number(int, "a whole number >= 1", lambda value: value >= 1)
+positive_float = _number(float, "a finite number > 0", lambda value: 0 < value < math.inf)
+norm_bound = _number(float, "a number >= 0, or inf", lambda value: value >= 0)
+fraction = _number(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)

@@ -22,6 +22,7 @@ from numba import njit
 import numclip as nc
 from numclip.examples.command_line import (
     Parser,
+    fraction,
     norm_bound,
     positive_float,
     positive_int,
@@ -154,17 +155,6 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
     axes.legend()
     figure.savefig(args.picture, dpi=100)
     print(f"picture: {args.picture}")
-
-
-def fraction(text: str) -> float:
-    """Read a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
-    return value
 
 
 def build_parser() -> Parser:

@@ -101,11 +101,11 @@ def write_squares(batch: Batch, sums: Array) -> None:
     a power of two near their largest element.
     """
     if batch.nbytes < PARALLEL_BYTES:
-        safe = pools.measure_little(batch.chunks, batch.dtype.like, sums)
+        safe = pools.measure(batch.chunks, batch.dtype.like, sums)
     else:
         partial = np.empty(len(batch.chunks))
         batch.run(cpu.sum_squares, batch.dtype.like, partial)
-        safe = pools.add_partials(batch.chunks, partial, sums)
+        safe = pools.add_chunks(batch.chunks, partial, False, sums)
     if not safe and batch.dtype.digits == 53:
         _rescue(batch, sums)
 

@@ -98,7 +98,7 @@ class Given:
     def read(self, items: tuple[Any, ...]) -> bool:
         """Find where arrays lie; tell whether all are as they are wanted."""
         self.check(items)
-        return given.read(pointers_of(items), self.wanted, self.addresses)  # type: ignore[no-any-return]
+        return given.find(pointers_of(items), self.wanted, self.addresses)  # type: ignore[no-any-return]
 
     def check(self, items: tuple[Any, ...]) -> None:
         """Assert that there is an array for each of ours: kernels read so many pointers."""
@@ -152,7 +152,7 @@ class Given:
         """Return what copies or adds arrays that were found."""
         how = [(batch, (adds, batch.dtype.like, wide)) for batch, wide in self._batches]
         return threads.kept(
-            [batch.call(given.take_all, *own, self.addresses) for batch, own in how]
+            [batch.call(given.take_found, *own, self.addresses) for batch, own in how]
         )
 
 

@@ -18,7 +18,7 @@ from numclip.engine import Groups
 from numclip.formulas import is_safe
 from numclip.host import batches, lists, plain_arrays, rows
 from numclip.host.batches import Batch
-from numclip.host.kernels.pools import decide_pools
+from numclip.host.kernels.pools import decide_all
 from numclip.host.nests import Items
 from numclip.law import Law, Laws, Pool, loss_of_rows
 from numclip.memory import RowSpan
@@ -89,7 +89,7 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
     law[0, COARSE] *= math.sqrt(_numbers_of(batch))
     law[0, BOUND], law[0, AIM] = bound, _aim(batch.dtype, items, groupings, bound)
     decisions = np.empty((2, DECISION_COLUMNS))
-    decide_pools(pool, law, sums, decisions)
+    decide_all(pool, law, sums, decisions)
     if decisions[0, MODE] not in (LEAVE, MULTIPLY):
         return None
     return Decided(batch, decisions.item(0, NORM), decisions.item(0, batch.column))

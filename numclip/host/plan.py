@@ -248,13 +248,13 @@ class Plan:
         if order is not None:
             self._measure(order)
         sums[:] = self._sums
-        kernels.decide_pools(pools, self._law, sums, decisions)
+        kernels.decide_all(pools, self._law, sums, decisions)
 
     def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
         """Decide by one row of sums for each pool, in place of its own."""
         if self._whole_pools is None:
             self._whole_pools = whole_pools(self.pool_table)
-        kernels.decide_pools(self._whole_pools, self._law, totals, outcome[1])
+        kernels.decide_all(self._whole_pools, self._law, totals, outcome[1])
 
     def _decide_at_once(
         self, batch: Batch, order: float | None, pools: Array, sums: Array, decisions: Array
@@ -349,15 +349,7 @@ class Plan:
 
     def _write(self, calls: Sequence[threads.Call], copied: Sequence[int]) -> None:
         """Make calls and write copies back: all of it, whatever exception comes from outside."""
-        if not copied:
-            threads.run_all(calls)
-            return
-
-        def bring_back() -> None:
-            for t in copied:
-                self._copied[t].write_back()
-
-        threads.run_then(calls, bring_back)
+        threads.run_then(calls, [self._copied[t].write_back for t in copied])
 
     def clamp(
         self, outcome: Outcome, low: float, high: float, _stream: Any, members: range

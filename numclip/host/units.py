@@ -380,16 +380,8 @@ class UnitPlan:
                 for cut in cuts
                 if cut.array.size and (active or cut.array.read != cut.array.written)
             ]
-        if not made:
-            threads.run_all(calls)
-            return
-
-        def bring_back() -> None:
-            for _, back in made:
-                if back is not None:
-                    back()
-
-        threads.run_then([*calls, *(call for call, _ in made)], bring_back)
+        calls += [call for call, _ in made]
+        threads.run_then(calls, [back for _, back in made if back is not None])
 
     def summary(self, _stream: Any = None) -> Array:
         """Return memory for what `summarize` tells."""

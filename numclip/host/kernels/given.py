@@ -105,7 +105,7 @@ def address_of(item, row, wanted):
     return address
 
 
-@inline
+@kernel_with_gil
 def find(items, wanted, addresses):
     """Write where each array of a tuple lies, whose pointers are at `items`; tell if all fit."""
     for t in range(addresses.size):
@@ -114,12 +114,6 @@ def find(items, wanted, addresses):
         if address == ELSEWHERE:
             return False
     return True
-
-
-@kernel_with_gil
-def read(items, wanted, addresses):
-    """Do what `find` does."""
-    return find(items, wanted, addresses)
 
 
 @kernel_with_gil
@@ -172,7 +166,7 @@ def clear(target):
         target[i] = 0
 
 
-@inline
+@kernel
 def take_found(begin, end, chunks, adds, like, wide, addresses):
     """Do what `take` does with arrays that were found, for some chunks."""
     for c in range(begin, end):
@@ -189,12 +183,6 @@ def take_found(begin, end, chunks, adds, like, wide, addresses):
             add(source, target)
         else:
             copy(source, target)
-
-
-@kernel
-def take_all(begin, end, chunks, adds, like, wide, addresses):
-    """Do what `take_found` does."""
-    take_found(begin, end, chunks, adds, like, wide, addresses)
 
 
 @kernel_with_gil

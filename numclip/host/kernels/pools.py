@@ -72,7 +72,7 @@ def write_sum(out, total, error):
     out[ERROR] = (total - rounded) + error if finite else 0.0
 
 
-@inline
+@kernel
 def add_chunks(chunks, partial, zeros, sums):
     """Write the sum of each tensor that has a chunk; tell whether all are in the safe range.
 
@@ -213,7 +213,7 @@ def decide_measured(pools, laws, decisions):
         last[RARE] += decisions[p, MODE] > MULTIPLY
 
 
-@inline
+@kernel
 def decide_all(pools, laws, sums, decisions):
     """Write the norm and the decision of each pool, and in the last row if there is work."""
     for p in range(pools.shape[0]):
@@ -258,12 +258,6 @@ def decide_squares(pools, laws, sums, decisions):
             right &= sure
     decide_measured(pools, laws, decisions)
     return right
-
-
-@kernel
-def decide_pools(pools, laws, sums, decisions):
-    """Decide for every pool, from the sums of the tensors. One more row tells if there is work."""
-    decide_all(pools, laws, sums, decisions)
 
 
 @inline
@@ -318,12 +312,6 @@ def tell_norms(sums, unscale, divisors, norms):
     return told(math.sqrt(total) / unscale), bad, plain
 
 
-@kernel
-def add_partials(chunks, partial, sums):
-    """Add the sums of squares of chunks, as `add_chunks` does."""
-    return add_chunks(chunks, partial, False, sums)
-
-
 @inline
 def has_vanished(total, x):
     """Tell whether squares are too small for float64 to have a sum of them."""
@@ -334,7 +322,7 @@ def has_vanished(total, x):
     return some
 
 
-@inline
+@kernel
 def measure(chunks, like, sums):
     """Read every element once; tell whether all sums are in the safe range, or of zeros."""
     partial, zeros = empty(chunks.shape[0], sums), True
@@ -343,12 +331,6 @@ def measure(chunks, like, sums):
         partial[c] = array_of_squares(x)
         zeros &= not has_vanished(partial[c], x)
     return add_chunks(chunks, partial, zeros, sums)
-
-
-@kernel
-def measure_little(chunks, like, sums):
-    """Measure as `measure` does."""
-    return measure(chunks, like, sums)
 
 
 @kernel

@@ -57,7 +57,7 @@ def decide_units(units, size, bound, limits):
 
 
 @inline
-def clip_rows_of(x, count, bound, limits, precision, like):
+def clip_rows_of(x, count, bound, limits, precision):
     """Clip each of `count` rows of an array."""
     size = x.size // count
     units = np.empty((count, 2))
@@ -71,7 +71,7 @@ def clip_rows_of(x, count, bound, limits, precision, like):
         mantissa, power = units[u, MANTISSA], int(units[u, POWER])
         if mantissa != 1.0 or power != 0:
             row = x[u * size : (u + 1) * size]
-            scale_array(row, mantissa, power, done == RARE, precision, like)
+            scale_array(row, mantissa, power, done == RARE, precision)
     return WRITTEN
 
 
@@ -111,9 +111,9 @@ def clip_rows(rows, count, bound):
         return UNCHANGED
     if field(rows, 0, KIND) & WIDE:
         x = array_of(rows, 0, WIDE_LIKE)
-        return clip_rows_of(x, count, bound, WIDE_LIMITS, WIDE_PRECISION, WIDE_LIKE)
+        return clip_rows_of(x, count, bound, WIDE_LIMITS, WIDE_PRECISION)
     y = array_of(rows, 0, NARROW_LIKE)
-    return clip_rows_of(y, count, bound, NARROW_LIMITS, NARROW_PRECISION, NARROW_LIKE)
+    return clip_rows_of(y, count, bound, NARROW_LIMITS, NARROW_PRECISION)
 
 
 @kernel

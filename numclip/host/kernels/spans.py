@@ -151,16 +151,16 @@ def sum_of(x, ord):
 
 
 @inline
-def tensor_powers(rows, t, ord):
-    """Return that of a tensor."""
+def by_kind(turn, rows, t, arguments):
+    """Return what a function makes of a tensor's numbers, in an array of their type."""
     kind = field(rows, t, KIND)
     if kind & WIDE:
-        return sum_of(array_of(rows, t, WIDE_LIKE), ord)
+        return turn(array_of(rows, t, WIDE_LIKE), *arguments)
     if kind & HALF:
-        return sum_of(array_of(rows, t, HALF_LIKE), ord)
+        return turn(array_of(rows, t, HALF_LIKE), *arguments)
     if kind & BRAIN:
-        return sum_of(array_of(rows, t, BRAIN_LIKE), ord)
-    return sum_of(array_of(rows, t, NARROW_LIKE), ord)
+        return turn(array_of(rows, t, BRAIN_LIKE), *arguments)
+    return turn(array_of(rows, t, NARROW_LIKE), *arguments)
 
 
 @inline
@@ -225,7 +225,7 @@ def joint_norm(rows, count, ord):
         elif ord == 2.0:
             tensor, lost = tensor_squares(rows, t)
         else:
-            tensor, exponent = tensor_powers(rows, t, ord)
+            tensor, exponent = by_kind(sum_of, rows, t, (ord,))
         write_sum(sums[t], tensor, lost)
         sums[t, EXPONENT] = exponent
     total, _, power = add_tensors((0, count), TOTAL, ord == math.inf, sums)
@@ -257,47 +257,37 @@ def factor(rows, count, norm, power, bound, ord, divisor):
 
 
 @inline
-def scale_array(x, mantissa, power, truncate, precision, like):
+def tensor_precision(kind):
+    """Return the digits of a kind, and the exponent of its smallest number."""
+    if kind & WIDE:
+        return WIDE_PRECISION
+    if kind & HALF:
+        return HALF_PRECISION
+    return BRAIN_PRECISION if kind & BRAIN else NARROW_PRECISION
+
+
+@inline
+def scale_array(x, mantissa, power, truncate, precision):
     """Multiply an array in place by ``mantissa * 2**power``."""
     if truncate:
         multiply_truncating(x, mantissa, power, precision[0], precision[1])
     else:
-        multiply(x, as_computed(scale_by_power(mantissa, power), like))
+        multiply(x, as_computed(scale_by_power(mantissa, power), x))
 
 
 @inline
 def scale(rows, count, mantissa, power, truncate):
     """Multiply all tensors."""
     for t in range(count):
-        kind = field(rows, t, KIND)
-        if kind & WIDE:
-            x = array_of(rows, t, WIDE_LIKE)
-            scale_array(x, mantissa, power, truncate, WIDE_PRECISION, WIDE_LIKE)
-        elif kind & HALF:
-            h = array_of(rows, t, HALF_LIKE)
-            scale_array(h, mantissa, power, truncate, HALF_PRECISION, HALF_LIKE)
-        elif kind & BRAIN:
-            b = array_of(rows, t, BRAIN_LIKE)
-            scale_array(b, mantissa, power, truncate, BRAIN_PRECISION, BRAIN_LIKE)
-        else:
-            y = array_of(rows, t, NARROW_LIKE)
-            scale_array(y, mantissa, power, truncate, NARROW_PRECISION, NARROW_LIKE)
+        precision = tensor_precision(field(rows, t, KIND))
+        by_kind(scale_array, rows, t, (mantissa, power, truncate, precision))
 
 
 @inline
 def clean(rows, count):
     """Write 0 for each number of all tensors that is not finite."""
     for t in range(count):
-        kind = field(rows, t, KIND)
-        components = 2 if kind & COMPLEX else 1
-        if kind & WIDE:
-            clean_array(array_of(rows, t, WIDE_LIKE), components)
-        elif kind & HALF:
-            clean_array(array_of(rows, t, HALF_LIKE), components)
-        elif kind & BRAIN:
-            clean_array(array_of(rows, t, BRAIN_LIKE), components)
-        else:
-            clean_array(array_of(rows, t, NARROW_LIKE), components)
+        by_kind(clean_array, rows, t, (2 if field(rows, t, KIND) & COMPLEX else 1,))
 
 
 @inline
@@ -367,7 +357,7 @@ def divisor_of(rows, what):
 
 @inline
 def multiply_all(rows, count, scale):
-    """Multiply all tensors."""
+    """Multiply all tensors; 15 ns sooner for each than by `by_kind`."""
     for t in range(count):
         kind = field(rows, t, KIND)
         if kind & WIDE:
@@ -444,13 +434,5 @@ def clamp(rows, low, high):
     """Hold each number of the first tensor between two bounds, which are rounded to its type."""
     if not low <= high:
         return BAD_INTERVAL
-    kind = field(rows, 0, KIND)
-    if kind & WIDE:
-        hold_array(array_of(rows, 0, WIDE_LIKE), low, high)
-    elif kind & HALF:
-        hold_array(array_of(rows, 0, HALF_LIKE), low, high)
-    elif kind & BRAIN:
-        hold_array(array_of(rows, 0, BRAIN_LIKE), low, high)
-    else:
-        hold_array(array_of(rows, 0, NARROW_LIKE), low, high)
+    by_kind(hold_array, rows, 0, (low, high))
     return WRITTEN

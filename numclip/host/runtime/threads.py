@@ -184,13 +184,17 @@ def whole(write: Callable[[], None]) -> None:
         raise
 
 
-def run_then(calls: Sequence[Call], bring_back: Callable[[], None]) -> None:
+def run_then(calls: Sequence[Call], bring_back: Sequence[Callable[[], None]]) -> None:
     """Make calls, and bring what they wrote to copies back: all of it, as `whole` does."""
+    if not bring_back:
+        run_all(calls)
+        return
     make = ready(calls)
 
     def write() -> None:
         make()
-        bring_back()
+        for back in bring_back:
+            back()
 
     whole(write)
 
