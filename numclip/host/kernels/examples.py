@@ -100,6 +100,6 @@ def clip_little(items, results, count, facts, width, law, like, factors, clipped
     for e in range(factors.size):
         if factors[e] == UNKNOWN:
             return -1
-        found += clipped[e]
+        found += 1 if clipped[e] else 0
     sum_blocks(0, blocks, table, factors, width, like)
     return found
