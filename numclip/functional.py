@@ -521,8 +521,10 @@ def clip_per_example(
     **Guarantees.** What one example adds has a norm of at most `clip_norm`, before the sum is
     rounded: sums are taken in float64 and rounded to the nearest number of the dtype at the end,
     by which even that of one example can exceed the bound, by a unit of roundoff (2**-11 of it for
-    float16) where nothing is subnormal. NaN or Inf in an example makes the
-    sums NaN. **Source.** Abadi et al. 2016 (arXiv 1607.00133, algorithm 1), before the noise;
+    float16) where nothing is subnormal. NaN or Inf in an example makes the sums NaN; where
+    `clip_norm` is ``inf``, which scales nothing, they pass on in their elements.
+
+    **Source.** Abadi et al. 2016 (arXiv 1607.00133, algorithm 1), before the noise;
     ``optax.per_example_global_norm_clip`` and ``optax.per_example_layer_norm_clip``.
 
     Examples

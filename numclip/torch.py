@@ -373,9 +373,9 @@ def _norm_of_low_order(tensors: list[Tensor], order: float) -> Tensor:
     norms = []
     for tensor in tensors:
         if tensor is not None:
-            dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-            wide = torch.complex128 if dense.is_complex() else torch.float64
-            norms.append(torch.linalg.vector_norm(dense.to(wide).abs(), order))
+            wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+            dense = wide.to_dense() if tensor.is_sparse else wide  # sums of rows, unrounded
+            norms.append(torch.linalg.vector_norm(dense.abs(), order))
     return torch.linalg.vector_norm(torch.stack(norms), order) if norms else torch.tensor(0.0)
 
 

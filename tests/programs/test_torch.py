@@ -318,6 +318,14 @@ def test_bounds_below_zero_are_refused():
     assert torch.equal(params[0].grad, torch.tensor([3.0, 4.0]))
 
 
+def test_sums_of_rows_are_not_rounded_before_norms_of_low_orders():
+    rows = torch.tensor([6e4, 6e4, -6e4]).half()
+    indices = torch.tensor([[0, 0, 0]])
+    grad = torch.sparse_coo_tensor(indices, rows, (2,), check_invariants=True)
+    for norm_type in (0.5, 1.0):
+        assert float(ours.get_total_norm([grad], norm_type)) == 6e4
+
+
 def test_sparse_gradients_are_clipped_as_the_sum_of_their_rows():
     table = torch.nn.Embedding(1000, 2, sparse=True)
     rows = table(torch.tensor([7, 7, 3]))
