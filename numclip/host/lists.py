@@ -121,8 +121,7 @@ def clip_by_global_norm(
             found = clip_items(items, True, bound, ord, what, given)
             if found is not None:
                 return [*found[0]], found[1]
-            if not nests.is_nest(items):
-                return None
+            return _clip_nest(items, grads, out, bound, ord, what, given)
     if not outs.takes(grads, out):
         places = outs.of(grads, out)
         if places is None:
@@ -131,9 +130,19 @@ def clip_by_global_norm(
         return None if found is None else (outs.filled(places, found[0]), found[1])
     items, held = nests.taken(grads)
     found = clip_items(items, out is not None, bound, ord, what, given)
-    if found is None and nests.is_nest(items):
-        items, held = nests.taken(grads, is_nested=True)
-        found = clip_items(items, out is not None, bound, ord, what, given)
+    if found is None:
+        return _clip_nest(items, grads, out, bound, ord, what, given)
+    return nests.rebuilt(held, found[0], out), found[1]
+
+
+def _clip_nest(
+    items: Items, grads: Any, out: Any, bound: float, ord: float, what: int, given: float
+) -> tuple[Any, float] | None:
+    """Do the same where some of the items are nested; None where none is."""
+    if not nests.is_nest(items):
+        return None
+    items, held = nests.taken(grads, is_nested=True)
+    found = clip_items(items, out is not None, bound, ord, what, given)
     return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
 
 

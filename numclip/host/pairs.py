@@ -17,7 +17,7 @@ from numclip.host import plain_arrays
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
 from numclip.host.given import merged, wanted_table
-from numclip.host.kernels import arrays, cpu, given, grouping, updates
+from numclip.host.kernels import arrays, cpu, given, grouping
 from numclip.host.kernels.arrays import WRITEABLE
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import entry
@@ -28,16 +28,16 @@ _UNUSED = np.empty((0, 4), np.int64)
 class Reader:
     """Finds gradients for some arrays, where these are as they were and lie where they lay.
 
-    `chunks` are the updates, which it lets read the gradients.
+    `chunks` are the updates, which it lets read the gradients, and `distances` how far each is from
+    the beginning of its array.
     """
 
-    def __init__(self, arrays: Sequence[Facts], chunks: Array) -> None:
+    def __init__(self, arrays: Sequence[Facts], chunks: Array, distances: Array) -> None:
         dtypes = [np.dtype(facts.native.type) for facts in arrays]
         shapes = [facts.shape for facts in arrays]
         places = np.array([facts.address for facts in arrays], np.int64)
         of_arrays = wanted_table(dtypes, shapes, needs=given.PLAIN | WRITEABLE)
         of_gradients = wanted_table(dtypes, shapes, merged(facts.extent for facts in arrays))
-        distances = chunks[:, updates.PARAM] - places[chunks[:, updates.OWNER]]
         self._count, found = len(arrays), np.empty_like(places)
         self._tables = of_gradients, of_arrays, places, found, chunks, distances
         self._read = entry(given.read_pairs, 0, *self._tables)

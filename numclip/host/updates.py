@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,10 +60,8 @@ class Places:
         own = pieces[:, cpu.OWNER]
         starts = (pieces[:, cpu.SOURCE] - places[own, 0]) // dtype.storage.itemsize
         tensors, chunks = np.array(numbers)[own], np.zeros((len(own), 6), np.int64)
-        chunks[:, updates.GRAD], chunks[:, updates.LENGTH] = (
-            pieces[:, cpu.SOURCE],
-            pieces[:, cpu.LENGTH],
-        )
+        chunks[:, updates.GRAD] = pieces[:, cpu.SOURCE]
+        chunks[:, updates.LENGTH] = pieces[:, cpu.LENGTH]
         for k, addresses in enumerate(self._addresses):
             size = (dtype.compute if k else dtype.storage).itemsize
             chunks[:, updates.PARAM + k] = np.array(addresses, np.int64)[tensors] + starts * size
@@ -280,15 +277,15 @@ class ArrayUpdates(Updates):
         found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
         self._take_rows(list(zip(indices, found, strict=True)))
         reads = plain_arrays.READABLE and not self._sparse
-        self._reader = Reader(arrays, self._chunks) if reads else None
+        self._reader = Reader(arrays, self._chunks, self._distances) if reads else None
 
     def _together(self) -> Array:
         """Return the updates of dense tensors, those of a dtype after another's, in one table."""
-        tables = [chunks for _, chunks in self._dense] or [np.zeros((0, 6), np.int64)]
-        chunks = np.concatenate(tables)
-        ends = itertools.accumulate(map(len, tables))
-        parts = [chunks[end - len(own) : end] for own, end in zip(tables, ends, strict=True)]
-        self._dense = [(dtype, own) for (dtype, _), own in zip(self._dense, parts, strict=False)]
+        chunks = np.concatenate([np.zeros((0, 6), np.int64), *(own for _, own in self._dense)])
+        first = 0
+        for k, (dtype, own) in enumerate(self._dense):
+            self._dense[k] = dtype, chunks[first : first + len(own)]
+            first += len(own)
         return chunks
 
     def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:

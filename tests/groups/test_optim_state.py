@@ -1,11 +1,10 @@
 """Optimizers: their state, threads, arrays of the user's own, arguments that do not fit."""
 
 import copy
+import functools
 import itertools
 import math
 import pickle
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from tests.oracle.cases import fortran, normal, slices, strided
 from tests.oracle.checks import assert_same_bits
 from tests.oracle.grouped import ROWS, frozen, grads_of, snapshot
 from tests.oracle.plain_optim import initial, kinds, made, two_groups
+from tests.oracle.races import errors_of_race
 from tests.oracle.reference import DTYPES
 
 # ---- state and threads
@@ -356,26 +356,13 @@ def test_rates_may_apply_gradients_and_threads_may_share_an_optimizer():
         optimizer.apply_gradients([(np.ones(3), array)])
     assert array.tolist() == [-2.5] * 3
 
-    shared, arrays, errors = nc.SGD(None, 1.0), [np.zeros(5) for _ in range(4)], []
+    shared, arrays = nc.SGD(None, 1.0), [np.zeros(5) for _ in range(4)]
 
     def work(own):
-        try:
-            for _ in range(400):
-                shared.apply_gradients([(np.ones(5), own)])
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(400):
+            shared.apply_gradients([(np.ones(5), own)])
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        workers = [threading.Thread(target=work, args=(own,)) for own in arrays]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert errors == []
+    assert errors_of_race([functools.partial(work, own) for own in arrays]) == []
     assert [own.tolist() for own in arrays] == [[-400.0] * 5] * 4
 
 
