@@ -13,6 +13,7 @@ from numclip import functional
 from numclip.border.arguments import count
 from numclip.border.gradients import describe
 from numclip.dtypes import Array
+from numclip.errors import entries
 from numclip.group import Group
 from numclip.groups import ParamGroups
 from numclip.host.runtime import cache, threads
@@ -68,7 +69,7 @@ def warmup(dtypes: str | Iterable[Any] = ("float32", "float64")) -> None:
     """
     if isinstance(dtypes, str):
         dtypes = [dtypes]
-    for number, wanted in enumerate(dtypes):
+    for number, wanted in enumerate(entries("dtypes", "a dtype name or dtypes", dtypes)):
         grad = np.ones((2, 2), np.dtype(wanted))
         describe(f"dtypes[{number}]", number, grad)
         _functions(grad)

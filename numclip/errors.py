@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 INSTALL = 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6" (or cu13, as the driver wants)'
@@ -11,6 +12,20 @@ INSTALL = 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6" (or cu13, as the dri
 def expected(name: str, wanted: str, got: Any) -> str:
     """Return what an error says of an argument that does not fit."""
     return f"{name}: expected {wanted}, got {got}"
+
+
+def entries(name: str, wanted: str, value: Any) -> Iterable[Any]:
+    """Return an argument that can be iterated; a TypeError names one that cannot."""
+    if not isinstance(value, Iterable):
+        raise TypeError(expected(name, wanted, type(value).__name__))
+    return value
+
+
+def entries_by_name(name: str, value: Any) -> dict[str, Any]:
+    """Return an argument that is a mapping as a dict; a TypeError names one that is none."""
+    if not isinstance(value, Mapping):
+        raise TypeError(expected(name, "a mapping", type(value).__name__))
+    return dict(value)
 
 
 class DeviceError(RuntimeError):

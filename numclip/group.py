@@ -10,7 +10,7 @@ from numclip.border import arguments
 from numclip.border.gradients import describe
 from numclip.border.structures import dotted
 from numclip.clipping.asking import check
-from numclip.errors import expected
+from numclip.errors import entries, expected
 from numclip.report import WHOLE
 from numclip.rules import Rule
 from numclip.slices import IndexedSlices
@@ -141,7 +141,7 @@ def checked(groups: Sequence[Group]) -> list[Group]:
     """Return the groups, after refusing those whose names or shared norms do not fit."""
     if isinstance(groups, Group):
         raise TypeError("groups: expected a sequence of Group objects, got Group; pass [group]")
-    members = list(groups)
+    members = list(entries("groups", "a sequence of Group objects", groups))
     for member in members:
         if not isinstance(member, Group):
             raise TypeError(f"groups: expected Group objects, got {type(member).__name__}")

@@ -13,7 +13,7 @@ from numclip.clipping.buffers import GroupState
 from numclip.clipping.manager import Manager
 from numclip.clipping.ranks import Ranks
 from numclip.engine import named
-from numclip.errors import expected
+from numclip.errors import entries_by_name, expected
 from numclip.group import Group, checked
 from numclip.history import History
 from numclip.isolation import isolated
@@ -400,7 +400,7 @@ class ParamGroups(state.Saved):
         StateError
             Where it does not fit and is to; the message says where. Nothing is changed then.
         """
-        fit, loaded = state.Fit(strict=strict), dict(state_dict)
+        fit, loaded = state.Fit(strict=strict), entries_by_name("state_dict", state_dict)
         rules = fitting_rules(self, loaded.pop("rules", None), fit)
         history = fitting_history(self, loaded.pop("history", None), fit)
         own = {"step": self.step, **arrays_on_host(self)}

@@ -14,6 +14,7 @@ from numclip.border import arguments
 from numclip.clipping.array_updating import ArrayUpdater, not_a_pair
 from numclip.clipping.updating import GroupUpdater
 from numclip.dtypes import Array
+from numclip.errors import entries, entries_by_name
 from numclip.groups import ParamGroups
 from numclip.isolation import isolated
 from numclip.report import ClipReport
@@ -158,7 +159,8 @@ class Optimizer(state.Saved):
         Plain gradients are found for them anew, wherever they lie.
         """
         numbers, grads, variables = [], [], []
-        for number, pair in enumerate(grads_and_vars):
+        pairs = entries("grads_and_vars", "pairs of a gradient and an array", grads_and_vars)
+        for number, pair in enumerate(pairs):
             try:
                 gradient, variable = pair
             except (TypeError, ValueError):
@@ -217,11 +219,12 @@ class Optimizer(state.Saved):
         """
         groups, updater = self._managed()
         fit, expected = state.Fit(strict=strict), self.state_dict()
-        kinds = expected["optimizer"], state_dict.get("optimizer")
+        loaded = entries_by_name("state_dict", state_dict)
+        kinds = expected["optimizer"], loaded.get("optimizer")
         if kinds[0] != kinds[1]:
             fit.leave_out(f"optimizer: expected {kinds[0]}, got {kinds[1]}")
             return fit.left_out
-        found = fit.tree(expected, dict(state_dict))
+        found = fit.tree(expected, loaded)
         for name, saved in found["groups"].items():
             own = expected["groups"][name]
             pairs = [

@@ -14,7 +14,7 @@ from numclip import engine as engines
 from numclip import libraries
 from numclip.dtypes import NAMES, Array, lookup, refusal
 from numclip.engine import Engine
-from numclip.errors import expected
+from numclip.errors import entries, expected
 from numclip.facts import Facts
 from numclip.host.rows import are_within, group
 
@@ -316,7 +316,7 @@ class IndexedSlices:
         >>> both, nc.global_norm([both])
         (IndexedSlices(2 rows of float64, dense_shape=(1000, 2)), 10.0)
         """
-        members = list(parts)
+        members = list(entries("parts", "an iterable of IndexedSlices", parts))
         if not members:
             raise ValueError(expected("parts", "at least one IndexedSlices", "none"))
         first = members[0]

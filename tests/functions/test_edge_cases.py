@@ -418,6 +418,8 @@ def test_show_versions(capsys):
     for package in ("numclip", "numpy", "numba"):
         assert package in printed
     assert np.__version__ in printed
+    with pytest.raises(TypeError, match="dtypes: expected a dtype name or dtypes, got int"):
+        nc.warmup(3)
 
 
 @pytest.mark.full

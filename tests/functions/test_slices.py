@@ -173,6 +173,8 @@ def test_slices_that_cannot_be_joined():
             nc.IndexedSlices.concatenate([slices, other(slices)])
         with pytest.raises(ValueError, match="parts: expected at least one"):
             nc.IndexedSlices.concatenate([])
+        with pytest.raises(TypeError, match="parts: expected an iterable of IndexedSlices"):
+            nc.IndexedSlices.concatenate(slices)
         for odd in (np.ones(3), 0):
             with pytest.raises(TypeError, match=r"to_dense|unsupported operand"):
                 slices + odd

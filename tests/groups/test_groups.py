@@ -91,6 +91,7 @@ def test_group_lists_that_do_not_fit_are_refused():
     group = nc.Group("g", {"w": np.ones(2)})
     for wrong, message in (
         ([], "at least one"),
+        (None, "groups: expected a sequence of Group objects, got NoneType"),
         ([np.ones(2)], "expected Group"),
         (group, r"got Group; pass \[group\]"),
     ):
@@ -260,6 +261,8 @@ def test_damaged_files_change_nothing(tmp_path):
     groups = stateful()
     advance(groups, range(4))
     before, path = snapshot(groups), tmp_path / "state"
+    with pytest.raises(TypeError, match="state_dict: expected a mapping, got str"):
+        groups.load_state_dict(str(path))
     stateful().save(path)
     content = path.read_bytes()
     flipped = bytearray(content)

@@ -72,6 +72,8 @@ def test_states_that_do_not_fit_change_nothing(tmp_path):
     ):
         with pytest.raises(nc.StateError):
             optimizer.load_state_dict(wrong)
+        with pytest.raises(TypeError, match="state_dict: expected a mapping, got list"):
+            optimizer.load_state_dict([wrong])
         assert frozen(optimizer.state_dict()) == before
     optimizer.save(tmp_path / "state")
     content = (tmp_path / "state").read_bytes()
@@ -301,6 +303,8 @@ def test_what_changed_of_arrays_that_are_known_is_seen():
     for wrong in (np.ones(5), np.ones(4, complex), [1.0] * 4):
         with pytest.raises((TypeError, ValueError), match="grads_and_vars"):
             optimizer.apply_gradients([(wrong, variable)])
+    with pytest.raises(TypeError, match=r"grads_and_vars: expected pairs .* got float"):
+        optimizer.apply_gradients(3.0)
     memory[:] = range(6)
     optimizer.apply_gradients([(memory[:4], shifted)])
     assert memory.tolist() == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
