@@ -113,7 +113,8 @@ def clip_by_global_norm(
         A norm to use instead of computing it, for instance from `global_norm`. Where rows
         repeat, the gradients are read all the same, for what rounding can add to their sums.
         An accumulator of all pieces of which these gradients are one holds the pieces together
-        to the bound; with ``nonfinite="zero"`` all it was given must be finite.
+        to the bound; one that nothing was added to is refused, and with ``nonfinite="zero"``
+        all it was given must be finite.
     ord : float, default 2
         The order of the norm, a real number >= 1 or ``inf``.
     nonfinite : {"propagate", "raise", "skip", "zero"}, default "propagate"

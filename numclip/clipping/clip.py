@@ -147,6 +147,9 @@ def clip(
     if summed:
         law = law._replace(loss=repeated_loss(entries, law.ord))
     if whole is not None:
+        if whole.size == 0 and any(entry.size for entry in entries):
+            wanted = "an accumulator that the gradients were added to"
+            raise ValueError(expected("use_norm", wanted, "one that nothing was added to"))
         law = law._replace(loss=whole.loss, size=whole.size)
     places = entries if targets is None else targets
     plan, free, rows = plan_of(entries, places, law, policy, duplicates, stream)

@@ -249,7 +249,11 @@ def test_of_nothing():
     whole.add({"a": None, "b": np.empty((0, 3))})
     assert whole.norm == 0.0
     assert nc.clip_by_global_norm([], 1.0, whole) == ([], 0.0)
-    assert nc.clip_by_global_norm([np.zeros(2)], 0.0, whole)[0][0].tolist() == [0.0, 0.0]
+    assert nc.clip_by_global_norm([None, np.ones(0)], 1.0, whole)[1] == 0.0
+    grads = [np.ones(2)]
+    with pytest.raises(ValueError, match=r"use_norm: .*nothing was added"):
+        nc.clip_by_global_norm(grads, 1.0, whole, out=grads)
+    assert grads[0].tolist() == [1.0, 1.0]
     assert repr(whole) == "NormAccumulator(ord=2, norm=0.0)"
 
 
