@@ -184,7 +184,7 @@ class NormAccumulator:
 
 @in_ordinary_environment
 def _taken(ord: float, found: Piece) -> dict[str, Any]:
-    """Return a piece as the state of an accumulator, without those tensors that are not finite."""
+    """Return a piece as an accumulator's state, whose exact sums leave out non-finite tensors."""
     bad = ~np.isfinite(found.sums[:, tables.TOTAL])
     sums = found.sums[~bad]
     squares, terms = tables.TOTAL, tables.TERMS

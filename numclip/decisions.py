@@ -1,6 +1,6 @@
-"""The decision: from a norm and a law to a factor and what to do, in plain Python.
+"""The decision: from a norm and a law to a factor and a mode, in plain Python.
 
-Each target compiles this text, as it does `formulas`. Laws and decisions are rows of tables, see
+Each target compiles this source, as it does `formulas`. Laws and decisions are rows of tables, see
 `tables`. Both engines decide by these functions alone.
 """
 
@@ -59,7 +59,7 @@ def compiled(functions: Parts, compiler: Callable[[Any], Any]) -> SimpleNamespac
 
 
 def write_root(law, norm, power, bad, out):  # type: ignore[no-untyped-def]
-    """Write the norm of a pool as ``root * 2**exponent``, before the loss scale and the divisor."""
+    """Write a pool's norm, over the loss scale and the divisor, as ``root * 2**exponent``."""
     out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
@@ -73,7 +73,7 @@ def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
 
 
 def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
-    """Write by how much the norm of the rows' summed magnitudes exceeds that of the rows' sums.
+    """Write the cancellation: the norm of the rows' summed magnitudes over that of their sums.
 
     `sums` and `terms` are pairs of a total and its exponent.
     """
@@ -84,11 +84,11 @@ def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
 
 
 def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type: ignore[no-untyped-def]
-    """Return the factor for a norm ``norm * 2**power``, and whether to truncate the results.
+    """Return (mantissa, exponent, truncates): the factor for a norm ``norm * 2**power``.
 
-    `bound` triggers, `aim` is what to reach; a bound of 0 triggers for norms that underflow, too.
-    Where the aim is under `coarse` the grain (see `formulas`) demands that subnormal results are
-    rounded toward zero, as does a factor under `tiny`, which is not exact.
+    A norm above `bound` is brought to `aim`; a bound of 0 also scales norms that underflow.
+    `truncates` says that subnormal results must be rounded toward zero: because of the grain (see
+    `formulas`) if the aim is under `coarse`, or as the factor is inexact if it is under `tiny`.
     """
     if scale_by_power(norm, power) <= bound and (bound > 0.0 or norm == 0.0):
         return 1.0, 0, False
@@ -98,11 +98,11 @@ def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type:
 
 
 def write_factor(law, limits, judged, told, leaves, digits, out):  # type: ignore[no-untyped-def]
-    """Write the factor that brings the norm `judged` to a bound, and what to do.
+    """Write the factor that brings the norm `judged` to a bound, and the mode.
 
-    `limits` are the bound, the one to aim at, that under which it is coarse, and the roundoff.
-    The norm that is `told`, and what the factor makes of it, are written too; both norms are
-    pairs of a root and its exponent.
+    `limits` are the bound, the aim, the value under which the aim is coarse, and the roundoff.
+    The norm `told` is written for reports, before and after clipping; both norms are pairs of a
+    root and its exponent.
     """
     bound, aim, coarse, roundoff = limits
     mantissa, power, small = 1.0, 0, False
@@ -125,7 +125,7 @@ def write_factor(law, limits, judged, told, leaves, digits, out):  # type: ignor
 
 
 def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
-    """Write the factor of a pool, what to do with its tensors, and what is told."""
+    """Write the factor of a pool, the mode of its tensors, and the values for reports."""
     norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
     if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
         spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
@@ -145,10 +145,10 @@ def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
 
 
 def relative(law, norm, param):  # type: ignore[no-untyped-def]
-    """Return the bound on the ratio of a norm and a parameter's, that ratio, and what is coarse.
+    """Return (bound, ratio, coarse) for the ratio of a norm to a parameter's norm.
 
-    Ratios are compared, as a product of norms could over- or underflow. A bound that is subnormal
-    is told as a multiple of a power of two, and all else with it: the ratio would lose its digits.
+    Ratios are compared, as a product of norms could over- or underflow. A bound near or below the
+    normal numbers is scaled by a power of two, and all else with it, to keep the digits of ratios.
     """
     bound, root, power = law[BOUND], param[0], param[1]
     if scale_by_power(root, power) < law[EPS]:

@@ -18,11 +18,11 @@ Array = npt.NDArray[Any]
 class DType:
     """A gradient's element type, as kernels need to know it.
 
-    `like` is an empty array of what is stored, from which they take the type.
+    `like` is the storage sample: an empty array that gives kernels the dtype.
     `roundoff` bounds the relative error of one stored product, `digits` is the precision the
     factor may have, `precision` the dtype's own digits and the exponent of its smallest
-    positive number. `grain` is that number where products round to nearest below the normal
-    numbers, 0 where they are cut (the 16-bit types).
+    subnormal. `grain` is the smallest subnormal if subnormal products are rounded to nearest,
+    0 if they are truncated (the 16-bit types).
     """
 
     name: str
@@ -46,7 +46,7 @@ class DType:
 
     @cached_property
     def native(self) -> np.dtype[Any]:
-        """The dtype as NumPy knows it, or the package that makes bfloat16."""
+        """The dtype of NumPy, or that of ml_dtypes for bfloat16."""
         return next(native for native, row in _BY_DTYPE.items() if row is self)
 
     @cached_property
@@ -61,7 +61,7 @@ class DType:
 
     @cached_property
     def smallest(self) -> float:
-        """The smallest positive number of the dtype."""
+        """The smallest subnormal of the dtype."""
         return 2.0 ** self.precision[1]
 
     @property
@@ -71,12 +71,12 @@ class DType:
 
     @cached_property
     def limits(self) -> Array:
-        """What `kernels.joint` is told: roundoff, digits, `tiny` and `coarse`."""
+        """The limits that `kernels.joint` reads: `roundoff`, `digits`, `tiny` and `coarse`."""
         return np.array([self.roundoff, self.digits, self.tiny, self.coarse])
 
     @cached_property
     def mask(self) -> Array:
-        """An unsigned integer of the stored bits but for the sign, as an array of one."""
+        """The mask of the stored bits without the sign, an array of one unsigned integer."""
         bits = 8 * self.storage.itemsize
         return np.array([(1 << (bits - 1)) - 1], f"u{bits // 8}")
 
@@ -113,13 +113,13 @@ _ROWS = {
 NAMES = ", ".join(_ROWS)
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = list(_ROWS.values())[:4]
 
-# bfloat16 is not NumPy's own: ml_dtypes makes it, and its rows are added when they are met.
+# bfloat16 is a dtype of ml_dtypes, not of NumPy: it is added when `lookup` first meets it.
 _BY_DTYPE = {np.dtype(name): row for name, row in _ROWS.items() if name != "bfloat16"}
 _STORAGE: dict[np.dtype[Any], np.dtype[Any]] = {}
 
 
 def lookup(dtype: np.dtype[Any]) -> DType | None:
-    """Return the row of a native dtype, None where it is no gradient's."""
+    """Return the `DType` of a NumPy dtype, None if gradients cannot have it."""
     row = _BY_DTYPE.get(dtype)
     if row is None and dtype.name == "bfloat16" and dtype.itemsize == 2:
         row = _BY_DTYPE[dtype] = _ROWS["bfloat16"]
@@ -127,7 +127,7 @@ def lookup(dtype: np.dtype[Any]) -> DType | None:
 
 
 def refusal(dtype: np.dtype[Any]) -> str:
-    """Say why a dtype is no gradient's and how to mend it."""
+    """Return the reason why gradients cannot have a dtype, and the remedy."""
     if (dtype.kind == "f" and dtype.itemsize > 8) or (dtype.kind == "c" and dtype.itemsize > 16):
         return f"{dtype} (extended precision); convert it with .astype(numpy.float64)"
     if dtype.names is not None:
@@ -140,7 +140,7 @@ def refusal(dtype: np.dtype[Any]) -> str:
 
 
 def as_stored(array: Array) -> Array:
-    """Return a contiguous array of gradients as the numbers that kernels see, two if complex."""
+    """Return a contiguous array as a view of its stored numbers, two for each complex element."""
     storage = _STORAGE.get(array.dtype)
     if storage is None:
         row = lookup(array.dtype)

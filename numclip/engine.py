@@ -1,4 +1,4 @@
-"""What an engine must offer, and which one is for an array: in the host's memory, or on a GPU."""
+"""The interface of an engine, and the choice of one for an array: of the host, or of a GPU."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ Outcome = tuple[Any, Any]
 """The sums of a plan's tensors, and the decisions for its pools: tables of `numclip.tables`."""
 
 Groups = tuple[Array, Array]
-"""The rows in an order that brings equal indices together, and where each group starts."""
+"""The order of rows that brings equal indices together, and the start of each group in it."""
 
 
 class Plan(Protocol):
-    """How some tensors are measured and written; made once, and used for many steps.
+    """Measures and writes some tensors; made once, and used for many steps.
 
-    `stream` is where in order an engine that has streams does it.
+    `stream` is the stream to work on; the host's engine ignores it.
     """
 
     spans: list[Any]
     pools: list[Pool]
     lock: AbstractContextManager[Any]
-    """To be held from `take_rows` or a law to the last use of what is decided by it: threads with
-    the same arrays share a plan that is kept."""
+    """To be held from `take_rows` or `write_laws` to the last use of the decisions: threads with
+    the same arrays share a kept plan."""
 
     def outcome(self, stream: Any) -> Outcome:
-        """Return memory for what is decided."""
+        """Return memory for an outcome."""
 
     def take_rows(self, spans: Sequence[Any], groupings: Sequence[Groups], stream: Any) -> None:
-        """Let the tensors whose rows can share an index be these."""
+        """Set the spans and groupings of the tensors whose rows can share an index."""
 
     def leave(self, stream: Any) -> None:
-        """Let decisions leave tensors as they are, until a law is written."""
+        """Decide with infinite bounds, which leave tensors unscaled, until a law is written."""
 
     def write_laws(self, law: Law, stream: Any) -> None:
-        """Let decisions obey a law."""
+        """Set the law that decisions follow."""
 
     def measure(self, ord: float, stream: Any) -> None:
-        """Take the partial sums: one read, two where `ord` is neither 2 nor infinite."""
+        """Find the partial sums: one read, two where `ord` is neither 2 nor infinite."""
 
     def decide(self, outcome: Outcome, stream: Any) -> None:
         """Add the sums up, and decide for every pool."""
 
     def add(self, outcome: Outcome, stream: Any) -> None:
-        """Add the sums up; `decide_by` is to follow, and need not be preceded by a decision."""
+        """Add the sums up without deciding; `decide_by` has to follow."""
 
     def decide_by(self, totals: Array, outcome: Outcome, stream: Any) -> None:
         """Decide by one row of sums for each pool, see `numclip.sums.Whole`, in place of its own.
@@ -61,47 +61,47 @@ class Plan(Protocol):
         """
 
     def at_once(self, divisors: Array, held: Sequence[Array]) -> AtOnce | None:
-        """Return what clips little data by one call each, None where it is not that.
+        """Return an `AtOnce` that clips small tensors by one call, or None if that is impossible.
 
-        `held` say where the rows of sparse tensors are, see `numclip.tables`.
+        `held` are the words of each sparse tensor's rows, see `numclip.tables`.
         """
 
     def values_at_once(self, later: Any, limits: Array) -> AtOnce | None:
-        """Return what holds elements by one call each likewise, between limits for each tensor.
+        """Return an `AtOnce` that clamps elements between limits for each tensor, or None.
 
-        What is left is measured by a plan of the same tensors, to tables that follow.
+        `later`, a plan of the same tensors, measures the results, to the tables that follow.
         """
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
-        """Read tensors at some addresses, 0 for no elements; None for where they are written.
+        """Read tensors at other addresses, 0 for no elements; None is for where they are written.
 
-        Asked of an engine that has `given` alone; nothing is scaled meanwhile.
+        Only called if `Engine.given` has returned a reader; nothing is scaled meanwhile.
         """
 
     def scale(self, outcome: Outcome, stream: Any) -> None:
         """Write each tensor times the factor that was decided; one read, one write, or none."""
 
     def write_exceptional(self, outcome: Outcome, stream: Any) -> None:
-        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        """Scale, in place, the tensors whose mode is TRUNCATE or CLEAN; rarely any."""
 
     def clamp(self, outcome: Outcome, low: float, high: float, stream: Any, members: range) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        """Write the elements of some tensors clamped between two bounds; leave skipped tensors."""
 
 
 class UnitPlan(Protocol):
-    """How the units of some families of arrays are measured and written."""
+    """Measures and writes the units of some families of arrays."""
 
     lock: AbstractContextManager[Any]
     """As of `Plan`."""
 
     def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
-        """Let decisions obey bounds, one or one for each family; of ratios where params are."""
+        """Set the bounds, one or one for each family; where params are given, bounds on ratios."""
 
     def measure(self, stream: Any) -> None:
-        """Take the partial sums of gradients and parameters."""
+        """Find the partial sums of gradients and parameters."""
 
     def decide(self, stream: Any, base: Any = None) -> None:
-        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        """Find the factor of every unit; `base` are decisions that can skip whole families."""
 
     def changes(self, stream: Any) -> bool:
         """Tell whether some unit is scaled, after waiting for the decisions."""
@@ -110,58 +110,58 @@ class UnitPlan(Protocol):
         """Write each unit times its factor; one read, one write, or none."""
 
     def summary(self, stream: Any) -> Any:
-        """Return memory for what `summarize` tells."""
+        """Return memory for `summarize` to write to."""
 
     def summarize(self, out: Any, stream: Any) -> None:
-        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        """Write each family's norm after clipping, least factor and number of clipped units."""
 
 
 class Given(Protocol):
-    """Reads arrays that a user passes for others, in a fixed order.
+    """Reads arrays that a user passes for target arrays, in a fixed order.
 
-    What is no ordinary array of the very dtype and shape in C order, or overlaps memory that is
-    taken, is not read. `addresses` are where the arrays were that were read last, 0 for None.
-    Sparse gradients are passed as the values of their rows, and after all others their indices.
+    An entry that is not an ordinary array of the exact dtype and shape in C order, or overlaps
+    memory in `taken`, is not read. `addresses` are those of the arrays read last, 0 for None.
+    Sparse gradients are passed as the values of their rows; their indices follow all entries.
     """
 
     kept: Any
     addresses: Array
-    is_little: bool  # copying it costs less than to read it elsewhere
+    is_little: bool  # copying all arrays costs less than reading them in place
 
     def read(self, items: tuple[Any, ...]) -> bool:
-        """Find where arrays lie; tell whether all could be read."""
+        """Find the addresses of arrays; return True if all can be read."""
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Copy arrays into the others or add them; tell whether all could be read.
+        """Copy arrays into the targets or add them; return True if all could be read.
 
-        None stands for zeros, `kept` for what is there.
+        None stands for zeros, `kept` for the target's present values.
         """
 
     def copies(self, items: tuple[Any, ...], *, adds: bool) -> tuple[Any, ...] | None:
-        """Return little arrays of other dtypes or orders as copies that can be taken, or None."""
+        """Return small arrays of other dtypes or orders as copies that `take` accepts, or None."""
 
 
 class HalfCopies(Protocol):
     """Float32 numbers and their 16-bit copies."""
 
     def round_all(self, stream: Any) -> None:
-        """Let copies be the nearest ones to their numbers."""
+        """Set copies to their numbers, rounded to nearest."""
 
     def take_over(self, stream: Any) -> None:
-        """Let numbers be those of the copies that are none of theirs."""
+        """Set a number to its copy where the copy is not the number rounded."""
 
 
 class AtOnce(Protocol):
-    """What clips, or takes whole steps, by one call each, or by two: `measure`, then `take`.
+    """Clips, or takes whole steps, by one call each, or by two: `measure`, then `take`.
 
-    What is found goes to a row of the outcomes, numbered `place`. If a call says that this is not
-    right, nothing else was written.
+    Results are written to row `place` of the outcomes. If a call returns False, nothing else was
+    written.
     """
 
     def measure(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
     ) -> bool:
-        """Measure the gradients of the plan, or given ones; tell if that was right."""
+        """Measure the gradients of the plan, or `items`; return True on success."""
 
     def take(
         self,
@@ -172,104 +172,104 @@ class AtOnce(Protocol):
         outcomes: Sequence[Any],
         measures: bool = True,
     ) -> bool:
-        """Clip by bounds, or clip and update; measure first, or use what was; tell likewise."""
+        """Clip by bounds, or clip and update, after measuring if `measures`; return likewise."""
 
 
 class StepsAtOnce(AtOnce, Protocol):
     """Takes whole steps."""
 
     def leave(self, numbers: list[int]) -> None:
-        """Let some tensors have no gradient of the plan's in the next step, all others one."""
+        """Mark the gradients of some of the plan's tensors as absent, all others as present."""
 
 
 class GroupUpdates(Protocol):
-    """How parameters are updated by the gradients of a plan; pools have settings and counts."""
+    """Updates parameters by the gradients of a plan; each pool has settings and a count."""
 
     def counts(self) -> Array:
         """Return how often each pool was updated, after waiting for it."""
 
     def set_counts(self, counts: Array) -> None:
-        """Let pools have been updated so often."""
+        """Set how often each pool was updated."""
 
     def write_settings(self, settings: Array, stream: Any) -> None:
-        """Let the following steps use some settings, a row for each pool."""
+        """Set the settings of the following steps, a row for each pool."""
 
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
-        """Let the next step update the rows of some slices."""
+        """Set the slices whose rows the next step updates."""
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
-        """Read gradients at some addresses, and leave parameters without one, 0, as they are.
+        """Read gradients at other addresses; leave parameters whose address is 0 as they are.
 
         None is for the gradients of the plan.
         """
 
     def at_once(self, given: Any, divisors: Array, held: Sequence[Array]) -> StepsAtOnce | None:
-        """Return what takes whole steps of little data likewise."""
+        """Return a `StepsAtOnce` that takes whole steps of small data, or None."""
 
     def step(self, outcome: Outcome, stream: Any) -> None:
         """Update by the gradients times the factors that were decided."""
 
 
 class ArrayUpdates(Protocol):
-    """How arrays are updated by gradients that are not clipped."""
+    """Updates arrays by gradients that are not clipped."""
 
     def read_pairs(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the following steps read the gradients of pairs where they lie.
+        """Let the following steps read the gradients of pairs in place.
 
-        Tell whether that is possible: whether the variables are the arrays that are updated, and
-        each gradient is as it has to be.
+        Return True if that is possible: if the variables are the arrays that are updated, and
+        each gradient is an ordinary array of its variable's dtype and shape.
         """
 
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read gradients where `Engine.key_of_pairs` found them."""
+        """Let the following steps read gradients at the sources of `Engine.key_of_pairs`."""
 
     def read_at(self, sources: Sequence[int]) -> None:
         """Let the following steps read gradients, none of which is sparse, at some addresses."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
-        """Update each array for the time that its count says."""
+        """Update each array; its count is the number of this update."""
 
 
 class Engine(Protocol):
-    """A way to walk memory: the module `numclip.host.engine`, or `numclip.cuda.engine`.
+    """Operations on arrays: the module `numclip.host.engine` or `numclip.cuda.engine`.
 
     Neither decides anything: what is measured and written follows from plans and laws.
     """
 
     name: str
-    kernels: Mapping[str, Any]  # of updates, by their names
-    updates_read_anywhere: bool  # of arrays that are known, without new tables
-    takes_any_rows: bool  # slices whose values are not in C order, and misaligned arrays
+    kernels: Mapping[str, Any]  # the update kernels by name
+    updates_read_anywhere: bool  # updates of known arrays need no new tables for other gradients
+    takes_any_rows: bool  # accepts slices with values not in C order, and misaligned arrays
 
     def require(self) -> None:
         """Raise DeviceError where the engine cannot work."""
 
     def facts(self, name: str, array: Any) -> Facts:
-        """Return what an array tells of itself."""
+        """Return the `Facts` of an array."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Return a new array of the engine's own, 64-byte aligned, in C order."""
 
     def span(self, dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Any:
-        """Return where an array is read and written, a `Span` or `Strided`.
+        """Return the `Span` or `Strided` that reads one array and writes another of its shape.
 
-        `parts` says that the two of a complex element count together.
+        With `parts`, both parts of a complex element are measured together.
         """
 
     def new_like(self, like: Facts) -> Any:
-        """Return a new array of the library of another, in memory as that one if it is dense."""
+        """Return a new array of the library of another, with its strides if that one is dense."""
 
     def new_of_shape(self, like: Facts, shape: tuple[int, ...]) -> Any:
         """Return a new array in C order of the dtype and the library of another one."""
 
     def stream_of(self, facts: Sequence[Facts]) -> Any:
-        """Return the stream to work on, after all that the arrays' libraries have begun."""
+        """Return the stream to work on; it waits for what the arrays' libraries have submitted."""
 
     def give_back(self, stream: Any, facts: Sequence[Facts]) -> None:
-        """Let the arrays' libraries go on only after what a stream was given."""
+        """Make the arrays' libraries wait for what was submitted to a stream."""
 
     def stream_from(self, stream: Any) -> Any:
-        """Return a stream that a user gives."""
+        """Return the engine's stream for one that a user passes."""
 
     def plan(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> Plan:
         """Return a new plan."""
@@ -277,7 +277,7 @@ class Engine(Protocol):
     def kept_plan(
         self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any
     ) -> tuple[Plan, list[Outcome]]:
-        """Return a plan, one there was if there was one like it, and its free memory."""
+        """Return (plan, free outcomes), from the cache if it has such a plan."""
 
     def unit_plan(self, families: Sequence[Any], ord: float, stream: Any) -> UnitPlan:
         """Return a new plan of units."""
@@ -285,41 +285,41 @@ class Engine(Protocol):
     def kept_unit_plan(
         self, families: Sequence[Any], ord: float, stream: Any
     ) -> tuple[UnitPlan, list[Any]]:
-        """Return a plan of units likewise."""
+        """Return (plan of units, free summaries) likewise."""
 
     def read(self, table: Any, stream: Any) -> Array:
         """Return a table in the host's memory, after waiting for it."""
 
     def number(self, table: Any, column: int, stream: Any, release: Callable[[], object]) -> Any:
-        """Return a float to come, of a table's first row: itself, or what reads it when asked.
+        """Return a number of a table's first row: a float, or an object that reads it when used.
 
-        `release` is called when nobody can ask any more, by an engine that waits.
+        An engine that returns such an object calls `release` once nothing can read it any more.
         """
 
     def numbers(
         self, table: Any, column: int, count: int, stream: Any, release: Callable[[], object]
     ) -> list[Any]:
-        """Return the integers of a column likewise."""
+        """Return the first `count` integers of a column likewise."""
 
     def key_of(self, items: Sequence[Any], ord: float, policy: str, *, written: bool) -> Any:
-        """Return by what the plan for arrays is found without describing them, or None."""
+        """Return the key of the plan for arrays, without describing them, or None."""
 
     def key_of_pairs(
         self, gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
     ) -> tuple[Any, Any]:
-        """Return by what updates of pairs are found, or None, and where the gradients are.
+        """Return (key, sources): the key of the update of pairs, or None, and its gradients.
 
-        `rows` are the indices of gradients that are the values of sparse ones.
+        `rows` are the indices of those gradients that are the values of sparse ones.
         """
 
     def find_plan(self, key: Any) -> tuple[Plan, list[Outcome], Any] | None:
-        """Return the plan of a key, its free memory for outcomes and its stream, if any."""
+        """Return (plan, free outcomes, stream) of a key, or None."""
 
     def keep_plan(self, key: Any, plan: Plan, free: list[Outcome]) -> None:
-        """Let a plan be found by a key."""
+        """Keep a plan under a key, for `find_plan`."""
 
     def sent(self, array: Array, stream: Any) -> Any:
-        """Return an array of the host where kernels can read it."""
+        """Return an array of the host in memory that kernels can read."""
 
     def indices_on_host(self, indices: Any) -> Array:
         """Return a copy of a 1-d array of integers, after waiting for it."""
@@ -331,10 +331,10 @@ class Engine(Protocol):
         """Set an array of `empty` to zeros."""
 
     def part(self, array: Any, start: int, shape: tuple[int, ...]) -> Any:
-        """Return the view of some elements of a 1-d array of `empty`, from one of them on."""
+        """Return a view of a 1-d array of `empty`: the elements from `start` on, in a shape."""
 
     def put(self, array: Any, source: Any, stream: Any) -> None:
-        """Copy an array, the engine's in C order or any of the host, into one of `empty`."""
+        """Copy an array (the engine's in C order, or any of the host) into one of `empty`."""
 
     def given(
         self,
@@ -343,32 +343,32 @@ class Engine(Protocol):
         natives: Sequence[np.dtype[Any]] | None = None,
         held: Mapping[int, Array] | None = None,
     ) -> Given | None:
-        """Return what reads arrays for some targets, if it can; none may lie in memory taken.
+        """Return a `Given` for some targets, or None; arrays must not overlap extents in `taken`.
 
-        They have the dtypes `natives` where these are told, of 16 bits for targets of float32.
-        Targets that `held` has are for rows, which go where it says, see `numclip.tables`.
+        Arrays have the targets' dtypes or, if given, `natives`: 16-bit for targets of float32.
+        Targets in `held` take rows, which go where its words say, see `numclip.tables`.
         """
 
     def half_copies(self, tables: Mapping[DType, Array], stream: Any) -> HalfCopies:
-        """Return what rounds numbers; rows are of (copies, numbers, length), by copies' dtypes."""
+        """Return the `HalfCopies` of tables by dtype of copies, rows (copies, numbers, length)."""
 
     def put_all(self, pairs: Sequence[tuple[Any, Any]], stream: Any, *, adds: bool) -> None:
-        """Copy arrays likewise, each into the one before it, or add them."""
+        """Copy arrays likewise, each into the first array of its pair, or add them."""
 
     def table(self, shape: tuple[int, ...], stream: Any) -> Any:
         """Return a new table of zeros."""
 
     def hand_over(self, table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
-        """Return what reads a table as it is now, and the one to write to from now on.
+        """Return a function that reads a table as it is now, and the table to write to next.
 
-        Nothing waits until it is read.
+        Nothing waits until the function is called.
         """
 
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
-        """Do something on a stream; without one, after all others and before what follows."""
+        """Return a context for work on a stream or, for None, in order with all other work."""
 
     def is_capturing(self, stream: Any) -> bool:
-        """Tell whether what is done on a stream is only written down, for a graph."""
+        """Tell whether work on a stream is only captured, for a graph."""
 
     def updates_of_groups(
         self,
@@ -378,10 +378,10 @@ class Engine(Protocol):
         states: Sequence[Sequence[int]],
         stream: Any,
     ) -> GroupUpdates:
-        """Return what updates parameters by the gradients of a plan.
+        """Return the `GroupUpdates` of parameters by the gradients of a plan.
 
-        `spans` say where gradients are read and parameters written, `states` where each state
-        of every parameter is.
+        `spans` say where gradients are read and parameters written; `states` has the address of
+        every parameter's state, for each kind of state.
         """
 
     def updates_of_arrays(
@@ -393,18 +393,18 @@ class Engine(Protocol):
         arrays: Sequence[Facts],
         stream: Any,
     ) -> ArrayUpdates:
-        """Return what updates arrays; `indices` are of the rows, each once, of each `RowSpan`."""
+        """Return the `ArrayUpdates`; `indices` are the distinct row indices of each `RowSpan`."""
 
     def on_host(self, facts: Facts, stream: Any) -> Array:
-        """Return an array of NumPy with the same elements, a copy if they are elsewhere."""
+        """Return a NumPy array with the same elements, a copy if they are on a GPU."""
 
     def sum_rows(
         self, source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any
     ) -> None:
-        """Write the sum of each group of rows to the row that is its place, 0 to the others."""
+        """Write the sum of each group of rows to its row in `places`, 0 to the other rows."""
 
     def clamp_between(self, array: Strided, low: Memory, high: Memory, stream: Any) -> None:
-        """Write an array held between others, of the same shape and dtype."""
+        """Write an array clamped between two others of the same shape and dtype."""
 
     def sum_examples(self, arrays: Sequence[Strided], units: Any, stream: Any) -> None:
         """Write the sum over the first axis of each array, each row times its unit's factor."""
@@ -421,7 +421,7 @@ _named: dict[str, Engine] = {}
 
 
 def named(device: str) -> Engine:
-    """Return the engine of a device, which is loaded when first asked for."""
+    """Return the engine of a device, which is loaded at the first call."""
     found = _named.get(device)
     if found is None:
         found = _named[device] = _loaded(device)

@@ -1,4 +1,4 @@
-"""Scalar mathematics of clipping, in plain Python; each target compiles this text.
+"""Scalar mathematics of clipping, in plain Python; each target compiles this source.
 
 Notation: ``u`` is the unit roundoff of a dtype (2**-24 for float32), ``N`` the exact norm of
 the gradients, ``C`` the bound, ``s`` the factor, ``y = fl(s x)`` a stored result.
@@ -24,7 +24,7 @@ to ``2**-50 C`` (8). So
 grain is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
 results are rounded toward zero, so that the grain is 0.
 
-**Why it is not lost by much.** The result falls short of C by the margin (u), by rounding
+**Why little of the norm is lost.** The result falls short of C by the margin (u), by rounding
 ``s`` down to 24 bits (under 2 u) and by rounding the products (u), in all under 4 u for
 float32: (1 - u)(1 - 2 u)(1 - u) exceeds 1 - 4 u by 5 u**2 = 160 * 2**-53, more than the slack,
 the law's operations and the norm's error together.
@@ -48,9 +48,9 @@ BIN_LIMIT = 2.0**480
 BIN_EXPONENT = 600
 BIN_SCALE = 2.0**BIN_EXPONENT
 MOST_ORDER = 2.0**46
-"""From here on norms are those of order inf: as many elements as memory holds add 5e-13 of it.
+"""Orders from here on count as inf: with all elements that memory holds a norm differs by 5e-13.
 
-Exponents of sums of powers below it are exact in tables of float64.
+For smaller orders the exponents of sums of powers are exact in tables of float64.
 """
 LOWEST = -1022
 """The exponent of the smallest normal float64, whose reciprocal is a number, too."""
@@ -84,15 +84,15 @@ def settled(total: float, error: float) -> float:
 
 
 def is_settled(total: float, error: float, doubt: float) -> bool:
-    """Tell whether ``total + error`` is rounded as the exact sum is, which `doubt` is lost to."""
+    """Tell whether ``total + error``, off by up to `doubt`, is rounded as the exact sum is."""
     slack = 2.0 * doubt + 2.0**-50 * abs(error)
     return doubt == 0.0 or total + (error - slack) == total + (error + slack)
 
 
 def binned_square(value: float) -> tuple[float, float, float]:
-    """Return the square of a float64 in one of three bins, which nothing over- or underflows.
+    """Return the square of a float64 in one of three bins, where it cannot over- or underflow.
 
-    Of small numbers ``4**600`` times the square, of large ones ``4**-600`` times (Blue 1978).
+    Squares of small numbers are times ``4**600``, of large ones times ``4**-600`` (Blue 1978).
     """
     size = abs(value)
     if size > BIN_LIMIT:
@@ -117,20 +117,20 @@ def larger(a: float, b: float) -> float:
 
 
 def told_order(ord: float) -> float:
-    """Return an order, of those near infinity infinity itself."""
+    """Return an order, or infinity for orders from `MOST_ORDER` on."""
     return ord if ord < MOST_ORDER else math.inf
 
 
 def is_product(ord: float) -> bool:
-    """Tell whether `power_term` multiplies."""
+    """Tell whether `power_term` only multiplies for an order."""
     return ord <= 4.0 and ord == math.floor(ord)
 
 
 def usable(peak: float, ord: float) -> float:
-    """Return what magnitudes up to a largest one are divided by before their powers are taken.
+    """Return the divisor for magnitudes up to `peak` before their powers are taken.
 
-    Where powers are products it is a power of two, so that nothing is rounded, and a normal
-    number; else the largest magnitude itself, of whatever order.
+    Where powers are products it is a power of two and a normal number, so that nothing is
+    rounded; else it is `peak` itself. It is 1 if the peak is 0 or not finite.
     """
     if not 0.0 < peak < math.inf:
         return 1.0
@@ -140,7 +140,7 @@ def usable(peak: float, ord: float) -> float:
 
 
 def power_term(ratio: float, ord: float) -> float:
-    """Return what an element of magnitude `ratio` adds to a sum of powers."""
+    """Return the term of an element of magnitude `ratio` in a sum of powers."""
     if ord == 2.0:
         return ratio * ratio
     if ord == 1.0:
@@ -153,7 +153,7 @@ def power_term(ratio: float, ord: float) -> float:
 
 
 def root(total: float, ord: float) -> float:
-    """Return the norm that belongs to a sum of powers; for ``ord=inf`` the sum is a maximum."""
+    """Return the norm of a sum of powers; for ``ord=inf`` the sum is a maximum."""
     if ord == 2.0:
         return math.sqrt(total)
     if ord == 1.0 or ord == math.inf:
@@ -167,7 +167,7 @@ def root(total: float, ord: float) -> float:
 def split_order(ord: float) -> tuple[int, float, float]:
     """Return an order in three parts, whose products with exponents of float64 are exact.
 
-    Its integer, a fraction of 26 bits, and the rest, whose product is small.
+    They are its integer, a fraction of 26 bits, and the rest, whose product is small.
     """
     whole = math.floor(ord)
     part = ord - whole
@@ -176,11 +176,11 @@ def split_order(ord: float) -> tuple[int, float, float]:
 
 
 def power_sum(total: float, scale: float, shift: int, ord: float) -> tuple[float, int]:
-    """Return a sum of powers as ``total * 4**exponent``, from that of magnitudes over a scale.
+    """Return a sum of powers as ``total * 4**exponent``, from that of magnitudes over `scale`.
 
-    All magnitudes stand for ``2**shift`` times as much; the order is finite. The exponent is a
-    multiple of 128 and follows from the scale and the shift: most often it is 0. What is returned
-    does not depend on a scale that is a power of two, but where digits vanish.
+    The magnitudes are also multiplied by ``2**shift``; the order is finite. The exponent is a
+    multiple of 128 that follows from the scale and the shift, usually 0. Scales that are powers
+    of two give the same result, unless digits are lost to underflow.
     """
     fraction, power = math.frexp(scale)
     power += shift
@@ -198,9 +198,9 @@ def power_sum(total: float, scale: float, shift: int, ord: float) -> tuple[float
 
 
 def norm_of(total: float, exponent: int, ord: float) -> tuple[float, int]:
-    """Return the norm ``root * 2**power`` that belongs to a sum of powers, see `power_sum`.
+    """Return the norm ``root * 2**power`` of a sum of powers, see `power_sum`.
 
-    For an infinite order that is the largest magnitude.
+    For an infinite order the sum is the largest magnitude.
     """
     if ord == 2.0:
         return math.sqrt(total), exponent
@@ -223,8 +223,8 @@ def clip_factor(
 ) -> tuple[float, int]:
     """Return the factor ``mantissa * 2**power`` that brings ``norm * 2**exponent`` to `bound`.
 
-    For a norm that exceeds its bound or is not finite, which gives NaN unless the bound is
-    infinite. The module's text says why the bound then holds for the rounded results.
+    The norm exceeds the bound or is not finite; one that is not gives NaN unless the bound is
+    infinite. The module's docstring says why the bound then holds for the rounded results.
     """
     if bound == math.inf:
         return 1.0, 0
@@ -290,12 +290,12 @@ def sgd_velocity(slope: float, velocity: float, momentum: float) -> float:
 
 
 def sgd_direction(slope: float, velocity: float, own: float, lookahead: float) -> float:
-    """Return where to go: the velocity (0, 1), or Nesterov's (1, momentum)."""
+    """Return the direction of a step: the velocity (0, 1), or Nesterov's (1, momentum)."""
     return own * slope + lookahead * velocity
 
 
 def moment(grad: float, average: float, weight: float) -> float:
-    """Return an exponential average that has taken up `grad` with a weight."""
+    """Return an exponential average after adding `grad` with a weight."""
     return average + weight * (grad - average)
 
 
@@ -308,7 +308,7 @@ def adam_step(mean: float, root_square: float, rate: float, eps: float) -> float
 
 
 def adam_rate(lr: float, count: float, first: float, second: float) -> tuple[float, float]:
-    """Return the rate with the corrections of both moments, and what eps is to be times."""
+    """Return the rate with the corrections of both moments, and the factor for eps."""
     root_bias = math.sqrt(1.0 - math.pow(second, count))
     return lr * root_bias / (1.0 - math.pow(first, count)), root_bias
 
@@ -316,10 +316,10 @@ def adam_rate(lr: float, count: float, first: float, second: float) -> tuple[flo
 def adam_numbers(
     lr: float, decay: float, first: float, second: float, eps: float, count: float
 ) -> tuple[float, float, float, float, float]:
-    """Return what a step of Adam takes, the `count`-th one, from the numbers of its user.
+    """Return the numbers of the `count`-th step of Adam, from the user's settings.
 
-    The share of a parameter that decays, the weights of the gradient and of its square in their
-    averages, and for `adam_step` the rate and eps.
+    They are the share of a parameter that decays, the weights of the gradient and of its square in
+    their averages, and for `adam_step` the rate and eps.
     """
     rate, root_bias = adam_rate(lr, count, first, second)
     return lr * decay, 1.0 - first, 1.0 - second, rate, eps * root_bias

@@ -207,7 +207,7 @@ def clip_by_global_norm(
 def _law(
     clip_norm: Any, use_norm: Any, ord: Any, nonfinite: Any, duplicates: Any, comm: Any = None
 ) -> tuple[Law, Whole | None]:
-    """Return what the arguments of `clip_by_global_norm` ask for, after checking them."""
+    """Check the arguments of `clip_by_global_norm`; return (law, an accumulator's `Whole`)."""
     order = arguments.order(ord)
     bound = arguments.bound("clip_norm", clip_norm)
     given, whole = ABSENT, None

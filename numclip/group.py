@@ -120,7 +120,7 @@ class Group:
             self._check_rule(self.clip)
 
     def _check_rule(self, rule: Rule) -> None:
-        """Refuse what is no rule, and one that does not fit the parameters."""
+        """Refuse an object that is no rule, and a rule that does not fit the parameters."""
         if not isinstance(rule, Rule):
             raise TypeError(f"clip: expected a rule or None, got {rule!r}")
         if self.sparse and rule.scope in ("element", "unit"):

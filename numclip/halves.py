@@ -1,6 +1,6 @@
-"""16-bit floats, which numba does not know: their conversions, for both engines.
+"""Conversions of 16-bit floats, which numba does not support, for both engines.
 
-Emitted for LLVM, and in plain NumPy where kernels are interpreted. float16 travels as uint16 and
+Emitted for LLVM, and in NumPy where kernels are interpreted. float16 is stored as uint16, and
 bfloat16 as int16.
 """
 
@@ -22,7 +22,7 @@ def _int(value: int) -> ir.Constant:
 
 
 def half_to_float(builder, half, *, native):
-    """Emit the exact float32 of float16 bits; `native` if the processor can do it."""
+    """Emit the exact float32 of float16 bits; `native` if the processor has an instruction."""
     if native:
         return builder.fpext(builder.bitcast(half, ir.HalfType()), _F32)
     wide = builder.zext(half, _I32)
@@ -36,9 +36,9 @@ def half_to_float(builder, half, *, native):
 
 
 def double_to_float(builder, value):
-    """Emit the float32 by which a float64 is rounded once to 16 bits: an odd one if inexact.
+    """Emit a float64 rounded to a float32, an odd one if inexact: 16 bits are then rounded once.
 
-    A nearest one could be midway between two numbers of 16 bits (Boldo and Melquiond 2008).
+    The nearest float32 could be midway between two 16-bit numbers (Boldo and Melquiond 2008).
     """
     near = builder.fptrunc(value, _F32)
     back, bits = builder.fpext(near, _F64), builder.bitcast(near, _I32)
@@ -51,7 +51,7 @@ def double_to_float(builder, value):
 
 
 def float_to_half(builder, value, *, native, nearest=False):
-    """Emit float16 bits: to nearest even, below the normal numbers toward zero if not `nearest`."""
+    """Emit float16 bits, rounded to nearest even; unless `nearest`, subnormals toward zero."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _int(_MAGNITUDE))
     positive = builder.bitcast(magnitude, _F32)
@@ -67,7 +67,7 @@ def float_to_half(builder, value, *, native, nearest=False):
         is_nan = builder.icmp_unsigned(">", magnitude, _int(_INFINITY))
         payload = builder.and_(builder.lshr(magnitude, _int(13)), _int(0x3FF))
         rounded = builder.select(is_nan, builder.or_(payload, _int(_HALF_NAN)), rounded)
-    if nearest:  # half a unit in the last place of a sum from 0.5 to 1 is one of the counts
+    if nearest:  # the last place of a float32 from 0.5 to 1 is 2**-24, the smallest subnormal
         sum_ = builder.fadd(positive, ir.Constant(_F32, 0.5))
         count = builder.sub(builder.bitcast(sum_, _I32), _int(_ONE_HALF))
     else:
@@ -80,7 +80,7 @@ def float_to_half(builder, value, *, native, nearest=False):
 
 
 def float_to_bfloat(builder, value, *, nearest=False):
-    """Emit bfloat16 bits likewise."""
+    """Emit bfloat16 bits, rounded likewise."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _int(_MAGNITUDE))
     odd = builder.and_(builder.lshr(bits, _int(16)), _int(1))
@@ -94,7 +94,7 @@ def float_to_bfloat(builder, value, *, nearest=False):
 
 
 def widen_interpreted(value):
-    """Return the value of a stored element in the type it is computed in."""
+    """Return the value of a stored element in the dtype it is computed in."""
     if value.dtype == np.uint16:
         return np.float32(value.view(np.float16))
     if value.dtype == np.int16:
@@ -103,7 +103,7 @@ def widen_interpreted(value):
 
 
 def narrow_interpreted(value, like, *, nearest=False):
-    """Return `value` as an element stored like `like`."""
+    """Return `value` as an element of the dtype of `like`, a storage sample."""
     if like.dtype.kind == "f":
         return like.dtype.type(value)
     number = np.float32(value)

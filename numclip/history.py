@@ -62,7 +62,7 @@ class _Ring:
         self.total = last
 
     def _grow(self, size: int) -> None:
-        """Have memory for so many rows, or for as many as there can be."""
+        """Allocate memory for at least `size` rows, but for at most the capacity."""
         grown = np.zeros(min(self.capacity, max(2 * self.rows.size, size)), ROW)
         grown[: self.rows.size] = self.rows
         self.rows = grown
@@ -122,7 +122,7 @@ class History:
         self._source = source
 
     def _caught_up(self) -> dict[str, _Ring]:
-        """Return the rings, after asking the source."""
+        """Return the rings, after the source has added its steps."""
         if self._source is not None:
             self._source()
         return self._rings

@@ -1,9 +1,9 @@
-"""Calls that neither see nor show the caller's floating-point settings.
+"""Calls that neither use nor change the caller's floating-point settings.
 
 NumPy's error state (`numpy.errstate`) decides what NumPy does where arithmetic overflows or is
-invalid, and a thread's rounding mode and flush-to-zero how it rounds. Our own arithmetic expects
+invalid, and a thread's rounding mode and flush-to-zero how it rounds. numclip's arithmetic expects
 infinities and subnormal numbers. It runs in a copy of the caller's context where nothing is
-reported, and in the ordinary environment: an exception at any point leaves the caller's alone.
+reported, and in the ordinary environment: the caller's is unchanged by an exception at any point.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _silent_copy() -> contextvars.Context:
 
 
 def in_ordinary_environment(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Let a function that tells NumPy nothing round as it should, whatever the thread does."""
+    """Run a function in the ordinary rounding environment; NumPy's error state stays as it is."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -46,7 +46,7 @@ def in_ordinary_environment(function: Callable[P, Result]) -> Callable[P, Result
 
 
 def isolated(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Let a function compute under settings of ours, whatever the caller's are."""
+    """Run a function with numclip's floating-point settings, whatever the caller's are."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:

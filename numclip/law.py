@@ -13,9 +13,9 @@ from numclip import formulas, tables
 from numclip.dtypes import FLOAT64, Array, DType
 from numclip.memory import RowSpan, Strided
 
-silent = np.errstate(all="ignore")  # numbers may overflow or underflow: then they are far enough
+silent = np.errstate(all="ignore")  # a value that over- or underflows is far enough from norms
 
-ABSENT = -1.0  # a norm that was not given
+ABSENT = -1.0  # `Law.given` where the user gives no norm
 POLICIES = {
     "propagate": tables.PROPAGATE,
     "raise": tables.RAISE,
@@ -25,7 +25,7 @@ POLICIES = {
 
 
 class Pool(NamedTuple):
-    """Tensors ``[first, last)`` of one norm; pools of one `group` are skipped together."""
+    """Tensors ``[first, last)`` that share a norm; pools of one `group` are skipped together."""
 
     first: int
     last: int
@@ -37,8 +37,8 @@ class Law(NamedTuple):
     """How a pool is clipped: by ``bound / (norm / divisor / unscale)``, at most 1.
 
     `loss` is what rounding subnormal terms can add to the sums of repeated rows, see `formulas`,
-    `size` how many stored numbers a norm is of, if not of the pool's tensors alone. Numbers are for
-    all pools, arrays have one for each.
+    `size` how many stored numbers a norm is of, if not of the pool's tensors alone. Scalars are
+    for all pools, arrays have an element for each.
     """
 
     bound: float | Array
@@ -51,14 +51,14 @@ class Law(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Arrays with the same units: what a unit has in all of them has one norm.
+    """Arrays with the same units: the parts of a unit in all of them have one norm.
 
-    Units are held to a fraction of the norms of those of `param`, if there is one. `zeroing` says
-    that what is not finite counts as 0, `base` which row of a plan's decisions says that all is
-    skipped. Without `rounded`, factors are for sums in float64. `measured` is what is measured
-    instead of the arrays, where these are its rounded copies. `numbers` are the units of the rows
-    of each array, where an array lacks some; only the host's engine takes these. `known` is
-    how many units there are then.
+    With `param`, units are bounded by a fraction of the norms of its units. With `zeroing`,
+    non-finite elements count as 0. `base` is the row of a plan's decisions that can skip the
+    family. Without `rounded`, factors are for sums in float64. `measured` are arrays to measure
+    instead of `arrays`, where these are their rounded copies. `numbers` are the unit of each row
+    of an array that lacks some units, and `known` is then the number of units; only the host's
+    engine supports these.
     """
 
     arrays: tuple[Strided, ...]
@@ -77,16 +77,16 @@ class Family(NamedTuple):
 
     @property
     def dtypes(self) -> set[DType]:
-        """The types by which factors are rounded."""
+        """The dtypes whose rounding factors have to allow for."""
         return {array.dtype for array in self.arrays} if self.rounded else {FLOAT64}
 
     @property
     def digits(self) -> int:
-        """The digits that a factor may have."""
+        """The number of binary digits that a factor may have."""
         return min(dtype.digits for dtype in self.dtypes)
 
     def facts(self, ord: float) -> tuple[float, float, float]:
-        """Return what the law says of the elements: roundoff, what is coarse, tiny."""
+        """Return the family's ROUNDOFF, COARSE and TINY, see `numclip.tables`."""
         size = sum(array.size // max(array.units, 1) for array in self.arrays)
         ones = formulas.root(float(size), ord) if self.rounded else 1.0
         roundings = 2.0 if self.measured else 1.0
@@ -99,7 +99,7 @@ class Family(NamedTuple):
 def unit_laws(
     families: Sequence[Family], ord: float, bound: Any, eps: Any = 0.0, unscale: float = 1.0
 ) -> Array:
-    """Return the table that the decisions for units obey, a row for each family."""
+    """Return the table of laws for units, a row for each family."""
     table = np.zeros((len(families), tables.LAW_COLUMNS))
     table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
     table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, ord
@@ -111,8 +111,8 @@ def unit_laws(
 def loss_of_rows(starts: Array, length: int, dtype: DType, ord: float) -> float:
     """Return the norm of what rounding subnormal terms can add to the sums of repeated rows.
 
-    `starts` are those of the groups of rows, `length` how many elements a row has. Each number is
-    off by the smallest one of the dtype at most.
+    `starts` are those of the groups of rows, `length` how many elements a row has. Each term is
+    off by at most the smallest subnormal of the dtype.
     """
     counts = np.diff(starts).astype(np.float64)
     largest = float(counts.max())
@@ -124,7 +124,7 @@ def loss_of_rows(starts: Array, length: int, dtype: DType, ord: float) -> float:
 
 
 class Laws:
-    """What laws say of the tensors of some pools: how they are rounded, how many there are."""
+    """Makes the tables of laws for some pools, from the dtypes and sizes of their tensors."""
 
     def __init__(self, spans: Sequence[Any], pools: Sequence[Pool]) -> None:
         self._members = [spans[pool.first : pool.last] for pool in pools]
@@ -150,7 +150,7 @@ class Laws:
 
     @silent
     def table(self, law: Law) -> Array:
-        """Return the table that decisions obey, a row for each pool."""
+        """Return the table of a law, a row for each pool."""
         rest = law._replace(bound=0.0, loss=0.0)
         if self._rest is None or not all(map(operator.is_, rest, self._rest)):
             self._rest, self._base = rest, self._unbounded(law)
@@ -160,7 +160,7 @@ class Laws:
         return table
 
     def _unbounded(self, law: Law) -> Array:
-        """Return the table without bounds and losses, which is kept while only these change."""
+        """Return the table without bounds and losses, which is cached while only these change."""
         table = np.zeros((len(self._members), tables.LAW_COLUMNS))
         table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
@@ -172,7 +172,7 @@ class Laws:
         return table
 
     def _roots(self, ord: float) -> Array:
-        """Return the norm of each pool's vector of ones; found once for each order."""
+        """Return the norm of each pool's vector of ones, cached for each order."""
         if ord not in self._ones:
             self._ones[ord] = self._roots_of(np.array(self._sizes), ord)
         return self._ones[ord]
@@ -183,7 +183,7 @@ class Laws:
 
 
 def whole_pools(pools: Array) -> Array:
-    """Return a table of pools with one row of sums each, told with that of its terms."""
+    """Return a table of pools for sums with one row for each pool, which has sums of terms too."""
     made = pools.copy()
     made[:, tables.FIRST] = np.arange(len(pools))
     made[:, tables.LAST] = made[:, tables.FIRST] + 1

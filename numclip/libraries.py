@@ -1,4 +1,4 @@
-"""Whose an array is, and where: the one place that asks. Imports nothing of CUDA."""
+"""The library and the device of an array: only found out here. Imports nothing of CUDA."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from numclip.dtypes import Array
 
 CUDA = 2  # DLPack's code of the device
 REFUSALS = AttributeError, BufferError, LookupError, RuntimeError, TypeError, ValueError
-"""What objects of others raise where they cannot be read."""
+"""The errors that objects of other libraries raise where they cannot be read."""
 
 
 def attribute(value: Any, name: str) -> Any:
-    """Return an attribute of a user's object, None where it has none; a dict's keys are none."""
+    """Return an attribute of a user's object, or None; None for any attribute of a dict."""
     if isinstance(value, dict):
         return None
     try:
@@ -38,7 +38,7 @@ def on_device(array: Any) -> bool:
     """Tell whether an array lies on a GPU."""
     if type(array) is np.ndarray or isinstance(array, (np.ndarray, np.generic)):
         return False
-    # That of PyTorch, whose other attributes can raise, and of IndexedSlices.
+    # Tensors of PyTorch, whose other attributes can raise, and IndexedSlices have this one.
     is_cuda = attribute(array, "is_cuda")
     if isinstance(is_cuda, bool):
         return is_cuda
@@ -69,7 +69,7 @@ def _bfloat16() -> np.dtype[Any]:
 
 
 def bfloat16(name: str) -> np.dtype[Any]:
-    """Return NumPy's dtype for bfloat16, which another package makes."""
+    """Return the NumPy dtype for bfloat16, which ml_dtypes provides."""
     try:
         return _bfloat16()
     except ImportError:
@@ -89,16 +89,16 @@ def refuse_lazy(name: str, tensor: Any) -> None:
 
 
 def as_numpy(name: str, array: Any) -> Array | None:
-    """Return another library's array of the host's memory as NumPy's; None if it has no DLPack.
+    """Return another library's host array as a NumPy array; None if it does not support DLPack.
 
-    Memory is shared. What NumPy does not take that way, as bfloat16 of JAX, is read through
-    ``__array__``, which can copy: what is returned then is read-only.
+    Memory is shared. An array that NumPy cannot import so, such as JAX's bfloat16, is read through
+    ``__array__``, which can copy: the result is then read-only.
     """
     if isinstance(array, np.ndarray) or attribute(array, "__dlpack__") is None:
         return None
     if library(array.__class__) == "torch":
         return _tensor_as_numpy(name, array)
-    if attribute(array, "__dlpack_device__") is None:  # what JAX traces has no memory
+    if attribute(array, "__dlpack_device__") is None:  # a traced array of JAX has no memory
         return None
     if on_device(array):
         raise elsewhere(name, array)
@@ -113,13 +113,13 @@ def as_numpy(name: str, array: Any) -> Array | None:
 
 
 def to_numpy(name: str, value: Any) -> Array:
-    """Return an array of any library, or what `numpy.asarray` takes, as NumPy's."""
+    """Return an array of any library, or any argument of `numpy.asarray`, as a NumPy array."""
     found = as_numpy(name, value)
     return _converted(name, value) if found is None else found
 
 
 def _converted(name: str, value: Any) -> Array:
-    """Return what `numpy.asarray` makes of a value."""
+    """Return `numpy.asarray` of a value; raise a TypeError that names the argument if it fails."""
     try:
         return np.asarray(value)
     except REFUSALS as error:
@@ -140,7 +140,7 @@ def _tensor_as_numpy(name: str, tensor: Any) -> Array:
 
 
 def _refuse_tensor(name: str, tensor: Any) -> None:
-    """Say why NumPy cannot view a tensor, where that is known."""
+    """Raise the error that says why NumPy cannot view a tensor, if the reason is known."""
     if tensor.is_cuda:
         raise elsewhere(name, tensor)
     if str(tensor.layout).startswith("torch.sparse"):
@@ -156,7 +156,7 @@ def _of_layout(name: str, tensor: Any) -> TypeError:
 
 
 class SparseParts(NamedTuple):
-    """What a sparse gradient is made of; `axes` of its axes are the first one of `dense_shape`."""
+    """The parts of a sparse gradient; its first `axes` axes make axis 0 of `dense_shape`."""
 
     values: Any
     indices: Any
@@ -165,9 +165,9 @@ class SparseParts(NamedTuple):
 
 
 def sparse_parts(name: str, value: Any) -> SparseParts | None:
-    """Return what a sparse gradient of another library is made of; None for others.
+    """Return the parts of another library's sparse gradient; None for other objects.
 
-    Of PyTorch's sparse tensors, or of what has the attributes of ``tf.IndexedSlices`` or
+    It is a sparse tensor of PyTorch, or has the attributes of ``tf.IndexedSlices`` or
     ``tf.SparseTensor``. Indices of several axes become those of one: the axes are flattened.
     """
     if isinstance(value, np.ndarray):
@@ -206,7 +206,7 @@ def _parts_of_tensor(name: str, tensor: Any) -> SparseParts | None:
 
 
 def _flattened(values: Any, indices: Any, shape: tuple[int, ...]) -> SparseParts:
-    """Return parts whose indices, an array for each of the first axes, are those of one axis."""
+    """Return the parts, with an array of indices for each of the first axes flattened to one."""
     axes, flat = len(indices), indices[0]
     for length, more in zip(shape[1:axes], indices[1:], strict=True):
         flat = flat * length + more
@@ -230,7 +230,7 @@ def refuse_parameter(name: str, value: Any) -> None:
 
 
 def note_writing(items: Iterable[Any]) -> None:
-    """Let a backward pass of PyTorch that saved one of its tensors find out that it was written."""
+    """Increment the versions of written tensors: PyTorch's backward pass checks those it saved."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "autograd"):
         return

@@ -1,4 +1,4 @@
-"""Where tensors lie, in the host's memory or on a GPU: what an engine's plans are made of."""
+"""The memory of tensors, on the host or on a GPU: what an engine's plans are made of."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numclip.dtypes import DType
 
 
 class Memory(NamedTuple):
-    """Where the elements of an array are: the address of the first one, and steps in bytes."""
+    """The memory of an array: the address of its first element, and its strides in bytes."""
 
     address: int
     steps: tuple[int, ...]
 
 
 class Span(NamedTuple):
-    """Contiguous memory of `size` stored numbers: where it is read, and where written."""
+    """`size` contiguous stored numbers: the addresses to read them at and write them to."""
 
     dtype: DType
     source: int
@@ -27,9 +27,9 @@ class Span(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """An array of any steps: where it is read, and where written.
+    """An array of any strides: the memory it is read from, and the memory it is written to.
 
-    `axes` are those a unit's norm is taken over; without them, all is one unit.
+    `axes` are those a unit's norm is taken over; with None, the array is one unit.
     """
 
     dtype: DType
@@ -45,7 +45,7 @@ class Strided(NamedTuple):
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The axes that tell units apart."""
+        """The axes that a unit's norm is not taken over."""
         every = range(len(self.shape))
         return () if self.axes is None else tuple(k for k in every if k not in self.axes)
 
@@ -61,9 +61,9 @@ class Strided(NamedTuple):
 
 
 class RowSpan(NamedTuple):
-    """Rows of `length` stored numbers, `size` in all, of which some add up.
+    """Rows of `length` stored numbers, `size` numbers in all; rows of one index are added up.
 
-    They are contiguous but in the host's memory, where `strided` can say how they lie.
+    They are contiguous unless `strided` is given, which only the host's engine supports.
     """
 
     dtype: DType
@@ -99,14 +99,14 @@ def is_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) 
 
 
 def owner_of(array: Any) -> Any:
-    """Return the array of NumPy that owns the memory of one, or what else it is a view of."""
+    """Return the NumPy array that owns an array's memory, or the other object it is a view of."""
     while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
     return array
 
 
 def is_nested(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    """Tell whether each step leads past all that smaller steps reach: elements are apart then."""
+    """Tell whether each stride exceeds the reach of all smaller ones: no elements overlap then."""
     reach = itemsize
     for step, length in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if step < reach:

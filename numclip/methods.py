@@ -1,6 +1,6 @@
-"""The update kernels that an optimizer can name: what each keeps, and what it is given.
+"""The update kernels that an optimizer can name: the states and the numbers of each.
 
-An engine has a kernel for each; a new one is a row here, a formula, and a kernel for an engine.
+An engine has a kernel for each; a new one needs a row here, a formula, and a kernel in an engine.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from numclip import formulas
 from numclip.errors import expected
 
 SETTINGS_COLUMNS = 5
-"""Of the numbers that the user has chosen for a step, a row for each pool."""
+"""The columns of the user's settings for a step, a table with a row for each pool."""
 
 STATES = {"descend": 0, "descend_with_momentum": 1, "adam": 2}
-"""How many states of a parameter each kernel reads and writes, the first ones an optimizer has."""
+"""How many states of a parameter each kernel reads and writes: the first of an optimizer's."""
 
-MOST_STATES = 2  # that tables of updates have columns for
+MOST_STATES = 2  # tables of updates have columns for so many
 
 
 def check(kernel: str, states: Sequence[str], kernels: Collection[str], device: str) -> None:
@@ -31,7 +31,7 @@ def check(kernel: str, states: Sequence[str], kernels: Collection[str], device: 
 
 
 def numbers(kernel: str, settings: Sequence[float], count: int) -> Sequence[float]:
-    """Return the numbers that a kernel takes in the `count`-th step, from an optimizer's."""
+    """Return the numbers that a kernel takes in the `count`-th step, from the user's settings."""
     if kernel == "adam":
         lr, decay, first, second, eps = settings
         return formulas.adam_numbers(lr, decay, first, second, eps, float(count))

@@ -135,7 +135,7 @@ class ToCome(ABC):
 
 @isolated  # once for all that a field is found from
 def _number(source: Any, name: str) -> Any:
-    """Return what became of one step as a plain number; no threshold is NaN there."""
+    """Return a field of one step's outcome as a Python number; None for a threshold of NaN."""
     value = getattr(source, name).item()
     return None if name == "threshold" and value != value else value
 
@@ -258,7 +258,7 @@ class ClipReport(Outcome):
 
     @kept
     def _outcome(self) -> Any:
-        """What became of the groups; not kept with the turn, which lives longer."""
+        """The outcome of the groups; not stored in the turn, which lives longer."""
         return self._source.outcome()
 
     @property

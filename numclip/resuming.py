@@ -1,4 +1,4 @@
-"""What is saved of parameter groups, and what of it fits others, or does not, in words."""
+"""The saved state of parameter groups: which of it fits other groups, and what does not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def fitting_rules(groups: ParamGroups, saved: Any, fit: Fit) -> dict[str, dict[str, Array]]:
-    """Return the state of each group's rule: the saved one where it is of such a rule."""
+    """Return the state of each group's rule: the saved one if it is of the same kind of rule."""
     named = fit.tree({group.name: {} for group in groups}, _without_leaves(saved), ("rules",))
     known = saved if isinstance(saved, dict) else {}
     return {name: _fitting_rule(groups[name], known.get(name), fit) for name in named}
 
 
 def _without_leaves(saved: Any) -> Any:
-    """Return the names of the groups, to be compared; of what is no dict, that."""
+    """Return the saved names of groups with empty dicts, for comparison; other objects as is."""
     if not isinstance(saved, dict):
         return saved
     return {name: {} if isinstance(own, dict) else own for name, own in saved.items()}
@@ -34,7 +34,7 @@ def _without_leaves(saved: Any) -> Any:
 def _fitting_rule(group: GroupState, saved: Any, fit: Fit) -> dict[str, Array]:
     own, rule = group.rule_state, repr(group.clip)
     if not isinstance(saved, dict):
-        return own  # which has been told
+        return own  # `fit` has noted it
     arrays = {name: value for name, value in saved.items() if name != "rule"}
     other = str(saved.get("rule"))
     if other != rule:
@@ -52,7 +52,7 @@ def _fitting_rule(group: GroupState, saved: Any, fit: Fit) -> dict[str, Array]:
 
 
 def fitting_history(groups: ParamGroups, saved: Any, fit: Fit) -> History:
-    """Return the saved history of the groups that there are, or theirs where it is none."""
+    """Return the saved history of the present groups, or their own if that cannot be loaded."""
     if isinstance(saved, Mapping):
         names = {WHOLE, *(group.name for group in groups)}
         for name in sorted(set(saved) - names, key=str):
@@ -68,14 +68,14 @@ def fitting_history(groups: ParamGroups, saved: Any, fit: Fit) -> History:
 
 
 def arrays_on_host(groups: ParamGroups) -> dict[str, Any]:
-    """Return copies of the parameters, and of the masters where there are some."""
+    """Return copies of the parameters on the host, and of the masters if there are any."""
     masters = {name: own for group in groups for name, own in group.masters.items()}
     every = {"params": groups.params, "masters": masters} if masters else {"params": groups.params}
     return {kind: {key: np.array(a) for key, a in own.items()} for kind, own in every.items()}
 
 
 def load_arrays(groups: ParamGroups, own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Take up parameters and masters; what is not to be is that of `own`."""
+    """Load parameters and masters; an array that is the same object in `own` is not loaded."""
     new = {
         kind: {key: a for key, a in found[kind].items() if a is not own[kind][key]}
         for kind in own.keys() - {"step"}

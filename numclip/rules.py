@@ -139,7 +139,7 @@ class Rule(ABC):
                 raise ValueError(f"{owner} state, {name}: expected {meaning}, got {worst}")
 
     def _sane(self, name: str, found: Array) -> tuple[Array, str]:
-        """Tell which values of the state are possible, and which they are in words."""
+        """Return which values of a state's array are valid, and a description of valid ones."""
         return np.isfinite(found) & (found >= 0), "finite numbers >= 0"
 
 
@@ -380,7 +380,7 @@ class Adaptive(Rule):
 
 
 def _kind(found: Any) -> str:
-    """Return dtype and shape in words; what is no array has none."""
+    """Return an array's dtype and shape in words, or the name of another object's type."""
     if isinstance(found, np.ndarray):
         return f"{found.dtype}{found.shape}"
     return type(found).__name__
@@ -402,7 +402,7 @@ def bound_or_schedule(name: str, value: Any) -> Bound:
 
 
 def _axes(value: Any) -> tuple[int, ...] | None:
-    """Return axes as a tuple; whether an array has them is known when there is one."""
+    """Return axes as a tuple; whether an array has them is checked when there is one."""
     if value is None:
         return None
     given = tuple(value) if isinstance(value, Iterable) else (value,)

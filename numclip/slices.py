@@ -163,7 +163,7 @@ class IndexedSlices:
         self._indices.setflags(write=False)
 
     def _take(self, values: Any) -> tuple[int, ...]:
-        """Keep the values, if they are of a type and dtype that gradients have; tell the shape."""
+        """Keep the values, after checking their type and dtype; return their shape."""
         if type(values) is np.ndarray and lookup(values.dtype) is not None:
             self._device, self._values, self._dtype = "cpu", values, values.dtype
             shape: tuple[int, ...] = values.shape
@@ -382,7 +382,7 @@ class IndexedSlices:
         return self._engine.stream_of([self._facts])
 
     def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
-        """Return a new array of zeros but for the sums of rows, each in its place."""
+        """Return a new array of zeros, with the sums of rows at the indices `places`."""
         self._engine.require()
         facts = self._facts
         made = self._engine.new_of_shape(facts, shape)
@@ -391,7 +391,7 @@ class IndexedSlices:
         return made
 
     def _given_back(self, made: Any, stream: Any) -> Any:
-        """Return what was made on a stream, which its library may use from now on."""
+        """Return what was made on a stream, after making its library wait for that stream."""
         own = made._facts if isinstance(made, IndexedSlices) else self._engine.facts("values", made)
         self._engine.give_back(stream, [self._facts, own])
         return made

@@ -97,7 +97,7 @@ def save(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
 
 
 def _replace(target: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Let a file be what `write` writes, all of it or nothing."""
+    """Replace a file by what `write` writes, all of it or not at all."""
     folder = os.path.dirname(target)
     _remove_abandoned(folder)
     temporary = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
@@ -120,7 +120,7 @@ def _replace(target: str, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _opened_without_name(folder: str) -> int | None:
-    """Return a new file that is gone with the process, until it is linked; None elsewhere."""
+    """Return a new file that vanishes with the process unless linked; None if unsupported."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return None
     try:
@@ -203,7 +203,7 @@ class Fit:
 
 
 def _where(path: _Path) -> str:
-    """Return a place in the tree in words."""
+    """Return a path in the tree in words."""
     return "state" + "".join(f"[{key!r}]" for key in path)
 
 
@@ -221,7 +221,7 @@ def _check_depth(path: _Path) -> None:
 
 
 def _describe(path: _Path, node: Any, arrays: dict[str, Array]) -> Any:
-    """Return what the index says of a part of the tree, and append its arrays."""
+    """Return the index of a part of the tree, and add its arrays to `arrays`."""
     _check_depth(path)
     if type(node) is dict:
         for key in node:

@@ -1,4 +1,4 @@
-"""Sums of float64 numbers that are exact, and so do not depend on any order: integers."""
+"""Exact sums of float64 numbers, kept as integers: they do not depend on the order of terms."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ ALL = [tables.TOTAL, tables.EXPONENT, tables.ERROR]
 TERMS = [tables.TERMS, tables.TERMS_EXPONENT]
 
 GRID = 3400
-"""Sums are multiples of ``2**-GRID``: ``4**exponent`` times the smallest number is, of any sum."""
+"""Sums are multiples of ``2**-GRID``, as is ``4**exponent`` times the smallest float64."""
 
 LEAST_BITS, MOST_BITS = -900, 900
-"""Between which powers of two a sum is told with the exponent 0."""
+"""Sums between these powers of two have the exponent 0."""
 
 
 HALF = 1024
-"""Exact sums are kept under the multiple of ``4**2048`` that is nearest to their exponent."""
+"""Exact sums are stored under a key: their exponent over ``2 * HALF``, rounded to nearest."""
 
 Sums = dict[int, int]
-"""Exact sums of parts, in units of ``2**-GRID`` times ``4**2048`` to the power of the key."""
+"""Exact sums by key, in units of ``2**-GRID * 4**(2048 * key)``."""
 
 
 Found = tuple[float, int, float]
-"""A sum ``total * 4**exponent`` as total and exponent, and what rounding has taken from it."""
+"""(total, exponent, error) of a sum ``total * 4**exponent``; rounding took `error` from total."""
 
 
 class Whole(NamedTuple):
-    """What one norm is of, where the gradients at hand are a part of it.
+    """The sums of all gradients of a norm, where the gradients at hand are only a part of them.
 
-    `row` is a row of sums, `size` how many stored numbers there are, `loss` as in `Law`.
+    `row` is a row of sums, `size` the number of stored numbers, `loss` as in `Law`.
     """
 
     row: Array
@@ -62,9 +62,9 @@ def exact(values: Iterable[float], exponent: int = 0) -> int:
 
 
 def exact_sums(rows: Array, column: int, ord: float, *others: int) -> Sums:
-    """Return the sums of a column of rows of finite sums, exact; of infinite order the largest.
+    """Return the exact sums, by key, of a column of finite sums; for infinite order, the largest.
 
-    The exponents are in the next column; `others` share them.
+    The exponents are in the next column; columns in `others` have the same ones, and are added.
     """
     found: Sums = {}
     powers = {*rows[:, column + 1].tolist()}
@@ -78,23 +78,23 @@ def exact_sums(rows: Array, column: int, ord: float, *others: int) -> Sums:
 
 
 def add_sums(found: Sums, more: Sums, ord: float) -> None:
-    """Add exact sums to others; of infinite order, keep the larger."""
+    """Add exact sums to those in `found`; for infinite order, keep the larger."""
     for key, units in more.items():
         own = found.get(key, 0)
         found[key] = max(own, units) if ord == math.inf else own + units
 
 
 def joined(found: Sums) -> Found:
-    """Return what `rounded` does of exact sums; of infinite order, these have one key, 0."""
+    """Return exact sums added up, as `rounded` does; for infinite order, they have only key 0."""
     key = max((key for key, units in found.items() if units), default=0)
     units = found.get(key, 0)
-    units += found.get(key - 1, 0) >> 4 * HALF  # those further down are less than it is rounded by
+    units += found.get(key - 1, 0) >> 4 * HALF  # smaller keys are below the rounding
     total, exponent, error = rounded(units)
     return total, exponent + 2 * HALF * key, error
 
 
 def total_of(rows: Array, column: int, ord: float, *others: int) -> Found:
-    """Return the sum of a column of rows of sums as `rounded` does, see `exact_sums`."""
+    """Return the sum of a column of sums, as `rounded` does; arguments are as in `exact_sums`."""
     values = rows[:, column]
     special = values[~np.isfinite(values)]
     if special.size:
@@ -104,7 +104,7 @@ def total_of(rows: Array, column: int, ord: float, *others: int) -> Found:
 
 
 def row_of(rows: Array, ord: float) -> Array:
-    """Return the sum of rows of sums as such a row."""
+    """Return the row of sums that is the sum of all rows."""
     row = np.zeros(tables.SUM_COLUMNS)
     row[ALL] = total_of(rows, tables.TOTAL, ord, tables.ERROR)
     row[TERMS] = row[ALL[:2]]
@@ -115,7 +115,7 @@ def row_of(rows: Array, ord: float) -> Array:
 
 
 def rounded(units: int) -> Found:
-    """Return a sum in units of ``2**-GRID``, rounded once; the exponent is one that GPUs know."""
+    """Return a sum in units of ``2**-GRID``, rounded once; GPUs support its exponent."""
     bits = units.bit_length() - GRID
     exponent = 0
     if units and not LEAST_BITS < bits < MOST_BITS:
@@ -126,9 +126,9 @@ def rounded(units: int) -> Found:
 
 
 def _to_odd(units: int, one: int, exponent: int) -> float:
-    """Return an integer over another, rounded to the odd one of two numbers.
+    """Return ``units / one``, rounded to odd: of two neighbours the one with an odd mantissa.
 
-    So a sum with it is rounded as if nothing had been: what is near a tie is taken for none.
+    A sum with it is then rounded as the exact sum: a value near a tie does not become a tie.
     """
     found = units / one
     rest = units - exact([found], exponent)

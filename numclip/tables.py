@@ -5,26 +5,27 @@ COUNT, BITS, COMPONENTS, NUMBER, NUMBER_STEP = range(5, 10)
 STEP, UNIT_STEP, TARGET_STEP, TARGET_UNIT_STEP = range(10, 14)
 LOW, HIGH, LOW_STEP, LOW_UNIT_STEP, HIGH_STEP, HIGH_UNIT_STEP = range(14, 20)
 TILE_COLUMNS = 20
-# Of shares of rows, see `rows`, beside what chunks have and COMPONENTS; and of groups of rows.
+# Of shares of rows, see `rows`, beside the columns of chunks and COMPONENTS.
 BEGIN, END, COLUMN, WIDTH, LANES = 5, 6, 8, 9, 10
 SHARE_COLUMNS = 11
-START, MEMBERS, PLACE = range(3)
+START, MEMBERS, PLACE = range(3)  # of groups of rows
 FIRST, LAST, POOL, ZEROING, REPEATS = range(5)  # of tensors: their partial sums, their pool
 SET, POLICY, DIGITS, REPEATED = range(2, 6)  # of pools, whose FIRST and LAST are tensors
-# Of sums: ``total * 4**exponent``, how many are not finite; and of rows that repeat the same for
-# the magnitudes of what is added. ERROR is what rounding has taken from the total, where that is
-# known.
+# Of sums: ``total * 4**exponent``, and how many are not finite. For repeated rows, TERMS are the
+# same for the magnitudes of the terms. ERROR is what rounding took from the total, where known.
 TOTAL, EXPONENT, BAD, TERMS, TERMS_EXPONENT, ERROR = range(6)
 SUM_COLUMNS = 6
 # Of the law of each pool, and of each family of units. AIM is the bound less what subnormal terms
-# of repeated rows can add; the peak and the ratio of terms follow those of sums by as many columns.
+# of repeated rows can add. TERMS_PEAK is as far from PEAK as TERMS from TOTAL; so is TERMS_RATIO
+# from RATIO.
 BOUND, DIVISOR, GIVEN, ROUNDOFF, COARSE, TINY, UNSCALE, PEAK, RATIO, ORD = range(10)
 TERMS_PEAK, TERMS_RATIO, AIM, EPS = range(10, 14)
 LAW_COLUMNS = 14
-# Of the decision for each pool: the factor, what to do, and what is told. A last row counts.
+# Of the decision for each pool: the factor, the mode, and values for reports. The last row counts
+# pools with work, in MODE, and with modes above MULTIPLY, in RARE.
 FACTOR, MANTISSA, POWER, MODE, NORM, CLIPPED, SCALE = range(7)
 SKIPPED, ROOT, ROOT_EXPONENT, BROKEN, CLAMPED, SPREAD = range(7, 13)
-FINE = 13  # the factor for those tensors of a pool that have 53 digits
+FINE = 13  # the factor for those tensors of a pool whose factors have 53 digits
 DECISION_COLUMNS = 14
 RARE = POWER  # of the last row
 # Of units: the first columns of decisions, and PEAK, RATIO and ORD as laws have them.
@@ -36,7 +37,7 @@ AFTER, LEAST, CLIPPED_COUNT = range(3)  # of the summary of each family of units
 SUMMARY_COLUMNS = 3
 LEAVE, MULTIPLY, TRUNCATE, CLEAN = range(4)
 PROPAGATE, RAISE, SKIP, ZERO = range(4)
-# Of the rows that are held for a sparse gradient: where values and indices are, how many there are
-# and may be, how many the parameter has, and whether a gradient is PRESENT, be it of no rows.
+# Of the stored rows of a sparse gradient: the addresses of values and indices, the rows filled and
+# the capacity, the rows of the parameter, and whether a gradient is PRESENT, even one of no rows.
 VALUES, INDICES, FILLED, CAPACITY, HEIGHT, PRESENT = range(6)
 HELD_COLUMNS = 6

@@ -299,7 +299,7 @@ def clip_grads_with_norm_(
 
 @contextlib.contextmanager
 def _named(form: str) -> Iterator[None]:
-    """Let errors name what the user has passed, by its number."""
+    """Rename gradients in error messages as `form` says, by their numbers."""
     try:
         yield
     except NonFiniteGradientError:
@@ -370,7 +370,7 @@ def _order(norm_type: Any) -> float:
 
 
 def _norm_of_low_order(tensors: list[Tensor], order: float) -> Tensor:
-    """Return the norm of an order that numclip has not, by PyTorch, in float64."""
+    """Return the norm of an order that numclip does not support, by PyTorch, in float64."""
     import torch
 
     norms = []

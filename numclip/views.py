@@ -1,4 +1,4 @@
-"""Arrays of NumPy at given addresses, of which only the engine of the host reads or writes."""
+"""NumPy arrays at given addresses; only the host's engine reads or writes their elements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numclip.memory import Memory
 
 
 def view_of(memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return the array of some shape and dtype at an address, which can be written."""
+    """Return a writeable array of some shape and dtype at an address."""
     kind = dtype.str if dtype.kind in "iufc" else f"|V{dtype.itemsize}"
     place = {"shape": shape, "typestr": kind, "data": (memory.address, False)}
     described = {"version": 3, "strides": memory.steps, **place}

@@ -1,1 +1,1 @@
-"""The border: what a user passes, checked and described once."""
+"""The border: a user's arguments, checked and described once."""

@@ -1,4 +1,4 @@
-"""Arguments that are no gradients: numbers, orders, axes, choices; checked, and as plain Python."""
+"""Arguments other than gradients: numbers, orders, axes, choices; checked, as Python objects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def real(name: str, value: Any) -> float:
 
 
 def _are_real(dtype: np.dtype[Any]) -> bool:
-    """Tell whether numbers of a dtype are real ones."""
+    """Tell whether the numbers of a dtype are real."""
     row = lookup(dtype)
     return dtype.kind in "iuf" or (row is not None and row.components == 1)
 
@@ -81,7 +81,7 @@ def finite_bound(name: str, value: Any) -> float:
 
 
 def fractions(name: str, values: Any, count: int) -> tuple[float, ...]:
-    """Return some numbers in [0, 1)."""
+    """Return `count` numbers in [0, 1)."""
     if not isinstance(values, Sequence) or len(values) != count:
         raise TypeError(expected(name, f"{count} numbers in [0, 1)", repr(values)))
     numbers = tuple(real(f"{name}[{k}]", value) for k, value in enumerate(values))
@@ -107,7 +107,7 @@ def given_norm(value: Any) -> float:
 
 
 def choice(name: str, value: Any, allowed: Sequence[str | None]) -> Any:
-    """Return one of some words."""
+    """Return `value` if it is one of the allowed words."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(expected(name, f"one of {words}", repr(value)))
@@ -121,7 +121,7 @@ def are_usual(
     duplicates: Any = DUPLICATES[0],
     norm: Any = None,
 ) -> bool:
-    """Tell whether arguments are right and of the commonest types; `norm` is a given one."""
+    """Tell whether arguments are valid and of the commonest types; `norm` is `use_norm`."""
     return (
         type(bound) in _NUMBERS
         and (0 <= bound <= LARGEST or bound == math.inf)
@@ -162,7 +162,7 @@ def value_bounds(low: Any, high: Any, shape: tuple[int, ...]) -> tuple[Any, Any]
 
 
 def refuse_excluding_zero(low: Any, high: Any) -> None:
-    """Refuse bounds that would change the rows that slices do not store."""
+    """Refuse bounds that would change the rows, of zeros, that slices do not store."""
     if np.any(np.asarray(low) > 0) or np.any(np.asarray(high) < 0):
         got = f"{low} and {high}"
         raise ValueError(
@@ -200,7 +200,7 @@ def _index(value: Any) -> int:
 
 
 def count(name: str, value: Any, least: int = 1, *, alternative: str = "") -> int:
-    """Return an integer of at least some size; messages add the `alternative` to it."""
+    """Return an integer of at least `least`; messages also name the `alternative`."""
     wanted = f"an integer >= {least}{alternative}"
     try:
         number = _index(value)

@@ -1,4 +1,4 @@
-"""The ranks of an MPI communicator: what they tell one another, and that they agree."""
+"""The ranks of an MPI communicator: they exchange values, and agree on facts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from numclip.dtypes import Array
 from numclip.errors import RankError, expected
 
-WELL, RAISED, ASKS = range(3)  # what a rank says of itself: it measured, it raised, it asks
-HEAD = 2  # numbers of a message before the values: that, and the digest of the facts
+WELL, RAISED, ASKS = range(3)  # a rank's state: it has measured, has raised, asks to agree again
+HEAD = 2  # numbers of a message before the values: the state, and a code of facts and step
 NEEDED = "Allgather", "allgather", "Get_rank", "Get_size", "Is_inter"
 
 Facts = dict[str, str]
-"""What must be the same on all ranks, in words."""
+"""Texts, by what they are about, that must be the same on all ranks."""
 
 
 class Communicator:
@@ -27,13 +27,13 @@ class Communicator:
     comm : communicator
         As the user gave it.
     rank, size : int
-        Which one this process is, and of how many.
+        The rank of this process, and the number of ranks.
     count : int or None
-        How many values ranks exchange; None where they are to agree first.
+        How many values ranks exchange; None where they have to agree first.
     values, every : array
-        What this rank is to tell, (count,), and what all have told, (size, count).
+        The values that this rank sends, (count,), and those of all ranks, (size, count).
     heads : array of int64
-        What each rank said of itself with its values, (size, 2).
+        The state and code that each rank sent with its values, (size, 2).
     """
 
     count: int | None = None
@@ -51,7 +51,7 @@ class Communicator:
             self.agreed(count)
 
     def __enter__(self) -> None:
-        """Let the other ranks know what is raised before they have heard of this one."""
+        """Report an error in the context to the other ranks, if they still wait for this one."""
         self._awaited = True
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
@@ -59,7 +59,7 @@ class Communicator:
             self._tell(error)
 
     def _tell(self, error: BaseException) -> None:
-        """Tell an error in place of what is to be agreed on, or exchanged."""
+        """Send an error in place of an agreement or an exchange."""
         self._awaited = False
         text = f"{type(error).__name__}: {error}"
         if self.count is None:
@@ -69,23 +69,23 @@ class Communicator:
             self.comm.allgather(text)
 
     def exchange(self, facts: Facts, step: int = 0) -> bool:
-        """Let every rank have the values of all; do what `heard` does."""
+        """Gather the values of all ranks; return and raise as `heard` does."""
         self.gather(facts, step)
         return self.heard(facts, step)
 
     def gather(self, facts: Facts, step: int) -> None:
         """Gather the values of all ranks, by one collective call.
 
-        They count where all `heads` are the same.
+        They are valid if all `heads` are the same.
         """
         if facts is not self._facts and facts != self._facts:  # they seldom change
             self._facts, self._code = facts, digest(facts)
         self._gather(WELL, self._code ^ step)
 
     def heard(self, facts: Facts, step: int) -> bool:
-        """Return True where the values of all count; False, on all ranks, where one asks to agree.
+        """Return True if all values are valid; False, on all ranks, if one asks to agree again.
 
-        Raises, on all ranks, a RankError where facts or steps differ, and on all others where one
+        Raises a RankError on all ranks if facts or steps differ, and on all others if one rank
         has raised.
         """
         if (self.heads == self._head).all():
@@ -95,12 +95,12 @@ class Communicator:
         raise self._difference({**facts, "step": str(step)})
 
     def ask(self) -> None:
-        """Let all ranks agree again, in place of an exchange."""
+        """Ask all ranks to agree again, in place of an exchange."""
         self._gather(ASKS, 0)
         self._asked()
 
     def _asked(self) -> bool:
-        """Tell whether a rank asks; raise where one has raised."""
+        """Tell whether a rank asks to agree again; raise if one has raised."""
         states = self.heads[:, 0]
         if (states == RAISED).any():
             texts = self.comm.allgather(None)
@@ -108,13 +108,13 @@ class Communicator:
         return bool((states == ASKS).any())
 
     def _gather(self, state: int, code: int) -> None:
-        """Gather the messages of all ranks, of which this one's is a state, a code and values."""
-        self._head[0], self._head[1] = state, code  # in a third of the time of a slice
+        """Gather the messages of all ranks; this rank sends a state, a code and its values."""
+        self._head[0], self._head[1] = state, code  # a third of the time of assigning a slice
         self._awaited = False
         self.comm.Allgather(self._message, self._messages)
 
     def agree(self, facts: Facts) -> None:
-        """Refuse, on all ranks, facts that are not the same on all."""
+        """Raise, on all ranks, if facts are not the same on all."""
         self._awaited = False
         found = self.comm.allgather((WELL, digest(facts)))
         raised = {rank: text for rank, (state, text) in enumerate(found) if state == RAISED}
@@ -124,7 +124,7 @@ class Communicator:
             raise self._difference(facts)
 
     def agreed(self, count: int) -> None:
-        """Exchange so many values from now on."""
+        """Exchange `count` values from now on."""
         self.count, self._awaited = count, True
         self._message = np.zeros(HEAD + count)
         self._messages = np.empty((self.size, HEAD + count))
@@ -133,11 +133,11 @@ class Communicator:
         self.every = self._messages[:, HEAD:]
 
     def everyones(self, value: Any) -> list[Any]:
-        """Return a value of each rank."""
+        """Return the values that all ranks pass, in the order of the ranks."""
         return self.comm.allgather(value)  # type: ignore[no-any-return]
 
     def _difference(self, facts: Facts) -> RankError:
-        """Return the error that says where the facts of a rank differ from those of the first."""
+        """Return the error that names the first fact of a rank that differs from rank 0's."""
         first, *others = self.everyones(facts)
         for rank, other in enumerate(others, 1):
             for key in [*first, *other]:
@@ -149,13 +149,13 @@ class Communicator:
 
 
 def _raised(texts: Mapping[int, str]) -> RankError:
-    """Return the error of the ranks that have none, from what the others have raised."""
+    """Return the error for the ranks that have not raised, from the texts of those that have."""
     rank = min(texts)
     return RankError(f"rank {rank} raised {texts[rank]}; nothing was modified on any rank")
 
 
 def communicator(comm: Any, count: int | None = None) -> Communicator | None:
-    """Return the communicator of several ranks; None for one alone, which has no one to ask."""
+    """Check `comm`; return a `Communicator`, or None for None or for a single rank."""
     if comm is None:
         return None
     if not all(hasattr(comm, name) for name in NEEDED):
@@ -169,7 +169,7 @@ def communicator(comm: Any, count: int | None = None) -> Communicator | None:
 
 
 def digest(facts: Facts) -> int:
-    """Return 64 bits that facts have in common with no others."""
+    """Return a 64-bit digest of facts."""
     text = "\n".join([*facts, *facts.values()])
     found = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(found, "little", signed=True)

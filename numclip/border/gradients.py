@@ -1,4 +1,4 @@
-"""Gradients as a user passes them, checked and described once; nothing behind it checks again."""
+"""Gradients as a user passes them, checked and described once; no other code checks them again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from numclip.slices import IndexedSlices, slices_of
 class Gradient(NamedTuple):
     """One gradient, in the host's memory or on a GPU.
 
-    `source` is the user's object: an array, or `slices`, of which shape and memory are the
-    values'.
+    `source` is the user's object: an array, or `slices`, where shape and memory are those of
+    the values.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Gradient(NamedTuple):
 
     @property
     def native(self) -> np.dtype[Any]:
-        """The dtype, as NumPy knows it."""
+        """The NumPy dtype."""
         return self.facts.native
 
     @property
     def address(self) -> int:
-        """Where the first element is."""
+        """The address of the first element."""
         return self.facts.address
 
     @property
@@ -80,7 +80,7 @@ class Gradient(NamedTuple):
 
 
 def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -> Gradient:
-    """Return the description of one gradient, which is where the engine works, if one is given."""
+    """Check and describe one gradient; it has to be on the device of `engine`, if given."""
     slices = slices_of(name, gradient)
     values = gradient if slices is None else slices.values
     if engine is not None and (engine.name == "cuda") != libraries.on_device(values):
@@ -102,7 +102,7 @@ def describe(name: str, key: Key, gradient: Any, engine: Engine | None = None) -
 
 
 def _elsewhere(name: str, gradient: Any, engine: Engine) -> TypeError:
-    """Return the error for a gradient that is not where the others are."""
+    """Return the error for a gradient that is not on the device of the others."""
     if engine.name == "cpu":
         return libraries.elsewhere(name, gradient)
     kind = type(gradient).__name__
@@ -118,7 +118,7 @@ class Gradients:
 
     @property
     def engine(self) -> Engine:
-        """The engine that they are for; the host's where there is none."""
+        """The engine of the gradients; the host's if there are none."""
         return self.entries[0].engine if self.entries else engines.named("cpu")
 
     def with_results(self, results: Sequence[Any]) -> Any:
@@ -129,7 +129,7 @@ class Gradients:
 
 
 def gradients(found: Structure) -> Gradients:
-    """Return the description of a structure of gradients, all in one place."""
+    """Return the description of a structure of gradients, which must be on one device."""
     entries: list[Gradient] = []
     for key, item in zip(found.keys, found.items, strict=True):
         if item is not None:
@@ -147,7 +147,7 @@ def check_axes(entry: Gradient) -> None:
 
 
 def check_examples(entries: Sequence[Gradient]) -> None:
-    """Refuse gradients whose first axes, the examples, differ."""
+    """Refuse gradients whose numbers of examples, the lengths of axis 0, differ."""
     for entry in entries:
         check_axes(entry)
         if not entry.dense_shape:

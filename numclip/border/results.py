@@ -1,4 +1,4 @@
-"""Where results go: new arrays, the gradients themselves, or arrays the user gives.
+"""The targets of results: new arrays, the gradients themselves, or arrays the user passes.
 
 Everything is checked before anything is written.
 """
@@ -21,11 +21,11 @@ from numclip.views import view_of
 
 ADVICE = "pass out= the gradients themselves to work in place"
 MOST_COUNTED = 1 << 20
-"""Elements of an array of odd steps that are counted to find whether two share memory."""
+"""Up to this many elements, an array whose strides do not nest is searched for overlaps."""
 
 
 def target_of(gradient: Gradient, out: Any) -> Gradient:
-    """Return where the result of a single gradient goes."""
+    """Return the target of a single gradient's result."""
     gradient.engine.require()
     libraries.refuse_parameter(gradient.name, gradient.source)
     if out is None:
@@ -36,7 +36,7 @@ def target_of(gradient: Gradient, out: Any) -> Gradient:
 
 
 def targets_of(grads: Gradients, out: Any) -> list[Gradient]:
-    """Return where the results of several gradients go."""
+    """Return the targets of several gradients' results."""
     grads.engine.require()
     for gradient in grads.entries:
         libraries.refuse_parameter(gradient.name, gradient.source)
@@ -55,7 +55,7 @@ def targets_of(grads: Gradients, out: Any) -> list[Gradient]:
 
 
 def _check_keys(grads: Structure, out: Structure) -> None:
-    """Refuse results that are not, key for key, where the gradients are."""
+    """Refuse an `out` whose keys, or whose keys with None, differ from those of the gradients."""
     if out.keys != grads.keys:
         both = (*grads.keys, *out.keys)
         differing = [key for key in both if (key in out.keys) != (key in grads.keys)]
@@ -73,7 +73,7 @@ def _check_keys(grads: Structure, out: Structure) -> None:
 def new_like(gradient: Gradient) -> Gradient:
     """Return a new array of the gradient's library, or slices of one with the same indices.
 
-    It is in memory as the gradient is; one that does not fill its memory gives one in C order.
+    It has the strides of the gradient if that is dense, else C order.
     """
     made = gradient.engine.new_like(gradient.facts)
     facts = gradient.engine.facts("out", made)
@@ -90,7 +90,7 @@ def new_of_shape(gradient: Gradient, shape: tuple[int, ...]) -> Gradient:
 
 
 def _given(gradient: Gradient, out: Any, name: str) -> Gradient:
-    """Return where a result goes that the user gives, after checking that it fits."""
+    """Return the target that a user passes for a result, after checking that it fits."""
     if out is gradient.source:
         found = gradient._replace(name=name)
     elif not (slices_of(name, out) or libraries.is_array(out)):
@@ -118,7 +118,7 @@ def check_writable(found: Gradient) -> None:
 
 
 def _overlaps_itself(found: Gradient) -> bool:
-    """Tell whether two elements share memory; if steps are odd, by the elements, if few."""
+    """Tell whether two elements share memory; assume it of large arrays with unnested strides."""
     if found.facts.dense or not found.size:
         return False
     steps, shape, itemsize = found.facts.memory.steps, found.shape, found.native.itemsize
@@ -134,12 +134,12 @@ def _overlaps_itself(found: Gradient) -> bool:
 
 
 def _check_slices(gradient: Gradient, found: Gradient) -> None:
-    """Refuse slices of other rows, and an array for slices or slices for an array."""
+    """Refuse slices with other indices or shape, an array for slices, and slices for an array."""
     if (gradient.slices is None) != (found.slices is None):
         wanted = "an array" if gradient.slices is None else "IndexedSlices"
         raise TypeError(expected(found.name, wanted, type(found.source).__name__))
     if gradient.slices is not None and found.slices is not None:
-        # Not `numpy.array_equal`, which takes a signal's exception for a difference.
+        # Not `numpy.array_equal`, which returns False if a signal handler raises in it.
         known = found.slices.indices, gradient.slices.indices
         same = known[0].size == known[1].size and bool((known[0] == known[1]).all())
         if not same or found.dense_shape != gradient.dense_shape:
@@ -167,7 +167,7 @@ Member = tuple[int, int, bool, Gradient]
 
 
 def _touching(members: Iterable[Member]) -> Iterator[tuple[Member, Member]]:
-    """Yield pairs of arrays that share memory, one at least where there are some."""
+    """Yield the pairs of arrays that share memory and of which at least one is a target."""
     held = sorted((member for member in members if member[0] < member[1]), key=lambda m: m[:2])
     woven = _woven([member[3] for member in held])
     open_ones: dict[int, list[Member]] = {}
@@ -181,10 +181,10 @@ def _touching(members: Iterable[Member]) -> Iterator[tuple[Member, Member]]:
 
 
 def _woven(gradients: Sequence[Gradient]) -> list[int]:
-    """Return for each array the number of a set of which no two share memory.
+    """Return the number of each array's set; arrays of one set share no memory.
 
-    Columns of one matrix are such a set: their steps are alike, and modulo these their addresses
-    are apart. One that is not apart from those before it is a set of its own.
+    Columns of one matrix are such a set: their strides are equal, and modulo these their addresses
+    do not overlap. An array that overlaps those before it is a set of its own.
     """
     sets: dict[Any, list[int]] = {}
     for k, own in enumerate(gradients):
@@ -210,5 +210,5 @@ def _share_memory(a: Gradient, b: Gradient) -> bool:
 
 
 def _addresses(gradient: Gradient) -> Any:
-    """Return an array of NumPy's at the same addresses, which is not read."""
+    """Return a NumPy array at the same addresses, whose elements are not read."""
     return view_of(gradient.facts.memory, gradient.shape, np.dtype(f"V{gradient.native.itemsize}"))

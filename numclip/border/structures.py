@@ -1,4 +1,4 @@
-"""Lists, tuples and dicts of gradients, nested or not: taken apart, and made again."""
+"""Lists, tuples and dicts of gradients, nested or not: flattened, and rebuilt."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numclip.errors import expected
 from numclip.slices import IndexedSlices
 
 Key = int | str | tuple[Any, ...]
-"""A position or a key, or the path of them where structures are nested."""
+"""A position or a key; in nested structures, the path of them."""
 
 Rebuild = Callable[[list[Any]], Any]
 
 
 class Structure(NamedTuple):
-    """The items of a structure by their keys, what makes such a one of others, and the source."""
+    """The keys and items of a structure, what rebuilds it from other items, and the source."""
 
     name: str
     keys: list[Key]
@@ -33,12 +33,12 @@ class Structure(NamedTuple):
         return self._replace(name=name)
 
     def name_of(self, key: Key) -> str:
-        """Return what errors call an item."""
+        """Return an item's name in error messages."""
         path = key if isinstance(key, tuple) else (key,)
         return self.name + "".join(f"[{step!r}]" for step in path)
 
     def item(self, key: Key) -> tuple[str, Any]:
-        """Return what errors call the item of a key, and the item."""
+        """Return the name of a key's item in error messages, and the item."""
         name = self.name_of(key)
         if key not in self.keys:
             raise ValueError(expected(self.name, f"an entry {name}", f"only {self.keys[:5]}"))
@@ -46,7 +46,7 @@ class Structure(NamedTuple):
 
 
 def structure(grads: Any, name: str = "grads") -> Structure:
-    """Return the items of a list, tuple, dict or iterator, of what is nested in it likewise."""
+    """Return the `Structure` of a list, tuple, dict or iterator, flattened if it is nested."""
     if type(grads) not in (list, tuple, dict) and not _has_items(grads):
         advice = f"{type(grads).__name__}; pass a single gradient as [gradient]"
         raise TypeError(expected(name, "a list, tuple or dict of gradients", advice))
@@ -59,7 +59,7 @@ def structure(grads: Any, name: str = "grads") -> Structure:
 
 @contextlib.contextmanager
 def _depth_told(name: str) -> Iterator[None]:
-    """Say which argument has more levels than Python can follow, or holds itself."""
+    """Name the argument in the error for a structure that is nested too deeply or holds itself."""
     try:
         yield
     except RecursionError:
@@ -75,15 +75,15 @@ def is_structure(grads: Any) -> bool:
 
 
 def _has_items(grads: Any) -> bool:
-    """Tell whether what is no plain list, tuple or dict can be taken as one."""
+    """Tell whether an object of another type can be taken as a list, tuple or dict."""
     many = isinstance(grads, Iterable) and not isinstance(grads, (IndexedSlices, str, bytes))
     return many and (isinstance(grads, Mapping) or not libraries.is_array(grads))
 
 
 def _is_nested(item: Any) -> bool:
-    """Tell whether an item holds gradients; a list of numbers is one that is no array yet."""
+    """Tell whether an item is a container of gradients; a list of numbers is one gradient."""
     kind = type(item)
-    if kind is np.ndarray or item is None:  # most often; to ask for a Mapping takes 0.5 us
+    if kind is np.ndarray or item is None:  # most often; a check for Mapping takes 0.5 us
         return False
     if isinstance(item, (list, tuple)):
         return not any(isinstance(inner, (int, float, complex)) for inner in item)
@@ -91,7 +91,7 @@ def _is_nested(item: Any) -> bool:
 
 
 def _level(grads: Any) -> tuple[list[Key], list[Any], Rebuild]:
-    """Return the keys and items of one level, and what makes one like it."""
+    """Return the keys and items of one level, and a function that rebuilds it."""
     if type(grads) is dict or isinstance(grads, Mapping):
         keys = list(grads.keys())
         return keys, list(grads.values()), lambda results: _mapping_like(grads, keys, results)
@@ -110,7 +110,7 @@ def _mapping_like(given: Mapping[Any, Any], keys: list[Any], results: list[Any])
         return made
     other: Any
     try:
-        # A copy has its attributes, a default factory for instance; keys can be the attributes.
+        # A copy keeps attributes, a default factory for instance; in some dicts they are the keys.
         if isinstance(given, dict) and getattr(given, "__dict__", None) is not given:
             other = copy.copy(given)
             other.update(made)
@@ -134,7 +134,7 @@ def _sequence_like(given: MutableSequence[Any], results: list[Any]) -> Any:
 def _flattened(
     name: str, source: Any, keys: list[Any], items: list[Any], rebuild: Rebuild
 ) -> Structure:
-    """Return the items of all levels as those of one."""
+    """Return the `Structure` whose items are those of all levels."""
     paths: list[Key] = []
     flat: list[Any] = []
     parts: list[tuple[int, Rebuild | None]] = []
@@ -157,7 +157,7 @@ def _flattened(
 
 
 def _part(remaining: Iterator[Any], count: int, rebuild: Rebuild | None) -> Any:
-    """Return the next item of a level, made of the next results."""
+    """Return the next item of a level, rebuilt from the next results."""
     if rebuild is None:
         return next(remaining)
     return rebuild([next(remaining) for _ in range(count)])
@@ -193,8 +193,8 @@ def _add_dotted(level: Any, name: str, prefix: str, found: dict[str, Any]) -> No
 class Outline:
     """The types and keys of a structure of dicts, lists and tuples, by which others are compared.
 
-    `names` are those of its items, as `dotted` has them. What is an item in the structure is
-    one in all that are alike.
+    `names` are those of its items, as `dotted` has them. An entry that is an item in the
+    structure is taken as an item in the others.
     """
 
     def __init__(self, tree: Any, prefix: str = "") -> None:
@@ -209,7 +209,7 @@ class Outline:
         self._flat = all(part is None for part in self._parts)
 
     def items(self, tree: Any) -> list[Any] | None:
-        """Return the items of a structure in the order of the names; None if it is not alike."""
+        """Return a structure's items in the order of `names`; None if types or keys differ."""
         if type(tree) is not self._kind:
             return None
         held = dict(tree) if self._is_mapping else tuple(tree)  # another thread may change it

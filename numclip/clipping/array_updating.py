@@ -1,4 +1,4 @@
-"""Updates of arrays of a user's own, which are kept together with their states."""
+"""Updates of a user's own arrays; states and tables are kept for arrays that come again."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from numclip.methods import check
 from numclip.slices import IndexedSlices
 
 KEPT = 32
-"""How many sets of arrays are kept: the same at the same addresses are not described again."""
+"""How many sets of arrays are kept: the same arrays, by address, are not described again."""
 
 
 class Kept:
-    """What is kept for an array while its memory lives: states, and how often it was updated.
+    """The states of an array and its number of updates, kept while its memory lives.
 
-    `held` returns None where that is over. The memory of NumPy's arrays is not held, others' is.
+    `held` returns None once the memory is freed: only a weak reference to the owner of a NumPy
+    array's memory is kept. Arrays of other libraries are kept alive.
     """
 
     def __init__(self, param: Gradient, states: int, stream: Any) -> None:
@@ -46,12 +47,12 @@ Pair = tuple[Gradient, Gradient]
 
 
 def _kind_of(param: Gradient) -> tuple[Any, int]:
-    """Return what an array's states follow from."""
+    """Return the dtype and size of an array, which determine its states."""
     return param.dtype, param.size
 
 
 class Planned(NamedTuple):
-    """Pairs that are known: where to work in order, what is kept for each array, and tables."""
+    """An update of pairs that can be repeated: its stream, each array's `Kept`, and its tables."""
 
     stream: Any
     kept: list[Kept]
@@ -59,7 +60,7 @@ class Planned(NamedTuple):
 
     @property
     def lives(self) -> bool:
-        """Whether the memory of all arrays does."""
+        """Whether the memory of all arrays still exists."""
         for kept in self.kept:  # noqa: SIM110, all() takes three times as long
             if kept.held() is None:
                 return False
@@ -67,16 +68,16 @@ class Planned(NamedTuple):
 
 
 class ArrayUpdater:
-    """Updates arrays; it keeps states for each memory, by its address."""
+    """Updates arrays; it keeps the states of each array by the array's address."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self._known: dict[int, Kept] = {}
         self._planned: dict[Any, Planned] = {}
-        self._held: list[Gradient] = []  # whose memory is used until the update is under way
+        self._held: list[Gradient] = []  # kept alive until the update was submitted
 
     def describe(self, numbers: list[int], grads: list[Any], variables: list[Any]) -> list[Planned]:
-        """Return what updates pairs in rounds of different arrays, after checking each."""
+        """Check pairs; return their updates in rounds, in each of which arrays are distinct."""
         if not grads:
             return []
         known = self._of_pairs(grads, variables) or self._of_pairs(*_filled(grads, variables))
@@ -99,26 +100,26 @@ class ArrayUpdater:
         return [planned]
 
     def _of_pairs(self, grads: list[Any], variables: list[Any]) -> Planned | None:
-        """Return what updates arrays, if it is known, after letting it read the gradients.
+        """Return the kept update of these arrays, set to read the gradients, or None.
 
-        What was used last is tried first; where sets of arrays take turns, it is the one that was
-        not used for longest.
+        The update used last is tried first, then the others from the one not used for longest,
+        which is the right one where sets of arrays take turns.
         """
-        known = [*self._planned.items()]  # other threads may add to it
+        known = [*self._planned.items()]  # a copy: other threads may add to the dict
         for key, planned in known[-1:] + known[:-1]:
             if planned.updates.read_pairs(grads, variables) and planned.lives:
-                if planned is not known[-1][1]:  # a key takes microseconds to be hashed
+                if planned is not known[-1][1]:  # hashing a key takes microseconds
                     self._keep(key, planned)
                 return planned
         return None
 
     def _find(self, key: Any) -> Planned | None:
-        """Return what is known, if the memory of all its arrays lives."""
+        """Return the update kept under a key; None if the memory of one of its arrays is freed."""
         planned = self._planned.get(key)
         return self._keep(key, planned) if planned is not None and planned.lives else None
 
     def _keep(self, key: Any, planned: Planned) -> Planned:
-        """Keep what was used last, and forget what was not used for longest."""
+        """Keep an update as the one used last; beyond `KEPT`, drop the least recently used."""
         self._planned.pop(key, None)
         self._planned[key] = planned
         for oldest in [*self._planned][:-KEPT]:
@@ -126,7 +127,7 @@ class ArrayUpdater:
         return planned
 
     def _plans(self, engine: Engine, pairs: Sequence[Pair], keeps: bool) -> list[Planned]:
-        """Return what updates described pairs in rounds, of arrays that share no memory."""
+        """Return the updates of described pairs in rounds; refuse arrays that share memory."""
         rounds = _rounds(pairs)
         stays = len(rounds) == 1  # else the update of an earlier round could change a gradient
         arrays = [own for _, own in pairs]
@@ -135,13 +136,13 @@ class ArrayUpdater:
         refuse_overlaps(arrays, arrays)
         extents = sorted(own.facts.extent for own in arrays)
         apart = partial(_apart, extents=extents, stays=stays)
-        keeps &= stays  # else rounds of the same arrays would be one
+        keeps &= stays  # else rounds of the same arrays would have one key
         return [self._plan(engine, own, apart, keeps=keeps) for own in rounds]
 
     def _plan(
         self, engine: Engine, pairs: Sequence[Pair], apart: Callable[..., Any], *, keeps: bool
     ) -> Planned:
-        """Return what updates a round; one that is kept here reads gradients where they are."""
+        """Return the update of one round, from the kept ones if `keeps` and it is there."""
         params = [param for _, param in pairs]
         kept = self._kept_of(engine, params)
         stream = engine.stream_of([own.facts for pair in pairs for own in pair])
@@ -168,7 +169,7 @@ class ArrayUpdater:
         return made if key is None else self._keep(key, made)
 
     def _kept_of(self, engine: Engine, params: Sequence[Gradient]) -> list[Kept]:
-        """Return what is kept for each array, made anew where it is not as it was."""
+        """Return each array's `Kept`, new if the array is new or its dtype or size has changed."""
         known = {place: kept for place, kept in self._known.items() if kept.held() is not None}
         fresh = [
             param
@@ -176,15 +177,15 @@ class ArrayUpdater:
             if param.address not in known or known[param.address].kind != _kind_of(param)
         ]
         if fresh:
-            self._planned.clear()  # some could be of what was kept before
+            self._planned.clear()  # some could refer to a `Kept` that is replaced
             states = len(self._method.state_names)
-            with engine.on_stream(None) as stream:  # so that whatever stream is used finds zeros
+            with engine.on_stream(None) as stream:  # every stream finds zeros
                 known |= {param.address: Kept(param, states, stream) for param in fresh}
             self._known = known
         return [known[param.address] for param in params]
 
     def update(self, rounds: Sequence[Planned], lr: float) -> None:
-        """Update the arrays."""
+        """Update the arrays, one round after another."""
         settings = self._method.settings(lr)
         for planned in rounds:
             counts = []
@@ -199,13 +200,13 @@ class ArrayUpdater:
 
 
 def not_a_pair(number: int, got: Any) -> str:
-    """Return what is wrong with an entry that is no pair."""
+    """Return the error message for an entry that is no pair."""
     wanted = "a pair of a gradient and an array"
     return expected(f"grads_and_vars[{number}]", wanted, type(got).__name__)
 
 
 def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-    """Return gradients with the values of slices that fit, and the indices of these."""
+    """Return gradients with slices that fit replaced by their values, and the slices' indices."""
     arrays, rows = grads, {}
     for k, grad in enumerate(grads):
         if type(grad) is IndexedSlices and grad.dense_shape == getattr(variables[k], "shape", None):
@@ -215,13 +216,13 @@ def _parted(grads: list[Any], variables: list[Any]) -> tuple[list[Any], dict[int
 
 
 def _filled(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return pairs without those of plain arrays that have no elements, which need no update."""
+    """Return gradients and variables without pairs of empty NumPy arrays, which need no update."""
     kept = [pair for pair in zip(grads, variables, strict=True) if not _is_empty(*pair)]
     return [grad for grad, _ in kept], [own for _, own in kept]
 
 
 def _is_empty(grad: Any, own: Any) -> bool:
-    """Tell whether a pair is of plain arrays that fit, and have no elements."""
+    """Tell whether a pair is two NumPy arrays without elements that fit each other."""
     if type(grad) is not np.ndarray or type(own) is not np.ndarray or own.size:
         return False
     alike = grad.dtype == own.dtype and grad.shape == own.shape
@@ -229,7 +230,7 @@ def _is_empty(grad: Any, own: Any) -> bool:
 
 
 def _rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Return pairs in their order, in lists in which no array comes twice; none is empty."""
+    """Return pairs in order, in lists without the same array twice; empty arrays are left out."""
     rounds: list[list[Pair]] = []
     seen: set[int] = set()
     for pair in pairs:
@@ -251,10 +252,10 @@ def _apart(
     extents: Sequence[tuple[int, int]],
     stays: bool,
 ) -> Gradient:
-    """Return a gradient, a copy where updates could write over it before it is read.
+    """Return a gradient, or a copy of it if an update could overwrite it before it is read.
 
-    `extents` are where arrays are, in order; `stays` says that one is not written before its own
-    gradient is read.
+    `extents` are those of the updated arrays, in ascending order. `stays` says that an array is
+    written only after its own gradient is read.
     """
     begin, end = grad.facts.extent
     first = bisect.bisect_right(extents, begin, key=lambda extent: extent[1])
@@ -273,10 +274,10 @@ def _with(grad: Gradient, array: Any) -> Gradient:
 def _described(
     number: int, gradient: Any, variable: Any, engine: Engine
 ) -> tuple[Gradient, Gradient]:
-    """Return the gradient and the array of a pair, after checking that they fit.
+    """Check that a pair fits; return the descriptions of its gradient and its array.
 
-    Slices are coalesced: each row is updated once, by the sum of its gradients. In the host's
-    memory gradients are cast as `ParamGroups.set_grads` casts them.
+    Slices are coalesced: each row is updated once, by the sum of its gradients. On the host
+    gradients are cast as `ParamGroups.set_grads` casts them.
     """
     name = f"grads_and_vars[{number}]"
     param, grad = (_taken(name, number, array, engine) for array in (variable, gradient))
@@ -302,7 +303,7 @@ def _described(
 
 
 def _taken(name: str, number: int, array: Any, engine: Engine) -> Gradient:
-    """Return the description of an array, which is where the first one to be updated is."""
+    """Return the description of an array; refuse one on another device than the first array's."""
     values = array.values if isinstance(array, IndexedSlices) else array
     if engines.of(values) is not engine:
         where = "in the host's memory" if engine.name == "cpu" else "on the GPU"

@@ -1,4 +1,4 @@
-"""What a rule may ask for: a rule that no clipper serves is refused."""
+"""Checks of a rule's scope, order and bound: a rule that no clipper supports is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SCOPES = "element", "unit", "tensor", "group"
 
 
 def check(rule: Any) -> None:
-    """Refuse, with a ValueError, a rule that asks for what no clipper does."""
+    """Refuse, with a ValueError, a rule that no clipper supports."""
     scope, wanted = rule.scope, None
     if scope not in SCOPES:
         wanted = f"a scope of {', '.join(map(repr, SCOPES))}"

@@ -1,4 +1,4 @@
-"""A group's parameters and gradients in flat buffers, on the engine that is asked for.
+"""A group's parameters and gradients in flat buffers, on the group's engine.
 
 Buffers are aligned and contiguous, one for each dtype; tensors follow one another in them, in C
 order and without gaps.
@@ -53,9 +53,9 @@ class GroupState:
     Attributes
     ----------
     name, clip, nonfinite, lr
-        As in `Group`. Another rule or policy is taken up by the next step.
+        As in `Group`. A new rule or policy takes effect at the next step.
     sparse, sharded : bool
-        Whether the gradients are rows of the parameters, and whether ranks have parts of them.
+        Whether gradients are rows of parameters, and whether each rank has a part of these.
     names : tuple of str
         The names of the parameters.
     neighbours : sequence of GroupState
@@ -63,19 +63,19 @@ class GroupState:
     lock : context manager
         Held by a thread that takes a step.
     params, grads : mapping of str to array
-        Views into the flat buffers, parameters that are not copied the user's own arrays; for a
-        sparse group `grads` is empty.
+        Views into the flat buffers; parameters that are not copied are the user's own arrays. For
+        a sparse group `grads` is empty.
     master : {"float32"} or None
-        Whether parameters of 16 bits have masters, and the dtype of these and of their gradients.
+        The dtype of 16-bit parameters' masters and gradients; None if there are no masters.
     masters : mapping of str to array
-        The masters, to be read: the next step takes up what was written to `params`.
+        The masters, only to be read: the next step copies what was written to `params` to them.
     updated : mapping of str to array
-        What an optimizer updates: masters, and parameters without one.
+        The arrays an optimizer updates: masters, and parameters without one.
     exposed : set of str
-        The parameters whose gradients' views somebody may have, and write to without a word.
+        The parameters whose gradient views the user may have, and write to at any time.
     flat_params, flat_grads : dict of str to array
         The whole group as one 1-d array for each dtype, by the dtype's name. 64-byte aligned.
-        There are no `flat_params` of parameters that are not copied; masters are not in them.
+        Parameters that are not copied are not in `flat_params`, and masters are in neither.
     """
 
     sparse = False
@@ -91,7 +91,7 @@ class GroupState:
         *,
         copies: bool = True,
     ) -> None:
-        """Copy the parameters or take them; `changed` is told of another rule or policy."""
+        """Copy the parameters or use the user's arrays; a new rule or policy calls `changed`."""
         self.name, self.number, self.lr = group.name, number, group.lr
         self.sharded = group.sharded
         self._clip, self._nonfinite = group.clip, str(group.nonfinite)
@@ -139,12 +139,12 @@ class GroupState:
 
     @property
     def rule_state(self) -> dict[str, Array]:
-        """What the rule remembers between steps, as copies: a step can write to its own."""
+        """Copies of the rule's state arrays: a step can write to the arrays themselves."""
         with self.lock:
             return {name: own.copy() for name, own in self.remembered.items()}
 
     def _state_for(self, rule: Any) -> dict[str, Array]:
-        """Return the state there is where it can be that of a rule, else one of no step."""
+        """Return the present state if it is valid for a rule, else the rule's initial state."""
         if rule is None:
             return {}
         try:
@@ -166,13 +166,13 @@ class GroupState:
 
     @property
     def masters(self) -> Mapping[str, Any]:
-        """The masters, which NumPy does not write to."""
+        """The masters; those of NumPy are read-only views."""
         arrays = {} if self._masters is None else self._masters.arrays
         return MappingProxyType({name: _read_only(own) for name, own in arrays.items()})
 
     @property
     def grads(self) -> Mapping[str, Any]:
-        """Each gradient, a view."""
+        """The gradients, views into the flat buffers."""
         self.exposed.update(self.names)
         return self._grads
 
@@ -199,18 +199,18 @@ class GroupState:
         return self._dense
 
     def gradient_of(self, name: str) -> Any:
-        """Return what the user sees as a parameter's gradient."""
+        """Return a parameter's gradient for the user, and note it in `exposed`."""
         found = self.seen(name)
         if found is not None:
             self.exposed.add(name)
         return found
 
     def seen(self, name: str) -> Any:
-        """Return the same for who does not write to it."""
+        """Return a parameter's gradient without noting it in `exposed`."""
         return self._grads[name]
 
     def clear(self, name: str, stream: Any) -> None:
-        """Let a parameter's gradient be zero."""
+        """Set a parameter's gradient to zero."""
         self._engine.clear(self._grads[name], stream)
 
     def zero(self, stream: Any) -> None:
@@ -219,16 +219,16 @@ class GroupState:
             self._engine.clear(flat, stream)
 
     def hold(self, stream: Any) -> Any:
-        """Return what brings the gradients back that there are at present."""
+        """Return copies of the present gradients for `restore`."""
         return [copied(own, stream) for own in self._dense]
 
     def restore(self, held: Any, stream: Any) -> None:
-        """Bring gradients back."""
+        """Copy the gradients back that `hold` has returned."""
         for own, copy in zip(self._dense, held, strict=True):
             self._engine.put(own.facts.array, copy, stream)
 
     def set_param(self, name: str, value: Any, stream: Any) -> None:
-        """Copy values to a parameter, by its master if it has one, after checking that they fit."""
+        """Check values and copy them to a parameter; one with a master gets the rounded master."""
         label, param = f"params[{name!r}]", self.params[name]
         own = _given(label, name, value, self._engine)
         self._check(label, own, name)
@@ -238,24 +238,24 @@ class GroupState:
             self._masters.round(stream, {name: None})
 
     def take_over(self, stream: Any, *, whole: bool = True) -> None:
-        """Let masters be what was written to their parameters; of rows alone that have gradients.
+        """Copy what was written to parameters to masters; unless `whole`, at rows with gradients.
 
-        Of a sparse group these are all whose masters an update changes.
+        In a sparse group these are all the rows whose masters an update changes.
         """
         if self._masters is not None:
             self._masters.take_over(stream, None if whole else self._touched())
 
     def round(self, stream: Any, *, whole: bool = True) -> None:
-        """Let parameters be their rounded masters likewise."""
+        """Set parameters to their rounded masters; unless `whole`, at rows with gradients."""
         if self._masters is not None:
             self._masters.round(stream, None if whole else self._touched())
 
     def _touched(self) -> Rows | None:
-        """Return the rows that have gradients, None for all."""
+        """Return the indices of each parameter's rows that have gradients; None means all rows."""
         return None
 
     def fitting(self, name: str, grad: Any, stream: Any) -> Any:
-        """Return a gradient of the parameter as it is copied in, after checking that it fits."""
+        """Check that a gradient fits; return the array or slices to copy in, None for None."""
         if grad is None:
             return None
         label, param = f"grads[{name!r}]", self.updated[name]
@@ -269,11 +269,11 @@ class GroupState:
         return self._apart(name, own, stream)
 
     def _check(self, label: str, own: Gradient, name: str) -> None:
-        """Refuse what does not fit a parameter's shape and dtype, nor its master's."""
+        """Refuse values whose shape or dtype fits neither a parameter nor its master."""
         param = self.params[name]
         if own.dense_shape != param.shape:
             raise ValueError(expected(label, f"shape {param.shape}", own.dense_shape))
-        elsewhere = own.engine.name != "cpu"  # what casts is in the host's memory
+        elsewhere = own.engine.name != "cpu"  # only the host's engine casts
         dtypes = dict.fromkeys([param.dtype, self.updated[name].dtype])
         if elsewhere and not (own.native in dtypes and own.facts.c_order):
             wanted = f"dtype {' or '.join(map(str, dtypes))} in C order"
@@ -282,7 +282,7 @@ class GroupState:
             raise TypeError(expected(label, f"dtype {param.dtype}", own.native))
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
-        """Return a gradient's array, a copy where another one is to be written over it."""
+        """Return a gradient's array; a copy if it overlaps gradients and is not its own target."""
         begin, end = own.facts.extent
         for first, last in (extent for group in self.neighbours for extent in group.extents):
             if begin < last and first < end and own.engine is self._engine:
@@ -292,7 +292,7 @@ class GroupState:
 
 
 def _given(label: str, name: str, grad: Any, engine: Engine) -> Gradient:
-    """Return the description of a gradient, which is where the engine works or on the host."""
+    """Return the description of an array, which lies on the engine's device or on the host."""
     if engine.name != "cpu":
         values = grad.values if isinstance(grad, IndexedSlices) else grad
         engine = engines.of(values)
@@ -313,14 +313,14 @@ def refuse_beyond(label: str, own: Gradient, dtype: np.dtype[Any]) -> None:
 
 
 def copied(own: Gradient, stream: Any, dtype: Any = None) -> Any:
-    """Return a copy of a gradient's array in C order, on its own engine, cast to a dtype."""
+    """Return a copy of a gradient's array in C order, on its own engine, cast to `dtype`."""
     made = own.engine.empty(own.shape, own.native if dtype is None else dtype)
     own.engine.put(made, own.facts.array, stream)
     return made
 
 
 def _read_only(array: Any) -> Any:
-    """Return a view that is not written to, where NumPy makes it."""
+    """Return a read-only view of a NumPy array, and other arrays as they are."""
     if isinstance(array, np.ndarray):
         array = array.view()
         array.flags.writeable = False
@@ -328,7 +328,7 @@ def _read_only(array: Any) -> Any:
 
 
 def _taken(own: Gradient) -> Any:
-    """Return a parameter's own array, after checking that it can be updated where it is."""
+    """Return a parameter's own array, after checking that it can be updated in place."""
     if isinstance(own.source, np.generic):
         wanted = "an array, which can be updated where it is, for copy=False"
         raise TypeError(expected(own.name, wanted, type(own.source).__name__))
@@ -341,14 +341,14 @@ def _taken(own: Gradient) -> Any:
 
 
 def readable(own: Gradient, engine: Engine) -> Any:
-    """Return an array that an engine can copy: its own in C order, or the host's."""
+    """Return an array that `engine` can copy: one of its own in C order, or one on the host."""
     if own.engine is engine and own.facts.c_order:
         return own.facts.array
     return own.engine.on_host(own.facts, own.engine.stream_of([own.facts]))
 
 
 class SparseGroupState(GroupState):
-    """One sparse group at run time: for each parameter the rows of its gradient, one by one."""
+    """One sparse group at run time: each gradient is rows of its parameter and their indices."""
 
     sparse = True
 
@@ -357,11 +357,11 @@ class SparseGroupState(GroupState):
         self.rows = {name: HeldRows(param, self._engine) for name, param in self.updated.items()}
 
     def gradients(self) -> list[Gradient]:
-        """Return the gradient of each parameter, of no rows where there is none."""
+        """Return the gradient of each parameter; one that is not there has no rows."""
         return [rows.gradient(self._gradient, name) for name, rows in self.rows.items()]
 
     def seen(self, name: str) -> IndexedSlices | None:
-        """Return a parameter's gradient as one object, None where there is none."""
+        """Return a parameter's gradient as `IndexedSlices`, None if there is none."""
         rows = self.rows[name]
         return rows.slices if rows.is_present else None
 
@@ -370,15 +370,15 @@ class SparseGroupState(GroupState):
         self.rows[name].clear()
 
     def append(self, name: str, grad: IndexedSlices, stream: Any) -> None:
-        """Append the rows of slices that fit to a parameter's."""
+        """Append the rows of slices, which were checked, to a parameter's."""
         self.rows[name].append(grad, stream)
 
     def hold(self, stream: Any) -> Any:  # noqa: ARG002
-        """Return the rows, and go on without any."""
+        """Return the rows with their memory; the group has none after that."""
         return [rows.give_away() for rows in self.rows.values()]
 
     def restore(self, held: Any, stream: Any) -> None:  # noqa: ARG002
-        """Bring the rows back."""
+        """Take the rows back that `hold` has returned."""
         for rows, own in zip(self.rows.values(), held, strict=True):
             rows.take_back(own)
 
@@ -391,7 +391,7 @@ class SparseGroupState(GroupState):
             rows.clear()
 
     def _apart(self, name: str, own: Gradient, stream: Any) -> Any:
-        """Return slices, with a copy of their values where these are rows of the group's own."""
+        """Return slices; their values are a copy if they overlap another parameter's gradient."""
         assert own.slices is not None
         begin, end = own.facts.extent
         values = own.facts.array

@@ -1,4 +1,4 @@
-"""One norm over gradients and one factor for all; and elements held between bounds."""
+"""Clipping of gradients by one norm and one factor, and of elements between two bounds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from numclip.sums import Whole, norm
 def span_of(
     gradient: Gradient, target: Gradient, policy: str, ord: float, duplicates: str = "raw"
 ) -> AnySpan:
-    """Return where a gradient is and goes, as a plan takes it."""
+    """Return the span of a gradient and its target; a `RowSpan` if repeated rows are summed."""
     if duplicates == "sum" and gradient.repeated:
         return row_span(gradient, target)
     parts = gradient.dtype.components == 2 and (ord != 2.0 or policy == "zero")
@@ -39,7 +39,7 @@ def span_of(
 
 
 def row_span(gradient: Gradient, target: Gradient) -> RowSpan:
-    """Return where the rows of slices are and go, whose sums are to be measured."""
+    """Return the `RowSpan` of a sparse gradient and its target; plans measure the rows' sums."""
     own, to = gradient.facts, target.facts
     found = gradient.engine.span(gradient.dtype, own, to, parts=False)
     contiguous = own.c_order and to.c_order and not isinstance(found, Strided)
@@ -60,7 +60,7 @@ def _loss_of(entry: Gradient, ord: float) -> float:
 
 
 def norm_of_sum(total: float, exponent: int, ord: float) -> float:
-    """Return the norm that belongs to a sum of powers, with the bits that kernels give."""
+    """Return the norm of a sum of powers ``total * 4**exponent``, with the bits kernels give."""
     if ord == math.inf or is_product(ord):
         return norm(total, exponent, ord)
     return powers.norm_of_sum(total, exponent, ord)  # type: ignore[no-any-return]
@@ -109,7 +109,7 @@ def clip_together(
 def clip_whole(
     grad: Any, bound: float, out: Any, divisor: Callable[[int], float], ord: float
 ) -> Any:
-    """Clip each gradient by its norm over a divisor, which follows from its number of elements."""
+    """Clip each gradient by its norm over ``divisor(its number of elements)``."""
 
     def write(entry: Gradient, target: Gradient, law: Law, _: bool) -> Any:
         clip([entry], [target], law)
@@ -132,8 +132,8 @@ def clip(
 ) -> Any:
     """Scale gradients by one factor where their norm exceeds a bound; return the norm.
 
-    Without targets they are only measured. The plan is found again by the key, if there is one.
-    The norm is that of the whole, if there is one.
+    Without targets they are only measured. The plan is kept under `key` unless that is None. If
+    `whole` is given, the norm is that of the whole, of which the gradients are a part.
     """
     if not entries:
         if whole is not None:
@@ -188,9 +188,9 @@ def plan_of(
     *,
     apart: bool = False,
 ) -> tuple[Plan, list[Outcome], list[RowSpan]]:
-    """Return a plan for one norm of some gradients, its free memory for outcomes, and its rows.
+    """Return (plan, free outcomes, row spans) for one norm of all gradients.
 
-    Or for one norm of each, `apart`.
+    With `apart`, the plan is for one norm of each gradient.
     """
     engine = entries[0].engine
     pairs = zip(entries, targets, strict=True)
@@ -204,7 +204,7 @@ def plan_of(
 def take_rows(
     plan: Plan, entries: Sequence[Gradient], rows: Sequence[RowSpan], stream: Any
 ) -> None:
-    """Let a plan know which rows of slices share an index."""
+    """Pass a plan the row spans and groupings of the gradients with repeated rows."""
     repeated = [entry.slices for entry in entries if entry.repeated]
     groupings = [slices.grouping for slices in repeated if slices is not None]
     plan.take_rows(rows, groupings, stream)
@@ -216,7 +216,7 @@ def _engine_of(found: Structure) -> Engine:
 
 
 def _clip_again(engine: Engine, key: Any, law: Law, policy: str, *, write: bool) -> Any:
-    """Do what `clip` does with gradients whose plan is known; None, and nothing done, else."""
+    """Do as `clip` by the plan kept under `key`; return None and do nothing if there is none."""
     known = engine.find_plan(key)
     if known is None:
         return None
@@ -230,7 +230,7 @@ def _clip_again(engine: Engine, key: Any, law: Law, policy: str, *, write: bool)
 
 
 def _are_same(found: Structure, out: Any) -> bool:
-    """Tell whether results go to the gradients themselves, in another structure of them."""
+    """Tell whether `out` is another structure of the gradients themselves."""
     if not isinstance(out, (list, tuple, dict)):
         return False
     other = structure(out, "out")
@@ -238,7 +238,7 @@ def _are_same(found: Structure, out: Any) -> bool:
 
 
 def decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: bool) -> Outcome:
-    """Decide by a law, after measuring or not; return where the outcome is."""
+    """Decide by a law, after measuring if `measures`; return the outcome."""
     outcome = free.pop() if free else plan.outcome(stream)
     plan.write_laws(law, stream)
     if measures:
@@ -248,13 +248,13 @@ def decide(plan: Plan, free: list[Outcome], law: Law, stream: Any, *, measures: 
 
 
 def _norm(engine: Engine, free: list[Outcome], outcome: Outcome, stream: Any) -> Any:
-    """Return the norm that a decision tells; its memory is free when nobody asks any more."""
+    """Return the norm of a decision; the outcome is freed once nothing can read it."""
     return engine.number(outcome[1], tables.NORM, stream, lambda: free.append(outcome))
 
 
 @isolated
 def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any) -> Any:
-    """Hold each element between two bounds, which `bounds` checks for a shape."""
+    """Clamp each element between two bounds, which `bounds` checks and returns for a shape."""
 
     def check(entry: Gradient) -> tuple[Any, Any]:
         if entry.dtype.components == 2:
@@ -269,7 +269,7 @@ def clip_by_value(grad: Any, bounds: Callable[[tuple[int, ...]], Any], out: Any)
 
 
 def _hold(entry: Gradient, target: Gradient, bounds: tuple[Any, Any], new: bool) -> Any:
-    """Hold each element between two bounds; of rows that repeat, each sum."""
+    """Clamp each element between two bounds; where rows repeat, clamp their sums."""
     used = [entry.facts, target.facts]
     stream = entry.engine.stream_of(used)
 
@@ -287,7 +287,7 @@ def _hold(entry: Gradient, target: Gradient, bounds: tuple[Any, Any], new: bool)
 
 
 def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) -> None:
-    """Write each element held between two numbers, or arrays of the host."""
+    """Write each element clamped between two numbers, or two arrays of the host."""
     engine = entry.engine
     if np.ndim(low) or np.ndim(high):
         array = Strided(entry.dtype, entry.shape, entry.facts.memory, target.facts.memory)
@@ -302,7 +302,7 @@ def _clamp(entry: Gradient, target: Gradient, low: Any, high: Any, stream: Any) 
 
 
 def _sent(bound: Any, entry: Gradient, stream: Any) -> tuple[Memory, Any]:
-    """Return where a bound is, broadcast to a gradient, and what holds it there."""
+    """Return (memory, array): a bound on the engine, broadcast to a gradient, and its array."""
     with np.errstate(over="ignore", under="ignore"):  # a bound out of range is infinite or 0
         values = libraries.to_numpy("bound", bound).astype(entry.native)
     if entry.slices is not None:
@@ -321,10 +321,11 @@ def with_rows_summed(
     *,
     new: bool,
 ) -> Any:
-    """Run an operation that is not linear on the sums of rows, in place.
+    """Run a nonlinear operation in place on the sums of repeated rows; return the result.
 
-    `operate` tells whether it changed anything. Returns new slices, or the target with the sums in
-    the first row of each; a copy of the slices as they are where nothing changed.
+    `operate` returns whether it changed anything. If not, the target gets the rows as they are.
+    Else the result is the summed slices if `new`, or the target with each sum in the first row
+    of its index and 0 in the others.
     """
     slices: Any = entry.slices
     engine = entry.engine

@@ -1,8 +1,8 @@
-"""Clipping groups by one kind of rule: what is measured, decided and written.
+"""Clipping of groups by one kind of rule: what is measured, decided and written.
 
-A *clipper* serves the groups of one kind of rule, by tables and launches of its own: kinds do
-not depend on one another. Nothing here waits for the engine but rules that follow the norms, and
-policies that raise.
+A *clipper* serves the groups of one kind of rule, with tables and kernel launches of its own, so
+that kinds do not depend on one another. Only rules that follow the norms and the policy "raise"
+wait for the engine.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ class Clipper:
     ord : float
         The order of the norms.
     groups : list of GroupState
-        The groups, those that share a norm side by side.
+        The groups; those that share a norm are adjacent.
     rules, keys : dict of str
-        The rule of each group, and what is the same for those that share a norm.
+        The rule of each group, and the key that groups sharing a norm have in common.
     tensors, pools : dict of str to range
-        The plan's tensors and pools that are a group's.
+        The indices of each group's tensors and pools in the plan.
     bounds, divisors : array
-        The bound on the norm of each pool at present, and what that norm is divided by.
+        The present bound on the norm of each pool, and the divisor of that norm.
     place, found : int, pair of tables
-        Which row of the tables is of the present step, and its sums and decisions.
+        The row of the present step in the tables, and the sums and decisions in that row.
     tables : list
-        What is found, a row for each step: sums, decisions, and what kinds add.
+        The results, a row for each step: sums, decisions, and tables that subclasses add.
     given, told : array or None
-        The sums of all ranks for each pool, and those that reports tell.
+        The sums over all ranks: one row for each pool, and the rows that reports use.
     told_rows : dict of str to range
-        Which of the latter are of each group: one, or one for each tensor.
+        The rows of `told` that belong to each group: one, or one for each tensor.
     scheduled : list
-        The rules whose bounds follow the step, one for each norm, and the pools of each.
+        The rules whose bounds depend on the step, one for each norm, each with its pools.
     strict, follows, decides_again : bool
-        Whether the policy of a group is to raise, whether rules follow the norms, and whether
-        more is to be decided than `measure` decides.
+        Whether the policy of a group is "raise", whether rules follow the norms, and whether
+        `decide` has to follow `measure`.
     absent : frozenset of str
         The parameters that have no gradient at the present step, where rules follow norms.
     writes_within : bool
-        Whether parts of a tensor are written by factors of their own, or cleaned.
+        Whether elements of one tensor can have different factors, or are set to 0 if not finite.
     by_norms, writes_all : bool
-        Whether bounds on L2 norms are all that decides; whether updates find all written.
+        Whether L2 norms and bounds alone decide; whether updates read gradients that are written.
     """
 
     by_norms = True
@@ -100,15 +100,15 @@ class Clipper:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of tables a step takes."""
+        """The bytes that a step takes in the tables."""
         return sum(8 * math.prod(shape) for shape in self._shapes())
 
     def keep(self, steps: int, stream: Any) -> None:
-        """Make tables with memory for some steps."""
+        """Allocate the tables with a row for each of `steps` steps."""
         self.tables = [self.engine.table((steps, *shape), stream) for shape in self._shapes()]
 
     def _lay_out(self, groups: Sequence[Any]) -> None:
-        """Give tensors and pools their numbers: those of one norm follow one another."""
+        """Assign numbers to tensors and pools; groups that share a norm get consecutive ones."""
         sharing: dict[Any, list[Any]] = {}
         for group in groups:
             sharing.setdefault(self.keys[group.name], []).append(group)
@@ -134,7 +134,7 @@ class Clipper:
         return self.engine.plan(spans, self._pool_list, stream)
 
     def _sizes_of(self, known: Mapping[str, list[int]]) -> list[int]:
-        """Return how many elements each tensor has; those of some groups are known."""
+        """Return each tensor's number of elements, which `known` has for some groups."""
         return [
             size
             for group in self.groups
@@ -143,7 +143,7 @@ class Clipper:
         ]
 
     def _found_divisors(self, sizes: Sequence[int]) -> Array:
-        """Return by what each pool's norm is divided."""
+        """Return the divisor of each pool's norm, from the sizes of all tensors."""
         divisors = np.ones(len(self._pool_list))
         for group in self.groups:
             rule = self.rules[group.name]
@@ -153,7 +153,7 @@ class Clipper:
         return divisors
 
     def take_sizes(self, known: Mapping[str, list[int]]) -> None:
-        """Let the tensors of some groups have so many elements on all ranks together."""
+        """Set the sizes of some groups' tensors to those over all ranks, and find the divisors."""
         if known.keys().isdisjoint(self.rules):
             return
         sizes = self._sizes_of(known)
@@ -164,7 +164,7 @@ class Clipper:
         self._written = None
 
     def _set_bounds(self) -> None:
-        """Take the bounds that do not depend on the step."""
+        """Set the bounds that do not depend on the step, and list the rules whose bounds do."""
         asked: set[int] = set()
         for group in self.groups:
             rule, pools = self.rules[group.name], self.pools[group.name]
@@ -182,27 +182,27 @@ class Clipper:
         return [(tensors, tables.SUM_COLUMNS), (pools + 1, tables.DECISION_COLUMNS)]
 
     def _outcome(self, place: int) -> Outcome:
-        """Return where the sums and decisions of a step go."""
+        """Return the rows of the tables for the sums and decisions of a step."""
         tables = self.tables
         return tables[0][place], tables[1][place]
 
     def take_step(self, step: int) -> None:
-        """Take the bounds of a step; refuse a bad one."""
+        """Set the bounds of a step; refuse an invalid one."""
         self.bounds = self._bounds_at(step)
 
     def _bounds_at(self, step: int) -> Array:
-        """Return the bounds of a step, made of the last ones where some are others."""
+        """Return the bounds of a step: the last array, or a changed copy of it."""
         found = [rule.bound(step) for rule, _ in self.scheduled]
         last, bounds = self._found
         if found != last:
             bounds = bounds.copy()
             for bound, (_, pools) in zip(found, self.scheduled, strict=True):
                 bounds[pools.start : pools.stop] = bound
-            self._found = found, bounds  # at once: an interrupt leaves it to the next step
+            self._found = found, bounds  # both at once: after an interrupt the next step does it
         return bounds
 
     def obey(self, unscale: float, stream: Any) -> None:
-        """Let decisions obey the bounds there are."""
+        """Write the law of a step: its bounds, the loss scale, and the rows of sparse groups."""
         if self._sparse:
             self._take_rows(stream)
             self._losses = self._own_losses
@@ -210,12 +210,12 @@ class Clipper:
         self._write_law(unscale, stream)
 
     def _take_rows(self, stream: Any) -> None:
-        """Let the plan know the rows that the sparse groups have at present."""
+        """Pass the plan the present rows of the sparse groups, and find their losses."""
         entries = [(group, e) for group in self.groups if group.sparse for e in group.gradients()]
         rows = [entry.slices for _, entry in entries]
         if list(map(id, rows)) == list(map(id, self.rows)):
             return
-        self.rows = []  # until the plan knows them: an interrupt leaves it to the next step
+        self.rows = []  # until the plan has them: after an interrupt the next step passes them
         groupings = [slices.grouping for slices in rows]
         self.plan.take_rows([row_span(entry, entry) for _, entry in entries], groupings, stream)
         losses = np.zeros(len(self._pool_list))
@@ -224,14 +224,14 @@ class Clipper:
         tensors = {group.name: iter(self.tensors[group.name]) for group in self.groups}
         self.losses_of_tensors = np.zeros(len(self.plan.spans))
         for group, entry in entries:
-            pool = next(places[group.name], pool)  # the last one has the rest
+            pool = next(places[group.name], pool)  # the last pool takes all remaining tensors
             loss = repeated_loss([entry], self.ord)
             losses[pool] += loss
             self.losses_of_tensors[next(tensors[group.name])] = loss
         self._own_losses, self.rows = losses, rows
 
     def _write_law(self, unscale: float, stream: Any) -> None:
-        """Let decisions obey the bounds; nothing is sent where they do already."""
+        """Write the law with the present bounds, unless the plan has it already."""
         written = self._written
         if (
             written is None
@@ -247,42 +247,42 @@ class Clipper:
                 loss=self._losses,
                 size=self._sizes,
             )
-            self._written = None  # as an interrupt leaves it
+            self._written = None  # if an interrupt comes now, the law is written again
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 
     def measure(self, place: int, stream: Any, *, decides: bool = True) -> None:
-        """Take the L2 norms and find what is not finite; decide, unless all ranks are to."""
+        """Measure L2 norms and count non-finite tensors; decide, unless `decide_given` follows."""
         self.plan.measure(2.0, stream)
         self.turn_to(place)
         (self.plan.decide if decides else self.plan.add)(self.found, stream)
 
     def turn_to(self, place: int) -> None:
-        """Let what is found go to a row of the tables."""
+        """Write results to row `place` of the tables from now on."""
         self.place, self.found = place, self._outcome(place)
         self.given = self.told = None
         self._leaves = False
 
     def at_once(self) -> AtOnce | None:
-        """Return what clips little data by one call each, None where it is not that."""
+        """Return an `AtOnce` that clips small gradients by one native call, None if none can."""
         if not self.by_norms:
             return None
         held = [rows.words for rows in rows_of(self.groups).values()]
         return self.plan.at_once(self.divisors, held)  # type: ignore[no-any-return]
 
     def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
-        """Take a step by one call, or two where bounds follow norms; tell whether that was right.
+        """Clip by one native call, or two where bounds follow norms; return True on success.
 
-        If not, nothing else was written than what is found.
+        If not, nothing but results was written.
         """
         return native.take(items, turn.place, turn.stretch.unscale, self.bounds, self.tables)
 
     def ranks_at_once(self, told: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
-        """Return what clips by the sums of all ranks by two calls."""
+        """Return a `RanksAtOnce` that clips by the sums of all ranks in two calls, or None."""
         return self.plan.ranks_at_once(self.divisors, self._sizes, told, exchanged)
 
     def decide_given(self, given: Array, told: Array, losses: float | Array, stream: Any) -> None:
-        """Decide by the sums of all ranks for each pool; reports tell others."""
+        """Decide by the sums over all ranks, a row for each pool; reports use the rows `told`."""
         self.given, self.told = given, told
         if not self._leaves:
             if self._sparse:
@@ -291,14 +291,14 @@ class Clipper:
         self._decide_again(stream)
 
     def _decide_again(self, stream: Any) -> None:
-        """Decide by what was measured, here or on all ranks."""
+        """Decide by the sums over all ranks if there are any, else by those of this rank."""
         if self.given is None:
             self.plan.decide(self.found, stream)
         else:
             self.plan.decide_by(self.given, self.found, stream)
 
     def leave(self, stream: Any) -> None:
-        """Decide to leave gradients as they are, but those of groups that are skipped."""
+        """Decide to leave gradients unscaled; the policies for non-finite ones still apply."""
         if self._sparse:
             self._take_rows(stream)
         if self._as_they_are is None:
@@ -312,7 +312,7 @@ class Clipper:
         self.plan.decide(self.found, stream)
 
     def write_left(self, stream: Any) -> Outcome:
-        """Clean what `leave` finds that is not finite, by the policy; return what is decided."""
+        """After `leave`, zero non-finite elements if the policy says so; return the outcome."""
         self.plan.write_exceptional(self.found, stream)
         return self.found
 
@@ -326,30 +326,30 @@ class Clipper:
         ]
 
     def decide(self, step: int, stream: Any) -> None:
-        """Decide where more is needed than `measure` took."""
+        """Decide again where a kind of rule needs more than `measure` has found."""
 
     def write(self, stream: Any) -> None:
-        """Write the gradients, clipped."""
+        """Write the clipped gradients."""
         self.plan.scale(self.found, stream)
 
     def has_spoilt(self, stream: Any) -> bool:  # noqa: ARG002
-        """Tell whether finite gradients are NaN since they were clipped."""
+        """Tell whether clipping has turned finite gradients into NaN."""
         return False
 
     def write_exceptional(self, stream: Any) -> Outcome:
-        """Write what an update cannot do on its way; return what it is to obey."""
+        """Write the tensors that an update cannot scale itself; return the outcome it follows."""
         self.plan.write_exceptional(self.found, stream)
         return self.found
 
     def preview(self, stream: Any) -> None:
-        """Find out what `write` would make of the norms; the gradients stay as they are."""
+        """Find the norms that `write` would lead to; the gradients stay as they are."""
 
     def observe(self, step: int, stream: Any) -> None:
-        """Let rules that follow the norms know those before and after."""
+        """Pass the norms before and after clipping to the rules that follow them."""
 
     @property
     def names(self) -> list[str]:
-        """The names of the tensors, by their numbers."""
+        """The names of the tensors, in the order of their numbers."""
         return [name for group in self.groups for name in group.names]
 
     @property
@@ -380,14 +380,14 @@ class Clipper:
 
 
 def shared_key(group: Any) -> tuple[str, Any]:
-    """Return what is the same for groups that are clipped by one norm."""
+    """Return the key that groups clipped by one norm have in common."""
     if group.clip is not None and group.clip.shared is not None:
         return "shared", group.clip.shared
     return "group", group.name
 
 
 def _spans(group: Any, ord: float) -> list[AnySpan]:
-    """Return where a group's gradients are, which are written in place."""
+    """Return the spans of a group's gradients, which are written in place."""
     if group.sparse:
         return [row_span(entry, entry) for entry in group.gradients()]
     return [span_of(entry, entry, group.nonfinite, ord) for entry in group.gradients()]

@@ -1,4 +1,4 @@
-"""One gradient, or each of a structure by itself: all are checked before one is written."""
+"""Clipping of one gradient, or of each in a structure on its own; all are checked first."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from numclip.border.results import refuse_overlaps, target_of, targets_of
 from numclip.border.structures import is_structure, structure
 
 Check = Callable[[Gradient], Any]
-"""Refuses a gradient that does not fit; returns what is to be done with it."""
+"""Refuses a gradient that does not fit; returns the gradient's settings for `Write`."""
 Write = Callable[[Gradient, Gradient, Any, bool], Any]
-"""Takes a gradient, its target, what to do with it and whether the target is new; returns the
-result."""
+"""Takes a gradient, its target, its settings and whether the target is new; returns the result."""
 
 
 def clip_each(grad: Any, out: Any, check: Check, write: Write, owner_of: Any = None) -> Any:
     """Clip a gradient, or each gradient of a structure; return results in the same structure.
 
-    `owner_of` returns what else is read for a gradient, from what is to be done with it.
+    `owner_of` returns the parameter that is read for a gradient, from the gradient's settings.
     """
     if not is_structure(grad):
         entry = describe("grad", 0, grad)

@@ -1,4 +1,4 @@
-"""The rows of sparse gradients that are held for parameters, and what takes many in by one call."""
+"""The stored rows of sparse gradients, and takers that copy many gradients in by one call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numclip.slices import IndexedSlices, Parts
 class HeldRows:
     """The rows of one parameter's gradient, in memory that grows with them.
 
-    `words` say where they are and how many, see `numclip.tables`: kernels of the host write there.
+    `words` are their addresses and counts, see `numclip.tables`; kernels of the host append rows.
     """
 
     def __init__(self, param: Any, engine: Engine) -> None:
@@ -29,8 +29,8 @@ class HeldRows:
         self._own(0)
 
     def _own(self, rows: int) -> None:
-        """Have new memory for so many rows, of which none is filled."""
-        self.words[: tables.HEIGHT] = 0  # until there is other memory, as an interrupt leaves it
+        """Allocate memory for `rows` rows, of which none is filled."""
+        self.words[: tables.HEIGHT] = 0  # an interrupt leaves no rows rather than wrong ones
         self._memory = self._engine.empty((rows * self._length,), self._dtype)
         self._indices = np.empty(rows, np.int64)
         address = self._engine.facts("rows", self._memory).address
@@ -38,13 +38,13 @@ class HeldRows:
         self.forget()
 
     def forget(self) -> None:
-        """Describe the rows anew: others are there."""
+        """Drop the cached slices and description: the rows have changed."""
         self._slices: IndexedSlices | None = None
         self._gradient: Gradient | None = None
 
     @property
     def is_present(self) -> bool:
-        """Whether there is a gradient, be it of no rows."""
+        """Whether there is a gradient, even one without rows."""
         return bool(self.words[tables.PRESENT])
 
     @property
@@ -80,7 +80,7 @@ class HeldRows:
         self.forget()
 
     def append(self, grad: IndexedSlices, stream: Any) -> None:
-        """Copy rows in, from the host or where the engine works."""
+        """Append the rows of slices, which lie on the host or on the engine's device."""
         first, count = self._count, grad.indices.size
         if first + count > self.words[tables.CAPACITY]:
             self._grow(2 * (first + count), stream)
@@ -94,7 +94,7 @@ class HeldRows:
         return self._engine.part(self._memory, first * self._length, shape)
 
     def _grow(self, rows: int, stream: Any) -> None:
-        """Have memory for so many rows; those there are stay."""
+        """Allocate memory for `rows` rows, and copy the present rows to it."""
         count, kept, indices = self._count, self._part(0, self._count), self.indices
         self._own(rows)
         if count:
@@ -103,13 +103,13 @@ class HeldRows:
 
     @property
     def slices(self) -> IndexedSlices:
-        """The rows as one object, whose values are a view; the same one while they stay."""
+        """The rows as `IndexedSlices` on a view; the same object until the rows change."""
         if self._slices is None:
             self._slices = IndexedSlices(self._part(0, self._count), self.indices, self.shape)
         return self._slices
 
     def gradient(self, describe: Callable[[str, Any], Gradient], name: str) -> Gradient:
-        """Return the description of the rows, the same one while they stay."""
+        """Return the description of the rows, the same object until the rows change."""
         if self._gradient is None:
             self._gradient = describe(name, self.slices)
         return self._gradient
@@ -118,7 +118,7 @@ class HeldRows:
 class RowTaker:
     """Takes gradients in by one call, as `Given`, where some are sparse.
 
-    Rows for which memory has no room yet are not taken.
+    Nothing is taken if the memory of some rows is too small.
     """
 
     def __init__(self, given: Given, rows: Mapping[int, HeldRows], parts: Parts) -> None:
@@ -137,7 +137,7 @@ class RowTaker:
 
 
 def takers_of(groups: Sequence[Any], engine: Engine) -> list[Any]:
-    """Return what takes gradients of groups in by one call: of their dtypes, of parameters'."""
+    """Return the takers of gradients of the buffers' dtypes and, with masters, the parameters'."""
     own = [(group, name) for group in groups for name in group.names]
     targets = [group.updated[name] if group.sparse else group.seen(name) for group, name in own]
     facts = [engine.facts("gradient", target) for target in targets]
@@ -156,6 +156,6 @@ def takers_of(groups: Sequence[Any], engine: Engine) -> list[Any]:
 
 
 def rows_of(groups: Sequence[Any]) -> dict[int, HeldRows]:
-    """Return the rows of sparse gradients, by their places among all gradients of groups."""
+    """Return the rows of sparse gradients, by their indices among all gradients of the groups."""
     own = [(group, name) for group in groups for name in group.names]
     return {k: group.rows[name] for k, (group, name) in enumerate(own) if group.sparse}

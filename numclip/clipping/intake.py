@@ -1,4 +1,4 @@
-"""How gradients come to groups: copied in or added, and which have come since the last step."""
+"""Intake of groups' gradients: copied in or added; notes which were set since the last step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numclip.isolation import isolated
 
 
 def _picker(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """Return what makes a tuple of a dict's values, in the order of names."""
+    """Return a function that makes a tuple of a dict's values, in the order of `names`."""
     if len(names) > 1:
         return itemgetter(*names)
     (name,) = names
@@ -31,11 +31,11 @@ class Intake:
     names : tuple of str
         The parameters, in order.
     clipped : Turn or None
-        The step in which the gradients that are there were clipped.
+        The step that has clipped the present gradients; None if they are not clipped.
     applied : bool
-        Whether the last step has applied what was there before it.
+        Whether the last update has applied all gradients that were there before it.
     fresh : set of str
-        The parameters whose gradients were set since that step.
+        The parameters whose gradients were set since that update.
     """
 
     def __init__(self, groups: Sequence[GroupState], engine: Engine) -> None:
@@ -44,7 +44,7 @@ class Intake:
         self.names = tuple(self._owners)
         self._takers = takers_of(groups, engine)
         self._picked = _picker(self.names)
-        self._outline: tuple[Outline, list[int]] | None = None  # of gradients, and their order
+        self._outline: tuple[Outline, list[int]] | None = None  # the last seen, and its order
         self.clipped: Turn | None = None
         self.applied = False
         self.fresh: set[str] = set()
@@ -56,7 +56,7 @@ class Intake:
         return self._owners[name]
 
     def put(self, grads: Any, stream: Any, *, adds: bool) -> None:
-        """Copy gradients in, or add them, after checking all."""
+        """Check all gradients, then copy them in or add them."""
         items = self.known(grads)
         if items is not None and self._take(items, adds=adds):
             self._note(self.names)
@@ -69,20 +69,20 @@ class Intake:
         self._note(named)
 
     def put_all(self, items: tuple[Any, ...], stream: Any) -> None:
-        """Copy gradients in, of all parameters in their order; None for those that lack.
+        """Copy in gradients of all parameters in their order, with None for missing ones.
 
-        Nothing is noted of them.
+        They are not noted in `fresh`, and `clipped` stays as it is.
         """
         if not self._take(items, adds=False):
             self._put_each(dict(zip(self.names, items, strict=True)), stream)
 
     def ordered(self, grads: Any) -> tuple[Any, ...]:
-        """Return gradients in the order of their parameters, with None for those that lack."""
+        """Return gradients in the order of their parameters, with None for missing ones."""
         items = self.known(grads)
         return tuple(map(self.named(grads).get, self.names)) if items is None else items
 
     def known(self, grads: Any) -> tuple[Any, ...] | None:
-        """Return the same, None where some are missing as well."""
+        """Return the same for a complete flat dict or the structure seen last, else None."""
         if type(grads) is dict:
             grads = grads.copy()  # another thread may change its keys
             if len(grads) == len(self.names):
@@ -113,7 +113,7 @@ class Intake:
         return named
 
     def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Copy arrays in by one call, or add them; tell whether that was possible."""
+        """Copy arrays in by one call, or add them; return True if that was possible."""
         for taker in self._takers:
             if taker.take(items, adds=adds):
                 return True
@@ -121,13 +121,13 @@ class Intake:
 
     @isolated
     def _take_copies(self, taker: Any, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Do so with arrays that are not ordinary, of which few microseconds make copies."""
+        """Do so with copies of small arrays of other dtypes or orders: they take microseconds."""
         copies = taker.copies(items, adds=adds)
         return copies is not None and taker.take(copies, adds=adds)
 
     @isolated
     def _put_each(self, named: Mapping[str, Any], stream: Any, *, adds: bool = False) -> None:
-        """Copy gradients in, or add them, after checking each."""
+        """Check each gradient, then copy them in or add them one by one."""
         fitting = [(self.owner(name), name, grad) for name, grad in named.items()]
         fitting = [(own, name, own.fitting(name, grad, stream)) for own, name, grad in fitting]
         dense = [
@@ -144,7 +144,7 @@ class Intake:
                 own.append(name, grad, stream)
 
     def _note(self, named: Iterable[str]) -> None:
-        """Remember that gradients were set."""
+        """Note the parameters whose gradients were set."""
         self.clipped = None
         if self.applied:
             self.fresh.update(named)
@@ -152,15 +152,16 @@ class Intake:
                 self.forget()
 
     def forget(self, *, applied: bool = False) -> None:
-        """Let all gradients be those of a step to come, and not be clipped; or all be applied."""
+        """Mark all gradients as not clipped, and as applied or set for the next step."""
         self.clipped, self.applied = None, applied
         if self.fresh:
             self.fresh.clear()
 
     def stale(self) -> frozenset[str]:
-        """Return the parameters whose gradients were applied, and are not known to be others.
+        """Return the parameters whose gradients were applied by the last update and not set since.
 
-        Where nothing at all was set, or somebody has a view of one, it may have been written to.
+        There are none if no gradient was set since. Parameters in `exposed` are left out: the user
+        may have written to the views of their gradients.
         """
         if not self.fresh:
             return NOBODY
@@ -168,7 +169,7 @@ class Intake:
         return frozenset(self.names) - self.fresh - seen
 
     def missing(self, items: Iterable[Any]) -> frozenset[str]:
-        """Return the parameters that have no gradient among some for all, in their order."""
+        """Return the parameters whose entry in `items`, one for each in order, is None."""
         if not any(map(is_, items, repeat(None))):
             return NOBODY
         return frozenset(compress(self.names, map(is_, items, repeat(None))))

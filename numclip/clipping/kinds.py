@@ -23,9 +23,9 @@ from numclip.memory import Strided
 
 
 class Followed(NamedTuple):
-    """A group whose bounds follow norms: its rule, and the first of its pools, and the one after.
+    """A group whose bounds follow norms, its rule and its pools ``[first, last)``.
 
-    `jointly` says that it has one norm.
+    `jointly` says that the group has one norm.
     """
 
     group: Any
@@ -41,13 +41,13 @@ class FollowingClipper(Clipper):
     follows = decides_again = True
 
     def _set_bounds(self) -> None:
-        """Leave bounds that follow norms infinite: they are found when norms are.
+        """Leave bounds that follow norms infinite: `decide` finds them from the measured norms.
 
-        Until then, norms are found whatever the bounds.
+        Norms do not depend on bounds.
         """
         super()._set_bounds()
         self._unbounded = self.bounds
-        self._seen: list[tuple[Array, float, bool]] = []  # what rules do not know yet
+        self._seen: list[tuple[Array, float, bool]] = []  # norms that rules have not observed yet
         own = [(group, self.rules[group.name], self.pools[group.name]) for group in self.groups]
         self._following = [
             Followed(group, rule, pools.start, pools.stop, rule.scope == "group")
@@ -56,12 +56,12 @@ class FollowingClipper(Clipper):
         ]
 
     def take_step(self, step: int) -> None:
-        """Take the bounds of a step that do not follow norms; refuse a bad one."""
+        """Set the bounds of a step that do not follow norms; refuse an invalid one."""
         self._unbounded = self._bounds_at(step)
 
     @isolated
     def decide(self, step: int, stream: Any) -> None:
-        """Decide again, by the bounds that the rules make of the norms."""
+        """Decide again, by the bounds that the rules find from the norms."""
         read = self.engine.read
         self._follow(step, read(self.found[0], stream), read(self.found[1], stream))
         self._write_law(self.unscale, stream)
@@ -69,9 +69,9 @@ class FollowingClipper(Clipper):
 
     @isolated
     def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
-        """Take a step by two calls, the first of which measures, see `Clipper`; rules know it then.
+        """Measure by one call and clip by another, see `Clipper`; then let the rules observe it.
 
-        To be isolated once takes 1 us less than once before and once after.
+        Isolating the whole method takes 1 us less than isolating its two parts of Python.
         """
         place, step, unscale = turn.place, turn.step, turn.stretch.unscale
         if not native.measure(items, place, unscale, self._unbounded, self.tables):
@@ -85,7 +85,7 @@ class FollowingClipper(Clipper):
         return True
 
     def _follow(self, step: int, sums: Array, decisions: Array) -> None:
-        """Take the bounds that the rules make of the norms."""
+        """Set the bounds that the rules find from the norms."""
         bounds, self._seen = self._unbounded.copy(), []
         for own in self._following:
             seen = self._norms_of(own, sums, decisions)
@@ -98,9 +98,9 @@ class FollowingClipper(Clipper):
             self.bounds = bounds
 
     def _norms_of(self, own: Followed, sums: Array, decisions: Array) -> tuple[Array, float, bool]:
-        """Return the norms a rule is told, the group's, and whether a gradient is not finite.
+        """Return (norms, total, bad): a rule's norms, the group's, and if one is not finite.
 
-        NaN is told as 0, Inf as the largest number.
+        NaN is replaced by 0, Inf by the largest float64.
         """
         if own.jointly:
             total = decisions.item(own.first, tables.NORM) * self.divisors.item(own.first)
@@ -119,16 +119,16 @@ class FollowingClipper(Clipper):
 
     @isolated
     def _observe_after(self, step: int, stream: Any) -> None:
-        """Do what `_observe` does."""
+        """Read the decisions and do what `_observe` does."""
         self._observe(step, self.engine.read(self.found[1], stream))
 
     def observe(self, step: int, stream: Any) -> None:
-        """Let the rules know the norms before and after, if they do not."""
+        """Let the rules observe the norms before and after clipping, if they have not yet."""
         if self._seen:
             self._observe_after(step, stream)
 
     def _observe(self, step: int, decisions: Array) -> None:
-        """Let the rules know the norms before and after."""
+        """Let the rules observe the norms before and after clipping."""
         seen, self._seen = self._seen, []
         for own, (norms, total, bad) in zip(self._following, seen, strict=True):
             group = own.group
@@ -148,7 +148,7 @@ class FollowingClipper(Clipper):
 
 
 def _but(absent: Array, before: dict[str, Array], after: dict[str, Array]) -> dict[str, Array]:
-    """Return the state after a step, for tensors that were absent as it was before."""
+    """Return the state after a step; for tensors that were absent, the state before it."""
     return {
         name: np.where(absent, before[name], own) if own.shape == absent.shape else own
         for name, own in after.items()
@@ -160,7 +160,7 @@ def _finite(norm: float) -> float:
 
 
 class OrderClipper(Clipper):
-    """Clips by norms of one order other than 2; L2 norms are told beside them."""
+    """Clips by norms of one order other than 2; reports have L2 norms beside them."""
 
     by_norms = False
     decides_again = True
@@ -170,7 +170,7 @@ class OrderClipper(Clipper):
         self._powers, _ = self.plan.outcome(stream)
 
     def decide(self, step: int, stream: Any) -> None:  # noqa: ARG002
-        """Measure by the order, and decide again by that."""
+        """Measure by the order and decide again, unless the sums of all ranks have decided."""
         if self.given is None:
             self.take_powers(stream)
 
@@ -180,12 +180,12 @@ class OrderClipper(Clipper):
         return self._powers, self.found[1]
 
     def take_powers(self, stream: Any) -> None:
-        """Measure by the order, and decide by that."""
+        """Measure the sums of powers of the order, and decide by them."""
         self.plan.measure(self.ord, stream)
         self.plan.decide(self.powers, stream)
 
     def norms(self, own: GroupOutcome) -> Array:
-        """Return the norms of the order where each tensor has one, L2 norms elsewhere."""
+        """Return the norms of the order if each tensor has its own norm, else L2 norms."""
         return self._powers_of(own, tables.NORM, super().norms(own))
 
     def clipped_norms(self, own: GroupOutcome) -> Array:
@@ -201,7 +201,7 @@ class OrderClipper(Clipper):
 
 
 class ValueClipper(Clipper):
-    """Holds elements between bounds, and measures what that makes of the norms."""
+    """Clamps elements between bounds, and measures the norms before and after."""
 
     by_norms = False
     writes_within = writes_all = True
@@ -217,7 +217,7 @@ class ValueClipper(Clipper):
         return [*own, *own]
 
     def at_once(self) -> AtOnce | None:
-        """Return what clips little data by one call each."""
+        """Return an `AtOnce` that clamps small gradients by one native call, None if none can."""
         limits = np.zeros((len(self._pool_list), 2))
         for group in self.groups:
             own = self.tensors[group.name]
@@ -226,16 +226,16 @@ class ValueClipper(Clipper):
 
     @isolated
     def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
-        """Clip by one call, and measure what that makes."""
+        """Measure, clamp and measure again by one native call; return True on success."""
         self.turn_to(turn.place)
         return super().take_at_once(native, turn, items)
 
     def outcome_after(self) -> Outcome:
-        """Return where the sums and decisions go that are for what was written."""
+        """Return the rows of the tables for the sums and decisions after clamping."""
         return self.tables[2][self.place], self.tables[3][self.place]
 
     def write(self, stream: Any) -> None:
-        """Take the loss scale out, hold the elements, and measure."""
+        """Divide by the loss scale, clamp the elements, and measure again."""
         self._write(self.plan, self._later, stream)
 
     def _write(self, plan: Any, later: Any, stream: Any) -> None:
@@ -246,27 +246,27 @@ class ValueClipper(Clipper):
             plan.clamp(outcome, *bounds, stream, self.tensors[group.name])
         later.measure(2.0, stream)
         later.decide(self.outcome_after(), stream)
-        if self.given is not None:  # what all ranks skip is skipped here
+        if self.given is not None:  # pools that all ranks skip are skipped here
             later.decide_by(self.given, self.outcome_after(), stream)
 
     def write_exceptional(self, stream: Any) -> Outcome:
-        """Write all: an update has no factor to take."""
+        """Write all tensors: clamping has no factor that an update could apply."""
         self.write(stream)
         return self.outcome_after()
 
     def preview(self, stream: Any) -> None:
-        """Hold the elements of copies, and measure these."""
+        """Clamp the elements of copies of the gradients, and measure these."""
         if self._copies is None:
             self._copies = _Copies(self, stream)
         self._copies.take(stream)
         self._write(self._copies.plan, self._copies.later, stream)
 
     def clipped_norms(self, own: GroupOutcome) -> Array:
-        """Return the norms that were measured of what was written: there is no factor."""
+        """Return the norms measured after clamping: no factor gives them."""
         return np.where(own.skipped_tensors, own.tensor_norms, norms_of(own.rows(2), 1.0))
 
     def scales(self, own: GroupOutcome) -> Array:
-        """Return the ratio of both norms, 1 where nothing was clamped."""
+        """Return the ratio of the norms after and before, 1 where nothing was clamped."""
         norms, clamped = own.tensor_norms, own.decisions[..., tables.CLAMPED] != 0.0
         ratios = own.tensor_clipped_norms / np.where(norms == 0.0, 1.0, norms)
         return np.where(clamped & ~own.skipped_tensors, ratios, 1.0)
@@ -293,7 +293,7 @@ class _Copies:
         self.later.write_laws(Law(math.inf), stream)
 
     def take(self, stream: Any) -> None:
-        """Copy the gradients as they are at present."""
+        """Copy the present gradients."""
         for copy, grad in self._pairs:
             self._engine.copy(copy.facts, grad.facts, stream)
 
@@ -301,7 +301,7 @@ class _Copies:
 class UnitClipper(Clipper):
     """Clips the units of tensors, each by a norm of its own.
 
-    What is not finite, and whether a group is skipped, is found for whole tensors as elsewhere.
+    Non-finite gradients, and groups to be skipped, are found by tensors as in other clippers.
     """
 
     by_norms = False
@@ -326,10 +326,10 @@ class UnitClipper(Clipper):
         return [*own, (own[0][0], tables.SUMMARY_COLUMNS)]
 
     def _write_law(self, unscale: float, stream: Any) -> None:
-        """Let units obey the bounds; whole tensors are left as they are."""
+        """Write the law with the present bounds for units; tensors have infinite bounds."""
         obeyed = self._obeyed
         if obeyed is None or obeyed[0] is not self.bounds or obeyed[1] != unscale:
-            self._obeyed = None  # as an interrupt leaves it
+            self._obeyed = None  # if an interrupt comes now, the law is written again
             self._units.write_laws(self.bounds, stream, self._floors, unscale)
             self._obeyed = self.bounds, unscale
 
@@ -340,24 +340,24 @@ class UnitClipper(Clipper):
         self._units.summarize(self.tables[2][self.place], stream)
 
     def write(self, stream: Any) -> None:
-        """Write each unit times its factor; what is not finite is cleaned after that."""
+        """Write each unit times its factor, then zero non-finite elements as the policy says."""
         self._units.scale(stream)
         super().write(stream)
 
     def write_exceptional(self, stream: Any) -> Outcome:
-        """Write all: an update takes one factor for a tensor."""
+        """Write all units: an update can apply only one factor to a tensor."""
         self._units.scale(stream)
         return super().write_exceptional(stream)
 
     def has_spoilt(self, stream: Any) -> bool:
-        """Tell whether some units are NaN, as those of parameters can make them."""
+        """Tell whether a unit has become NaN, as the norm of its parameters can make it."""
         if all(group.clip.floor is None for group in self.groups):
             return False
         found = self.engine.read(self.tables[2][self.place], stream)
         return bool(np.isnan(found[:, tables.AFTER]).any())
 
     def clipped_norms(self, own: GroupOutcome) -> Array:
-        """Return the norms of what all units have become."""
+        """Return the norms of tensors after their units were scaled."""
         return np.where(own.skipped_tensors, own.tensor_norms, own.rows(2)[..., tables.AFTER])
 
     def scales(self, own: GroupOutcome) -> Array:
@@ -366,7 +366,7 @@ class UnitClipper(Clipper):
         return np.where(left, 1.0, own.rows(2)[..., tables.LEAST])
 
     def thresholds(self, own: GroupOutcome) -> Array:
-        """Return no bounds: units have them."""
+        """Return infinite bounds: units have bounds, tensors have none."""
         return np.full_like(own.tensor_norms, math.inf)
 
 
@@ -390,7 +390,7 @@ def _floor(rule: Any) -> float:
 
 
 def _kind(rule: Any) -> tuple[type[Clipper], float]:
-    """Return what clips by a rule, and the order of its norm: what one clipper's groups share."""
+    """Return a rule's clipper class and order; groups with the same pair share one clipper."""
     if rule is None:
         return Clipper, 2.0
     check(rule)
@@ -402,7 +402,7 @@ def _kind(rule: Any) -> tuple[type[Clipper], float]:
 
 
 def clippers(groups: Iterable[Any], engine: Engine, stream: Any) -> list[Clipper]:
-    """Return what clips some groups."""
+    """Return the clippers of groups, one for each kind of rule."""
     found: dict[tuple[type[Clipper], float], list[Any]] = {}
     kinds = [(group, _kind(group.clip)) for group in groups]
     follows = any(kind is FollowingClipper for _, (kind, _) in kinds)

@@ -1,4 +1,4 @@
-"""Clips and steps of parameter groups: whose gradients, by which calls, and what they count for."""
+"""Clips and updates of parameter groups: which gradients, by which calls, and the step count."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Manager:
     groups : dict of str to GroupState
         The groups, in the order that the user gave them.
     intake : Intake
-        What takes gradients.
+        Copies gradients in.
     stream : stream
-        Where in order everything is done.
+        The stream that all work is submitted to.
     step : int
         How many times the gradients were clipped.
     tell : function of Told
-        What takes the steps that are known.
+        Receives the outcomes of finished steps.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Manager:
         *,
         copies: bool,
     ) -> None:
-        """Copy the parameters of groups that were checked, or take them."""
+        """Copy the parameters of checked groups or, without `copies`, use the user's arrays."""
         self._engine, self.stream, self.tell = engine, stream, tell
         with engine.on_stream(None) as own:
             self.groups = {
@@ -52,7 +52,7 @@ class Manager:
                 )
                 for number, member in enumerate(members)
             }
-        self._lock = threading.RLock()  # threads that race take their steps one after another
+        self._lock = threading.RLock()  # threads take their steps one after another
         self._states = tuple(self.groups.values())
         for group in self._states:
             group.neighbours, group.lock = self._states, self._lock
@@ -66,13 +66,13 @@ class Manager:
         self.made_steps()
 
     def tell_all(self) -> None:
-        """Tell the steps that nobody was told of, after waiting for them."""
+        """Pass all steps to `tell` that it has not had yet, after waiting for them."""
         with self._lock:
             for told in self._steps.told() if self._steps is not None else ():
                 self.tell(told)
 
     def take_over(self, *, whole: bool = False) -> None:
-        """Let masters be what was written to parameters; of sparse ones at once if `whole`."""
+        """Copy what was written to parameters to masters; if `whole`, all rows of sparse ones."""
         for group in self._mastered:
             if self._behind:  # an update was interrupted
                 group.round(self.stream)
@@ -81,41 +81,41 @@ class Manager:
         self._behind = False
 
     def restart(self, step: int) -> None:
-        """Go on at some step with the parameters that were loaded."""
+        """Continue at a step with parameters that were loaded."""
         self._behind, self.step = False, step
         self.take_over(whole=True)
         if self._ranks is not None:
             self._ranks.forget()
 
     def _round(self) -> None:
-        """Let parameters be their rounded masters; sparse ones at the rows that have gradients."""
+        """Set parameters to their rounded masters; sparse ones only at rows with gradients."""
         for group in self._mastered:
             group.round(self.stream, whole=False)
         self._behind = False
 
     def _change(self) -> None:
-        """Let the next step make other clippers: a group has another rule."""
+        """Drop the clippers, which the next step makes anew: a group's rule or policy was set."""
         self.intake.clipped = None
         self.tell_all()
         self._steps = None
 
     def made_steps(self) -> Steps:
-        """Return what takes steps, made anew where a group has another rule."""
+        """Return the `Steps` of the groups, made anew after a rule or policy was set."""
         steps = self._steps
         if steps is None:
             with self._engine.on_stream(None) as own:
                 steps = self._steps = Steps(self._states, self._engine, own)
-            steps.stream = self.stream  # which may be another one
+            steps.stream = self.stream  # not always the one they were made on
         return steps
 
     def use_stream(self, stream: Any) -> None:
-        """Do everything on a stream from now on."""
+        """Submit all work to a stream from now on."""
         self.stream = stream
         if self._steps is not None:
             self._steps.stream = stream
 
     def clip(self, scale: float, apply: bool, grads: Any, ranks: Ranks | None) -> Turn:
-        """Clip the gradients, or measure them or others, divided by a loss scale."""
+        """Clip the gradients over a loss scale, or without `apply` measure them or `grads`."""
         with self._lock:
             if self._mastered:
                 self.take_over()
@@ -140,7 +140,7 @@ class Manager:
     def _clip_by_parts(
         self, steps: Steps, turn: Turn, call: str, apply: bool, ranks: Ranks | None
     ) -> None:
-        """Measure and decide, then write the gradients or find out what that would make."""
+        """Measure and decide; then write the gradients or, without `apply`, find the norms."""
         steps.decide(turn, ranks, call)
         if apply:
             steps.write()
@@ -148,17 +148,17 @@ class Manager:
             steps.preview()
 
     def _without(self, absent: frozenset[str]) -> str:
-        """Say which parameters have no gradient, of those that all ranks have."""
+        """Return words that name the absent parameters that all ranks have, or an empty string."""
         left = absent and sorted(name for name in absent if not self.intake.owner(name).sharded)
         return f" without {left}" if left else ""
 
     def _leave_out(self, steps: Steps, absent: frozenset[str]) -> None:
-        """Let parameters have no gradient in the step that begins: theirs were applied before."""
+        """Leave parameters out of the step that begins: their gradients were applied before."""
         steps.leave_out(absent)
         self._clear(absent)
 
     def _clear(self, absent: frozenset[str]) -> None:
-        """Let gradients that were applied be zero: others may be added to them."""
+        """Set gradients that were applied to zero: others may be added to them."""
         for name in absent:
             self.intake.owner(name).clear(name, self.stream)
 
@@ -166,7 +166,7 @@ class Manager:
     def _measured(
         self, steps: Steps, items: tuple[Any, ...], scale: float, ranks: Ranks | None
     ) -> Turn:
-        """Return what clipping would make of gradients, which take the place of ours meanwhile."""
+        """Return the step of measuring `items`, which replace the groups' gradients meanwhile."""
         turn = steps.taken(self.step, scale, counts=False)
         held = [group.hold(self.stream) for group in self._states]
         try:
@@ -182,16 +182,16 @@ class Manager:
 
     @isolated
     def _turn_over(self, steps: Steps) -> None:
-        """Go on with an empty block; let the history have what is known."""
+        """Begin an empty block, and pass the steps of the block before the full one to `tell`."""
         for told in steps.turn_over():
             self.tell(told)
 
     def updater(self, method: Method) -> GroupUpdater:
-        """Return what updates the parameters by an optimizer's method."""
+        """Return a `GroupUpdater` of the parameters for an optimizer's method."""
         return GroupUpdater(self.made_steps(), self._states, method)
 
     def ranks_of(self, comm: Any) -> Ranks | None:
-        """Return the ranks of a communicator, None where there is no other one."""
+        """Return the `Ranks` of a communicator; None for None or if it has one rank only."""
         if comm is None:
             if self._sharded is None:
                 return None
@@ -256,7 +256,7 @@ class Manager:
         items: tuple[Any, ...] | None,
         ranks: Ranks | None,
     ) -> None:
-        """Take a step the general way."""
+        """Take a step by the general path."""
         if items is None:
             self._leave_out(steps, absent)
             updater.step(steps, turn, settings, absent, ranks)
@@ -268,8 +268,8 @@ class Manager:
             self.intake.put_all(items, self.stream)
             for group in self._mastered:
                 if group.sparse:
-                    group.take_over(self.stream, whole=False)  # at other rows
-            self.intake.clipped = None  # whatever follows: others are there
+                    group.take_over(self.stream, whole=False)  # the rows are new
+            self.intake.clipped = None  # even if an exception follows: the gradients are new
 
         sources = updater.sources(steps, self.intake.names, items)
         if sources is None:
@@ -287,7 +287,7 @@ class Manager:
         unscale: float,
         ranks: Ranks | None,
     ) -> Turn:
-        """Update by gradients that `clip` has written; what it has found is what is reported."""
+        """Update by gradients that `clip` has written; return the step of that clip."""
         if unscale not in (1.0, turn.stretch.unscale):
             own = turn.stretch.unscale
             wanted = f"{own}, by which clip() has divided the gradients, or nothing"

@@ -1,4 +1,4 @@
-"""Float32 masters of 16-bit parameters: optimizers update the masters, models read the rounded."""
+"""Float32 masters of 16-bit parameters: optimizers update masters, models read rounded ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numclip.dtypes import Array, DType, lookup
 from numclip.engine import Engine, HalfCopies
 
 Rows = Mapping[str, Array | None]
-"""Some rows of some parameters by their indices, None for all."""
+"""The indices of some rows of some parameters, None for all rows of one."""
 
 
 class _Place(NamedTuple):
-    """Where a parameter and its master lie; `length` is that of a row."""
+    """The addresses of a parameter and its master; `length` is the size of a row."""
 
     dtype: DType
     param: int
@@ -28,24 +28,24 @@ class _Place(NamedTuple):
 class Masters:
     """The masters of some parameters.
 
-    What somebody writes to a parameter is found by comparing it with its rounded master.
+    A value that is written to a parameter is found by comparing it with its rounded master.
     """
 
     def __init__(
         self, params: Mapping[str, Any], arrays: Mapping[str, Any], engine: Engine, stream: Any
     ) -> None:
-        """Let `arrays`, which are of zeros, be the masters of parameters of their names."""
+        """Make `arrays`, zero before, the masters of the parameters of the same names."""
         self.arrays, self._engine = arrays, engine
         self._places = {name: _place(params[name], own, engine) for name, own in arrays.items()}
         self._all = engine.half_copies(_runs(self._places.values()), stream)
         self.take_over(stream)
 
     def take_over(self, stream: Any, rows: Rows | None = None) -> None:
-        """Let masters be what was written to their parameters."""
+        """Copy values written to parameters to their masters, at all or some rows."""
         self._copies(rows, stream).take_over(stream)
 
     def round(self, stream: Any, rows: Rows | None = None) -> None:
-        """Let parameters be their masters, rounded to the nearest, of two to the even one."""
+        """Set parameters to their masters, rounded to nearest even, at all or some rows."""
         self._copies(rows, stream).round_all(stream)
 
     def _copies(self, rows: Rows | None, stream: Any) -> HalfCopies:
@@ -68,7 +68,7 @@ def _place(param: Any, master: Any, engine: Engine) -> _Place:
 
 
 def _table(place: _Place, indices: Array | None) -> Array:
-    """Return rows of a parameter, or all of it, as the engine is told them."""
+    """Return a table for `Engine.half_copies` of rows of a parameter, or of all of it."""
     if indices is None:
         return np.array([place[1:4]], np.int64)
     table = np.empty((indices.size, 3), np.int64)
@@ -79,7 +79,7 @@ def _table(place: _Place, indices: Array | None) -> Array:
 
 
 def _runs(places: Iterable[_Place]) -> dict[DType, Array]:
-    """Return whole parameters likewise, those that follow one another as one."""
+    """Return such tables of whole parameters by dtype; adjacent parameters make one row."""
     found: dict[DType, list[list[int]]] = {}
     for place in places:
         rows = found.setdefault(place.dtype, [[place.param, place.master, 0]])

@@ -1,7 +1,7 @@
-"""Gradients that are plain arrays, sparse or nested, clipped as `numclip.host.lists` does.
+"""Clipping of nested or sparse gradients made of NumPy arrays, as in `numclip.host.lists`.
 
-As there: a function does the whole job with the bits of the general way, or returns None and
-has touched nothing.
+As there, each function either finishes the job, with the same bits as the general path, or
+returns None and writes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def clip_by_global_norm(
     given: float,
     duplicates: str,
 ) -> tuple[Any, float] | None:
-    """Clip gradients by their joint norm, in place or into new ones; return both."""
+    """Clip gradients by their joint norm, in place or into new ones; return (results, norm)."""
     if not outs.takes(found.source, out):
         return None
     in_place = out is not None
@@ -61,7 +61,7 @@ def clip_by_global_norm(
 
 
 def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
-    """Clip slices by their norm, in place or into new ones; return these."""
+    """Clip slices by their norm, in place or into new ones; return the results."""
     if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
     grads = [grad]
@@ -71,14 +71,14 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
 
 
 class Values(NamedTuple):
-    """The values of gradients, and which rows of some are to be summed, by their numbers."""
+    """The arrays of gradients, and by index the groupings of those whose rows are to be summed."""
 
     arrays: Items
     groupings: dict[int, Grouping]
 
 
 def values_of(items: Sequence[Any], duplicates: str) -> Values | None:
-    """Return the values; None where those of slices are not NumPy's, or their shape was changed."""
+    """Return the `Values`; None if values of slices are not NumPy's or have another shape."""
     arrays, groupings = [], {}
     for t, item in enumerate(items):
         if type(item) is not IndexedSlices:
@@ -94,7 +94,7 @@ def values_of(items: Sequence[Any], duplicates: str) -> Values | None:
 
 
 def _with_values(items: Sequence[Any], values: Items) -> list[Any]:
-    """Return results, as slices where gradients are."""
+    """Return `values` as results, wrapped in slices where the gradient is one."""
     return [
         item.with_values(own) if type(item) is IndexedSlices else own
         for item, own in zip(items, values, strict=True)

@@ -15,7 +15,7 @@ from numclip.errors import NonFiniteGradientError
 def first_error(
     gradients: Sequence[Gradient], use_norm: float | None, stream: Any
 ) -> NonFiniteGradientError:
-    """Return the error that names the first bad element, or what else is not finite."""
+    """Return the error that names the first non-finite element, else `use_norm` or row sums."""
     for gradient in gradients:
         values = gradient.engine.on_host(gradient.facts, stream).reshape(-1)
         bad = ~np.isfinite(values)

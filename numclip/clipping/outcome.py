@@ -1,8 +1,8 @@
-"""What became of groups in some steps, or in one, made when asked for.
+"""Outcomes of groups in several steps, or in one, computed when they are read.
 
-Of some steps there are arrays, with steps along their first axis, and of one there are numbers:
-the history's rows are made of the former, a report of the latter. Whoever asks is isolated, so
-that NumPy says nothing of what is not finite.
+For several steps values are arrays with the steps along axis 0, from which the history makes
+rows. For one step they are scalars, from which a report is made. Callers are isolated, so that
+NumPy does not warn of non-finite values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OF_ALL = {"norm": tables.NORM, "clipped_norm": tables.CLIPPED, "scale": tables.S
 
 
 class kept:  # noqa: N801 - a decorator, as functools.cached_property, which takes a lock first
-    """A property that is found once."""
+    """A property that is computed once and stored in the instance."""
 
     def __init__(self, find: Callable[[Any], Any]) -> None:
         self._find, self.__doc__ = find, find.__doc__
@@ -36,9 +36,9 @@ class kept:  # noqa: N801 - a decorator, as functools.cached_property, which tak
 
 
 class Read(NamedTuple):
-    """What a clipper has left of some steps: its tables, the bounds of pools, the loss scales.
+    """A clipper's results of some steps: its tables, the bounds of pools, the loss scales.
 
-    `told` are the sums of all ranks, where these have decided together.
+    `told` are the sums over all ranks if these have decided together, else None.
     """
 
     tables: Sequence[Array]
@@ -48,29 +48,29 @@ class Read(NamedTuple):
 
     @property
     def totals(self) -> Array:
-        """The sums of which all is made, of all ranks."""
+        """The sums over all ranks if these have decided together, else this rank's."""
         return self.tables[0] if self.told is None else self.told
 
 
 class Member:
-    """A group as its outcomes tell it: what is the same at all steps.
+    """The facts of a group that its outcomes need and that are the same at all steps.
 
     Attributes
     ----------
     name, number, names
-        The group's name, its place in the user's order, and the names of its tensors.
+        The group's name, its index in the user's order, and the names of its tensors.
     number_of_clipper, clipper : int, Clipper
-        Which of the clippers has it, and that one.
+        The index of the group's clipper, and the clipper.
     has_rule : bool
         Whether it is clipped, and not only measured.
     jointly : bool
-        Whether the rule is about the group as one vector.
+        Whether the rule clips the group as one vector.
     key : tuple
-        What is the same for groups that are clipped by one norm.
+        The key that groups clipped by one norm have in common.
     decides : bool
         Whether its decision is about the L2 norm of this group alone.
     tensors, pools : slice
-        Which rows of the clipper's tables are its tensors' and its pools'.
+        The rows of its tensors and of its pools in the clipper's tables.
     """
 
     def __init__(self, number_of_clipper: int, clipper: Any, group: Any) -> None:
@@ -96,7 +96,7 @@ class Members:
     alike : bool
         Whether one norm clips all groups.
     decider : Member or None
-        A group whose decision is that of all, by their L2 norm.
+        A group whose decision is that of all groups together, by one L2 norm.
     """
 
     def __init__(self, clippers: Sequence[Any]) -> None:
@@ -112,18 +112,18 @@ class Members:
 
     @property
     def columns(self) -> dict[str, int]:
-        """The columns of the first decision that tell of all groups; empty where it is not enough.
+        """The columns of the first decision that hold for all groups; empty if it does not hold.
 
-        They are not kept: ranks that agree on sizes change the divisors.
+        They are not cached: ranks that agree on sizes change the divisors.
         """
         return OF_ALL if self._alone and self.clippers[0].divisors.item(0) == 1.0 else {}
 
 
 class GroupOutcome:
-    """What became of a group, as a `GroupReport` tells it.
+    """The outcome of a group, from which a `GroupReport` is made.
 
-    `threshold` is NaN where there is no single bound. `unscale` is the loss scale, of some steps
-    an array.
+    `threshold` is NaN where there is no single bound. `unscale` is the loss scale, an array for
+    several steps.
     """
 
     def __init__(self, member: Member, read: Read) -> None:
@@ -136,14 +136,14 @@ class GroupOutcome:
 
     @kept
     def sums(self) -> Array:
-        """The sums of the group's tensors, each of all ranks where it has a norm of its own."""
+        """The sums of the group's tensors, over all ranks if each tensor has its own norm."""
         if self._read.told is not None and not self.member.jointly and self.member.has_rule:
             return self.totals  # type: ignore[no-any-return]
         return self.rows(0)
 
     @kept
     def totals(self) -> Array:
-        """Sums that belong to the group as a whole, of all ranks."""
+        """The rows of sums that add up to the group's own sum, over all ranks."""
         if self._read.told is None:
             return self.sums  # type: ignore[no-any-return]
         own = self.member.clipper.told_rows[self.name]
@@ -156,11 +156,11 @@ class GroupOutcome:
 
     @kept
     def _decision(self) -> Array:
-        """The one decision for the group, columns first."""
+        """The decision of the group's first pool, columns first."""
         return self._read.tables[1][..., self.member.pools.start, :].T
 
     def decided(self, column: int) -> Any:
-        """Return a column of the one decision for the group, in units of its norm."""
+        """Return a column of the group's one decision, times the divisor of its norm."""
         return self._decision[column] * self.divisors[0]
 
     @property
@@ -170,7 +170,7 @@ class GroupOutcome:
 
     @property
     def divisors(self) -> Array:
-        """What these norms are divided by."""
+        """The divisors of these norms."""
         return self.member.clipper.divisors[self.member.pools]  # type: ignore[no-any-return]
 
     @kept
@@ -190,10 +190,10 @@ class GroupOutcome:
 
     @property
     def tensor_rows(self) -> list[tuple[float, ...]]:
-        """What became of each tensor in one step, a row as a `TensorReport` for each."""
+        """The fields of each tensor's `TensorReport` in one step, a row for each."""
         bounds = self.member.clipper.thresholds(self)
         columns = self.tensor_norms, self.tensor_clipped_norms, self.tensor_scales, bounds
-        count = len(self.names)  # lists take a third of the time of arrays that are broadcast
+        count = len(self.names)  # repeating lists takes a third of the time of broadcasting arrays
         return list(zip(*[own.tolist() * (count // own.size) for own in columns], strict=True))
 
     @kept
@@ -205,7 +205,7 @@ class GroupOutcome:
 
     @property
     def skipped_tensors(self) -> Any:
-        """The same, to be compared with what is of each tensor."""
+        """`skipped` with an axis added, to be broadcast over the tensors."""
         return self.skipped[..., None]
 
     @kept
@@ -217,7 +217,7 @@ class GroupOutcome:
 
     @kept
     def scale(self) -> Any:
-        """The smallest factor, NaN where one is."""
+        """The smallest factor, NaN if one of them is."""
         if self.member.jointly:
             return self._decision[tables.SCALE]
         return self.tensor_scales.min(axis=-1)
@@ -236,7 +236,7 @@ class GroupOutcome:
 
     @kept
     def norm(self) -> Any:
-        """The norm that the rule is about, before clipping; the group's own where there is none."""
+        """The norm that the rule bounds, before clipping; without one, the group's own."""
         if not self.member.jointly or self.member.decides:
             return self.own_norm
         return np.where(self.skipped, self.own_norm, self.decided(tables.NORM))
@@ -269,7 +269,7 @@ class GroupOutcome:
 
 
 class Outcome:
-    """What became of all groups together, as a `ClipReport` tells it."""
+    """The outcome of all groups together, from which a `ClipReport` is made."""
 
     def __init__(self, members: Members, reads: Sequence[Read], unscale: Any) -> None:
         self._members, self._reads, self._unscale = members, reads, unscale
@@ -279,7 +279,7 @@ class Outcome:
 
     @kept
     def groups(self) -> list[GroupOutcome]:
-        """What became of each group, in the order that the user gave them."""
+        """The outcome of each group, in the order that the user gave them."""
         return [self._of(member) for member in self._members.groups]
 
     @kept
@@ -310,7 +310,7 @@ class Outcome:
 
     @property
     def scale(self) -> Any:
-        """The smallest factor, NaN where one is."""
+        """The smallest factor, NaN if one of them is."""
         return self._reduced("scale", np.minimum)
 
     @property
@@ -333,14 +333,14 @@ class Outcome:
 
 
 def hypotenuses(norms: Array) -> Any:
-    """Return the norm of tensors' norms, which are along the last axis."""
+    """Return the norm of tensors' norms, which lie along the last axis."""
     if norms.ndim == 1:
         return np.float64(math.hypot(*norms.tolist()))
     return np.array([math.hypot(*row) for row in norms.tolist()])
 
 
 def joined(sums: Array, unscale: Any) -> Any:
-    """Return the norm that belongs to tensors' sums of squares together."""
+    """Return the norm of all tensors together, from their sums of squares."""
     if sums.ndim == 2:
         columns = sums.T.tolist()
         if not any(columns[tables.EXPONENT]):
@@ -358,7 +358,7 @@ def joined(sums: Array, unscale: Any) -> Any:
 
 
 def _of_each(unscale: Any) -> Any:
-    """Return loss scales, to be combined with what is of each tensor."""
+    """Return loss scales in a shape to be broadcast over tensors."""
     return unscale[:, None] if isinstance(unscale, np.ndarray) else unscale
 
 
@@ -367,7 +367,7 @@ def norms_of(sums: Array, unscale: Any) -> Array:
     roots: Array = np.sqrt(sums[..., tables.TOTAL])
     roots /= _of_each(unscale)
     exponents = sums[..., tables.EXPONENT]
-    # A list is asked in a third of the time, which one step of few tensors takes most often.
+    # A list takes a third of the time of an array in the usual case, one step of few tensors.
     scaled = any(exponents.tolist()) if exponents.ndim == 1 else exponents.any()
     return np.ldexp(roots, exponents.astype(np.intc)) if scaled else roots
 
@@ -377,7 +377,7 @@ def scaled_norms(sums: Array, decisions: Array, unscale: Any) -> Array:
     scales, divisors = decisions[..., tables.SCALE], _of_each(unscale)
     fractions, powers = np.frexp(scales)
     coarse = (scales > 0.0) & (scales < SMALLEST_NORMAL)
-    if coarse.any():  # the mantissa has all digits; it is over the loss scale
+    if coarse.any():  # the mantissa has all digits, and is divided by the loss scale
         fractions = np.where(coarse, decisions[..., tables.MANTISSA] * divisors, fractions)
         powers = np.where(coarse, decisions[..., tables.POWER], powers)
     roots = np.sqrt(sums[..., tables.TOTAL]) / divisors * fractions

@@ -27,7 +27,7 @@ from numclip.tables import CLIPPED_COUNT
 
 
 class Limit(NamedTuple):
-    """What units are held to: a bound on the norm over some axes, or that over the owner's norm."""
+    """The bound on units' norms over `axes` or, with an owner, on the ratio to its norms."""
 
     axes: tuple[int, ...]
     bound: float
@@ -38,7 +38,7 @@ class Limit(NamedTuple):
 
 @isolated
 def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> Any:
-    """Hold the norm of each unit to a bound."""
+    """Clip each unit by a bound on its norm."""
 
     def limit_of(entry: Gradient) -> Limit:
         check_axes(entry)
@@ -49,7 +49,7 @@ def clip_by_norm(grad: Any, bound: float, axes: Any, ord: float, out: Any) -> An
 
 @isolated
 def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, out: Any) -> Any:
-    """Hold the norm of each unit to a fraction of its parameters'."""
+    """Clip each unit by a bound on its norm that is a fraction of its parameters' norm."""
     params = structure(param, "param") if is_structure(grad) else None
 
     def limit_of(entry: Gradient) -> Limit:
@@ -67,7 +67,7 @@ def adaptive_clip(grad: Any, param: Any, factor: float, eps: float, axes: Any, o
 
 
 def _clip(entry: Gradient, target: Gradient, limit: Limit, new: bool) -> Any:
-    """Scale each unit of a gradient by a factor of its own, rows that repeat as their sums."""
+    """Scale each unit of a gradient by its own factor; where rows repeat, scale their sums."""
     used = [each.facts for each in (entry, target, limit.owner) if each is not None]
     stream = entry.engine.stream_of(used)
 
@@ -85,7 +85,7 @@ def _clip(entry: Gradient, target: Gradient, limit: Limit, new: bool) -> Any:
 
 
 def _refuse_overflow(entry: Gradient, sums: Gradient) -> None:
-    """Refuse slices whose rows add up to more than their dtype holds, which the host looks for."""
+    """Refuse slices whose sums of repeated rows overflow their dtype; only on the host."""
     host = entry.engine.name == "cpu"
     if host and np.isinf(sums.facts.array).any() and not np.isinf(entry.facts.array).any():
         got = "sums beyond its range; pass values of a wider dtype"
@@ -101,9 +101,10 @@ def _clip_units(
     stream: Any,
     unrounded: Gradient | None = None,
 ) -> bool:
-    """Scale units, in a plan of their own where it is not of the user's arrays alone.
+    """Scale units; the plan is new, not a kept one, unless it is of the user's arrays alone.
 
-    What a gradient was `unrounded` is measured, and waited for: tells if any unit is scaled.
+    If `unrounded` sums are given they are measured in place of the gradient; False is returned,
+    after waiting for the decisions, if no unit needs scaling.
     """
     engine = entry.engine
     owner = _owner_of(entry, limit, stream)
@@ -130,7 +131,7 @@ def _clip_units(
 
 
 def _unrounded(entry: Gradient, shape: tuple[int, ...], stream: Any) -> Gradient:
-    """Return the sums of rows, by ascending indices, in float64."""
+    """Return the sums of rows, by ascending indices, in double precision."""
     slices: Any = entry.slices
     engine = entry.engine
     made = describe(entry.name, entry.key, engine.empty(shape, entry.dtype.wide.native), engine)
@@ -139,7 +140,7 @@ def _unrounded(entry: Gradient, shape: tuple[int, ...], stream: Any) -> Gradient
 
 
 def _owner_of(entry: Gradient, limit: Limit, stream: Any) -> Gradient | None:
-    """Return the parameter whose units are a gradient's: of slices with units in rows, its rows."""
+    """Return the parameter with a gradient's units: of slices with units in rows, its rows."""
     owner, slices = limit.owner, entry.slices
     if owner is None or slices is None or 0 in limit.axes:
         return owner
@@ -174,7 +175,7 @@ def example_bounds(
 
 @isolated
 def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[Any, Any]:
-    """Add up examples, each clipped by its norm; return the sums and how many were clipped."""
+    """Sum examples, each clipped by its norm; return the sums and the number of clipped ones."""
     described = gradients(structure(grads))
     entries = described.entries
     check_examples(entries)
@@ -209,7 +210,7 @@ def clip_per_example(grads: Any, bound: float, layerwise: str | None) -> tuple[A
 def _families(
     parts: Sequence[Strided], numbers: Sequence[Array | None], examples: int, *, shared: bool
 ) -> list[Family]:
-    """Return the examples as units: of all gradients together, or of each."""
+    """Return families with examples as units: one of all gradients, or one of each."""
     sets = [range(len(parts))] if shared else [range(k, k + 1) for k in range(len(parts))]
     made = []
     for members in sets:
@@ -222,7 +223,7 @@ def _families(
 
 
 def _by_example(entry: Gradient, stream: Any) -> tuple[Gradient, Array | None]:
-    """Return a gradient as an array of examples, and which ones they are where some are missing."""
+    """Return a gradient as an array of examples, and their indices if some can be missing."""
     slices: Any = entry.slices
     if slices is None:
         return entry, None
@@ -235,7 +236,7 @@ def _by_example(entry: Gradient, stream: Any) -> tuple[Gradient, Array | None]:
 
 
 def _added(entry: Gradient, total: Gradient) -> Strided:
-    """Return a gradient as it is added: all examples go to one place."""
+    """Return the `Strided` for a sum over examples: all have the same target address."""
     target = total.facts.memory
     written = target._replace(steps=(0, *target.steps))
     return Strided(entry.dtype, entry.shape, entry.facts.memory, written, (0,))

@@ -1,4 +1,4 @@
-"""The sums of gradients that are a piece of what one norm is of."""
+"""The sums of gradients that are one piece of the gradients that a norm is of."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 @isolated
 def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
-    """Return the sums of gradients, for which a GPU is waited; None where there are none."""
+    """Return the sums of gradients, after waiting for a GPU; None if there are no gradients."""
     found = structure(grads)
     values = values_of(found.items, duplicates) if ord == 2.0 else None
     sums = None if values is None else plain_rows.sums_of(*values)
@@ -39,7 +39,7 @@ def piece(grads: Any, ord: float, duplicates: str) -> Piece | None:
 def piece_of(
     entries: Sequence[Gradient], ord: float, duplicates: str, policy: str = "propagate"
 ) -> Piece:
-    """Return the sums of described gradients likewise."""
+    """Return the sums of described gradients, after waiting for a GPU."""
     engine = entries[0].engine
     engine.require()
     used = [entry.facts for entry in entries]

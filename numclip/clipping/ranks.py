@@ -1,8 +1,8 @@
 """One norm for the ranks of a communicator, and one decision.
 
-Every rank measures what it has, and tells the others a row of sums for each group (for each tensor
-of a sharded group that is clipped tensor by tensor). Each adds all rows up in the order of the
-ranks, so that all have the same bits, and decides by these as it does by its own.
+Every rank measures its gradients, and sends the others a row of sums for each group (for each
+tensor of a sharded group that is clipped tensor by tensor). Each adds up all rows in the order of
+the ranks, so that all have the same bits, and decides by these sums as it does by its own.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from numclip.sums import Whole, norm, row_of, total_of
 
 COLUMNS = tables.SUM_COLUMNS
 POWERS = [k for k in range(COLUMNS) if k != tables.BAD]
-"""The columns of a row of sums that follow from its order."""
+"""The columns of a row of sums that depend on the order of the norm."""
 
 Step = tuple[Facts, int]
-"""What must be the same on all ranks, in words, and the number of the step."""
+"""The facts that must be the same on all ranks, and the number of the step."""
 
 
 class Part:
-    """What the groups of one clipper tell other ranks: rows, each of some tensors.
+    """The rows of sums that one clipper's groups send to other ranks, each of some tensors.
 
     Attributes
     ----------
     count : int
-        How many rows there are.
+        The number of rows.
     width : int
-        How many numbers each has.
+        The number of columns.
     own, every : array
         The rows of this rank, (count, width), and of all, (count, ranks, width).
     """
@@ -89,7 +89,7 @@ class Part:
         self._given = np.zeros((len(self._pools), COLUMNS))
 
     def _pool_spans(self) -> Iterator[tuple[int, int]]:
-        """Yield of which rows each pool is: of those that are told, or after them of tensors."""
+        """Yield each pool's rows ``[first, last)``: rows that are sent, or tensors' after them."""
         found: dict[int, tuple[int, int]] = {}
         for group in self.clipper.groups:
             pools, rows = self.clipper.pools[group.name], self.rows[group.name]
@@ -105,12 +105,12 @@ class Part:
             yield found[p]
 
     def take_memory(self, own: Array, every: Array) -> None:
-        """Tell rows by some memory, and find there those of all ranks."""
+        """Use message buffers: this rank's rows are sent from `own`, `every` gets all ranks'."""
         self.own = own.reshape(self.count, self.width)
         self.every = every.reshape(len(every), self.count, self.width).transpose(1, 0, 2)
 
     def tell(self, stream: Any) -> None:
-        """Write the rows of this rank."""
+        """Write the rows that this rank sends."""
         clipper = self.clipper
         sums = clipper.engine.read(clipper.found[0], stream)
         if self._tensors.size:
@@ -126,12 +126,12 @@ class Part:
                 self.own[k, WIDTH:] = row_of(self._powers[first:last], clipper.ord)
 
     def at_once(self, heads: Array) -> Any:
-        """Return what clips by these rows by two calls, see `numclip.host.at_once`."""
+        """Return a `RanksAtOnce` of these rows, or None, see `numclip.host.at_once`."""
         told = self._spans, self.own, self._sharded, self._pools, self._source, self._given
         return self.clipper.ranks_at_once(told, (heads, self.every))
 
     def take_decided(self) -> None:
-        """Let reports know by what was decided at once."""
+        """Pass the clipper the sums by which a native call has decided, for reports."""
         self.clipper.given, self.clipper.told = self._given, self._sums.take(self._told, 0)
 
     def take(self, steps: Any, communicator: Communicator, stream: Any) -> None:
@@ -160,7 +160,7 @@ class Part:
         clipper.decide_given(given, told, losses, stream)
 
     def _refuse_bad(self, steps: Any, communicator: Communicator, stream: Any) -> None:
-        """Raise, on all ranks, the error of the first one with a bad gradient that may not be."""
+        """Raise, on all ranks, the first rank's error where a policy "raise" meets NaN or Inf."""
         for group in self.clipper.groups:
             own = self.rows[group.name]
             bad = self.every[own.start : own.stop, :, tables.BAD].any(axis=0)
@@ -168,7 +168,7 @@ class Part:
                 raise_of(communicator, int(bad.argmax()), steps.gradients(group), None, stream)
 
     def _dispute(self, group: Any, every: Array, merged: Array, given: Array, told: Array) -> None:
-        """Let copies that are not finite on some ranks alone be so on all."""
+        """Count a gradient that is not finite on some ranks only as not finite on all."""
         if group.sharded or _scope(self.clipper, group) == "group":
             return
         pools, tellers = self.clipper.pools[group.name], self.clipper.told_rows[group.name]
@@ -179,14 +179,14 @@ class Part:
             told[tellers.start : tellers.stop, tables.TOTAL] = merged[0, tables.TOTAL]
 
     def _losses(self, group: Any, merged: Array) -> Any:
-        """Return what rounding subnormal terms can add to the sums of a group's pools."""
+        """Return the norms of what rounding subnormal terms can add to a group's sums of rows."""
         if group.sharded or _scope(self.clipper, group) == "group":
             return merged[:, LOSS] if _scope(self.clipper, group) else 0.0
         tensors = self.clipper.tensors[group.name]
         return self.clipper.losses_of_tensors[tensors.start : tensors.stop]
 
     def _difference(self, row: int, rank: int) -> RankError:
-        """Return the error that says how the copies of a rank differ from those of the first."""
+        """Return the error that says how a rank's gradients differ from those of rank 0."""
         name = next(name for name, own in self.rows.items() if row in own)
         rows = self.every[row, [0, rank]]
         one, two = (norm(own.item(tables.TOTAL), int(own[tables.EXPONENT]), 2.0) for own in rows)
@@ -200,7 +200,7 @@ class Part:
         )
 
     def _take_powers(self) -> None:
-        """Take the sum of powers of each pool, of the clipper's order."""
+        """Find each pool's sum of powers of the clipper's order."""
         ord, source = self.clipper.ord, self._source
         for k in np.flatnonzero(self._sharded).tolist():
             source[k, WIDTH:] = row_of(self.every[k, :, WIDTH:], ord)
@@ -218,7 +218,7 @@ def _scope(clipper: Any, group: Any) -> str | None:
 
 
 def _normalise(rows: Array) -> None:
-    """Bring rows of sums of squares to the exponents that both engines know."""
+    """Rewrite rows of sums of squares with the exponents that both engines support."""
     for total, others in ((tables.TOTAL, [tables.ERROR]), (tables.TERMS, [])):
         columns, size = [total, total + 1, *others], abs(rows[:, total + 1])
         odd = (size != 0.0) & (size != BIN_EXPONENT)
@@ -232,11 +232,11 @@ class Ranks:
     def __init__(self, found: Communicator) -> None:
         self.communicator = found
         self._steps: Any = None
-        self._native: Any = None  # what clips by two calls, see `Part.at_once`
+        self._native: Any = None  # a `RanksAtOnce`, see `Part.at_once`
         self._parts: list[Part] = []
 
     def forget(self) -> None:
-        """Agree again before the next step: a rule has another state."""
+        """Agree again before the next step: a rule's state was loaded."""
         self._steps = None
 
     def decide(
@@ -263,9 +263,9 @@ class Ranks:
             part.take(steps, self.communicator, stream)
 
     def clip_at_once(self, steps: Any, turn: Any, facts: Callable[[], Step]) -> bool:
-        """Clip by two native calls, one before ranks exchange their rows; tell if that was right.
+        """Clip by two native calls, before and after ranks exchange rows; return True on success.
 
-        Every rank may take this way or the general one: they exchange the same.
+        Each rank may use this path or the general one: both exchange the same messages.
         """
         native = self._native if self._steps is steps else None
         if native is None or not native.tell(turn.place, steps.clippers[0].tables):
@@ -285,7 +285,7 @@ class Ranks:
 
     @isolated
     def _clip_with_care(self, steps: Any, part: Part, turn: Any) -> None:
-        """Clip the general way by rows that have been exchanged."""
+        """Clip by the general path with the rows that have been exchanged."""
         part.clipper.obey(turn.stretch.unscale, steps.stream)
         part.clipper.turn_to(turn.place)
         part.take(steps, self.communicator, steps.stream)
@@ -301,7 +301,7 @@ class Ranks:
         return self.communicator.exchange(*facts())
 
     def _agree(self, steps: Any) -> None:
-        """Make sure that all ranks have the same groups; know how much all have of the shards."""
+        """Check that all ranks have the same groups; exchange the sizes of sharded parameters."""
         groups = [group for clipper in steps.clippers for group in clipper.groups]
         self.communicator.agree(_description(steps.engine, groups))
         shards = [group for group in groups if group.sharded]
@@ -327,7 +327,7 @@ class Ranks:
 
 
 def _description(engine: Any, groups: Sequence[Any]) -> Facts:
-    """Say of groups what must be the same on all ranks."""
+    """Return the facts of groups that must be the same on all ranks."""
     found = {"device": engine.name, "groups": ", ".join(group.name for group in groups)}
     for group in groups:
         name = f"group {group.name!r}"
@@ -343,7 +343,7 @@ def _description(engine: Any, groups: Sequence[Any]) -> Facts:
 
 
 def _state_digest(state: Mapping[str, Array]) -> str:
-    """Return a digest of what a rule remembers."""
+    """Return a digest of a rule's state."""
     found = hashlib.blake2b(digest_size=8)
     for name, array in state.items():
         found.update(name.encode())
@@ -358,7 +358,7 @@ def raise_of(
     norm: float | None,
     stream: Any,
 ) -> None:
-    """Raise, on all ranks, the error of the first bad gradient of one."""
+    """Raise, on all ranks, the error of the first non-finite gradient of one rank."""
     own = None
     if communicator.rank == rank:
         error = first_error(entries, norm, stream)
@@ -368,7 +368,7 @@ def raise_of(
     raise NonFiniteGradientError(f"rank {rank}: {message}", name, index, value, count, rank)
 
 
-SIZE = WIDTH  # of what a function tells: a row, its loss and how many numbers it is of
+SIZE = WIDTH  # a message of a function: a row of sums, its loss, and the number of elements
 TOLD = WIDTH + 1
 
 
@@ -414,6 +414,6 @@ def clip_by_global_norm(
 
 
 def _joined(every: Array, ord: float) -> Whole:
-    """Return what all ranks have, each a row, its loss and its size."""
+    """Return the `Whole` of all ranks, from the row, the loss and the size of each."""
     size, loss = int(every[:, SIZE].sum()), float(every[:, LOSS].sum())
     return Whole(row_of(every[:, :COLUMNS], ord), size, loss)

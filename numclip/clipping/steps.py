@@ -1,8 +1,8 @@
-"""The steps of groups: each reads, decides, writes; what it has found is kept until it is told.
+"""The steps of groups: each reads, decides, writes; its results are kept for the history.
 
-What clippers find stays where the engine put it, in blocks of memory for some steps each. A block
-that is full is handed over: it is brought to the host without waiting for it, and becomes rows of
-the history when the next one is full, or earlier for whoever asks.
+Results stay in the engine's memory, in blocks of some steps each. A full block is handed over: its
+copy to the host starts without waiting, and becomes rows of the history when the next block is
+full, or earlier when the history is read.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from numclip.host.runtime import threads
 from numclip.views import view_of
 
 KEPT = 1024
-"""How many steps a block has memory for; fewer where they take more than `MOST_BYTES`.
+"""The number of steps in a block; fewer where they would take more than `MOST_BYTES`.
 
-To hand a block over takes 0.3 ms, of 1024 steps 0.3 us each.
+Handing a block over takes 0.3 ms, which is 0.3 us for each of 1024 steps.
 """
 
 NOBODY: frozenset[str] = frozenset()
 
 MOST_BYTES = 3 << 20
-"""What the tables of a block take at most, but for one step. A report keeps its block alive."""
+"""The bytes of a block's tables at most, if one step takes no more. Reports keep blocks alive."""
 
 
 class Block:
-    """What clippers found in some steps, one after another.
+    """The results of clippers in consecutive steps.
 
-    `stretches` are of `size` steps, each up to where the next one begins; the first `told` of them
-    have become rows of the history. The next step may go on the `open` one, if there is one.
+    `stretches` cover `size` steps, each up to where the next one begins; the first `told` of them
+    are rows of the history already. The next step may extend the stretch `open`, if not None.
     """
 
     def __init__(self, members: Members, engine: Engine, stream: Any) -> None:
@@ -56,7 +56,7 @@ class Block:
         self._decisions = self._tables[0][1]
 
     def hand_over(self) -> None:
-        """Begin to bring the tables to the host; clippers go on with free ones."""
+        """Start to copy the tables to the host, and give the clippers free ones."""
         pairs = [
             [self._engine.hand_over(table, self.stream) for table in own] for own in self._tables
         ]
@@ -84,7 +84,7 @@ class Block:
         return row.item(0, column)  # type: ignore[no-any-return]
 
     def outcome_of(self, turn: Turn) -> Outcome:
-        """Return what became of the groups in one step, after waiting for it."""
+        """Return the groups' outcome in one step, after waiting for it."""
         own = turn.stretch
         reads = [
             Read(self._read(k, turn.place), bounds, own.unscale, own.told and own.told[k])
@@ -105,7 +105,7 @@ class Block:
             self.told += len(found)
 
     def _told(self, stretches: Sequence[Stretch], lengths: Sequence[int]) -> Told:
-        """Return what became of the groups in stretches that follow one another."""
+        """Return the groups' outcome in consecutive stretches."""
         first, count = stretches[0].first, sum(lengths)
         at = slice(first, first + count)
         unscale = np.repeat([own.unscale for own in stretches], lengths)
@@ -127,28 +127,28 @@ class Block:
 
 
 def _repeated(arrays: Sequence[Array], lengths: Sequence[int]) -> Array:
-    """Return arrays of one shape in a row, each so many times."""
+    """Return arrays of one shape stacked, each repeated as often as `lengths` says."""
     every = np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape)  # faster than np.stack
     return np.repeat(every, lengths, axis=0)
 
 
 class Stretch:
-    """Steps that follow one another and differ in nothing but their numbers.
+    """Consecutive steps that differ in nothing but their numbers.
 
     Attributes
     ----------
     block, first : Block, int
-        Where their outcomes are, and which is that of the first one.
+        The block of their outcomes, and the row of the first one in it.
     ahead : int
-        By how much the number of a step is more than its place.
+        The number of a step minus its row in the block.
     bounds : list of array
         The bounds of each clipper's pools.
     unscale : float
-        By what gradients were divided.
+        The loss scale that gradients were divided by.
     counts : bool
-        Whether rules that follow the norms and the history are to know them.
+        Whether the history, and the rules that follow norms, take them up.
     told : list of array or None
-        The sums that reports tell, where all ranks have decided together.
+        The sums over all ranks that reports use, if these have decided together.
     """
 
     __slots__ = ("ahead", "block", "bounds", "counts", "first", "told", "unscale")
@@ -168,7 +168,7 @@ class Stretch:
 
 
 class Turn:
-    """One step: the stretch that it is of, and where its outcome is."""
+    """One step: its stretch, and the row of its outcome in the block."""
 
     __slots__ = ("place", "stretch")
 
@@ -181,7 +181,7 @@ class Turn:
         return self.place + self.stretch.ahead
 
     def decide_by(self, bounds: list[Array], told: list[Any] | None = None) -> None:
-        """Have other bounds, or the sums of all ranks: a step that goes on a stretch leaves it."""
+        """Set other bounds, or the sums over all ranks, in a stretch that begins at this step."""
         own = self.stretch
         if own.first != self.place:
             kept = own.unscale, own.counts
@@ -189,12 +189,12 @@ class Turn:
         own.bounds, own.told = bounds, told
 
     def outcome(self) -> Outcome:
-        """Return what became of the groups, after waiting for it."""
+        """Return the groups' outcome, after waiting for it."""
         return self.stretch.block.outcome_of(self)
 
 
 class Told(NamedTuple):
-    """What became of the groups in some steps, and which of these count."""
+    """The numbers of some steps, the groups' outcome in them, and which of them count."""
 
     steps: Array
     outcome: Outcome
@@ -207,18 +207,18 @@ class Steps:
     Attributes
     ----------
     clippers : list of Clipper
-        What clips the groups, by the kinds of their rules.
+        The clippers of the groups, one for each kind of rule.
     stream : stream
-        Where in order everything is done.
+        The stream that all work is submitted to.
     follows : bool
         Whether some rules follow the norms.
     absent : frozenset of str
-        The parameters that were left out last.
+        The parameters that the last step has left out.
     """
 
     def __init__(self, groups: Sequence[Any], engine: Engine, stream: Any) -> None:
         self.engine, self.stream = engine, stream
-        self._sources: Mapping[str, int] | None = None  # where gradients are read
+        self._sources: Mapping[str, int] | None = None  # the addresses gradients are read at
         self.clippers = clippers(groups, engine, stream)
         nbytes = sum(clipper.nbytes for clipper in self.clippers)
         self._kept = max(1, min(KEPT, MOST_BYTES // nbytes))
@@ -228,13 +228,13 @@ class Steps:
         self._following = [clipper for clipper in self.clippers if clipper.follows]
         self.follows, self.absent = bool(self._following), NOBODY
         self._scheduled = [clipper for clipper in self.clippers if clipper.scheduled]
-        self._varies = self.follows or bool(self._scheduled)  # bounds may be others at each step
+        self._varies = self.follows or bool(self._scheduled)  # bounds may differ at each step
         self._again = [clipper for clipper in self.clippers if clipper.decides_again]
         self._only = self.clippers[0] if len(self.clippers) == 1 else None
-        self._native: AtOnce | None = None  # what clips by one call
+        self._native: AtOnce | None = None  # clips by one call
         if self._only is not None:
             self._native = self._only.at_once()
-        self._facts: dict[str, str] = {}  # what must be the same on all ranks, but bounds
+        self._facts: dict[str, str] = {}  # the same on all ranks; without bounds
         self._facts_of: tuple[str, float] | None = None
         self._place = 0
         self._full: Block | None = None
@@ -242,7 +242,7 @@ class Steps:
         self._block = Block(self._members, engine, stream)
 
     def taken(self, step: int, unscale: float, *, counts: bool = True) -> Turn:
-        """Begin a step with the bounds it has; refuse a bad one."""
+        """Set the bounds of a step, refusing invalid ones; return the step."""
         for clipper in self._scheduled:
             clipper.take_step(step)
         block, place = self._block, self._place
@@ -258,15 +258,15 @@ class Steps:
         return Turn(own, place)
 
     def leave_out(self, absent: frozenset[str]) -> None:
-        """Let rules that follow norms know nothing of some parameters in the step that begins."""
+        """Hide some parameters from rules that follow norms in the step that begins."""
         self.absent = absent
         for clipper in self._following:
             clipper.absent = absent
 
     def decide(self, turn: Turn, ranks: Ranks | None = None, call: str = "") -> None:
-        """Measure and decide; refuse before anything is written.
+        """Measure and decide, with all `ranks` if given; raise before anything is written.
 
-        With all ranks, where there are some; `call` says to them what is done.
+        `call` describes the operation in words, which must be the same on all ranks.
         """
         stream, place = self.stream, self._place
 
@@ -291,9 +291,9 @@ class Steps:
         return self._native is not None and self.clippers[0].by_norms and not sparse
 
     def clip_at_once(self, turn: Turn, ranks: Ranks | None, call: str) -> bool:
-        """Clip by one native call; tell whether that was right, if not no gradient is written.
+        """Clip by one native call; return True on success, else no gradient is written.
 
-        With all ranks by two, where they have clipped together before.
+        With ranks, which must have clipped together before, clip by two calls.
         """
         if self._native is None:
             return False
@@ -302,14 +302,14 @@ class Steps:
         return self.clippers[0].take_at_once(self._native, turn, None)
 
     def written_at_once(self, turn: Turn) -> EngineOutcome | None:
-        """Clip likewise, where updates are to find all written; return what they obey then."""
+        """Clip likewise if updates need written gradients; return their outcome, or None."""
         only: Any = self._only
         if only is None or not only.writes_all or not self.clip_at_once(turn, None, ""):
             return None
         return only.outcome_after()  # type: ignore[no-any-return]
 
     def leave(self, turn: Turn, ranks: Ranks | None, call: str) -> list[EngineOutcome]:
-        """Decide to leave gradients that are clipped as they are; refuse as `decide` does."""
+        """Return outcomes that leave clipped gradients as they are; raise as `decide` does."""
 
         def measure() -> None:
             for clipper in self.clippers:
@@ -321,7 +321,7 @@ class Steps:
     def _together(
         self, measure: Callable[[], None], turn: Turn, ranks: Ranks | None, call: str
     ) -> None:
-        """Measure, with all ranks where there are some; refuse what is not finite."""
+        """Measure, with all ranks if given; raise if a gradient is not finite under "raise"."""
         if ranks is not None:
             ranks.decide(self, measure, lambda: self._to_agree(turn, call), self.stream)
             return
@@ -330,7 +330,7 @@ class Steps:
             self._refuse(clipper)
 
     def _to_agree(self, turn: Turn, call: str) -> tuple[dict[str, str], int]:
-        """Say of a step what must be the same on all ranks, and its number."""
+        """Return the facts of a step that must be the same on all ranks, and its number."""
         if self._facts_of != (call, turn.stretch.unscale):
             self._facts_of = call, turn.stretch.unscale
             self._facts = {"call": call, "unscale": repr(turn.stretch.unscale)}
@@ -344,17 +344,17 @@ class Steps:
         return {**self._facts, **bounds}, turn.step
 
     def _refuse(self, clipper: Any) -> None:
-        """Raise the error of the first bad gradient of a group whose policy says so."""
+        """Raise the error of the first non-finite gradient of a group whose policy is "raise"."""
         for group in clipper.refused(self.stream):
             raise first_error(self.gradients(group), None, self.stream)
 
     def gradients(self, group: Any) -> list[Gradient]:
-        """Return the gradients of a group where they are read, but those that are absent."""
+        """Return a group's gradients, except absent ones, at the addresses they are read at."""
         every = [self._as_read(own) for own in group.gradients()]
         return [own for own in every if own is not None]
 
     def _as_read(self, own: Gradient) -> Gradient | None:
-        """Return a gradient where it was read; None where it was absent."""
+        """Return a gradient at the address it was read at; None if it was absent."""
         if self._sources is None:
             return own
         address = self._sources[str(own.key)]
@@ -365,19 +365,19 @@ class Steps:
         return own._replace(facts=own.facts._replace(address=address, array=array))
 
     def read_at(self, sources: Mapping[str, int] | None) -> None:
-        """Read gradients at some addresses, 0 for those that are absent; None for the groups'."""
+        """Read gradients at other addresses, 0 for absent ones; None is for the groups' own."""
         self._sources = sources
         for clipper in self.clippers:
             own = None if sources is None else [sources[name] for name in clipper.names]
             clipper.plan.read_at(own, self.stream)
 
     def is_exceptional(self, clipper: Any) -> bool:
-        """Tell whether an update cannot do all on its way, after waiting."""
+        """Tell, after waiting, whether a clipper has tensors that updates cannot scale."""
         return bool(self.engine.read(clipper.found[1], self.stream)[-1, tables.RARE])
 
     @property
     def writes_all(self) -> bool:
-        """Whether updates find all written, by the only clipper."""
+        """Whether there is one clipper only, and updates read gradients that it has written."""
         return self._only is not None and self._only.writes_all
 
     @property
@@ -386,28 +386,28 @@ class Steps:
         return any(clipper.writes_within for clipper in self.clippers)
 
     def write(self) -> None:
-        """Write the gradients, clipped."""
+        """Write the clipped gradients."""
         for clipper in self.clippers:
             clipper.write(self.stream)
 
     def preview(self) -> None:
-        """Find out what `write` would make of the norms; the gradients stay as they are."""
+        """Find the norms that `write` would lead to; the gradients stay as they are."""
         for clipper in self.clippers:
             clipper.preview(self.stream)
 
     def take(self, turn: Turn) -> bool:
-        """Keep a step; if it counts, let the rules that follow norms know.
+        """Record a step; if it counts, let the rules that follow norms observe it.
 
-        Tell whether the block is to be handed over, and can be.
+        Return True if the block is full and no graph is being captured: it can be handed over.
         """
         own, block = turn.stretch, self._block
         if self._following and own.counts:
             for clipper in self._following:
                 clipper.observe(turn.step, self.stream)
         if own is not block.open:
-            block.open = None  # before: an interrupt leaves none that is not the last
+            block.open = None  # first: after an interrupt the open stretch is never an earlier one
             block.stretches.append(own)
-        block.size = size = turn.place + 1  # as before if the last one was captured
+        block.size = size = turn.place + 1  # unchanged if the last step was captured
         if size < self._kept:
             self._place = size
             block.open = own if own.told is None and not self._varies else None
@@ -416,29 +416,29 @@ class Steps:
         return not self.engine.is_capturing(self.stream)
 
     def turn_over(self) -> Iterator[Told]:
-        """Go on with an empty block; yield what the one before that is to tell the history."""
+        """Yield what is left of the block handed over last, then hand over the full one."""
         yield from self._told_last()
         threads.whole(self._go_on)
 
     def _go_on(self) -> None:
-        """Hand over the block that is full and have an empty one; an interrupt repeats it."""
+        """Hand over the full block and begin an empty one; can be repeated after an interrupt."""
         if self._full is None:
             self._full = self._block
         self._full.hand_over()
         self._block, self._place = Block(self._members, self.engine, self.stream), 0
 
     def told(self) -> Iterator[Told]:
-        """Yield what the history does not have yet, after waiting for it.
+        """Yield the steps that the history does not have yet, after waiting for them.
 
-        What was yielded counts as told when the next is asked for: an interrupt loses nothing.
+        An item counts as told when the next one is requested: an interrupt loses nothing.
         """
         yield from self._told_last()
         yield from self._block.tell()
 
     def _told_last(self) -> Iterator[Told]:
-        """Yield what is left of the block that was handed over, and give it up."""
+        """Yield what is left of the block that was handed over last, and release it."""
         block = self._full
         if block is not None:
             yield from block.tell()
             self._full = None
-            block.stretches.clear()  # which refer to it
+            block.stretches.clear()  # they refer to the block

@@ -1,4 +1,4 @@
-"""Updates of the parameters of groups, clipped on the way."""
+"""Updates of the parameters of groups by gradients that are clipped in the same pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from numclip.methods import SETTINGS_COLUMNS, check
 from numclip.slices import Parts
 
 Rounds = list[tuple[Any, frozenset[str]]]
-"""Groups to be updated one after another, None for all, and what is left out meanwhile."""
+"""Groups to update one after another, None for all, each with the parameters to leave out."""
 
 AT_ONCE: Rounds = [(None, NOBODY)]
 
 
 class Method(Protocol):
-    """What is asked of an optimizer."""
+    """The interface of an optimizer."""
 
     @property
     def kernel(self) -> str:
@@ -35,19 +35,19 @@ class Method(Protocol):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The names of what is kept for each parameter."""
+        """The names of each parameter's states."""
 
     def settings(self, lr: float) -> list[float]:
-        """Return the numbers that the user has chosen for a step."""
+        """Return the user's settings for a step with a learning rate."""
 
     def rate(self, own: float | None, number: int) -> float:
         """Return the learning rate at a step, a group's own where there is one."""
 
 
 class Slots:
-    """What an optimizer keeps for a group: its states, and how often it was updated.
+    """An optimizer's states for a group, and how often the group was updated.
 
-    `views` has for each parameter its part of each state, 1-d stored numbers.
+    `views` has for each parameter the views of its states, 1-d arrays of stored numbers.
     """
 
     def __init__(self, group: Any, states: int, engine: Engine, stream: Any) -> None:
@@ -63,7 +63,7 @@ class Slots:
 
     @property
     def steps(self) -> int:
-        """How often the group was updated; asking waits for the engine."""
+        """How often the group was updated; reading it waits for the engine."""
         return int(self.updates.counts()[self.pools.start])
 
     @steps.setter
@@ -86,7 +86,7 @@ class GroupUpdater:
     Attributes
     ----------
     slots : dict of str to Slots
-        What is kept for each group.
+        The states of each group.
     """
 
     def __init__(self, steps: Steps, groups: Sequence[Any], method: Method) -> None:
@@ -99,7 +99,7 @@ class GroupUpdater:
             self._attach(steps, stream, {group.name: 0 for group in groups})
 
     def _attach(self, steps: Steps, stream: Any, counts: Mapping[str, int]) -> None:
-        """Make tables for the clippers that there are, which have others after a rule changed."""
+        """Make the update tables of the present clippers, which are new after a rule was set."""
         engine, self._updates = steps.engine, []
         for clipper in steps.clippers:
             own = [self.slots[group.name] for group in clipper.groups]
@@ -118,7 +118,7 @@ class GroupUpdater:
                 slots.steps = counts[group.name]
             self._updates.append(made)
         self._written: list[list[float]] | None = None
-        self._differs = False  # whether groups that share a norm have other settings
+        self._differs = False  # whether groups that share a norm differ in settings
         params = [
             engine.facts(name, param)
             for group in self._groups
@@ -130,7 +130,7 @@ class GroupUpdater:
         self._sparse = {name for group in self._groups if group.sparse for name in group.names}
         self._holds_masters = any(group.sparse and group.masters for group in self._groups)
         self.given = engine.given(params, self._taken(engine), None, held)
-        self._at_once: StepsAtOnce | None = None  # of little data
+        self._at_once: StepsAtOnce | None = None  # only for small data
         (clipper, *others), (updates, *_) = steps.clippers, self._updates
         self._clips_at_once = clipper.by_norms
         writes = clipper.writes_all and not self._sparse
@@ -138,10 +138,10 @@ class GroupUpdater:
             self._at_once = updates.at_once(self.given, clipper.divisors, [*held.values()])
             self._unbounded = np.full(len(clipper.bounds), np.inf)
             self._unclipped = [engine.table((1, *own.shape[1:]), stream) for own in clipper.tables]
-        self._steps = steps  # last: an interrupt leaves all to the next step
+        self._steps = steps  # last: after an interrupt the next step does it all again
 
     def _taken(self, engine: Engine) -> list[tuple[int, int]]:
-        """Return where a step writes: the memory of parameters and states."""
+        """Return the extents of the memory that a step writes: parameters and states."""
         slots = self.slots.values()
         params = [param for own in slots for param in own.params]
         states = [state for own in slots for views in own.views for state in views]
@@ -153,7 +153,7 @@ class GroupUpdater:
         return [method.settings(method.rate(group.lr, number)) for group in self._groups]
 
     def sources(self, steps: Steps, names: Sequence[str], items: Any) -> dict[str, int] | None:
-        """Return where gradients lie, if they can be read there and are too many to be copied."""
+        """Return gradients' addresses if all can be read in place and are large, else None."""
         if items is None or self.given is None or steps.writes_within or self.given.is_little:
             return None
         if self._sparse:
@@ -170,20 +170,19 @@ class GroupUpdater:
         items: Any,
         absent: frozenset[str],
     ) -> bool:
-        """Take a step by one native call, by the gradients given or, without, by the groups' own.
+        """Take a step by one native call, by `items` or, if None, by the groups' own gradients.
 
-        Of either, some are absent.
-
-        Tell whether that was possible; if not, nothing has been changed.
+        `absent` are the parameters without one. Return True if that was possible; if not, no
+        parameter has been changed.
         """
-        left = absent if items is None else NOBODY  # of the groups' own
+        left = absent if items is None else NOBODY  # absent among the groups' own
         native = self._ready(steps, settings, left)
         if native is None or not self._clips_at_once:
             return False
         given = items
         if self._parts is not None and items is not None:
             given = self._parts.of(items)
-            if given is None or self._holds_masters:  # masters take over the rows that are held
+            if given is None or self._holds_masters:  # `take_over` needs the rows stored first
                 return False
         clipper = steps.clippers[0]
         if absent or steps.absent:
@@ -196,9 +195,9 @@ class GroupUpdater:
     def _ready(
         self, steps: Steps, settings: list[list[float]], absent: frozenset[str]
     ) -> StepsAtOnce | None:
-        """Return what takes steps by one native call, with some settings; None if it cannot.
+        """Return what takes steps by one native call, with its settings written, or None.
 
-        Rows that were applied before are to be forgotten, which a step at once does not do.
+        It cannot leave out sparse parameters, as it does not forget rows applied before.
         """
         if steps is not self._steps or self._at_once is None:
             return None
@@ -210,7 +209,7 @@ class GroupUpdater:
 
     @contextlib.contextmanager
     def _leaving(self, native: StepsAtOnce, absent: frozenset[str]) -> Iterator[None]:
-        """Let some parameters have no gradient of the groups' own meanwhile."""
+        """Treat some parameters' own gradients as absent in native calls within the context."""
         names = self._steps.clippers[0].names
         try:
             native.leave([k for k, name in enumerate(names) if name in absent])
@@ -230,8 +229,8 @@ class GroupUpdater:
     ) -> None:
         """Clip every group, and update it by its settings; leave parameters that are absent.
 
-        Gradients are read at the sources; if they have to be written, `copy` brings them home. It
-        is this rank's own business where they are read: all take the same decisions.
+        Gradients are read at `sources` if given; if they have to be written, `copy` copies them to
+        the groups first. Ranks may differ in this: all take the same decisions.
         """
         self._attach_again(steps)
         if sources is not None:
@@ -264,7 +263,7 @@ class GroupUpdater:
                 steps.read_at(None)
 
     def _call(self, settings: list[list[float]], absent: frozenset[str]) -> str:
-        """Say what a step does that must be the same on all ranks."""
+        """Return words for a step's kernel, settings and absent copies: the same on all ranks."""
         copies = {name for group in self._groups if not group.sharded for name in group.names}
         left = sorted(absent & copies)
         return f"{self._method.kernel} of {settings}" + (f" without {left}" if left else "")
@@ -277,7 +276,7 @@ class GroupUpdater:
         absent: frozenset[str],
         ranks: Ranks | None = None,
     ) -> None:
-        """Update every group by gradients that are clipped, by its settings."""
+        """Update every group, by its settings, with gradients that are clipped already."""
         self._attach_again(steps)
         if self._apply_at_once(steps, settings, absent, ranks):
             return
@@ -291,9 +290,9 @@ class GroupUpdater:
         absent: frozenset[str],
         ranks: Ranks | None,
     ) -> bool:
-        """Update by gradients as they are, by one native call; tell whether that was possible.
+        """Update by gradients as they are, by one native call; return True if that was possible.
 
-        It decides by what this rank has: where all decide together it is not.
+        It never is with `ranks`: the call would decide by this rank's gradients alone.
         """
         native = self._ready(steps, settings, absent)
         if native is None or ranks is not None:
@@ -302,16 +301,16 @@ class GroupUpdater:
             return native.take(None, 0, 1.0, self._unbounded, self._unclipped)
 
     def _attach_again(self, steps: Steps) -> None:
-        """Make other tables where there are other clippers."""
+        """Make new update tables if there are new clippers."""
         if steps is not self._steps:
             counts = {name: slots.steps for name, slots in self.slots.items()}
             with steps.engine.on_stream(None) as stream:
                 self._attach(steps, stream, counts)
 
     def _write_settings(self, steps: Steps, settings: list[list[float]]) -> None:
-        """Let updates use some settings."""
+        """Write the settings of all groups to the update tables, if they differ."""
         if settings != self._written:
-            self._written = None  # as an interrupt leaves it
+            self._written = None  # if an interrupt comes now, they are written again
             for clipper, updates in zip(steps.clippers, self._updates, strict=True):
                 updates.write_settings(self._table(clipper, settings), steps.stream)
             self._differs = any(len(_rounds(own, settings)) > 1 for own in steps.clippers)
@@ -325,7 +324,7 @@ class GroupUpdater:
         absent: frozenset[str],
         sources: Mapping[str, int] | None,
     ) -> None:
-        """Update every group by what is decided, an outcome for each clipper."""
+        """Update every group by the outcomes, one for each clipper."""
         stream = steps.stream
         self._write_settings(steps, settings)
         every = zip(steps.clippers, self._updates, outcomes, strict=True)
@@ -363,7 +362,7 @@ class GroupUpdater:
 
 
 def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | None) -> list[int]:
-    """Return where the gradient of each of a clipper's tensors is read; 0 where it is absent."""
+    """Return the address of the gradient of each of a clipper's tensors; 0 if it is absent."""
     names = clipper.names
     if sources is None:
         homes = [span.source for span in clipper.plan.spans]
@@ -376,9 +375,9 @@ def _sources(clipper: Any, absent: frozenset[str], sources: Mapping[str, int] | 
 
 
 def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:
-    """Return the rounds of an update.
+    """Return the rounds of an update: one, unless groups that share a norm differ in settings.
 
-    One for all, unless groups of one norm, and so of one row of settings, differ.
+    Groups that share a norm also share a row of settings.
     """
     shared: dict[int, list[Sequence[float]]] = {}
     for group in clipper.groups:
@@ -390,7 +389,7 @@ def _rounds(clipper: Any, settings: Sequence[Sequence[float]]) -> Rounds:
 
 
 def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array) -> None:
-    """Let groups without any gradient not have been updated."""
+    """Restore the step counts, from `kept`, of pools whose groups had no gradient at all."""
     counts, present = updates.counts(), np.zeros(len(kept), np.bool_)
     for group in clipper.groups:
         pools = clipper.pools[group.name]
@@ -399,7 +398,7 @@ def _keep_counts(clipper: Any, updates: Any, absent: frozenset[str], kept: Array
 
 
 def update_span(grad: Gradient, param: int) -> Span | RowSpan:
-    """Return where a gradient is read and its parameter written."""
+    """Return the span that reads a gradient and writes its parameter."""
     if grad.slices is None:
         return Span(grad.dtype, grad.address, param, grad.size)
     return row_span(grad, grad)._replace(target=param)
