@@ -1,4 +1,4 @@
-"""One array within compiled code: copied, made contiguous, described in a table's row."""
+"""Operations on one array within compiled code: copies, comparisons, the row of a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WIDE_ELEMENTS = (types.float64, types.complex128)
 
 @intrinsic
 def any_layout(_typing: Any, array: Any) -> Any:
-    """Return an array typed as one that may be strided."""
+    """Return an array with the type of one that may be strided."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return impl_ret_borrowed(context, builder, signature.return_type, arguments[0])
@@ -46,9 +46,9 @@ def turned(_typing: Any, array: Any, order: Any) -> Any:
 
 @intrinsic
 def spread(_typing: Any, value: Any, array: Any) -> Any:
-    """Return a number, or an array that broadcasts to another's shape, as a view of that shape.
+    """Return (view, fits): a number or an array as a view of the shape of `array`.
 
-    And whether it does broadcast.
+    `fits` says whether `value` broadcasts to that shape.
     """
     kind = types.unliteral(value)
     element = kind.dtype if isinstance(kind, types.Array) else kind
@@ -105,14 +105,14 @@ def lies_in_order(shape, strides, itemsize, fortran):
 
 
 def copied(grad, _):
-    """Return a new array of the same type, in the order of memory, strided ones in C order."""
+    """Return a copy of the same type, in memory order if `grad` is contiguous, else in C order."""
 
 
 @overload(copied, jit_options=OWN_FLAGS)
 def _copied(grad, _):
     if grad.layout == "C":
         return lambda grad, _: grad.copy()
-    if grad.layout == "F":  # of which numba's own copy is in C order
+    if grad.layout == "F":  # numba's own copy would be in C order
         return lambda grad, _: grad.T.copy().T
 
     def copy(grad, _):
@@ -127,7 +127,7 @@ def _copied(grad, _):
 
 
 def entered(grad, _):
-    """Return the array itself where it is contiguous, else a copy in C order."""
+    """Return the array itself if it is contiguous, else a copy in C order."""
 
 
 @overload(entered, jit_options=OWN_FLAGS)
@@ -147,7 +147,7 @@ def _entered(grad, _):
 
 
 def left(grad, work):
-    """Bring what was written to a copy back into the array."""
+    """Copy `work` back to the array, if `entered` made a copy."""
 
 
 @overload(left, jit_options=OWN_FLAGS)
@@ -202,7 +202,7 @@ def are_same(_typing: Any, one: Any, other: Any) -> Any:
 def _is_distinct(builder: Any, context: Any, kind: Any, value: Any) -> Any:
     """Emit whether no two elements of an array share memory, or of any array of a tuple.
 
-    Of an array whose steps are not nested, as those of a view can be, that is not known.
+    False also for an array whose strides are not nested, of which that is not known.
     """
     distinct = ir.Constant(ir.IntType(1), 1)
     if not isinstance(kind, types.Array):
@@ -215,7 +215,7 @@ def _is_distinct(builder: Any, context: Any, kind: Any, value: Any) -> Any:
     array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
     zero, one = ir.Constant(WORD, 0), ir.Constant(WORD, 1)
     sizes = cgutils.unpack_tuple(builder, array.shape)
-    axes = []  # how far apart elements are, and how far the last is from the first
+    axes = []  # the distances of two elements, and of the first and the last
     for size, stride in zip(sizes, cgutils.unpack_tuple(builder, array.strides), strict=True):
         negative = builder.icmp_signed("<", stride, zero)
         step = builder.select(negative, builder.neg(stride), stride)
@@ -242,7 +242,7 @@ def are_distinct(_typing: Any, grads: Any) -> Any:
 
 
 def _ends(builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
-    """Emit the addresses between which an array lies."""
+    """Emit the addresses where an array begins and ends."""
     begin = builder.ptrtoint(array.data, WORD)
     nbytes = builder.mul(array.nitems, array.itemsize)
     if kind.layout != "A":
@@ -265,7 +265,7 @@ def _ends(builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
 def write_row(
     builder: Any, context: Any, rows: Any, t: Any, kind: Any, values: tuple[Any, Any]
 ) -> None:
-    """Emit a row of the table (see `kernels.spans`) for an array, and for what is worked on."""
+    """Emit row `t` of a table of `kernels.spans`; `values` are an array and the one to work on."""
     proxy = cgutils.create_struct_proxy(kind)
     grad, work = (proxy(context, builder, value=value) for value in values)
     is_complex = isinstance(kind.dtype, types.Complex)

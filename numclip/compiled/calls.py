@@ -1,9 +1,9 @@
 """Calls from users' compiled code to our kernels, which are compiled once, by themselves.
 
 Linking a kernel into each function that calls it would optimise it again each time: seconds. A
-symbol would end a process that loads users' code from numba's cache before ours is there. So each
-call holds the kernel's address, 0 until it is needed; then it asks Python for it, which compiles
-the kernel or loads it. Code in the cache knows for which kernels it was made, see `current`.
+symbol would end a process that loads users' code from numba's cache before the kernels are loaded.
+So each call holds the kernel's address, 0 until it is needed; then it gets it from Python, which
+compiles or loads the kernel. Code in the cache has the version of its kernels, see `current`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OUTDATED = (
 
 
 class OutdatedCodeError(OSError):
-    """Why users' code is compiled anew: it calls other kernels than there are.
+    """Raised for users' code of another version of the kernels, so that it is compiled anew.
 
-    numba takes an OSError while it reads its cache for code that is not there.
+    numba treats an OSError while it reads its cache as code that is not there.
     """
 
 
@@ -48,19 +48,19 @@ def _kernel(name: str) -> Any:
 
 @functools.cache
 def version() -> str:
-    """Return the release, and the digest of the kernels and of how they are called."""
+    """Return the release, and digests of the kernels and of the module `spans`."""
     parts = [digest.of(_kernel(name).py_func) for name in KERNELS]
     return " ".join([numclip.__version__, *parts, digest.of_modules(spans)])
 
 
 class Current:
-    """What numba keeps with users' code, to be made again before the code is loaded."""
+    """Pickled by numba with users' code; unpickling it checks the kernels' version."""
 
     def __init__(self, wanted: str) -> None:
         self.wanted = wanted
 
     def __call__(self) -> None:
-        """Do nothing: it is there."""
+        """Do nothing when numba has loaded the code."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Current) and other.wanted == self.wanted
@@ -73,14 +73,14 @@ class Current:
 
 
 def current(wanted: str) -> Current:
-    """Return what stands for the kernels, where they are those that are wanted."""
+    """Return `Current(wanted)`; raise OutdatedCodeError if the kernels' version is another."""
     if wanted != version():
         raise OutdatedCodeError(OUTDATED)
     return Current(wanted)
 
 
 class Address:
-    """What users' code is compiled with, and reads as the address of a kernel."""
+    """Pickled into users' code; unpickling it returns the address of a kernel."""
 
     def __init__(self, name: str, wanted: str) -> None:
         self.name, self.wanted = name, wanted
@@ -101,7 +101,7 @@ def address_of(name: str, wanted: str) -> int:
 
 
 def _address(context: Any, builder: Any, name: str) -> Any:
-    """Emit a kernel's address, 0 where it cannot be had."""
+    """Emit a kernel's address, 0 if Python cannot return it."""
     slot = cgutils.add_global_variable(builder.module, _WORD, f"numclip.{name}")
     slot.linkage, slot.initializer = "internal", ir.Constant(_WORD, 0)
     known = builder.load(slot)
@@ -127,7 +127,7 @@ def _address(context: Any, builder: Any, name: str) -> Any:
 
 
 def emit_call(context: Any, builder: Any, name: str, arguments: list[Any]) -> Any:
-    """Emit a call of a kernel, which never raises."""
+    """Emit a call of a kernel; kernels never raise."""
     signature = KERNELS[name]
     context.active_code_library._reload_init.add(Current(version()))
     address = _address(context, builder, name)
@@ -143,7 +143,7 @@ def emit_call(context: Any, builder: Any, name: str, arguments: list[Any]) -> An
 
 
 def emit_clip(context: Any, builder: Any, arguments: list[Any]) -> Any:
-    """Emit a call that clips, and the one that does where something is rare."""
+    """Emit a call of `clip`, and one of `clip_rare` if the first returns RARE."""
     result = emit_call(context, builder, "clip", arguments)
     slot = cgutils.alloca_once_value(builder, result)
     rare = ir.Constant(_WORD, spans.RARE)

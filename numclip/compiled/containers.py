@@ -1,4 +1,4 @@
-"""Tuples and lists of arrays within compiled code: copied, made contiguous, written back."""
+"""Operations on tuples and lists of arrays within compiled code, see `arrays`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numclip.host.runtime.jit import OWN_FLAGS, inline
 
 
 def _like(items: Any, parts: list[Any]) -> Any:
-    """Return the type of a tuple like another, of other parts."""
+    """Return the type of a tuple of the kind of `items`, with the types `parts`."""
     if isinstance(items, types.LiteralList):
         return types.LiteralList(parts)
     return types.BaseTuple.from_types(parts, getattr(items, "instance_class", None))
@@ -25,7 +25,7 @@ def _like(items: Any, parts: list[Any]) -> Any:
 
 @intrinsic
 def mapped(typing: Any, function: Any, items: Any, others: Any) -> Any:
-    """Return a tuple of what a function returns for each pair of arrays of two tuples."""
+    """Return a tuple of ``function(item, other)`` for each pair of arrays of two tuples."""
     signatures = [
         None
         if isinstance(item, types.NoneType)
@@ -54,7 +54,7 @@ def _is_contiguous(grads: Any) -> bool:
 
 
 def all_copied(grads):
-    """Return new arrays in the same structure."""
+    """Return copies of the arrays in the same structure, see `copied`."""
 
 
 @overload(all_copied, jit_options=OWN_FLAGS)
@@ -96,7 +96,7 @@ def _all_distinct(grads):
 
 @inline
 def fault_of_target(out, grads):
-    """Tell what is wrong with what is to be written: it must be the gradients themselves."""
+    """Return the status of `out`: it must be the gradients, of elements that share no memory."""
     if not are_same(out, grads):
         return ELSEWHERE
     return UNCHANGED if all_distinct(grads) else OVERLAP
@@ -104,14 +104,14 @@ def fault_of_target(out, grads):
 
 @inline
 def check_target(out, grads):
-    """Refuse what cannot be written."""
+    """Raise the error for `out`, if it has one."""
     wrong = fault_of_target(out, grads)
     if wrong != UNCHANGED:
         fail(wrong)
 
 
 def all_entered(grads):
-    """Return the arrays as ones that are contiguous, None where their types say that they are."""
+    """Return contiguous arrays, see `entered`; None if the types are contiguous already."""
 
 
 @overload(all_entered, jit_options=OWN_FLAGS)
@@ -124,7 +124,7 @@ def _all_entered(grads):
 
 
 def all_left(grads, works):
-    """Bring what was written to copies back into the arrays."""
+    """Copy `works` back to the arrays, where `all_entered` made copies."""
 
 
 @overload(all_left, jit_options=OWN_FLAGS)

@@ -1,4 +1,4 @@
-"""What the functions do within compiled code, for the types that they are called with."""
+"""The implementations of the functions within compiled code, by the types of arguments."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
 
 
 def _clips(grads: Any, out: Any, what: int) -> Any:
-    """Return what clips arrays, in place or as new ones."""
+    """Return the function that clips arrays, in place or into new ones."""
 
     def into_new_arrays(grads, out, bound, given, ord):
         works = all_copied(grads)
@@ -76,7 +76,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         return works, norm
 
     def in_place(grads, out, bound, given, ord):
-        # The kernel hands back what is wrong: a branch here would count references to `out`.
+        # The kernel returns a fault of `out`: a branch here would count references to `out`.
         wrong = fault_of_target(out, grads) << FOUND
         works = all_entered(grads)
         norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE | wrong))
@@ -112,7 +112,7 @@ def clip_by_global_norm(
 
 
 def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, what: int) -> Any:
-    """Return what clips one array."""
+    """Return the function that clips one array."""
     check_gradient("grad", grad)
     check_number(name, bound)
     check_order(ord, [grad])
@@ -157,13 +157,13 @@ def clip_by_block_rms(grad: Any, threshold: Any, out: Any) -> Any:
 
 @inline
 def clamp_all(work, low, high):
-    """Hold the numbers of an array between two; return what became of them."""
+    """Clamp the numbers of an array between two numbers; return the status."""
     return clamp_array(work, number_of(low), number_of(high))
 
 
 @inline
 def clamp_between(work, low, high):
-    """Hold them between numbers or arrays that broadcast to the array's shape."""
+    """Clamp between numbers or arrays that broadcast to the shape; return the status."""
     lows, low_fits = spread(low, work)
     highs, high_fits = spread(high, work)
     if not (low_fits and high_fits):

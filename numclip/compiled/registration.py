@@ -1,4 +1,4 @@
-"""The functions that users' compiled code may call; what implements them is loaded when it does."""
+"""Registers the functions that users' compiled code may call; implementations load on use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of where arrays lie, and what is done to all of a table."""
+"""Tables of arrays for `kernels.spans`, and the calls of kernels on them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FAULTS: dict[int, tuple[type[Exception], tuple[Any, ...]]] = {
         ("clip_value_min, clip_value_max: expected shapes that broadcast to the gradient's",),
     ),
 }
-# What is raised after `fail`: so numba knows that the code ends there, and frees arrays before.
+# Raised after `fail`: so numba knows that the code ends there, and frees arrays before.
 UNREACHABLE = SystemError
 
 
@@ -73,7 +73,7 @@ def check(status):
 
 @intrinsic
 def number_of(_typing: Any, value: Any) -> Any:
-    """Return a number, or a 0-d array of one, as a float; 0 where there is none."""
+    """Return a number, or a 0-d array of one, as a float; 0 for None."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if is_nothing(value):
@@ -89,7 +89,7 @@ def number_of(_typing: Any, value: Any) -> Any:
 
 @intrinsic
 def _describe(_typing: Any, table: Any, t: Any, grad: Any, work: Any) -> Any:
-    """Write the row of an array."""
+    """Write row `t` of a table for an array and the one to work on."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         rows = _address_of(context, builder, table, arguments[0])
@@ -106,7 +106,7 @@ def _address_of(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @intrinsic
 def _clip_table(_typing: Any, table: Any, count: Any, numbers: Any) -> Any:
-    """Clip what a table says."""
+    """Clip the `count` arrays of a table."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         rows = _address_of(context, builder, table, arguments[0])
@@ -119,7 +119,7 @@ def _clip_table(_typing: Any, table: Any, count: Any, numbers: Any) -> Any:
 def _table_of_tuple(context: Any, builder: Any, kinds: Any, grads: Any, works: Any) -> Any:
     """Emit the table of a tuple of arrays on the stack; return its address and its length.
 
-    `works` are what is worked on: others, of the same types, or the arrays themselves.
+    `works` are the arrays to work on: others of the same types, or `grads` themselves.
     """
     arrays = [k for k, kind in enumerate(kinds) if isinstance(kind, types.Array)]
     words = ir.ArrayType(WORD, max(len(arrays), 1) * FIELDS)
@@ -132,7 +132,7 @@ def _table_of_tuple(context: Any, builder: Any, kinds: Any, grads: Any, works: A
 
 @intrinsic
 def _clip_tuple(_typing: Any, grads: Any, works: Any, numbers: Any) -> Any:
-    """Clip a tuple of arrays."""
+    """Clip a tuple of arrays, working on `works` if it is not None."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         worked_on = arguments[0 if is_nothing(works) else 1]
@@ -144,7 +144,7 @@ def _clip_tuple(_typing: Any, grads: Any, works: Any, numbers: Any) -> Any:
 
 
 def _emit_for_array(name: str) -> Any:
-    """Return what calls a kernel with the table of one array, and with numbers."""
+    """Return the function that emits a call of a kernel with the table of one array."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = [signature.args[0]]
@@ -157,7 +157,7 @@ def _emit_for_array(name: str) -> Any:
 
 @intrinsic
 def clamp_array(_typing: Any, work: Any, low: Any, high: Any) -> Any:
-    """Hold the numbers of an array between two bounds."""
+    """Clamp the numbers of an array between two bounds."""
     return types.int64(work, types.float64, types.float64), _emit_for_array("clamp")
 
 
@@ -175,7 +175,7 @@ def clip_array_by_columns(_typing: Any, work: Any, outer: Any, reduced: Any, bou
 
 
 def clip_all(grads, works, numbers):
-    """Clip arrays by what the kernel is told; return the norm and what became of them."""
+    """Clip arrays by the kernel's arguments `numbers`; return (norm, status)."""
 
 
 @overload(clip_all, jit_options=OWN_FLAGS)

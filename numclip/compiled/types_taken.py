@@ -1,4 +1,4 @@
-"""What is taken inside compiled code, and what is said where something else is given."""
+"""The types of arguments that compiled code takes, and the errors for others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_nothing(kind: Any) -> bool:
 
 
 def value_of(kind: Any) -> Any:
-    """Return the value of a literal or a default; raises ValueError where there is none."""
+    """Return the value of a literal or a default; raise ValueError if a type has none."""
     if isinstance(kind, types.Omitted):
         return kind.value
     if isinstance(kind, types.BaseTuple):
@@ -41,7 +41,7 @@ def value_of(kind: Any) -> Any:
 
 
 def check_number(name: str, kind: Any) -> None:
-    """Refuse what is no real number, nor a 0-d array of one."""
+    """Refuse a type that is no real number, nor a 0-d array of one."""
     known = types.unliteral(kind)
     if isinstance(known, types.Array) and known.ndim == 0:
         known = known.dtype
@@ -50,7 +50,7 @@ def check_number(name: str, kind: Any) -> None:
 
 
 def check_bound(name: str, kind: Any) -> bool:
-    """Tell whether a bound is an array with axes; refuse what is no real number, nor such."""
+    """Return True for an array with axes and False for a real number; refuse other types."""
     if isinstance(kind, types.Array) and isinstance(kind.dtype, (types.Integer, types.Float)):
         return kind.ndim > 0
     check_number(name, kind)
@@ -77,7 +77,7 @@ def check_order(kind: Any, gradients: Sequence[Any]) -> None:
 
 
 def choice(name: str, kind: Any, allowed: Sequence[str]) -> str:
-    """Return one of some words, which must be written where the function is called."""
+    """Return the word of a literal argument; refuse others than those in `allowed`."""
     words = ", ".join(repr(word) for word in allowed)
     try:
         word = value_of(kind)
@@ -89,7 +89,7 @@ def choice(name: str, kind: Any, allowed: Sequence[str]) -> str:
 
 
 def check_gradient(name: str, kind: Any) -> None:
-    """Refuse what is no array of gradients."""
+    """Refuse a type that is no array of a gradient dtype."""
     if not isinstance(kind, types.Array) or kind.dtype not in ELEMENTS:
         names = ", ".join(str(element) for element in ELEMENTS)
         raise refuse(name, f"an array of {names}", kind)
@@ -110,7 +110,7 @@ def members(name: str, kind: Any) -> list[Any]:
 
 
 def check_out(name: str, kind: Any, grads: Any, gradients: Sequence[Any]) -> bool:
-    """Tell whether to work in place; refuse what cannot be the gradients or be written."""
+    """Tell whether to work in place; refuse an `out` of another type or of read-only arrays."""
     if is_nothing(kind):
         return False
     if kind != grads:

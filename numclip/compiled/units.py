@@ -22,7 +22,7 @@ from numclip.host.runtime.jit import inline
 
 @inline
 def product(shape, begin, end):
-    """Return the product of some lengths."""
+    """Return the product of ``shape[begin:end]``."""
     total = 1
     for k in range(begin, end):
         total *= shape[k]
@@ -31,7 +31,7 @@ def product(shape, begin, end):
 
 @inline
 def write(values, out):
-    """Write an array to another."""
+    """Copy an array to another."""
     for index in np.ndindex(out.shape):
         out[index] = values[index]
 
@@ -45,7 +45,7 @@ def in_c_order(values):
 
 
 def _clipped_in_order(axes: tuple[int, ...], ndim: int) -> Any:
-    """Return what clips where axes lie side by side: rows, or columns where that is not rare."""
+    """Return a function that clips along adjacent axes; by columns it can return RARE."""
     first, last = (axes[0], axes[-1] + 1) if axes else (ndim, ndim)
     if last == ndim:
         return lambda work, bound: clip_array_by_rows(work, product(work.shape, 0, first), bound)
@@ -58,7 +58,7 @@ def _clipped_in_order(axes: tuple[int, ...], ndim: int) -> Any:
 
 
 def _clipped(axes: tuple[int, ...], ndim: int) -> Any:
-    """Return what clips units of an array in C order, in place; it returns what became of it."""
+    """Return a function that clips units of a C-order array in place and returns a status."""
     kept = tuple(k for k in range(ndim) if k not in axes)
     order = kept + axes
     back = tuple(order.index(k) for k in range(ndim))
@@ -85,7 +85,7 @@ def _clipped(axes: tuple[int, ...], ndim: int) -> Any:
 
 
 def clip_by_norm(grad: Any, axes: Any, ord: Any, out: Any) -> Any:
-    """Return the implementation for these types, which are checked but for the axes."""
+    """Return the implementation; `ord` and `axes` are checked here, other types before."""
     require_two(ord, "(other orders along axes are taken outside compiled code)")
     try:
         reduced = axes_of(value_of(axes), grad.ndim)

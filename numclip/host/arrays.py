@@ -1,4 +1,4 @@
-"""Arrays of the host's memory: what they tell of themselves, and new ones."""
+"""Arrays in the host's memory: their facts, and new arrays."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def facts_of(name: str, array: Any) -> Facts:
 
 
 def as_array(name: str, values: Any) -> Array:
-    """Return what is no plain array as one: subclasses, NumPy's scalars, other libraries' arrays.
+    """Return a subclass, a NumPy scalar or another library's array as an ndarray.
 
-    Their memory is shared. Masked arrays are refused.
+    The memory is shared. Masked arrays are refused.
     """
     if isinstance(values, np.ma.MaskedArray):
         advice = "a masked array; fill it first with .filled(0)"
@@ -47,7 +47,7 @@ def as_array(name: str, values: Any) -> Array:
 
 
 def _advice(values: Any) -> str:
-    """Say how to mend what is no gradient, where one call does."""
+    """Name the call that makes a gradient of `values`, if there is one, for a message."""
     if hasattr(values, "tocsr"):
         return "; convert it with numclip.IndexedSlices.from_scipy"
     try:
@@ -60,7 +60,7 @@ def _advice(values: Any) -> str:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return a new array in C order that begins at a multiple of 64 bytes; of zeros."""
+    """Return a new array of zeros in C order whose address is a multiple of 64."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -68,7 +68,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def new_like(like: Facts) -> Array:
-    """Return a new array in memory as another one, if it is dense; else in C order."""
+    """Return a new array in the memory order of another one if that is dense, else in C order."""
     return np.empty_like(like.array, order="K" if like.dense else "C", subok=False)
 
 
@@ -78,7 +78,7 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Array:
 
 
 def share_no_memory(arrays: Sequence[Any]) -> bool:
-    """Tell whether plain arrays share no memory with one another; False where that is not seen."""
+    """Tell whether arrays share no memory with one another; False if that is not certain."""
     owners = [type(array) is np.ndarray and array.flags.owndata for array in arrays]
     if all(owners) and len({*map(id, arrays)}) == len(arrays):
         return True

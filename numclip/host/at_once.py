@@ -1,6 +1,7 @@
-"""Steps of little data by one native call each, or by two where bounds follow the norms.
+"""Steps of few bytes by one native call each, or by two where bounds depend on the norms.
 
-Each call finds the gradients, measures, decides and writes; of two, the first one measures alone.
+A single call finds the gradients, measures, decides and writes. Of two calls, the first one writes
+no gradients and no parameters.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from numclip.host.plain_arrays import POINTERS
 from numclip.host.runtime.jit import entry
 
 BOUNDS = np.zeros(1)
-"""Has the type of the bounds of pools, for which kernels are entered."""
+"""Has the type of the bounds of pools, with which `entry` specialises kernels."""
 
 
 class ClipsAtOnce:
     """Clips one batch in place; see `numclip.engine.AtOnce`.
 
-    `tables` are what kernels work on beside the chunks, by their numbers in `kernels.given`; those
-    of rows are there where gradients are sparse.
+    `tables` are the kernels' tables other than the chunks, by their numbers in `kernels.given`.
+    If gradients are sparse, those of rows are among them.
     """
 
     def __init__(self, batch: Batch, tables: dict[int, Array]) -> None:
@@ -47,20 +48,20 @@ class ClipsAtOnce:
         return entry(self._kernels.clip, True, 0, 1.0, self._own, BOUNDS, self._like)
 
     def _turn_to(self, outcomes: Sequence[Array]) -> None:
-        """Let what is found be written to some tables; an interrupt leaves it to the next call."""
+        """Let kernels write to the tables `outcomes`; after an interrupt the next call does it."""
         self._outcomes = ()
         self._point_to(outcomes)
         self._outcomes = outcomes
 
     def _point_to(self, outcomes: Sequence[Array]) -> None:
-        """Write the words of these tables."""
+        """Write the words (address, rows, columns) of these tables."""
         point(self._own, given.SUMS, outcomes[0][0])
         point(self._own, given.DECISIONS, outcomes[1][0])
 
     def measure(
         self, _items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
-        """Measure and decide alone."""
+        """Measure and decide, writing no gradient; return False if these need another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         return self._decide(True, place, unscale, self._own, bounds, self._like)
@@ -74,16 +75,16 @@ class ClipsAtOnce:
         outcomes: Sequence[Array],
         measures: bool = True,
     ) -> bool:
-        """Clip; without `measures`, by what was measured before."""
+        """Clip; without `measures`, by the sums of the call before. Return False as `measure`."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         return self._clip(measures, place, unscale, self._own, bounds, self._like)
 
 
 class ValuesAtOnce(ClipsAtOnce):
-    """Holds elements between limits, rows of two for each tensor; and measures what is left.
+    """Clamps elements to `limits`, a row (low, high) for each tensor, then measures the results.
 
-    `later` is the plan that measures again, and its tables for that.
+    `later` is (plan, tables): the plan that measures the results, and its tables.
     """
 
     def __init__(
@@ -114,21 +115,21 @@ class ValuesAtOnce(ClipsAtOnce):
         outcomes: Sequence[Array],
         measures: bool = True,  # noqa: ARG002
     ) -> bool:
-        """Measure and clip."""
+        """Measure, clamp and measure the results."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         tables = self._own, self._after, self._limits
         done, right = given.hold(place, unscale, *tables, bounds, self._like)
-        if done and not right:  # what was in the safe range is so no more
+        if done and not right:  # clamped squares left the safe range
             self._later.measure(2.0)
             self._later.decide((outcomes[2][place], outcomes[3][place]))
         return done  # type: ignore[no-any-return]
 
 
 class RanksAtOnce(ClipsAtOnce):
-    """Clips by the sums of all ranks: by a call before they are exchanged, and one after.
+    """Clips by the sums of all ranks: one call before the ranks exchange rows, one after.
 
-    `told` are the tables that `kernels.ranks` names, `exchanged` the heads and the rows of all.
+    `told` are the tables that `kernels.ranks` names, `exchanged` the heads and rows of all ranks.
     """
 
     def __init__(
@@ -146,22 +147,22 @@ class RanksAtOnce(ClipsAtOnce):
         self._heads, self._every = exchanged
 
     def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
-        """Measure, and write the rows to tell; tell whether that was right."""
+        """Measure, and write the rows to send; return False if these need another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         return ranks.tell(place, self._own, self._told, self._like)  # type: ignore[no-any-return]
 
     def clip(self, place: int, unscale: float, bounds: Array) -> bool:
-        """Clip by the rows of all; tell likewise."""
+        """Clip by the rows of all ranks; return False likewise."""
         return ranks.clip(  # type: ignore[no-any-return]
             place, unscale, self._own, bounds, self._heads, self._every, self._told, self._like
         )
 
 
 class StepsAtOnce(ClipsAtOnce):
-    """Takes steps of one batch, by its gradients or by given ones.
+    """Takes optimizer steps of one batch, by its own gradients or by those that a user passes.
 
-    `starts` are where its tensors begin.
+    `starts` are the addresses of its tensors.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class StepsAtOnce(ClipsAtOnce):
         return entry(self._kernel, *told)
 
     def leave(self, numbers: Sequence[int]) -> None:
-        """Let some tensors have no gradient of the batch's in the next step, all others one."""
+        """Let exactly the tensors `numbers` have no gradient in the next step of own gradients."""
         self._addresses[:] = self._starts
         self._addresses[numbers] = given.ABSENT
 
@@ -199,17 +200,17 @@ class StepsAtOnce(ClipsAtOnce):
             self._given[k] = self._own[k]
 
     def _read(self, items: Any) -> tuple[int, Array]:
-        """Return where kernels find gradients, and by which tables."""
+        """Return (pointers, tables) by which kernels find the gradients."""
         if items is None:
             return given.OWN, self._own
-        if len(items) != self._count:  # as `Given.check`, in a third of the time
+        if len(items) != self._count:  # as `Given.check`, but in a third of its time
             raise AssertionError(f"{len(items)} arrays for {self._count}")
         return id(items) + POINTERS, self._given
 
     def measure(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
-        """Find gradients, measure and decide alone."""
+        """Find the gradients, measure and decide, without writing; return False as `take`."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
@@ -224,7 +225,7 @@ class StepsAtOnce(ClipsAtOnce):
         outcomes: Sequence[Array],
         measures: bool = True,
     ) -> bool:
-        """Clip and update, likewise."""
+        """Clip and update; return False, with no parameter written, if this needs another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
@@ -234,6 +235,6 @@ class StepsAtOnce(ClipsAtOnce):
 
 
 def point(tables: Array, k: int, table: Array) -> None:
-    """Write the words of a table."""
+    """Write the words of a table, (address, rows, columns), to row `k` of `tables`."""
     rows, columns = table.shape if table.ndim == 2 else (1, table.size)
     tables[k] = table.ctypes.data, rows, columns

@@ -1,4 +1,4 @@
-"""Contiguous tensors of one element type, cut into chunks: what is done to them, by all threads."""
+"""Contiguous tensors of one dtype, cut into chunks, on which all threads work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     @property
     def column(self) -> int:
-        """The column of decisions that has the factors of the elements."""
+        """The column of decisions that has the factors for this dtype."""
         return FINE if self.dtype.digits == 53 else FACTOR
 
     def of(self, chosen: Array) -> Batch:
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         return self._replace(chunks=self.chunks[chosen[self.chunks[:, cpu.OWNER]]])
 
     def read_at(self, starts: Array, sources: Sequence[int]) -> Batch:
-        """Return the chunks of tensors that begin elsewhere, without those that begin at 0."""
+        """Return the batch with tensors read at `sources`, not `starts`; without those at 0."""
         return self._replace(chunks=moved(self.chunks, self.chunks[:, cpu.OWNER], starts, sources))
 
     def in_place(self, chosen: Array) -> Batch:
@@ -60,9 +60,9 @@ class Batch(NamedTuple):
 
 
 def moved(chunks: Array, tensors: Array, starts: Array, sources: Sequence[int]) -> Array:
-    """Return the chunks of tensors that begin elsewhere than they did, but of those at 0.
+    """Return chunks with the addresses in column 0 moved from `starts` to `sources`.
 
-    Where a chunk is read is its first column.
+    Chunks of tensors whose source is 0 are left out; `tensors` has the tensor of each chunk.
     """
     addresses = np.array(sources, np.int64)
     made = chunks.copy()
@@ -125,7 +125,7 @@ def _rescue(batch: Batch, sums: Array) -> None:
 
 
 def largest(batch: Batch, count: int) -> Array:
-    """Return the largest magnitude of each of `count` tensors; NaN where there is one."""
+    """Return the largest magnitude of each of `count` tensors; NaN if it has a NaN."""
     mask = batch.dtype.mask
     partial = np.empty(len(batch.chunks), mask.dtype)
     batch.run(cpu.max_magnitude, mask, partial)
@@ -177,12 +177,12 @@ def scaling(batch: Batch, factors: Array) -> Call:
 
 
 def truncating(batch: Batch, mantissas: Array, exponents: Array) -> Call:
-    """Return the call that rounds subnormal results toward zero; slow."""
+    """Return the slow call that scales and rounds subnormal results toward zero."""
     precision = np.array(batch.dtype.precision, np.int64)
     like = batch.dtype.like
     return batch.call(cpu.scale_truncating, mantissas.copy(), exponents, precision, like)
 
 
 def clamping(batch: Batch, beyond: Array, low: float, high: float) -> Call:
-    """Return the call that holds elements between two bounds; `beyond` tells of each chunk."""
+    """Return the call that clamps elements, and sets `beyond` for chunks with some beyond."""
     return batch.call(cpu.clamp, float(low), float(high), batch.dtype.like, beyond)

@@ -44,7 +44,7 @@ def require() -> None:
 
 
 def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | Strided:  # noqa: ARG001
-    """Return where an array is and goes: contiguous memory where it is that, in one order."""
+    """Return a `Span` if both are dense, aligned and of the same strides; else `Strided`."""
     step = dtype.storage.itemsize
     aligned = not (source.address % step or target.address % step)
     if source.strides == target.strides and source.dense and aligned:
@@ -54,11 +54,11 @@ def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | S
 
 
 def stream_of(_facts: Sequence[Facts]) -> None:
-    """Return nothing: the host has no streams."""
+    """Return None: the host has no streams."""
 
 
 def give_back(_stream: None, _facts: Sequence[Facts]) -> None:
-    """Do nothing likewise."""
+    """Do nothing: the host has no streams."""
 
 
 def stream_from(stream: Any) -> None:
@@ -70,12 +70,12 @@ def stream_from(stream: Any) -> None:
 def kept_plan(
     spans: Sequence[AnySpan], pools: Sequence[Pool], _stream: Any
 ) -> tuple[Plan, list[Outcome]]:
-    """Return a new plan: one of the host costs as little as finding an old one."""
+    """Return a new plan and no outcomes: a new one costs as little as finding an old one."""
     return Plan(spans, pools), []
 
 
 def kept_unit_plan(families: Sequence[Any], ord: float, _stream: Any) -> tuple[UnitPlan, list[Any]]:
-    """Return a new plan of units likewise."""
+    """Return a new plan of units and no tables, as `kept_plan` does."""
     return UnitPlan(families, ord), []
 
 
@@ -92,24 +92,24 @@ def number(table: Array, column: int, _stream: Any, _release: Callable[[], objec
 def numbers(
     table: Array, column: int, count: int, _stream: Any, _release: Callable[[], object]
 ) -> list[int]:
-    """Return the numbers of a column."""
+    """Return the integers of a column, in the first `count` rows."""
     return [int(number) for number in table[:count, column]]
 
 
 def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> None:
-    """Return nothing: plans of the host are not kept."""
+    """Return None: plans of the host are not kept."""
 
 
 def find_plan(_key: Any) -> None:
-    """Return nothing likewise."""
+    """Return None: plans of the host are not kept."""
 
 
 def keep_plan(_key: Any, _plan: Plan, _free: list[Outcome]) -> None:
-    """Keep nothing likewise."""
+    """Do nothing: plans of the host are not kept."""
 
 
 def sent(array: Array, _stream: Any = None) -> Array:
-    """Return an array of the host where kernels can read it."""
+    """Return the array, which kernels of the host read where it is."""
     return array
 
 
@@ -130,7 +130,7 @@ def on_host(source: Facts, _stream: Any = None) -> Array:
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, _stream: Any = None) -> None:
-    """Write an array held between others, of the same shape and dtype."""
+    """Write an array clamped between two others of its shape and dtype."""
     own, least, most, target = (
         elements(array.dtype, array.shape, memory)
         for memory in (array.read, low, high, array.written)
@@ -155,12 +155,12 @@ def given(
     natives: Sequence[np.dtype[Any]] | None = None,
     held: Mapping[int, Array] | None = None,
 ) -> Given | None:
-    """Return what reads arrays for some targets, where kernels can read NumPy's objects."""
+    """Return a `Given` for `targets`; None if kernels cannot read this NumPy's array objects."""
     return Given(targets, taken, natives, held) if plain_arrays.READABLE else None
 
 
 def put_all(pairs: Sequence[tuple[Array, Array]], _stream: Any = None, *, adds: bool) -> None:
-    """Copy arrays, each into the one before it, or add them."""
+    """Copy the second array of each pair into the first, or add it."""
     for array, source in pairs:
         if adds:
             np.add(array, source, out=array, casting="same_kind")
@@ -174,15 +174,15 @@ def table(shape: tuple[int, ...], _stream: Any = None) -> Array:
 
 
 def hand_over(table: Array, _stream: Any = None) -> tuple[Callable[[], Array], Array]:
-    """Return what reads a table as it is now, and the one to write to from now on."""
+    """Return a function that returns `table`, and a new table to write to from now on."""
     return lambda: table, np.zeros_like(table)
 
 
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
-    """Do something in order with all that was done and will be."""
+    """Return a context that does nothing: the host works in the order of the calls."""
     return contextlib.nullcontext(stream)
 
 
 def is_capturing(_stream: Any) -> bool:
-    """Tell whether what is done is only written down."""
+    """Return False: the host records no graphs."""
     return False

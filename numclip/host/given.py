@@ -1,8 +1,8 @@
-"""Arrays that a user passes for others of ours, in a fixed order: read where they lie.
+"""Arrays that a user passes in a fixed order, each for one of our targets: read where they lie.
 
-Every method does its whole job, or says that it cannot and has written nothing: what is no
-ordinary array of the very shape and dtype, or overlaps memory that is to be written, goes the
-general way.
+Each method either finishes its job, or returns False or None and writes no target. Arrays that are
+not ordinary ndarrays of the target's shape and dtype in C order, or that overlap memory that is
+written, are left to the general path.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from numclip.memory import Span
 INDEX = np.dtype(np.int64)
 Extents = Sequence[tuple[int, int]]
 KEPT = object()
-"""Stands for an array that stays as it is."""
+"""Passed instead of an array whose target is to stay as it is."""
 
 
 class Given:
-    """Reads arrays for the targets that some facts describe.
+    """Reads arrays for `targets`, which are described by their facts.
 
-    `taken` are addresses between which none of them may lie. Arrays have the dtypes `natives`,
-    where these are told, of 16 bits for others of float32. Of what is read last, `addresses`
-    are where it is, 0 for None.
+    `taken` are extents (begin, end) that no array may overlap. `natives`, if given, are the
+    arrays' dtypes; a 16-bit one can be read for a target of float32. `addresses` are those of the
+    arrays that were read last, 0 for None.
 
-    Some targets take rows, the values of any number of them, and after all arrays their indices;
-    `held` are the words that say where rows go, see `numclip.tables`, by the targets' numbers.
+    A target in `held` takes rows: the values of any number of them, and after all arrays their
+    indices. `held` has, by targets' numbers, words on where rows go, see `numclip.tables`.
     """
 
     kept = KEPT
@@ -54,7 +54,7 @@ class Given:
         self.targets, self._held = list(targets), held or {}
         self.addresses = np.zeros(len(targets) + len(self._held), np.int64)
         natives = natives or [facts.native for facts in targets]
-        self._dtypes = [np.dtype(native.type) for native in natives]  # whose ids are compared
+        self._dtypes = [np.dtype(native.type) for native in natives]  # kernels compare their ids
         shapes = [facts.shape for facts in self.targets]
         self.wanted = wanted_table(self._dtypes, shapes, merged(taken), self._held)
         self._batches = self._made_batches(natives)
@@ -64,7 +64,7 @@ class Given:
         self._takes = {adds: self._taking(adds=adds) for adds in (False, True)}
 
     def _row_table(self) -> Array:
-        """Return what `kernels.given_rows` is told of the targets that take rows."""
+        """Return the table of `kernels.given_rows` for the targets that take rows."""
         rows = rows_table(self._held)
         for row, t in zip(rows, self._held, strict=True):
             own = lookup(self.targets[t].native)
@@ -73,9 +73,9 @@ class Given:
         return rows
 
     def _made_batches(self, natives: Sequence[np.dtype[Any]]) -> list[tuple[Batch, Array]]:
-        """Return the batches of each dtype, and as what it is written; no chunks are of rows.
+        """Return (batch, storage sample of the targets) for each dtype, without targets of rows.
 
-        Their sources are distances from the beginnings of arrays.
+        The sources of the chunks are byte offsets in the arrays.
         """
         starts = np.array([facts.address for facts in self.targets], np.int64)
         spans: dict[DType, dict[int, Span]] = {}
@@ -96,19 +96,19 @@ class Given:
         return found
 
     def read(self, items: tuple[Any, ...]) -> bool:
-        """Find where arrays lie; tell whether all are as they are wanted."""
+        """Write the arrays' addresses to `addresses`; return False if one is not as wanted."""
         self.check(items)
         return given.find(pointers_of(items), self.wanted, self.addresses)  # type: ignore[no-any-return]
 
     def check(self, items: tuple[Any, ...]) -> None:
-        """Assert that there is an array for each of ours: kernels read so many pointers."""
+        """Assert that there is an item for each address: kernels read so many pointers."""
         if len(items) != self.addresses.size:
             raise AssertionError(f"{len(items)} arrays for {self.addresses.size}")
 
     def take(self, items: tuple[Any, ...], *, adds: bool) -> bool:
-        """Copy arrays into ours or add them; tell whether all are as they are wanted.
+        """Copy arrays to the targets, or add them; return False if one is not as wanted.
 
-        None stands for zeros, `KEPT` for what is there.
+        None stands for zeros; the target of `KEPT` stays as it is.
         """
         self.check(items)
         if self._only is not None:
@@ -131,10 +131,10 @@ class Given:
         return entry(given.take, 0, self.wanted, batch.chunks, *how)
 
     def copies(self, items: tuple[Any, ...], *, adds: bool) -> tuple[Any, ...] | None:
-        """Return little arrays as copies that can be taken, with the same bits as a result.
+        """Return items with copies of arrays in the wanted dtype and order, which `take` accepts.
 
-        None where one is no array of NumPy, or of another shape, or would be added in its own
-        dtype, and where an element becomes infinite.
+        The result has the same bits. None if there are many bytes, if an item is no ndarray of the
+        target's shape, if adding it would round in another dtype, or if an element overflows.
         """
         found = [*items]
         for k, facts in enumerate(self.targets):
@@ -149,7 +149,7 @@ class Given:
         return tuple(found)
 
     def _taking(self, *, adds: bool) -> Callable[[], object]:
-        """Return what copies or adds arrays that were found."""
+        """Return the function that copies or adds the arrays at `addresses`."""
         how = [(batch, (adds, batch.dtype.like, wide)) for batch, wide in self._batches]
         return threads.kept(
             [batch.call(given.take_found, *own, self.addresses) for batch, own in how]
@@ -157,7 +157,7 @@ class Given:
 
 
 def _copy(array: Array, native: np.dtype[Any], *, adds: bool) -> Array | None:
-    """Return an array in C order and of a dtype; None where that loses more than digits."""
+    """Return a copy in C order and of a dtype; None if the cast loses more than digits."""
     row = lookup(array.dtype)
     if row is None or (row.components == 2 and native.kind != "c"):
         return None
@@ -175,9 +175,9 @@ def wanted_table(
     held: Container[int] = (),
     needs: int = given.PLAIN,
 ) -> Array:
-    """Return what `kernels.given` is told of arrays; `held` are those that take rows.
+    """Return the table `wanted` of `kernels.given` for arrays, those in `held` of any row count.
 
-    `needs` are the flags that NumPy's arrays must have.
+    `needs` are the flags that the ndarrays must have, `taken` extents that they must not overlap.
     """
     free = [k for k in range(len(shapes)) if k in held]
     rows: list[int] = []
@@ -196,7 +196,7 @@ def wanted_table(
 
 
 def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return extents in ascending order, those that touch as one."""
+    """Return extents in ascending order, with those that overlap or touch merged."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(extents):
         if merged and low <= merged[-1][1]:
@@ -207,7 +207,7 @@ def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def rows_table(held: Mapping[int, Array]) -> Array:
-    """Return a row of `kernels.given_rows` for each sparse tensor, by its number."""
+    """Return the table of `kernels.given_rows`: a row for each sparse tensor in `held`."""
     table = np.zeros((len(held), given_rows.ROW_COLUMNS), np.int64)
     table[:, given_rows.TENSOR] = [*held]
     table[:, given_rows.HELD] = [own.ctypes.data for own in held.values()]

@@ -18,18 +18,18 @@ class HalfCopies:
         self._batches = []
         for dtype, table in tables.items():
             batch = batches.of_table(dtype, table)
-            batch = batch._replace(nbytes=3 * batch.nbytes)  # with the numbers
+            batch = batch._replace(nbytes=3 * batch.nbytes)  # those of the numbers, too
             distances = batch.chunks[:, cpu.SOURCE] - table[batch.chunks[:, cpu.OWNER], 0]
-            batch.chunks[:, cpu.TARGET] += distances  # which are half of those in float32
+            batch.chunks[:, cpu.TARGET] += distances  # 16-bit offsets are half of those in float32
             likes = dtype.like, FLOAT32.like
             self._batches.append((batch, likes, (0, len(batch.chunks), batch.chunks, *likes)))
 
     def round_all(self, _stream: Any = None) -> None:
-        """Let copies be the nearest ones to their numbers."""
+        """Round each number to nearest and write it to its copy."""
         self._each(halves.round_all)
 
     def take_over(self, _stream: Any = None) -> None:
-        """Let numbers be those of the copies that are none of theirs."""
+        """Set each number that does not round to its copy to the copy's value."""
         self._each(halves.take_over)
 
     def _each(self, kernel: Any) -> None:

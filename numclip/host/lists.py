@@ -1,10 +1,10 @@
-"""Gradients that are plain arrays, clipped without describing each.
+"""The list path: ordinary NumPy arrays, clipped without making `Facts` of each.
 
-Arrays of other libraries are plain if their views by NumPy are. Those that hold little can be of
-any dtypes and steps; of much, they are contiguous, of one dtype and finite.
+Arrays of other libraries are read through NumPy views. Arrays of few bytes can have any dtypes and
+strides; many bytes must be contiguous, of one dtype and finite.
 
-Every function does the whole job, with the bits that the general way gives, or returns None and
-has touched nothing.
+Each function either finishes the job, with the same bits as the general path, or returns None and
+writes nothing (but see `each`).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _TOLD = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
 _TOLD[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), POINTERS
 _TOLD[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
 TOLD: int = _TOLD.__array_interface__["data"][0]
-"""Where that is what `kernels.little` is told."""
+"""The address of the facts `_TOLD`, which `kernels.little` reads."""
 
 
 def _are_met(items: Items) -> bool:
-    """Let kernels know bfloat16, which another package makes; tell whether that is new to them."""
+    """Register ml_dtypes' bfloat16 with the kernels if an item has it; return True if done."""
     place = little.NAMES.index("bfloat16")
     if _KNOWN[place] is not None:
         return False
-    for item in items:  # a name takes 2 us to be made
+    for item in items:  # `dtype.name` takes 2 us
         if type(item) is np.ndarray and item.itemsize == 2 and item.dtype.name == "bfloat16":
             own = np.dtype(item.dtype.type)
             if lookup(own) is not None:
@@ -68,19 +68,22 @@ def _are_met(items: Items) -> bool:
 
 
 def _views(items: Items) -> Items | None:
-    """Return arrays of other libraries as NumPy's; None where there are none, or others."""
+    """Return the items with NumPy views of other libraries' arrays.
+
+    None if there are no such arrays, or if an item has no view that may be clipped.
+    """
     views: list[Array | None] = []
     for item in items:
         if item is None or type(item) is np.ndarray:
             views.append(item)
             continue
-        if isinstance(item, (list, tuple, dict)):  # which are nested gradients
+        if isinstance(item, (list, tuple, dict)):  # nested gradients
             return None
-        if attribute(item, "is_cuda") or is_parameter(item):  # no norm of its own is wanted
+        if attribute(item, "is_cuda") or is_parameter(item):  # left to the general path
             return None
         try:
             view = as_numpy("", item)
-        except (TypeError, ValueError):  # the general way says what is wrong
+        except (TypeError, ValueError):  # the general path raises it
             view = None
         if view is None:
             return None
@@ -89,12 +92,12 @@ def _views(items: Items) -> Items | None:
 
 
 def global_norm(grads: Any, ord: float = 2.0) -> float | None:
-    """Return the norm of arrays."""
+    """Return the norm of an array structure, or None if the general path has to find it."""
     return norm_of(nests.taken(grads)[0], ord)
 
 
 def norm_of(items: Items, ord: float) -> float | None:
-    """Return the norm of the arrays of a tuple."""
+    """Return the norm of the arrays of a tuple, or None as `global_norm` does."""
     if not items:
         return None
     norm, state = _clip_little(items, 0, math.inf, ord, PROPAGATE, 0.0)
@@ -111,11 +114,11 @@ def norm_of(items: Items, ord: float) -> float | None:
 def clip_by_global_norm(
     grads: Any, bound: float, out: Any, ord: float = 2.0, what: int = PROPAGATE, given: float = 0.0
 ) -> tuple[Any, float] | None:
-    """Clip arrays by their joint norm, in place or into new ones; return them and the norm.
+    """Clip arrays by their global norm, in place or into new ones; return (arrays, norm).
 
-    `what` is a policy, with `spans.GIVEN` where the norm is given.
+    `what` is a policy of `tables`, with the bit `spans.GIVEN` if the norm is `given`.
     """
-    if out is grads and type(grads) is list:  # the same as below, sooner
+    if out is grads and type(grads) is list:  # as below, but faster
         items = tuple(grads)
         if items and type(items[0]) not in nests.KINDS:
             found = clip_items(items, True, bound, ord, what, given)
@@ -138,7 +141,7 @@ def clip_by_global_norm(
 def _clip_nest(
     items: Items, grads: Any, out: Any, bound: float, ord: float, what: int, given: float
 ) -> tuple[Any, float] | None:
-    """Do the same where some of the items are nested; None where none is."""
+    """Clip nested gradients as `clip_by_global_norm` does; return None if no item is nested."""
     if not nests.is_nest(items):
         return None
     items, held = nests.taken(grads, is_nested=True)
@@ -147,14 +150,14 @@ def _clip_nest(
 
 
 def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
-    """Clip an array, or each of a list, tuple or dict of arrays, by its own norm; return these.
+    """Clip an array, or each of a list, tuple or dict of arrays, by its own norm; return them.
 
-    `what` says what the norm is divided by.
+    A bit `AVERAGE` or `ROOT_MEAN` of `what` divides the norm by the size or by its root.
     """
     if not outs.takes(grads, out):
         return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, what))
     if type(grads) is np.ndarray:
-        if grads.nbytes < PARALLEL_BYTES:  # a microsecond less than all of the below
+        if grads.nbytes < PARALLEL_BYTES:  # 1 us faster than the code below
             result = grads if out is not None else copy(grads)
             _, state = _clip_little((result,), little.WRITES, bound, ord, what, 0.0)
             if state <= WRITTEN:
@@ -179,7 +182,10 @@ def clip_items(
     given: float = 0.0,
     each: int = 0,
 ) -> tuple[Items, float] | None:
-    """Clip the arrays of a tuple, in place or into new ones; return them and the norm."""
+    """Clip the arrays of a tuple, in place or into new ones; return (arrays, norm).
+
+    With `each`, `little.EACH`, each array is clipped by its own norm.
+    """
     results = items if in_place else _copied(items, PARALLEL_BYTES)
     if results:
         norm, state = _clip_little(results, little.WRITES | each, bound, ord, what, given)
@@ -200,10 +206,10 @@ def clip_items(
 def _clip_little(
     items: Items, how: int, bound: float, ord: float, what: int, given: float
 ) -> tuple[float, int]:
-    """Clip arrays that hold little in place; return the norm, and what became of them.
+    """Clip arrays of few bytes in place by one native call; return (norm, state).
 
-    Contiguous ones of one dtype by `kernels.plain`, if it is by their own L2 norm together, and
-    what is not finite is to pass on.
+    `kernels.plain` clips contiguous arrays of one dtype by their global L2 norm if non-finite
+    values are to propagate, `kernels.little` all others. The state is one of theirs.
     """
     if not plain_arrays.READABLE:
         return 0.0, little.ELSEWHERE
@@ -217,7 +223,7 @@ def _clip_little(
         if state != plain.ELSEWHERE:
             return norm, WRITTEN if state == plain.DONE else little.MUCH
     usual = ord == 2.0 or ord == math.inf
-    if ord != 2.0:  # magnitudes of complex numbers are not those of the parts
+    if ord != 2.0:  # complex magnitudes are not those of the parts
         how |= little.REAL
     told = id(items), TOLD, how, bound, given, ord, what
     norm, state = little.clip(*told) if usual else little.clip_rare(*told)
@@ -229,7 +235,7 @@ def _clip_little(
 
 
 def _copied(items: Items, limit: float = math.inf) -> Items | None:
-    """Return copies of arrays; None where they have more bytes than that, or one is none."""
+    """Return copies of arrays; None if they have `limit` bytes or more, or one is no ndarray."""
     copies: list[Array | None] = []
     nbytes = 0
     for item in items:
@@ -246,9 +252,9 @@ def _copied(items: Items, limit: float = math.inf) -> Items | None:
 
 
 def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
-    """Hold the elements of arrays between two floats, in place or in copies; return these.
+    """Clamp the elements of arrays to [low, high], in place or in copies; return the arrays.
 
-    `grads` is a list, tuple or dict of arrays, or an array.
+    `grads` is an array, or a list, tuple or dict of arrays.
     """
     if type(low) is not float or type(high) is not float:
         low, high = _number(low), _number(high)
@@ -265,7 +271,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
 
 
 def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Items | None:
-    """Hold the elements of the arrays of a tuple between two bounds, in place or in copies."""
+    """Clamp the arrays of a tuple to [low, high], in place or in copies; return them or None."""
     results = items if in_place else _copied(items)
     if results and plain_arrays.READABLE and _clamp(results, low, high):
         return results
@@ -278,7 +284,7 @@ def clamp_items(items: Items, low: float, high: float, *, in_place: bool) -> Ite
 
 
 def _clamp(items: Items, low: float, high: float) -> bool:
-    """Do so in place; tell whether that was possible."""
+    """Clamp arrays in place; return False, with nothing written, if the list path cannot."""
     kind = kind_of(items)
     if kind is not None and kind.row.components == 1:
         bounds = low, high, kind.row.like
@@ -294,14 +300,14 @@ def _clamp(items: Items, low: float, high: float) -> bool:
     if batch is None or batch.dtype.components == 2:
         return False
     beyond = np.empty(len(batch.chunks), np.bool_)
-    with np.errstate(all="ignore"):  # a bound out of range is infinite or 0
+    with np.errstate(all="ignore"):  # a bound beyond the dtype becomes infinite or 0
         call = environment.run(batches.clamping, (batch, beyond, low, high), {})
     threads.run_all([call._replace(keep=items)])
     return True
 
 
 def _number(value: Any) -> float:
-    """Return a bound as a float, NaN where the general way has to look at it."""
+    """Return a bound as a float, NaN if the general path has to check it."""
     exact = type(value) is int and abs(value) <= 1 << 53
     return float(value) if exact or type(value) in (float, np.float64, np.float32) else math.nan
 
@@ -315,10 +321,10 @@ def each(
 ) -> Any:
     """Clip an array, or each of a list, tuple or dict of arrays, by itself; return the results.
 
-    These are new, or in place, as `outs.takes` has it. `one` takes an array, where to write, what
-    `prepare` returned for it and its owner, if there are owners: it does all, or returns None, and
-    the general way does all of it again, which leaves what is clipped as it is. `prepare` raises
-    where an argument does not fit.
+    `out` is None or passes `outs.takes`. `prepare(array)` raises if an argument does not fit it.
+    ``one(array, to, prepared, owner)`` clips an array into `to` (None: a new one) or returns None.
+    Then `each` returns None as well: some arrays may be clipped already, but the general path,
+    which clips all again, does not change those.
     """
     if type(grads) is np.ndarray:
         return one(grads, out, prepare(grads), owners)
@@ -342,25 +348,25 @@ def each(
 
 
 def _are_arrays(items: Items) -> bool:
-    """Tell whether all are arrays of gradients, or None, and there is one."""
+    """Tell whether all items are None or ndarrays of gradient dtypes, and one is an array."""
     kinds = [kind_of((item,)) for item in items if item is not None]
     return None not in kinds and bool(kinds)
 
 
 def _can_be_written(items: Items) -> bool:
-    """Tell whether arrays can be written, each being in memory of its own."""
+    """Tell whether all arrays are writeable and share no memory with one another."""
     given = [item for item in items if item is not None]
     return share_no_memory(given) and all(item.flags.writeable for item in given)
 
 
 def are_alike(held: Any, items: Items, owners: Any, own: Items) -> bool:
-    """Tell whether two flat structures of a type have the same keys, by their items."""
+    """Tell whether two flat structures of one type have as many items and the same keys."""
     alike = len(own) == len(items) and type(held) is not nests.Opened
     return alike and (type(held) is not dict or [*held] == [*owners])
 
 
 def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) -> bool:
-    """Tell whether there is an array of the same shape for each, that is not written before."""
+    """Tell whether each item has an owner of its shape; in place, all must share no memory."""
     if not are_alike(held, items, owners, own):
         return False
     pairs = [(item, owner) for item, owner in zip(items, own, strict=True) if item is not None]
@@ -371,7 +377,7 @@ def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) ->
 def _clip_much(
     items: Items, in_place: bool, bound: float, ord: float, what: int
 ) -> tuple[Items, float] | None:
-    """Clip arrays that hold much: over a table of chunks, by all threads."""
+    """Clip arrays of many bytes over a table of chunks by all threads; return (arrays, norm)."""
     batch = plain_batch(items, write=in_place)
     divisor = _divisor_of(items[0], what) if batch is not None else 1.0
     found = None if batch is None else _decided(batch, len(items), bound, ord, divisor)
@@ -381,9 +387,9 @@ def _clip_much(
 
 
 def scaled(batch: Batch, items: Items, factor: float, *, in_place: bool) -> Items:
-    """Multiply the arrays of a batch, in place or into new ones; return these.
+    """Return the arrays of a batch times `factor`, in place or as new arrays.
 
-    The batch writes these then.
+    Where new arrays are written, the batch's chunks get these as targets.
     """
     if factor == 1.0 or in_place:
         results = items if in_place else _copied(items)
@@ -400,7 +406,7 @@ def scaled(batch: Batch, items: Items, factor: float, *, in_place: bool) -> Item
 
 
 def _divisor_of(array: Any, what: int) -> float:
-    """Return what the norm of an array is divided by."""
+    """Return the divisor of an array's norm: 1, its size, or the root of its size."""
     if not what & (AVERAGE | ROOT_MEAN):
         return 1.0
     size = float(max(array.size, 1))
@@ -410,13 +416,13 @@ def _divisor_of(array: Any, what: int) -> float:
 def _decided(
     batch: Batch, count: int, bound: float, ord: float, divisor: float
 ) -> tuple[float, float] | None:
-    """Return the norm of `count` arrays, and the factor; None if they need care."""
+    """Return (norm, factor) of `count` arrays; None if norm or factor need the general path."""
     row = batch.dtype
     if ord == 2.0:
         partial = np.empty(len(batch.chunks))
         batch.run(cpu.sum_squares, row.like, partial)
         norm, right = joint.joined(batch.chunks, partial, row.limits, np.zeros(count))
-    elif ord == math.inf and row.components == 1:  # else magnitudes are not those of the parts
+    elif ord == math.inf and row.components == 1:  # complex magnitudes are not those of the parts
         norm = float(batches.largest(batch, count).max(initial=0.0))
         right = math.isfinite(norm)
     else:

@@ -1,4 +1,4 @@
-"""Plain lists, tuples and dicts of arrays, nested or not: opened, and closed again."""
+"""Lists, tuples and dicts of arrays, nested or not: flattened to a tuple and rebuilt from it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Items = tuple[Any, ...]
 
 
 class Opened(NamedTuple):
-    """What a level was: its type, its keys, and for each of its items a level, None for others.
+    """A level of a nested structure: its type, a copy of it, and an `Opened` for each container.
 
-    The items are elsewhere, those of all levels in one list.
+    `parts` has None for each other item. The items of all levels are in one list, outside.
     """
 
     kind: type
@@ -24,7 +24,10 @@ class Opened(NamedTuple):
 
 
 def opened(level: Any, items: list[Any]) -> Opened | None:
-    """Add the arrays of a nest to `items`; return how it was made, None where it has others."""
+    """Append a nested structure's arrays to `items`; return its `Opened`.
+
+    None if an entry is neither None, an ndarray nor a container.
+    """
     kind = type(level)
     held: Any = level.copy() if kind is dict else tuple(level)  # another thread may change it
     parts: list[Opened | None] = []
@@ -43,7 +46,7 @@ def opened(level: Any, items: list[Any]) -> Opened | None:
 
 
 def closed(nest: Opened, results: Iterator[Any]) -> Any:
-    """Return a nest made like another, of results."""
+    """Return the results in the nested structure that `nest` describes."""
     kind, keys, parts = nest
     made = [next(results) if part is None else closed(part, results) for part in parts]
     if kind is dict:
@@ -52,7 +55,7 @@ def closed(nest: Opened, results: Iterator[Any]) -> Any:
 
 
 def items_of(grads: Any) -> Items:
-    """Return the entries of a plain list, tuple or dict, which stay while the tuple does."""
+    """Return a tuple of the entries of a list, tuple or dict, which it keeps alive; else ()."""
     of = type(grads)
     if of is list or of is tuple:
         return tuple(grads)
@@ -65,10 +68,10 @@ def is_nest(items: Items) -> bool:
 
 
 def taken(grads: Any, *, is_nested: bool = False) -> tuple[Items, Any]:
-    """Return the arrays of a list, tuple or dict, nested or not, and what `rebuilt` makes one of.
+    """Return (items, held): the entries of a structure, and the structure for `rebuilt`.
 
-    No arrays where it is none, or has other entries deep in it. One whose first entry is none of
-    these is not opened without `is_nested`: to look at each takes 40 ns.
+    No items if `grads` is no list, tuple or dict, or if `opened` returns None. Without `is_nested`
+    entries are flattened only if the first one is a container: a look at each takes 40 ns.
     """
     held = held_still(grads)
     items = items_of(held)
@@ -77,18 +80,18 @@ def taken(grads: Any, *, is_nested: bool = False) -> tuple[Items, Any]:
     found: list[Any] = []
     try:
         nest = opened(held, found)
-    except RecursionError:  # the general way says so
+    except RecursionError:  # the general path raises it
         nest = None
     return ((), held) if nest is None else (tuple(found), nest)
 
 
 def held_still(grads: Any) -> Any:
-    """Return a structure whose keys no other thread changes."""
+    """Return a copy of a dict, whose keys other threads could change, else `grads` itself."""
     return grads.copy() if type(grads) is dict else grads
 
 
 def rebuilt(held: Any, results: Items, out: Any) -> Any:
-    """Return results in the structure of a list, tuple or dict, nested or not."""
+    """Return results in the structure `held`; in place, return `held` itself if it is a dict."""
     if type(held) is Opened:
         return closed(held, iter(results))
     if type(held) is dict:

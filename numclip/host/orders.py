@@ -19,7 +19,7 @@ HEADROOM = 64  # bits: no sum of that many terms, and no hypotenuse, exceeds flo
 
 
 class Magnitudes(NamedTuple):
-    """Real tensors with the magnitudes of gradients over ``2**shift``; `kept` holds copies."""
+    """Real tensors with the magnitudes of gradients over ``2**shift``; `kept` owns the copies."""
 
     spans: dict[int, Span]
     shifts: Array
@@ -29,7 +29,7 @@ class Magnitudes(NamedTuple):
 def write_powers(
     spans: Mapping[int, Span | RowSpan], groupings: Mapping[int, Groups], ord: float, sums: Array
 ) -> None:
-    """Write each tensor's sum of powers, of infinite order its largest magnitude.
+    """Write each tensor's sum of powers, or for an infinite order its largest magnitude.
 
     `groupings` are those of the tensors whose rows are to be summed.
     """
@@ -78,7 +78,7 @@ def real_rows(dtype: DType, values: Array) -> tuple[Array, DType, int]:
 def _magnitudes(
     spans: Mapping[int, Span | RowSpan], groupings: Mapping[int, Groups], *, of_terms: bool
 ) -> Magnitudes:
-    """Return the magnitudes of gradients, rows summed, or their terms' before they are added."""
+    """Return magnitudes of gradients; of rows those of their sums, or `of_terms` sums of those."""
     found: dict[int, Span] = {}
     shifts, kept = np.zeros(len(spans), np.int64), []
     for t, span in spans.items():

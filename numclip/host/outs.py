@@ -1,7 +1,7 @@
-"""Where results go: to new arrays, in place, or to other ones.
+"""The `out` of the list path: new arrays, the gradients' own (in place), or other arrays.
 
-Those are clipped in new memory, then copied. The general way writes them at once, but takes 200 us
-to see that it may.
+Results for other arrays are computed in new memory, then copied. The general path writes them
+directly, but takes 200 us to check that it may.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numclip.host.nests import Items, items_of, rebuilt
 
 
 def takes(grads: Any, out: Any) -> bool:
-    """Tell whether results are new, or in place: the same arrays, if not in the same list."""
+    """Tell whether `out` is None, `grads`, or a container of its type with the same arrays."""
     if out is grads or out is None:
         return True
     if type(out) is not type(grads) or type(out) is np.ndarray:
@@ -29,9 +29,10 @@ def takes(grads: Any, out: Any) -> bool:
 
 
 def of(grads: Any, out: Any, owners: Any = None) -> Items | None:
-    """Return the arrays to write, one for each gradient; None where the general way is to look.
+    """Return the arrays of `out`, one for each gradient; None if the general path has to check.
 
-    All are plain arrays that hold little and share no memory, nor with the gradients' owners.
+    They are contiguous ndarrays of few bytes that share no memory with one another, with the
+    gradients or with the gradients' owners.
     """
     kind = type(grads)
     if type(out) is not kind:
@@ -49,14 +50,14 @@ def of(grads: Any, out: Any, owners: Any = None) -> Items | None:
 
 
 def put(grads: Any, out: Any, make: Callable[[], Any], owners: Any = None) -> Any:
-    """Make new results and copy them to other arrays; None where the general way is to look."""
+    """Copy the results of `make()` to the arrays of `out`; return None if `of` or `make` does."""
     places = of(grads, out, owners)
     results = None if places is None else make()
     return None if places is None or results is None else filled(places, results)
 
 
 def filled(places: Items, results: Any) -> Any:
-    """Copy results to arrays; return these in the structure of the results."""
+    """Copy results to the target arrays; return these in the structure of the results."""
     if type(results) is np.ndarray:
         places[0][...] = results
         return places[0]
@@ -71,7 +72,7 @@ def _nbytes(item: Any) -> int:
 
 
 def _can_take(place: Any, read: Any) -> bool:
-    """Tell whether an array can be written with another one's result, each element by itself."""
+    """Tell whether `place` is writeable, contiguous, and of the dtype and shape of `read`."""
     if read is None or place is None:
         return read is place
     if type(read) is not np.ndarray or type(place) is not np.ndarray:

@@ -1,7 +1,7 @@
-"""Pairs of a gradient and the array it updates, where all are plain arrays.
+"""Pairs of a gradient and the array it updates, where all are ordinary NumPy arrays.
 
-In C order, so that their elements lie alike; and apart, so that none is written before it is read.
-Where gradients are sparse, all are of one dtype, and their rows are summed at once.
+Arrays are in C order, so that elements correspond, and share no memory, so that none is written
+before it is read. If some gradients are sparse, all have one dtype, and rows are summed at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNUSED = np.empty((0, 4), np.int64)
 
 
 class Reader:
-    """Finds gradients for some arrays, where these are as they were and lie where they lay.
+    """Finds the gradients for the arrays of some updates, if those arrays did not move or change.
 
-    `chunks` are the updates, which it lets read the gradients, and `distances` how far each is from
-    the beginning of its array.
+    `chunks` are the updates, whose gradient addresses it sets; `distances` are the chunks' byte
+    offsets in their arrays.
     """
 
     def __init__(self, arrays: Sequence[Facts], chunks: Array, distances: Array) -> None:
@@ -43,7 +43,7 @@ class Reader:
         self._read = entry(given.read_pairs, 0, *self._tables)
 
     def read(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the updates read gradients; tell if all fit, else no update is changed."""
+        """Let updates read `gradients`; return False and change no update if an array differs."""
         if len(variables) != self._count:
             return False
         held = (*gradients, *variables)
@@ -51,7 +51,7 @@ class Reader:
 
 
 class Sources(NamedTuple):
-    """Where gradients are: each chunk of the dense ones; of the sparse ones rows and their sums."""
+    """The addresses of dense gradients' chunks; (indices, sums of rows) of each sparse one."""
 
     starts: Array
     sums: Sequence[tuple[Array, Array]]
@@ -60,10 +60,10 @@ class Sources(NamedTuple):
 def key_of_pairs(
     gradients: list[Any], variables: list[Any], _kernel: str, rows: Mapping[int, Array]
 ) -> tuple[Any, Sources | None]:
-    """Return a key for which memory is updated, and where the gradients are.
+    """Return (key, sources): a key of the memory to update, and where the gradients are.
 
-    `rows` are the indices of those that are values of sparse ones. Nothing where there are none,
-    an array is not plain, or there is much data; no array is described.
+    `rows` has the row indices of each sparse gradient by its number. (None, None) if there are no
+    sparse ones, if an array does not fit, or if there are many bytes. No array is described.
     """
     if not rows:
         return None, None
@@ -98,7 +98,7 @@ def key_of_pairs(
 
 
 def _batch_of(gradients: list[Any], variables: list[Any], kind: plain_arrays.Kind) -> Batch | None:
-    """Return dense pairs as a batch, gradients first."""
+    """Return dense pairs as a batch, gradients first; None if an array does not fit."""
     held, count = (*gradients, *variables), len(variables)
     if not held:
         return Batch(kind.row, _UNUSED, 0)
@@ -112,16 +112,16 @@ def _batch_of(gradients: list[Any], variables: list[Any], kind: plain_arrays.Kin
 
 
 def _are_plain(held: tuple[Any, ...], kind: plain_arrays.Kind) -> bool:
-    """Tell whether arrays are of one kind, each variable behind the values of its rows."""
+    """Tell whether `held`, values and variable of each pair, are in C order and of `kind`."""
     for k, facts in enumerate(kind.in_c_order):
-        own = held[k::2]  # which is held while its pointers are read
+        own = held[k::2]  # keeps the tuple alive while its pointers are read
         if arrays.table(plain_arrays.pointers_of(own), len(own), facts, _UNUSED)[0] < 0:
             return False
     return True
 
 
 def _fit(sparse: tuple[Any, Any, Array]) -> bool:
-    """Tell whether rows have indices and the shape of the variable's, which is not empty."""
+    """Tell whether the values are one row of a nonempty variable's shape for each index."""
     values, variable, indices = sparse
     rows = values.ndim > 0 and values.shape == (indices.size, *variable.shape[1:])
     return bool(rows and variable.size)

@@ -1,8 +1,4 @@
-"""Plain arrays: what kernels are told of them, and how they are found in a tuple.
-
-They are arrays of NumPy, contiguous and of one dtype. Those of other libraries are plain if their
-views by NumPy are.
-"""
+"""Plain arrays, contiguous ndarrays of one dtype: their facts for kernels, and their batches."""
 
 from __future__ import annotations
 
@@ -20,25 +16,25 @@ from numclip.host.runtime.jit import entry
 from numclip.memory import is_dense
 
 READABLE = arrays.layout_holds()
-POINTERS = tuple.__basicsize__  # where in a tuple they begin
+POINTERS = tuple.__basicsize__  # the offset of the first pointer in a tuple object
 
 
 class Kind:
-    """A dtype, and what `kernels.arrays` is told of arrays to read and of arrays to write."""
+    """A dtype, and the facts that `kernels.arrays` demands of arrays to read or to write."""
 
     def __init__(self, row: DType, readable: Array, writeable: Array) -> None:
         self.row, self.readable, self.writeable = row, readable, writeable
 
     @cached_property
     def in_c_order(self) -> tuple[Array, Array]:
-        """The same two of arrays in C order."""
+        """The facts (readable, writeable) that demand C order as well."""
         facts = np.array([self.readable, self.writeable])
         facts[:, arrays.NEEDS] |= arrays.C_ORDER
         return facts[0], facts[1]
 
     @cached_property
     def clip(self) -> Callable[..., tuple[int, float]]:
-        """The entry of `plain.clip`, for either facts."""
+        """The entry of `plain.clip`, for readable or writeable facts."""
         return entry(plain.clip, 0, 0, self.readable, self.row.limits, 1.0, 0, self.row.like)
 
     @cached_property
@@ -51,7 +47,7 @@ _KINDS: dict[np.dtype[Any], Kind] = {}
 
 
 def kind_of(items: Items) -> Kind | None:
-    """Return the kind of the first array, None where there is none."""
+    """Return the `Kind` of the first item that is not None; None if it is no gradient ndarray."""
     for item in items:
         if item is not None:
             break
@@ -77,14 +73,14 @@ def _made(dtype: np.dtype[Any]) -> Kind | None:
 
 
 def pointers_of(items: Items) -> int:
-    """Return where the pointers to the items are, as long as the caller holds the tuple."""
+    """Return the address of a tuple's pointers, valid as long as the caller holds the tuple."""
     return id(items) + POINTERS
 
 
 def plain_batch(items: Items, *, write: bool) -> Batch | None:
-    """Return contiguous arrays of one dtype as a batch; None if they are others.
+    """Return contiguous arrays of one dtype as a batch; None if an item is another.
 
-    None, too, where they are to be written and cannot be, or share memory.
+    With `write`, also None if an array is read-only or two share memory.
     """
     kind = kind_of(items)
     if kind is None:
@@ -96,7 +92,7 @@ def plain_batch(items: Items, *, write: bool) -> Batch | None:
 
 
 def batch_of(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool]:
-    """Return arrays as a batch, None where one is not plain, and if all own their memory."""
+    """Return (batch or None, apart): None if an array breaks `facts`; if all own their memory."""
     chunks = np.empty((0, 4), np.int64)
     needed = len(items)
     while needed > len(chunks):
@@ -110,14 +106,14 @@ def batch_of(items: Items, kind: Kind, facts: Array) -> tuple[Batch | None, bool
 
 
 def are_apart(batch: Batch) -> bool:
-    """Tell whether no chunks overlap: in sorted order each ends before the next begins."""
+    """Tell whether no chunks overlap: sorted, each ends before the next begins."""
     begins = batch.chunks[:, cpu.SOURCE]
     ends = begins + batch.chunks[:, cpu.LENGTH] * batch.dtype.storage.itemsize
     return bool((np.sort(ends)[:-1] <= np.sort(begins)[1:]).all())
 
 
 def copy(array: Array) -> Array:
-    """Return a copy in the order of memory, in C order of an array that does not fill its own."""
+    """Return a copy in the memory order of `array`, or in C order if `array` has gaps."""
     if array.flags.forc or is_dense(array.shape, array.strides, array.itemsize):
         return array.copy("K")
     return array.copy("C")

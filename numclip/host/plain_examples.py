@@ -1,7 +1,7 @@
-"""Gradients per example that are plain arrays of one dtype, clipped without describing each.
+"""Gradients per example in ordinary arrays of one dtype, clipped without a plan.
 
-As in `lists`: a function does the whole job with the bits of the general way, or returns None and
-has touched nothing.
+As in `lists`, a function either finishes the job, with the same bits as the general path, or
+returns None and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAW = unit_laws([Family((_UNIT,), rounded=False)], 2.0, 0.0)[0]
 
 
 def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
-    """Clip each example by its norm over all arrays; return the sums, and how many are clipped."""
+    """Clip each example by its norm over all arrays; return (sums, number clipped) or None."""
     held = nests.held_still(grads)
     items = nests.items_of(held)
     kind = plain_arrays.kind_of(items)
@@ -60,7 +60,7 @@ def _little(kind: Kind) -> Callable[..., int]:
 def _clip_much(
     items: Items, results: Items, kind: Kind, law: Array, like: Array, *found: Array
 ) -> int:
-    """Clip by all threads; return how many are clipped, -1 where that is not possible."""
+    """Clip by all threads; return how many examples are clipped, -1 if this is not possible."""
     factors, clipped = found
     nbytes, table = sum([item.nbytes for item in items]), np.empty((len(items), 4), np.int64)
     pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
@@ -77,7 +77,7 @@ def _clip_much(
 
 
 def _are_examples(items: Items) -> bool:
-    """Tell whether all are arrays of as many examples, each short enough for one thread."""
+    """Tell whether all are ndarrays of equally many examples, each short enough for one thread."""
     first = items[0]
     if type(first) is not np.ndarray or first.ndim == 0 or not first.shape[0]:
         return False

@@ -1,7 +1,7 @@
-"""Plain arrays of one dtype, some of rows that repeat, measured and clipped as they are.
+"""Ordinary arrays of one dtype, some of repeated rows, measured and clipped without a plan.
 
-As in `lists`: a function does the whole job with the bits of the general way, or returns None and
-has touched nothing. `groupings` say of some arrays, by their numbers, which rows are to be summed.
+As in `lists`, a function either finishes the job, with the same bits as the general path, or
+returns None and writes nothing. `groupings` has the groups of rows to sum, by arrays' numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Decided(NamedTuple):
 
 
 def norm_of(items: Items, groupings: Groupings) -> float | None:
-    """Return the L2 norm of the arrays of a tuple."""
+    """Return the L2 norm of the arrays of a tuple, or None."""
     found = _decided(items, groupings, math.inf, write=False)
     return None if found is None else found.norm
 
@@ -58,7 +58,7 @@ def norm_of(items: Items, groupings: Groupings) -> float | None:
 def clip_items(
     items: Items, groupings: Groupings, bound: float, *, in_place: bool
 ) -> tuple[Items, float] | None:
-    """Clip the arrays of a tuple by their L2 norm, in place or into new ones; return both."""
+    """Clip arrays by their L2 norm, in place or into new ones; return (arrays, norm) or None."""
     found = _decided(items, groupings, bound, write=in_place)
     if found is None:
         return None
@@ -66,9 +66,10 @@ def clip_items(
 
 
 def sums_of(items: Items, groupings: Groupings) -> tuple[Array, int, float] | None:
-    """Return the sums of squares of the arrays of a tuple, rows as engines' tables have them.
+    """Return (sums, size, loss) of the arrays of a tuple, or None.
 
-    And how many numbers they are of, and what rounding subnormal terms can add to them.
+    `sums` has a row of sums of squares for each array, as engines' tables have; `size` counts the
+    stored numbers, `loss` is what rounding subnormal terms can add to the norm.
     """
     found = _measured(items, groupings, write=False)
     if found is None:
@@ -79,7 +80,7 @@ def sums_of(items: Items, groupings: Groupings) -> tuple[Array, int, float] | No
 
 
 def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -> Decided | None:
-    """Measure and decide."""
+    """Measure arrays and decide; return None if more than a multiplication is needed."""
     found = _measured(items, groupings, write=write)
     if found is None or found[1][:, BAD].any():
         return None
@@ -96,9 +97,9 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
 
 
 def _measured(items: Items, groupings: Groupings, *, write: bool) -> tuple[Batch, Array] | None:
-    """Return the arrays as a batch, and the sum of each.
+    """Return the arrays as a batch, and a row of sums for each.
 
-    None where they or their rows are not plain, or rows lose something when they are squared.
+    None if arrays or rows are not plain, or if the squares of summed rows under- or overflow.
     """
     if not all(items[t].size and items[t].flags.c_contiguous for t in groupings):
         return None
@@ -125,16 +126,16 @@ def _numbers_of(batch: Batch) -> int:
 
 @functools.cache
 def _tables_of_one(dtype: DType) -> tuple[Array, Array]:
-    """Return the tables of a pool and its law, of one number in a row that can repeat."""
+    """Return (pools, laws): the tables of a pool of one sparse row with a single number."""
     pools = [Pool(0, 1, 0, "propagate")]
     laws = Laws([RowSpan(dtype, 0, 0, 1, 1)], pools)
     return laws.pool_table(pools), laws.table(Law(math.inf))
 
 
 def _aim(dtype: DType, items: Items, groupings: Groupings, bound: float) -> float:
-    """Return what results are to reach: the bound less what rounding their terms can add."""
+    """Return the norm to aim at: the bound less what rounding subnormal terms can add."""
     most = dtype.smallest * dtype.components * sum(items[t].size for t in groupings)
-    if bound - most == bound:  # as most often
+    if bound - most == bound:  # the usual case
         return bound
     return max(bound - _loss_of(dtype, items, groupings), 0.0)
 

@@ -1,7 +1,7 @@
-"""Units of plain arrays, clipped without a plan; those of little by one native call.
+"""Units of ordinary arrays, clipped without a plan; those of few bytes by one native call.
 
-As in `lists`: a function does the whole job with the bits of the general way, or returns None. Then
-some arrays can be clipped already, which stay as they are when all is done again.
+As in `lists`, a function either finishes the job, with the same bits as the general path, or
+returns None. Then some arrays may be clipped already; clipping these again does not change them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from numclip.tables import BOUND, EPS
 from numclip.views import view_of
 
 FEW_ROWS = 16
-"""Rows, or blocks of columns, that are too few for threads to take one each where they are long."""
+"""Fewer rows or outer blocks than this, if they are long, are too few to give each a thread."""
 
 
 Reduce = Callable[[Any, int], "tuple[int, ...] | None"]
-"""Makes of an argument for axes those of an array of some dimensions, in ascending order."""
+"""Returns, for `axes` as passed and a number of dimensions, the axes in ascending order."""
 
 
 def clip(
@@ -44,10 +44,10 @@ def clip(
     eps: float = 0.0,
     ord: float = 2.0,
 ) -> Any:
-    """Hold the norm of each unit to a bound, or to a fraction of its owner's; return the results.
+    """Clip each unit of an array, or of each of a list, tuple or dict of arrays; return these.
 
-    Of an array, or of each of a list, tuple or dict of arrays. Owners are units of parameters,
-    of which there are as many; their norms are of order 2.
+    `bound` is on the norm, or with `params` on its ratio to the L2 norm of the same unit of the
+    parameter, which counts as `eps` at least.
     """
     if not outs.takes(grads, out):
         how = axes, reduce, None, params, eps, ord
@@ -68,7 +68,7 @@ def clip(
 def _clip_little(
     grads: Any, bound: float, axes: Any, reduce: Reduce, out: Any, params: Any, eps: float
 ) -> Any:
-    """Do so by one native call."""
+    """Clip units as `clip` does by one native call, or return None."""
     kind = type(grads)
     if params is not None and type(params) is not kind:
         return None
@@ -99,7 +99,7 @@ def _clip_little(
 def _clip_copied(
     grad: Array, bound: float, axes: Any, reduce: Reduce, out: Any, param: Any, eps: float
 ) -> Any:
-    """Do so for one array of any order, by way of a copy in C order where it has another."""
+    """Clip one array by one native call, on a copy in C order if it has another order."""
     if grad.nbytes >= PARALLEL_BYTES or (out is not None and out is not grad):
         return None
     if type(param) is np.ndarray and not param.flags.carray:
@@ -119,7 +119,7 @@ def _clip_copied(
 
 
 def _can_be_kept(axes: Any) -> bool:
-    """Tell whether no other axes are equal to some, as True is to 1."""
+    """Tell whether `axes` can be a cache key, which True cannot: it is equal to 1."""
     return (
         axes is None or type(axes) is int or (type(axes) is tuple and {*map(type, axes)} == {int})
     )
@@ -134,7 +134,7 @@ def _clip_one(
     eps: float,
     ord: float,
 ) -> Any:
-    """Clip one array by all threads, if it is plain."""
+    """Clip one ordinary array by all threads, or return None."""
     kind = plain_arrays.kind_of((grad,)) if out is None or out is grad else None
     if kind is None or not axes or not grad.nbytes or not (out is None or grad.flags.writeable):
         return None
@@ -144,7 +144,7 @@ def _clip_one(
     param = x if owner is None else _cut(owner, kind.row, axes)
     if x is None or param is None:
         return None
-    if ord != 2.0 and kind.row.components == 2:  # magnitudes are not those of the parts
+    if ord != 2.0 and kind.row.components == 2:  # complex magnitudes are not those of the parts
         return None
     result, y = grad, x
     if out is None:
@@ -158,7 +158,7 @@ def _clip_one(
 
 
 def _factors(x: Array, params: Array, law: Array, digits: int) -> Array:
-    """Return the factor of each unit, UNKNOWN where another way finds it."""
+    """Return the factor of each unit, UNKNOWN where the general path has to find it."""
     sums, owners = _sums(x, digits), _sums(params, digits)
     found = np.empty(sums.size)
     threads.run(unit_loops.unit_factors, found.size, x.nbytes, sums, owners, law, digits, found)
@@ -175,7 +175,7 @@ def _factors_by_order(x: Array, ord: float, law: Array, digits: int) -> Array:
 
 
 def _scale(x: Array, found: Array, out: Array) -> bool:
-    """Write units times their factors; tell whether these are known, and else write nothing."""
+    """Write units times their factors; return False and write nothing if one is UNKNOWN."""
     if (found == UNKNOWN).any():
         return False
     if x is not out or (found != 1.0).any():
@@ -189,7 +189,7 @@ def _scale(x: Array, found: Array, out: Array) -> bool:
 
 
 def _sums(x: Array, digits: int) -> Array:
-    """Return the sums of squares of units, UNKNOWN where one lost something."""
+    """Return the sums of squares of units, UNKNOWN where squares under- or overflow."""
     if x.shape[2] == 1:
         sums = np.empty(x.shape[0])
         threads.run(unit_loops.row_squares, sums.size, x.nbytes, x.reshape(x.shape[:2]), sums)
@@ -201,7 +201,7 @@ def _sums(x: Array, digits: int) -> Array:
 
 
 def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
-    """Return storage as (outer, reduced, inner), units being rows where `inner` is 1."""
+    """Return storage as (outer, reduced, inner), with `inner` 1 for rows; None if it cannot be."""
     if type(array) is not np.ndarray or array.dtype != row.native:
         return None
     shape = _lengths(array.shape, axes, row)
@@ -209,15 +209,15 @@ def _cut(array: Any, row: DType, axes: tuple[int, ...]) -> Array | None:
         return None
     if array.flags.writeable:
         return as_stored(array).reshape(shape)
-    # For arrays that are only read, kernels would be compiled once more: five seconds each.
+    # Read-only arrays would need one more specialisation of each kernel: five seconds each.
     memory = Memory(array.ctypes.data, strides_of(shape, row.storage.itemsize))
     return view_of(memory, shape, row.storage)
 
 
 def _lengths(shape: Sequence[int], axes: tuple[int, ...], row: DType) -> Any:
-    """Return the lengths of an array's storage about axes, None where units are no rows or columns.
+    """Return (outer, reduced, inner) of the storage; None if units are no rows or columns.
 
-    And where they are too few and long.
+    Also None if these are complex columns, or too few and too long, see `FEW_ROWS`.
     """
     lengths = lengths_about(shape, axes)
     if lengths is None:
@@ -232,9 +232,9 @@ def _lengths(shape: Sequence[int], axes: tuple[int, ...], row: DType) -> Any:
 def _told(
     dtype: np.dtype[Any], shapes: tuple[tuple[int, ...], ...], count: int, axes: Any, reduce: Reduce
 ) -> tuple[int, tuple[Array, Array, Array], Array] | None:
-    """Return the bytes of arrays and what `kernels.plain_units` is told of them, None of others.
+    """Return (bytes, tables of `kernels.plain_units`, storage sample) of arrays, or None.
 
-    After the first `count` come their parameters, if these count.
+    The shapes after the first `count` are those of the parameters, if there are any.
     """
     row = lookup(dtype)
     own, others = shapes[:count], shapes[count:]
@@ -256,7 +256,7 @@ def _told(
 
 @functools.lru_cache(maxsize=256)
 def _law(row: DType, size: int, ord: float) -> Array:
-    """Return what a law says of units of so many elements, but for its bound."""
+    """Return the row of laws for units of `size` elements, without a bound."""
     unit = Strided(row, (1, size), Memory(0, (0, 0)), Memory(0, (0, 0)), (1,))
     law: Array = unit_laws([Family((unit,))], ord, 0.0)[0]
     return law

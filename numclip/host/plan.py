@@ -1,4 +1,4 @@
-"""Plans of the host: tensors of one norm or of several, measured, decided and written."""
+"""Plans of the host, which measure, decide and write tensors of one norm or of several."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from numclip.tables import (
 class Plan:
     """See `numclip.engine.Plan`; streams are ignored, and no two threads share a plan.
 
-    Strided arrays are copied when the plan is made, and written back when they are written.
+    Strided arrays are copied when the plan is made, and their results copied to the targets.
     """
 
     lock = contextlib.nullcontext()
@@ -58,12 +58,12 @@ class Plan:
         self._zeroing = any(pool.policy == "zero" for pool in pools)
         self._law = np.zeros((len(pools), LAW_COLUMNS))
         self._groupings: dict[int, Groups] = {}
-        self._fits = True  # whether tables are those of the spans and groupings
-        self._order: float | None = None  # of what is to be measured
+        self._fits = True  # whether the tables belong to the spans and groupings
+        self._order: float | None = None  # of the norms that the next decision measures
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Make the tables that follow from where the tensors are."""
+        """Make the tables that depend on the addresses of the tensors."""
         self._laws = Laws(self.spans, self.pools)
         self.pool_table = self._laws.pool_table(self.pools)
         self._whole_pools: Array | None = None
@@ -91,22 +91,22 @@ class Plan:
         self._find_fused()
 
     def _find_fused(self) -> None:
-        """Find the batch that one call measures and decides, where there is one alone."""
+        """Set `fused` to the only batch if it is small enough for the fused call, else None."""
         small = len(self._measured) == 1 and self._measured[0].nbytes < PARALLEL_BYTES
         self.fused = self._measured[0] if small and not self._groupings else None
         self._real = all(span.dtype.components == 1 for span in self.spans)
 
     def _plain(self, spans: Mapping[int, Span]) -> list[Batch]:
-        """Return the batches of tensors in which no rows repeat."""
+        """Return the batches of those tensors in which no rows repeat."""
         if spans is self._own and not self._groupings:
             return self._written
         return batches.batches({t: s for t, s in spans.items() if t not in self._groupings})
 
     @property
     def little(self) -> list[Batch]:
-        """The dense tensors as batches, where one call can take them and what rows there are.
+        """The dense tensors as batches, if one call can take these and the sparse tensors.
 
-        None where it cannot: rows are taken with tensors of their dtype alone.
+        Else an empty list: if they are not few bytes, or differ in dtype while some are sparse.
         """
         dense = {t: own for t, own in self._own.items() if not isinstance(self.spans[t], RowSpan)}
         dtypes = {span.dtype for span in self.spans}
@@ -119,9 +119,9 @@ class Plan:
     def tables_at_once(
         self, divisors: Array, held: Sequence[Array] = (), size: Array | None = None
     ) -> dict[int, Array]:
-        """Return what `kernels.given` works on; bounds and loss scales are written to the laws.
+        """Return the tables of `kernels.given`, which writes bounds and loss scales to the laws.
 
-        `held` say where the rows of each sparse tensor are.
+        `held` has a row of words for each sparse tensor that say where its rows are.
         """
         tables = {
             given.POOLS: self.pool_table,
@@ -131,7 +131,7 @@ class Plan:
         return {**tables, **self._row_tables(held)} if held else tables
 
     def _row_tables(self, held: Sequence[Array]) -> dict[int, Array]:
-        """Return what `kernels.row_steps` works on beside that."""
+        """Return the tables that `kernels.row_steps` needs in addition."""
         sparse = {t: span for t, span in enumerate(self.spans) if isinstance(span, RowSpan)}
         sizes = np.zeros((len(self.pools), 2))
         for pool, size in zip(self.pools, sizes, strict=True):
@@ -150,18 +150,18 @@ class Plan:
 
     @property
     def _at_once(self) -> list[Batch]:
-        """The batches that are clipped at once, none where more is needed."""
+        """The batches `little` if all are clipped in place and none is strided, else []."""
         return [] if self._copied or not self._in_place else self.little
 
     def at_once(self, divisors: Array, held: Sequence[Array]) -> AtOnce | None:
-        """Return what clips by one call each, or by two; None where more is needed."""
+        """Return an object that clips by one or two native calls; None if those cannot do it."""
         found, tables = self._at_once, self.tables_at_once(divisors, held)
         if len(found) > 1:
             return SeveralClips(found, tables)
         return ClipsAtOnce(found[0], tables) if found else None
 
     def values_at_once(self, later: Plan, limits: Array) -> ValuesAtOnce | None:
-        """Return what holds elements between limits by one call each likewise."""
+        """Return an object that clamps elements to `limits` by one native call each, or None."""
         found, ones = self._at_once, np.ones(len(self.pools))
         if len(found) != 1:
             return None
@@ -175,7 +175,7 @@ class Plan:
         told: Sequence[Array],
         exchanged: tuple[Array, Array],
     ) -> RanksAtOnce | None:
-        """Return what clips by the sums of all ranks, where one call does by one's own."""
+        """Return an object that clips by the sums of all ranks; None without a fused batch."""
         if self.fused is None:
             return None
         tables = {
@@ -185,9 +185,9 @@ class Plan:
         return RanksAtOnce(self.fused, tables, told, exchanged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
-        """Read tensors at some addresses, 0 for no elements; None for where they are written.
+        """Let tensors be read at `sources`, 0 for one without elements; None resets this.
 
-        Nothing is to be written but to these places.
+        Nothing is scaled meanwhile. Targets stay as they are.
         """
         self._sources = sources
         self._written, self._measured = self._at_home
@@ -199,7 +199,7 @@ class Plan:
     def take_rows(
         self, spans: Sequence[RowSpan], groupings: Sequence[Groups], _stream: Any = None
     ) -> None:
-        """Let the tensors whose rows can share an index be these."""
+        """Set the spans and groupings of the sparse tensors; make new tables if that is needed."""
         numbers = [t for t, span in enumerate(self.spans) if isinstance(span, RowSpan)]
         pairs = zip(numbers, groupings, strict=True)
         found = {t: own for t, own in pairs if rows.repeats(own)}
@@ -207,7 +207,7 @@ class Plan:
         if same and not self._copied and [self.spans[t] for t in numbers] == list(spans):
             self._groupings = found
             return  # as many rows as before, in the same memory
-        self._fits = False  # until all is laid out: an interrupt leaves it to the next rows
+        self._fits = False  # until all is laid out: after an interrupt the next call does it
         self._groupings = found
         for t, span in zip(numbers, spans, strict=True):
             self.spans[t] = span
@@ -215,28 +215,28 @@ class Plan:
         self._fits = True
 
     def outcome(self, _stream: Any = None) -> Outcome:
-        """Return memory for the sums of the tensors and the decisions for the pools."""
+        """Return new tables: the sums of the tensors and the decisions for the pools."""
         decisions = np.zeros((len(self.pools) + 1, DECISION_COLUMNS))
         return np.zeros((len(self.spans), SUM_COLUMNS)), decisions
 
     def write_laws(self, law: Law, _stream: Any = None) -> None:
-        """Let decisions obey a law."""
+        """Set the law that the next decisions obey."""
         self._law = self._laws.table(law)
 
     def leave(self, _stream: Any = None) -> None:
-        """Let decisions leave tensors as they are."""
+        """Set a law by which decisions leave tensors as they are."""
         self._law = self._laws.table(Law(math.inf))
 
     def measure(self, ord: float, _stream: Any = None) -> None:
-        """Let the next decision follow from the norms of an order, of what memory holds then."""
+        """Let the next `decide` or `add` first measure the norms of order `ord`."""
         self._order = ord
 
     def decide(self, outcome: Outcome, _stream: Any = None) -> None:
-        """Measure, if that was asked for, and decide for every pool."""
+        """Measure, if `measure` was called, and decide for every pool."""
         self._decide(self.pool_table, outcome)
 
     def add(self, outcome: Outcome, _stream: Any = None) -> None:
-        """Measure, if that was asked for, and decide nothing."""
+        """Measure, if `measure` was called, and decide nothing."""
         self._decide(self.pool_table[:0], outcome)
 
     def _decide(self, pools: Array, outcome: Outcome) -> None:
@@ -251,7 +251,7 @@ class Plan:
         kernels.decide_all(pools, self._law, sums, decisions)
 
     def decide_by(self, totals: Array, outcome: Outcome, _stream: Any = None) -> None:
-        """Decide by one row of sums for each pool, in place of its own."""
+        """Decide by `totals`, one row of sums for each pool, instead of the tensors' sums."""
         if self._whole_pools is None:
             self._whole_pools = whole_pools(self.pool_table)
         kernels.decide_all(self._whole_pools, self._law, totals, outcome[1])
@@ -259,7 +259,7 @@ class Plan:
     def _decide_at_once(
         self, batch: Batch, order: float | None, pools: Array, sums: Array, decisions: Array
     ) -> bool:
-        """Measure and decide by one call; tell whether that is right."""
+        """Measure and decide by the fused call; return False if its result cannot be used."""
         if order is None or (order != 2.0 and not self._real):
             return False
         sums[:] = 0.0  # some may have no chunks: no elements, or none this time
@@ -273,7 +273,7 @@ class Plan:
         return safe or batch.dtype.digits < 53
 
     def _measure(self, order: float) -> None:
-        """Take the sums of all tensors; of some, with 0 for what is not finite."""
+        """Measure all tensors; with the policy "zero", non-finite elements count as 0."""
         self._sums = np.zeros_like(self._sums)
         self._take_sums(order, self._own)
         if not self._zeroing:
@@ -291,7 +291,7 @@ class Plan:
             self._sums[bad, BAD] = 1.0
 
     def _take_sums(self, order: float, spans: Mapping[int, Span]) -> None:
-        """Take the sums of tensors that are read where some spans say."""
+        """Measure tensors, each read at the source of its span."""
         summed = {t: RowSpan(*spans[t], self.spans[t].length) for t in self._groupings}
         if order != 2.0:
             known: dict[int, Span | RowSpan] = {**spans, **summed}
@@ -308,7 +308,7 @@ class Plan:
             rows.write_squares(span, self._groupings[t], self._sums[t])
 
     def scale(self, outcome: Outcome, _stream: Any = None) -> None:
-        """Write each tensor times the factor that was decided, in one pass, or none."""
+        """Write each tensor times its factor in one pass, or in none if all stay as they are."""
         decisions = outcome[1]
         if self._in_place and decisions[-1, MODE] == LEAVE:
             return
@@ -322,7 +322,7 @@ class Plan:
         self._write(self._scaling(decisions, self._written), written)
 
     def write_exceptional(self, outcome: Outcome, _stream: Any = None) -> None:
-        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        """Scale in place the tensors of the modes TRUNCATE and CLEAN; there are rarely any."""
         decisions = outcome[1]
         if decisions[-1, RARE] != 0.0:
             chosen = decisions[self.pool_of, MODE] > MULTIPLY
@@ -330,7 +330,7 @@ class Plan:
             self._write(self._scaling(decisions, written), ())
 
     def _scaling(self, decisions: Array, written: Sequence[Batch]) -> list[threads.Call]:
-        """Return the calls that multiply by the factors, after cleaning what is to be cleaned."""
+        """Return the calls that clean tensors of the mode CLEAN, then multiply by the factors."""
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
             return [batches.scaling(batch, own[:, batch.column]) for batch in written]
@@ -343,18 +343,18 @@ class Plan:
         ]
 
     def _cleaning(self, span: Span) -> threads.Call:
-        """Return the call that copies a tensor to where it goes, with 0 for what is not finite."""
+        """Return the call that copies a tensor to its target, with 0 for non-finite elements."""
         (batch,) = batches.batches({0: span})
         return batch.call(cpu.clean, span.dtype.components, span.dtype.like)
 
     def _write(self, calls: Sequence[threads.Call], copied: Sequence[int]) -> None:
-        """Make calls and write copies back: all of it, whatever exception comes from outside."""
+        """Make calls and write copies back, completely even if a signal handler raises."""
         threads.run_then(calls, [self._copied[t].write_back for t in copied])
 
     def clamp(
         self, outcome: Outcome, low: float, high: float, _stream: Any, members: range
     ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        """Clamp the tensors `members` to [low, high], except those of skipped pools."""
         decisions = outcome[1]
         if self.fused is not None and not self._copied:
             tables = self.pool_of, decisions, (members.start, members.stop)

@@ -1,4 +1,4 @@
-"""Rows that share an index, in the host's memory: their sums, and the norms of these."""
+"""Rows that share an index, in the host's memory: their sums, and the norms of the sums."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def merge_rows(order: Array, starts: Array, values: Array, out: Array) -> None:
 
 
 def are_within(indices: Array, height: int) -> bool:
-    """Tell whether indices are those of rows that there are."""
+    """Tell whether all indices are in ``range(height)``."""
     return kernels.are_within(indices, height)  # type: ignore[no-any-return]
 
 
@@ -61,7 +61,7 @@ def repeats(grouping: Groups) -> bool:
 
 
 def rows_of(span: RowSpan) -> Array:
-    """Return rows as elements, where they are, 2-d; a copy where they are not contiguous."""
+    """Return rows as a 2-d array of elements: a view, or a copy if they are not contiguous."""
     if span.strided is not None:
         found = elements(span.dtype, span.strided.shape, span.strided.read)
         return np.ascontiguousarray(found).reshape(found.shape[0], -1)
@@ -71,7 +71,7 @@ def rows_of(span: RowSpan) -> Array:
 
 
 def write_squares(span: RowSpan, grouping: Groups, out: Array) -> None:
-    """Write the sums of squares of summed rows and of summed magnitudes, as rows of sums are."""
+    """Write the sums of squares of summed rows and of summed magnitudes to a row of sums."""
     total, terms, exponent = _squares(span, grouping)
     out[TOTAL], out[EXPONENT] = total, exponent
     out[TERMS], out[TERMS_EXPONENT] = terms, exponent
@@ -84,7 +84,7 @@ def _squares(span: RowSpan, grouping: Groups) -> tuple[float, float, int]:
     total, terms = grouped_squares(*grouping, rows)
     if span.dtype.digits < 53 or (is_safe(terms) and is_safe(total)):
         return total, terms, 0
-    if is_safe(terms):  # rows cancel and leave what is too small to be squared
+    if is_safe(terms):  # rows cancel and leave sums whose squares underflow
         sums = np.zeros((1, SUM_COLUMNS))
         merged = summed(rows, grouping).reshape(-1)
         span64 = Span(FLOAT64, merged.ctypes.data, merged.ctypes.data, merged.size)
@@ -109,7 +109,7 @@ def summed(rows: Array, grouping: Groups) -> Array:
 def sum_rows(
     source: Facts, target: Facts, grouping: Groups, places: Array, _stream: object = None
 ) -> None:
-    """Write the sum of each group of rows to the row that is its place, and 0 to the others.
+    """Write the sum of each group of rows to its row in `places`, and 0 to the other rows.
 
     The dtype of the target holds the rows; sums are rounded once to it.
     """

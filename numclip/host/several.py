@@ -1,4 +1,4 @@
-"""Clips and steps of little data of several element types: a native call measures, one writes."""
+"""Clips and steps of few bytes of several dtypes: one native call measures, another writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTLES = {
 
 
 class SeveralClips:
-    """Clips batches of several element types in place, see `host.at_once.ClipsAtOnce`."""
+    """Clips batches of several dtypes in place, see `host.at_once.ClipsAtOnce`."""
 
     def __init__(self, batches: Sequence[Batch], tables: dict[int, Array]) -> None:
         self._words, self._unscale = np.zeros(several.WORDS, np.int64), np.ones(1)
@@ -38,7 +38,7 @@ class SeveralClips:
         self._measure, self._write = map(threads.kept, (self._measuring(), self._writing()))
 
     def _each(self, kernel: Any) -> list[Call]:
-        """Return the calls of a kernel for each element type."""
+        """Return the calls of a kernel, one for each dtype."""
         return [
             Call(kernel, 1, batch.nbytes, (self._words, own, self._bounds, batch.dtype.like))
             for (batch, _), own in zip(self._batches, self._own, strict=True)
@@ -49,7 +49,7 @@ class SeveralClips:
 
     @property
     def _deciding(self) -> Call:
-        any_like = FLOAT64.like  # nothing is read: one code serves all element types
+        any_like = FLOAT64.like  # no element is read: one specialisation serves all dtypes
         arguments = self._words, self._unscale, self._own[0], self._bounds, any_like
         return Call(several.decide, 1, 0, arguments)
 
@@ -59,9 +59,9 @@ class SeveralClips:
     def _turn_to(
         self, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> None:
-        """Let what is found be written to some tables."""
+        """Set the arguments of the next calls: bounds, loss scale and the tables they write to."""
         if outcomes is not self._outcomes:
-            self._outcomes = ()  # until all is done, as an interrupt may come between
+            self._outcomes = ()  # until all is done: an interrupt may come in between
             for own in self._own:
                 point(own, given.SUMS, outcomes[0][0])
                 point(own, given.DECISIONS, outcomes[1][0])
@@ -70,13 +70,13 @@ class SeveralClips:
         self._unscale[0], self._bounds[:] = unscale, bounds
 
     def _found(self, _items: Any) -> bool:
-        """Find gradients; tell whether all fit."""
+        """Find the gradients; return True if all are as wanted, which the batches' own are."""
         return True
 
     def measure(
         self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
-        """Measure and decide alone."""
+        """Measure and decide, without writing; return False if this needs another path."""
         if not self._found(items):
             return False
         self._turn_to(place, unscale, bounds, outcomes)
@@ -92,7 +92,7 @@ class SeveralClips:
         outcomes: Sequence[Array],
         measures: bool = True,
     ) -> bool:
-        """Clip, or step; without `measures`, by what was measured before."""
+        """Clip, or step; without `measures`, by the sums of the call before."""
         if not measures:
             self._turn_to(place, unscale, bounds, outcomes)
         elif not self.measure(items, place, unscale, bounds, outcomes):
@@ -102,9 +102,9 @@ class SeveralClips:
 
 
 class SeveralSteps(SeveralClips):
-    """Takes steps of batches of several element types, see `host.at_once.StepsAtOnce`.
+    """Takes steps of batches of several dtypes, see `host.at_once.StepsAtOnce`.
 
-    `own` are the pieces that are updated, the factors and the settings of each batch.
+    `own` has (pieces, factors, settings) of each batch; pieces are the chunks to update.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class SeveralSteps(SeveralClips):
         return [self._deciding, *settles, uncounts, *writes]
 
     def leave(self, numbers: Sequence[int]) -> None:
-        """Let some tensors have no gradient of the batches' in the next step, all others one."""
+        """Let exactly the tensors `numbers` have no gradient in the next step of own gradients."""
         self._left[:] = self._starts
         self._left[numbers] = given.ABSENT
 

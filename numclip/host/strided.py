@@ -1,4 +1,4 @@
-"""Arrays that are no contiguous memory, worked on in copies that are."""
+"""Strided arrays, for which kernels work on contiguous copies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from numclip.views import view_of
 
 
 def elements(dtype: DType, shape: tuple[int, ...], memory: Memory) -> Array:
-    """Return the elements of an array where they are."""
+    """Return a view of the elements of an array."""
     return view_of(memory, shape, dtype.native)
 
 
 class Copied:
-    """A contiguous copy of an array in C order, and where its result goes.
+    """A contiguous copy of an array in C order, and the target of its result.
 
     Attributes
     ----------
     span : Span
-        What is read and written in place of the array: the copy, and the copy or the result.
+        The memory that kernels read and write instead: the copy, and the copy or the target.
     """
 
     def __init__(self, array: Strided) -> None:
@@ -40,11 +40,11 @@ class Copied:
 
     @property
     def in_place(self) -> bool:
-        """Whether the result goes where the array is."""
+        """Whether the result is written to the array itself."""
         return self._array.read == self._array.written
 
     def write_back(self) -> None:
-        """Bring what was written to the copy to where the result goes."""
+        """Copy the result from the copy to the target, if kernels wrote it to the copy."""
         if self._back:
             array = self._array
             elements(array.dtype, array.shape, array.written)[...] = self._copy

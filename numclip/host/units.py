@@ -1,4 +1,4 @@
-"""Plans of the host for arrays with units: each unit's norm, its factor, and what is written."""
+"""Plans of the host for arrays with units, which measure, decide and write unit by unit."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from numclip.tables import (
 )
 
 LONG_ROW = 4 * CHUNK
-"""Elements of a row from which on threads share it."""
+"""Rows of at least so many elements are shared among threads."""
 
 
 def lengths_about(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int, int] | None:
-    """Return how many places are before, in and after axes; None if these lie not together."""
+    """Return how many elements are before, in and after axes; None if axes are not adjacent."""
     first, last = min(axes, default=0), max(axes, default=-1) + 1
     if last - first != len(axes):
         return None
@@ -50,8 +50,8 @@ def lengths_about(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int, 
 class Cut:
     """An array cut into units: rows of contiguous memory, or columns of it.
 
-    Rows serve every operation. Reduced axes in the middle or in front can be summed where they
-    stand, column by column; what that cannot do is done on a transposed copy.
+    Every operation can be done on rows. Reduced axes in the middle or in front can also be summed
+    in place, column by column; where that is not possible, rows are a transposed copy.
     """
 
     def __init__(self, array: Strided, *, zeroing: bool = False) -> None:
@@ -75,19 +75,19 @@ class Cut:
         return (*self.array.kept, *self.axes)
 
     def rows(self) -> Array:
-        """Return contiguous rows, a unit each: the values themselves or a transposed copy."""
+        """Return contiguous rows, one for each unit: the array's memory or a transposed copy."""
         rows = np.ascontiguousarray(self._held.transpose(self._order))
         return rows.reshape(self.array.units, self.size)
 
     def columns(self) -> Array | None:
-        """Return the storage as (outer, reduced, inner) where the axes lie so, else None."""
+        """Return the storage as (outer, reduced, inner); None for rows or axes not adjacent."""
         lengths = lengths_about(self._held.shape, self.axes) if self.axes else None
         if lengths is None or lengths[2] == 1:
             return None
         return as_stored(self._held.reshape(lengths))
 
     def in_memory(self) -> Array | None:
-        """Return the array's own storage likewise, of rows the last is 1; None of a copy."""
+        """Return the array's own storage likewise, `inner` being 1 for rows; None if copied."""
         lengths = lengths_about(self._held.shape, self.axes)
         if lengths is None or not np.may_share_memory(self._held, self._values):
             return None
@@ -95,23 +95,23 @@ class Cut:
 
     @property
     def in_order(self) -> bool:
-        """Whether rows lie as the array does."""
+        """Whether the rows have the array's order of axes."""
         return self._order == tuple(range(len(self.array.shape)))
 
     def write(self, stored: Array) -> None:
-        """Write stored numbers in C order to where the results go."""
+        """Write stored numbers in C order to the target."""
         array = self.array
         values = stored.reshape(-1).view(array.dtype.native).reshape(array.shape)
         elements(array.dtype, array.shape, array.written)[...] = values
 
     def result(self, values: Array) -> None:
-        """Write rows, as elements, to where the results go."""
+        """Write rows of elements to the target."""
         shape = [self.array.shape[k] for k in self._order]
         back = values.reshape(shape).transpose(np.argsort(self._order))
         elements(self.array.dtype, self.array.shape, self.array.written)[...] = back
 
     def target(self) -> Array | None:
-        """Return the memory of the result, if it is contiguous in C order; as stored numbers."""
+        """Return the target's memory as stored numbers; None if it is not aligned in C order."""
         array = self.array
         steps = strides_of(array.shape, array.itemsize)
         if array.written.steps != steps or array.written.address % array.dtype.storage.itemsize:
@@ -122,7 +122,8 @@ class Cut:
 class _Little(NamedTuple):
     """Families of one array of few bytes: their units are measured by one native call.
 
-    `places` are as `unit_loops` has them, `held` what is there.
+    `numbers` are the families' numbers, `places` their table for `unit_loops`; `held` keeps alive
+    the arrays and parameters whose addresses the table has.
     """
 
     dtype: DType
@@ -132,14 +133,14 @@ class _Little(NamedTuple):
     held: Any
 
     def measure(self, sums: Array, params: Array) -> list[int]:
-        """Write the totals and exponents of units; return the families of which some are wrong."""
+        """Write totals and exponents of units; return the families that must be summed again."""
         told = self.places, self.dtype.digits, self.dtype.like, sums, params, self.right
         if unit_loops.measure_little(*told):
             return []
         return [f for f, right in zip(self.numbers, self.right.tolist(), strict=True) if not right]
 
     def scaling(self, units: Array) -> Call:
-        """Return the call that multiplies units in place by the factors that are decided."""
+        """Return the call that multiplies units in place by their decided factors."""
         told = self.places, units, self.dtype.like
         nbytes = sum(x.nbytes for x, _ in self.held)
         return Call(unit_loops.scale_little, len(self.numbers), nbytes, told)
@@ -148,7 +149,7 @@ class _Little(NamedTuple):
 def _little_of(
     family: Family, cuts: Sequence[Cut], ord: float
 ) -> tuple[Array, Array | None] | None:
-    """Return the array of a family that takes no more, and its parameter if that counts."""
+    """Return (array, parameter or None) of a family that `_Little` can measure, else None."""
     first, owner = family.arrays[0], family.param
     other = family.zeroing or family.measured or family.numbers or len(cuts) != 1
     if ord != 2.0 or other or first.dtype.components == 2:
@@ -167,7 +168,7 @@ def _little_of(
 def _littles(
     families: Sequence[Family], cuts: Sequence[Sequence[Cut]], firsts: Sequence[int], ord: float
 ) -> list[_Little]:
-    """Return the families that are little, those of each dtype together."""
+    """Return a `_Little` for each dtype, of the families that `_little_of` accepts."""
     members: dict[DType, list[tuple[int, list[int], Any]]] = {}
     for f, (family, own) in enumerate(zip(families, cuts, strict=True)):
         held = _little_of(family, own, ord)
@@ -212,7 +213,7 @@ def _row_squares(dtype: DType, rows: Array) -> tuple[Array, Array]:
 
 
 def _are_right(sums: Array, x: Array) -> Array:
-    """Tell which sums of squares over the middle axis lost nothing in float64; zeros never do."""
+    """Tell which sums of squares over the middle axis are safe in float64, or of zeros alone."""
     right: Array = is_safe(sums.reshape(-1))
     if not right.all():
         right |= ~x.any(axis=1).reshape(-1)
@@ -220,7 +221,7 @@ def _are_right(sums: Array, x: Array) -> Array:
 
 
 def _summed(dtype: DType, rows: Array) -> tuple[Array, Array]:
-    """Return the same by chunks, rescued where squares leave the safe range."""
+    """Return the sums of squares of rows by chunks, rescaled where they leave the safe range."""
     sums = np.zeros((len(rows), SUM_COLUMNS))
     for batch in batches.batches(_spans(dtype, rows, rows)):
         batches.write_squares(batch, sums)
@@ -228,16 +229,16 @@ def _summed(dtype: DType, rows: Array) -> tuple[Array, Array]:
 
 
 def _spans(dtype: DType, source: Array, target: Array) -> dict[int, Span]:
-    """Return the rows of 2-d storage as tensors."""
+    """Return the rows of 2-d storage as spans, by their numbers."""
     length, step = source.shape[1], source.shape[1] * source.itemsize
     begin, end = source.ctypes.data, target.ctypes.data
     return {r: Span(dtype, begin + r * step, end + r * step, length) for r in range(len(source))}
 
 
 def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], out: Array) -> None:
-    """Add the sums of arrays unit by unit, in their order, with the rounding errors kept.
+    """Write the sums of arrays, added unit by unit in order, with the rounding errors kept.
 
-    `numbers` are the units of an array that lacks some.
+    `numbers` has, for each array that lacks some units, the units of its rows.
     """
     if len(parts) == 1 and not numbers:
         out[:] = parts[0]
@@ -264,7 +265,7 @@ def _add(parts: Sequence[tuple[Array, Array]], numbers: Sequence[Array | None], 
 
 
 def _scaling(cut: Cut, decided: Array) -> tuple[Call, Callable[[], None] | None]:
-    """Return the call that multiplies each unit by its factor, and what brings copies back."""
+    """Return the call that scales each unit, and the function that writes copies back or None."""
     truncates = bool((decided[:, MODE] > MULTIPLY).any())
     held, target = cut.columns(), cut.target()
     if held is not None and not truncates:
@@ -323,17 +324,17 @@ class UnitPlan:
     def write_laws(
         self, bound: Any, _stream: Any = None, eps: Any = 0.0, unscale: float = 1.0
     ) -> None:
-        """Let decisions obey bounds, one or one for each family; of ratios where params are."""
+        """Set bounds, one or one for each family, on norms or on ratios to those of parameters."""
         self._laws = unit_laws(self.families, self._ord, bound, eps, unscale)
 
     def measure(self, _stream: Any = None) -> None:
-        """Take the sums of gradients and parameters."""
+        """Measure the units of gradients and parameters."""
         left = [f for own in self._little for f in own.measure(self._sums, self._params)]
         for f in [*self._others, *left]:
             self._measure(self.families[f], self._cuts[f], self._rows[f])
 
     def _measure(self, family: Family, cuts: Sequence[Cut], rows: slice) -> None:
-        """Take the sums of one family."""
+        """Measure the units of one family."""
         sums = self._sums[:, rows]
         sums[:] = 0.0
         if family.zeroing or family.measured:
@@ -347,14 +348,14 @@ class UnitPlan:
             self._params[:, rows] = squares(Cut(family.param))
 
     def _measure_powers(self, cuts: Sequence[Cut], sums: Array) -> None:
-        """Take sums of powers of units, which have no other arrays."""
+        """Write the sums of powers of the units of a family with one array."""
         (cut,) = cuts
         flat, dtype, shift = orders.real_rows(cut.array.dtype, cut.rows())
         parts = batches.batches(_spans(dtype, flat, flat))
         sums[:] = batches.power_sums(parts, self._ord, np.full(len(flat), shift)).T
 
     def decide(self, _stream: Any = None, base: Any = None) -> None:
-        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        """Find the factor of every unit; `base` are decisions of a plan that can skip families."""
         skips = self.units[:0] if base is None else base
         tables = self._table, self._sums, self._params, self._laws, skips, self.units
         unit_loops.decide_units(*tables)
@@ -364,7 +365,7 @@ class UnitPlan:
         return bool(self.units[-1, MODE])
 
     def scale(self, _stream: Any = None) -> None:
-        """Write each unit times its factor, in one pass, or none."""
+        """Write each unit times its factor in one pass, or in none if all stay as they are."""
         if self._in_place and not self.changes():
             return
         calls: list[Call] = []
@@ -384,17 +385,17 @@ class UnitPlan:
         threads.run_then(calls, [back for _, back in made if back is not None])
 
     def summary(self, _stream: Any = None) -> Array:
-        """Return memory for what `summarize` tells."""
+        """Return a new table for `summarize`."""
         table = np.zeros((len(self.families), 3))
         table[:, LEAST] = 1.0
         return table
 
     def summarize(self, out: Any, _stream: Any = None) -> None:
-        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        """Write the norm of each family after clipping, its least factor and clipped units."""
         unit_loops.summarize(self._table, self.units, self._laws, out)
 
     def decisions_of(self, k: int) -> Array:
-        """Return the decisions for rows of the array of a number, counted over all families."""
+        """Return the decisions for the rows of array `k`, counted over all families."""
         for family, rows in zip(self.families, self._rows, strict=True):
             if k < len(family.arrays):
                 numbers = family.numbers[k] if family.numbers else None
@@ -421,7 +422,7 @@ def sum_examples(arrays: Sequence[Strided], units: UnitPlan, _stream: Any = None
 
 
 def _truncated(values: Array, decisions: Array, chosen: Array) -> Array:
-    """Return a copy of rows, of which some are multiplied by factors that float64 does not hold."""
+    """Return a copy of rows, the chosen ones times factors below the normal float64 numbers."""
     made, length = values.copy(), values.shape[1]
     first, step = made.ctypes.data, made.strides[0]
     starts = {e: first + e * step for e in np.flatnonzero(chosen).tolist()}

@@ -1,4 +1,4 @@
-"""Updates of the host: what an optimizer's step is done with, one call for each element type."""
+"""Updates of the host, which take an optimizer's step by one kernel call for each dtype."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ KERNELS = {
     "descend_with_momentum": (updates.advance, updates.descend_with_momentum),
     "adam": (updates.advance_adam, updates.adam),
 }
-"""The kernels that prepare and take a step, by the name that an optimizer has for it."""
+"""(prepare, update): the kernels of a step, by the name that an optimizer gives it."""
 
 
 class Places:
-    """Where parameters and their states are: what rows of tables of updates are made of.
+    """The addresses of parameters and their states, from which tables of updates are made.
 
-    `spans` say where the gradients are read and the parameters written; `states` are the
-    addresses of each tensor's states. `each` are, of each tensor, its address and those of two
-    states, 0 where there is none.
+    Gradients are read at the sources of `spans`, parameters written at the targets. `states` has
+    for each state the addresses for all tensors. `each` has for each tensor the addresses of the
+    parameter and two states, 0 for a state that is not there.
     """
 
     def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
@@ -49,11 +49,11 @@ class Places:
 
     @property
     def starts(self) -> Array:
-        """Where each gradient begins."""
+        """The address of each gradient."""
         return np.array([span.source for span in self.spans], np.int64)
 
     def whole(self, numbers: Sequence[int]) -> tuple[Array, Array]:
-        """Return the updates of whole tensors of a dtype, chunk by chunk, and whose each is."""
+        """Return (chunks, tensors): updates of whole tensors of a dtype, the tensor of each."""
         dtype = self.spans[numbers[0]].dtype
         places = np.array([self.spans[k][1:4] for k in numbers], np.int64)
         pieces = batches.of_table(dtype, places).chunks
@@ -68,7 +68,7 @@ class Places:
         return chunks, tensors
 
     def of_rows(self, number: int, owner: int, sums: Array, indices: Array) -> Array:
-        """Return the updates of some rows of a tensor by their sums, which are contiguous."""
+        """Return the updates of the rows `indices` of a tensor by `sums`, which are contiguous."""
         count, length = sums.shape
         chunks = np.zeros((count * -(-length // CHUNK), 6), np.int64)
         addresses = np.array([sums.ctypes.data, *self.each[number]], np.int64)
@@ -78,7 +78,7 @@ class Places:
 
 
 class Numbers:
-    """The factors and settings of pools, in the type some elements are computed in."""
+    """The factors and settings of pools, in the dtype in which updates are computed."""
 
     def __init__(self, pools: int, compute: np.dtype[Any]) -> None:
         self.factors = np.zeros(pools, compute)
@@ -87,7 +87,7 @@ class Numbers:
 
 
 class Updates:
-    """Updates parameters; a row of settings and a count of steps stand for each pool."""
+    """Updates parameters; each pool has a row of settings and a count of steps."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Updates:
         self._numbers = {dtype.compute: Numbers(pools, dtype.compute) for dtype in self._dtypes}
         self._passes = 2 + 2 * len(states)
         self._dense: list[tuple[DType, Array]] = []  # the updates of dense tensors
-        self._tensors: list[Array] = []  # of each chunk of these
+        self._tensors: list[Array] = []  # the tensor of each chunk of these
         for dtype in self._dtypes:
             every = enumerate(self._places.spans)
             members = [k for k, own in every if isinstance(own, Span) and own.dtype is dtype]
@@ -116,18 +116,21 @@ class Updates:
                 self._tensors.append(tensors)
 
     def write_settings(self, settings: Array, _stream: Any = None) -> None:
-        """Let the following steps use some settings, a row for each pool."""
+        """Set the settings of the next steps, a row for each pool."""
         self._given[:] = settings
 
     def _prepare(self, decisions: Array, *, counted: bool = False) -> None:
-        """Count a step for each pool that is not skipped, and find its factor and settings."""
+        """Write factors and settings of the pools, and count a step for each that is not skipped.
+
+        With `counted`, the step is counted already.
+        """
         for own in self._numbers.values():
             tables = self._counts, counted, self._given, own.factors, own.settings
             self._advance(decisions, own.column, *tables)
             counted = True
 
     def _call(self, dtype: DType, chunks: Array, keep: Any = None) -> Call:
-        """Return the call that updates what some chunks say."""
+        """Return the call that performs the updates `chunks`."""
         own = self._numbers[dtype.compute]
         elements = int(chunks[:, updates.LENGTH].sum())
         nbytes = elements * self._passes * dtype.storage.itemsize
@@ -136,9 +139,9 @@ class Updates:
 
 
 class GroupUpdates(Updates):
-    """Updates parameters by the gradients of a plan, times the factors that are decided.
+    """Updates parameters by the gradients of a plan times the decided factors.
 
-    Where rows can share an index, `take_rows` is told them before each step.
+    With sparse gradients, `take_rows` has to be called before each step.
     """
 
     def __init__(
@@ -162,11 +165,11 @@ class GroupUpdates(Updates):
         return self._counts.copy()
 
     def set_counts(self, counts: Array) -> None:
-        """Let pools have been updated so often."""
+        """Set how often each pool was updated."""
         self._counts[:] = counts
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
-        """Read gradients at some addresses, and leave what has none; None for those of the plan."""
+        """Let gradients be read at `sources`, none for 0; None means those of the plan."""
         self._calls, self._update = self._own_calls, self._own_update
         if sources is not None:
             starts = self._places.starts
@@ -180,7 +183,7 @@ class GroupUpdates(Updates):
     def at_once(
         self, reader: Given | None, divisors: Array, held: Sequence[Array]
     ) -> StepsAtOnce | SeveralSteps | None:
-        """Return what takes whole steps by one call each, or few; None where more is needed."""
+        """Return an object that takes steps by one or two native calls; None if those cannot."""
         found = self._plan.little
         much = any(call.nbytes >= PARALLEL_BYTES for call in self._own_calls)
         if not found or much or reader is None:
@@ -203,15 +206,15 @@ class GroupUpdates(Updates):
         if held:
             places = [self._places.each[k] for k in self._sparse]
             tables[given.ROWS][:, given_rows.PARAM :] = places
-        starts[self._sparse] = 1  # what is held is no address, and is not absent
+        starts[self._sparse] = 1  # sparse gradients have no address here, but are not ABSENT
         return StepsAtOnce(self._name, found[0], starts, reader, tables)
 
     def take_rows(self, slices: Sequence[Any], _stream: Any = None) -> None:
-        """Let the next step update the rows of some slices."""
+        """Set the slices whose rows the next step updates."""
         self._rows = slices
 
     def step(self, outcome: Outcome, _stream: Any = None) -> None:
-        """Take a step."""
+        """Take a step by the decisions of `outcome`."""
         decisions = outcome[1]
         self._prepare(decisions)
         if not self._sparse:
@@ -223,10 +226,10 @@ class GroupUpdates(Updates):
         threads.run_all(calls)
 
     def _row_calls(self, k: int, slices: Any, decision: Array) -> list[Call]:
-        """Return the call that updates rows by their sums, which are scaled on the way.
+        """Return the calls, one or none, that update rows by their sums, scaled on the way.
 
-        Scaled before they are summed, rows that cancel would leave the rounding of each. That is
-        done where their sums overflow.
+        Rows are scaled before they are summed only if the sums overflow: rows that cancel would
+        leave the rounding error of each.
         """
         span = self._plan.spans[k]
         if decision[SKIPPED] or not span.size or k in self._left:
@@ -255,8 +258,8 @@ class GroupUpdates(Updates):
 class ArrayUpdates(Updates):
     """Updates arrays by gradients that are not clipped.
 
-    `indices` are those of the rows, each once, that each `RowSpan` reads; `arrays` are what is
-    updated.
+    `indices` has the distinct indices of the rows of each `RowSpan`, `arrays` the facts of the
+    arrays to update.
     """
 
     def __init__(
@@ -280,7 +283,7 @@ class ArrayUpdates(Updates):
         self._reader = Reader(arrays, self._chunks, self._distances) if reads else None
 
     def _together(self) -> Array:
-        """Return the updates of dense tensors, those of a dtype after another's, in one table."""
+        """Return one table of the updates of dense tensors; that of each dtype is part of it."""
         chunks = np.concatenate([np.zeros((0, 6), np.int64), *(own for _, own in self._dense)])
         first = 0
         for k, (dtype, own) in enumerate(self._dense):
@@ -289,7 +292,7 @@ class ArrayUpdates(Updates):
         return chunks
 
     def _take_rows(self, sums: Sequence[tuple[Array, Array]]) -> None:
-        """Let the following steps update rows by their sums: one call for each dtype."""
+        """Make the calls of the next steps, one for each dtype; `sums` update rows."""
         tables = {dtype: [chunks] for dtype, chunks in self._dense}
         for k, (indices, stored) in zip(self._sparse, sums, strict=True):
             chunks = self._places.of_rows(k, k, stored, indices)
@@ -301,21 +304,21 @@ class ArrayUpdates(Updates):
         self._update = threads.kept(self._calls)
 
     def read_pairs(self, gradients: list[Any], variables: list[Any]) -> bool:
-        """Let the following steps read the gradients of pairs where they lie; tell if all fit."""
+        """Let the next steps read gradients of pairs; return False if an array does not fit."""
         return self._reader is not None and self._reader.read(gradients, variables)
 
     def read_from(self, sources: Any) -> None:
-        """Let the following steps read the gradients, all of one dtype, elsewhere."""
+        """Let the next steps read gradients, all of one dtype, at `sources` of `key_of_pairs`."""
         self._chunks[:, updates.GRAD] = sources.starts
         self._take_rows(sources.sums)
 
     def read_at(self, sources: Sequence[int]) -> None:
-        """Let the following steps read gradients, none of which is sparse, at some addresses."""
+        """Let the next steps read gradients, none of which is sparse, at `sources`."""
         starts = np.array(sources, np.int64)
         self._chunks[:, updates.GRAD] = starts[self._chunks[:, updates.OWNER]] + self._distances
 
     def step(self, settings: Sequence[float], counts: Sequence[int], _stream: Any = None) -> None:
-        """Update each array for the time that its count says."""
+        """Update each array; its count is the number of this step."""
         self._given[:, : len(settings)] = settings
         self._counts[:] = counts
         self._prepare(self._decisions, counted=True)

@@ -10,14 +10,14 @@ these that passes is used:
 2. the user's folder for caches: ``~/.cache/numclip`` or ``$XDG_CACHE_HOME/numclip`` on Linux,
    ``~/Library/Caches/numclip`` on macOS, ``numclip/Cache`` in ``%LOCALAPPDATA%`` on Windows.
 
-Where none does, nothing is read or written, and each process compiles what it calls. Windows tells
-no owner; there a folder must lie in the user's profile.
+If no folder passes, nothing is read or written, and each process compiles what it calls. Windows
+has no such owners; there a folder must lie in the user's profile.
 
-A file holds one specialisation. Its name is the digest of a description of what it is for (see
-`jit`); it begins with that description and a checksum of the rest, and it is written whole under
-another name before it gets its own. So a file that was cut short, damaged, or made for anything
-else (older kernels, another processor) is never taken for what was asked for: there is no index
-that could be wrong. Every fault of a file or a folder means only that the code is compiled anew.
+A file holds one specialisation. Its name has the digest of a description of all that the code
+depends on (see `jit`). It begins with that description and a checksum of the rest, and is written
+whole under another name before it is renamed. So a file that was cut short, damaged, or made for
+anything else (older kernels, another processor) is never loaded by mistake: there is no index that
+could be wrong. Every fault of a file or a folder means only that the code is compiled anew.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class UnsafeFolderError(OSError):
-    """Why others could change what a folder holds."""
+    """Raised, with the reason, for a file or folder that others could change."""
 
 
 class Folder(NamedTuple):
-    """The folder of compiled code, None where there is none, and why others are not used."""
+    """The folder of compiled code or None, and the reasons why candidates were refused."""
 
     path: str | None
     refused: tuple[str, ...]
@@ -58,7 +58,7 @@ _swept: set[str] = set()
 def folder() -> Folder:
     """Return the folder of compiled code, made where it is missing.
 
-    Looked at anew for each file: what was safe may have been removed and made by someone else.
+    It is checked for each file: a safe folder may have been replaced by someone else's since.
     """
     configured = vars(config)["CACHE_DIR"]
     candidates = [os.path.join(configured, "numclip")] if configured else []
@@ -79,7 +79,7 @@ def status() -> str:
 
 
 def read(name: str, description: str) -> bytes | None:
-    """Return what was written for this description, None where that is not there, whole."""
+    """Return the payload that was written for a description; None if it is missing or damaged."""
     path = folder().path
     if path is None:
         return None
@@ -96,7 +96,7 @@ def read(name: str, description: str) -> bytes | None:
 
 
 def write(name: str, description: str, payload: bytes) -> None:
-    """Keep a payload for a description; where that is not possible, do nothing."""
+    """Write a payload for a description; do nothing if that is not possible."""
     path = folder().path
     if path is None:
         return
@@ -138,7 +138,7 @@ def _contents(path: str) -> bytes:
 
 
 def _sweep(path: str) -> None:
-    """Remove, once a process, what writers left that were killed."""
+    """Remove, once per process, the unfinished files of writers that were killed."""
     if path in _swept:
         return
     _swept.add(path)
@@ -152,12 +152,12 @@ def _sweep(path: str) -> None:
 def _is_left(entry: "os.DirEntry[str]") -> bool:
     """Tell whether the writer of an unfinished file is gone.
 
-    One that runs in another container can seem so; it then keeps nothing, and that is all.
+    A writer in another container can seem gone; its code is then not kept, and no more happens.
     """
     if time.time() - entry.stat(follow_symlinks=False).st_mtime > AN_HOUR:
         return True
     writer = re.search(r"\.([0-9]{1,9})\.[0-9a-f]+\.tmp$", entry.name)
-    if os.name == "nt" or writer is None:  # there, asking for a process would end it
+    if os.name == "nt" or writer is None:  # there, os.kill would end the process
         return False
     try:
         os.kill(int(writer[1]), 0)
@@ -169,7 +169,7 @@ def _is_left(entry: "os.DirEntry[str]") -> bool:
 
 
 def _user() -> int | None:
-    """Return whose files this process makes, None where files have no such owner."""
+    """Return the user that owns new files of this process; None on systems without owners."""
     return os.geteuid() if hasattr(os, "geteuid") else None
 
 
@@ -204,7 +204,7 @@ def _safe(path: str) -> str:
 
 
 def _target(path: str, link: os.stat_result, links: int) -> str:
-    """Return where a link leads that nobody but root and the user can have made."""
+    """Return the target of a link; refuse a link that neither root nor the user owns."""
     if link.st_uid not in (0, _user()):
         raise UnsafeFolderError(f"{path} is a link of user {link.st_uid}")
     if links > LINKS:
@@ -221,7 +221,10 @@ def _made(path: str) -> os.stat_result:
 
 
 def _check(path: str, found: os.stat_result, *, own: bool = False) -> None:
-    """Refuse what someone else owns or can write: root may own, and anyone write, what is above."""
+    """Refuse a path that others own or can write.
+
+    If it is not the user's `own`, root may own it, and others may write to a sticky folder.
+    """
     user = _user()
     if user is None:
         return

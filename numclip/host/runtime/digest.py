@@ -1,9 +1,9 @@
-"""What compiled code is made of, as a digest: a function, and all that it takes from elsewhere.
+"""Digests of what compiled code is made of: a function, and all values that it refers to.
 
 numba compiles a function's bytecode, the values of the globals that it names, and the functions
-that it calls. So does the digest: it follows them from one to the next, and needs no source file.
-Python, NumPy, numba and llvmlite are taken by name, as their versions belong to a description of
-the code anyway (see `jit`).
+that it calls. The digest follows these from one to the next likewise, and needs no source file.
+Values of Python, NumPy, numba and llvmlite count by name alone, as the versions of these are part
+of the code's description anyway (see `jit`).
 """
 
 import functools
@@ -25,7 +25,7 @@ TYPED = (numba_types.Type, ir.Type, ir.Constant)
 
 
 class NoDigestError(TypeError):
-    """Why compiled code has no digest: it takes a value that none can be made of."""
+    """Raised if a function refers to a value of which no digest can be made."""
 
 
 def of(function: Callable[..., Any]) -> str:
@@ -34,8 +34,8 @@ def of(function: Callable[..., Any]) -> str:
     Raises
     ------
     NoDigestError
-        Where it, or what it calls, takes a value that is no number, text, array, slice, type or
-        function.
+        If the function, or one that it calls, refers to a value that is no number, text, array,
+        slice, type or function.
     """
     digest = hashlib.sha256()
     for part in _function(function, set()):
@@ -52,7 +52,7 @@ def of_modules(*modules: types.ModuleType) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(vars(module).items()):
-            if name.startswith("__"):  # where it lies, and its docstring
+            if name.startswith("__"):  # its file, and its docstring
                 continue
             for part in (name, *_defined(value, module.__name__)):
                 digest.update(part.encode() + b"\0")
@@ -60,7 +60,7 @@ def of_modules(*modules: types.ModuleType) -> str:
 
 
 def _defined(value: Any, module: str) -> Iterator[str]:
-    """Describe a constant, or the code of a function or class of a module."""
+    """Describe a constant, or a function or class of the module by its code."""
     if isinstance(value, PLAIN):
         yield repr(value)
     elif getattr(value, "__module__", None) == module:
@@ -72,7 +72,7 @@ def _defined(value: Any, module: str) -> Iterator[str]:
 
 
 def _value(value: Any, names: set[str], seen: set[int]) -> Iterator[str]:
-    """Describe a value; of a module, what `names` say."""
+    """Describe a value; of a module, the members in `names` alone."""
     if isinstance(value, PLAIN):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, TYPED):
@@ -121,7 +121,7 @@ def _several(value: Any, names: set[str], seen: set[int]) -> Iterator[str]:
 
 
 def _function(function: Any, seen: set[int]) -> Iterator[str]:
-    """Describe a function: its code, and the values that it takes from elsewhere."""
+    """Describe a function: its code, defaults and cells, and the globals that it names."""
     yield f"{function.__module__} {function.__qualname__}"
     if id(function) in seen:
         return

@@ -1,4 +1,4 @@
-"""How kernels are entered: in the ordinary floating-point environment, at once or as a job.
+"""Entries of kernels, which run in the ordinary floating-point environment, or pack a job.
 
 The entry of a kernel sets the ordinary environment and restores the caller's afterwards, so that
 results depend on neither. The kernel's body is a function of its own that is never inlined: the
@@ -6,8 +6,8 @@ compiler may move arithmetic past the instructions that set the environment.
 
 The entry of a kernel that takes a share ``[begin, end)`` has a second use. Called with
 ``(job, PACK, ...)`` it computes nothing and writes its other arguments to the memory at `job`,
-with the address of a function that computes any share of them. A job can be computed by native
-code that knows nothing of types (see `team`).
+with the address of a function that computes any share. Native code can compute a job without
+knowing the types of its arguments (see `team`).
 """
 
 import gc
@@ -23,11 +23,12 @@ from numclip.host.runtime.parts import OwnCompiler
 from numclip.host.runtime.registers import call_in_ordinary_environment
 
 PACK = -1
-"""The `end` that asks for a job."""
+"""The value of `end` with which an entry packs a job."""
 
 SHARE, COUNT, SIZE, NEXT, FAILED, ARGUMENTS, JOB_WORDS = 0, 1, 2, 3, 4, 8, 96
 """Words of a job: the function's address, how many items there are, how many a share has, the
-first item that no thread has taken, whether a share failed; where arguments begin, all words."""
+first item that no thread has taken, whether a share failed; the first word of the arguments, and
+the number of words."""
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -36,10 +37,10 @@ class _EntryLower(lowering.Lower):
     """Lowers a kernel to a body and the entry that has the kernel's name."""
 
     def setup_function(self, fndesc: Any) -> None:
-        """Begin the body where numba begins the kernel."""
+        """Declare the entry with the kernel's name, and begin the body in its stead."""
         results = getattr(fndesc.restype, "types", (fndesc.restype,))
         if any(isinstance(result, types.Array) for result in results):
-            # numba runs Python code to return one: a signal's exception there is a SystemError.
+            # numba returns one by Python code: a signal's exception there is a SystemError.
             raise LoweringError("a kernel returns numbers; it writes to arrays it is given")
         self.entry = self.context.declare_function(self.module, fndesc)
         self.function = ir.Function(
@@ -63,7 +64,7 @@ class _EntryLower(lowering.Lower):
         builder.ret(call_in_ordinary_environment(builder, self.function, self.entry.args))
 
     def _emit_pack(self, builder: ir.IRBuilder, argtypes: Any) -> None:
-        """Emit what `PACK` asks for."""
+        """Emit the code that packs a job, if `end` is `PACK`."""
         begin, end, *values = self.call_conv.decode_arguments(builder, argtypes, self.entry)
         packing = builder.icmp_signed("==", end, ir.Constant(_I64, PACK))
         with builder.if_then(packing, likely=False):
@@ -84,7 +85,7 @@ class _EntryLower(lowering.Lower):
             builder.ret(ir.Constant(_I32, 0))
 
     def _borrowed(self, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
-        """Emit an array without the count of its references, which ends with the packing call."""
+        """Emit an array without its reference count, which is valid in the packing call alone."""
         if not isinstance(kind, types.Array):
             return value
         array = self.context.make_array(kind)(self.context, builder, value)
@@ -119,7 +120,7 @@ def _field(builder: ir.IRBuilder, words: Any, packed: ir.Type, k: int) -> Any:
 
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _EntryLowering(NativeLowering):
-    """numba's pass that emits native code, with entries."""
+    """numba's pass that emits native code, with an entry for each kernel."""
 
     _name = "numclip_entry_lowering"
 
@@ -135,9 +136,9 @@ class KernelCompiler(OwnCompiler):
     lowering = _EntryLowering
 
     def compile_extra(self, func: Any) -> Any:
-        """Compile a kernel and its parts without looking for garbage.
+        """Compile a kernel and its parts without garbage collection.
 
-        numba makes so many objects that looking takes a fifth of the time.
+        numba makes so many objects that collection takes a fifth of the time.
         """
         looks = gc.isenabled()
         gc.disable()

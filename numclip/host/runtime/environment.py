@@ -1,4 +1,4 @@
-"""The floating-point environment of the calling thread, for what is not computed by kernels."""
+"""The floating-point environment of the calling thread, for computations outside kernels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ from numclip.host.runtime.registers import REGISTER
 
 Result = TypeVar("Result")
 ORDINARY = -1
-"""Stands for the ordinary environment."""
+"""The number that stands for the ordinary environment."""
 
 _I64 = ir.IntType(64)
 
 
 @intrinsic
 def _read(_typing):
-    """Return the register's value, ORDINARY where it is."""
+    """Return the register's value, or ORDINARY for the ordinary environment."""
 
     def emit(_context, builder, _signature, _arguments):
         if REGISTER is None:
@@ -34,7 +34,7 @@ def _read(_typing):
 
 @intrinsic
 def _write(_typing, _value):
-    """Set the register to a value."""
+    """Set the register to a value that `_read` returned."""
 
     def emit(context, builder, _signature, arguments):
         if REGISTER is not None:

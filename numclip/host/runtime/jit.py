@@ -1,6 +1,6 @@
-"""How the CPU's kernels are compiled: the one place that names numba's options and its cache.
+"""Compiles the CPU's kernels: the only module that names numba's options and its cache.
 
-`device` is that place for numba-cuda, which is loaded only when a GPU is asked for.
+`device` is that module for numba-cuda, which is loaded only when a GPU is used.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 INTERPRETED = bool(vars(config)["DISABLE_JIT"])
 
-# Division that raises keeps loops from vectorising; a kernel reports by value instead. What is not
-# set would be taken over from a user's function in whose compilation ours is first met.
+# Division that raises keeps loops from vectorising; kernels return a status instead. Unset flags
+# would be inherited from a user's function whose compilation is the first to need a kernel.
 OWN_FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "forceinline": False}
 # Nobody calls a kernel from C.
 _OPTIONS: dict[str, Any] = {**OWN_FLAGS, "nogil": True, "no_cfunc_wrapper": True}
-# Nor a part of kernels from Python: without a wrapper it takes a fifth less time to compile.
+# Nobody calls a part of kernels from Python: without a wrapper it compiles in a fifth less time.
 _PART_OPTIONS: dict[str, Any] = {
     **_OPTIONS,
     "no_cpython_wrapper": True,
@@ -42,7 +42,7 @@ _PART_OPTIONS: dict[str, Any] = {
 }
 # Reassociation alone lets a sum vectorise. "nnan" and "ninf" stay off: NaN and Inf must pass.
 _SUM_FLAGS = {"reassoc", "contract", "nsz"}
-# What NUMBA_... can say about the code that numba makes, beside the processor.
+# The NUMBA_... settings, other than the processor, that change the code that numba makes.
 _SETTINGS = (
     "OPT",
     "LOOP_VECTORIZE",
@@ -61,7 +61,7 @@ _announced = False
 
 
 def _announce() -> None:
-    """Say once, on stderr, why this call takes longer than the next."""
+    """Print once, on stderr, that this call compiles and so takes longer than the next."""
     global _announced
     if _announced or os.environ.get(QUIET, "0") not in ("", "0"):
         return
@@ -70,7 +70,7 @@ def _announce() -> None:
     kept = f"kept in {path}" if path else f"kept nowhere ({'; '.join(refused)})"
     if sys.stderr is None:
         return
-    with contextlib.suppress(Exception):  # it can be closed
+    with contextlib.suppress(Exception):  # stderr can be closed
         print(
             f"numclip: compiling, which takes seconds; the code is {kept} ({QUIET}=1 hides this)",
             file=sys.stderr,
@@ -78,7 +78,7 @@ def _announce() -> None:
 
 
 def description(function: Callable[..., Any], options: Any, kinds: Any, target: Any) -> str:
-    """Say what compiled code is for, to the last thing that it depends on.
+    """Return a text of everything that compiled code depends on.
 
     `kinds` are the types of its arguments, `target` the processor and the features it may use.
     """
@@ -114,15 +114,15 @@ class Cache:
 
     @property
     def cache_path(self) -> str | None:
-        """The folder, as numba's statistics tell it."""
+        """The folder that numba's statistics show."""
         return cache.folder().path
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """Return the compiled function for a signature, None where it must be compiled."""
+        """Return the compiled function for a signature; None if it has to be compiled."""
         wanted, _ = sigutils.normalize_signature(signature)
         try:
             found = self._load(tuple(wanted), target)
-        except Exception:  # broken code can raise whatever reading it raises
+        except Exception:  # reading broken code can raise anything
             found = None
         if found is None:
             _announce()
@@ -134,7 +134,7 @@ class Cache:
             return None
         symbols, reduced = pickle.loads(payload)
         # numba would load its whole library first, with scipy.linalg: half a second. Code needs
-        # no more of it than the symbols that it was linked to.
+        # only the symbols that it was linked to.
         rtsys.initialize(target)
         if not all(map(binding.address_of_symbol, symbols)):
             target.refresh()
@@ -145,7 +145,7 @@ class Cache:
         return result if same and tuple(result.signature.args) == wanted else None
 
     def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep a compiled function, where that is possible."""
+        """Write a compiled function to the cache, if that is possible."""
         if result.lifted or result.library.has_dynamic_globals:
             return
         wanted, _ = sigutils.normalize_signature(signature)
@@ -158,7 +158,7 @@ class Cache:
         return description(self._function, self._options, wanted, target.codegen().magic_tuple())
 
     def flush(self) -> None:
-        """Do nothing: no other code has this one's name."""
+        """Do nothing: outdated code has other file names."""
 
     enable = disable = flush
 
@@ -184,10 +184,10 @@ def kernel_with_gil(function: Function) -> Function:
 
 
 def entry(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """Return what calls a kernel by arguments of the types of these, and looks at no types.
+    """Return the specialisation of a kernel for these arguments' types, which checks no types.
 
-    A call with seven arguments takes 0.2 us less. It is for tables of ours: an array of another
-    dtype or layout would be read as if it were of these.
+    A call with seven arguments takes 0.2 us less. Pass only our own tables: an array of another
+    dtype or layout would be read as if it had the types of `arguments`.
     """
     if INTERPRETED:
         return function
@@ -205,7 +205,7 @@ def _cached(function: Function, options: dict[str, Any]) -> Function:
         return np.errstate(all="ignore")(function)  # compiled code does not warn
     compiled: Any = njit(**options)(function)
     compiled._cache = Cache(compiled.py_func, {**compiled.targetoptions, **options})
-    part: Any = _part(function)  # of the kernels that call it: they need neither entry nor wrapper
+    part: Any = _part(function)  # in kernels that call it: they need neither entry nor wrapper
     compiled.get_call_template, compiled.get_overload = part.get_call_template, part.get_overload
     return compiled  # type: ignore[no-any-return]
 
@@ -234,11 +234,11 @@ def _part(function: Function, **options: Any) -> Function:
     def refuse(*_arguments: Any, **_names: Any) -> None:
         raise TypeError(f"{function.__qualname__} is a part of kernels: only they can call it")
 
-    def template(kinds: Any, names: Any) -> Any:  # numba's own compiles anew for each literal
+    def template(kinds: Any, names: Any) -> Any:  # numba's own compiles for each literal
         signature, kinds = compiled._compiler.fold_argument_types(kinds, names)
         kinds = tuple(map(types.unliteral, kinds))
         result = compiled.overloads.get(kinds)
-        if result is None:  # the dispatcher's own way takes time for each lock of each part in it
+        if result is None:  # the dispatcher takes time for each lock of each inner part
             result = compiled.overloads[kinds] = compiled._compiler.compile(kinds, None)
         key = function.__qualname__
         made = make_concrete_template(key, key=key, signatures=[result.signature])

@@ -1,4 +1,4 @@
-"""How many threads a process should use: its cores, its control groups' quotas, its environment."""
+"""The default number of threads: by cores, control groups' quotas and environment variables."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def default_threads() -> int:
 
 
 def _count(variable: str) -> int | None:
-    """Return the number a variable holds, the first of a list of them."""
+    """Return the positive integer in a variable, or first in its list; else None."""
     text = os.environ.get(variable, "").split(",")[0].strip()
     return int(text) if text.isascii() and text.isdecimal() and int(text) > 0 else None
 
@@ -34,7 +34,7 @@ def _cores() -> int:
 def _quota() -> int | None:
     """Return the cores that the control groups of this process may use, rounded down.
 
-    The quota of each group above one's own holds, too.
+    The quotas of the groups above its own apply, too. None if there is no quota.
     """
     quotas = [quota for folder in _groups() if (quota := _quota_of(folder)) is not None]
     return max(1, int(min(quotas))) if quotas else None

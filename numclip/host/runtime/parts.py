@@ -1,7 +1,7 @@
-"""How parts of kernels are compiled: to code that kernels are linked with, and no further.
+"""Compiles parts of kernels: to code that kernels are linked with, and no further.
 
-numba optimises every function in full and makes machine code of it, also of one that is compiled
-into its callers. That is two fifths of the time that compiling takes, and nobody would run it.
+numba optimises every function in full and makes machine code of it, even of one that is compiled
+into its callers. That takes two fifths of the time of compiling, and the code would never run.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from numba.core.typed_passes import NativeLowering
 
 
 class _PartLibrary(JITCodeLibrary):
-    """Code without a place in memory."""
+    """Code that is not loaded into memory."""
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
@@ -38,8 +38,8 @@ class _PartLowering(NativeLowering):
     _name = "numclip_part_lowering"
 
     def run_pass(self, state: Any) -> bool:
-        """Emit code, and let others find it by an object that stands for its address."""
-        # A sum is vectorised here: alike in all kernels, whatever they know of its length.
+        """Emit code, and register it for callers under an object in place of an address."""
+        # A sum is vectorised here: alike in all kernels, even those that know its length.
         library = _PartLibrary if state.flags.fastmath else _RoughLibrary
         state.library = library(state.targetctx.codegen(), state.func_id.func_qualname)
         state.flags.no_compile = True
@@ -51,7 +51,7 @@ class _PartLowering(NativeLowering):
 
 
 class OwnCompiler(CompilerBase):
-    """numba's compiler, with a pass of ours in place of the one that emits native code."""
+    """numba's compiler, with the pass `lowering` in place of the one that emits native code."""
 
     lowering: type[NativeLowering]
 

@@ -1,7 +1,7 @@
-"""The register that says how a thread computes: its floating-point environment.
+"""The register that holds a thread's floating-point environment.
 
 A thread can be set to flush subnormal numbers to zero or to round otherwise than to nearest;
-PyTorch does the former on request, and what is linked with ``-ffast-math`` without.
+PyTorch does the former on request, libraries linked with ``-ffast-math`` without one.
 """
 
 from typing import Any
@@ -83,7 +83,7 @@ def _register() -> type[_X86] | type[_Arm] | None:
 
 
 REGISTER = _register()
-"""The processor's register of the environment; None on others, where the caller's holds."""
+"""The processor's register; None on others, where kernels run in the caller's environment."""
 
 
 def _pointer() -> ir.PointerType:
@@ -98,7 +98,10 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: Any) ->
 
 
 def call_in_ordinary_environment(builder: ir.IRBuilder, function: Any, arguments: Any) -> Any:
-    """Emit a call; reading the register takes 3 ns, setting it twice is rare and takes 20."""
+    """Emit a call in the ordinary environment.
+
+    Reading the register takes 3 ns; setting it twice, which is rare, takes 20.
+    """
     if REGISTER is None:
         return builder.call(function, arguments)
     before = REGISTER.read(builder)

@@ -42,7 +42,7 @@ def _at(builder, address):
 
 @intrinsic
 def load(_typing, _address):
-    """Return a word."""
+    """Return the word at an address."""
 
     def emit(_context, builder, _signature, arguments):
         return builder.load_atomic(_at(builder, arguments[0]), "seq_cst", WORD)
@@ -52,7 +52,7 @@ def load(_typing, _address):
 
 @intrinsic
 def store(_typing, _address, _value):
-    """Write a word."""
+    """Write the word at an address."""
 
     def emit(context, builder, _signature, arguments):
         builder.store_atomic(arguments[1], _at(builder, arguments[0]), "seq_cst", WORD)
@@ -63,7 +63,7 @@ def store(_typing, _address, _value):
 
 @intrinsic
 def swap(_typing, _address, _value):
-    """Write a word and return what it was."""
+    """Write the word at an address and return its old value."""
 
     def emit(_context, builder, _signature, arguments):
         return builder.atomic_rmw("xchg", _at(builder, arguments[0]), arguments[1], "seq_cst")
@@ -73,7 +73,7 @@ def swap(_typing, _address, _value):
 
 @intrinsic
 def add(_typing, _address, _value):
-    """Add to a word and return what it was."""
+    """Add to the word at an address and return its old value."""
 
     def emit(_context, builder, _signature, arguments):
         return builder.atomic_rmw("add", _at(builder, arguments[0]), arguments[1], "seq_cst")
@@ -83,7 +83,7 @@ def add(_typing, _address, _value):
 
 @intrinsic
 def call_share(_typing, _job, _begin, _end):
-    """Compute items of a job; return 0, or that the kernel failed."""
+    """Compute items ``[begin, end)`` of a job; return another number than 0 if it failed."""
 
     def emit(_context, builder, _signature, arguments):
         share = ir.FunctionType(_I64, [_I64, _I64, _I64]).as_pointer()
@@ -95,7 +95,7 @@ def call_share(_typing, _job, _begin, _end):
 
 @intrinsic
 def pause(_typing):
-    """Let the processor know that this is a loop that waits."""
+    """Hint to the processor that this loop waits."""
 
     def emit(context, builder, _signature, _arguments):
         if REGISTER is not None:
@@ -107,7 +107,7 @@ def pause(_typing):
 
 @inline
 def word(block, index):
-    """Return the address of a word."""
+    """Return the address of a word of a block."""
     return block + index * WORD
 
 
@@ -148,7 +148,7 @@ def lock_of(slot):
 
 @kernel
 def serve(team, number, generation):
-    """Take part in the team's jobs until its generation ends: what a thread does."""
+    """Take part in the team's jobs until `generation` ends: the function of a thread."""
     slot = word(team, HEAD + number * SLOT)
     if swap(word(slot, SERVED), 1) != 0:
         return
@@ -166,7 +166,7 @@ def serve(team, number, generation):
 
 @inline
 def wake(team, threads):
-    """Wake so many threads, those that have not arrived yet and those awake excepted."""
+    """Wake `threads` threads, except those that have not arrived yet or are awake."""
     for number in range(threads):
         slot = word(team, HEAD + number * SLOT)
         lock = load(word(slot, LOCK))
@@ -184,17 +184,17 @@ def wait(team):
             spins += 1
             continue
         store(word(team, ASLEEP), 1)
-        # Who finds the caller asleep wakes it, for certain; so does who was last just before.
+        # The last thread inside releases WAKE if it finds ASLEEP set, even just before this.
         if load(word(team, INSIDE)) != 0 or swap(word(team, ASLEEP), 0) == 0:
             _acquire_lock(load(word(team, WAKE)), 1)
 
 
 @kernel
 def perform(team, jobs, threads):
-    """Compute jobs one after another, each by so many threads; tell whether one failed.
+    """Compute jobs, rows of `jobs`, one after another; tell whether one failed.
 
-    A row of `jobs` is a job. Where another caller uses the team (0: there is none), this one
-    works alone.
+    Each is computed by `threads` of its number. If there is no team (0), or if another caller uses
+    it, the caller works alone.
     """
     alone = team == 0 or swap(word(team, BUSY), 1) != 0
     failed = False
@@ -216,6 +216,6 @@ def perform(team, jobs, threads):
 
 @kernel
 def dismiss(team, threads):
-    """End the generation of so many threads."""
+    """End the current generation, and wake its `threads` threads so that they return."""
     add(word(team, GENERATION), 1)
     wake(team, threads)

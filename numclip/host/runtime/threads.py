@@ -1,4 +1,4 @@
-"""Threads of our own: each call's items are computed by the caller and a team of threads.
+"""numclip's own threads: the caller and a team of threads compute the items of each call.
 
 No thread is started before the first large call, none survives a fork, and a call works alone
 where the team works for another caller or no thread can be started. numba's threading layers are
@@ -24,7 +24,7 @@ MOST = 1024
 """Threads that a team has room for, beside the caller."""
 
 SHARES = 8
-"""Shares for each thread: one that is late, or slow, leaves more of them to others."""
+"""Shares for each thread: a thread that is late or slow leaves more of them to others."""
 
 RETRY_SECONDS = 10.0
 """How long calls work alone after a thread could not be started."""
@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
 
 class _Team:
-    """The block of words that threads share, see `team`, and how many were started."""
+    """The block of words that threads share, see `team`, and the number of threads started."""
 
     def __init__(self) -> None:
         python = ctypes.pythonapi
@@ -65,12 +65,12 @@ class _Team:
         self.started = 0
         self.generation = 0
         self.retry = 0.0
-        team.serve(self.words, 0, -1)  # compiled, or loaded, here: it returns at once
+        team.serve(self.words, 0, -1)  # compile or load it here: generation -1 returns at once
 
     def grow(self, threads: int) -> bool:
-        """Start threads until there are so many beside the caller; tell whether there are.
+        """Start threads until `threads` run beside the caller; return False if they cannot.
 
-        An exception from outside can make this start a thread twice; the second ends at once.
+        After a signal handler's exception a thread can be started twice; the second ends at once.
         """
         if self.started >= threads:
             return True
@@ -121,16 +121,16 @@ def run(
     kernel: Callable[..., Any], count: int, nbytes: int, *arguments: Any, keep: Any = None
 ) -> None:
     """Call ``kernel(begin, end, *arguments)`` on shares that make up ``range(count)``."""
-    if nbytes < PARALLEL_BYTES:  # 1.5 us sooner than by what follows
+    if nbytes < PARALLEL_BYTES:  # 1.5 us faster than `run_all`
         kernel(0, count, *arguments)
     else:
         run_all([Call(kernel, count, nbytes, arguments, keep)])
 
 
 def run_all(calls: Sequence[Call]) -> None:
-    """Make calls one after another, all of them or none, whatever exception comes from outside.
+    """Make calls one after another, all of them or none even if a signal handler raises.
 
-    More than one are first made into jobs and then performed by one native call.
+    Several calls are first packed as jobs and then performed by one native call.
     """
     threads = max((_threads_for(call) for call in calls), default=1)
     if INTERPRETED or (threads <= 1 and len(calls) == 1):
@@ -156,21 +156,21 @@ def ready(calls: Sequence[Call]) -> Callable[[], None]:
 def kept(calls: Sequence[Call]) -> Callable[[], object]:
     """Return a function that makes calls as `run_all` does, whenever it is called.
 
-    The jobs of little calls are made once for all.
+    The jobs of calls on few bytes are packed once.
     """
     if any(call.nbytes >= PARALLEL_BYTES for call in calls) or (INTERPRETED and len(calls) > 1):
         return functools.partial(run_all, calls)
     if len(calls) == 1:
         return functools.partial(calls[0].kernel, 0, calls[0].items, *calls[0].arguments)
-    jobs = functools.cache(lambda: Jobs(calls))  # at the first call, when kernels are compiled
+    jobs = functools.cache(lambda: Jobs(calls))  # packed at the first call: it compiles kernels
     return lambda: jobs().perform_again()
 
 
 def whole(write: Callable[[], None]) -> None:
-    """Call `write`, which may be repeated; where an exception ends it early, call it again.
+    """Call `write`, which may be repeated; if an exception ends it early, call it again.
 
-    The exception of a signal's handler is let through when all is written. What `write` itself
-    raises comes again at each attempt, and is let through, too.
+    A signal handler's exception is raised again after all is written. An exception of `write`
+    itself comes at each attempt, and is raised after the last one.
     """
     try:
         write()
@@ -185,7 +185,7 @@ def whole(write: Callable[[], None]) -> None:
 
 
 def run_then(calls: Sequence[Call], bring_back: Sequence[Callable[[], None]]) -> None:
-    """Make calls, and bring what they wrote to copies back: all of it, as `whole` does."""
+    """Make calls, then copy their results back by the functions `bring_back`, see `whole`."""
     if not bring_back:
         run_all(calls)
         return
@@ -200,10 +200,10 @@ def run_then(calls: Sequence[Call], bring_back: Sequence[Callable[[], None]]) ->
 
 
 class Jobs:
-    """Calls of kernels that are ready to be made, each once, see `entries`."""
+    """Calls of kernels that are packed as jobs, see `entries`; `perform` makes each once."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = calls  # holds the memory
+        self._calls = calls  # keeps the memory alive
         self._threads = np.array([_threads_for(call) for call in calls], np.int64)
         self._jobs = np.zeros((len(calls), JOB_WORDS), np.int64)
         # Not `ctypes.data`, which imports: that fails while the interpreter ends.
@@ -214,11 +214,11 @@ class Jobs:
             self._jobs[k, SIZE] = max(1, call.items // (SHARES * int(self._threads[k])))
 
     def perform(self) -> None:
-        """Make the calls; those that were made already are not made again."""
+        """Make the calls, except those that were made already."""
         self._perform(_words(int(self._threads.max(initial=1))))
 
     def perform_again(self) -> None:
-        """Make all calls, by this thread alone."""
+        """Make all calls again, by this thread alone."""
         self._jobs[:, NEXT : FAILED + 1] = 0
         self._perform(0)
 
@@ -232,7 +232,7 @@ def _threads_for(call: Call) -> int:
 
 
 def _words(threads: int) -> int:
-    """Return the address of a team with so many threads, the caller's too; 0 to work alone."""
+    """Return the address of a team of `threads` with the caller; 0 for the caller alone."""
     global _team
     if threads <= 1:
         return 0
