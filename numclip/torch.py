@@ -266,8 +266,8 @@ def clip_grads_with_norm_(
 
     Notes
     -----
-    **Guarantees.** As `numclip.clip_by_global_norm` with ``use_norm``: where repeated rows of a sparse
-    gradient cancel, the factor leaves room for what rounding can add to their sums.
+    **Guarantees.** As `numclip.clip_by_global_norm` with ``use_norm``: where repeated rows of a
+    sparse gradient cancel, the factor leaves room for what rounding can add to their sums.
 
     **On a GPU** a `total_norm` that lies there is read, and so waited for; `clip_grad_norm_`
     does both halves without waiting. **Source.** ``torch.nn.utils.clip_grads_with_norm_``.
