@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, Self
 
@@ -15,6 +16,9 @@ from numclip.clipping.pieces import Piece, piece
 from numclip.errors import expected
 from numclip.isolation import in_ordinary_environment
 from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined
+
+USUAL = 1e-12, 1e12
+"""Clips between a norm and a bound in here, or a greater bound, make nothing subnormal."""
 
 
 class NormAccumulator:
@@ -150,6 +154,18 @@ class NormAccumulator:
             sums, special = dict(getattr(self, name)), self._special
         return (special, 0, 0.0) if special else joined(sums)
 
+    def norm_alone(self, ord: Any, bound: Any, nonfinite: Any) -> float:
+        """Return the norm if a clip of ordinary arrays needs no more than that; else NaN.
+
+        More is needed where rows repeat, where something is not finite, and where the number of
+        elements matters: for results that are subnormal.
+        """
+        usual = nonfinite == "propagate" and ord == self.ord and arguments.are_usual(ord, bound)
+        with self._lock:
+            simple = self._sums == self._terms and not (self._special or self._loss)
+        norm = self.norm if usual and simple and bound > USUAL[0] else math.nan
+        return norm if USUAL[0] < norm < USUAL[1] else math.nan
+
     def check_order(self, name: str, ord: float) -> None:
         """Refuse, by the name of an argument, an accumulator of another order."""
         if self.ord != ord:
@@ -190,10 +206,11 @@ def _taken(ord: float, found: Piece) -> dict[str, Any]:
     squares, terms = tables.TOTAL, tables.TERMS
     alike = sums[:, squares : squares + 2] == sums[:, terms : terms + 2]
     elements = alike.all(axis=1)  # where no rows repeat
-    of_elements = exact_sums(sums[elements], squares, ord, tables.ERROR)
-    units, of_terms = dict(of_elements), dict(of_elements)
-    add_sums(units, exact_sums(sums[~elements], squares, ord, tables.ERROR), ord)
-    add_sums(of_terms, exact_sums(sums[~elements], terms, ord), ord)
+    units = exact_sums(sums[elements], squares, ord, tables.ERROR)
+    of_terms = dict(units)
+    if not elements.all():
+        add_sums(units, exact_sums(sums[~elements], squares, ord, tables.ERROR), ord)
+        add_sums(of_terms, exact_sums(sums[~elements], terms, ord), ord)
     with np.errstate(invalid="ignore"):
         special = float(found.sums[bad, tables.TOTAL].sum())
     return {

@@ -188,11 +188,13 @@ def clip_by_global_norm(
             check = partial(_law, clip_norm, use_norm, ord, nonfinite, duplicates, comm)
             others = nonfinite, duplicates, out
             return ranks.clip_by_global_norm(found, grads, lambda: check()[0], *others)
-    held = None
-    if arguments.are_usual(ord, clip_norm, nonfinite, duplicates, use_norm):
+    held, norm = None, use_norm
+    if norm is not None and isinstance(norm, NormAccumulator):
+        norm = norm.norm_alone(ord, clip_norm, nonfinite)
+    if arguments.are_usual(ord, clip_norm, nonfinite, duplicates, norm):
         what, given = LAWS[nonfinite], 0.0
-        if use_norm is not None:
-            what, given = what | GIVEN, arguments.given_norm(use_norm)
+        if norm is not None:
+            what, given = what | GIVEN, float(norm)
         bound, order = float(clip_norm), float(ord)
         done = lists.clip_by_global_norm(grads, bound, out, order, what, given)
         if done is None:

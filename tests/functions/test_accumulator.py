@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ def test_any_order_and_grouping_has_the_bits_of_all_at_once(data, grads):
     bound = data.draw(strategies.bounds(reference.norm(grads)))
     results = [nc.clip_by_global_norm(piece, bound, whole) for piece in pieces]
     assert {told for _, told in results} == {norm}
+    with mock.patch.object(nc.NormAccumulator, "norm_alone", return_value=math.nan):
+        general = [nc.clip_by_global_norm(piece, bound, whole) for piece in pieces]
+    for (own, told), (others, known) in zip(results, general, strict=True):
+        assert told == known
+        for one, other in zip(own, others, strict=True):
+            checks.assert_same_bits(one, other)
     clipped = list(itertools.chain.from_iterable(own for own, _ in results))
     given_to = list(itertools.chain.from_iterable(pieces))
     if len({reference.stored(grad).dtype for grad in grads}) == 1 and count == 1:
