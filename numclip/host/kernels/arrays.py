@@ -1,11 +1,12 @@
-"""Plain NumPy arrays, read out of a tuple in one native call.
+"""Ordinary NumPy arrays, read from a tuple in one native call.
 
-In Python each array costs microseconds before its elements are seen. These kernels follow the
-pointers of a tuple to its arrays, and theirs to shape and data, as every C extension does:
-the first fields of an array object are part of NumPy's C interface (`PyArrayObject_fields`),
-and `layout_holds` looks whether this process has them. Kernels hold the GIL while they read
-objects. Every entry is checked; one that is not an exact ndarray of the one dtype, contiguous,
-aligned and (if it is to be written) writeable is said to be so, and nothing is written.
+In Python each array costs microseconds before its elements are reached. These kernels follow the
+pointers of a tuple to its arrays, and the arrays' pointers to shape and data, as every C extension
+does: the first fields of an array object are part of NumPy's C interface
+(`PyArrayObject_fields`), and `layout_holds` checks that this process has them. Kernels hold the
+GIL while they read objects. Every entry is checked: if one is not an exact ndarray of the one
+dtype, contiguous, aligned and (if it is to be written) writeable, kernels report it and write
+nothing.
 """
 
 import ctypes
@@ -24,11 +25,12 @@ from numclip.host.runtime.jit import inline, kernel_with_gil
 WORD = 8
 # Fields of an array object, in bytes after the object's header, whose last word is its type.
 DATA, NDIM, SHAPE, STRIDES, DESCR, FLAGS = 0, 8, 16, 24, 40, 48
-# Those of a dtype object: its scalar type, and a word of which this tells byte order and number.
+# In a dtype object after its header: the scalar type, and a word with byte order and type number,
+# which the mask selects.
 KIND, ORDER_AND_NUMBER = WORD, -1 << 32 | 0xFF << 16
 C_ORDER, FORTRAN_ORDER, OWNER_OF_DATA, ALIGNED, WRITEABLE = 0x1, 0x2, 0x4, 0x100, 0x400
-# What a kernel is told of the process and of the dtype: bytes of an object's header, the
-# addresses of the type, of None and of the dtype, bytes and numbers of an element, the flags.
+# Facts of the process and of the dtype: bytes of an object's header, the addresses of the type, of
+# None and of the dtype, bytes of a number, numbers of an element, the flags that arrays must have.
 HEADER, NDARRAY, NONE, DTYPE, ITEMSIZE, COMPONENTS, NEEDS = range(7)
 
 
@@ -76,14 +78,14 @@ def _is_laid_out(probe: Array, fields: int) -> bool:
 
 @inline
 def are_equal(dtype, other):
-    """Tell whether two dtypes are: unpickled arrays have dtype objects of their own."""
+    """Tell whether two dtypes are equal: unpickled arrays have dtype objects of their own."""
     known = word_at(dtype) == word_at(other)
     return known and (word_at(dtype + KIND) ^ word_at(other + KIND)) & ORDER_AND_NUMBER == 0
 
 
 @inline
 def length_of(fields, facts):
-    """Return the number of an array's stored numbers, -1 if it is not as the facts demand."""
+    """Return how many numbers an array stores, -1 if it does not meet the facts."""
     dtype = word_at(fields + DESCR)
     if word_at(fields - WORD) != facts[NDARRAY]:
         return np.int64(-1)
@@ -103,7 +105,7 @@ def length_of(fields, facts):
 def read(items, count, facts, chunks):
     """Write the chunks of `count` arrays, whose pointers are at `items`, as far as there is room.
 
-    Return how many there are, -1 where an entry is not as the facts demand, and all elements.
+    Return (chunks, elements): how many there are, chunks -1 if an entry does not meet the facts.
     """
     used = 0
     elements = np.int64(0)
@@ -130,7 +132,7 @@ def read(items, count, facts, chunks):
 
 @inline
 def own_their_data(items, count, header, none):
-    """Tell whether the arrays are different ones, each with memory of its own."""
+    """Tell whether the arrays are different objects that all own their data."""
     size = 4
     while size < 2 * count:
         size *= 2
@@ -152,6 +154,6 @@ def own_their_data(items, count, header, none):
 
 @kernel_with_gil
 def table(items, count, facts, chunks):
-    """Write the chunks of arrays; return what `read` does, and if all own their data."""
+    """Write the chunks of arrays; return both that `read` does, and whether all own their data."""
     used, elements = read(items, count, facts, chunks)
     return used, elements, used >= 0 and own_their_data(items, count, facts[HEADER], facts[NONE])

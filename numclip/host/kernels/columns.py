@@ -1,6 +1,6 @@
 """Loops over arrays part by part: units along columns, and sums over examples.
 
-Shares and types are as in `cpu`.
+`begin`, `end` and `like` are as in `cpu`.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def add_squares(a, sums):
     """Add the squares of a row to their sums, collecting the rounding errors.
 
     `sums` holds both, `COLUMNS` numbers each: at a fixed distance a loop needs no checks for
-    memory that overlaps, and LLVM makes eight at most.
+    overlapping memory, of which LLVM emits eight at most.
     """
     for i in range(a.size):
         sums[i], rest = two_sum(sums[i], square(a[i]))
@@ -43,9 +43,9 @@ def add_eight_squares(a, b, c, d, e, f, g, h, sums):
 
 @inline
 def row_at(row, part, x):
-    """Return a row of columns; `part` is the first one's address, the stride and the length.
+    """Return a row of columns; `part` is (address of row 0, stride of rows, length).
 
-    An array without an owner: a slice would count its references, eight times for a few reads.
+    The array has no owner: a slice would be reference-counted, eight times for a few reads.
     """
     return array_at(part[0] + row * part[1], part[2], x)
 
@@ -54,10 +54,10 @@ def row_at(row, part, x):
 def sum_squares(part, rows, x, sums):
     """Write the sums of squares over rows of columns, see `row_at` and `add_squares`.
 
-    The eight rows added together are an eighth of the rows apart: a processor fetches eight
-    streams ahead, but hardly eight short rows side by side (twice as slow for rows of 64). On a
-    Zen 3 24 GB/s in the second-level cache, where one sum of all has 38, and 1.2 times its
-    speed in memory.
+    The eight rows added together are an eighth of the rows apart: a processor prefetches eight
+    streams, but hardly eight short adjacent rows (twice as slow for rows of 64). A Zen 3 reads 24
+    GB/s in the second-level cache, where one sum of all reads 38, and in memory 1.2 times as fast
+    as that sum.
     """
     sums[:] = 0.0
     step = rows // 8
@@ -82,8 +82,8 @@ def sum_squares(part, rows, x, sums):
 def column_squares(begin, end, x, rows, out):
     """Write the sums of squares over parts of the middle axis of `x`, `rows` of it each.
 
-    `x` has the shape (outer, reduced, inner), `out` (outer, parts, inner); the share is of
-    blocks of `COLUMNS` columns of a part.
+    `x` has the shape (outer, reduced, inner), `out` (outer, parts, inner); `begin` and `end`
+    count blocks of `COLUMNS` columns of a part.
     """
     sums = np.empty(2 * COLUMNS)
     blocks = -(-x.shape[2] // COLUMNS)
@@ -100,7 +100,7 @@ def column_squares(begin, end, x, rows, out):
 
 @kernel
 def add_parts(parts):
-    """Add the sums of the parts, (outer, parts, inner), to the first ones, in their order."""
+    """Add the sums of the parts, (outer, parts, inner), to those of the first part, in order."""
     for a in range(parts.shape[0]):
         error = np.zeros(parts.shape[2])
         for part in range(1, parts.shape[1]):
@@ -110,14 +110,14 @@ def add_parts(parts):
 
 @inline
 def multiply_each(x, factors):
-    """Multiply an array in place by another, which has a factor for each number."""
+    """Multiply an array in place by an array with a factor for each number."""
     for i in range(x.size):
         x[i] = scaled(x[i], factors[i])
 
 
 @inline
 def multiply_each_into(x, factors, out):
-    """Do the same into another array: a loop of its own, as one that may alias is scalar."""
+    """Write the products to `out`: a loop of its own, as one that may alias is not vectorised."""
     for i in range(x.size):
         out[i] = scaled(x[i], factors[i])
 
@@ -126,7 +126,7 @@ def multiply_each_into(x, factors, out):
 def scale_columns(begin, end, x, factors, out):
     """Multiply by a factor for each (outer, inner) pair; shapes as in `column_squares`.
 
-    The share is of rows, ``outer * reduced`` of them. In place where `x` and `out` are one.
+    `begin` and `end` count the ``outer * reduced`` rows. In place where `x` and `out` are one.
     """
     inner, source, target = x.shape[2], np.int64(x.ctypes.data), np.int64(out.ctypes.data)
     part = np.int64(factors.ctypes.data), inner * factors.itemsize, inner
@@ -148,7 +148,7 @@ def add_weighted(row, weight, total):
 
 @inline
 def add_four_weighted(a, b, c, d, weights, total):
-    """Add four arrays times their weights to a float64 array, which is written once."""
+    """Add four arrays times their weights to a float64 array, writing that once."""
     wa, wb, wc, wd = weights[0], weights[1], weights[2], weights[3]
     for i in range(total.size):
         low = np.float64(widen(a[i])) * wa + np.float64(widen(b[i])) * wb
@@ -160,7 +160,7 @@ def add_four_weighted(a, b, c, d, weights, total):
 def sum_examples(begin, end, x, factors, width, out):
     """Write the sum over examples of ``x[example] * factors[example]``, in float64.
 
-    `x` has the shape (examples, elements); the share is of blocks of `width` elements.
+    `x` has the shape (examples, elements); `begin` and `end` count blocks of `width` elements.
     """
     fours = x.shape[0] // 4 * 4
     for block in range(begin, end):

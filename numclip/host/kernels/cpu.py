@@ -1,10 +1,11 @@
 """Loops over memory on the CPU.
 
-Kernels work on a table of chunks, a row each: where the chunk is read (address), where it is
-written, its number of elements, the tensor that owns it. Like every long loop they take the
-range ``[begin, end)`` of their share first, and release the GIL. `like` is an empty array that
-says how elements are stored. Sums are in float64: a plain sum over each block, the blocks
-added with their rounding errors kept, so a result depends on the chunk alone.
+Kernels work on a table of chunks. A row holds a chunk's source address, its target address, its
+number of elements and the number of the tensor that owns it. As in every long loop, a kernel's
+first arguments are the range ``[begin, end)`` of rows to process; it releases the GIL. `like` is a
+storage sample: an empty array with the dtype that elements are stored in. Sums are float64: each
+block is summed plainly, and the block sums are added with their rounding errors kept, so a result
+depends on the chunk alone.
 """
 
 import math
@@ -24,19 +25,19 @@ from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
-ABREAST = 16  # elements that are added side by side at most: quarters are multiples of it
+ABREAST = 16  # the most elements that one vectorised step adds: quarters are multiples of it
 GOLDEN = np.int64(0x9E37_79B9_7F4A_7C15 - 2**64)  # 2**64 over the golden ratio
 
 
 @inline
 def slot_of(key, slots):
-    """Return where a key goes first in a hash table; `slots` is a power of two."""
+    """Return the first slot to try for a key in a hash table of `slots` slots, a power of two."""
     return (key * GOLDEN >> 32) & (slots - 1)
 
 
 @kernel
 def count_chunks(spans, limit):
-    """Return how many chunks `split` makes of tensors, and the number of elements in all."""
+    """Return (chunks, elements): how many chunks `split` writes, and all tensors' elements."""
     count = 0
     elements = 0
     for t in range(spans.shape[0]):
@@ -47,7 +48,7 @@ def count_chunks(spans, limit):
 
 @kernel
 def split(spans, itemsize, limit, chunks):
-    """Write tensors, rows of (source, target, length), cut into chunks of `limit` elements."""
+    """Cut tensors, rows of (source, target, length), into chunks of at most `limit` elements."""
     c = 0
     for t in range(spans.shape[0]):
         for start in range(0, spans[t, LENGTH], limit):
@@ -70,7 +71,7 @@ def block_of_squares(x):
 
 @block_sum
 def four_of_squares(address, step, size, like):
-    """Return the sum of squares of four short arrays, so many bytes apart."""
+    """Return the sum of squares of four arrays of `size` elements that lie `step` bytes apart."""
     a, b = array_at(address, size, like), array_at(address + step, size, like)
     c, d = array_at(address + 2 * step, size, like), array_at(address + 3 * step, size, like)
     first = second = third = fourth = 0.0
@@ -86,10 +87,10 @@ def four_of_squares(address, step, size, like):
 
 @inline
 def long_of_squares(x, size):
-    """Return the sum of squares of a contiguous array, right to a few units of roundoff.
+    """Return the sum of squares of a contiguous array, accurate to a few units of roundoff.
 
-    Its quarters are read side by side, `size` elements of each at a time: a core of a Xeon of 2023
-    read one stream from memory at 10 GB/s, and four at 17.
+    Its quarters are read as four streams, `size` elements of each at a time: a core of a Xeon of
+    2023 read one stream from memory at 10 GB/s, and four at 17.
     """
     quarter = x.size // (4 * ABREAST) * ABREAST
     address, step = np.int64(x.ctypes.data), quarter * x.itemsize
@@ -103,7 +104,7 @@ def long_of_squares(x, size):
 
 @expanded
 def array_of_squares(x):
-    """Return the sum of squares of at most a chunk; one block needs no compensation."""
+    """Return the sum of squares of at most `CHUNK` elements; one block needs no compensation."""
     size = BLOCK if x.itemsize == 8 else NARROW_BLOCK
     if x.size <= size:
         return block_of_squares(x)
@@ -112,7 +113,7 @@ def array_of_squares(x):
 
 @expanded
 def parts_of_squares(x):
-    """Return an array's sum of squares, added as those of a tensor's chunks, and what is lost."""
+    """Return (total, error): an array's sum of squares, added chunk by chunk, and its error."""
     if x.size <= CHUNK:
         return array_of_squares(x), 0.0
     total = error = 0.0
@@ -148,9 +149,9 @@ def block_of_powers(x, inverse, ord):
 
 @inline
 def blocks_of_powers(x, inverse, ord):
-    """Return that sum of an array, of four blocks at a time.
+    """Return the sum of ``(|x| * inverse) ** ord`` of an array, adding four blocks at a time.
 
-    One after another: side by side, as squares, those of bfloat16 are not vectorised.
+    Blocks are read one after another: in four streams, as for squares, bfloat16 is not vectorised.
     """
     total = error = 0.0
     size = WIDE_BLOCK if ord == 1.0 and x.itemsize == 8 else BLOCK
@@ -166,11 +167,11 @@ def blocks_of_powers(x, inverse, ord):
 
 @inline
 def array_of_powers(x, scale, ord):
-    """Return the sum of ``(|x| / scale) ** ord``, a finite order, see `formulas.usable`."""
+    """Return the sum of ``(|x| / scale) ** ord`` for a finite order; see `formulas.usable`."""
     if is_product(ord):
-        return blocks_of_powers(x, 1.0 / scale, ord)  # exact, of a power of two
+        return blocks_of_powers(x, 1.0 / scale, ord)  # exact: the scale is a power of two
     total = error = 0.0
-    for i in range(x.size):  # the power function takes longer than to add up without a loss
+    for i in range(x.size):  # the power function takes longer than compensation
         term = power_term(np.float64(abs(widen(x[i]) / scale)), ord)
         total, rest = two_sum(total, term)
         error += rest
@@ -179,7 +180,7 @@ def array_of_powers(x, scale, ord):
 
 @kernel
 def sum_powers(begin, end, chunks, scales, ord, like, out):
-    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord``, a finite order."""
+    """Write each chunk's sum of ``(|x| / scales[owner]) ** ord`` for a finite order."""
     for c in range(begin, end):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         out[c] = array_of_powers(x, scales[chunks[c, OWNER]], ord)
@@ -189,11 +190,11 @@ def sum_powers(begin, end, chunks, scales, ord, like, out):
 def largest_bits(chunk, mask):
     """Return the largest magnitude of a chunk as the integer of its bits; NaN exceeds Inf.
 
-    `mask` is an array of one unsigned integer of the element's size that leaves out the sign:
-    the bits of positive floats order as the floats do.
+    `mask` holds one unsigned integer of the element's size, all bits set but the sign: the bits
+    of positive floats order as the floats do.
     """
     bits = array_at(chunk[SOURCE], chunk[LENGTH], mask)
-    # Of 64 bits, which numba makes of integers, fewer would be read side by side.
+    # numba widens integers to 64 bits, of which fewer would fit into a vector register.
     kind, magnitude = mask.dtype.type, mask[0]
     largest = kind(bits[0] & magnitude)
     for i in range(bits.size):
@@ -210,7 +211,7 @@ def max_magnitude(begin, end, chunks, mask, out):
 
 @inline
 def settle(total, error):
-    """Add the collected errors to their sums; an infinite sum has none."""
+    """Add the collected rounding errors to the finite sums."""
     for i in range(total.size):
         if math.isfinite(total[i]):
             total[i] += error[i]
@@ -243,7 +244,7 @@ def multiply(x, factor):
 
 @inline
 def multiply_into(x, factor, out):
-    """Multiply an array into another: a loop of its own, as one that may alias is scalar."""
+    """Write the products to `out`: a loop of its own, as one that may alias is not vectorised."""
     for i in range(x.size):
         out[i] = scaled(x[i], factor)
 
@@ -252,7 +253,7 @@ def multiply_into(x, factor, out):
 def scale(begin, end, chunks, factors, like):
     """Multiply each chunk by the factor of its owner. Reads and writes every element once.
 
-    A factor of 1 copies bits; in place, it touches nothing.
+    A factor of 1 copies bits; in place, it writes nothing.
     """
     for c in range(begin, end):
         factor = factors[chunks[c, OWNER]]
@@ -276,7 +277,7 @@ def copy(x, out):
 
 @inline
 def written(chunk, like):
-    """Return the array a chunk is written to, after copying there what the chunk reads."""
+    """Copy a chunk's source to its target if these differ; return the target as an array."""
     out = array_at(chunk[TARGET], chunk[LENGTH], like)
     if chunk[SOURCE] != chunk[TARGET]:
         copy(array_at(chunk[SOURCE], chunk[LENGTH], like), out)
@@ -285,7 +286,7 @@ def written(chunk, like):
 
 @inline
 def multiply_truncating(x, mantissa, power, digits, lowest):
-    """Multiply an array in place by ``mantissa * 2**power``, subnormal results toward zero."""
+    """Multiply in place by ``mantissa * 2**power``, rounding subnormal results toward zero."""
     for i in range(x.size):
         value = np.float64(widen(x[i]))
         product = truncated_product(value, mantissa, power, digits, lowest)
@@ -294,9 +295,9 @@ def multiply_truncating(x, mantissa, power, digits, lowest):
 
 @kernel
 def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
-    """Multiply as `scale` does, by ``mantissa * 2**power``, subnormal results toward zero.
+    """Write chunks times ``mantissa * 2**power``, rounding subnormal results toward zero.
 
-    `precision` holds the digits of the dtype and the exponent of its smallest number.
+    `precision` holds the dtype's digits and the exponent of its smallest subnormal.
     """
     digits, lowest = int(precision[0]), int(precision[1])
     for c in range(begin, end):
@@ -310,7 +311,7 @@ def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
 
 @inline
 def clean_array(x, components):
-    """Write 0 for each element of which one of its components is not finite."""
+    """Set each element, of `components` numbers, to 0 if one of its numbers is not finite."""
     for i in range(0, x.size, components):
         finite = True
         for k in range(components):
@@ -322,7 +323,7 @@ def clean_array(x, components):
 
 @kernel
 def clean(begin, end, chunks, components, like):
-    """Copy each chunk to where it goes, with 0 for elements that are not finite.
+    """Copy each chunk to its target, with 0 for elements that are not finite.
 
     An element of two components is finite if both are.
     """
@@ -332,7 +333,7 @@ def clean(begin, end, chunks, components, like):
 
 @inline
 def hold(x, low, high):
-    """Hold each element of an array between `low` and `high`, in place; tell if one was beyond."""
+    """Clamp an array to [low, high] in place; return whether an element was outside."""
     beyond = False
     for i in range(x.size):
         value = widen(x[i])
@@ -343,9 +344,9 @@ def hold(x, low, high):
 
 @kernel
 def clamp(begin, end, chunks, low, high, like, beyond):
-    """Hold each element between `low` and `high`. Reads and writes every element once.
+    """Clamp each element to [low, high]. Reads and writes every element once.
 
-    Both are rounded to the dtype. `beyond` tells of each chunk if an element was beyond them.
+    Bounds are rounded to the dtype. `beyond` receives whether each chunk had an element outside.
     """
     least, most = rounded(low, like), rounded(high, like)
     for c in range(begin, end):
@@ -354,7 +355,7 @@ def clamp(begin, end, chunks, low, high, like, beyond):
 
 @inline
 def add_exactly(x, total, error):
-    """Add an array to another, collecting the rounding errors."""
+    """Add an array to `total`, and the rounding errors to `error`."""
     for i in range(x.size):
         total[i], rest = two_sum(total[i], np.float64(widen(x[i])))
         error[i] += rest

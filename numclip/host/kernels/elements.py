@@ -1,7 +1,7 @@
-"""Elements in memory: addresses as arrays, and elements as they are computed.
+"""Elements in memory: arrays at addresses, and elements in the type they are computed in.
 
-float16 travels as uint16 and bfloat16 as int16, so that the array's type tells them apart.
-Both are computed in float32. Interpreted, the same names are plain NumPy.
+float16 is stored as uint16 and bfloat16 as int16, so that an array's dtype distinguishes them.
+Both are computed in float32. Where numba's compiler is disabled, the same names are plain NumPy.
 """
 
 import ctypes
@@ -26,17 +26,17 @@ from numclip.halves import (
 from numclip.host.runtime.jit import INTERPRETED
 
 WORDS = np.empty(0, np.int64)
-"""Says that an array is of integers."""
+"""The storage sample of arrays of int64."""
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 @functools.cache
 def converts_halves(codegen) -> bool:
-    """Tell whether the processor that code is made for converts float16 by itself.
+    """Tell whether the processor that code is made for has instructions to convert float16.
 
-    For others, as `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` can ask for, LLVM calls a function
-    that no process has, and ends it. So LLVM is asked what it would make of two conversions.
+    For others, which `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` can select, LLVM calls a function
+    that no process has, and the process ends. So the assembly of two conversions is searched.
     """
     module = ir.Module()
     module.triple = binding.get_process_triple()
@@ -53,7 +53,7 @@ def converts_halves(codegen) -> bool:
 
 @intrinsic
 def _word_at(_typing, address):
-    """Return the 64-bit integer stored at an address; an array there would cost four times more."""
+    """Return the 64-bit integer at an address; reading it by an array costs four times more."""
 
     def emit(_context, builder, _signature, arguments):
         return builder.load(builder.inttoptr(arguments[0], _I64.as_pointer()))
@@ -63,7 +63,7 @@ def _word_at(_typing, address):
 
 @intrinsic
 def _prefetch(_typing, address):
-    """Ask for the cache line of an address, which need not be readable, before it is used."""
+    """Prefetch the cache line of an address, which need not be readable."""
 
     def emit(context, builder, _signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
@@ -77,7 +77,7 @@ def _prefetch(_typing, address):
 
 
 def _widened(context, builder, element, stored):
-    """Emit the value of an element of a type in the type it is computed in."""
+    """Emit the value of an element of the type `stored`, in the type it is computed in."""
     if stored == types.uint16:
         return half_to_float(builder, element, native=converts_halves(context.codegen()))
     if stored == types.int16:
@@ -87,7 +87,7 @@ def _widened(context, builder, element, stored):
 
 
 def _nearest_of(context, builder, value, own, stored):
-    """Emit the nearest element of a type to a number of the type `own`; of two, the even."""
+    """Emit a number of the type `own` rounded to nearest in the type `stored`, ties to even."""
     if stored in (types.float32, types.float64):
         return context.cast(builder, value, own, stored)
     number = double_to_float(builder, value) if own == types.float64 else value
@@ -112,7 +112,7 @@ def _widen(_typing, value):
 
 @intrinsic
 def _narrow(_typing, value, like):
-    """Return `value` as an element stored like `like`; of 16 bits, a subnormal one is cut."""
+    """Return a number in the type of the element `like`; 16-bit subnormals are truncated."""
 
     def emit(context, builder, signature, arguments):
         if like in (types.float32, types.float64):
@@ -127,7 +127,7 @@ def _narrow(_typing, value, like):
 
 @intrinsic
 def _nearest(_typing, value, like):
-    """Return the nearest element stored like `like` to a number; of two, the even."""
+    """Return a number rounded to nearest in the type of the element `like`, ties to even."""
 
     def emit(context, builder, _signature, arguments):
         return _nearest_of(context, builder, arguments[0], value, like)
@@ -137,7 +137,7 @@ def _nearest(_typing, value, like):
 
 @intrinsic
 def _as_computed(_typing, value, like):
-    """Return a number in the type that elements stored like `like` are computed in."""
+    """Return a number in the type that elements with the dtype of `like` are computed in."""
     wanted = types.float64 if like.dtype == types.float64 else types.float32
 
     def emit(context, builder, signature, arguments):
@@ -148,7 +148,7 @@ def _as_computed(_typing, value, like):
 
 @intrinsic
 def _rounded(_typing, value, like):
-    """Return the nearest element stored like `like` to a number, in the type it is computed in."""
+    """Return a number rounded to nearest in the dtype of `like`, in the type it is computed in."""
     stored = like.dtype
     wanted = types.float64 if stored == types.float64 else types.float32
 
@@ -160,13 +160,13 @@ def _rounded(_typing, value, like):
 
 
 def _array_in_memory(made):
-    """Return what emits an array of a type by its address and its shape.
+    """Return a function that emits an array of the type `made`, by its address and its shape.
 
     numba's own `carray` compiles two functions for each dtype, and emits calls of them.
     """
 
     def emit(context, builder, _signature, arguments):
-        from numba.np.arrayobj import populate_array  # 40 ms, where nothing is compiled for nothing
+        from numba.np.arrayobj import populate_array  # takes 40 ms, saved if nothing is compiled
 
         address, *shape = arguments[:-1]
         itemsize = context.get_constant(types.intp, made.dtype.bitwidth // 8)
@@ -182,7 +182,7 @@ def _array_in_memory(made):
 
 
 def _allocated(context, builder, made, shape):
-    """Emit a new array of a type."""
+    """Emit a new, uninitialised array of the type `made`."""
     from numba.np.arrayobj import _empty_nd_impl
 
     return _empty_nd_impl(context, builder, made, shape)
@@ -197,7 +197,7 @@ def _array_at(_typing, _address, _length, like):
 
 @intrinsic
 def _empty(_typing, _length, like):
-    """Return a new array with the dtype of `like`; numba's own compiles a function for each."""
+    """Return a new array with the dtype of `like`; `np.empty` compiles a function for each."""
     made = types.Array(like.dtype, 1, "C")
 
     def emit(context, builder, _signature, arguments):
@@ -208,7 +208,7 @@ def _empty(_typing, _length, like):
 
 @intrinsic
 def _zeros(_typing, _length, like):
-    """Return a new array of zeros likewise."""
+    """Return a new array of zeros with the dtype of `like`."""
     made = types.Array(like.dtype, 1, "C")
 
     def emit(context, builder, _signature, arguments):
@@ -221,7 +221,7 @@ def _zeros(_typing, _length, like):
 
 @intrinsic
 def _empty_table(_typing, _rows, _columns, like):
-    """Return a new table likewise."""
+    """Return a new 2-d array with the dtype of `like`."""
     made = types.Array(like.dtype, 2, "C")
 
     def emit(context, builder, _signature, arguments):
@@ -232,7 +232,7 @@ def _empty_table(_typing, _rows, _columns, like):
 
 @intrinsic
 def _table_at(_typing, _address, _rows, _columns, like):
-    """Return the rows stored at an address likewise."""
+    """Return the numbers stored at `address` as a 2-d array with the dtype of `like`."""
     made = types.Array(like.dtype, 2, "C")
     return made(types.int64, types.int64, types.int64, like), _array_in_memory(made)
 

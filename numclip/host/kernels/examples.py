@@ -1,6 +1,6 @@
-"""Plain arrays of gradients per example: norms over all arrays, factors, and sums over examples.
+"""Per-example gradients in ordinary arrays: norms over all arrays, factors, sums over examples.
 
-Arrays are read out of a tuple as in `arrays`. Shares and types are as in `cpu`.
+Arrays are read from a tuple as in `arrays`. `begin`, `end` and `like` are as in `cpu`.
 """
 
 import math
@@ -15,16 +15,16 @@ from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, set
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
 from numclip.tables import BOUND, COARSE, ROUNDOFF, TINY
 
-SOURCE, TARGET, LENGTH, FIRST = range(4)  # of arrays: the last is their first block of columns
-UNKNOWN = -1.0  # instead of a factor
+SOURCE, TARGET, LENGTH, FIRST = range(4)  # of arrays: FIRST is their first block of columns
+UNKNOWN = -1.0  # instead of a factor that the general path must find
 
 
 @kernel_with_gil
 def find(items, results, facts, width, table):
-    """Write where arrays and their sums lie; return how many blocks of `width` columns they have.
+    """Write the addresses of arrays and their sums; return how many blocks of `width` columns.
 
-    -1 where an array is not as the facts demand. `items` and `results` are where their pointers
-    are; each array has an axis of examples, which are some.
+    Return -1 if an array does not meet the facts. `items` and `results` are the addresses of the
+    pointers to both; the first axis of each array is of examples, of which there is at least one.
     """
     blocks = 0
     for t in range(table.shape[0]):
@@ -59,7 +59,7 @@ def squares_of_example(e, table, like):
 def find_factors(begin, end, table, law, like, factors, clipped):
     """Write the factor of each example, for a sum in float64, and whether it is clipped.
 
-    A factor under the smallest normal number is no number of float64; of smaller types it makes 0.
+    A factor below the smallest normal float64 is UNKNOWN for float64; smaller types become 0.
     """
     for e in range(begin, end):
         total, right = squares_of_example(e, table, like)
@@ -76,7 +76,7 @@ def find_factors(begin, end, table, law, like, factors, clipped):
 
 @kernel
 def sum_blocks(begin, end, table, factors, width, like):
-    """Write sums over examples, each times its factor; the share is of blocks of columns."""
+    """Write sums of examples times their factors; `begin` and `end` count blocks of columns."""
     for block in range(begin, end):
         t = np.searchsorted(table[:, FIRST], block, side="right") - 1
         x = table_at(table[t, SOURCE], factors.size, table[t, LENGTH], like)
@@ -87,9 +87,9 @@ def sum_blocks(begin, end, table, factors, width, like):
 
 @kernel_with_gil
 def clip_little(items, results, count, facts, width, law, like, factors, clipped):
-    """Do all of the above for `count` arrays; return how many examples are clipped.
+    """Clip and sum `count` arrays; return how many examples are clipped.
 
-    -1 where an array is not as the facts demand, or a factor is not known: no sums are written.
+    Return -1 and write no sums if an array does not meet the facts or a factor is UNKNOWN.
     """
     table = empty_table(count, 4, WORDS)
     blocks = find(items, results, facts, width, table)

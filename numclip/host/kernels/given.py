@@ -1,11 +1,11 @@
-"""Gradients that a user passes for parameters: read where they lie, copied in, or applied.
+"""Gradients that a user passes for parameters: read in place, copied in, or applied.
 
-As `arrays` reads a tuple, but each array is compared with what is wanted for its parameter: dtype,
-shape, C order, and memory apart from what is to be written. Every array is read before anything
-is written; one that is not as it is wanted is said to be so, and nothing is written.
+A tuple is read as in `arrays`, but each array must fit its parameter: have its dtype and shape, C
+order, and memory apart from what is to be written. Every array is checked before anything is
+written; if one does not fit, kernels return False and write nothing.
 
-`wanted` is one array: a head, a row for each array, the shapes, and where memory is taken, as the
-first addresses in ascending order followed by the ends.
+`wanted` is one array of words: a head, a row for each array, the shapes, and the extents of memory
+that is taken, as the first addresses in ascending order followed by the ends.
 """
 
 import numpy as np
@@ -48,24 +48,24 @@ from numclip.tables import (
 )
 
 HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, NEEDS, HEAD = range(8)
-# Of the row of each array; FIRST_AXIS is where its shape begins. Of a FREE first axis any length is
-# wanted, and NBYTES are of each row.
+# Columns of an array's row. FIRST_AXIS is the index of its shape in `wanted`. If FREE is 1, the
+# first axis may have any length, and NBYTES are those of each row.
 DTYPE, AXES, FIRST_AXIS, NBYTES, FREE, ROW = range(6)
-# What is found of an array instead of its address.
+# Instead of an array's address: None, an array that stays as it is, one that does not fit.
 ABSENT, STAYS, ELSEWHERE = 0, -1, -2
 PLAIN = C_ORDER | ALIGNED
-# The tables of a step, of three words each: address, rows, columns.
+# The tables of a step, each given by three words: address, rows, columns.
 WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
 SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS = range(8, 14)
 ROWS, PLACES, LOSSES, SIZES, TABLES = range(15, 20)  # where gradients are sparse, see `given_rows`
-FACTORS = TABLES  # which kernels are given as an array
-# Where a step finds arrays, if not in a tuple: in the plan, or measured by the call before.
+FACTORS = TABLES  # a key of the host alone: kernels take factors as an array
+# Instead of a tuple's pointers: arrays are the plan's, or sums are those of the call before.
 OWN, AGAIN = 0, -1
 
 
 @inline
 def is_taken(begin, end, wanted):
-    """Tell whether some bytes overlap memory that is taken."""
+    """Tell whether the bytes from `begin` to `end` overlap an extent that is taken."""
     first, count = wanted[EXTENTS], wanted[EXTENT_COUNT]
     low, high = np.int64(0), count  # the first extent that begins at `end` or later
     while low < high:
@@ -79,7 +79,7 @@ def is_taken(begin, end, wanted):
 
 @inline
 def address_of(item, row, wanted):
-    """Return where an array lies, whose row of what is wanted begins at `row`."""
+    """Return an array's address, ABSENT, STAYS or ELSEWHERE; its row begins at ``wanted[row]``."""
     if item == wanted[NONE]:
         return np.int64(ABSENT)
     if item == wanted[KEPT]:
@@ -107,7 +107,7 @@ def address_of(item, row, wanted):
 
 @kernel_with_gil
 def find(items, wanted, addresses):
-    """Write where each array of a tuple lies, whose pointers are at `items`; tell if all fit."""
+    """Write the addresses of a tuple's arrays (pointers at `items`); return whether all fit."""
     for t in range(addresses.size):
         address = address_of(word_at(items + t * WORD), HEAD + t * ROW, wanted)
         addresses[t] = address
@@ -118,10 +118,10 @@ def find(items, wanted, addresses):
 
 @kernel_with_gil
 def read_pairs(items, wanted, arrays, places, addresses, chunks, distances):
-    """Let updates read the gradients of pairs where they lie; tell if all are as they are wanted.
+    """Write the addresses of the gradients of pairs to the updates; return whether all fit.
 
-    `items` are the gradients, then the arrays they update; `arrays` is what is wanted of these,
-    `places` are where they are to lie.
+    `items` points to the gradients, then to the arrays they update. `wanted` describes the
+    gradients, `arrays` the others in the same form; `places` are the addresses these must have.
     """
     count = places.size
     for t in range(count):
@@ -137,13 +137,13 @@ def read_pairs(items, wanted, arrays, places, addresses, chunks, distances):
 
 @inline
 def length_at(items, t, wanted):
-    """Return how long the first axis of an array of a tuple is."""
+    """Return the length of the first axis of array `t` of a tuple."""
     return word_at(word_at(word_at(items + t * WORD) + wanted[HEADER] + SHAPE))
 
 
 @inline
 def copy(source, target):
-    """Copy an array, to one of float32 where it is of 16 bits."""
+    """Copy an array to one of its dtype, or a 16-bit array to one of float32."""
     if source.itemsize == target.itemsize:
         for i in range(source.size):
             target[i] = source[i]
@@ -154,7 +154,7 @@ def copy(source, target):
 
 @inline
 def add(source, target):
-    """Add an array to another likewise, as NumPy does."""
+    """Add an array to `target`, rounded as by NumPy."""
     for i in range(source.size):
         target[i] = narrow(widen(target[i]) + widen(source[i]), target[i])
 
@@ -168,7 +168,7 @@ def clear(target):
 
 @kernel
 def take_found(begin, end, chunks, adds, like, wide, addresses):
-    """Do what `take` does with arrays that were found, for some chunks."""
+    """Copy arrays at `addresses` to the targets of chunks, or add them, as `take` does."""
     for c in range(begin, end):
         address = addresses[chunks[c, OWNER]]
         if address == STAYS:
@@ -187,10 +187,10 @@ def take_found(begin, end, chunks, adds, like, wide, addresses):
 
 @kernel_with_gil
 def take(items, wanted, chunks, adds, like, wide, addresses):
-    """Copy arrays to the targets of chunks, or add them; tell if all are as they are wanted.
+    """Copy arrays to the targets of chunks, or add them; return whether all fit.
 
-    The sources of chunks are distances from their arrays' beginnings. An array that is absent
-    is of zeros.
+    The source of a chunk is its distance from its array's beginning. An array that is absent
+    counts as zeros.
     """
     if not find(items, wanted, addresses):
         return False
@@ -200,26 +200,26 @@ def take(items, wanted, chunks, adds, like, wide, addresses):
 
 @inline
 def found(tables, k, like):
-    """Return a table by its words."""
+    """Return table `k` as a 2-d array with the dtype of `like`."""
     return table_at(tables[k, 0], tables[k, 1], tables[k, 2], like)
 
 
 @inline
 def found_row(tables, k, like):
-    """Return a table of one row as an array."""
+    """Return table `k`, of one row, as a 1-d array with the dtype of `like`."""
     return array_at(tables[k, 0], tables[k, 2], like)
 
 
 @inline
 def found_turn(tables, k, turn, like):
-    """Return the table of a turn, of tables that follow one another."""
+    """Return item `turn` of table `k`, a stack of tables that follow one another in memory."""
     rows, columns = tables[k, 1], tables[k, 2]
     return table_at(tables[k, 0] + turn * rows * columns * WORD, rows, columns, like)
 
 
 @inline
 def place(items, tables):
-    """Let chunks and updates read the arrays, of absent ones nothing; tell if all fit."""
+    """Write addresses (length 0 if absent) to chunks and updates; return whether all fit."""
     addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
     if items != OWN and not find(items, found_row(tables, WANTED, tables), addresses):
         return False
@@ -236,7 +236,7 @@ def place(items, tables):
 
 @inline
 def uncount(tables, counts, factors):
-    """Take back what was counted for groups, or those of one norm, of which all is absent."""
+    """Take back the step counted for pools of a SET in which all gradients are absent."""
     addresses, pools = found_row(tables, ADDRESSES, tables), found(tables, POOLS, tables)
     present = zeros(pools.shape[0], pools)
     for p in range(pools.shape[0]):
@@ -249,7 +249,7 @@ def uncount(tables, counts, factors):
 
 @inline
 def obey(tables, unscale, bounds):
-    """Return the laws, after writing bounds and loss scale; no rows repeat."""
+    """Write bounds and loss scale to the laws of pools without repeated rows; return the laws."""
     laws = found(tables, LAWS, bounds)
     for p in range(bounds.size):
         laws[p, BOUND] = laws[p, AIM] = bounds[p]
@@ -259,7 +259,7 @@ def obey(tables, unscale, bounds):
 
 @inline
 def needs_care(pools, decisions, safe):
-    """Tell whether sums are to be taken again, gradients written, or an error raised."""
+    """Tell whether the general path must sum again, truncate, clean or raise an error."""
     care = decisions[pools.shape[0], RARE] != 0.0
     for p in range(pools.shape[0]):
         policy = pools[p, POLICY]
@@ -270,7 +270,7 @@ def needs_care(pools, decisions, safe):
 
 @kernel
 def decide(measures, turn, unscale, tables, bounds, like):
-    """Decide by what chunks hold, or by what was measured before; tell whether that is right."""
+    """Measure chunks if `measures`, and decide; return False if the general path is needed."""
     laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)
@@ -284,13 +284,13 @@ def decide(measures, turn, unscale, tables, bounds, like):
 
 @inline
 def column_of(like):
-    """Return the column of decisions that has the factors of elements stored as `like`."""
+    """Return the column of decisions with the factors for elements of the dtype of `like`."""
     return FINE if like.itemsize == 8 else FACTOR
 
 
 @inline
 def scale(decisions, tables, like):
-    """Multiply arrays in place by the factors that are decided, if there are some."""
+    """Multiply arrays in place by their factors, unless all decisions are to leave them."""
     if decisions[decisions.shape[0] - 1, MODE] != LEAVE:
         chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
         scale_decided(chunks, pool_of, decisions, column_of(like), like)
@@ -298,7 +298,7 @@ def scale(decisions, tables, like):
 
 @kernel
 def clip(measures, turn, unscale, tables, bounds, like):
-    """Decide as `decide` does; if that is right, multiply arrays in place by their factors."""
+    """Return what `decide` does; if that is True, multiply arrays in place by their factors."""
     if not decide(measures, turn, unscale, tables, bounds, like):
         return False
     scale(found_turn(tables, DECISIONS, turn, bounds), tables, like)
@@ -307,9 +307,9 @@ def clip(measures, turn, unscale, tables, bounds, like):
 
 @kernel
 def hold(turn, unscale, tables, after, limits, bounds, like):
-    """Decide as `decide` does; if that is right, hold elements between the limits of each tensor.
+    """Call `decide`; if it returns True, multiply, clamp tensors to their limits and decide again.
 
-    And decide again, by the tables for what that makes. Tell whether each of both was right.
+    The second decision is about the results, by the tables `after`. Return what both returned.
     """
     if not decide(True, turn, unscale, tables, bounds, like):
         return False, False
@@ -325,13 +325,13 @@ def hold(turn, unscale, tables, after, limits, bounds, like):
 
 @kernel_with_gil
 def measure(items, turn, unscale, tables, bounds, like):
-    """Find the arrays, measure them and decide; tell whether that is right."""
+    """Find the arrays, measure them and decide; return False if the general path is needed."""
     return place(items, tables) and decide(True, turn, unscale, tables, bounds, like)
 
 
 @inline
 def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
-    """Take a step of an optimizer, if that is right; else write what is decided alone."""
+    """Take an optimizer's step; return False, with no update, if the general path is needed."""
     if items != AGAIN and not place(items, tables):
         return False
     if not decide(items != AGAIN, turn, unscale, tables, bounds, like):
@@ -354,13 +354,13 @@ def descend(items, turn, unscale, tables, bounds, factors, like):
 
 @kernel_with_gil
 def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
-    """Do the same by `updates.descend_with_momentum`."""
+    """Take a step of `updates.descend_with_momentum` as `step` does."""
     advance, update = updates.advance, updates.descend_with_momentum
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
 def adam(items, turn, unscale, tables, bounds, factors, like):
-    """Do the same by `updates.adam`."""
+    """Take a step of `updates.adam` as `step` does."""
     advance, update = updates.advance_adam, updates.adam
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)

@@ -1,7 +1,8 @@
-"""Rows of sparse gradients that a user passes: read where they lie, or held by us.
+"""Rows of sparse gradients that a user passes: read in place, or copied to memory that holds rows.
 
-As `given`, but a sparse gradient is two entries of a tuple: the values of its rows, and after all
-gradients their indices. Where rows are held is told by a row of words each, see `numclip.tables`.
+As `given`, but a sparse gradient is two entries of a tuple: the values of its rows, and, after all
+gradients, their indices. A row of words for each gradient says where rows are held, see VALUES to
+PRESENT in `numclip.tables`.
 """
 
 from numclip.host.kernels.arrays import WORD
@@ -31,21 +32,21 @@ from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
 from numclip.tables import CAPACITY, FILLED, HEIGHT, HELD_COLUMNS, INDICES, PRESENT, VALUES
 
-# Of each sparse gradient: its tensor, where the rows are held, the numbers of a row, the exponent
-# of the smallest one; where its parameter and the states are.
+# Columns of ROWS: the number of the tensor, the address of the words that say where rows are held,
+# the numbers of a row, the exponent of the smallest subnormal; addresses of parameter and states.
 TENSOR, HELD, LENGTH, LOWEST, PARAM, FIRST, SECOND, ROW_COLUMNS = range(8)
-PLACE = FILLED + 1  # of the columns of held rows, those that say where rows are
+PLACE = FILLED + 1  # how many columns of held rows say where rows are: VALUES, INDICES, FILLED
 
 
 @inline
 def held_at(row):
-    """Return what says where rows are held."""
+    """Return the words that say where a gradient's rows are held."""
     return array_at(row[HELD], HELD_COLUMNS, row)
 
 
 @inline
 def find_rows(items, s, t, tables, out):
-    """Write where the rows of a gradient are that was found; tell if each has an index."""
+    """Write where the rows of a found gradient are; return whether there are as many indices."""
     wanted = found_row(tables, WANTED, tables)
     addresses = found_row(tables, ADDRESSES, tables)
     other = addresses.size - found(tables, ROWS, tables).shape[0] + s
@@ -59,7 +60,7 @@ def find_rows(items, s, t, tables, out):
 
 @inline
 def place_rows(items, tables, like):
-    """Write where the rows of each sparse gradient are; tell if they fit, and are few."""
+    """Write where the rows of each sparse gradient are; return whether they fit and are small."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     nbytes = 0
     for s in range(rows.shape[0]):
@@ -77,13 +78,13 @@ def place_rows(items, tables, like):
 
 @inline
 def place_all(items, tables, like):
-    """Let chunks, updates and rows be read where they are; tell if all fit."""
+    """Call `place` and `place_rows`; return whether all fit."""
     return place(items, tables) and place_rows(items, tables, like)
 
 
 @inline
 def are_apart(items, wanted, addresses, rows, itemsize):
-    """Tell whether gradients that were found are apart from all memory that holds rows."""
+    """Tell whether no found gradient overlaps memory that holds rows."""
     for t in range(addresses.size - rows.shape[0]):
         begin, row = addresses[t], HEAD + t * ROW
         if begin in (ABSENT, STAYS):
@@ -100,7 +101,7 @@ def are_apart(items, wanted, addresses, rows, itemsize):
 
 @inline
 def have_room(items, wanted, addresses, rows, adds):
-    """Tell whether each row that was found has an index, and there is memory for all."""
+    """Tell whether each found row has a valid index, and the memory that holds rows has room."""
     first = addresses.size - rows.shape[0]
     for s in range(rows.shape[0]):
         t, held = rows[s, TENSOR], held_at(rows[s])
@@ -117,7 +118,7 @@ def have_room(items, wanted, addresses, rows, adds):
 
 @inline
 def hold(address, indices, count, held, length, like, wide):
-    """Copy rows behind those that are held."""
+    """Append rows and their indices to those that are held."""
     filled = held[FILLED]
     begin = held[VALUES] + filled * length * wide.itemsize
     copy(array_at(address, count * length, like), array_at(begin, count * length, wide))
@@ -132,7 +133,7 @@ def hold(address, indices, count, held, length, like, wide):
 
 @kernel_with_gil
 def take(items, wanted, chunks, rows, adds, like, wide, addresses):
-    """Do what `given.take` does, and hold rows, after those there are or in their place."""
+    """Do what `given.take` does, and append rows to the held ones if `adds`, else replace them."""
     if not find(items, wanted, addresses):
         return False
     if not have_room(items, wanted, addresses, rows, adds):

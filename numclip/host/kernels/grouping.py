@@ -1,9 +1,9 @@
-"""Rows of a sparse gradient that share an index: bringing them together, summing, measuring.
+"""Rows of a sparse gradient that share an index: grouped, summed and measured.
 
-Shares and types are as in `cpu`. A sum of rows is held in two float64, so that rows may cancel:
-the rounding errors of its additions are found and collected. Where that is not asked to be exact,
-the sums of eight rows are rounded before. Rows of a group lie apart in memory, where no processor
-foresees them: they are fetched into the caches some rows ahead.
+`begin`, `end` and `like` are as in `cpu`. A sum of rows is held in two float64, the sum and its
+collected rounding errors, so that rows may cancel. Unless `exact`, eight rows are first added with
+plain rounding. Rows of a group are scattered in memory, where no processor prefetches them: they
+are prefetched some rows ahead.
 """
 
 import numpy as np
@@ -25,22 +25,22 @@ from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
 
 CANCELLATION = 2.0**20
-"""How often the rows' magnitudes may exceed their sums for sums of eight rows to be rounded: their
-norm is then right to 2**-31."""
+"""The most by which the norm of summed magnitudes may exceed that of the sums, if sums of eight
+rows are rounded: the norm is then accurate to 2**-31."""
 
 TERMS_MARGIN = 1.0 + 2.0**-25
-"""What the magnitudes are multiplied by then, see `squares_of_groups`."""
+"""The factor for the norm of the magnitudes in that case, see `squares_of_groups`."""
 
-SLOTS, TOTALS = np.empty(0, np.uint32), np.empty(0)  # what hash tables and sums are of
+SLOTS, TOTALS = np.empty(0, np.uint32), np.empty(0)  # storage samples of hash tables and of sums
 FOUR, EIGHT = 4, 8  # rows added together, so that their sums are loaded and stored once
 
 
 @kernel
 def group_rows(indices, table, order, starts):
-    """Write the rows group by group, in the order their indices first appear; return the groups.
+    """Write row numbers group by group, as their indices first appear; return how many groups.
 
-    Group g has the rows ``order[starts[g]:starts[g + 1]]``, as they stand. `table` is a hash
-    table, a power of two of slots that hold 0; `starts` has room for a group for each row.
+    Group g has the rows ``order[starts[g]:starts[g + 1]]``, in ascending order. `table` is a hash
+    table, a power of two of slots that hold 0; `starts` has one more entry than `indices`.
     """
     groups = empty(indices.size, table)
     ranks = empty(indices.size, table)
@@ -48,7 +48,7 @@ def group_rows(indices, table, order, starts):
     starts[0] = 0
     for k in range(indices.size):
         slot = slot_of(indices[k], table.size)
-        # A slot holds the first row of its index, and one more.
+        # A slot holds the first row of its index plus 1.
         while table[slot] != 0 and indices[table[slot] - 1] != indices[k]:
             slot = (slot + 1) & (table.size - 1)
         if table[slot] == 0:
@@ -69,7 +69,7 @@ def group_rows(indices, table, order, starts):
 
 @kernel
 def are_within(indices, height):
-    """Tell whether indices are those of rows that there are."""
+    """Tell whether all indices are at least 0 and less than `height`."""
     within = True
     for i in range(indices.size):
         within &= indices[i] >= 0 and indices[i] < height
@@ -78,7 +78,7 @@ def are_within(indices, height):
 
 @inline
 def slots_for(count):
-    """Return how many slots a hash table has for some keys: a power of two, at least twice."""
+    """Return how many slots a hash table has for `count` keys: a power of two, at least twice."""
     slots = 1
     while slots < 2 * count:
         slots *= 2
@@ -93,7 +93,7 @@ def wide(value):
 
 @inline
 def eight_sums(a, b, c, d, e, f, g, h):
-    """Return the sum of eight numbers, rounded three times, and that of their magnitudes."""
+    """Return the sum of eight numbers, rounded in three levels, and that of their magnitudes."""
     terms = (abs(a) + abs(b)) + (abs(c) + abs(d))
     terms += (abs(e) + abs(f)) + (abs(g) + abs(h))
     return ((a + b) + (c + d)) + ((e + f) + (g + h)), terms
@@ -101,10 +101,10 @@ def eight_sums(a, b, c, d, e, f, g, h):
 
 @inline
 def add_eight(low, high, length, like, sums):
-    """Add strips at eight addresses to their sums, with rounding errors, and to their magnitudes.
+    """Add strips at eight addresses to sums, rounding errors, and sums of magnitudes.
 
-    But for the errors of `eight_sums`. `sums` holds all three, `STRIP` numbers each: at fixed
-    distances a loop needs no checks for memory that overlaps, which cost as much as a short row.
+    The errors of `eight_sums` are lost. `sums` holds all three, `STRIP` numbers each: at fixed
+    distances a loop needs no checks for overlapping memory, which cost as much as a short row.
     """
     a, b = array_at(low[0], length, like), array_at(low[1], length, like)
     c, d = array_at(low[2], length, like), array_at(low[3], length, like)
@@ -120,7 +120,7 @@ def add_eight(low, high, length, like, sums):
 
 @inline
 def add_strip(a, sums):
-    """Add a strip as `add_eight` does."""
+    """Add one strip as `add_eight` does; no rounding error is lost."""
     for i in range(a.size):
         value = wide(a[i])
         sums[i], rest = two_sum(sums[i], value)
@@ -130,7 +130,7 @@ def add_strip(a, sums):
 
 @inline
 def add_four_exactly(rows, length, like, sums):
-    """Add four strips as `add_eight` does, and the errors of their sum too."""
+    """Add four strips as `add_eight` does, and collect the rounding errors of their sum, too."""
     a, b = array_at(rows[0], length, like), array_at(rows[1], length, like)
     c, d = array_at(rows[2], length, like), array_at(rows[3], length, like)
     for i in range(length):
@@ -147,7 +147,7 @@ def add_four_exactly(rows, length, like, sums):
 def squares_of_eight(low, high, length, like):
     """Return the squared norms of the sum of eight strips, and of their magnitudes' sum.
 
-    Of elements under 64 bits. Nothing is stored on the way.
+    For elements under 64 bits. No intermediate sum is stored.
     """
     a, b = array_at(low[0], length, like), array_at(low[1], length, like)
     c, d = array_at(low[2], length, like), array_at(low[3], length, like)
@@ -164,7 +164,7 @@ def squares_of_eight(low, high, length, like):
 
 @inline
 def fetch(order, begin, end, strip, values):
-    """Fetch the strips of the rows that come so many bytes after ``order[begin:end]``."""
+    """Prefetch the strips of the rows that come some `AHEAD` bytes after ``order[begin:end]``."""
     nbytes = strip[2] * values.itemsize
     ahead = EIGHT + AHEAD // max(nbytes, LINE)
     for k in range(begin + ahead, min(end + ahead, order.size)):
@@ -175,13 +175,13 @@ def fetch(order, begin, end, strip, values):
 
 @inline
 def strip_at(row, strip, values):
-    """Return the strip of a row; `strip` is the first's address, the stride and the length."""
+    """Return the strip of a row; `strip` is (address in row 0, stride of rows, length)."""
     return array_at(strip[0] + row * strip[1], strip[2], values)
 
 
 @inline
 def row_or_zeros(order, k, end, strip, sums):
-    """Return where the strip of the row ``order[k]`` is; from `end` on, zeros behind the sums."""
+    """Return the address of the strip of row ``order[k]``, or from `end` on of zeros in `sums`."""
     if k < end:
         return strip[0] + order[k] * strip[1]
     return np.int64(sums.ctypes.data) + 3 * STRIP * sums.itemsize
@@ -189,7 +189,7 @@ def row_or_zeros(order, k, end, strip, sums):
 
 @inline
 def four_rows(order, begin, end, strip, sums):
-    """Return where the strips of the rows ``order[begin:end]`` are, four at most, then zeros."""
+    """Return four addresses, of the strips of ``order[begin:end]`` and then of zeros."""
     return (
         row_or_zeros(order, begin, end, strip, sums),
         row_or_zeros(order, begin + 1, end, strip, sums),
@@ -226,7 +226,7 @@ def sum_strips(order, begin, end, strip, values, exact, sums):
 
 @inline
 def strip_squares(order, begin, end, strip, values, exact, sums):
-    """Return the squared norms of the sum of some rows' strips, and of their magnitudes' sum."""
+    """Return the squared norms of the sum of ``order[begin:end]``'s strips and of magnitudes'."""
     if end - begin == 1:
         fetch(order, begin, end, strip, values)
         square = array_of_squares(strip_at(order[begin], strip, values))
@@ -245,8 +245,8 @@ def strip_squares(order, begin, end, strip, values, exact, sums):
 def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     """Write the squared norms of the groups' summed rows, and of their summed magnitudes.
 
-    `values` has the shape (rows, elements) and is read once. Share s has the groups that start
-    at the positions ``rows * s`` to ``rows * (s + 1)``; `out` has the shape (shares, 2).
+    `values` has the shape (rows, elements) and is read once. Share s has the groups whose `starts`
+    are from ``rows * s`` to less than ``rows * (s + 1)``; `out` has the shape (shares, 2).
     """
     sums = zeros(4 * STRIP, TOTALS)
     stride = values.shape[1] * values.itemsize
@@ -271,7 +271,7 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
 
 @kernel
 def total(partial):
-    """Return the sum of the shares' squares, and of their terms, in their order."""
+    """Return the sums of the shares' squares and of their terms, added in the shares' order."""
     total = error = terms = terms_error = 0.0
     for s in range(partial.shape[0]):
         total, rest = two_sum(total, partial[s, 0])
@@ -283,14 +283,14 @@ def total(partial):
 
 @kernel
 def shares(order, values):
-    """Return how many rows a share has, but for longer groups, and how many shares there are."""
+    """Return (rows, shares): rows of a share, more if a group is longer, and how many shares."""
     rows = max(1, CHUNK // max(values.shape[1], 1))
     return rows, -(-order.size // rows)
 
 
 @kernel
 def with_margin(total, terms):
-    """Return squared norms of rounded sums, and whether they may be used."""
+    """Return both squared norms, that of terms times the margin, and whether they may be used."""
     return total, terms * TERMS_MARGIN**2, terms <= CANCELLATION**2 * total
 
 
@@ -298,7 +298,7 @@ def with_margin(total, terms):
 def squares_of_groups(order, starts, values):
     """Return the squared norms of the summed rows and of the rows' summed magnitudes.
 
-    Of elements under 64 bits the sums of eight rows are rounded to float64, by at most
+    For elements under 64 bits the sums of eight rows are rounded to float64, by at most
     ``3 * 2**-53`` of their magnitudes each: with ``M`` the norm of all, the norm is right to
     ``3 * 2**-53 M``. `TERMS_MARGIN` adds 16 such units to ``u M``, the allowance for rounding
     the terms of a result (see `formulas`): 3 for the norm, 3 for that of the result measured
@@ -343,7 +343,7 @@ def merge_rows(begin, end, order, starts, values, out):
 def sum_rows(indices, values, height, distinct, out):
     """Write the distinct indices, in the order they first appear, and the sums of their rows.
 
-    Return how many there are; -1 where one is none of `height` rows. Arrays are 2-d storage.
+    Return how many there are, -1 if an index is outside `height` rows. `values` and `out` are 2-d.
     """
     if not are_within(indices, height):
         return -1

@@ -1,6 +1,6 @@
-"""Float32 numbers and their 16-bit copies, the nearest ones.
+"""Float32 numbers and their 16-bit copies, which are rounded to nearest.
 
-Of each chunk, the source is where the copies are, the target where the numbers are.
+A chunk's source is the address of the copies, its target the address of the numbers.
 """
 
 from numclip.host.kernels.cpu import LENGTH, SOURCE, TARGET
@@ -10,7 +10,7 @@ from numclip.host.runtime.jit import inline, kernel
 
 @kernel
 def round_all(begin, end, chunks, like, wide):
-    """Write the copies."""
+    """Write the copies of all numbers."""
     for c in range(begin, end):
         copies = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         numbers = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)
@@ -20,7 +20,7 @@ def round_all(begin, end, chunks, like, wide):
 
 @inline
 def are_copies(copies, numbers):
-    """Tell whether every copy is that of its number; a loop that ends early is slower."""
+    """Tell whether every copy is its number rounded; a loop that ends early is slower."""
     differ = False
     for i in range(copies.size):
         differ |= nearest(numbers[i], copies[i]) != copies[i]
@@ -29,7 +29,7 @@ def are_copies(copies, numbers):
 
 @kernel
 def take_over(begin, end, chunks, like, wide):
-    """Let numbers be those of the copies that are none of theirs."""
+    """Set each number that does not round to its copy to the value of the copy."""
     for c in range(begin, end):
         copies = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
         numbers = array_at(chunks[c, TARGET], chunks[c, LENGTH], wide)

@@ -1,7 +1,7 @@
 """One norm over all tensors of a table of chunks, and its factor, without a batch's generality.
 
-For sums of squares that lose nothing: what is not finite, over- or underflows in float64, or
-needs its subnormal results truncated is said to be so, and left to other kernels.
+For sums of squares that lose nothing: non-finite sums, sums that over- or underflow in float64 and
+factors whose subnormal results must be truncated are reported, and left to other kernels.
 """
 
 import math
@@ -11,15 +11,16 @@ from numclip.host.kernels.pools import add_sum
 from numclip.host.kernels.scalars import factor_of, is_safe, is_settled, scale_by_power, two_sum
 from numclip.host.runtime.jit import kernel
 
-# What kernels are told of a dtype, see `dtypes.DType`.
+# Indices of `limits`, see `dtypes.DType.limits`; SMALLEST is the smallest normal number.
 ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
 
 
 @kernel
 def joined(chunks, partial, limits, totals):
-    """Return the norm of all chunks, added as in `pools`, and if it is right.
+    """Return (norm, right): the norm of all chunks, and whether it has the bits of `pools`.
 
-    `totals` receives the sum of each tensor that has a chunk.
+    `right` is False for a norm that is not finite, too. `totals` receives the sum of each tensor
+    that has a chunk.
     """
     total = error = doubt = tensor = tensor_error = 0.0
     safe = True
@@ -41,9 +42,9 @@ def joined(chunks, partial, limits, totals):
 
 @kernel
 def decide(norm, bound, ones, divisor, limits):
-    """Return the factor for a norm over a divisor, and whether to truncate.
+    """Return (factor, truncate) for a norm that is already divided by `divisor`.
 
-    That is said of the results, see `decisions.factor_of`; `ones` is the norm of as many ones.
+    `truncate` is that of `decisions.factor_of`; `ones` is the norm of as many ones as elements.
     """
     coarse = ones / divisor * limits[COARSE]
     digits = int(limits[DIGITS])

@@ -1,9 +1,9 @@
-"""Plain NumPy arrays that hold little, of any types and steps, clipped in one native call.
+"""Small NumPy arrays of any gradient types and strides, clipped in one native call.
 
-The arrays of a tuple are read as in `arrays`, described as `spans` wants them, and clipped there.
-What is not contiguous is worked on in a copy, in C order. All is read before anything is written,
-and every array is checked before: where one is no gradient, or is to be written and cannot be, or
-shares memory with another, nothing is.
+The arrays of a tuple are read as in `arrays`, described by a table for `spans`, and clipped there.
+A non-contiguous array is clipped in a copy in C order. Every array is read and checked before
+anything is written: if one has no gradient type, or is to be written and is read-only, or shares
+memory with another, nothing is written.
 """
 
 import numpy as np
@@ -48,28 +48,28 @@ from numclip.host.kernels.spans import (
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import expanded, inline, kernel_with_gil
 
-# The dtypes, whose addresses come last in what a kernel is told, after where the pointers in a
-# tuple begin: Python 3.14 keeps a hash before them.
+# Facts are those of `arrays` up to NONE, then the offset of a tuple's pointers (Python 3.14 keeps
+# a hash before them) and the addresses of the dtypes, 0 for one that is not registered.
 NAMES = "float32", "float64", "float16", "bfloat16", "complex64", "complex128"
 KINDS = np.array([0, WIDE, HALF, BRAIN, COMPLEX, WIDE | COMPLEX])
 SIZES = np.array([4, 8, 2, 2, 8, 16])
 POINTERS = NONE + 1
 DTYPES = POINTERS + 1
-WRITES, EACH, REAL = 1, 2, 4  # what to do: write results, clip each by itself, take no complex
-ELSEWHERE, MUCH = 16, 17  # beside what `spans` says became of the arrays
-AXES = 64  # NumPy's most
+WRITES, EACH, REAL = 1, 2, 4  # bits of `how`: write results, clip each by itself, refuse complex
+ELSEWHERE, MUCH = 16, 17  # outcomes beside those of `spans`: an array is refused; too many bytes
+AXES = 64  # the most that NumPy allows
 NARROW_LIKE, WIDE_LIKE, BYTE_LIKE = FLOAT32.like, FLOAT64.like, np.empty(0, np.uint8)
 
 
 @inline
 def fact(facts, k):
-    """Return what a kernel is told."""
+    """Return fact `k`, of facts at an address."""
     return word_at(facts + k * WORD)
 
 
 @inline
 def code_of(dtype, facts):
-    """Return the number of a dtype among the known ones, -1 if it is none of them."""
+    """Return the index of a dtype in `NAMES`, -1 if it is none of them."""
     for k in range(KINDS.size):
         if fact(facts, DTYPES + k) == dtype:
             return k
@@ -83,7 +83,7 @@ def code_of(dtype, facts):
 
 @inline
 def axis(fields, k):
-    """Return the length of an axis and its step."""
+    """Return (length, stride) of axis `k`."""
     shape, strides = word_at(fields + SHAPE), word_at(fields + STRIDES)
     return word_at(shape + k * WORD), word_at(strides + k * WORD)
 
@@ -96,7 +96,7 @@ def axes(fields):
 
 @inline
 def is_nested(fields, itemsize):
-    """Tell whether each step of an array leads past all that smaller ones reach."""
+    """Tell whether each stride is at least what smaller ones span, so that nothing overlaps."""
     for k in range(axes(fields)):
         length, step = axis(fields, k)
         reach = itemsize
@@ -126,14 +126,14 @@ def is_contiguous(fields, itemsize):
 
 @inline
 def can_be_written(fields, itemsize):
-    """Tell whether an array is writeable, element by element."""
+    """Tell whether an array is writeable and its elements do not overlap."""
     writeable = word_at(fields + FLAGS) & WRITEABLE != 0
     return writeable and (is_contiguous(fields, itemsize) or is_nested(fields, itemsize))
 
 
 @inline
 def write_row(fields, code, row):
-    """Write where an array is, as `spans` has it; return its bytes."""
+    """Write an array's row of the table for `spans`; return the bytes of its elements."""
     length, itemsize = np.int64(1), np.int64(SIZES[code])
     low = high = word_at(fields + DATA)
     for k in range(axes(fields)):
@@ -148,9 +148,9 @@ def write_row(fields, code, row):
 
 @inline
 def take(items, facts, how, rows):
-    """Write a row for each array; return UNCHANGED, ELSEWHERE or MUCH, and how many there are.
+    """Write a row for each array; return (state, rows, bytes).
 
-    And the bytes of those that are to be copied.
+    State is UNCHANGED, ELSEWHERE or MUCH; bytes are those that copies of arrays need.
     """
     used, held, copied = 0, 0, 0
     for t in range(rows.shape[0]):
@@ -177,7 +177,7 @@ def take(items, facts, how, rows):
 
 @inline
 def have_own_memory(items, facts, rows, used):
-    """Tell whether no two arrays share memory, as far as that is seen by where they lie."""
+    """Tell whether no two arrays share memory: all own their data, or no extents overlap."""
     if used > FEW and own_their_data(items, rows.shape[0], fact(facts, HEADER), fact(facts, NONE)):
         return True
     return are_apart(np.int64(rows.ctypes.data), used)
@@ -185,7 +185,7 @@ def have_own_memory(items, facts, rows, used):
 
 @inline
 def size_of(kind):
-    """Return the bytes of a stored number."""
+    """Return the bytes of a stored number of a kind."""
     if kind & WIDE:
         return 8
     return 2 if kind & (HALF | BRAIN) else 4
@@ -193,7 +193,7 @@ def size_of(kind):
 
 @inline
 def copy_element(source, target, unit, count):
-    """Copy an element, so many units of 8, 4 or 1 bytes."""
+    """Copy an element of `count` units of 8, 4 or 1 bytes from one address to another."""
     for k in range(0, unit * count, unit):
         if unit == 8:
             array_at(target + k, 1, WIDE_LIKE)[0] = array_at(source + k, 1, WIDE_LIKE)[0]
@@ -205,7 +205,7 @@ def copy_element(source, target, unit, count):
 
 @inline
 def move(fields, row, back):
-    """Copy an array to where its row says, in C order, or back from there."""
+    """Copy an array in C order to the address in its row, or back from there."""
     unit, parts = size_of(row[KIND]), 2 if row[KIND] & COMPLEX else 1
     itemsize = unit * parts
     if unit == 2 or word_at(fields + FLAGS) & ALIGNED == 0:
@@ -230,9 +230,9 @@ def move(fields, row, back):
 
 @inline
 def move_all(items, facts, rows, copies, back):
-    """Copy arrays that are not contiguous, and say so in their rows; or bring copies back.
+    """Copy non-contiguous arrays, with the copies' addresses in their rows; or copy them back.
 
-    But for those of no length.
+    Rows of length 0 are passed over.
     """
     used, address = 0, np.int64(copies.ctypes.data)
     for t in range(rows.shape[0]):
@@ -252,7 +252,7 @@ def move_all(items, facts, rows, copies, back):
 
 @inline
 def enter(items, facts, how, rows):
-    """Return what `take` does, with memory for copies; arrays are copied there."""
+    """Call `take` and copy non-contiguous arrays; return (state, rows, memory of the copies)."""
     state, used, copied = take(items, facts, how, rows)
     if state == UNCHANGED and how & WRITES and not have_own_memory(items, facts, rows, used):
         state = ELSEWHERE
@@ -264,7 +264,7 @@ def enter(items, facts, how, rows):
 
 @inline
 def note(rows, first, how, became, done):
-    """Return what became of all arrays; let one by itself that is as it was not be brought back."""
+    """Return the greater outcome; with EACH, set length 0 so that no unchanged copy goes back."""
     if how & EACH and became != WRITTEN:
         rows[first, LENGTH] = 0
     return max(done, became)
@@ -272,15 +272,15 @@ def note(rows, first, how, became, done):
 
 @inline
 def pointers(tuple_, facts):
-    """Return where a tuple's pointers are, and how many."""
+    """Return (address, count) of a tuple's pointers."""
     return tuple_ + fact(facts, POINTERS), word_at(tuple_ + fact(facts, HEADER))
 
 
 @expanded
 def clip_by(clip_rows, arrays, facts, how, bound, given, ord, what):
-    """Clip the arrays of a tuple in place by a function of `spans`; return norm and what became.
+    """Clip the arrays of a tuple in place by a function of `spans`; return (norm, outcome).
 
-    One by one if that is asked for, and with the norm of the last.
+    With EACH, arrays are clipped one by one, and the norm is that of the last.
     """
     items, count = pointers(arrays, facts)
     rows = np.empty((count, FIELDS), np.int64)
@@ -303,13 +303,13 @@ def clip(arrays, facts, how, bound, given, ord, what):
 
 @kernel_with_gil
 def clip_rare(arrays, facts, how, bound, given, ord, what):
-    """Do the same as `spans.clip_rare` does."""
+    """Clip the arrays of a tuple as `spans.clip_rare` does, see `clip_by`."""
     return clip_by(spans.clip_rare, arrays, facts, how, bound, given, ord, what)
 
 
 @kernel_with_gil
 def clamp(arrays, facts, how, low, high):
-    """Hold the elements of the arrays of a tuple between bounds; return what became of them."""
+    """Clamp the arrays of a tuple to [low, high] in place; return the outcome."""
     items, count = pointers(arrays, facts)
     rows = np.empty((count, FIELDS), np.int64)
     done, used, copies = enter(items, facts, how, rows)

@@ -1,7 +1,7 @@
-"""Contiguous arrays of one dtype that hold little: what most calls clip, by their L2 norm.
+"""Small contiguous arrays of one dtype, clipped by their L2 norm: what most calls pass.
 
 `little` takes these and others, with the same bits. It compiles in 20 s of processor time, and
-these kernels in 4: the first call of a process that finds nothing compiled is made by them.
+these kernels in 4: they serve the first call of a process that finds nothing in the cache.
 """
 
 import math
@@ -30,12 +30,12 @@ from numclip.host.runtime.jit import inline, kernel_with_gil
 
 DONE, ELSEWHERE, MUCH = range(3)
 SPARE = 64  # chunks that a call has room for beyond one for each array
-FEW = 32  # chunks that are compared in pairs
+FEW = 32  # the most chunks for which `are_apart` returns True
 
 
 @inline
 def are_apart(chunks, itemsize):
-    """Tell whether chunks, of which there are few, share no memory."""
+    """Tell whether there are at most `FEW` chunks and no two of them share memory."""
     for c in range(chunks.shape[0]):
         begin, end = chunks[c, SOURCE], chunks[c, SOURCE] + chunks[c, LENGTH] * itemsize
         for d in range(c):
@@ -47,7 +47,7 @@ def are_apart(chunks, itemsize):
 
 @inline
 def read_little(items, count, facts, like, chunks):
-    """Write the chunks of arrays; return DONE, ELSEWHERE or MUCH, how many, and the elements."""
+    """Write chunks; return (state, chunks, elements), where state is DONE, ELSEWHERE or MUCH."""
     used, elements = read(items, count, facts, chunks)
     if used < 0:
         return ELSEWHERE, 0, elements
@@ -62,7 +62,7 @@ def read_little(items, count, facts, like, chunks):
 
 @inline
 def norm_of(chunks, like, limits, totals):
-    """Return as `joined` does, reading every element once."""
+    """Return what `joined` does, after reading every element once."""
     partial = empty(chunks.shape[0], totals)
     for c in range(partial.size):
         partial[c] = array_of_squares(array_at(chunks[c, SOURCE], chunks[c, LENGTH], like))
@@ -71,10 +71,10 @@ def norm_of(chunks, like, limits, totals):
 
 @kernel_with_gil
 def clip(items, count, facts, limits, bound, what, like):
-    """Clip arrays in place by their norm; return what became of them, and the norm.
+    """Clip arrays in place by their norm; return (state, norm).
 
-    `what` says what that is divided by. Where the facts do not ask for arrays that can be written,
-    `bound` is infinite.
+    `what` selects the norm's divisor, see `spans.divisor_for`. `bound` must be infinite where the
+    facts do not require writeable arrays.
     """
     chunks = empty_table(count + SPARE, 4, WORDS)
     state, used, elements = read_little(items, count, facts, like, chunks)
@@ -96,7 +96,7 @@ def clip(items, count, facts, limits, bound, what, like):
 
 @kernel_with_gil
 def clamp(items, count, facts, low, high, like):
-    """Hold the elements of arrays between bounds; return what became of them."""
+    """Clamp arrays to [low, high] in place; return DONE, ELSEWHERE or MUCH."""
     chunks = empty_table(count + SPARE, 4, WORDS)
     state, used, _ = read_little(items, count, facts, like, chunks)
     least, most = rounded(low, like), rounded(high, like)

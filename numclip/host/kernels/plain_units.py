@@ -1,6 +1,6 @@
-"""Units of contiguous arrays of one dtype that hold little: all arrays clipped in one call.
+"""Units of small contiguous arrays of one dtype: all arrays clipped in one call.
 
-Sums and factors are those of `unit_loops`: where these are not known, nothing else is written.
+Sums and factors are those of `unit_loops`: at an array for which one is unknown, clipping stops.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ from numclip.host.kernels.unit_loops import scale_units, unit_factors, unit_squa
 from numclip.host.runtime.jit import inline, kernel_with_gil
 from numclip.tables import BOUND, EPS
 
-# Of an array: its lengths about its axes, in stored numbers, its digits, and where among the arrays
-# its parameter is, 0 if that does not count.
+# Columns of an array: its lengths before, in and after the reduced axes, in stored numbers, the
+# digits of factors, and the index of its parameter among the arrays, 0 if that does not count.
 OUTER, REDUCED, INNER, DIGITS, PARAM = range(5)
 
 
 @inline
 def can_be_written(items, places, wanted, addresses, itemsize):
-    """Tell whether arrays can be, of which there are places, and none shares memory."""
+    """Tell whether the arrays to clip are writeable, and no array or parameter shares memory."""
     header = wanted[given.HEADER]
     for k in range(places.shape[0]):
         if word_at(word_at(items + k * given.WORD) + header + FLAGS) & WRITEABLE == 0:
@@ -39,9 +39,9 @@ def can_be_written(items, places, wanted, addresses, itemsize):
 
 @inline
 def clip_units(x, params, law, digits):
-    """Clip the units of an array in place; tell whether that is done, and else nothing is written.
+    """Clip the units of an array in place; return False if nothing was written.
 
-    Not where sums lose something, or results are to be truncated.
+    That is where a sum loses something in float64, or results must be truncated.
     """
     count = x.shape[0] * x.shape[2]
     sums, owners = np.zeros(count), np.zeros(count if params.size else 0)
@@ -63,10 +63,10 @@ def clip_units(x, params, law, digits):
 
 @kernel_with_gil
 def clip(items, wanted, places, laws, bound, eps, like):
-    """Clip arrays of a tuple by their units, in place; tell whether all are done.
+    """Clip the units of a tuple's arrays in place; return whether all arrays are done.
 
-    After them come their parameters, if these count. Where some are not, to do all again changes
-    nothing in those that are.
+    Behind the arrays are their parameters, if these count. If some arrays are not done, clipping
+    all again changes nothing in those that are.
     """
     count = places.shape[0]
     addresses = np.empty(count * (2 if places[0, PARAM] != 0 else 1), np.int64)

@@ -1,7 +1,7 @@
 """From the sums of chunks to the decision for each pool, on the host; see `decisions`.
 
-Chunks are added in their order with the rounding errors kept, and tensors as if exactly: the sum
-of a pool is rounded once, so that it does not depend on the order of the tensors.
+Chunk sums are added in their order with the rounding errors kept, tensor sums as if exactly: the
+sum of a pool is rounded once, so that it does not depend on the order of the tensors.
 """
 
 import math
@@ -58,13 +58,13 @@ from numclip.tables import (
 )
 
 LARGEST = np.finfo(np.float64).max
-MOST_PARTS = 64  # numbers of 53 bits that do not overlap are at most 40
+MOST_PARTS = 64  # at most 40 numbers of 53 bits fit into float64's range without overlapping
 SMALLEST = 5e-324
 
 
 @inline
 def write_sum(out, total, error):
-    """Write the sum of a tensor in which no rows repeat: its terms are its elements."""
+    """Write the row of sums of a tensor without repeated rows: its terms are its elements."""
     rounded = settled(total, error)
     finite = math.isfinite(rounded)
     out[TOTAL], out[EXPONENT], out[BAD] = rounded, 0.0, 0.0 if finite else 1.0
@@ -74,9 +74,9 @@ def write_sum(out, total, error):
 
 @kernel
 def add_chunks(chunks, partial, zeros, sums):
-    """Write the sum of each tensor that has a chunk; tell whether all are in the safe range.
+    """Write the sum of each tensor that has a chunk; return whether all are in the safe range.
 
-    `zeros` says whether sums of 0 are, and none of what is not 0.
+    `zeros` says that a sum of 0 counts as safe, since no nonzero element was added to it.
     """
     tensor = error = 0.0
     safe = True
@@ -93,7 +93,10 @@ def add_chunks(chunks, partial, zeros, sums):
 
 @inline
 def add_sum(sums, value, rest):
-    """Add a tensor's sum, and what rounding took from it, to a total, its error and its doubt."""
+    """Return (total, error, doubt): `sums` plus a tensor's sum and its rounding error.
+
+    `doubt` adds up the magnitudes of what rounding takes from `error`.
+    """
     total, lost = two_sum(sums[0], value)
     error, lost = two_sum(sums[1], lost)
     doubt = sums[2] + abs(lost)
@@ -105,7 +108,7 @@ def add_sum(sums, value, rest):
 
 @inline
 def highest(pool, column, sums):
-    """Return the highest exponent of a pool's sums that are not 0; 0 where all are."""
+    """Return the highest exponent of a pool's nonzero sums, 0 if there are none."""
     exponent, empty = 0.0, True
     for t in range(pool[FIRST], pool[LAST]):
         if sums[t, column] != 0.0 and (empty or sums[t, column + 1] > exponent):
@@ -115,7 +118,7 @@ def highest(pool, column, sums):
 
 @inline
 def scaled_down(value, apart):
-    """Return ``value * 4**apart``, never more; what would vanish still counts where sums tie."""
+    """Return ``value * 4**apart``, apart <= 0; a positive value stays positive, to break ties."""
     if apart == 0.0:
         return value
     small = scale_by_power(value, 2 * int(apart))
@@ -124,7 +127,10 @@ def scaled_down(value, apart):
 
 @inline
 def add_part(parts, count, value):
-    """Add to an exact sum, numbers of rising magnitude that do not overlap (Shewchuk 1997)."""
+    """Add `value` to `count` non-overlapping parts of rising magnitude; return the new count.
+
+    The parts are an exact sum (Shewchuk 1997).
+    """
     kept = 0
     for i in range(count):
         value, rest = two_sum(value, parts[i])
@@ -137,13 +143,13 @@ def add_part(parts, count, value):
 
 @inline
 def rounded(parts, count):
-    """Return an exact sum rounded to nearest, and about what rounding has taken from it."""
+    """Return (total, rest): an exact sum rounded to nearest, and about its rounding error."""
     total, rest = parts[count - 1], 0.0
     i = count - 1
     while i > 0 and rest == 0.0:
         i -= 1
         total, rest = two_sum(total, parts[i])
-    if i > 0 and (rest > 0.0) == (parts[i - 1] > 0.0):  # not a tie, if it was taken for one
+    if i > 0 and (rest > 0.0) == (parts[i - 1] > 0.0):  # lower parts show that it is no tie
         up = total + 2.0 * rest
         if up - total == 2.0 * rest:
             return up, -rest
@@ -152,7 +158,7 @@ def rounded(parts, count):
 
 @inline
 def add_exactly(pool, column, exponent, sums):
-    """Return what `add_tensors` does, of finite sums, by exact arithmetic."""
+    """Return (total, rest) as `add_tensors` does, for finite sums, by exact arithmetic."""
     parts, count = empty(MOST_PARTS, sums), 0
     for t in range(pool[FIRST], pool[LAST]):
         apart = sums[t, column + 1] - exponent
@@ -164,9 +170,10 @@ def add_exactly(pool, column, exponent, sums):
 
 @inline
 def add_tensors(pool, column, largest, sums):
-    """Return the sum of a pool's tensors as ``total * 4**exponent``; of inf order, the largest.
+    """Return (total, rest, exponent): the sum of a pool's tensors is ``total * 4**exponent``.
 
-    Between them what rounding has taken from the total, to about 53 bits.
+    `rest` is the rounding error of the total, to about 53 bits. With `largest`, for order inf, the
+    total is the largest of the tensors' values.
     """
     exponent = highest(pool, column, sums)
     total = error = doubt = 0.0
@@ -189,7 +196,7 @@ def add_tensors(pool, column, largest, sums):
 
 @inline
 def add_bad(pool, sums):
-    """Return how many of a pool's tensors are not finite."""
+    """Return how many of a pool's tensors are non-finite."""
     bad = 0.0
     for t in range(pool[FIRST], pool[LAST]):
         bad += sums[t, BAD]
@@ -198,7 +205,7 @@ def add_bad(pool, sums):
 
 @inline
 def decide_measured(pools, laws, decisions):
-    """Write the decision of each pool by its norm, and in the last row if there is work."""
+    """Decide each pool by its norm; count in the last row the pools to write and the rare ones."""
     count = pools.shape[0]
     skipped = zeros(count, pools)
     for p in range(count):
@@ -215,7 +222,7 @@ def decide_measured(pools, laws, decisions):
 
 @kernel
 def decide_all(pools, laws, sums, decisions):
-    """Write the norm and the decision of each pool, and in the last row if there is work."""
+    """Write the norm and the decision of each pool, and the counts of `decide_measured`."""
     for p in range(pools.shape[0]):
         largest = laws[p, ORD] == math.inf
         total, _, exponent = add_tensors(pools[p], TOTAL, largest, sums)
@@ -229,7 +236,7 @@ def decide_all(pools, laws, sums, decisions):
 
 @inline
 def add_squares(pool, column, sums):
-    """Return the sum of a pool's sums of squares, and if that is sure; see `add_tensors`."""
+    """Return (total, sure): a pool's sum of squares, and whether it is that of `add_tensors`."""
     total = error = doubt = 0.0
     plain = True
     for t in range(pool[FIRST], pool[LAST]):
@@ -242,10 +249,10 @@ def add_squares(pool, column, sums):
 
 @inline
 def decide_squares(pools, laws, sums, decisions):
-    """Decide as `decide_all` does, by sums of squares; tell whether that is right.
+    """Decide as `decide_all` does, by sums of squares; return whether the decisions are the same.
 
-    It is, but for exponents and exact ties. What these need, and other orders, takes as long to
-    compile as all the rest.
+    They are, unless a sum has an exponent or its rounding is an exact tie. The code for these, and
+    for other orders, takes as long to compile as all the rest.
     """
     right = True
     for p in range(pools.shape[0]):
@@ -262,7 +269,7 @@ def decide_squares(pools, laws, sums, decisions):
 
 @inline
 def are_elements(pool, sums):
-    """Tell whether the terms of all of a pool's tensors are their elements."""
+    """Tell whether the sum of terms equals the sum of elements in each of a pool's tensors."""
     alike = True
     for t in range(pool[FIRST], pool[LAST]):
         alike &= sums[t, TERMS] == sums[t, TOTAL] and sums[t, TERMS_EXPONENT] == sums[t, EXPONENT]
@@ -271,7 +278,7 @@ def are_elements(pool, sums):
 
 @inline
 def write_total(pool, sums, out):
-    """Write the sum of a pool's tensors, as rows of sums are; of order 2."""
+    """Write the sum of a pool's tensors as a row of sums, for order 2."""
     total, error, exponent = add_tensors(pool, TOTAL, False, sums)
     terms, power = total, exponent
     if not are_elements(pool, sums):
@@ -282,7 +289,7 @@ def write_total(pool, sums, out):
 
 @kernel
 def add_pools(pools, sums, out):
-    """Write the sum of each pool's tensors; tell whether one has an exponent."""
+    """Write the sum of each pool's tensors; return whether one has a nonzero exponent."""
     scaled = False
     for p in range(pools.shape[0]):
         write_total(pools[p], sums, out[p])
@@ -292,16 +299,16 @@ def add_pools(pools, sums, out):
 
 @inline
 def told(norm):
-    """Return a norm as rules are told it: NaN as 0, Inf as the largest number."""
+    """Return a norm as rules receive it: 0 for NaN, the largest float64 for Inf."""
     return 0.0 if math.isnan(norm) else min(norm, LARGEST)
 
 
 @kernel
 def tell_norms(sums, unscale, divisors, norms):
-    """Write the norms of tensors as rules are told them, with the bits of `clipping.outcome`.
+    """Write the norms of tensors as rules receive them, with the bits of `clipping.outcome`.
 
-    Return the norm of all, whether a tensor is not finite, and whether none has an exponent: else
-    the norms are not right.
+    Return (norm, bad, plain): the norm of all, whether a tensor is non-finite, and whether all
+    exponents are 0. Otherwise the norms are wrong.
     """
     bad, plain = False, True
     for t in range(norms.size):
@@ -314,7 +321,7 @@ def tell_norms(sums, unscale, divisors, norms):
 
 @inline
 def has_vanished(total, x):
-    """Tell whether squares are too small for float64 to have a sum of them."""
+    """Tell whether all squares of a nonzero float64 array underflowed, so that `total` is 0."""
     some = False
     if total == 0.0 and x.itemsize == 8:
         for i in range(x.size):
@@ -324,7 +331,7 @@ def has_vanished(total, x):
 
 @kernel
 def measure(chunks, like, sums):
-    """Read every element once; tell whether all sums are in the safe range, or of zeros."""
+    """Write sums of squares in one pass; return whether all are safe or of zeros alone."""
     partial, zeros = empty(chunks.shape[0], sums), True
     for c in range(partial.size):
         x = array_at(chunks[c, SOURCE], chunks[c, LENGTH], like)
@@ -335,7 +342,7 @@ def measure(chunks, like, sums):
 
 @kernel
 def measure_and_decide(chunks, like, pools, laws, sums, decisions):
-    """Measure as `measure` does, and decide."""
+    """Measure as `measure` does, and decide; return what `measure` does."""
     safe = measure(chunks, like, sums)
     decide_all(pools, laws, sums, decisions)
     return safe
@@ -343,7 +350,7 @@ def measure_and_decide(chunks, like, pools, laws, sums, decisions):
 
 @kernel
 def scale_decided(chunks, pool_of, decisions, column, like):
-    """Multiply tensors in place by the factors that are decided, a column of the decisions."""
+    """Multiply tensors in place by their pools' factors, which are a column of the decisions."""
     for c in range(chunks.shape[0]):
         factor = as_computed(decisions[pool_of[chunks[c, OWNER]], column], like)
         if factor != 1.0:
@@ -352,9 +359,9 @@ def scale_decided(chunks, pool_of, decisions, column, like):
 
 @inline
 def hold_chunk(chunk, pool, decisions, low, high, like):
-    """Hold the elements of a chunk between two bounds, if its pool is not skipped.
+    """Clamp the elements of a chunk to [low, high], if its pool is not skipped.
 
-    The decisions say where an element was beyond the bounds.
+    CLAMPED of the pool's decision becomes 1 if an element was outside.
     """
     if decisions[pool, SKIPPED] == 0.0:
         least, most = elements.rounded(low, like), elements.rounded(high, like)
@@ -364,7 +371,7 @@ def hold_chunk(chunk, pool, decisions, low, high, like):
 
 @kernel
 def clamp_decided(chunks, pool_of, decisions, members, low, high, like):
-    """Do so with the elements of some tensors: the first one's number, and the one after them."""
+    """Call `hold_chunk` for the chunks of tensors ``members[0]`` to ``members[1] - 1``."""
     for c in range(chunks.shape[0]):
         owner = chunks[c, OWNER]
         if members[0] <= owner < members[1]:

@@ -1,4 +1,4 @@
-"""From magnitudes to sums of powers, of orders other than 2, as rows of sums; see `formulas`."""
+"""Sums of powers of magnitudes as rows of sums, for orders other than 2; see `formulas`."""
 
 from numclip.host.kernels.cpu import LENGTH, OWNER, SOURCE
 from numclip.host.kernels.elements import array_at
@@ -11,14 +11,14 @@ from numclip.tables import EXPONENT, TERMS_EXPONENT
 
 @kernel
 def write_scales(peaks, ord, out):
-    """Write what magnitudes are divided by before their powers are taken, for each peak."""
+    """Write the scale for each peak, by which magnitudes are divided before taking powers."""
     for t in range(out.size):
         out[t] = usable(peaks[t], ord)
 
 
 @kernel
 def write_power_sums(totals, scales, shifts, ord, out):
-    """Write sums of powers of magnitudes over scales as rows of sums have them; a finite order."""
+    """Write scaled sums of powers of a finite order as rows of (total, exponent)."""
     for t in range(totals.size):
         out[t, 0], out[t, 1] = power_sum(totals[t], scales[t], int(shifts[t]), ord)
 
@@ -27,7 +27,7 @@ def write_power_sums(totals, scales, shifts, ord, out):
 def norm_of_sum(total, exponent, ord):
     """Return the norm that belongs to a sum of powers ``total * 4**exponent``.
 
-    Python's own power function has other last bits.
+    It is compiled, since Python's own power function has other last bits.
     """
     root, power = norm_of(total, exponent, ord)
     return scale_by_power(root, int(power))
@@ -35,7 +35,7 @@ def norm_of_sum(total, exponent, ord):
 
 @inline
 def tensor_at(chunks, first, like):
-    """Return the tensor whose chunks begin with a number, and the number after its last one."""
+    """Return (tensor, next): the tensor whose chunks begin at `first`, and the next chunk."""
     c, length = first, 0
     while c < chunks.shape[0] and chunks[c, OWNER] == chunks[first, OWNER]:
         length += chunks[c, LENGTH]
@@ -45,7 +45,7 @@ def tensor_at(chunks, first, like):
 
 @kernel
 def decide_by_powers(chunks, like, ord, pools, laws, sums, decisions):
-    """Measure by an order other than 2, and decide."""
+    """Measure norms of an order other than 2, and decide."""
     c = 0
     while c < chunks.shape[0]:
         row = sums[chunks[c, OWNER]]

@@ -1,4 +1,4 @@
-"""Rows of sums that ranks tell one another, merged to one row; see `clipping.ranks`."""
+"""Rows of sums that ranks exchange, those of all ranks merged to one; see `clipping.ranks`."""
 
 import math
 
@@ -9,23 +9,21 @@ from numclip.host.kernels.pools import add_pools, decide_all, measure_and_decide
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import BAD, EXPONENT, POLICY, SUM_COLUMNS, TOTAL, ZERO
 
-LOSS = (
-    SUM_COLUMNS  # of a row that is told; after it a row of sums of powers, where the order is not 2
-)
+LOSS = SUM_COLUMNS  # of an exchanged row; sums of powers follow if the order is not 2
 WIDTH = LOSS + 1
 SPANS, OWN, SHARDED, POOLS, SOURCE, GIVEN, TABLES = range(7)
-"""Tables of what is told and merged, of three words each, see `kernels.given`.
+"""Tables of exchanged and merged rows, of three words each, see `kernels.given`.
 
-They are the tensors of each row that this rank tells, these rows, which of them are of shards, the
-rows of each pool, the merged rows (and after them sums of tensors), and the sums of each pool.
+In order: the tensors of each row that this rank sends, these rows, which of them are of shards,
+the rows of each pool, the merged rows (and after them sums of tensors), the sums of each pool.
 """
 ALIKE = 2.0**-46
-"""How far the sums of copies may differ: processors of other types add in another order."""
+"""The relative difference that sums of copies may have: other processors add in another order."""
 
 
 @inline
 def first_bad(rows):
-    """Return the first rank whose row is not finite, 0 where all are."""
+    """Return the first rank whose row is non-finite, 0 if none is."""
     for r in range(rows.shape[0]):
         if rows[r, BAD] > 0.0:
             return r
@@ -46,7 +44,10 @@ def first_differing(rows):
 
 @inline
 def merge(every, sharded, merged):
-    """Write the sums of shards, and of copies the first that is not finite; see `merge_ranks`."""
+    """Write sums of shards, and of copies the first non-finite row or that of rank 0.
+
+    Return (bad, row, rank) as `merge_ranks` does.
+    """
     bad, row, rank = 0.0, 0, 0
     for k in range(every.shape[0]):
         rows, out = every[k], merged[k]
@@ -65,8 +66,9 @@ def merge(every, sharded, merged):
 def merge_ranks(every, sharded, pools, source, given):
     """Merge the rows of all ranks to the first rows of `source`, and add up those of each pool.
 
-    `every` is (rows, ranks, columns). Return how many tensors are not finite, the row and the rank
-    of the first copy that differs (rank 0 where none does), and what `add_pools` does.
+    `every` is (rows, ranks, columns). Return (bad, row, rank, scaled): how many tensors are
+    non-finite, row and rank of the first copy that differs (rank 0 if none does), and what
+    `add_pools` returns.
     """
     bad, row, rank = merge(every, sharded, source)
     return bad, row, rank, add_pools(pools, source, given)
@@ -74,9 +76,10 @@ def merge_ranks(every, sharded, pools, source, given):
 
 @kernel
 def tell(turn, tables, told, like):
-    """Measure chunks, decide nothing, and write the rows to tell; tell whether that is right.
+    """Measure chunks and write the rows to send; return False if the general path is needed.
 
-    And the sums of tensors, where `SOURCE` has room for them. `told` are words of these tables.
+    Sums of tensors are written, too, where `SOURCE` has room for them. Nothing is decided. `told`
+    are the words of the tables from `SPANS` to `GIVEN`.
     """
     floats = np.empty(0)
     chunks = steps.found(tables, steps.CHUNKS, tables)
@@ -95,7 +98,7 @@ def tell(turn, tables, told, like):
 
 @inline
 def are_alike(heads):
-    """Tell whether the heads of all messages are the same: all ranks do the same."""
+    """Tell whether the heads of all messages are equal, so that all ranks take the same step."""
     for r in range(1, heads.shape[0]):
         for k in range(heads.shape[1]):
             if heads[r, k] != heads[0, k]:
@@ -105,7 +108,7 @@ def are_alike(heads):
 
 @kernel
 def clip(turn, unscale, tables, bounds, heads, every, told, like):
-    """Clip by the rows of all ranks, see `merge_ranks`; tell whether that is right."""
+    """Clip by the rows of all ranks; return False if the general path is needed."""
     if not are_alike(heads):
         return False
     rows, given = steps.found(told, POOLS, told), steps.found(told, GIVEN, bounds)

@@ -1,7 +1,7 @@
-"""Clips and steps with sparse gradients of little data, by one native call each.
+"""Clips and steps with small sparse gradients, by one native call each, as in `given`.
 
-As those of `given`. Rows are grouped by their indices in every call, and all are summed before
-anything is written. `groups` are, for all sparse gradients in turn: the rows in the order of their
+Every call groups rows by their indices, and sums all of them before anything is written. `groups`
+are three arrays for all sparse gradients, one after another: the row numbers in the order of their
 groups, where each group starts, and how many groups each gradient has.
 """
 
@@ -83,13 +83,13 @@ from numclip.tables import (
     VALUES,
 )
 
-# Of each pool: the numbers of its dense tensors, and what is coarse for one.
+# Columns of SIZES, of pools: how many numbers dense tensors have, and the largest `DType.coarse`.
 DENSE, UNIT = range(2)
 
 
 @inline
 def grouped(places):
-    """Return the rows of all sparse gradients grouped by their indices."""
+    """Return the `groups` of all sparse gradients."""
     count = 0
     for s in range(places.shape[0]):
         count += places[s, FILLED]
@@ -107,7 +107,7 @@ def grouped(places):
 
 @inline
 def groups_of(s, first, count, groups):
-    """Return the order of the rows of a sparse gradient, of which `first` are before it."""
+    """Return (order, starts) of sparse gradient `s`; `first` rows belong to those before it."""
     order, starts, distinct = groups
     begin = first + s
     return order[first : first + count], starts[begin : begin + distinct[s] + 1]
@@ -115,7 +115,7 @@ def groups_of(s, first, count, groups):
 
 @inline
 def loss_of(starts, row):
-    """Return the norm of what rounding subnormal terms can add to sums of rows."""
+    """Return the norm of the most that rounding subnormal terms can add to sums of rows."""
     squares = 0.0
     for g in range(starts.size - 1):
         squares += float((starts[g + 1] - starts[g]) ** 2)
@@ -124,7 +124,7 @@ def loss_of(starts, row):
 
 @inline
 def write_sums(total, terms, out):
-    """Write the squared norm of summed rows and of their magnitudes; tell if both are safe."""
+    """Write squared norms of summed rows and summed magnitudes; return whether both are safe."""
     out[TOTAL], out[EXPONENT] = total, 0.0
     out[TERMS], out[TERMS_EXPONENT], out[ERROR] = terms, 0.0, 0.0
     out[BAD] = 0.0 if math.isfinite(total) else 1.0
@@ -133,7 +133,7 @@ def write_sums(total, terms, out):
 
 @inline
 def measure_rows(tables, groups, like, sums, losses):
-    """Write the sum of each sparse gradient and the losses of pools; tell if sums are safe."""
+    """Write sums of sparse gradients and the losses of pools; return whether all sums are safe."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     safe, first = True, 0
@@ -159,7 +159,7 @@ def measure_rows(tables, groups, like, sums, losses):
 
 @inline
 def obey_rows(tables, unscale, bounds):
-    """Return the laws as `obey` does, by the rows there are, and what rounding can add to sums."""
+    """Return the laws as `obey` does, with AIM less by the losses and COARSE for present rows."""
     laws, losses = obey(tables, unscale, bounds), found_row(tables, LOSSES, bounds)
     sizes, rows = found(tables, SIZES, bounds), found(tables, ROWS, tables)
     places, pool_of = found(tables, PLACES, tables), found_row(tables, POOL_OF, tables)
@@ -175,7 +175,7 @@ def obey_rows(tables, unscale, bounds):
 
 @inline
 def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
-    """Decide by rows and chunks that are placed, or as before; tell whether that is right."""
+    """Do what `given.decide` does, with the rows and chunks that are placed."""
     pools = found(tables, POOLS, tables)
     sums = found_turn(tables, SUMS, turn, bounds)
     decisions = found_turn(tables, DECISIONS, turn, bounds)
@@ -191,7 +191,7 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
 
 @kernel
 def decide(measures, turn, unscale, tables, bounds, like):
-    """Decide by what is held, or by what was measured before; tell whether that is right."""
+    """Do what `given.decide` does, with the held rows, or with those of the call before."""
     if measures and not place_rows(OWN, tables, like):
         return False
     groups = grouped(found(tables, PLACES, tables))
@@ -200,7 +200,7 @@ def decide(measures, turn, unscale, tables, bounds, like):
 
 @kernel
 def clip(measures, turn, unscale, tables, bounds, like):
-    """Decide as `decide` does; if that is right, multiply gradients in place by their factors."""
+    """Return what `decide` does; if that is True, multiply gradients in place by their factors."""
     if not decide(measures, turn, unscale, tables, bounds, like):
         return False
     decisions = found_turn(tables, DECISIONS, turn, bounds)
@@ -223,7 +223,7 @@ def scale_rows(decisions, tables, like):
 
 @kernel_with_gil
 def measure(items, turn, unscale, tables, bounds, like):
-    """Find the gradients, measure them and decide; tell whether that is right."""
+    """Find the gradients, measure and decide; return False if the general path is needed."""
     if not place_all(items, tables, like):
         return False
     groups = grouped(found(tables, PLACES, tables))
@@ -241,7 +241,7 @@ def are_finite(x):
 
 @inline
 def sum_rows(tables, groups, decisions, like, sums):
-    """Write the sums of rows one after another; tell if those to be scaled are finite."""
+    """Write the summed rows of all gradients; return whether those to be scaled are finite."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     address, first, finite = np.int64(sums.ctypes.data), 0, True
@@ -263,7 +263,7 @@ def sum_rows(tables, groups, decisions, like, sums):
 
 @inline
 def numbers_in(tables, groups):
-    """Return how many numbers the sums of all rows are."""
+    """Return how many numbers the summed rows of all gradients have."""
     rows, count = found(tables, ROWS, tables), 0
     for s in range(rows.shape[0]):
         count += groups[2][s] * rows[s, LENGTH]
@@ -272,7 +272,7 @@ def numbers_in(tables, groups):
 
 @inline
 def update_rows(update, tables, groups, sums, factors, settings, like):
-    """Update parameters at the rows that have sums, which the caller holds."""
+    """Update parameters at the rows that have sums; the caller keeps the memory of `sums`."""
     rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     itemsizes = like.itemsize, factors.itemsize
@@ -324,13 +324,13 @@ def descend(items, turn, unscale, tables, bounds, factors, like):
 
 @kernel_with_gil
 def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
-    """Do the same by `updates.descend_with_momentum`."""
+    """Take a step of `updates.descend_with_momentum` as `step` does."""
     advance, update = updates.advance, updates.descend_with_momentum
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
 def adam(items, turn, unscale, tables, bounds, factors, like):
-    """Do the same by `updates.adam`."""
+    """Take a step of `updates.adam` as `step` does."""
     advance, update = updates.advance_adam, updates.adam
     return step(advance, update, items, turn, unscale, tables, bounds, factors, like)

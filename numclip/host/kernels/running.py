@@ -1,7 +1,7 @@
-"""What rules compute whose bounds follow the norms there have been; see `running_rules`.
+"""Computations of the rules whose bounds follow earlier norms; see `running_rules`.
 
-A window of norms is a ring of the last ones, beside these in ascending order; `count` says how many
-there have been. Each call does all or nothing: no signal of Python's comes between.
+A window of norms is a ring of the last ones, and an array of the same in ascending order; `count`
+is how many norms there have been. Each call does all or nothing: no Python signal interrupts it.
 """
 
 import math
@@ -11,7 +11,7 @@ from numclip.host.runtime.jit import inline, kernel
 
 @inline
 def place_of(norm, ordered, known):
-    """Return where a norm comes in ascending order, before those that are equal."""
+    """Return how many of the first `known` numbers in ascending order are less than a norm."""
     low, high = 0, known
     while low < high:
         middle = (low + high) // 2
@@ -24,7 +24,7 @@ def place_of(norm, ordered, known):
 
 @inline
 def known_with(k, norm, place, oldest, ordered):
-    """Return the k-th of the norms, of one more at some place and without the oldest."""
+    """Return norm k of `ordered` without index `oldest` and with `norm` inserted at `place`."""
     if k == place:
         return norm
     k -= k > place
@@ -33,7 +33,10 @@ def known_with(k, norm, place, oldest, ordered):
 
 @inline
 def places_of(norm, count, ring, ordered):
-    """Return where a norm comes, and the oldest, whose place it takes if the ring is full."""
+    """Return (place, oldest): the index of a new norm, and that of the oldest if the ring is full.
+
+    The oldest is to be removed first; in a ring with room, its index is the number of norms.
+    """
     known = min(count, ring.size)
     place, oldest = place_of(norm, ordered, known), known
     if count >= ring.size:
@@ -44,7 +47,7 @@ def places_of(norm, count, ring, ordered):
 
 @kernel
 def percentile(norm, share, count, ring, ordered):
-    """Return a percentile of the norms, of one more too, with the bits of `numpy.percentile`."""
+    """Return a percentile of the window after one more norm, to the bits of `numpy.percentile`."""
     place, oldest = places_of(norm, count, ring, ordered)
     last = min(count, ring.size - 1)
     position = last * share
@@ -59,7 +62,7 @@ def percentile(norm, share, count, ring, ordered):
 
 @kernel
 def take(norm, count, ring, ordered):
-    """Put a norm into the ring, in the place of the oldest where it is full."""
+    """Put a norm into the window, in place of the oldest if the ring is full."""
     number = count[()]
     place, oldest = places_of(norm, number, ring, ordered)
     for k in range(oldest, place):
@@ -73,7 +76,7 @@ def take(norm, count, ring, ordered):
 
 @kernel
 def bounds_of(norms, total, warms, relative, absolute, average, bounds):
-    """Write the bound of each tensor: a multiple of its average, if that is known."""
+    """Write each tensor's bound, from its average, or in warm-up from `absolute` over `total`."""
     for t in range(bounds.size):
         if not warms and average[t] < math.inf:
             bounds[t] = relative * average[t]
@@ -83,7 +86,7 @@ def bounds_of(norms, total, warms, relative, absolute, average, bounds):
 
 @kernel
 def blend(clipped, warms, keep, average, found):
-    """Write the averages after one more norm: within both, so never too large; 0 is not taken."""
+    """Write the averages after one more norm: between both, so never too large, and never 0."""
     for t in range(found.size):
         new, old = clipped[t], average[t]
         made = min(old, new) if warms or old == math.inf else new + keep * (old - new)

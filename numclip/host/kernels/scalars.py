@@ -1,4 +1,4 @@
-"""The scalar mathematics and the decision, each compiled once, as parts of the CPU's kernels."""
+"""The scalar functions of `formulas` and `decisions`, each compiled once for the CPU's kernels."""
 
 from numclip.decisions import DECISIONS, SCALARS, compiled
 from numclip.host.runtime.jit import inline

@@ -1,11 +1,11 @@
-"""Clips and steps of little data of several element types: what is done for each as a share.
+"""Clips and steps of small data of several element types: kernels called once for each type.
 
-Shares are performed one after another by one native call, so that all of them write or none. They
-know the turn from three words, and say there whether all was right; `tables` are those of
-`kernels.given`, of which each type has its own chunks.
+One native call calls the kernels one after another, so that all of them write or none. They share
+three words: the turn, whether all sums and decisions are valid, whether the step is counted.
+`tables` are those of `kernels.given`; each type has its own chunks.
 """
 
-# ruff: noqa: ARG001 - a share is of one item, which is whole
+# ruff: noqa: ARG001 - each call has one item, so that `begin` and `end` are not used
 
 from numclip.host.kernels import given, pools, updates
 from numclip.host.runtime.jit import inline, kernel
@@ -15,13 +15,13 @@ TURN, RIGHT, COUNTED, WORDS = range(4)
 
 @kernel
 def place(begin, end, tables):
-    """Let chunks and updates read gradients at the addresses that were found."""
+    """Write the found addresses of gradients to chunks and updates."""
     given.place(given.OWN, tables)
 
 
 @kernel
 def measure(begin, end, words, tables, bounds, like):
-    """Measure chunks; squares of float64 can be no numbers that it has, which is not right."""
+    """Measure chunks; RIGHT becomes 0 if sums of float64 squares leave the safe range."""
     chunks = given.found(tables, given.CHUNKS, tables)
     sums = given.found_turn(tables, given.SUMS, words[TURN], bounds)
     if not pools.measure(chunks, like, sums) and like.itemsize == 8:
@@ -30,7 +30,7 @@ def measure(begin, end, words, tables, bounds, like):
 
 @kernel
 def decide(begin, end, words, unscale, tables, bounds, like):
-    """Decide by what was measured."""
+    """Decide by the sums; RIGHT becomes 0 if the general path is needed."""
     words[COUNTED] = 0
     if words[RIGHT] != 0:
         right = given.decide(False, words[TURN], unscale[0], tables, bounds, like)
@@ -39,20 +39,20 @@ def decide(begin, end, words, unscale, tables, bounds, like):
 
 @inline
 def decided(words, tables, bounds):
-    """Return what was decided."""
+    """Return the decisions of the turn."""
     return given.found_turn(tables, given.DECISIONS, words[TURN], bounds)
 
 
 @kernel
 def scale(begin, end, words, tables, bounds, like):
-    """Multiply arrays in place by the factors that were decided, if all was right."""
+    """Multiply arrays in place by the factors that were decided, if RIGHT."""
     if words[RIGHT] != 0:
         given.scale(decided(words, tables, bounds), tables, like)
 
 
 @inline
 def settle(advance, words, tables, bounds, factors):
-    """Write the factors and settings of updates, once counted; else that all is left."""
+    """Write factors and settings of updates, and count the step once; if not RIGHT, leave all."""
     if words[RIGHT] == 0:
         factors[:] = updates.LEFT
         return
@@ -67,18 +67,18 @@ def settle(advance, words, tables, bounds, factors):
 
 @kernel
 def settle_descent(begin, end, words, tables, bounds, factors):
-    """Do so for `updates.descend`, with momentum or without."""
+    """Call `settle` for `updates.descend`, with momentum or without."""
     settle(updates.advance, words, tables, bounds, factors)
 
 
 @kernel
 def settle_adam(begin, end, words, tables, bounds, factors):
-    """Do so for `updates.adam`."""
+    """Call `settle` for `updates.adam`."""
     settle(updates.advance_adam, words, tables, bounds, factors)
 
 
 @kernel
 def uncount(begin, end, words, tables, factors):
-    """Take back what was counted for groups, or those of one norm, of which all is absent."""
+    """Call `given.uncount` if RIGHT."""
     if words[RIGHT] != 0:
         given.uncount(tables, given.found_row(tables, given.COUNTS, tables), factors)

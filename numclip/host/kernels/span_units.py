@@ -1,6 +1,7 @@
 """Units of an array of `spans`, rows or columns of it, each clipped by its own norm.
 
-Sums and factors are those of `host.units`: where that takes another way, so does the caller.
+Sums and factors are those of `host.units`. Where that falls back from columns to a transposed
+copy, kernels return RARE, and the caller does the same.
 """
 
 import math
@@ -34,12 +35,12 @@ from numclip.host.kernels.spans import (
 from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 
-MANTISSA, POWER = range(2)  # of a factor; before, the sum's total and exponent are there
+MANTISSA, POWER = range(2)  # of a factor; before `decide_units`, of a sum: total and exponent
 
 
 @inline
 def decide_units(units, size, bound, limits):
-    """Turn sums into factors; tell what is to be done: nothing, to multiply, or to truncate."""
+    """Replace sums by factors; return UNCHANGED, WRITTEN (multiply) or RARE (truncate)."""
     coarse = math.sqrt(float(size)) * limits[COARSE]
     digits = int(limits[DIGITS])
     done = UNCHANGED
@@ -58,7 +59,7 @@ def decide_units(units, size, bound, limits):
 
 @inline
 def clip_rows_of(x, count, bound, limits, precision):
-    """Clip each of `count` rows of an array."""
+    """Clip each of `count` rows of an array; return the outcome."""
     size = x.size // count
     units = np.empty((count, 2))
     for u in range(count):
@@ -77,7 +78,7 @@ def clip_rows_of(x, count, bound, limits, precision):
 
 @inline
 def clip_columns_of(x, components, bound, limits, like):
-    """Clip each (outer, inner) unit of a 3-d array, or return RARE and write nothing."""
+    """Clip each (outer, inner) unit of a 3-d array; return the outcome, RARE if left undone."""
     outer, reduced, inner = x.shape
     parts = max(1, -(-reduced // COLUMN_ROWS))
     sums = np.empty((outer, parts, inner))
@@ -104,7 +105,7 @@ def clip_columns_of(x, components, bound, limits, like):
 
 @kernel
 def clip_rows(rows, count, bound):
-    """Clip each of `count` rows of the first tensor; return what became of it."""
+    """Clip each of `count` rows of the first tensor; return the outcome."""
     if not bound >= 0.0:
         return BAD_BOUND
     if field(rows, 0, LENGTH) == 0:

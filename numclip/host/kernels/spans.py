@@ -1,8 +1,8 @@
-"""Tensors that hold little, of any types, measured and clipped by one call.
+"""Small tensors of any gradient types, measured and clipped by one call.
 
-For arrays of NumPy (see `arrays`) and for code that users compile, which has no 16-bit types. A
-table, given by its address and its number of rows, says of each tensor where its contiguous
-numbers are, how many, of which kind, and between which addresses the user's array lies. Sums,
+For arrays of NumPy (see `little`) and for code that users compile, which has no 16-bit types. A
+table, passed as its address and its number of rows, holds for each tensor the address of its
+contiguous numbers, their count, their kind, and the extent [LOW, HIGH) of the user's array. Sums,
 factors and products are those of `cpu` and `pools`, in their order, so that the bits are the same.
 """
 
@@ -48,15 +48,15 @@ from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL,
 
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
 FIELDS = 5
-WIDE, COMPLEX, HALF, BRAIN = 1, 2, 4, 8  # bits of KIND: float64 and so on, else float32
-# What to do: a policy of `tables`, and bits.
+WIDE, COMPLEX, HALF, BRAIN = 1, 2, 4, 8  # of KIND: float64, complex, float16, bfloat16; 0: float32
+# Bits of `what`: a mask for a policy of `tables`, and flags.
 POLICY, IN_PLACE, GIVEN, AVERAGE, ROOT_MEAN = 3, 4, 8, 16, 32
-FOUND = 6  # the bits above them are what the caller has found wrong
-# What became of it.
+FOUND = 6  # from this bit on: the outcome for a fault that the caller has found, or 0
+# Outcomes.
 UNCHANGED, WRITTEN, BAD_BOUND, BAD_NORM, BAD_ORDER, OVERLAP, NONFINITE, BAD_INTERVAL, RARE = range(
     9
 )
-FEW = 16  # arrays compared in pairs; sorting allocates twice
+FEW = 16  # the most arrays that are compared in pairs; sorting allocates twice
 HALF_LIKE, BRAIN_LIKE = FLOAT16.like, BFLOAT16.like
 NARROW_LIKE, WIDE_LIKE = FLOAT32.like, FLOAT64.like
 HALF_MASK, NARROW_MASK, WIDE_MASK = FLOAT16.mask, FLOAT32.mask, FLOAT64.mask
@@ -68,19 +68,19 @@ NARROW_LIMITS, WIDE_LIMITS = FLOAT32.limits, FLOAT64.limits
 
 @inline
 def field(rows, t, k):
-    """Return a field of the table."""
+    """Return field `k` of row `t` of the table."""
     return word_at(rows + (t * FIELDS + k) * 8)
 
 
 @inline
 def array_of(rows, t, like):
-    """Return a tensor's numbers."""
+    """Return a tensor's numbers as an array with the dtype of `like`."""
     return array_at(field(rows, t, ADDRESS), field(rows, t, LENGTH), like)
 
 
 @inline
 def peak_of(x):
-    """Return the largest magnitude of contiguous numbers, NaN where there is one."""
+    """Return the largest magnitude of contiguous numbers, NaN if one is NaN."""
     begin, bits = np.int64(x.ctypes.data), np.zeros(1, np.int64)
     if x.size and x.itemsize == 8:
         bits[0] = largest_bits((begin, begin, x.size), WIDE_MASK)
@@ -89,7 +89,7 @@ def peak_of(x):
     elif x.size:
         bits[0] = largest_bits((begin, begin, x.size), HALF_MASK)
     peak = np.float64(widen(array_at(np.int64(bits.ctypes.data), 1, x)[0]))
-    return peak if bits.size else 0.0  # which keeps the memory until it is read
+    return peak if bits.size else 0.0  # this use of `bits` keeps its memory until it is read
 
 
 @inline
@@ -101,7 +101,7 @@ def bits_of_peak(rows, t, mask):
 
 @inline
 def joint_peak(rows, count):
-    """Return the largest magnitude of all tensors, NaN where there is one."""
+    """Return the largest magnitude of all tensors, NaN if one number is NaN."""
     peaks = np.zeros(4, np.int64)  # of each kind, as bits
     for t in range(count):
         kind = field(rows, t, KIND)
@@ -117,12 +117,12 @@ def joint_peak(rows, count):
     half, brain = array_at(first + 8, 1, HALF_LIKE)[0], array_at(first + 16, 1, BRAIN_LIKE)[0]
     peak = larger(larger(wide, np.float64(narrow)), np.float64(widen(half)))
     peak = larger(peak, np.float64(widen(brain)))
-    return peak if peaks.size else 0.0  # which keeps the memory until it is read
+    return peak if peaks.size else 0.0  # this use of `peaks` keeps its memory until it is read
 
 
 @inline
 def powers_of(x, scale, ord):
-    """Return the same sum, added as those of the chunks of a tensor are."""
+    """Return the sum of ``(|x| / scale) ** ord``, added chunk by chunk as `cpu` does."""
     total = error = 0.0
     for start in range(0, x.size, CHUNK):
         total, rest = two_sum(total, array_of_powers(x[start : start + CHUNK], scale, ord))
@@ -132,10 +132,10 @@ def powers_of(x, scale, ord):
 
 @inline
 def sum_of(x, ord):
-    """Return an array's sum of powers as rows of sums have it; of infinite order, its peak.
+    """Return (total, exponent): an array's sum of powers, or for order inf its peak.
 
-    Products are added as they are where that loses nothing, and else, as other powers, over a
-    scale that follows from the peak.
+    Powers that are products are summed unscaled where that loses nothing; else, and for other
+    orders, magnitudes are divided by a scale that follows from the peak.
     """
     total, scale = 0.0, 1.0
     for scaled in range(0 if is_product(ord) else 1, 2):
@@ -152,7 +152,7 @@ def sum_of(x, ord):
 
 @inline
 def by_kind(turn, rows, t, arguments):
-    """Return what a function makes of a tensor's numbers, in an array of their type."""
+    """Return ``turn(x, *arguments)`` for a tensor's numbers as an array `x` of their type."""
     kind = field(rows, t, KIND)
     if kind & WIDE:
         return turn(array_of(rows, t, WIDE_LIKE), *arguments)
@@ -165,7 +165,7 @@ def by_kind(turn, rows, t, arguments):
 
 @inline
 def tensor_squares(rows, t):
-    """Return a tensor's sum of squares, and what rounding has taken from it."""
+    """Return (total, error): a tensor's sum of squares and its rounding error."""
     kind = field(rows, t, KIND)
     if kind & WIDE:
         return parts_of_squares(array_of(rows, t, WIDE_LIKE))
@@ -178,9 +178,9 @@ def tensor_squares(rows, t):
 
 @inline
 def plain_norm(rows, count, ord):
-    """Return the norm of all tensors, and whether it is finite and no sum left the safe range.
+    """Return (norm, safe) of all tensors, for order 2 or inf.
 
-    Of order 2 or infinite.
+    `safe` says that the norm is finite and rounded for sure, and no sum left the safe range.
     """
     if ord != 2.0:
         peak = joint_peak(rows, count)
@@ -200,9 +200,9 @@ def plain_norm(rows, count, ord):
 
 @inline
 def rescued_squares(x):
-    """Return an array's sum of squares as ``total * 4**exponent``, as `batches.write_squares`.
+    """Return (total, error, exponent): an array's sum of squares, ``total * 4**exponent``.
 
-    Between them what rounding has taken from the total.
+    `error` is the rounding error of the total. The bits are those of `batches.write_squares`.
     """
     total, lost = parts_of_squares(x)
     if x.itemsize < 8 or is_safe(total + lost):
@@ -234,7 +234,7 @@ def joint_norm(rows, count, ord):
 
 @inline
 def tensor_limits(kind):
-    """Return what a kind says of rounding, see `joint`."""
+    """Return the rounding limits of a kind, in the order of the fields in `joint`."""
     if kind & WIDE:
         return WIDE_LIMITS
     if kind & HALF:
@@ -244,7 +244,7 @@ def tensor_limits(kind):
 
 @inline
 def factor(rows, count, norm, power, bound, ord, divisor):
-    """Return what `decisions.factor_of` does for a norm over a divisor."""
+    """Return what `decisions.factor_of` does for a norm that is already divided by `divisor`."""
     elements, digits = 0, 53.0
     roundoff = coarse = tiny = 0.0  # of the coarsest type
     for t in range(count):
@@ -258,7 +258,7 @@ def factor(rows, count, norm, power, bound, ord, divisor):
 
 @inline
 def tensor_precision(kind):
-    """Return the digits of a kind, and the exponent of its smallest number."""
+    """Return the digits of a kind, and the exponent of its smallest subnormal."""
     if kind & WIDE:
         return WIDE_PRECISION
     if kind & HALF:
@@ -268,7 +268,7 @@ def tensor_precision(kind):
 
 @inline
 def scale_array(x, mantissa, power, truncate, precision):
-    """Multiply an array in place by ``mantissa * 2**power``."""
+    """Multiply an array in place by ``mantissa * 2**power``, truncating if `truncate`."""
     if truncate:
         multiply_truncating(x, mantissa, power, precision[0], precision[1])
     else:
@@ -277,7 +277,7 @@ def scale_array(x, mantissa, power, truncate, precision):
 
 @inline
 def scale(rows, count, mantissa, power, truncate):
-    """Multiply all tensors."""
+    """Multiply all tensors in place, see `scale_array`."""
     for t in range(count):
         precision = tensor_precision(field(rows, t, KIND))
         by_kind(scale_array, rows, t, (mantissa, power, truncate, precision))
@@ -285,14 +285,14 @@ def scale(rows, count, mantissa, power, truncate):
 
 @inline
 def clean(rows, count):
-    """Write 0 for each number of all tensors that is not finite."""
+    """Set each element of all tensors that is not finite to 0."""
     for t in range(count):
         by_kind(clean_array, rows, t, (2 if field(rows, t, KIND) & COMPLEX else 1,))
 
 
 @inline
 def sort_by_address(rows, order):
-    """Sort numbers of rows by where their arrays begin (Shell 1959, gaps of Knuth)."""
+    """Sort row numbers by the LOW addresses of their arrays (Shell 1959, gaps of Knuth)."""
     gap = 1
     while gap < order.size // 3:
         gap = 3 * gap + 1
@@ -309,7 +309,7 @@ def sort_by_address(rows, order):
 
 @inline
 def are_apart(rows, count):
-    """Tell whether the extents of all arrays are apart."""
+    """Tell whether no extents of arrays overlap."""
     if count <= FEW:
         for t in range(count):
             for other in range(t):
@@ -329,7 +329,7 @@ def are_apart(rows, count):
 
 @inline
 def fault(rows, count, bound, given, ord, what):
-    """Return what is wrong with the arguments, `UNCHANGED` where nothing is."""
+    """Return the outcome for a faulty argument or overlapping arrays, else `UNCHANGED`."""
     if what >> FOUND:
         return what >> FOUND
     if not bound >= 0.0:
@@ -343,7 +343,7 @@ def fault(rows, count, bound, given, ord, what):
 
 @inline
 def divisor_for(size, what):
-    """Return what the norm of so many elements is divided by."""
+    """Return the divisor of the norm of `size` elements: `size`, its square root or 1."""
     if what & AVERAGE:
         return float(max(size, 1))
     return math.sqrt(max(size, 1)) if what & ROOT_MEAN else 1.0
@@ -351,13 +351,13 @@ def divisor_for(size, what):
 
 @inline
 def divisor_of(rows, what):
-    """Return what the norm of the first tensor is divided by."""
+    """Return the divisor of the first tensor's norm."""
     return divisor_for(field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1), what)
 
 
 @inline
 def multiply_all(rows, count, scale):
-    """Multiply all tensors; 15 ns sooner for each than by `by_kind`."""
+    """Multiply all tensors in place, 15 ns faster for each than by `by_kind`."""
     for t in range(count):
         kind = field(rows, t, KIND)
         if kind & WIDE:
@@ -372,9 +372,9 @@ def multiply_all(rows, count, scale):
 
 @kernel
 def clip(rows, count, bound, given, ord, what):
-    """Clip tensors in place by their joint norm, or by a given one; return it and what became.
+    """Clip tensors in place by the norm over all of them, or a given one; return (norm, outcome).
 
-    What is `RARE` is left to `clip_rare`, a kernel that takes long to compile.
+    After `RARE`, nothing is written and the caller calls `clip_rare`, which takes long to compile.
     """
     wrong = fault(rows, count, bound, given, ord, what)
     if wrong != UNCHANGED or count == 0:
@@ -399,7 +399,7 @@ def clip(rows, count, bound, given, ord, what):
 
 @kernel
 def clip_rare(rows, count, bound, given, ord, what):
-    """Do the same where norms are of other orders or not finite, or where sums or results are."""
+    """Clip as `clip` does, for any order, non-finite norms, unsafe sums and truncated results."""
     policy, ord = what & POLICY, told_order(ord)
     norm, power = 0.0, 0
     if policy != PROPAGATE or not what & GIVEN:
@@ -425,13 +425,13 @@ def clip_rare(rows, count, bound, given, ord, what):
 
 @inline
 def hold_array(x, low, high):
-    """Hold each number of an array between two bounds, which are rounded to its type."""
+    """Clamp an array in place to two bounds, which are rounded to its type."""
     hold(x, rounded(low, x), rounded(high, x))
 
 
 @kernel
 def clamp(rows, low, high):
-    """Hold each number of the first tensor between two bounds, which are rounded to its type."""
+    """Clamp the first tensor to two bounds, which are rounded to its type; return the outcome."""
     if not low <= high:
         return BAD_INTERVAL
     by_kind(hold_array, rows, 0, (low, high))

@@ -4,9 +4,9 @@ CHUNK = 16_384
 """Elements a partial sum covers: the unit of work of a thread, the same at any thread count."""
 
 BLOCK = 64
-"""Elements summed plainly. Of a longer array as many of each quarter are, side by side, and these
-four sums go into one compensated addition. In eight lanes or more that is at most 8 + 3 + 2
-roundings, so that a norm is right to 4 ulp at any length."""
+"""Elements summed plainly. In a longer array as many of each quarter are summed together, and
+these four sums go into one compensated addition. In eight lanes or more that is at most 8 + 3 + 2
+roundings, so that a norm is accurate to 4 ulp at any length."""
 
 NARROW_BLOCK = 256
 """The same for elements under 64 bits, whose results leave more room: at most 32 + 3 + 2."""
@@ -21,10 +21,10 @@ first-level cache, and no more than `NARROW_BLOCK` squares are added plainly. No
 bytes apart, the sums took a fifth longer in some runs."""
 
 AHEAD = 4096
-"""Bytes of rows that are asked for before they are summed, where they lie apart in memory."""
+"""Bytes of rows scattered in memory that are prefetched before they are summed."""
 
 LINE = 64
-"""Bytes of a line of the caches."""
+"""Bytes of a cache line."""
 
 PARALLEL_BYTES = 4 << 20
 """Bytes under which one thread is faster than two: waking a second costs 20 to 50 us."""
@@ -38,5 +38,5 @@ COLUMN_ROWS = 1016
 eight rows of 64 elements, a power of two apart, would share one set of the caches."""
 
 EXAMPLE_COLUMNS = 8192
-"""The same for sums over examples, far apart in memory: longer reads of each are faster than
+"""`COLUMNS` for sums over examples, far apart in memory: longer reads of each are faster than
 sums in the first-level cache."""

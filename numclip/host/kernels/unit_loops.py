@@ -1,6 +1,6 @@
-"""Units of arrays: their sums along rows, their factors, and what these make of them.
+"""Units of arrays: their sums along rows or columns, their factors, and their scaling.
 
-Shares and types are as in `cpu`.
+`begin`, `end` and `like` are as in `cpu`.
 """
 
 import math
@@ -48,18 +48,18 @@ from numclip.tables import (
     UNSCALE,
 )
 
-# Of a family: the first unit that is none of it, digits of factors, whether units are held to a
-# fraction of parameters' norms, and its row of other decisions.
+# Columns of a family: the end of its units, the digits of factors, whether bounds are fractions of
+# the parameters' norms, and its row of `base`.
 END, FAMILY_DIGITS, RELATES, BASE, FAMILY_COLUMNS = range(5)
-# Of an array of few bytes: where it is, its lengths about the axes, its parameter (0 if that does
-# not count) and its first unit.
+# Columns of a small array: its address, its lengths before, in and after the reduced axes, the
+# address of its parameter (0 if that does not count) and its first unit.
 ADDRESS, OUTER, REDUCED, INNER, PARAM, UNIT = range(6)
-LOW, HIGH = 2.0**-930, 2.0**930  # between which quotients have exponents to spare
+LOW, HIGH = 2.0**-930, 2.0**930  # quotients of numbers between them neither over- nor underflow
 
 
 @kernel
 def row_squares(begin, end, x, out):
-    """Write the sum of squares of each row, added as those of the chunks of a tensor are."""
+    """Write the sum of squares of each row, added chunk by chunk as those of tensors are."""
     part = np.int64(x.ctypes.data), x.shape[1] * x.itemsize, x.shape[1]
     for r in range(begin, end):
         out[r] = squares_of(row_at(r, part, x))
@@ -67,7 +67,7 @@ def row_squares(begin, end, x, out):
 
 @kernel
 def scale_rows(begin, end, x, factors, out):
-    """Multiply each row by its factor; a factor of 1 copies bits, in place it touches nothing."""
+    """Multiply each row by its factor; a factor of 1 copies bits or, in place, writes nothing."""
     step = x.shape[1] * x.itemsize, x.shape[1]
     source, target = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
     for r in range(begin, end):
@@ -83,7 +83,7 @@ def scale_rows(begin, end, x, factors, out):
 
 @inline
 def decide_unit(sums, params, relates, law, digits, leaves, out):
-    """Write the factor of a unit, by a total and an exponent of it, and of its parameter."""
+    """Write the decision of a unit, by (total, exponent) of its sum and of its parameter's."""
     root, power = norm_of(sums[0], int(sums[1]), law[ORD])
     norm = root / law[UNSCALE], power
     bound, judged, coarse = law[BOUND], norm, law[COARSE]
@@ -95,10 +95,10 @@ def decide_unit(sums, params, relates, law, digits, leaves, out):
 
 @kernel
 def decide_units(families, sums, params, laws, base, out):
-    """Write the factor of every unit; one more row tells if there is work, and rare work.
+    """Write the decision of every unit; the last row counts units to write and rare ones.
 
-    `sums` are totals and exponents, `params` those of parameters, of families that have these.
-    `base` are decisions that can say to skip a family, if there are some.
+    `sums` are totals and exponents, `params` those of parameters, for families that have these.
+    `base` holds decisions that can skip a family; it may be empty.
     """
     last, first = out[-1], 0
     last[:] = 0.0
@@ -115,7 +115,7 @@ def decide_units(families, sums, params, laws, base, out):
 
 @inline
 def is_lossless(total, x, unit):
-    """Tell whether a unit's sum of squares in float64 lost nothing: of zeros, too, it is right."""
+    """Tell whether a unit's float64 sum of squares is in the safe range, or of zeros alone."""
     if total != 0.0:
         return is_safe(total)
     return not x[unit // x.shape[2], :, unit % x.shape[2]].any()
@@ -123,9 +123,9 @@ def is_lossless(total, x, unit):
 
 @inline
 def unit_squares(x, digits, out):
-    """Write the sums of squares of rows, or of columns; tell whether all are right.
+    """Write the sums of squares of units, rows or columns; return whether none lost something.
 
-    `x` has the shape (outer, reduced, inner), of rows the last is 1.
+    `x` has the shape (outer, reduced, inner); units are rows if `inner` is 1.
     """
     if x.shape[2] == 1:
         row_squares(0, x.shape[0], x.reshape(x.shape[0], x.shape[1]), out)
@@ -146,14 +146,14 @@ def unit_squares(x, digits, out):
 
 @inline
 def units_at(address, lengths, like):
-    """Return an array's storage as `unit_squares` has it, by its lengths about the axes."""
+    """Return the storage at an address as (outer, reduced, inner), see `unit_squares`."""
     outer, reduced, inner = lengths[0], lengths[1], lengths[2]
     return array_at(address, outer * reduced * inner, like).reshape((outer, reduced, inner))
 
 
 @inline
 def write_squares(address, place, digits, like, sums):
-    """Write the totals and exponents of an array's units; tell whether all are right."""
+    """Write the totals and exponents of an array's units; return what `unit_squares` does."""
     x = units_at(address, place[OUTER:], like)
     own = sums[:, place[UNIT] : place[UNIT] + x.shape[0] * x.shape[2]]
     own[1, :] = 0.0
@@ -162,7 +162,10 @@ def write_squares(address, place, digits, like, sums):
 
 @kernel
 def measure_little(places, digits, like, sums, params, right):
-    """Do so for arrays and their parameters, if they count; tell of which all are right."""
+    """Call `write_squares` for arrays, and for their parameters if these count.
+
+    `right` receives for each array whether its sums lost nothing; return whether all did not.
+    """
     done = True
     for k in range(places.shape[0]):
         own = places[k]
@@ -175,9 +178,9 @@ def measure_little(places, digits, like, sums, params, right):
 
 @inline
 def one_factor(total, owner, law, digits, relates):
-    """Return the factor for a unit's sum of squares; UNKNOWN where results are to be truncated.
+    """Return the factor for a unit's sum of squares.
 
-    And where a sum is not known.
+    It is UNKNOWN where a sum is UNKNOWN, or results must be truncated.
     """
     if total < 0.0 or owner < 0.0:
         return UNKNOWN
@@ -192,10 +195,10 @@ def one_factor(total, owner, law, digits, relates):
 
 @inline
 def write_quotients(sums, owners, law, digits, out):
-    """Write factors before they are rounded down, NaN where something is near a limit.
+    """Write factors before they are rounded down, NaN where a number is near a limit.
 
-    Without branches, so that a processor takes eight at once. The bits are those of
-    `decisions.factor_of`: but near limits a quotient's do not depend on the exponents.
+    The loop has no branches, so that it is vectorised, eight at once. The bits are those of
+    `decisions.factor_of`: except near limits, a quotient's do not depend on the exponents.
     """
     bound, eps, relates = law[BOUND], law[EPS], owners.size > 0
     coarse, tiny, margin = law[COARSE], law[TINY], 1.0 + law[ROUNDOFF]
@@ -215,9 +218,9 @@ def write_quotients(sums, owners, law, digits, out):
 
 @kernel
 def unit_factors(begin, end, sums, owners, law, digits, out):
-    """Write the factor of each unit by its sum of squares, UNKNOWN where another way finds it.
+    """Write each unit's factor by its sum of squares, UNKNOWN where the general path must decide.
 
-    `owners` are the sums of the parameters, if these count.
+    `owners` are the sums of the parameters, empty if these do not count.
     """
     relates, own = owners.size > 0, out[begin:end]
     write_quotients(sums[begin:end], owners[begin:end], law, digits, own)
@@ -232,7 +235,7 @@ def unit_factors(begin, end, sums, owners, law, digits, out):
 
 @kernel
 def row_factors(begin, end, x, ord, law, digits, out):
-    """Write the factor of each row of real numbers by its norm of an order other than 2."""
+    """Write the factor of each real row by its norm of an order other than 2, or UNKNOWN."""
     part = np.int64(x.ctypes.data), x.shape[1] * x.itemsize, x.shape[1]
     for r in range(begin, end):
         row = row_at(r, part, x)
@@ -254,7 +257,7 @@ def mark_lossy(x, sums):
 
 @inline
 def scale_units(x, factors):
-    """Multiply units in place by their factors, see `unit_squares`."""
+    """Multiply the units of `x`, see `unit_squares`, in place by their factors."""
     if x.shape[2] == 1:
         rows = x.reshape(x.shape[0], x.shape[1])
         scale_rows(0, factors.size, rows, factors, rows)
@@ -265,7 +268,7 @@ def scale_units(x, factors):
 
 @kernel
 def scale_little(begin, end, places, units, like):
-    """Multiply the units of arrays in place by the factors that are decided."""
+    """Multiply the units of arrays in place by the factors in `units`, the decisions."""
     for k in range(begin, end):
         own = places[k]
         x = units_at(own[ADDRESS], own[OUTER:], like)
@@ -295,7 +298,7 @@ def summarize_units(units, bound, out):
 
 @kernel
 def summarize(families, units, laws, out):
-    """Write that of every family that has units."""
+    """Call `summarize_units` for every family that has units."""
     first = 0
     for f in range(families.shape[0]):
         end = families[f, END]

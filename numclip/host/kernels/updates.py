@@ -2,9 +2,9 @@
 
 A table of updates has a row for each chunk: the addresses of the gradient, the parameter and
 up to two states, the number of elements, the pool that owns them. The clip's factor is applied
-on the way; the clipped gradient is never written. A pool has a factor, which is 0 or more, NaN,
-or less than 0 where it is left as it is, and a row of settings; both are in the type the elements
-are computed in, and so are the states.
+on the way; the clipped gradient is never written. A pool has a factor (0 or more, NaN, or `LEFT`
+if the pool is not updated) and a row of settings; both are in the type the elements are computed
+in, and so are the states.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import MODE, MULTIPLY, SKIPPED
 
 GRAD, PARAM, FIRST, SECOND, LENGTH, OWNER = range(6)
-LEFT = -1.0  # the factor of a pool that is left as it is
+LEFT = -1.0  # the factor of a pool that is not updated
 
 sgd_velocity = inline(formulas.sgd_velocity)
 sgd_direction = inline(formulas.sgd_direction)
@@ -28,7 +28,7 @@ adam_numbers = compiled((formulas.adam_rate, formulas.adam_numbers), inline).ada
 
 @inline
 def factor_of(decision, column):
-    """Return the factor that an update is to take; what is no plain number is taken already."""
+    """Return an update's factor: LEFT if skipped, 1 if none is needed or it is applied already."""
     if decision[SKIPPED] != 0.0:
         return LEFT
     return decision[column] if decision[MODE] == MULTIPLY else 1.0
@@ -36,9 +36,9 @@ def factor_of(decision, column):
 
 @kernel
 def advance(decisions, column, counts, counted, given, factors, settings):
-    """Count a step for each pool that is not skipped; write its factor, a column, and settings.
+    """Count a step for each pool that is not skipped; write its factor and its settings.
 
-    Nothing is added to `counts` where they are `counted` already.
+    `column` is that of the factors in decisions. If `counted`, nothing is added to `counts`.
     """
     for p in range(counts.size):
         factor = factor_of(decisions[p], column)
@@ -51,7 +51,7 @@ def advance(decisions, column, counts, counted, given, factors, settings):
 
 @kernel
 def advance_adam(decisions, column, counts, counted, given, factors, settings):
-    """Do the same, with the settings that `formulas.adam_numbers` returns."""
+    """Do what `advance` does, with the settings that `formulas.adam_numbers` returns."""
     for p in range(counts.size):
         factor = factor_of(decisions[p], column)
         factors[p] = factor
@@ -65,7 +65,7 @@ def advance_adam(decisions, column, counts, counted, given, factors, settings):
 
 @kernel
 def place_rows(indices, length, addresses, itemsizes, owner, out):
-    """Write the updates of some rows by their sums, which are contiguous, cut into chunks.
+    """Write the updates of the rows `indices` by their contiguous sums, cut into chunks.
 
     `addresses` are those of the sums, of the parameter and its states, `itemsizes` the bytes of
     an element of a parameter and of a state.
