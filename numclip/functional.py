@@ -414,6 +414,8 @@ def clip_by_value(grad: Any, clip_value_min: Any, clip_value_max: Any, *, out: A
     array([-1. ,  0.5,  1. ])
     """
     result = lists.clamp(grad, clip_value_min, clip_value_max, out)
+    if result is None:
+        result = mixed.clamp_slices(grad, clip_value_min, clip_value_max, out)
     if result is not None:
         return result
 

@@ -70,6 +70,21 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     return None if found is None else found[0][0]
 
 
+def clamp_slices(grad: Any, low: Any, high: Any, out: Any) -> Any:
+    """Clamp slices of distinct rows between two numbers, in place or into new ones; return them."""
+    if type(grad) is not IndexedSlices or not (out is None or out is grad):
+        return None
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    values = values_of([grad], "sum") if numbers and low <= 0 <= high else None
+    if values is None or values.groupings:
+        return None
+    own = values.arrays[0]
+    clamped = lists.clamp(own, low, high, None if out is None else own)
+    if clamped is None or out is not None:
+        return None if clamped is None else grad
+    return grad.with_values(clamped)
+
+
 class Values(NamedTuple):
     """The arrays of gradients, and by index the groupings of those whose rows are to be summed."""
 

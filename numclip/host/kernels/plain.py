@@ -36,13 +36,15 @@ FEW = 32  # the most chunks for which `are_apart` returns True
 @inline
 def are_apart(chunks, itemsize):
     """Tell whether there are at most `FEW` chunks and no two of them share memory."""
+    if chunks.shape[0] > FEW:
+        return False
     for c in range(chunks.shape[0]):
         begin, end = chunks[c, SOURCE], chunks[c, SOURCE] + chunks[c, LENGTH] * itemsize
         for d in range(c):
             other = chunks[d, SOURCE]
             if begin < other + chunks[d, LENGTH] * itemsize and other < end:
                 return False
-    return chunks.shape[0] <= FEW
+    return True
 
 
 @inline
