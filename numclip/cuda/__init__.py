@@ -23,10 +23,10 @@ norms.copy_to_host()  # array([5.e+30, 5.e-01])
 gradients.copy_to_host()  # array([[0.6, 0.8], [0.3, 0.4]], dtype=float32)
 ```
 
-The import needs numba-cuda (``pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"``, or ``cu13``), and
-raises `numclip.DeviceError` where that is missing; kernels need a GPU when they are launched. Leave
-`fastmath` off in your kernels: it takes subnormal numbers for 0 in ours too. numba's cache does not
-notice a new numclip: delete what ``cache=True`` kept of your kernels after an update.
+The import needs numba-cuda (``pip install "numba-cuda[cu12]>=0.30" "numpy<2.6"``, or ``cu13``),
+and raises `numclip.DeviceError` where that is missing; kernels need a GPU when they are launched.
+Leave `fastmath` off in your kernels: it flushes subnormal numbers to 0 in ours too. numba's cache
+does not notice a new numclip: after an update, delete what ``cache=True`` kept of your kernels.
 """
 
 from numclip.cuda import device as _device  # noqa: F401 - first: says what is missing

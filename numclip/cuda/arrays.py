@@ -19,7 +19,7 @@ from numclip.memory import Span, is_c_order
 
 
 class DeviceArray:
-    """An array on the GPU that is a part of a buffer of numclip's.
+    """An array on the GPU in a buffer of numclip's.
 
     CuPy (``cupy.asarray``), PyTorch (``torch.as_tensor(..., device="cuda")``) and numba
     (``numba.cuda.as_cuda_array``) take it without a copy, by ``__cuda_array_interface__``.
@@ -27,9 +27,9 @@ class DeviceArray:
     Parameters
     ----------
     memory : Memory
-        The buffer, which is kept.
+        The buffer, which the array keeps alive.
     offset : int
-        Where in it the array begins, in bytes.
+        Where in the buffer the array begins, in bytes.
     shape : tuple of int
         The shape.
     dtype : dtype
@@ -67,7 +67,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """The description that other libraries read; bfloat16 is told as two bytes."""
+        """The description that other libraries read, in which bfloat16 is two bytes, "V2"."""
         address = self.address if self.size else 0
         return {
             "shape": self.shape,
@@ -78,24 +78,24 @@ class DeviceArray:
         }
 
     def copy_to_host(self, stream: Any = None) -> Array:
-        """Return a copy in the host's memory, after what the stream, or all, still have to do."""
+        """Return a copy on the host, after all work queued on `stream`, or on all streams."""
         with driver.on_stream(stream) as own:
             return host_copy(facts_of("array", self), own)
 
     def copy_from(self, source: Any, stream: Any = None) -> None:
-        """Copy an array of the same shape and dtype in, from the host or the GPU.
+        """Copy in an array of the same shape and dtype, from the host or the GPU.
 
         Parameters
         ----------
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to copy; by default after everything the GPU still has to do.
+            The stream to copy on; by default the copy follows all work queued on the GPU.
 
         Raises
         ------
         TypeError, ValueError
-            Where it does not fit.
+            Where `source` does not fit.
         """
         if on_device(source):
             entry = self._fitting(source)
@@ -116,13 +116,13 @@ class DeviceArray:
         source : array
             A NumPy array, or one on the GPU; C order.
         stream : stream, optional
-            Where in order to add, as in `copy_from`. An array of the host is sent first, into
-            memory of its own.
+            The stream to add on, as in `copy_from`. An array of the host is first sent to
+            temporary memory.
 
         Raises
         ------
         TypeError, ValueError
-            Where it does not fit.
+            Where `source` does not fit.
         """
         if on_device(source):
             entry = self._fitting(source)
@@ -136,12 +136,12 @@ class DeviceArray:
             contiguous.add(self._span(sent.address, self.dtype), own)
 
     def _span(self, source: int, dtype: np.dtype[Any]) -> Span:
-        """Return where an array like this one is read, as some dtype, and this one written."""
+        """Return the `Span` that reads `dtype` from address `source` and writes this array."""
         row: Any = lookup(dtype)
         return Span(row, source, self.address, self.size * row.components)
 
     def _fitting(self, source: Any, *, widens: bool = False) -> Facts:
-        """Return the description of an array on the GPU that fits this one, widened or as it is."""
+        """Return the facts of a GPU array that fits this one, or does once widened if `widens`."""
         entry = facts_of("source", source)
         row = lookup(entry.native)
         widened = widens and self.dtype == np.float32 and row is not None and row.is_half
@@ -161,7 +161,7 @@ class DeviceArray:
             )
 
     def part(self, start: int, shape: tuple[int, ...]) -> DeviceArray:
-        """Return the view of some elements of a 1-d array, from the one numbered `start`."""
+        """Return a view of the given shape of a 1-d array, from element `start` on."""
         offset = self.address - self._memory.address + start * self.dtype.itemsize
         return DeviceArray(self._memory, offset, shape, self.dtype)
 
@@ -182,9 +182,9 @@ class DeviceArray:
 
 
 def move_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
-    """Copy an array of the GPU into each of ours, or add it, by a launch for each pair of dtypes.
+    """Copy each pair's GPU array into its `DeviceArray`, or add it; a launch for each dtype pair.
 
-    One of 16 bits can be widened to float32.
+    16-bit arrays are widened where the `DeviceArray` is of float32.
     """
     if not pairs:
         return
@@ -199,13 +199,13 @@ def move_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: boo
 def empty(
     shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None
 ) -> DeviceArray:
-    """Return a new array, in C order unless strides are told, which holds what its memory does."""
+    """Return a new uninitialised array, in C order unless strides are given."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     return DeviceArray(memory.Memory(nbytes), 0, shape, dtype, strides)
 
 
 def host_copy(source: Facts, stream: Any = 0) -> Array:
-    """Return a copy of an array in the host's memory."""
+    """Return a copy in the host's memory of an array on the GPU."""
     begin, end = source.extent
     copied = memory.read(begin, end - begin, stream)
     offset, strides = source.address - begin, source.strides

@@ -16,25 +16,25 @@ from numclip.dtypes import Array, DType
 from numclip.memory import Span
 
 MOST_CHUNKS = 8192
-"""Chunks of a tensor, whose sums one block adds: from 1 GB on, chunks are longer. Reasoned, not
-measured yet: 32 turns of a block's threads take some 20 us, where 4 GB are read in 1000."""
+"""The most chunks of a tensor, as one block adds up their sums: from 1 GB on, chunks are longer.
+Reasoned, not measured yet: 32 turns of a block's threads take some 20 us, reading 4 GB 1000."""
 
 PIECE_BYTES = device.CHUNK_BYTES >> 2
-"""What a block adds at a time, where it has no sum to write."""
+"""The bytes of a piece of `add`, which has no partial sum to write."""
 
 
 def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
-    """Return the table of chunks, how many are before each tensor, and where each one starts.
+    """Return (chunks, firsts, starts): a table, each tensor's first row and the end, and offsets.
 
-    Chunks begin at multiples of 16 bytes where source and target can both do so: a first, short
-    one goes up to there.
+    `starts` are the chunks' first elements. Chunks begin at multiples of 16 bytes where source
+    and target both can: then a short first one ends at such a multiple.
     """
     itemsizes = np.array([span.dtype.storage.itemsize for span in spans], np.int64)
     return cut(itemsizes, np.array([span[1:] for span in spans], np.int64).reshape(-1, 3))
 
 
 def cut(itemsizes: Array, places: Array) -> tuple[Array, Array, Array]:
-    """Return the same of tensors by their itemsizes, sources, targets and sizes."""
+    """Return what `split` does, from itemsizes and rows of (source, target, size)."""
     sources, targets, sizes = places.T
     heads = -sources % WORD // np.maximum(itemsizes, 1)
     heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
@@ -56,7 +56,7 @@ def cut(itemsizes: Array, places: Array) -> tuple[Array, Array, Array]:
 
 
 def copied_first(table: Array) -> Array:
-    """Return a table with what is in place last: there a block without work is done."""
+    """Return a table with in-place rows last: a block without work returns at its first one."""
     in_place = table[:, tables.SOURCE] == table[:, tables.TARGET]
     return table[np.argsort(in_place, kind="stable")]
 
@@ -74,7 +74,7 @@ class Chunks(OwnWork):
         self.counts = np.diff(self._firsts)
 
     def send(self, parts: Array, stream: Any) -> None:
-        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+        """Send the tables; `parts` has the index of each tensor's first partial sum."""
         owners = self._chunks[:, tables.OWNER].copy()
         self._chunks[:, tables.PART] += (parts - self._firsts[:-1])[owners]
         self._chunks[:, tables.OWNER] = self._numbers[owners]
@@ -83,7 +83,7 @@ class Chunks(OwnWork):
         self._some: dict[range | None, Tables] = {None: self._tables}
 
     def _by_dtype(self, chosen: Array, stream: Any) -> Tables:
-        """Return tables of the chosen chunks (a mask) of each dtype that has some."""
+        """Send the tables of the chunks in the mask `chosen`, by dtype; return them."""
         dtypes = dict.fromkeys(self._dtypes[chosen])
         rows = {dtype: self._chunks[chosen & (self._dtypes == dtype)] for dtype in dtypes}
         return {dtype: [memory.table(copied_first(own), stream)] for dtype, own in rows.items()}
@@ -96,9 +96,9 @@ class Chunks(OwnWork):
 
 
 def move_all(spans: Sequence[Span], to: Sequence[DType], stream: Any, *, adds: bool) -> None:
-    """Copy what is read to what is written to, or add it; a launch for each pair of dtypes.
+    """Copy each source to its target, or add it; a launch for each pair of dtypes.
 
-    `to` has those of what is written: the same, or float32 for 16 bits.
+    `to` has the targets' dtypes: those of the sources, or float32 for 16-bit sources.
     """
     kinds = [(span.dtype, own) for span, own in zip(spans, to, strict=True)]
     for dtype, own in dict.fromkeys(kinds):
@@ -112,7 +112,7 @@ def move_all(spans: Sequence[Span], to: Sequence[DType], stream: Any, *, adds: b
 
 
 def _moved(table: Array, itemsize: int, target_itemsize: int) -> Array:
-    """Return the chunks of rows of (source, target, length), which begin where sources can."""
+    """Return the chunks of rows of (source, target, length), aligned where sources can be."""
     places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
     found, _, starts = cut(np.full(len(table), itemsize), places)
     targets = table[found[:, tables.OWNER], tables.TARGET]
@@ -121,25 +121,25 @@ def _moved(table: Array, itemsize: int, target_itemsize: int) -> Array:
 
 
 class HalfCopies:
-    """Copies of float32 numbers; `tables` have rows of (copies, numbers, length) by dtypes."""
+    """16-bit copies of float32 numbers; `tables` has rows (copies, numbers, length) by dtype."""
 
     def __init__(self, tables: Mapping[DType, Array], stream: Any) -> None:
         made = {dtype: [memory.table(_moved(own, 2, 4), stream)] for dtype, own in tables.items()}
         self._tables: Tables = made
 
     def round_all(self, stream: Any) -> None:
-        """Let copies be the nearest ones to their numbers."""
+        """Set each copy to its number, rounded to nearest."""
         launch(halves.round_chunks, self._tables, stream)
 
     def take_over(self, stream: Any) -> None:
-        """Let numbers be those of the copies that are none of theirs."""
+        """Set each number to its copy where the copy is not the rounded number."""
         launch(halves.take_over_chunks, self._tables, stream)
 
 
 def add(span: Span, stream: Any) -> None:
-    """Add what is read to what is written to; no table is needed.
+    """Add a span's source to its target, without a table.
 
-    Pieces but the first begin at multiples of 16 bytes where source and target can both do so.
+    Pieces after the first begin at multiples of 16 bytes where source and target both can.
     """
     itemsize = span.dtype.storage.itemsize
     skew, limit = span.source % WORD // itemsize, PIECE_BYTES // itemsize

@@ -1,4 +1,4 @@
-"""numba-cuda: the one place that knows its import, its options and its faults; and launches.
+"""numba-cuda's import, its options, workarounds for its faults, and kernel launches.
 
 numba compiles; `driver` and `memory` do the rest. Importing this module starts no driver.
 """
@@ -23,10 +23,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 if importlib.util.find_spec("numba_cuda") is None:
     raise DeviceError(f'device: "cuda" needs the package numba-cuda, which is missing: {INSTALL}')
-if not hasattr(np, "row_stack"):  # numba-cuda 0.30 asks for it at its first compilation
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 needs it at its first compilation
     setattr(np, "row_stack", np.vstack)  # noqa: B010 - no attribute that type checkers know
 
-with warnings.catch_warnings():  # of NumPy 2.5, as numba-cuda 0.30 makes np.timedelta64("nat")
+with warnings.catch_warnings():  # NumPy 2.5's, as numba-cuda 0.30 calls np.timedelta64("nat")
     warnings.filterwarnings("ignore", "The 'generic' unit", DeprecationWarning)
     import numba.cuda
 
@@ -50,15 +50,15 @@ from numclip.cuda.memory import Table  # noqa: E402
 THREADS = 256
 # Bytes a partial sum covers.
 CHUNK_BYTES = 1 << 17
-# In how many shares the rows of a tensor are summed, from how many rows on a sum is shared by the
-# lanes of a block, and the bytes that memory is read in. Reasoned, not measured yet.
+# The shares that a tensor's rows are summed in, at least; the most rows of a group that one lane
+# sums, lanes share larger ones; the bytes that memory is read in. Reasoned, not measured yet.
 ROW_SHARES = 512
 LONG_GROUP = 16
 SECTOR = 32
 
 
 def sources() -> list[Path]:
-    """Return the files that kernels are made of: a cached kernel holds inlined code of them all."""
+    """Return the source files whose code a cached kernel can hold: changes to any outdate it."""
     shared = (Path(str(module.__file__)) for module in (decisions, formulas, halves, tables))
     return [*sorted(Path(__file__).parent.rglob("*.py")), *shared]
 
@@ -88,7 +88,7 @@ class _Cache(CUDACache):
 
 
 def kernel(function: Function) -> Function:
-    """Compile `function` for the GPU at its first launch, and keep the code where possible."""
+    """Compile `function` for the GPU at its first launch, and cache it on disk where possible."""
     compiled = cuda.jit(function)
     with contextlib.suppress(AttributeError, RuntimeError):  # no writable directory
         compiled._cache = _Cache(compiled.py_func)
@@ -101,7 +101,7 @@ def inline(function: Function) -> Function:
 
 
 def require() -> None:
-    """Refuse to go on where there is no GPU, and say what is missing."""
+    """Raise DeviceError where there is no usable GPU; the message says what is missing."""
     driver.gpu()
 
 
@@ -110,13 +110,13 @@ _functions: dict[Any, Any] = {}
 
 @functools.cache
 def _type(dtype: Any, ndim: int) -> Any:
-    """Return numba's type of a scalar, or of a table with so many axes."""
+    """Return numba's type of a scalar (`ndim` 0), or of an array in C order with `ndim` axes."""
     element = getattr(types, dtype.name)
     return types.Array(element, ndim, "C") if ndim else element
 
 
 def _function(compiled: Any, arguments: tuple[Any, ...]) -> Any:
-    """Return the driver's handle of a kernel for some types of arguments."""
+    """Return the driver's handle of a kernel's specialisation for the types of its arguments."""
     signature = tuple(_type(argument.dtype, len(argument.shape)) for argument in arguments)
     found = _functions.get((compiled, signature))
     if found is None:
@@ -148,10 +148,10 @@ class _Launch:
 
 
 def launch(compiled: Any, count: int, stream: Any, *arguments: Any) -> None:
-    """Start a kernel whose blocks share `count` pieces of work, if any; return at once.
+    """Launch a kernel whose blocks share `count` work items, if any; return at once.
 
-    Arguments are tables and NumPy's scalars. What a kernel is launched with is kept by its first
-    argument, where that is a table: each time after the first takes a few microseconds.
+    Arguments are tables and NumPy scalars. If the first one is a table, it keeps the prepared
+    launch: each launch with the same arguments after the first takes a few microseconds.
     """
     if not count:  # the driver refuses a grid of no blocks
         return

@@ -1,8 +1,8 @@
-"""DLPack: what libraries tell of an array on the GPU by a capsule, in the structs of dlpack.h.
+"""DLPack: the facts of a GPU array from its capsule, by the structs of dlpack.h.
 
-The `StridedMemoryView` of cuda.core 1.2 is no replacement. It takes structs of another major
-version, does not tell copies, in which what is written is lost, nor names the array in errors; it
-gives memory back at once; and of the other protocol it takes version 3 alone.
+The `StridedMemoryView` of cuda.core 1.2 is no replacement. It accepts structs of another major
+version, does not report copies, writes to which are lost, nor names the array in errors; it frees
+memory at once; and of ``__cuda_array_interface__`` it accepts version 3 alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Tensor(NamedTuple):
 
 
 TENSOR = "QiiiBBHQQQ"
-HEAD = "IIQQQ"  # what DLManagedTensorVersioned has before it: version, context, deleter, flags
+HEAD = "IIQQQ"  # of DLManagedTensorVersioned, before the above: version, context, deleter, flags
 VERSIONED, OLDER = b"dltensor_versioned", b"dltensor"
 _USED = {name: b"used_" + name for name in (VERSIONED, OLDER)}  # capsules keep their addresses
 _deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -56,10 +56,10 @@ _rename = ctypes.PYFUNCTYPE(ctypes.c_int, _capsule, _name)(("PyCapsule_SetName",
 
 
 class Lease:
-    """The memory of an array, which its library keeps as long as this object is there.
+    """A hold on an array's memory, which its library does not free while this object exists.
 
-    And for what the default stream, and `streams` beside it, still have to do with it. The
-    library is told at the next time that some memory is given back.
+    It lasts until work then queued on the default stream and on `streams` is done: the library's
+    deleter is called when this or a later lease ends.
     """
 
     def __init__(self, pointer: int, deleter: int | None) -> None:
@@ -70,13 +70,13 @@ class Lease:
 
 
 def _give_back(deleter: int, pointer: int, streams: list[Any]) -> None:
-    for stream in streams:  # the default one waits for none that was made to wait for no other
+    for stream in streams:  # the default stream does not wait for non-blocking ones by itself
         driver.order(0, stream)
     driver.after_default(lambda: _deleter(deleter)(pointer))
 
 
 class Told(NamedTuple):
-    """What an array tells of itself; strides in bytes, None in C order, `native` None if unknown.
+    """The facts of an array: strides in bytes, None in C order; `native` None if NumPy lacks it.
 
     `lease` is to be held while the array is used.
     """
@@ -91,10 +91,7 @@ class Told(NamedTuple):
 
 
 def read(name: str, array: Any) -> Told:
-    """Return what an array tells of itself, its library's work done before the default stream's.
-
-    The host does not wait for that.
-    """
+    """Return an array's facts; the default stream, not the host, waits for the array's library."""
     capsule = _capsule_of(array)
     kind = next((kind for kind in _USED if _is_valid(capsule, kind)), None)
     if kind is None:
@@ -104,7 +101,7 @@ def read(name: str, array: Any) -> Told:
     if kind == VERSIONED:
         major, minor, _, deleter, flags = _unpacked(HEAD, pointer)
         place = pointer + struct.calcsize(HEAD)
-    else:  # cannot tell what may be written
+    else:  # the older struct has no flags: treat the array as read-only
         (major, minor), flags, place = VERSION, READ_ONLY, pointer
         deleter = _unpacked(TENSOR + "QQ", pointer)[-1]
     lease = Lease(pointer, deleter)
@@ -118,7 +115,7 @@ def read(name: str, array: Any) -> Told:
         _numbers(tensor.shape, tensor.ndim),
         _strides(tensor, native),
         tensor.data + tensor.offset,
-        bool(flags & (READ_ONLY | COPIED)),  # what is written to a copy is lost
+        bool(flags & (READ_ONLY | COPIED)),  # writes to a copy are lost
         tensor.device,
         lease,
     )
@@ -134,13 +131,13 @@ def _numbers(place: int, count: int) -> tuple[int, ...]:
 
 def _capsule_of(array: Any) -> Any:
     """Return an array's capsule, of the newest version that both sides know."""
-    with contextlib.suppress(TypeError):  # the older protocol knows the stream alone
+    with contextlib.suppress(TypeError):  # the older protocol takes the stream alone
         return array.__dlpack__(stream=LEGACY_STREAM, max_version=VERSION)
     return array.__dlpack__(stream=LEGACY_STREAM)
 
 
 def _native(name: str, tensor: _Tensor) -> np.dtype[Any] | None:
-    """Return the dtype, None where NumPy has no such."""
+    """Return the dtype of a tensor, None where NumPy has no such dtype."""
     if tensor.lanes != 1:
         return None
     if (tensor.code, tensor.bits) == (BFLOAT, 16):

@@ -1,4 +1,4 @@
-"""CUDA's driver: the GPU in use, streams and the order between them, and what errors say.
+"""CUDA's driver: the GPU in use, streams and the order between them, and errors.
 
 Everything here is a call or two of ``cuda.bindings``. A stream is its handle, an int; 0 is the
 default one.
@@ -25,7 +25,7 @@ MULTIPROCESSORS = cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """Return what a call of the driver gave, raise what it says of an error."""
+    """Return the results of a driver call; raise DeviceError with its error's name and text."""
     if result[0]:
         name, text = (cu.cuGetErrorName(result[0])[1], cu.cuGetErrorString(result[0])[1])
         raise DeviceError(f"CUDA: {bytes(name).decode()}: {bytes(text).decode()}")
@@ -33,7 +33,7 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 
 class _Gpu:
-    """The GPU of this process, the one that was current at first, and its primary context."""
+    """The GPU of this process, the current one at first use, and its primary context."""
 
     def __init__(self) -> None:
         error, device = cu.cuCtxGetDevice()
@@ -50,17 +50,17 @@ _starting = threading.Lock()
 
 
 def _missing() -> str | None:
-    """Say what is missing for a GPU, None where nothing is."""
+    """Return what is missing to use a GPU, None if nothing is."""
     try:
         checked(cu.cuInit(0))
         count = checked(cu.cuDeviceGetCount())
-    except Exception as error:  # cuda.bindings' own where there is no driver, of many types
+    except Exception as error:  # without a driver, of many types
         return " ".join(str(error).split())
     return None if count else "no GPU was found"
 
 
 def _start() -> _Gpu:
-    """Take up the GPU; refuse where there is none, and say what is missing."""
+    """Set up and return the GPU; where there is none, raise DeviceError on what is missing."""
     global _gpu
     with _starting:
         if _gpu is None:
@@ -75,9 +75,9 @@ def _start() -> _Gpu:
 
 
 def gpu() -> _Gpu:
-    """Return the GPU, its context current in this thread: a new one has none, or another's.
+    """Return the GPU and make its context current in this thread, which can have none or another.
 
-    Refuses to go on where there is no GPU, and says what is missing.
+    Raise DeviceError on what is missing where there is no GPU, and in a forked process.
     """
     found = _gpu or _start()
     if int(cu.cuCtxGetCurrent()[1]) != found.address:
@@ -88,42 +88,42 @@ def gpu() -> _Gpu:
 
 
 def forked() -> bool:
-    """Tell whether this process is a fork of the one that took up the GPU, and cannot use it."""
+    """Tell whether this process is a fork of the one that set up the GPU, and so cannot use it."""
     return _gpu is not None and os.getpid() != _gpu.process
 
 
 class Stream(int):
-    """A stream's handle, 0 for the default one, and what keeps the stream.
+    """A stream's handle, 0 for the default one; `owner` keeps the stream alive.
 
-    CuPy destroys one that nobody holds, and a norm can be read, and so waited for on its stream,
-    long after.
+    CuPy destroys a stream that is no longer referenced, but a norm can be read, and so its stream
+    waited for, long after.
     """
 
     owner: Any = None
 
 
 def handle_of(stream: Any) -> int:
-    """Return the handle of a stream, as other libraries take it."""
+    """Return the handle of a stream as an int, 0 for None."""
     return int(stream or 0)
 
 
 def is_captured(stream: Any) -> bool:
-    """Tell whether what a stream is given is kept for a graph; the default one never is."""
+    """Tell whether a stream is captured for a graph; the default one never is."""
     handle = handle_of(stream)
     return bool(handle and checked(cu.cuStreamIsCapturing(handle)) == CAPTURING)
 
 
 def synchronize(stream: Any) -> None:
-    """Wait for a stream; 0 is the default one, None means all there are."""
+    """Wait for a stream; 0 is the default one, None means all streams."""
     gpu()
     checked(cu.cuCtxSynchronize() if stream is None else cu.cuStreamSynchronize(handle_of(stream)))
 
 
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[Any]:
-    """Do something on a stream; where it is None, after all others and before what follows.
+    """Yield the stream to work on; for None the default one, waiting for all before and after.
 
-    Streams of PyTorch and CuPy do not wait for the default one, nor it for them.
+    Streams of PyTorch and CuPy do not wait for the default one, nor does it for them.
     """
     if stream is not None:
         yield stream
@@ -137,11 +137,11 @@ _events = threading.local()
 
 
 def order(after: Any, before: Any) -> None:
-    """Let a stream go on only after what another one was given; the host does not wait."""
+    """Make stream `after` wait for the work queued on `before`; the host does not wait."""
     if handle_of(after) == handle_of(before):
         return
     gpu()
-    if not hasattr(_events, "own"):  # can be recorded anew: who waits, waits for what was then
+    if not hasattr(_events, "own"):  # can be reused: a queued wait is for the record at that time
         _events.own = checked(cu.cuEventCreate(NO_TIMING))
     checked(cu.cuEventRecord(_events.own, handle_of(before)))
     checked(cu.cuStreamWaitEvent(handle_of(after), _events.own, 0))
@@ -151,16 +151,16 @@ _waiting: deque[tuple[Any, Callable[[], object]]] = deque()
 
 
 def after_default(action: Callable[[], object]) -> None:
-    """Do something after what the default stream was given; looked at when next called.
+    """Have this call or a later one call `action` once the default stream's queued work is done.
 
-    The default stream does not wait for those that were made to wait for no other.
+    The default stream does not wait for non-blocking streams.
     """
     gpu()
     event = checked(cu.cuEventCreate(NO_TIMING))
     checked(cu.cuEventRecord(event, 0))
     _waiting.append((event, action))
     while _waiting:
-        first = _waiting.popleft()  # before asking: another thread, or the action, may come here
+        first = _waiting.popleft()  # before the query: another thread, or action, may come here
         if cu.cuEventQuery(first[0])[0]:
             _waiting.appendleft(first)
             return

@@ -1,4 +1,7 @@
-"""The engine of NVIDIA GPUs, see `numclip.engine`; nothing here waits but what reads values."""
+"""The engine for NVIDIA GPUs, see `numclip.engine`.
+
+Launches and small copies return without waiting for the GPU; reading values waits.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +55,10 @@ name = "cuda"
 
 
 def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | Strided:
-    """Return where an array is and goes: contiguous memory where it is that, in one order.
+    """Return a `Span` if both arrays are dense and have the same strides, else a `Strided`.
 
-    Contiguous memory is taken as stored numbers; tiles know the parts of a complex one, where
-    these count together.
+    With `parts`, the two numbers of a complex element count together: always a `Strided`, as a
+    `Span` is one of stored numbers.
     """
     if source.strides == target.strides and source.dense and not parts:
         size = source.nbytes // dtype.storage.itemsize
@@ -64,7 +67,7 @@ def span(dtype: DType, source: Facts, target: Facts, *, parts: bool) -> Span | S
 
 
 def new_like(like: Facts) -> Any:
-    """Return a new array of the library of another, in memory as that one if it is dense."""
+    """Return a new array of the library of `like`, with its strides if dense, else in C order."""
     package, strides = library_of(like.array), like.strides if like.dense else None
     if package == "torch":
         torch = sys.modules[package]
@@ -77,7 +80,7 @@ def new_like(like: Facts) -> Any:
 
 
 def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
-    """Return a new array in C order of the dtype and the library of another one."""
+    """Return a new array of `shape` in C order, of the dtype and the library of `like`."""
     package = library_of(like.array)
     if package == "torch":
         return like.array.new_empty(shape)
@@ -87,7 +90,7 @@ def new_of_shape(like: Facts, shape: tuple[int, ...]) -> Any:
 
 
 def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Any:
-    """Return a new array of ours, or of numba's where another one is of numba."""
+    """Return a new `DeviceArray`, as a numba array if `like` is one and its dtype not bfloat16."""
     made = empty(shape, like.native, strides)
     if library_of(like.array) == "numba" and like.native.name != "bfloat16":
         return device.cuda.as_cuda_array(made, sync=False)
@@ -97,24 +100,24 @@ def _new(like: Facts, shape: tuple[int, ...], strides: tuple[int, ...] | None) -
 def kept_plan(
     spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any
 ) -> tuple[Any, list[Outcome]]:
-    """Return a plan for a stream, one there was if there was one like it, and its free memory.
+    """Return (plan, free): the kept plan of these arguments, or a new one, and its free outcomes.
 
-    Each stream has its own: two could use a plan's memory at the same time.
+    Each stream has its own plan, as two streams could use a plan's memory at the same time.
     """
     key = (driver.handle_of(stream), *pools, *spans)
     return plans.kept(key, lambda: Plan(spans, pools, stream))
 
 
 def kept_unit_plan(families: Sequence[Any], ord: float, stream: Any) -> tuple[Any, list[Any]]:
-    """Return a plan of units likewise."""
+    """Return (plan, free) for units, as `kept_plan` does, and the plan's free summary tables."""
     key = (driver.handle_of(stream), ord, *families)
     return plans.kept(key, lambda: UnitPlan(families, ord, stream))
 
 
 def number(table: Any, column: int, stream: Any, release: Callable[[], object]) -> DeviceFloat:
-    """Return a float of a table's first row to come, which is waited for by who asks for it.
+    """Return a float of a table's first row; the first use of its value waits for the GPU.
 
-    `release` is called when nobody can ask any more.
+    `release` is called when the float is no longer referenced.
     """
     made = DeviceFloat(lambda: read(table, stream)[0, column], lambda: table.address + 8 * column)
     weakref.finalize(made, release).atexit = False
@@ -124,7 +127,10 @@ def number(table: Any, column: int, stream: Any, release: Callable[[], object]) 
 def numbers(
     table: Any, column: int, count: int, stream: Any, release: Callable[[], object]
 ) -> list[DeviceInt]:
-    """Return the numbers of a column to come; the first one asked for waits for all."""
+    """Return the first `count` entries of a column; the first use of a value waits for all.
+
+    `release` is called when no unread entry is referenced any more.
+    """
 
     @functools.cache
     def found() -> Array:
@@ -138,10 +144,10 @@ def numbers(
 
 
 def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> Any:
-    """Return by what the plan for tensors of PyTorch is found without describing them.
+    """Return the key by which the plan for PyTorch tensors is found without describing them.
 
-    None where there are others among the arrays, and where an error would have to name one. What
-    was only measured was not checked for writing.
+    Return None if `tensors.facts` does, and for the policy "raise", whose error names an array.
+    `written` is in the key, as arrays that were only measured were not checked to be writable.
     """
     told = None if policy == "raise" else tensors.facts(items)
     if not told:
@@ -153,7 +159,7 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
 def key_of_pairs(
     gradients: list[Any], variables: list[Any], kernel: str, rows: Mapping[int, Array]
 ) -> tuple[Any, None]:
-    """Return by what updates of tensors of PyTorch are found: where both are, and what is kept."""
+    """Return (key, None): the key of updates by both sides' tensors, None if `rows` are given."""
     if rows:
         return None, None
     items = [item for pair in zip(gradients, variables, strict=True) for item in pair]
@@ -161,26 +167,26 @@ def key_of_pairs(
 
 
 def find_plan(key: Any) -> tuple[Any, list[Outcome], Any] | None:
-    """Return the plan of a key, its free memory for outcomes and its stream, if there is one."""
+    """Return (plan, free outcomes, stream) kept under a key, or None."""
     found = None if key is None else plans.find(key)
     return None if found is None else (*found, driver.Stream(key[0]))
 
 
 def keep_plan(key: Any, plan: Any, free: list[Outcome]) -> None:
-    """Let a plan be found by a key."""
+    """Keep a plan and its free outcomes under a key, unless that is None."""
     if key is not None:
         plans.keep(key, (plan, free))
 
 
 def sent(array: Array, stream: Any) -> DeviceArray:
-    """Return a copy of an array of the host on the GPU."""
+    """Return a copy on the GPU of an array of the host."""
     made = empty(array.shape, array.dtype)
     memory.write(made.address, array.reshape(-1).view(np.uint8), stream)
     return made
 
 
 def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to the row that is its place, and 0 to the others."""
+    """Write the sum of each group of rows to its target row in `places`, and 0 to the others."""
     row, to = lookup(source.native), lookup(target.native)
     assert row is not None
     assert to is not None
@@ -198,17 +204,17 @@ on_host = arrays.host_copy
 
 
 def copy(target: Facts, source: Facts, stream: Any) -> None:
-    """Copy memory to an array that lies as another one does."""
+    """Copy the memory of an array to one of the same shape, dtype and strides."""
     memory.copy(target.address, source.address, source.nbytes, stream)
 
 
 def clear(array: Any, stream: Any) -> None:
-    """Set an array of `empty` to zeros."""
+    """Set an array made by `empty` to zeros."""
     memory.clear(array.address, array.nbytes, stream)
 
 
 def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
-    """Write the sums over the first axis of arrays, in float64, each row times its factor."""
+    """Write the sum over each array's first axis, added in float64, each row times its factor."""
     tensors, table = units.shared.tensors, units.units
     key = (driver.handle_of(stream), "examples", *arrays)
     adding, _ = plans.kept(key, lambda: Sums(dict(enumerate(arrays)), stream))
@@ -216,7 +222,7 @@ def sum_examples(arrays: Sequence[Strided], units: Any, stream: Any) -> None:
 
 
 def put(array: DeviceArray, source: Any, stream: Any) -> None:
-    """Copy an array into one of the same shape: of the GPU, or of the host, which is cast."""
+    """Copy `source`, of the same shape, into `array`; cast it on the host, on the GPU widen it."""
     if on_device(source) and facts_of("source", source).native != array.dtype:
         arrays.move_all([(array, source)], stream, adds=False)
     else:
@@ -224,11 +230,11 @@ def put(array: DeviceArray, source: Any, stream: Any) -> None:
 
 
 def given(_targets: Sequence[Facts], _taken: Any, _natives: Any = None, _held: Any = None) -> None:
-    """Return nothing: what is passed for arrays of the GPU is copied into them."""
+    """Return None: arrays that a user passes for those of the GPU are copied into them instead."""
 
 
 def put_all(pairs: Sequence[tuple[DeviceArray, Any]], stream: Any, *, adds: bool) -> None:
-    """Copy arrays likewise, each into the one before it, or add them: those of the GPU together."""
+    """Copy each source into its pair's array, or add it; sources on the GPU share launches."""
     arrays.move_all([pair for pair in pairs if on_device(pair[1])], stream, adds=adds)
     for array, source in pairs:
         if not on_device(source):
@@ -246,7 +252,7 @@ def table(shape: tuple[int, ...], stream: Any) -> Any:
 
 
 def hand_over(table: Any, stream: Any) -> tuple[Callable[[], Array], Any]:
-    """Return what reads a table as it is now, without waiting yet, and the one to write to."""
+    """Return (read, table): `read` waits for and returns the table's present content."""
     return memory.read_later(table, stream), table
 
 

@@ -1,8 +1,8 @@
-"""The GPU's memory: what users' arrays lie in, tables of plans, and copies in and out.
+"""GPU memory: buffers of arrays, tables of plans, and copies to and from the host.
 
-Tables come from an arena for each stream, which grows and is used again, as an allocation takes
-long and giving memory back waits for the whole GPU. They are sent from pinned memory, as the
-host can have to wait for a copy from any other.
+Tables come from an arena for each stream, which grows and reuses its blocks, as an allocation
+takes long and freeing memory waits for the whole GPU. They are sent from pinned memory, as the
+host may have to wait for a copy from pageable memory.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from numclip.errors import DeviceError
 RELAXED = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 ALIGNMENT = 256
 ARENA_BYTES = 1 << 20
-"""What an arena asks of the driver at a time, at least."""
+"""The bytes that an arena allocates from the driver at a time, at least."""
 
 MOST_KEPT = 1 << 26
-"""The largest table that an arena keeps; larger ones are given back to the driver."""
+"""The bytes of the largest table that an arena holds; the memory of larger ones is freed."""
 
 RING_BYTES = 1 << 18
-"""Half of the pinned memory of a stream, at first."""
+"""The initial bytes of each of the two halves of a stream's ring of pinned memory."""
 
 MOST_PINNED = 1 << 25
-"""The most bytes sent through pinned memory at a time; the host can wait for more than that."""
+"""The most bytes sent through pinned memory at a time; the host waits for a larger copy."""
 
 
 @contextlib.contextmanager
 def _beside_captures() -> Iterator[None]:
-    """Let memory be taken and given back while some stream is captured, which has no part in it."""
+    """Allow memory to be allocated and freed, outside any graph, while a stream is captured."""
     mode = checked(cu.cuThreadExchangeStreamCaptureMode(RELAXED))
     try:
         yield
@@ -60,9 +60,9 @@ def _beside_captures() -> Iterator[None]:
 
 
 def _taken(nbytes: int) -> int:
-    """Return the address of new memory; PyTorch and CuPy give back what they keep if it is short.
+    """Return the address of new memory; if memory is short, empty PyTorch's and CuPy's caches.
 
-    Their allocators hold on to all they ever had.
+    Their allocators cache all the memory that they ever allocated.
     """
     gpu()
     with _beside_captures():
@@ -83,7 +83,7 @@ def _taken(nbytes: int) -> int:
 
 
 def _give_back(address: int) -> None:
-    """Give memory back; in a forked process it is no one's."""
+    """Free memory; do nothing in a forked process, which cannot use the GPU."""
     if not forked():
         gpu()
         with _beside_captures():
@@ -91,7 +91,7 @@ def _give_back(address: int) -> None:
 
 
 class Memory:
-    """Bytes of the GPU that are this object's own, aligned to 64 or more."""
+    """GPU memory that this object owns, aligned to 64 bytes or more."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.address = nbytes, _taken(nbytes)
@@ -99,14 +99,14 @@ class Memory:
 
 
 class _Block:
-    """Memory of an arena; it goes back there with this object."""
+    """A block of an arena; deleting this object returns the block to the arena."""
 
     def __init__(self, arena: _Arena, place: int, address: int) -> None:
         self._arena, self._class, self.address = arena, place, address
         self._streams: set[Any] = set()
 
     def used_on(self, stream: Any) -> None:
-        """Note that it is used on a stream."""
+        """Note that `stream` uses the block: the arena's stream waits for it before reuse."""
         if stream != self._arena.stream:
             self._streams.add(stream)
 
@@ -125,7 +125,7 @@ class _Arena:
         self._lock = threading.Lock()
 
     def block(self, nbytes: int) -> Any:
-        """Return a block of so many bytes, or more."""
+        """Return a block of at least `nbytes` bytes."""
         if nbytes > MOST_KEPT:
             return _Large(nbytes)
         kind = max(nbytes - 1, ALIGNMENT - 1).bit_length()
@@ -133,7 +133,7 @@ class _Arena:
             address, streams = self.free[kind].pop()
         except IndexError:
             return _Block(self, kind, self._carved(1 << kind))
-        for stream in streams:  # that it was used on before
+        for stream in streams:  # those that used the block before
             order(self.stream, stream)
         return _Block(self, kind, address)
 
@@ -148,17 +148,17 @@ class _Arena:
 
 
 class _Large(Memory):
-    """A table too large for an arena."""
+    """The memory of a table too large for an arena."""
 
     def used_on(self, stream: Any) -> None:
-        """Do nothing: giving it back waits for all streams."""
+        """Do nothing: freeing the memory waits for all streams."""
 
 
 _arenas: dict[int, _Arena] = {}
 
 
 class Table:
-    """An array of the GPU's memory in C order, as kernels take it."""
+    """An array on the GPU in C order, which kernels take as an argument."""
 
     def __init__(self, block: Any, address: int, shape: tuple[int, ...], dtype: Any) -> None:
         self._block, self.address, self.shape, self.dtype = block, address, shape, np.dtype(dtype)
@@ -171,7 +171,7 @@ class Table:
         return int(self.size * self.dtype.itemsize)
 
     def __getitem__(self, at: int | slice) -> Table:
-        """Return the row of a number, or the table of rows that follow one another."""
+        """Return a view of the row with an index, or of the consecutive rows of a slice."""
         rest = self.shape[1:]
         if isinstance(at, slice):
             first, last, _ = at.indices(self.shape[0])
@@ -182,18 +182,18 @@ class Table:
         return Table(self._block, place, shape, self.dtype)
 
     def used_on(self, stream: Any) -> None:
-        """Note that it is used on a stream."""
+        """Note that `stream` uses the table's block."""
         self._block.used_on(stream)
 
     def words(self) -> list[int]:
-        """Return what numba's kernels take as an array: its sizes, address, shape and steps."""
+        """Return numba's array struct: two nulls, size, itemsize, address, shape, strides."""
         lengths = itertools.accumulate(self.shape[:0:-1], int.__mul__, initial=self.dtype.itemsize)
         steps = list(lengths)[::-1]
         return [0, 0, self.size, self.dtype.itemsize, self.address, *self.shape, *steps]
 
 
 def scratch(shape: tuple[int, ...], stream: Any = 0, dtype: Any = np.float64) -> Table:
-    """Return a table on the GPU that kernels are to fill, on a stream."""
+    """Return an uninitialised table on the GPU, for kernels on `stream` to fill."""
     handle = handle_of(stream)
     if handle not in _arenas:
         _arenas.setdefault(handle, _Arena(stream))
@@ -203,20 +203,20 @@ def scratch(shape: tuple[int, ...], stream: Any = 0, dtype: Any = np.float64) ->
 
 
 def table(array: Array, stream: Any) -> Table:
-    """Return a copy of a table on the GPU, as kernels take it, sent in the order of the stream."""
+    """Return a table on the GPU with the content of a host array, sent in stream order."""
     made = scratch(array.shape, stream, array.dtype)
     update(made, array, stream)
     return made
 
 
 def update(to: Table, array: Array, stream: Any) -> None:
-    """Write a table that is on the GPU, in the order of the stream."""
+    """Overwrite a table on the GPU with a host array, in stream order."""
     to.used_on(stream)
     write(to.address, np.ascontiguousarray(array, to.dtype).reshape(-1).view(np.uint8), stream)
 
 
 def read_table(array: Table, stream: Any) -> Array:
-    """Return a copy of a table, after what the stream still has to do."""
+    """Return a copy of a table on the host, after waiting for all work queued on the stream."""
     copy: Array = read(array.address, array.nbytes, stream).view(array.dtype).reshape(array.shape)
     return copy
 
@@ -238,20 +238,20 @@ class _Landing:
         weakref.finalize(self, _unpin, self._address, self._event).atexit = False
 
     def take(self, table: Table, stream: Any) -> None:
-        """Copy a table after what the stream still has to do, without waiting."""
+        """Queue a copy of a table on the stream, without waiting."""
         handle = handle_of(stream)
         checked(cu.cuMemcpyDtoHAsync(self._address, table.address, table.nbytes, handle))
         checked(cu.cuEventRecord(self._event, handle))
 
     def wait(self) -> Array:
-        """Return a copy of what was taken, after waiting for it."""
+        """Wait for the copy that `take` queued, and return its bytes."""
         gpu()
         checked(cu.cuEventSynchronize(self._event))
         return self._bytes.copy()
 
 
 def _unpin(address: int, event: Any) -> None:
-    """Give pinned memory back once it is filled; in a forked process it is no one's."""
+    """Free pinned memory once the copy to it is done; do nothing in a forked process."""
     if not forked():
         gpu()
         with _beside_captures():
@@ -261,13 +261,13 @@ def _unpin(address: int, event: Any) -> None:
 
 
 _landings: dict[int, list[_Landing]] = {}
-"""Those that are free, by how many bytes they hold."""
+"""The free landings, by their size in bytes."""
 
 
 def read_later(array: Table, stream: Any) -> Callable[[], Array]:
-    """Return what waits for a copy of a table as it is now; the copy itself begins at once.
+    """Queue a copy of a table to the host; return a function that waits for it and returns it.
 
-    It is to be called once.
+    The function is to be called once.
     """
     gpu()
     free = _landings.setdefault(array.nbytes, [])
@@ -293,7 +293,7 @@ class _Ring:
         self._side, self._used = 0, 0
 
     def send(self, target: int, source: Array) -> None:
-        """Copy bytes to the GPU, once they are in the ring."""
+        """Copy bytes to the ring, when its half is free, and queue their copy to the GPU."""
         if self._used + source.size > self.half:
             checked(cu.cuEventRecord(self._events[self._side], self._stream))
             self._side, self._used = 1 - self._side, 0
@@ -307,7 +307,7 @@ class _Ring:
         self._used += -(-source.size // ALIGNMENT) * ALIGNMENT
 
     def close(self) -> None:
-        """Give the memory back, once it is read."""
+        """Free the memory once all copies from it are done."""
         synchronize(self._stream)
         checked(cu.cuMemFreeHost(self._address))
 
@@ -317,12 +317,12 @@ _sending = threading.Lock()
 
 
 def write(address: int, source: Array, stream: Any) -> None:
-    """Copy bytes of the host to the GPU; they may change at once."""
+    """Copy bytes of the host to the GPU, in stream order; `source` may change on return."""
     if not source.size:
         return
     gpu()
     handle = handle_of(stream)
-    if is_captured(handle):  # a graph would read the host's memory again, as it is then
+    if is_captured(handle):  # each replay of a graph would read the host's memory, as it is then
         raise RuntimeError(
             "stream: expected one that is not captured, as something changed on the host (a bound, "
             "a rate, the loss scale, rows) and is to be sent; take a step with it first"
@@ -342,7 +342,7 @@ def write(address: int, source: Array, stream: Any) -> None:
 
 
 def read(address: int, nbytes: int, stream: Any) -> Array:
-    """Return a copy of memory of the GPU on the host, after what the stream still has to do."""
+    """Return a copy of GPU memory on the host, after waiting for all work queued on the stream."""
     made = np.empty(nbytes, np.uint8)
     if nbytes:
         gpu()

@@ -1,7 +1,7 @@
 """Operations of the GPU on tensors: their tables, scratch memory, launches.
 
 A plan is made once for some tensors and used for many steps. None of its operations waits for
-the GPU, and none but `write_laws` with new laws moves anything over the bus.
+the GPU, and only new laws, rows and totals are sent over the bus.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from numclip.memory import AnySpan, RowSpan, Span, Strided
 
 
 class HostTable:
-    """A table of zeros that the host may write to; it is sent only where it differs."""
+    """A table on the GPU, zeros at first, that the host overwrites; only changes are sent."""
 
     def __init__(self, shape: tuple[int, int], stream: Any) -> None:
         self.sent = np.zeros(shape)
         self.table = memory.table(self.sent, stream)
 
     def write(self, table: Array, stream: Any) -> None:
-        """Let what follows in the stream see a table."""
+        """Write a table for the later launches of the stream, if it differs from the last one."""
         if not np.array_equal(table, self.sent, equal_nan=True):
             memory.update(self.table, table, stream)
             self.sent = table
 
 
 WORKS: dict[type, Any] = {Span: Chunks, Strided: Tiles, RowSpan: Rows}
-"""The class that works on each kind of tensor."""
+"""The `Work` class of each kind of tensor."""
 
 
 class Plan:
     """What the kernels need to measure and scale some tensors.
 
-    Its partial sums and its law are of one use at a time: threads that share a plan hold `lock`
-    from the law to the last launch that reads a decision.
+    Its partial sums and its law serve one use at a time: threads that share a plan hold `lock`
+    from writing the law to the last launch that reads a decision.
     """
 
     def __init__(self, spans: Sequence[AnySpan], pools: Sequence[Pool], stream: Any) -> None:
@@ -67,12 +67,12 @@ class Plan:
         self._leaving: HostTable | None = None
         self._groupings: list[Groups] = []
         self._order = np.float64(2.0)  # of the partial sums
-        # Magnitudes of complex numbers, which peaks over their parts do not tell yet.
+        # Maxima are over real and imaginary parts; complex magnitudes take a second read.
         whole = [span for span in spans if not isinstance(span, Span)]
         self._hypotenuses = any(span.dtype.components == 2 for span in whole)
 
     def _set_works(self, stream: Any) -> Array:
-        """Share the tensors among works; return where the partial sums of each begin, and end."""
+        """Make a `Work` for each kind of tensor; return where each one's partial sums begin."""
         members: dict[type, dict[int, Any]] = {}
         for k, span in enumerate(self.spans):
             members.setdefault(type(span), {})[k] = span
@@ -97,7 +97,7 @@ class Plan:
         return table
 
     def take_rows(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
-        """Let the tensors whose rows can share an index be these; send nothing if they are."""
+        """Set the spans and groupings of the tensors whose rows can share an index, if changed."""
         numbers = [k for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
         known = [self.spans[k] for k in numbers] == list(spans)
         if known and list(map(id, groupings)) == list(map(id, self._groupings)):
@@ -110,59 +110,59 @@ class Plan:
             self._rows.take(spans, groupings, stream)
 
     def keep_sums(self) -> None:
-        """Have memory for the sums of rows, which `sum_scaled` writes."""
+        """Have the next `take_rows` allocate the sums of rows, which `sum_scaled` writes."""
         self._groupings = []
         if self._rows is not None:
             self._rows.keep_sums()
 
     def row_sums(self) -> list[tuple[int, RowSpan, int]]:
-        """Return the number of each tensor whose rows can share an index, and where sums are."""
+        """Return (number, span, address of sums) of each tensor whose rows can share an index."""
         found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
         sums = [] if self._rows is None else self._rows.sums
         return [(*own, place) for own, place in zip(found, sums, strict=True)]
 
     def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Write the sums of rows times the factor that was decided; of what is not skipped."""
+        """Write the sums of rows times the decided factor, for pools that are not skipped."""
         if self._rows is not None:
             self._rows.sum_scaled(self._shared, outcome[1], stream)
 
     def outcome(self, stream: Any) -> tuple[Any, Any]:
-        """Return memory for the sums of the tensors and the decisions for the pools."""
+        """Return tables for the sums of the tensors and the decisions for the pools."""
         sums = np.zeros((len(self.spans), tables.SUM_COLUMNS))
         decisions = np.zeros((len(self.pools) + 1, tables.DECISION_COLUMNS))
         return memory.table(sums, stream), memory.table(decisions, stream)
 
     def write_laws(self, law: Law, stream: Any) -> None:
-        """Let decisions obey a law, whose numbers may be arrays with one for each pool."""
+        """Set the law of the following decisions; its numbers may be arrays, an entry a pool."""
         self._laws = self._own_laws
         self._laws.write(self._facts.table(law), stream)
 
     def at_once(self, _divisors: Array, _held: Any) -> None:
-        """Return nothing: a clip is a number of launches."""
+        """Return None: on the GPU a clip takes several launches."""
 
     def values_at_once(self, _later: Any, _limits: Array) -> None:
-        """Return nothing likewise."""
+        """Return None, as `at_once` does."""
 
     def leave(self, stream: Any) -> None:
-        """Let decisions leave tensors as they are: by a law of its own, sent once."""
+        """Have decisions leave tensors as they are, by a law with no bound that is sent once."""
         if self._leaving is None:
             self._leaving = HostTable(self._own_laws.sent.shape, stream)
         self._laws = self._leaving
         self._laws.write(self._facts.table(Law(math.inf)), stream)
 
     def measure(self, ord: float, stream: Any) -> None:
-        """Write the partial sums: one read, two where `ord` is neither 2 nor infinite."""
+        """Write the partial sums: one read, or two, see `work.measure`."""
         self._order = np.float64(ord)
         inputs = ord, self._shared, self._laws.table, self._find, stream
         measure(self._works, *inputs, hypotenuses=self._hypotenuses)
 
     def _find(self, column: int, stream: Any) -> None:
-        """Take the largest of each pool's partial maxima into the law."""
+        """Write the largest of each pool's partial maxima to a column of the law."""
         arguments = self.tensors, self._pools, self._shared.partial, np.int64(column)
         device.launch(norms.find_peaks, len(self.pools), stream, *arguments, self._laws.table)
 
     def decide(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Add the sums up, and decide for every pool."""
+        """Add up the partial sums, and decide for every pool."""
         laid = self.tensors, self._pools, self._order, self._laws.table
         tables = *laid, self._shared.partial, self._tickets, *outcome
         device.launch(verdict.judge, len(self.spans), stream, *tables)
@@ -170,7 +170,7 @@ class Plan:
     add = decide  # one launch does both
 
     def decide_by(self, totals: Array, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Decide by one row of sums for each pool, in place of its own."""
+        """Decide by `totals`, one row of sums for each pool, in place of the plan's own sums."""
         law, pools = self._laws.sent, whole_pools(self._facts.pool_table(self.pools))
         tensors = np.zeros((len(pools), 5), np.int64)
         tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
@@ -182,19 +182,19 @@ class Plan:
         device.launch(verdict.judge, len(pools), stream, *arguments)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Write each tensor times the factor that was decided; one read, one write, or none."""
+        """Write each tensor times the decided factor; one read, one write, or none."""
         for work in self._works:
             work.scale(self._shared, outcome[1], stream)
 
     def write_exceptional(self, outcome: tuple[Any, Any], stream: Any) -> None:
-        """Scale, in place, those tensors whose factor is no plain number; rarely any."""
+        """Scale in place the tensors whose mode is TRUNCATE or CLEAN; rarely any."""
         for work in self._works:
             work.scale(self._shared, outcome[1], stream, tables.TRUNCATE)
 
     def clamp(
         self, outcome: tuple[Any, Any], low: float, high: float, stream: Any, members: range
     ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        """Clamp the tensors with numbers in `members` between two bounds, unless skipped."""
         bounds = np.float64(low), np.float64(high)
         for work in self._works:
             work.clamp(self._shared, outcome[1], bounds, members, stream)

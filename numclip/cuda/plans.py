@@ -1,4 +1,4 @@
-"""Plans that are kept: gradients at the same addresses as before find theirs again."""
+"""The cache of plans: gradients at the same addresses as before use their plan again."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ PLANS = 32
 """How many plans are kept, at most."""
 
 MOST_BYTES = 1 << 28
-"""How many bytes of the GPU's memory the kept plans of units may hold, but for one alone."""
+"""How many bytes of GPU memory the kept plans of units may hold; a single one may hold more."""
 
 _plans: OrderedDict[Any, tuple[Any, list[Any]]] = OrderedDict()
 
 
 def find(key: Any) -> tuple[Any, list[Any]] | None:
-    """Return the plan of a key and its free memory for outcomes, None where there is none."""
+    """Return (plan, free outcomes) kept under a key, or None."""
     found = _plans.get(key)
     if found is not None:
-        with contextlib.suppress(KeyError):  # another thread can have let it go by now
+        with contextlib.suppress(KeyError):  # another thread can have removed it by now
             _plans.move_to_end(key)
     return found
 
 
 def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
-    """Keep a plan as the one used last, and forget the one not used for longest."""
+    """Keep (plan, free outcomes) as the last used; over a limit, drop the least recently used."""
     _plans.pop(key, None)
     _plans[key] = found
     while len(_plans) > PLANS or (len(_plans) > 1 and _nbytes() > MOST_BYTES):
@@ -34,7 +34,7 @@ def keep(key: Any, found: tuple[Any, list[Any]]) -> None:
 
 
 def kept(key: Any, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """Return the plan of a key, made where there is none, and its free memory for outcomes."""
+    """Return (plan, free outcomes) of a key; if none are kept, call `make` and keep its plan."""
     found = find(key)
     if found is None:
         found = make(), []

@@ -1,4 +1,4 @@
-"""What arrays on the GPU tell of themselves: PyTorch's own way, CUDA's interface, or DLPack."""
+"""The facts of GPU arrays: by PyTorch's methods, ``__cuda_array_interface__``, or DLPack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numclip.memory import is_c_order
 
 
 def facts_of(name: str, array: Any) -> Facts:
-    """Return the facts of an array on the GPU, or say why it cannot be taken."""
+    """Return the facts of an array on the GPU; raise an error if it cannot be used."""
     native, shape, strides, address, read_only, _, lease = told(name, array)
     if native is None:
         unknown = getattr(array, "dtype", type(array).__name__)
@@ -25,7 +25,7 @@ def facts_of(name: str, array: Any) -> Facts:
     if strides is not None and is_c_order(shape, strides, native.itemsize):
         strides = None
     row = lookup(native)
-    if row is None:  # for the border to refuse, or the host to convert
+    if row is None:  # no gradient's dtype: callers refuse or convert it
         return Facts(native, shape, strides, address, False, array, "", lease)
     if not address and 0 not in shape:
         got = f"{type(array).__name__} at address 0; pass its local part"
@@ -37,7 +37,7 @@ def facts_of(name: str, array: Any) -> Facts:
 
 
 def told(name: str, array: Any) -> Told:
-    """Return what an array on the GPU tells of itself, which is to be the GPU in use."""
+    """Return the facts of an array; raise ValueError if they name a GPU that is not in use."""
     if library_of(array) == "torch":
         found = _tensor(name, array)
     else:
@@ -52,21 +52,21 @@ def told(name: str, array: Any) -> Told:
 
 
 def library_of(array: Any) -> str:
-    """Return the name of the package an array is of."""
+    """Return the name of the package that defines an array's class."""
     return library(array.__class__)
 
 
 def _prefers_dlpack(array: Any) -> bool:
-    """Tell whether DLPack describes an array: it alone says when its library's work is done.
+    """Tell whether to read an array by DLPack, which alone waits for its library's work.
 
-    JAX's other description tells no stream, and does not wait.
+    JAX's ``__cuda_array_interface__`` names no stream, and does not wait.
     """
     known = library_of(array) in ("cupy", "numba", "numclip")
     return not known and hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
 
 def _tensor(name: str, array: Any) -> Told:
-    """Return what a tensor of PyTorch tells: its own description knows none with a graph."""
+    """Return a PyTorch tensor's facts by its methods: its interface fails if it requires grad."""
     refuse_lazy(name, array)
     native = _torch_dtype(array.dtype)
     strides = None if array.is_contiguous() else array.stride()
@@ -78,7 +78,7 @@ def _tensor(name: str, array: Any) -> Told:
 
 @functools.cache
 def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Return a dtype of PyTorch's as NumPy's."""
+    """Return a dtype of PyTorch's as NumPy's, None where NumPy has no such dtype."""
     name = str(dtype).removeprefix("torch.")
     try:
         return bfloat16("dtype") if name == "bfloat16" else np.dtype(name)
@@ -87,7 +87,7 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
 
 
 def _interface(array: Any) -> Told | None:
-    """Return what ``__cuda_array_interface__`` tells, None where there is none."""
+    """Return the facts in ``__cuda_array_interface__``, None where the array has none."""
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None:
         return None
@@ -98,7 +98,7 @@ def _interface(array: Any) -> Told | None:
 
 
 def _native(interface: Any, array: Any) -> np.dtype[Any]:
-    """Return the dtype; bfloat16 is told as two bytes, and known by its name."""
+    """Return an interface's dtype; bfloat16 is two bytes there, and recognised by its name."""
     if interface["typestr"] == "<V2" and str(getattr(array, "dtype", "")).endswith("bfloat16"):
         return bfloat16("dtype")
     return np.dtype(str(interface["typestr"]))

@@ -1,7 +1,8 @@
-"""Rows that share an index: how their sums are shared among the blocks of the GPU.
+"""Rows that share an index: how their sums are divided among the blocks of the GPU.
 
 The tables are made on the host, from a grouping of the rows, and sent whenever that changes.
-How many shares a tensor has follows from the length of its rows alone, so that a plan stays.
+How many shares a tensor has follows from the length of its rows alone, so that its plan stays
+valid.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class _Mapped(NamedTuple):
 
 
 def _flat(span: RowSpan) -> Strided:
-    """Return complex rows as an array of their elements."""
+    """Return complex rows as a 1-d array of their elements."""
     itemsize = span.dtype.storage.itemsize * span.dtype.components
     memories = Memory(span.source, (itemsize,)), Memory(span.target, (itemsize,))
     return Strided(span.dtype, (span.size // span.dtype.components,), *memories)
 
 
 def _columns(span: RowSpan) -> int:
-    """Return the elements of a row, at least one."""
+    """Return how many elements a row has, but at least 1."""
     return max(span.length // span.dtype.components, 1)
 
 
@@ -51,10 +52,10 @@ def count(span: RowSpan) -> int:
 
 
 def _widths(span: RowSpan) -> tuple[int, int]:
-    """Return how many columns a block takes, powers of two: of groups of few rows, and of many.
+    """Return (wide, narrow): a block's columns, powers of two, for groups of few and of many rows.
 
-    These are shared by lanes, the more of them the fewer columns there are, but for those of a
-    sector of memory.
+    Lanes share a group of many rows: the narrower a block, the more lanes it has. It is no
+    narrower than a sector of memory, unless the rows are.
     """
     wide = min(1 << bits_of(_columns(span)), device.THREADS)
     itemsize = span.dtype.storage.itemsize * span.dtype.components
@@ -63,10 +64,10 @@ def _widths(span: RowSpan) -> tuple[int, int]:
 
 
 def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> Array:
-    """Return at most so many shares of some groups, in strips of `width` columns."""
+    """Return at most `most` shares of groups of `counts` rows, in strips of `width` columns."""
     strips = -(-columns // width)
     parts, ends = max(most // strips, 1), np.concatenate([[0], np.cumsum(counts)])
-    cuts = np.searchsorted(ends, ends[-1] * np.arange(parts + 1) // parts)  # by as many rows
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(parts + 1) // parts)  # about equal numbers
     shares = np.zeros((strips * (cuts.size - 1), tables.SHARE_COLUMNS), np.int64)
     shares[:, tables.BEGIN], shares[:, tables.END] = np.tile([cuts[:-1], cuts[1:]], strips)
     shares[:, tables.COLUMN] = np.repeat(width * np.arange(strips), cuts.size - 1)
@@ -75,7 +76,7 @@ def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> A
 
 
 def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
-    """Return the tables of one tensor; groups of many rows come first, and are shared by lanes."""
+    """Return the tables of one tensor; groups of many rows, which lanes share, come first."""
     order, starts = grouping
     sizes, columns, most = np.diff(starts), _columns(span), count(span)
     wide, narrow = _widths(span)
@@ -114,8 +115,8 @@ def _joined(parts: Sequence[_Mapped]) -> _Mapped:
 class Rows(Work):
     """The work on tensors whose rows can share an index.
 
-    `take` says where the rows are; `sums` are then the addresses of memory for their sums, where
-    `keep_sums` was asked for it. They are written as they lie, by other works.
+    `take` sets where the rows are, and `sums`, the addresses of their sums (0 without
+    `keep_sums`). Other works scale and clamp the rows one by one, without summing them.
     """
 
     repeats = True
@@ -127,11 +128,11 @@ class Rows(Work):
         self._keeps = False
 
     def send(self, parts: Array, _stream: Any) -> None:
-        """Take up where the partial sums of each tensor begin."""
+        """Note the index of each tensor's first partial sum; `take` sends the tables."""
         self._parts = parts
 
     def keep_sums(self) -> None:
-        """Have memory for the sums from the next `take` on."""
+        """Allocate memory for the sums from the next `take` on."""
         self._keeps = True
 
     def take(self, spans: Sequence[RowSpan], groupings: Sequence[Groups], stream: Any) -> None:
@@ -155,7 +156,7 @@ class Rows(Work):
             work.send(np.zeros(len(work.counts), np.int64), stream)
 
     def _sums(self, spans: Sequence[RowSpan], counts: Sequence[int], stream: Any) -> list[int]:
-        """Return where the sums of each tensor's groups go, one behind the other."""
+        """Return the address of each tensor's sums in new memory; 0 without `keep_sums`."""
         if not self._keeps:
             return [0] * len(spans)
         sizes = [
@@ -167,31 +168,31 @@ class Rows(Work):
         return list(starts)
 
     def _writers(self, spans: Mapping[int, RowSpan]) -> list[Work]:
-        """Return what writes the rows as they lie; tiles know the parts of complex numbers."""
+        """Return the works that write single rows: chunks of real, tiles of complex numbers."""
         real = {k: Span(*s[:4]) for k, s in spans.items() if s.dtype.components == 1}
         flat = {k: _flat(s) for k, s in spans.items() if s.dtype.components == 2}
         writers: list[Work] = [Chunks(real)] if real else []
         return [*writers, Tiles(flat)] if flat else writers
 
     def sum_scaled(self, shared: Shared, decisions: Any, stream: Any) -> None:
-        """Write the sums of rows times the factor that was decided: one read."""
+        """Write the sums of rows times the decided factor: one read."""
         launch(rows.sum_scaled_rows, self._tables, stream, shared.tensors, decisions)
 
     def scale(self, *given: Any) -> None:
-        """Write the rows as they lie times the factors decided."""
+        """Write each single row times the decided factor."""
         for work in self._works:
             work.scale(*given)
 
     def clamp(self, *given: Any) -> None:
-        """Write the rows as they lie held between two bounds, but of those skipped."""
+        """Clamp each single row between two bounds, unless its tensor is skipped."""
         for work in self._works:
             work.clamp(*given)
 
 
 def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to the target, as the row that is its place.
+    """Write the sum of each group of rows to the target row whose number `places` has.
 
-    `to` is the dtype there, real or complex as that of the rows.
+    `to` is the dtype of the target, real or complex as that of the rows.
     """
     if not span.size:
         return

@@ -13,7 +13,7 @@ from numclip.facts import Facts
 
 
 def stream_from(stream: Any) -> Any:
-    """Return a stream that a user gives: of numba, CuPy or PyTorch, or a handle."""
+    """Return the `Stream` of a user's stream: numba's, CuPy's, PyTorch's, a handle, or None."""
     for name in ("cuda_stream", "ptr"):
         handle = getattr(stream, name, None)
         if isinstance(handle, int):
@@ -32,8 +32,8 @@ def stream_from(stream: Any) -> Any:
 def stream_of(entries: Sequence[Facts]) -> Any:
     """Return the stream to work on: the one that the library of the first array works on.
 
-    It waits for what was given to the streams of the others, and for what DLPack's producers
-    were told to be ready for. `give_back` is to follow what is done on it.
+    It waits for the streams of the other arrays; that of an array read by DLPack is the default
+    stream, which waits for the array's library. Call `give_back` after the work on it.
     """
     own, *others = _streams_of(entries) or [driver.Stream(0)]
     for other in others:
@@ -46,7 +46,7 @@ def stream_of(entries: Sequence[Facts]) -> Any:
 
 
 def give_back(stream: Any, entries: Sequence[Facts]) -> None:
-    """Let the streams of arrays' libraries go on only after what a stream was given."""
+    """Make the streams of the arrays' libraries wait for the work queued on `stream`."""
     for other in _streams_of(entries):
         driver.order(other, stream)
 
@@ -58,7 +58,7 @@ def _streams_of(entries: Sequence[Facts]) -> list[Any]:
     for entry in entries:
         package = library_of(entry.array)
         if package not in libraries:
-            libraries |= {package} & {"torch", "cupy"}  # where one is current for all
+            libraries |= {package} & {"torch", "cupy"}  # one current stream for all arrays
             stream = current_stream(entry.array)
             found.setdefault(driver.handle_of(stream), stream)
     return list(found.values())
@@ -78,7 +78,7 @@ def current_stream(array: Any) -> Any:
 
 
 def _told_stream(array: Any) -> int:
-    """Return the stream an array names; 1 is the default one, and so is none."""
+    """Return the stream's handle in an array's interface; 1 and None are the default one, 0."""
     interface = getattr(array, "__cuda_array_interface__", None) or {}
     handle = interface.get("stream") or 0
     return 0 if handle == 1 else int(handle)
@@ -86,7 +86,7 @@ def _told_stream(array: Any) -> int:
 
 @contextlib.contextmanager
 def in_order(stream: Any, entries: Sequence[Facts]) -> Iterator[None]:
-    """Do something after what the arrays' library was told, and before what it will be told."""
+    """Order the body's work on `stream` after the libraries' past work and before later work."""
     driver.order(stream, stream_of(entries))
     yield
     give_back(stream, entries)

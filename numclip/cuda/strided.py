@@ -1,4 +1,4 @@
-"""Memory of any steps, cut into tiles: which directions these have, and the tables of them."""
+"""Strided memory, cut into tiles: the directions of tiles, and tables of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from numclip.cuda.work import Kernels, OwnWork, Tables, launch
 from numclip.dtypes import Array, DType
 from numclip.memory import Memory, Strided
 
-LINE = 128  # bytes: what a warp reads at its best
+LINE = 128  # bytes that a warp best reads at a time
 # Bytes of a tile: the more there are, the fewer sums are written; the fewer, the more blocks.
 LEAST_BYTES, MOST_BYTES = device.CHUNK_BYTES >> 3, device.CHUNK_BYTES
-TILES = 2048  # that an array is cut into between the two
-TURNS = 16  # elements a thread reads before lanes are added up, where there are so many
+TILES = 2048  # of an array, where these limits allow it
+TURNS = 16  # elements a thread reads before lanes are added up, where a line has so many
 
 
 class Direction(NamedTuple):
-    """An axis, or some that are gone along as one: bytes a step, and how units are numbered."""
+    """An axis, or several merged into one: steps in bytes by memory, and that of unit numbers."""
 
     length: int
     steps: tuple[int, ...]
@@ -34,12 +34,12 @@ class Direction(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """The bytes from the first element to the last, and as many as a step more."""
+        """The bytes from the first element to the last in the first memory, plus one step."""
         return abs(self.steps[0]) * self.length
 
 
 def directions(array: Strided, memories: Sequence[Memory]) -> list[Direction]:
-    """Return the directions of an array, from the longest step in the first memory to the least."""
+    """Return an array's directions, from the longest step in the first memory to the shortest."""
     number, numbers = 1, {}
     for k in reversed(array.kept):
         numbers[k] = number
@@ -60,17 +60,17 @@ def directions(array: Strided, memories: Sequence[Memory]) -> list[Direction]:
 
 
 def _continues(outer: Direction, inner: Direction) -> bool:
-    """Tell whether a step outside is as all steps inside together."""
+    """Tell whether one outer step is as long as all inner steps together, so that both merge."""
     pairs = zip((*outer.steps, outer.number), (*inner.steps, inner.number), strict=True)
     return outer.kept == inner.kept and all(far == near * inner.length for far, near in pairs)
 
 
 def patch(found: Sequence[Direction], none: Direction) -> tuple[Direction, Direction]:
-    """Return the direction of a tile's lines, and that of their neighbours, `none` for neither.
+    """Return (along, across), the directions of a tile's lines and of their neighbours, or `none`.
 
-    Lines go along what is reduced. What lies closest in memory is one of the two, unless it
-    is too short to matter, or a tile had fewer elements than a block has threads: there could be
-    a tile for every few elements. The other is long.
+    Lines go along reduced axes. One of the two is the direction of the smallest step, unless its
+    extent is below a sector, or the tile would have fewer elements than a block has threads:
+    there could be a tile for every few elements. The other is the longest.
     """
     kept = [direction for direction in found if direction.kept]
     reduced = [direction for direction in found if not direction.kept]
@@ -90,14 +90,14 @@ def _longest(found: Sequence[Direction], none: Direction) -> Direction:
 
 
 def bits_of(number: int) -> int:
-    """Return the exponent of the least power of two that is at least a number."""
+    """Return the exponent of the smallest power of two that is at least `number`."""
     return max(number - 1, 0).bit_length()
 
 
 def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
-    """Return how many neighbours are read at a time, as a power of two; the rest are lanes.
+    """Return the exponent of the power of two of neighbours read at a time; the rest are lanes.
 
-    Lines that can be read in packets are: two lanes of them read a sector.
+    Lines are read in packets where they can be: then two lanes read a sector.
     """
     lanes = bits_of(-(-along.length // TURNS))
     least = 0
@@ -111,7 +111,7 @@ def width_bits(along: Direction, across: Direction, itemsize: int) -> int:
 
 
 def _offsets(rest: Sequence[Direction], steps: Sequence[int]) -> Array:
-    """Return the sum of steps for each combination of places along some directions."""
+    """Return the sum of index times step for each combination of indices along `rest`."""
     total = np.zeros(1, np.int64)
     for direction, step in zip(rest, steps, strict=True):
         places = np.arange(direction.length, dtype=np.int64) * step
@@ -128,7 +128,7 @@ MEMORY_COLUMNS = (
 
 
 class Pieces(NamedTuple):
-    """How an array is cut: into tiles of lines of some length; the rest is gone through."""
+    """How an array is cut: into tiles of `lines` lines of `length`, at each index of `rest`."""
 
     along: Direction
     across: Direction
@@ -139,7 +139,7 @@ class Pieces(NamedTuple):
 
 
 def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces:
-    """Return how an array is cut; one without elements into tiles of empty lines."""
+    """Return how an array is cut; an array without elements gets tiles of empty lines."""
     none = Direction(1, (0,) * len(memories))
     found = directions(array, memories)
     if 0 in array.shape:
@@ -151,7 +151,7 @@ def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces
     bits = width_bits(along, across, array.itemsize)
     nbytes = array.size * array.dtype.storage.itemsize
     most = min(max(nbytes // TILES, LEAST_BYTES), MOST_BYTES) // array.itemsize
-    longest = max(most >> bits, PACKET) // PACKET * PACKET  # that the next one begins at a word
+    longest = max(most >> bits, PACKET) // PACKET * PACKET  # next one begins at a word
     length, lines = max(along.length if whole else min(longest, along.length), 1), 1 << bits
     if across.kept and along.length <= length:
         lines *= max(most // (length << bits), 1)
@@ -159,10 +159,10 @@ def pieces(array: Strided, memories: Sequence[Memory], *, whole: bool) -> Pieces
 
 
 def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> tuple[Array, int]:
-    """Return the table of an array's tiles, and how many sums each unit has.
+    """Return the table of an array's tiles, and how many partial sums each unit has.
 
-    `memories` are those of the columns SOURCE, TARGET, LOW and HIGH, as many as there are. The
-    column PART counts from the array's first sum. Lines can be left `whole`.
+    `memories` fill the columns of SOURCE, TARGET, LOW and HIGH in this order, as many as are
+    given. The column PART counts from the array's first sum. With `whole`, lines are not cut.
     """
     along, across, rest, length, lines, bits = pieces(array, memories, whole=whole)
     starts, firsts = np.arange(0, max(along.length, 1), length), np.arange(0, across.length, lines)
@@ -191,9 +191,9 @@ def cut(array: Strided, memories: Sequence[Memory], *, whole: bool = False) -> t
 
 
 class Tiles(OwnWork):
-    """The work on tensors that lie in memory of any steps.
+    """The work on strided tensors.
 
-    Of its `counts`, each unit has as many, unit by unit.
+    All units of a tensor have as many partial sums: first one of each unit, then another of each.
     """
 
     kernels = Kernels(
@@ -212,7 +212,7 @@ class Tiles(OwnWork):
         self._made: dict[range | None, Tables] = {}
 
     def send(self, parts: Array, stream: Any) -> None:
-        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+        """Send the tables; `parts` has the index of each tensor's first partial sum."""
         found = {}
         for (k, (table, _)), part in zip(self._cut.items(), parts, strict=True):
             table[:, tables.PART] += part
@@ -230,7 +230,7 @@ class Tiles(OwnWork):
 
 
 def _by_dtype(arrays: Mapping[int, Strided], found: Mapping[int, Array], stream: Any) -> Tables:
-    """Return one table of the tiles of each dtype that has some, sent to the GPU."""
+    """Send one table of tiles for each dtype that occurs; return the tables."""
     rows: dict[DType, list[Array]] = {}
     for k, table in found.items():
         table[:, tables.OWNER] = k
@@ -240,18 +240,18 @@ def _by_dtype(arrays: Mapping[int, Strided], found: Mapping[int, Array], stream:
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:
-    """Write an array held between others, of the same shape and dtype."""
+    """Clamp an array between `low` and `high`, arrays of the same shape and dtype."""
     table = memory.table(cut(array, [array.read, array.written, low, high])[0], stream)
     launch(tile_scaling.clamp_tiles_between, {array.dtype: [table]}, stream)
 
 
 class Sums:
-    """The sums over the first axis of some tensors, by their numbers, each row times a factor."""
+    """Sums over the first axis of tensors, keyed by their numbers, each row times its factor."""
 
     def __init__(self, arrays: Mapping[int, Strided], stream: Any) -> None:
         found = {k: cut(a, [a.read, a.written], whole=True)[0] for k, a in arrays.items()}
         self._tables = _by_dtype(arrays, found, stream)
 
     def write(self, tensors: Any, units: Any, stream: Any) -> None:
-        """Write the sums, in float64, where the arrays are written; those have steps of 0."""
+        """Write the sums, added in float64, to each array's `written`, whose first step is 0."""
         launch(tile_scaling.sum_examples, self._tables, stream, tensors, units)

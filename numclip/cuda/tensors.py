@@ -1,4 +1,4 @@
-"""Tensors of PyTorch, known again by what they tell of themselves in half a microsecond."""
+"""PyTorch tensors, recognised by facts that they give in half a microsecond."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from numclip.cuda import driver
 
 
 def facts(items: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Return all that a plan for tensors follows from: where each is, and how it lies there.
+    """Return each tensor's address, dtype, shape and strides, from which a plan follows.
 
-    None where an item is neither such a tensor nor None, and is to be described.
+    Return None if an item is not None and is no `Tensor` or `Parameter`, is sparse or nested, is
+    lazily conjugated or negated, or is not on the GPU in use: then the items are to be described.
     """
     torch = sys.modules.get("torch")
     if torch is None:

@@ -19,17 +19,17 @@ from numclip.dtypes import Array
 from numclip.law import Family, unit_laws
 
 PARTS = 8
-"""How many partial sums of a unit one thread adds up, where there are so many."""
+"""How many partial sums of a unit one thread adds up, where a unit has so many."""
 
 
 class UnitPlan:
     """What the kernels need to measure and scale the units of some families.
 
-    Made once, used for many steps; nothing here waits for the GPU, or moves anything over the
-    bus but new laws. The decision for each unit stands in `units`, in the order of families.
-    That takes 56 bytes a unit, or 80 of an order other than 2, and 24 for each of its partial
-    sums: `nbytes` in all.
-    Threads that share a plan hold `lock` from the law to the last launch.
+    A plan is made once and used for many steps. `changes` alone waits for the GPU; only new laws
+    and summary tables are sent over the bus. `units` has the decision for each unit, in the order
+    of families. That takes 56 bytes a unit, or 80 for orders other than 2, and 24 for each of its
+    partial sums: `nbytes` in all.
+    Threads that share a plan hold `lock` from writing the law to the last launch.
     """
 
     def __init__(self, families: Sequence[Family], ord: float, stream: Any) -> None:
@@ -62,9 +62,10 @@ class UnitPlan:
         self._laws = HostTable((len(families), tables.LAW_COLUMNS), stream)
 
     def write_laws(self, bound: Any, stream: Any, eps: Any = 0.0, unscale: float = 1.0) -> None:
-        """Let decisions obey bounds, one or one for each family; of ratios where params are.
+        """Set the bounds of the following decisions, one for all or one for each family.
 
-        `eps` is the least norm of parameters that counts, one or one for each family.
+        For families with a `param`, they bound the ratio to its norm, which counts as `eps` where
+        it is smaller: one number for all, or one for each family.
         """
         table = unit_laws(self.families, self._ord, bound, eps, unscale)
         self._laws.write(table, stream)
@@ -78,13 +79,13 @@ class UnitPlan:
         measure([grads], *inputs, hypotenuses=hypotenuses)
 
     def _find(self, column: int, stream: Any) -> None:
-        """Take the largest of each unit's partial maxima into a column."""
+        """Write the largest of each unit's partial maxima to a column of `units`."""
         tensors, partial = self.shared
         arguments = self._slabs, tensors, self._laws.table, partial, np.int64(column), self.units
         device.launch(units.find_unit_peaks, self._slabs.shape[0], stream, *arguments)
 
     def decide(self, stream: Any, base: Any = None) -> None:
-        """Find the factor of every unit; `base` are decisions that can say to skip all."""
+        """Decide the factor of every unit; `base` are decisions that can skip whole families."""
         base = self._unskipped if base is None else base
         inputs = self._slabs, self.shared.tensors, self._laws.table, self.shared.partial, base
         arguments = *inputs, self._tickets, self.units
@@ -100,13 +101,13 @@ class UnitPlan:
         self._written.scale(self.shared, self.units, stream)
 
     def summary(self, stream: Any) -> Any:
-        """Return memory for what `summarize` tells."""
+        """Return a table for `summarize` to write."""
         table = np.zeros((len(self.families), 3))
         table[:, tables.LEAST] = 1.0  # of families without units
         return memory.table(table, stream)
 
     def summarize(self, out: Any, stream: Any) -> None:
-        """Write what clipping makes of each family: norm, least factor, how many are clipped."""
+        """Write each family's norm after clipping, least factor, and number of clipped units."""
         inputs = self._slabs, self._families, self._laws.table, self.units
         arguments = *inputs, self._arrived, self._summed, out
         device.launch(units.summarize_units, self._slabs.shape[0], stream, *arguments)
@@ -142,9 +143,9 @@ def _family_table(families: Sequence[Family]) -> Array:
 
 
 def _slabs(families: Array, tensors: Array) -> tuple[Array, Array]:
-    """Return the table of slabs, and where those of each family begin and end.
+    """Return the table of slabs, and the first and the end of the slabs of each family.
 
-    Those whose units have many partial sums are narrow.
+    Slabs have fewer units where a unit has many partial sums.
     """
     counts = tensors[:, tables.LAST] - tensors[:, tables.FIRST]
     slabs = []

@@ -1,4 +1,4 @@
-"""What an optimizer's step on the GPU is done with: a table of updates, settings and counts."""
+"""Optimizer steps on the GPU: tables of updates, settings and counts, and launches."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ KERNELS = {
 
 
 class Places:
-    """Where parameters and their states are: what rows of tables of updates are made of.
+    """The addresses of parameters and their states, from which tables of updates are made.
 
-    `spans` say where the gradients are read and the parameters written; `states` are the
-    addresses of each tensor's states.
+    `spans` have the addresses of gradients (source) and parameters (target); each entry of
+    `states` has the addresses of one kind of state, tensor by tensor.
     """
 
     def __init__(self, spans: Sequence[Span | RowSpan], states: Sequence[Sequence[int]]) -> None:
@@ -40,7 +40,7 @@ class Places:
         self._addresses = np.array([[span.target for span in spans], *states], np.int64)
 
     def whole(self) -> Array:
-        """Return the updates of whole tensors, chunk by chunk."""
+        """Return the updates of the tensors without shared rows, chunk by chunk."""
         whole = {k: span for k, span in enumerate(self._spans) if isinstance(span, Span)}
         chunks, _, starts = split(list(whole.values()))
         rows = self.filled(np.array(list(whole), np.int64)[chunks[:, OWNER]], starts)
@@ -48,7 +48,7 @@ class Places:
         return rows
 
     def filled(self, owners: Array, starts: Array) -> Array:
-        """Return updates of the owners' parameters and states, from some numbers of them on."""
+        """Return updates of the owners' parameters and states from element offsets `starts` on."""
         rows = np.zeros((owners.size, 6), np.int64)
         for k, addresses in enumerate(self._addresses):
             kinds = [span.dtype.compute if k else span.dtype.storage for span in self._spans]
@@ -58,7 +58,7 @@ class Places:
         return rows
 
     def rows(self, owner: int, sums: int, indices: Array) -> Array:
-        """Return the updates of some rows of a tensor by their sums, cut where they are long."""
+        """Return updates of a tensor's rows `indices` by the sums at address `sums`, in chunks."""
         span: Any = self._spans[owner]
         itemsize = span.dtype.storage.itemsize
         limit = device.CHUNK_BYTES // itemsize
@@ -71,7 +71,7 @@ class Places:
         return rows
 
     def by_dtype(self, rows: Array, stream: Any) -> Tables:
-        """Return tables of the updates of each dtype that has some."""
+        """Send a table of updates for each dtype that occurs; return the tables."""
         dtypes = np.array([span.dtype for span in self._spans], object)[rows[:, updates.OWNER]]
         return {
             dtype: [memory.table(rows[dtypes == dtype], stream)]
@@ -82,8 +82,8 @@ class Places:
 class GroupUpdates:
     """What the kernels need to update parameters by the gradients of a plan.
 
-    A row of settings and a count of steps stand for each pool. Where rows can share an index,
-    `take_rows` is told them before each step.
+    Each pool has a row of settings and a count of steps. Where rows can share an index, call
+    `take_rows` before each step.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class GroupUpdates:
         return counts
 
     def set_counts(self, counts: Array) -> None:
-        """Let pools have been updated so often."""
+        """Set how often each pool was updated."""
         with driver.on_stream(None) as stream:
             memory.update(self._counts, counts, stream)
 
     def read_at(self, sources: Sequence[int] | None, stream: Any) -> None:
-        """Leave the parameters whose gradients have no address; others are of the plan."""
+        """Leave parameters whose address in `sources` is 0; others use the plan's gradients."""
         self._updates = self._own
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         if sources is not None:
@@ -128,10 +128,10 @@ class GroupUpdates:
             self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
 
     def at_once(self, _given: Any, _divisors: Array, _held: Any) -> None:
-        """Return nothing: a step is a number of launches."""
+        """Return None: on the GPU a step takes several launches."""
 
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
-        """Let the next step update the rows of some slices."""
+        """Have the next step update the distinct rows of each sparse gradient in `slices`."""
         made = [
             self._places.rows(owner, sums, own.distinct_indices)
             for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
@@ -140,11 +140,11 @@ class GroupUpdates:
         self._row_updates = self._places.by_dtype(np.concatenate(made), stream) if made else {}
 
     def write_settings(self, settings: Array, stream: Any) -> None:
-        """Let the following steps use some settings, a row for each pool."""
+        """Set the settings of the following steps, a row for each pool."""
         self._given.write(settings, stream)
 
     def step(self, outcome: Outcome, stream: Any) -> None:
-        """Take a step; one launch to count it, one for each dtype."""
+        """Take a step: one launch to count it, one for each dtype; more for shared rows."""
         if self._sparse:
             self._plan.sum_scaled(outcome, stream)
         settings = self._given.table
@@ -161,8 +161,8 @@ class GroupUpdates:
 class ArrayUpdates:
     """What the kernels need to update arrays by gradients that are not clipped.
 
-    `spans` and `states` are as of `Places`; `indices` are those of the rows, each once, that
-    each `RowSpan` reads. A row of numbers stands for each array.
+    `spans` and `states` are as in `Places`; `indices` has, for each `RowSpan`, the distinct
+    indices of its rows. Each array has a row of numbers.
     """
 
     def __init__(
@@ -184,22 +184,22 @@ class ArrayUpdates:
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = memory.table(tensors, stream)
-        decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
+        decisions = np.zeros((len(spans), DECISION_COLUMNS))  # LEAVE: gradients stay as they are
         self._decisions = memory.table(decisions, stream)
         self._numbers = HostTable((len(spans), SETTINGS_COLUMNS), stream)
 
     def read_pairs(self, _gradients: list[Any], _variables: list[Any]) -> bool:
-        """Tell that these are not ours: updates are found by `engine.key_of_pairs`."""
+        """Return False: updates of other pairs are found by `engine.key_of_pairs`."""
         return False
 
     def read_from(self, _sources: None) -> None:
-        """Do nothing: updates are kept for gradients where they are."""
+        """Do nothing: updates are kept for gradients at fixed addresses."""
 
     def read_at(self, _sources: Sequence[int]) -> None:
-        """Do nothing likewise."""
+        """Do nothing, as `read_from` does."""
 
     def step(self, settings: Sequence[float], counts: Sequence[int], stream: Any) -> None:
-        """Update each array for the time that its count says; one launch for each dtype."""
+        """Update each array, as its step of number `counts`; one launch for each dtype."""
         found = {count: methods.numbers(self._name, settings, count) for count in set(counts)}
         table = np.zeros((len(counts), SETTINGS_COLUMNS))
         for row, count in zip(table, counts, strict=True):

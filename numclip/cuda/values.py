@@ -1,4 +1,4 @@
-"""Numbers that stay on the GPU until someone asks for them."""
+"""Numbers that stay on the GPU until their value is used."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def _plain(other: Any) -> Any:
 
 
 def _one(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return the method that does something with the number."""
+    """Return a method that applies `of` to the number."""
     return lambda self: of(self.item())
 
 
 def _two(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Return the method that does something with the number and another one."""
+    """Return a method that applies `of` to the number and another one."""
     return lambda self, other: of(self.item(), _plain(other))
 
 
 @functools.total_ordering
 class DeviceNumber:
-    """A number that the GPU still works on, and that is a plain one to whoever asks.
+    """A number that the GPU may still be computing, and that can be used as a plain one.
 
-    Asking waits for the GPU, the first time: converting it, comparing, formatting, printing,
-    arithmetic. Handing it on does not.
+    The first use of its value waits for the GPU: converting it, comparing, formatting, printing,
+    arithmetic. Passing it on does not wait.
 
     Parameters
     ----------
@@ -47,10 +47,10 @@ class DeviceNumber:
         self._value: Any = None
 
     def item(self) -> Any:
-        """Return the number as a plain one."""
+        """Return the number as a float or an int of Python."""
         if self._read is not None:
             self._value = self.kind(self._read())
-            self._read = None  # and with it the memory
+            self._read = None  # and with it, the reference to the table
         return self._value
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -76,17 +76,18 @@ class DeviceNumber:
 
 
 class DeviceFloat(DeviceNumber):
-    """A number that the GPU still works on, and that is a float to whoever asks.
+    """A number that the GPU may still be computing, and that can be used as a float.
 
-    See `DeviceNumber`. What takes arrays by ``__cuda_array_interface__`` (``torch.as_tensor(...,
-    device="cuda")``, ``cupy.asarray``) takes it as a 0-d float64 array, and waits for nothing.
+    See `DeviceNumber`. Functions that take arrays by ``__cuda_array_interface__``
+    (``torch.as_tensor(..., device="cuda")``, ``cupy.asarray``) take it as a 0-d float64 array,
+    without waiting.
 
     Parameters
     ----------
     read : function
         Waits for the number and returns it.
     locate : function, optional
-        Returns the address on the GPU where it is, as long as this object lives.
+        Returns the number's address on the GPU, which is valid as long as this object lives.
     """
 
     kind = float
@@ -100,12 +101,12 @@ class DeviceFloat(DeviceNumber):
         """The description that other libraries read."""
         if self._locate is None:
             raise AttributeError("__cuda_array_interface__: the number has no address")
-        data = self._locate(), False  # PyTorch takes no array that is only to be read
+        data = self._locate(), False  # PyTorch takes no read-only array
         return {"shape": (), "typestr": "<f8", "data": data, "strides": None, "version": 2}
 
 
 class DeviceInt(DeviceNumber):
-    """A count that the GPU still works on, and that is an int to whoever asks.
+    """A count that the GPU may still be computing, and that can be used as an int.
 
     See `DeviceNumber`.
     """
@@ -116,5 +117,5 @@ class DeviceInt(DeviceNumber):
         return int(self.item())
 
 
-numbers.Real.register(DeviceFloat)  # so that it is taken wherever a number is
+numbers.Real.register(DeviceFloat)  # so that it is accepted wherever a number is
 numbers.Integral.register(DeviceInt)

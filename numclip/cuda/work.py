@@ -1,4 +1,4 @@
-"""What a plan has done to tensors of one kind: measured, scaled, held between bounds."""
+"""The work of a plan on tensors of one kind: measure, scale, clamp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Shared(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The kernels that measure and write tensors of one kind, `None` where others do it."""
+    """The kernels that measure and write tensors of one kind; None if other works write them."""
 
     squares: Any
     maxima: Any
@@ -32,27 +32,27 @@ class Kernels(NamedTuple):
 
 
 Tables = Mapping[DType, Sequence[Any]]
-"""Of each dtype that has some: the tables that kernels take first."""
+"""For each dtype that occurs, the tables that kernels take as their first arguments."""
 
 
 def like(dtype: DType) -> Any:
-    """Return what tells a kernel how elements are stored."""
+    """Return a 0 of the dtype's storage type, from which a kernel takes that type."""
     return dtype.storage.type(0)
 
 
 def launch(
     kernel: Any, found: Tables, stream: Any, *before: Any, after: Sequence[Any] = ()
 ) -> None:
-    """Launch a kernel for each dtype; how elements are stored is told between the arguments."""
+    """Launch a kernel for each dtype, on its tables, `before`, its storage type, and `after`."""
     for dtype, own in found.items():
         device.launch(kernel, own[0].shape[0], stream, *own, *before, like(dtype), *after)
 
 
 class Work(ABC):
-    """The work on some of a plan's tensors, by their numbers.
+    """The work on some of a plan's tensors, which it knows by their numbers in the plan.
 
-    `counts` says how many partial sums each of them takes, `repeats` whether they are rows that
-    can share an index.
+    `counts` has the number of partial sums of each tensor; `repeats` is True for tensors whose
+    rows can share an index.
     """
 
     repeats = False
@@ -62,12 +62,12 @@ class Work(ABC):
 
     @abstractmethod
     def send(self, parts: Array, stream: Any) -> None:
-        """Make the tables; `parts` says where the partial sums of each tensor begin."""
+        """Send the tables; `parts` has the index of each tensor's first partial sum."""
 
     def sum(self, kernel: Any, shared: Shared, stream: Any, *peaks: Any) -> None:
-        """Write the partial sums, or maxima, of one of the kernels: one read.
+        """Write partial sums, or maxima, by one of the kernels: one read.
 
-        Sums of powers are over the peaks of pools, or of units.
+        `peaks`, for sums of powers, is a table of the peaks of pools, or of units.
         """
         launch(kernel, self._tables, stream, shared.tensors, *peaks, after=[shared.partial])
 
@@ -75,16 +75,16 @@ class Work(ABC):
     def scale(
         self, shared: Shared, decisions: Any, stream: Any, least: int = tables.MULTIPLY
     ) -> None:
-        """Write each tensor times the factors decided; one read, one write, or none.
+        """Write each tensor times the decided factors; one read, one write, or none.
 
-        From TRUNCATE on, what has a factor that is no plain number is scaled alone, in place.
+        If `least` is TRUNCATE, scale only tensors of the modes TRUNCATE and CLEAN, in place.
         """
 
     @abstractmethod
     def clamp(
         self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
     ) -> None:
-        """Write the elements of some tensors held between two bounds, but of those skipped."""
+        """Clamp the tensors with numbers in `members` between two bounds, unless skipped."""
 
 
 class OwnWork(Work):
@@ -92,12 +92,12 @@ class OwnWork(Work):
 
     @abstractmethod
     def _written(self, members: range | None, stream: Any) -> Tables:
-        """Return the tables by which some tensors, or all, are written."""
+        """Return the tables for writing the tensors with numbers in `members`, or all if None."""
 
     def scale(
         self, shared: Shared, decisions: Any, stream: Any, least: int = tables.MULTIPLY
     ) -> None:
-        """Write each tensor times the factors decided."""
+        """Write each tensor times the decided factors."""
         for dtype, own in self._written(None, stream).items():
             numbers = [np.int64(number) for number in (least, *dtype.precision)]
             inputs = shared.tensors, decisions, *numbers
@@ -106,7 +106,7 @@ class OwnWork(Work):
     def clamp(
         self, shared: Shared, decisions: Any, bounds: Sequence[Any], members: range, stream: Any
     ) -> None:
-        """Write the elements of some tensors held between two bounds."""
+        """Clamp the tensors with numbers in `members` between two bounds, unless skipped."""
         inputs = shared.tensors, decisions, *bounds
         launch(self.kernels.clamp, self._written(members, stream), stream, *inputs)
 
@@ -121,10 +121,10 @@ def measure(
     *,
     hypotenuses: bool,
 ) -> None:
-    """Write the partial sums: one read, two where `ord` is neither 2 nor infinite.
+    """Write the partial sums: one read for `ord` 2, and for inf without `hypotenuses`, else two.
 
-    `find` takes the largest partial maxima to a column of `peaks`. These are of real and imaginary
-    parts; `hypotenuses` says that magnitudes are to be found.
+    `find` writes the largest partial maxima to a column of `peaks`. They are of real and imaginary
+    parts; `hypotenuses` says that the magnitudes of complex numbers are needed.
     """
     if ord == 2.0:
         for work in works:

@@ -1,4 +1,4 @@
-"""What the threads of a block do together: sums, maxima, and finding out who is last."""
+"""What the threads of a block do together: sums, maxima, and detection of the last block."""
 
 import numpy as np
 
@@ -12,9 +12,10 @@ EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 @inline
 def tree_sum(total, error, place, count, apart, room):
-    """Return the sum of `count` sums and their errors over the places modulo `apart`.
+    """Return the sum of sums and errors over the `count` threads equal to `place` modulo `apart`.
 
-    They are added in a tree; `apart` is a power of two, and `count` a multiple of it.
+    `place` is the thread's number. They are added in a tree; `apart` is 1, or `apart` and `count`
+    are powers of two.
     """
     totals, errors = room[0], room[1]
     totals[place] = total
@@ -35,7 +36,7 @@ def tree_sum(total, error, place, count, apart, room):
 
 @inline
 def lane_sum(total, error, place, apart, room):
-    """Return the sum of sums and their errors over the threads of a place modulo `apart`."""
+    """Return the sum of sums and errors over THREADS threads equal to `place` modulo `apart`."""
     return tree_sum(total, error, place, THREADS, apart, room)
 
 
@@ -50,9 +51,9 @@ def with_terms(bins, small, middle, large, count):
 
 @inline
 def with_square(bins, value, count, like):
-    """Return bins after adding the square of a value, and to the count.
+    """Return bins after adding the square of a value to a sum, and `count` to the count.
 
-    Only squares of float64 can be out of the middle one.
+    Only squares of float64 can need another bin than the middle one.
     """
     small, middle, large = 0.0, value * value, 0.0
     if size_of(like) == 8:
@@ -62,10 +63,10 @@ def with_square(bins, value, count, like):
 
 @inline
 def lane_bins(bins, place, apart, room):
-    """Return the sum of bins over the threads of a place modulo `apart`, and that of the counts.
+    """Return (total, exponent, count) of bins over the threads equal to `place` modulo `apart`.
 
-    The sum is ``total * 4**exponent``, in two numbers. All are added in one tree, as `lane_sum`
-    adds one; `room` has a row for each.
+    The sum is ``total * 4**exponent``. All bins are added in one tree, as `lane_sum` adds one
+    sum; `room` has a row for each.
     """
     for k in range(len(bins)):
         room[k, place] = bins[k]
@@ -89,7 +90,7 @@ def lane_bins(bins, place, apart, room):
 
 @inline
 def lane_max(value, place, apart, room):
-    """Return the largest value over the threads of a place modulo `apart`, NaN where one is."""
+    """Return the largest value over the threads equal to `place` modulo `apart`, NaN if one is."""
     values = room[0]
     values[place] = value
     cuda.syncthreads()
@@ -112,14 +113,14 @@ def block_sum(total, error, room):
 
 @inline
 def block_max(value, room):
-    """Return the largest value of all threads of the block, NaN where one is."""
+    """Return the largest value over all threads of the block, NaN if one is."""
     return lane_max(value, cuda.threadIdx.x, 1, room)
 
 
 @inline
 def arrives_last(tickets, index, count, room):
-    """Tell all threads of a block whether it is the last of `count` to come here."""
-    cuda.threadfence()  # what was written before is seen by whoever comes later
+    """Return, in all threads of a block, whether it is the last of `count` blocks to call this."""
+    cuda.threadfence()  # blocks that arrive later see what was written before
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         arrived = cuda.atomic.inc(tickets, index, np.uint32(count - 1))  # wraps to 0

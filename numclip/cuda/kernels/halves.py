@@ -1,6 +1,6 @@
-"""Float32 numbers and their 16-bit copies, and 16-bit gradients of float32 ones.
+"""Conversion between float32 numbers and their 16-bit copies, or 16-bit gradients of float32 ones.
 
-Of each chunk, the source is where elements of 16 bits are, the target where those of float32 are.
+The source of each chunk has elements of 16 bits, the target those of float32.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ WIDE = np.float32(0.0)
 
 @kernel
 def round_chunks(chunks, like):
-    """Write the nearest copies. One read, one write of half the size."""
+    """Round each number to its 16-bit copy, to nearest. One read, one write of half the size."""
     over_chunks(round_at, (like,), chunks, like)
 
 
@@ -25,13 +25,13 @@ def round_at(spots, copies, numbers, like):
 
 @kernel
 def take_over_chunks(chunks, like):
-    """Let numbers be those of the copies that are none of theirs. Two reads, rarely a write."""
+    """Set each number to its copy unless it rounds to that copy. Two reads, rarely a write."""
     over_chunks(take_over_at, (like,), chunks, like)
 
 
 @inline
 def take_over_at(spots, copies, numbers, like):
-    """Do so at some spots."""
+    """Set the numbers at some spots to their copies unless they round to them."""
     own, x = load_at(copies, spots, like), load_at(numbers, spots, WIDE)
     if any_differs(x, own, like):
         store_at(numbers, spots, each(taken, (x, own), (like,)), WIDE)
@@ -39,7 +39,7 @@ def take_over_at(spots, copies, numbers, like):
 
 @inline
 def any_differs(x, copies, like):
-    """Tell whether one of some copies is none of its number."""
+    """Tell whether a number does not round to its copy."""
     found = False
     for k in range(len(x)):
         found |= differ(x[k], copies[k], like)
@@ -48,17 +48,17 @@ def any_differs(x, copies, like):
 
 @inline
 def taken(number, copy, like):
-    """Return the number, or the copy if it is none of it."""
+    """Return the number if it rounds to the copy, else the copy."""
     return copy if differ(number, copy, like) else number
 
 
 @kernel
 def widen_chunks(chunks, like):
-    """Copy each chunk. One read of half the size, one write."""
+    """Copy each chunk, widened to float32. One read of half the size, one write."""
     over_chunks(widen_at, (like,), chunks, like)
 
 
 @inline
 def widen_at(spots, source, target, like):
-    """Copy what is at some spots."""
+    """Copy the elements at some spots, widened to float32."""
     store_at(target, spots, load_at(source, spots, like), WIDE)

@@ -1,9 +1,9 @@
 """Norms of chunks: sums of squares, largest magnitudes, sums of powers.
 
-Kernels work on a table of chunks as those of ``cpu`` do: address read, address written, number
-of elements, the tensor that owns it, and the place of its partial sum. A thousand tensors take
-as many launches as one. Sums are in float64 with their rounding errors kept, and depend on the
-chunks alone, not on the grid.
+Kernels work on a table of chunks as those of the host do: address read, address written, number
+of elements, the tensor that owns the chunk, and the row of its partial sum. A thousand tensors
+take as many launches as one. Sums are in float64 with their rounding errors kept, and depend on
+the chunks alone, not on the grid.
 """
 
 import math
@@ -46,7 +46,7 @@ def sum_of_squares(x):
 
 @inline
 def with_squares(state, x):
-    """Return a sum of squares and its error with those of some elements."""
+    """Return a sum of squares and its error after adding the squares of some elements."""
     total, rest = two_sum(state[0], sum_of_squares(x))
     return total, state[1] + rest
 
@@ -59,7 +59,7 @@ def lane_squares_of(address, length, lane, lanes, like):
 
 @inline
 def parts_of(place, masked, components, like):
-    """Return an element's parts, 0 for one that is masked; and 1 for one that is not finite."""
+    """Return an element's parts, 0 if masked and not finite, and 1.0 if not finite, else 0.0."""
     x, y = np.float64(load(place, like)), 0.0
     if components == 2:
         y = np.float64(load(place + size_of(like), like))
@@ -70,9 +70,9 @@ def parts_of(place, masked, components, like):
 
 @inline
 def careful_squares(line, masked, lane, lanes, like):
-    """Return a lane's share of the squares of a line in bins, what is not finite counted.
+    """Return a lane's share of the squares of a line in bins, non-finite elements counted.
 
-    `line` is where it begins, the step to the next element, how many these are, and their parts.
+    `line` is (address, step in bytes, number of elements, components).
     """
     place, step, length, components = line
     bins, i = EMPTY, lane
@@ -85,7 +85,7 @@ def careful_squares(line, masked, lane, lanes, like):
 
 @inline
 def is_lossless(total, like):
-    """Tell whether a plain sum of squares lost nothing; only float64 can."""
+    """Tell whether a sum of squares is finite and, in float64, surely free of underflow."""
     if size_of(like) == 8:
         return is_safe(total)
     return math.isfinite(total)
@@ -114,7 +114,7 @@ def sum_squares(chunks, tensors, like, out):
 
 @inline
 def finite_magnitude(element, masked):
-    """Return an element's magnitude, 0 for one that is masked; and 1 for one not finite."""
+    """Return a magnitude, 0 if masked and not finite, and 1.0 if it is not finite, else 0.0."""
     value = abs(np.float64(element))
     if math.isfinite(value):
         return value, 0.0
@@ -123,7 +123,7 @@ def finite_magnitude(element, masked):
 
 @inline
 def with_largest(state, x, masked):
-    """Return the largest magnitude and how many are not finite, with some elements."""
+    """Return the largest magnitude and the number of non-finite elements after some more."""
     largest, bad = state
     for k in range(len(x)):
         value, odd = finite_magnitude(x[k], masked)
@@ -158,9 +158,9 @@ def max_magnitude(chunks, tensors, like, out):
 
 @kernel
 def find_peaks(tensors, pools, partial, column, out):
-    """Write the largest of each pool's partial maxima to a column; a block for each.
+    """Write the largest of each pool's partial maxima to a column; a block for each pool.
 
-    That of the terms of sums goes to the column which belongs to it.
+    The largest of the terms of sums goes to the matching column, TERMS_PEAK for PEAK.
     """
     room = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
@@ -182,7 +182,7 @@ def find_peaks(tensors, pools, partial, column, out):
 
 @inline
 def with_ratio(ratio, ord, total, error):
-    """Return a sum of powers and its error with a ratio's; of infinite order, the largest ratio."""
+    """Return a sum of powers and its error after adding a ratio's; for order inf, the maximum."""
     if ord == math.inf:
         return larger(total, ratio), error
     total, rest = two_sum(total, power_term(ratio, ord))
@@ -191,7 +191,7 @@ def with_ratio(ratio, ord, total, error):
 
 @inline
 def lane_powers_of(address, length, law, lane, lanes, like):
-    """Return a lane's share of a sum of powers and its error; `law` is masked, scale and order."""
+    """Return a lane's share of a sum of powers and its error; `law` is (masked, scale, ord)."""
     masked, scale, ord = law
     total, error = 0.0, 0.0
     packets = whole_packets(address, length)
@@ -212,7 +212,7 @@ def lane_powers_of(address, length, law, lane, lanes, like):
 
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
-    """Write each chunk's sum of ``(|x| / scale) ** ord``; of infinite order, the largest ratio."""
+    """Write each chunk's sum of ``(|x| / scale) ** ord``; for order inf, the largest ratio."""
     room = cuda.shared.array((2, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:

@@ -1,10 +1,10 @@
-"""Elements in the GPU's memory by their addresses: one at a time, or eight in 16-byte words.
+"""Loads and stores of elements by address: one at a time, or eight in 16-byte words.
 
-A packet is eight elements: one, two or four words of 16 bytes. Those of a chunk are as far apart
-as the chunk has packets, so that threads which follow one another read words that do. A *spot* is
-the number of an element, or a packet as `packet_at` tells it; several are read before anything is
-written. `like` is a 0 of the type that elements are stored as; float16 travels as uint16 and
-bfloat16 as int16.
+A packet is eight elements: one, two or four words of 16 bytes. The words of a packet are as many
+words apart as the chunk has packets, so that consecutive threads read consecutive words. A *spot*
+is the index of an element, or a packet as `packet_at` returns it; several are read before anything
+is written. `like` is a 0 of the type that elements are stored as: uint16 for float16, int16 for
+bfloat16.
 """
 
 import numpy as np
@@ -135,7 +135,7 @@ def as_computed(_typing, value, like):
 
 @intrinsic
 def rounded(_typing, value, like):
-    """Return the nearest element stored like `like` to a number, in the type it is computed in."""
+    """Return a number rounded to nearest in the type of `like`, widened to the computed type."""
 
     def emit(context, builder, _signature, arguments):
         if like in (types.uint16, types.int16):
@@ -149,7 +149,7 @@ def rounded(_typing, value, like):
 
 
 def _nearest(builder, value, like):
-    """Return the nearest element of 16 bits to a float32, of two the even one."""
+    """Return a float32 rounded to 16 bits, to nearest and ties to even."""
     if like == types.uint16:
         return float_to_half(builder, value, native=True, nearest=True)
     return float_to_bfloat(builder, value, nearest=True)
@@ -157,7 +157,7 @@ def _nearest(builder, value, like):
 
 @intrinsic
 def differ(_typing, value, other, like):
-    """Tell whether the nearest elements to two of float32 have other bits."""
+    """Tell whether two float32 numbers round to elements of different bits."""
 
     def emit(_context, builder, _signature, arguments):
         own, others = (_nearest(builder, number, like) for number in arguments[:2])
@@ -168,9 +168,9 @@ def differ(_typing, value, other, like):
 
 @intrinsic
 def packet_at(_typing, _number, _packets, like):
-    """Return the spot of the packet of a number, of so many; of 16 bits, the number alone.
+    """Return the spot of a packet: (its number, the number of packets), for 16 bits (its number,).
 
-    Their words, and those of float32 that go with them, follow one another.
+    Words of the latter, and of float32 elements at the same spot, are consecutive.
     """
     spot = types.UniTuple(types.int64, 1 if like.bitwidth == 16 else 2)
 
@@ -181,7 +181,7 @@ def packet_at(_typing, _number, _packets, like):
 
 
 def _placed(builder, address, spot, kind, like):
-    """Return the addresses of the words of a spot, or of its element."""
+    """Return the addresses of the words of a spot's packet, or of its element."""
 
     def size(number):
         return ir.Constant(_I64, number)
@@ -198,7 +198,7 @@ def _placed(builder, address, spot, kind, like):
 
 
 def _pointers(builder, address, spots, kinds, like):
-    """Return pointers to the words, or elements, of some spots, and how these are aligned."""
+    """Return pointers to the words, or elements, of some spots, and their alignment."""
     single = isinstance(kinds.dtype, types.Integer)
     element, align = (_ELEMENTS[like], like.bitwidth // 8) if single else (_word(like), WORD)
     places = [
@@ -210,7 +210,7 @@ def _pointers(builder, address, spots, kinds, like):
 
 
 def _lanes(spots, like):
-    """Return the type of the elements of some spots."""
+    """Return the type of the tuple of the elements at some spots."""
     count = len(spots) * (1 if isinstance(spots.dtype, types.Integer) else PACKET)
     return types.UniTuple(_computed(like), count)
 
@@ -249,7 +249,7 @@ def store_at(_typing, address, spots, _values, like):
 
 @intrinsic
 def copy_at(_typing, spots, source, target, like):
-    """Copy what is at some spots bit by bit."""
+    """Copy the elements at some spots bit by bit."""
 
     def emit(context, builder, _signature, arguments):
         sources, align = _pointers(builder, arguments[1], arguments[0], spots, like)
@@ -264,7 +264,7 @@ def copy_at(_typing, spots, source, target, like):
 
 @intrinsic
 def each(typing, function, packets, scalars):
-    """Return what a function makes of each lane of some packets, or of elements of some spots."""
+    """Return the results of `function` for each lane of some packets, with the same `scalars`."""
     lane = (*(packet.dtype for packet in packets.types), *scalars.types)
     call_signature = function.get_call_type(typing, lane, {})
     result = types.UniTuple(call_signature.return_type, len(packets.types[0]))
@@ -308,7 +308,7 @@ def store_apart(address, step, values, like):
 
 @inline
 def fold_packets(turn, state, arguments, address, length, lane, lanes, like):
-    """Return a state after a function took up a lane's share of a chunk; two packets a turn."""
+    """Return `state` after `turn` folded in a lane's share of a chunk, two packets at a time."""
     packets = whole_packets(address, length)
     p = lane
     while p + lanes < packets:
@@ -326,7 +326,7 @@ def fold_packets(turn, state, arguments, address, length, lane, lanes, like):
 
 @inline
 def over_packets(turn, arguments, addresses, length, like):
-    """Call a function at each packet of a chunk, and at each element that is in none."""
+    """Call `turn` for each packet of a chunk, and for each element that is in no packet."""
     packets = whole_packets(addresses, length)
     p = np.int64(cuda.threadIdx.x)
     while p < packets:
@@ -340,7 +340,7 @@ def over_packets(turn, arguments, addresses, length, like):
 
 @inline
 def over_chunks(turn, arguments, chunks, like):
-    """Call a function likewise for each chunk, told where it is read and written first."""
+    """Call `turn` as `over_packets` does for each chunk; its addresses precede `arguments`."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
         places = chunks[c, col.SOURCE], chunks[c, col.TARGET]
@@ -351,9 +351,9 @@ def over_chunks(turn, arguments, chunks, like):
 
 @inline
 def over_more_packets(turn, arguments, addresses, length, lane, lanes, like):
-    """Call a function likewise, at two packets a turn, or four elements: more loads in flight.
+    """Call `turn` for two packets, or four elements, at a time: more loads in flight.
 
-    Lanes, threads of a block or all of them, share the chunk.
+    The lanes that share the chunk are all threads of a block, or some of them.
     """
     packets = whole_packets(addresses, length)
     p = lane

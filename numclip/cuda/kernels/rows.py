@@ -1,9 +1,9 @@
-"""Rows that share an index: measured by their sums, or written as sums, from where they lie.
+"""Rows that share an index: kernels that measure the sums of rows, or write them.
 
-A table of groups says where the rows of each index stand in `order`, and how many there are. A
+The table of groups has, for each index, the start of its rows in `order` and their number. A
 *share* is a row of another table: some groups of a tensor, in a strip of columns that a block
-can hold. Threads are columns, lanes that share the rows of a group, and teams that take groups
-in turn. Sums are in two float64, and depend on the tables alone, not on the grid.
+can hold. A thread has a column, a lane (lanes share the rows of a group), and a team (teams take
+groups in turn). Sums are in two float64, and depend on the tables alone, not on the grid.
 """
 
 import math
@@ -36,7 +36,7 @@ THREAD_BITS = THREADS.bit_length() - 1
 
 @inline
 def number_of(share, part):
-    """Return which of a row's stored numbers a thread has; `part` is 1 for imaginary ones."""
+    """Return the index in a row of a thread's stored number; `part` is 1 for the imaginary one."""
     column = share[col.COLUMN] + (np.int64(cuda.threadIdx.x) & ((1 << share[col.WIDTH]) - 1))
     return column * share[col.COMPONENTS] + part
 
@@ -61,7 +61,7 @@ def team_of(share):
 
 @inline
 def element_of(share, row, number, like):
-    """Return a stored number of a row, and whether it, or its other part, is not finite."""
+    """Return a stored number of a row, and whether it, or its complex partner, is not finite."""
     place = share[col.SOURCE] + (row * share[col.LENGTH] + number) * size_of(like)
     value = np.float64(load(place, like))
     odd = not math.isfinite(value)
@@ -73,10 +73,9 @@ def element_of(share, row, number, like):
 
 @inline
 def lane_sums(share, group, number, order, masked, scale, like):
-    """Return what a lane adds to a sum, its rounding error and that of magnitudes.
+    """Return a lane's share of a group's sum: (sum, error, sum of magnitudes, non-finite count).
 
-    Elements are taken times `scale`. How many are not finite comes last; they count as 0 where
-    `masked`.
+    Elements are multiplied by `scale`; those that are not finite count as 0 where `masked`.
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
     k = group[col.START] + lane_of(share)
@@ -96,7 +95,7 @@ def lane_sums(share, group, number, order, masked, scale, like):
 
 @inline
 def team_sums(share, total, error, terms, room):
-    """Return a sum and that of magnitudes to the first lane of each team, 0 to the others."""
+    """Return a sum and that of magnitudes in the first lane of each team, 0 in the others."""
     if share[col.LANES] == 0:
         return settled(total, error), terms
     i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[col.LANES]
@@ -107,9 +106,9 @@ def team_sums(share, total, error, terms, room):
 
 @inline
 def sums_of(share, g, groups, order, part, how, room):
-    """Return a thread's sum of a group in a column and that of magnitudes, and how many are bad.
+    """Return (sum, sum of magnitudes, lane's non-finite count) of group `g` in a thread's column.
 
-    All threads of a block come here together. `how` has what `lane_sums` takes last.
+    All threads of a block must call this together. `how` is (masked, scale, like) of `lane_sums`.
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
     number = number_of(share, part)
@@ -122,7 +121,7 @@ def sums_of(share, g, groups, order, part, how, room):
 
 @inline
 def share_squares(share, groups, order, how, room):
-    """Return a share's squares of sums and how many are bad, and those of sums of magnitudes."""
+    """Return (total, exponent, non-finite count) of a share's squared sums, and of magnitudes'."""
     sums, terms = EMPTY, EMPTY
     g = share[col.BEGIN]
     while g < share[col.END]:
@@ -164,7 +163,7 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
 def max_row_magnitude(shares, groups, order, tensors, like, out):
     """Write each share's largest parts of sums and of their terms. Reads all rows once.
 
-    A sum that exceeds float64 is not finite.
+    A sum that overflows float64 is counted as not finite.
     """
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
@@ -207,7 +206,7 @@ def ratios_of(share, g, groups, order, how, law, room):
 
 @inline
 def share_powers(share, groups, order, how, law, room):
-    """Return a share's sums of powers; of infinite order, the largest ratios."""
+    """Return a share's sums of powers, of sums and of terms; for order inf, the largest ratios."""
     total, error, terms, ord = 0.0, 0.0, 0.0, law[col.ORD]
     g = share[col.BEGIN]
     while g < share[col.END]:
@@ -228,7 +227,7 @@ def share_powers(share, groups, order, how, law, room):
 def sum_row_powers(shares, groups, order, tensors, laws, like, out):
     """Write each share's sums of ``(|x| / scale) ** ord``, of sums and of their terms.
 
-    Of infinite order, the largest ratios.
+    For infinite order, write the largest ratios.
     """
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
@@ -244,9 +243,9 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
 
 @inline
 def write_sums(share, groups, order, how, to, room):
-    """Write the sums of a share's groups of rows, each rounded once, as the rows in their place.
+    """Write the sum of each of a share's groups, rounded once, to the group's target row, PLACE.
 
-    They are stored as `to` is.
+    `to` is a 0 of the type that the sums are stored as.
     """
     g = share[col.BEGIN]
     while g < share[col.END]:
@@ -263,7 +262,7 @@ def write_sums(share, groups, order, how, to, room):
 
 @kernel
 def sum_rows(shares, groups, order, like, to):
-    """Write the sum of each group of rows, stored as `to` is. Reads all rows once."""
+    """Write the sum of each group of rows, in the type of `to`. Reads all rows once."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
@@ -275,7 +274,7 @@ def sum_rows(shares, groups, order, like, to):
 def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
     """Write the sum of each group of rows times the factor of their pool, if that is not skipped.
 
-    A factor that is no plain number was applied before.
+    A factor of the mode TRUNCATE or CLEAN was applied to the rows before.
     """
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)

@@ -1,4 +1,4 @@
-"""The scalar mathematics and the decision, compiled as parts of the kernels of the GPU."""
+"""The scalar mathematics and the decision, compiled as device functions for the kernels."""
 
 from numclip.cuda.device import inline
 from numclip.decisions import DECISIONS, SCALARS, compiled

@@ -1,4 +1,4 @@
-"""What is written: elements times the factor decided, held between bounds, or added."""
+"""Kernels that write chunks: times the decided factor, copied, clamped, or added."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def product(value, factor):
 
 @inline
 def multiply_at(spots, source, target, factor, like):
-    """Write what is at some spots times a factor, each product rounded once."""
+    """Write the elements at some spots times a factor, each product rounded once."""
     store_at(target, spots, each(product, (load_at(source, spots, like),), (factor,)), like)
 
 
@@ -49,10 +49,10 @@ def copy(source, target, length, lane, lanes, like):
 
 @inline
 def multiply_carefully(line, decision, precision, lane, lanes, like):
-    """Write a lane's share of a line times its factor, subnormal results rounded toward zero; slow.
+    """Write a lane's share of a line times its factor, subnormal results truncated; slow.
 
-    `line` is where it is read and written, the steps to the next elements, how many these are, and
-    their parts. In the mode CLEAN, an element that is not finite becomes 0.
+    `line` is (source, target, source step, target step, number of elements, components). In the
+    mode CLEAN, an element that is not finite becomes 0.
     """
     source, target, step, target_step, length, components = line
     mantissa, power = decision[col.MANTISSA], int(decision[col.POWER])
@@ -72,8 +72,8 @@ def multiply_carefully(line, decision, precision, lane, lanes, like):
 def scale(chunks, tensors, decisions, least, digits, lowest, like):
     """Multiply each chunk by the factor of its pool, where its mode is at least `least`.
 
-    Reads and writes every element once. In place it leaves at once where no pool has anything to
-    do, and touches no chunk of a pool that has nothing to do; out of place such a chunk is copied.
+    Reads and writes every element once. In place the kernel returns at once if no pool has work,
+    and touches no chunk of a pool without work; out of place such a chunk is copied.
     """
     whole = least == col.MULTIPLY
     idle = decisions[decisions.shape[0] - 1, col.MODE if whole else col.RARE] == 0.0
@@ -107,9 +107,9 @@ def copy_chunks(chunks, like):
 
 @kernel
 def clamp(chunks, tensors, decisions, low, high, like):
-    """Hold each element between two bounds, but what is skipped. Reads and writes it once.
+    """Clamp each element between two bounds, except in skipped pools. Reads and writes it once.
 
-    Tells in the decision for a pool whether one of its elements was beyond them.
+    Sets CLAMPED in the decision for a pool if one of its elements was beyond them.
     """
     low, high = rounded(low, like), rounded(high, like)
     c = np.int64(cuda.blockIdx.x)
@@ -124,7 +124,7 @@ def clamp(chunks, tensors, decisions, low, high, like):
 
 @inline
 def clamp_at(spots, source, target, low, high, decision, like):
-    """Hold what is at some spots between two bounds; tell if it was beyond, once a block or so."""
+    """Clamp the elements at some spots; set CLAMPED if one was beyond, once a block or so."""
     x = load_at(source, spots, like)
     store_at(target, spots, each(clamped, (x,), (low, high)), like)
     if any_beyond(x, low, high) and decision[col.CLAMPED] == 0.0:
@@ -133,7 +133,7 @@ def clamp_at(spots, source, target, low, high, decision, like):
 
 @inline
 def any_beyond(x, low, high):
-    """Tell whether an element of a packet is beyond two bounds."""
+    """Tell whether one of some elements is beyond two bounds."""
     found = False
     for k in range(len(x)):
         found |= x[k] > high or x[k] < low
@@ -148,25 +148,25 @@ def added(value, other):
 
 @inline
 def add_at(spots, source, target, like, to):
-    """Add what is read at some spots to what is written to."""
+    """Add the source's elements at some spots to the target's."""
     x, y = load_at(source, spots, like), load_at(target, spots, to)
     store_at(target, spots, each(added, (x, y), ()), to)
 
 
 @kernel
 def add_chunks(chunks, like, to):
-    """Add what is read of each chunk to what is written to, stored as `to` is.
+    """Add the source of each chunk to its target, which is stored in the type of `to`.
 
-    That is as what is read, or float32 for 16 bits. Two reads, one write.
+    That is the type of the source, or float32 for 16 bits. Two reads, one write.
     """
     over_chunks(add_at, (like, to), chunks, like)
 
 
 @kernel
 def add(source, target, length, skew, limit, like):
-    """Add `length` elements read to those written to. Two reads, one write; no table.
+    """Add `length` source elements to the target's. Two reads, one write; no table.
 
-    They are taken in pieces of `limit`, the first of them shorter by `skew`.
+    Blocks take pieces of `limit` elements, the first piece shorter by `skew`.
     """
     c = np.int64(cuda.blockIdx.x)
     while c * limit < length + skew:

@@ -1,6 +1,6 @@
-"""What is written tile by tile, see `tiles`: elements times factors, or held between bounds.
+"""Kernels that write tile by tile, see `tiles`: elements times factors, or clamped.
 
-Or sums of weighted examples: their lines go from example to example.
+Or the sums of weighted examples, whose lines go from example to example.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ TINY, DIGITS, LOWEST = FLOAT64.tiny, *FLOAT64.precision
 
 @inline
 def line_of(tile, n):
-    """Return where line `n` is read and written, its steps, its elements and their parts."""
+    """Return (source, target, step, target step, elements, components) of line `n`."""
     source = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
     target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP]
     steps = tile[col.STEP], tile[col.TARGET_STEP]
@@ -88,8 +88,8 @@ def copy_line(tile, n, lane, lanes, like):
 def scale_tiles(tiles, tensors, decisions, least, digits, lowest, like):
     """Multiply each line by the factor of its unit or pool, where its mode is at least `least`.
 
-    Reads and writes every element once. In place it leaves at once where there is nothing to
-    do, and touches no line whose factor is 1; out of place such a line is copied.
+    Reads and writes every element once. In place the kernel returns at once if there is no work,
+    and touches no line whose factor is 1; out of place such a line is copied.
     """
     idle = decisions[decisions.shape[0] - 1, col.MODE if least == col.MULTIPLY else col.RARE] == 0.0
     t = np.int64(cuda.blockIdx.x)
@@ -115,7 +115,7 @@ def scale_tiles(tiles, tensors, decisions, least, digits, lowest, like):
 
 @inline
 def clamp_line(tile, n, low, high, like):
-    """Write a line held between two bounds."""
+    """Write line `n` clamped between two bounds."""
     _, lane, lanes = seat(tile)
     i = lane
     while i < tile[col.LENGTH]:
@@ -127,14 +127,14 @@ def clamp_line(tile, n, low, high, like):
 
 @kernel
 def clamp_tiles(tiles, tensors, decisions, low, high, like):
-    """Hold each element between two bounds, but what is skipped. Reads and writes it once."""
+    """Clamp each element between two bounds, except in skipped pools. Reads and writes it once."""
     bounds = rounded(low, like), rounded(high, like)
     over_lines(clamp_lines, tiles, tensors, (decisions, *bounds, like))
 
 
 @inline
 def clamp_lines(tile, first, tensor, decisions, low, high, like):
-    """Hold the lines that a block reads at a time between two bounds, if they are not skipped."""
+    """Clamp the lines that a block reads at a time between two bounds, unless skipped."""
     neighbour, _, _ = seat(tile)
     n = first + neighbour
     if n < tile[col.COUNT] and decisions[tensor[col.POOL], col.SKIPPED] == 0.0:
@@ -143,7 +143,7 @@ def clamp_lines(tile, first, tensor, decisions, low, high, like):
 
 @inline
 def clamp_line_between(tile, n, like):
-    """Write a line held between two bounds for each element."""
+    """Write line `n` with each element clamped between its own two bounds."""
     _, lane, lanes = seat(tile)
     i = lane
     while i < tile[col.LENGTH]:
@@ -157,7 +157,7 @@ def clamp_line_between(tile, n, like):
 
 @kernel
 def clamp_tiles_between(tiles, like):
-    """Hold each element between two of its own. Reads three arrays, writes one."""
+    """Clamp each element between its own two bounds. Reads three arrays, writes one."""
     t = np.int64(cuda.blockIdx.x)
     while t < tiles.shape[0]:
         n, _, _ = seat(tiles[t])
@@ -169,7 +169,7 @@ def clamp_tiles_between(tiles, like):
 
 @inline
 def weighted(x, decision):
-    """Return an element times its factor in float64, which holds no factors under TINY."""
+    """Return an element times its factor, in float64, which holds factors under TINY inexactly."""
     value, factor = np.float64(x), decision[col.FACTOR]
     if factor < TINY:
         mantissa, power = decision[col.MANTISSA], int(decision[col.POWER])

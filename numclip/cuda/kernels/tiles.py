@@ -1,9 +1,9 @@
-"""Norms of memory of any steps, tile by tile: sums of squares, maxima, sums of powers.
+"""Norms of strided memory, tile by tile: sums of squares, maxima, sums of powers.
 
 A tile is a patch of LENGTH elements a STEP apart and COUNT neighbouring such lines a UNIT_STEP
 apart, in bytes; an element is one or two stored numbers (COMPONENTS). The threads of a block are
-``2**BITS`` neighbours times lanes, which share a line. Either every line has a sum of its own,
-at PART and every NUMBER_STEP rows on, or (with a NUMBER_STEP of 0) all lines have one together.
+``2**BITS`` neighbours times lanes, which share a line. Line n has its own sum in the row
+``PART + n * NUMBER_STEP``, or (with a NUMBER_STEP of 0) all lines have one sum together.
 `peaks` has a row for each unit, or for each pool. Sums are as exact as those of `norms`, and
 depend on the tiles alone.
 """
@@ -35,7 +35,7 @@ ALL_BITS = THREADS.bit_length() - 1
 def seat(tile):
     """Return the thread's neighbour and lane, and how many lanes there are.
 
-    Threads that follow one another read what lies closest.
+    Consecutive threads read the elements that are closest in memory.
     """
     i, bits = np.int64(cuda.threadIdx.x), tile[col.BITS]
     lanes = np.int64(THREADS) >> bits
@@ -46,7 +46,7 @@ def seat(tile):
 
 @inline
 def in_packets(tile, places, components, like):
-    """Tell whether lines are read in packets: contiguous ones that begin where words can."""
+    """Tell whether lines can be read in packets: contiguous ones at multiples of 16 bytes."""
     contiguous = tile[col.STEP] == components * size_of(like) and tile[col.COMPONENTS] == components
     return contiguous and places % WORD == 0
 
@@ -108,7 +108,7 @@ def squares_of_lines(tile, first, tensor, like, room, out):
             line = start, tile[col.STEP], tile[col.LENGTH], tile[col.COMPONENTS]
             bins = careful_squares(line, tensor[col.ZEROING] != 0, lane, lanes, like)
         careful = lane_bins(bins, place, apart, room)
-        if lossy:  # what is not finite is in such a line alone
+        if lossy:  # only such a line has non-finite elements
             total, exponent, bad = careful
     write_sums(tile, n, place, total, exponent, bad, out)
 
@@ -169,9 +169,9 @@ def max_tile_magnitude(tiles, tensors, like, out):
 
 @inline
 def line_powers(tile, n, law, lane, lanes, like):
-    """Return a thread's share of a line's sum of powers; of infinite order, the largest ratio.
+    """Return a thread's share of a line's sum of powers; for infinite order, the largest ratio.
 
-    `law` is whether elements are masked, the scale and the order.
+    `law` is (masked, scale, ord).
     """
     line, step = tile[col.SOURCE] + n * tile[col.UNIT_STEP], tile[col.STEP]
     if in_packets(tile, tile[col.SOURCE] | tile[col.UNIT_STEP], 1, like):
@@ -206,6 +206,6 @@ def powers_of_lines(tile, first, tensor, peaks, like, room, out):
 
 @kernel
 def sum_tile_powers(tiles, tensors, peaks, like, out):
-    """Write each tile's sums of ``(|x| / scale) ** ord``, of infinite order the largest ratios."""
+    """Write each tile's sums of ``(|x| / scale) ** ord``; for order inf, the largest ratios."""
     room = cuda.shared.array((2, THREADS), np.float64)
     over_lines(powers_of_lines, tiles, tensors, (peaks, like, room, out))

@@ -1,9 +1,9 @@
 """From sums to the factors of units, which have norms of their own.
 
-A *family* is the units of some tensors with as many each: of one tensor, or examples, of which
+A *family* is the units of tensors that have equally many: of one tensor, or examples, of which
 every tensor has a part. A *slab* is ``2**BITS`` of a family's units, at most; a block takes a slab
-at a time, the lanes of a unit share its partial sums. A family with a PARAM is held to a
-fraction of that tensor's norms. BASE is the row of the decisions that say if all is skipped.
+at a time, the lanes of a unit share its partial sums. A family with a PARAM is bounded by a
+fraction of that tensor's norms. BASE is the row of `base` that can have the family skipped.
 """
 
 import math
@@ -42,13 +42,13 @@ def unit_of(slab):
 
 @inline
 def is_told(slab, u, lane):
-    """Tell whether the thread is the one that writes about its unit."""
+    """Tell whether the thread is the one that writes the results of its unit."""
     return lane == 0 and u - slab[col.NUMBER] < slab[col.COUNT]
 
 
 @inline
 def unit_total(slab, first, last, tensors, partial, room):
-    """Return the sum of powers of the thread's unit over some tensors, as the rows are."""
+    """Return (total, exponent), the sum of powers of the thread's unit over some tensors."""
     u, lane, lanes = unit_of(slab)
     bins, t = EMPTY, first
     while t < last:
@@ -62,7 +62,7 @@ def unit_total(slab, first, last, tensors, partial, room):
 
 @kernel
 def find_unit_peaks(slabs, tensors, laws, partial, column, out):
-    """Write the largest of each unit's partial maxima to a column; PEAK is the first one."""
+    """Write the largest of each unit's partial maxima to a column; PEAK sets RATIO and ORD too."""
     room = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < slabs.shape[0]:
@@ -96,7 +96,7 @@ def decide_slab(slab, tensors, law, partial, base, room, out):
     if not is_told(slab, u, lane):
         return float(col.LEAVE)
     own = out[slab[col.ROW] + u]
-    if law[col.ORD] != 2.0:  # else there are no such columns
+    if law[col.ORD] != 2.0:  # the columns PEAK and RATIO are missing for 2
         total, exponent = over_one(total, 0, law[col.ORD], own[col.PEAK], own[col.RATIO])
     root, power = norm_of(total, exponent, law[col.ORD])
     norm = root / law[col.UNSCALE], power
@@ -111,10 +111,10 @@ def decide_slab(slab, tensors, law, partial, base, room, out):
 
 @kernel
 def decide_units(slabs, tensors, laws, partial, base, tickets, out):
-    """Write the factor of every unit, and in the last row if there is work, and rare work.
+    """Write the factor of every unit, and to the last row whether there is work, and rare work.
 
-    `tickets` counts the blocks, then those with work and those with rare work; all are 0 again
-    in the end.
+    `tickets` has the number of blocks that are done, a flag of work and one of rare work; all are
+    0 again in the end.
     """
     room = cuda.shared.array((BINS, THREADS), np.float64)
     work, rare = 0.0, 0.0
@@ -136,10 +136,9 @@ def decide_units(slabs, tensors, laws, partial, base, tickets, out):
 
 @inline
 def sum_slab(slab, bound, units, out, room):
-    """Write the squares of a slab's norms after clipping, as sums are written.
+    """Write the sum of squares of a slab's norms after clipping, to TOTAL and EXPONENT.
 
-    In place of what is not finite, how many units exceed the bound; in place of terms, the
-    smallest factor, negative.
+    BAD is how many units exceed the bound, TERMS the smallest factor, negated.
     """
     i = np.int64(cuda.threadIdx.x)
     bins, least = EMPTY, -1.0
@@ -163,7 +162,7 @@ def sum_slab(slab, bound, units, out, room):
 def summarize_units(slabs, families, laws, units, tickets, partial, out):
     """Write each family's norm after clipping, smallest factor, and how many exceed the bound.
 
-    `families` tells FIRST and LAST of each one's slabs, `partial` has a row for each slab.
+    `families` has FIRST and LAST of each family's slabs, `partial` a row for each slab.
     `tickets` counts the slabs of each family that are done; all are 0 again in the end.
     """
     room = cuda.shared.array((BINS, THREADS), np.float64)

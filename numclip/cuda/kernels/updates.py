@@ -42,7 +42,7 @@ def advance(decisions, counts):
 def advance_adam(decisions, given, counts, settings):
     """Count a step for each pool that is not skipped, and correct its moments' biases.
 
-    `settings` are then what `formulas.adam_numbers` returns. One block.
+    `settings` receives the results of `formulas.adam_numbers`. One block.
     """
     p = np.int64(cuda.threadIdx.x)
     while p < counts.shape[0]:
@@ -57,14 +57,14 @@ def advance_adam(decisions, given, counts, settings):
 
 @inline
 def factor_of(tensor, decision, like):
-    """Return the factor of a tensor; what is no plain number, or rows' sums, has it already."""
+    """Return the factor still to be applied: 1 for sums of rows, and in modes but MULTIPLY."""
     plain = decision[col.MODE] == col.MULTIPLY and tensor[col.REPEATS] == 0
     return as_computed(decision[col.FACTOR] if plain else 1.0, like)
 
 
 @inline
 def decayed(slope, value, decay):
-    """Return the gradient with the L2 penalty's."""
+    """Return the gradient plus that of the L2 penalty."""
     return slope + decay * value
 
 
@@ -76,7 +76,7 @@ def descended(value, step, rate):
 
 @inline
 def squared_moment(slope, average, weight):
-    """Return the average of squares that has taken up a gradient."""
+    """Return the average of squares, updated with a gradient's square."""
     return moment(slope * slope, average, weight)
 
 
@@ -88,7 +88,7 @@ def adam_param(value, mean, square, decay, rate, eps):
 
 @inline
 def over_updates(turn, updates, tensors, decisions, settings, like):
-    """Call a function at each packet of what is updated, and at each element that is in none."""
+    """Call `turn` for each packet of each update that is not skipped, and each element in none."""
     c = np.int64(cuda.blockIdx.x)
     while c < updates.shape[0]:
         tensor, update = tensors[updates[c, OWNER]], updates[c]
@@ -103,7 +103,7 @@ def over_updates(turn, updates, tensors, decisions, settings, like):
 
 @kernel
 def descend(updates, tensors, decisions, settings, like):
-    """Take a gradient step: three passes, five where there is a state, that of momentum."""
+    """Take a gradient step: three passes, five where there is a state, momentum's velocity."""
     over_updates(descend_at, updates, tensors, decisions, settings, like)
 
 

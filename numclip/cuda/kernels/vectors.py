@@ -1,4 +1,4 @@
-"""Vectors clipped within kernels of users: the device functions that `numclip.cuda` gives out."""
+"""The device functions that `numclip.cuda` exports: they clip vectors within users' kernels."""
 
 import math
 
@@ -21,7 +21,8 @@ from numclip.cuda.kernels.scalars import (
 from numclip.dtypes import lookup
 
 MOST_THREADS = 1024  # of a block
-# Of float32 and float64: roundoff, digits, smallest normal number, coarse; and where to truncate.
+# Of float32 and float64: roundoff, digits, smallest normal number, coarse, and the exponent of the
+# smallest subnormal.
 NARROW, WIDE = (
     (*row.limits.tolist(), row.precision[1])
     for row in (lookup(np.dtype(np.float32)), lookup(np.dtype(np.float64)))
@@ -30,7 +31,7 @@ NARROW, WIDE = (
 
 @intrinsic
 def element(_typing, x):
-    """Return a 0 of the type of a vector's elements; refuse what is no vector."""
+    """Return a 0 of the type of a vector's elements; raise TypingError if `x` is no vector."""
     if (
         not isinstance(x, types.Array)
         or x.ndim != 1
@@ -55,7 +56,7 @@ def share():
 
 @inline
 def squares(x, first, step):
-    """Return the sum of the squares of every `step`-th number, and its error."""
+    """Return the sum of the squares of every `step`-th number from `first` on, and its error."""
     total, error = 0.0, 0.0
     i = first
     while i < x.size:
@@ -68,7 +69,7 @@ def squares(x, first, step):
 
 @inline
 def careful_squares(x, first, step):
-    """Return the same sum in bins, see `with_square`."""
+    """Return the sum that `squares` returns, in bins, see `with_square`."""
     bins, like = EMPTY, element(x)
     i = first
     while i < x.size:
@@ -79,7 +80,7 @@ def careful_squares(x, first, step):
 
 @inline
 def norm_of_shares(add_up, x, first, step):
-    """Return the norm of a vector as ``root * 2**exponent``; a function adds up all shares."""
+    """Return the norm of a vector as ``root * 2**exponent``; `add_up` adds up threads' shares."""
     like = element(x)
     total, error = squares(x, first, step)
     total, exponent = add_up(total, error), 0
@@ -92,13 +93,13 @@ def norm_of_shares(add_up, x, first, step):
 
 @inline
 def thread_norm(x):
-    """Return the norm of a vector that the thread holds likewise."""
+    """Return the norm of a vector that the thread holds, as ``root * 2**exponent``."""
     return norm_of_shares(settled, x, 0, 1)
 
 
 @inline
 def over_block(total, error):
-    """Return the sum of the sums of all threads of the block."""
+    """Return the sum of the sums, and their errors, of all threads of the block."""
     room = cuda.shared.array((2, MOST_THREADS), np.float64)
     place, count = share()
     return tree_sum(total, error, place, count, 1, room)
@@ -106,7 +107,7 @@ def over_block(total, error):
 
 @inline
 def norm_over_block(x):
-    """Return the norm of a vector that the block holds likewise."""
+    """Return the norm of a vector that the block holds, as ``root * 2**exponent``."""
     place, count = share()
     cuda.syncthreads()
     return norm_of_shares(over_block, x, place, count)
@@ -140,12 +141,12 @@ def clip_factor(norm, bound, digits=24):
     Parameters
     ----------
     norm : float
-        The L2 norm of what is to be scaled. The bound holds to the last bit where the norm is as
-        right as a float64 sum of squares makes it, `vector_norm` and `block_norm` among them.
+        The L2 norm of the numbers to be scaled. The bound holds to the last bit where the norm is
+        as accurate as from a float64 sum of squares: `vector_norm` and `block_norm` are.
     bound : float
-        A number >= 0; ``inf`` never clips. What is negative or NaN gives NaN.
+        A number >= 0; ``inf`` never clips. A negative or NaN bound gives NaN.
     digits : int
-        The bits of the significand of what the products are stored as: 24 for float32, 53 for
+        The significand's bits in the type that products are stored as: 24 for float32, 53 for
         float64, 11 for float16, 8 for bfloat16. The default is right for float64 too, which then
         falls short of the bound by up to ``2**-22``, relatively.
 
@@ -158,7 +159,7 @@ def clip_factor(norm, bound, digits=24):
     Notes
     -----
     Guarantees: the exact norm of the products, each rounded once, is at most `bound`, as long as
-    none of them is subnormal; `clip_vector` and `clip_block` see to those too.
+    none of them is subnormal; `clip_vector` and `clip_block` handle subnormal ones too.
 
     Source: the clip by norm of R. Pascanu et al., "On the difficulty of training recurrent neural
     networks", ICML 2013, without their loss by rounding.
@@ -202,7 +203,7 @@ def clip_vector(x, bound):
     x : array of float32 or float64, 1-d
         In any memory, as for `vector_norm`; written where it is clipped.
     bound : float
-        A number >= 0; 0 gives zeros, ``inf`` never clips. What is negative or NaN gives NaN.
+        A number >= 0; 0 gives zeros, ``inf`` never clips. A negative or NaN bound gives NaN.
 
     Returns
     -------
@@ -224,9 +225,9 @@ def clip_vector(x, bound):
 
 @inline
 def block_norm(x):
-    """Return the L2 norm of a vector that the threads of a block hold together, to each of them.
+    """Return, in each thread, the L2 norm of a vector that the threads of a block hold together.
 
-    Every thread of the block must come to the call, with the same `x`. It waits for all of them
+    Every thread of the block must make the call, with the same `x`. It waits for all of them
     before it reads. Blocks may have up to three axes; 16 KB of shared memory are used.
 
     Parameters
@@ -247,7 +248,7 @@ def block_norm(x):
 def clip_block(x, bound):
     """Clip a vector that the threads of a block hold together, in place; return its L2 norm.
 
-    Every thread of the block must come to the call, with the same `x` and bound. It waits for all
+    Every thread of the block must make the call, with the same `x` and bound. It waits for all
     of them before it reads, and after it has written. 16 KB of shared memory are used.
 
     Parameters

@@ -1,6 +1,6 @@
-"""From sums to factors: a *pool* is the tensors of one norm, a *set* those skipped together.
+"""From sums to factors: a *pool* is the tensors of one norm, a *set* pools skipped together.
 
-Norm, verdict and factor stay on the device.
+Norm, decision and factor stay on the GPU.
 """
 
 import math
@@ -29,7 +29,7 @@ from numclip.cuda.kernels.scalars import (
 
 @inline
 def add_rows(sums, column, k, last, step, bins):
-    """Return bins with every `step`-th row of sums added, and what is not finite counted.
+    """Return bins with every `step`-th row of sums added, and their non-finite counts.
 
     `column` is TOTAL or TERMS; the exponent is in the next one.
     """
@@ -44,14 +44,14 @@ def add_rows(sums, column, k, last, step, bins):
 
 @inline
 def join(sums, column, first, last, room):
-    """Return the sum of some rows of sums, as the rows are; for all threads of the block."""
+    """Return, in all threads, (total, exponent, non-finite count) of some rows of sums."""
     i = cuda.threadIdx.x
     return lane_bins(add_rows(sums, column, first + i, last, THREADS, EMPTY), i, 1, room)
 
 
 @inline
 def join_powers(sums, column, first, last, ord, room):
-    """Return that of sums of powers, of orders but 2 with the exponent that all rows have."""
+    """Return what `join` does for sums of powers: for orders but 2, all rows have one exponent."""
     total, exponent, bad = join(sums, column, first, last, room)
     if ord != 2.0:
         exponent = int(sums[first, column + 1]) if first < last else 0
@@ -60,10 +60,10 @@ def join_powers(sums, column, first, last, ord, room):
 
 @inline
 def over_one(total, exponent, ord, peak, ratio):
-    """Return a sum over a peak's scale as one over 1, see `formulas.power_sum`.
+    """Return (total, exponent) of a sum of powers without its scale, see `formulas.power_sum`.
 
-    Of infinite order, the peak times a ratio: that of the largest magnitude to the largest part.
-    A peak of 0 says that the sum is over 1 already.
+    The scale is that of `peak`; a peak of 0 says that the sum has none. For infinite order, the
+    result is the peak times `ratio`, the largest magnitude over the largest part.
     """
     if ord == 2.0 or peak == 0.0:
         return total, exponent
@@ -78,9 +78,9 @@ def over_one(total, exponent, ord, peak, ratio):
 
 @inline
 def add_parts(tensor, repeated, ord, law, partial, out, room):
-    """Write the sums of a tensor's parts, and those of the magnitudes of its terms.
+    """Write the sum of a tensor's partial sums, and that for the magnitudes of its terms.
 
-    `repeated` says that some tensor of its pool has terms.
+    `repeated` says that a tensor of its pool has terms: rows that can share an index.
     """
     first, last = tensor[col.FIRST], tensor[col.LAST]
     total, exponent, bad = join_powers(partial, col.TOTAL, first, last, ord, room)
@@ -89,7 +89,7 @@ def add_parts(tensor, repeated, ord, law, partial, out, room):
     if tensor[col.REPEATS] != 0:
         terms, power, _ = join_powers(partial, col.TERMS, first, last, ord, room)
         terms, power = over_one(terms, power, ord, law[col.TERMS_PEAK], law[col.TERMS_RATIO])
-    elif repeated and ord != 2.0:  # told with the exponent that other tensors' terms have
+    elif repeated and ord != 2.0:  # with the exponent of other tensors' terms
         largest, power = over_one(1.0, 0, ord, law[col.TERMS_PEAK], law[col.TERMS_RATIO])
         terms = largest if ord == math.inf else scale_by_power(total, 2 * (exponent - power))
     if cuda.threadIdx.x == 0:
@@ -99,7 +99,7 @@ def add_parts(tensor, repeated, ord, law, partial, out, room):
 
 @inline
 def add_tensors(pool, ord, law, sums, out, room):
-    """Write the norm of a pool's tensors, and by how much that of their terms exceeds it."""
+    """Write the norm of a pool's tensors, and its cancellation: the norm of terms over that."""
     first, last = pool[col.FIRST], pool[col.LAST]
     total, exponent, bad = join_powers(sums, col.TOTAL, first, last, ord, room)
     terms, power = total, exponent
@@ -115,11 +115,11 @@ def add_tensors(pool, ord, law, sums, out, room):
 
 @kernel
 def judge(tensors, pools, ord, laws, partial, tickets, sums, decisions):
-    """Add up each tensor's chunks, each pool's tensors, and decide; a block for each tensor.
+    """Add up each tensor's partial sums, each pool's tensors, and decide; a block for each tensor.
 
-    `ord` is the order that the partial sums are of. `tickets` counts, for each pool, tensors that
-    are done; after them, for each set, those that are not finite, and last the blocks. All are 0
-    again in the end.
+    `ord` is the order of the partial sums. `tickets` has, for each pool, the number of tensors
+    done; then, for each set, a flag that it is not finite; and last the number of blocks done. All
+    are 0 again in the end.
     """
     room = cuda.shared.array((BINS, THREADS), np.float64)
     t = np.int64(cuda.blockIdx.x)
@@ -139,7 +139,7 @@ def judge(tensors, pools, ord, laws, partial, tickets, sums, decisions):
 
 @inline
 def decide_all(pools, laws, tickets, decisions, room):
-    """Decide for every pool, once all norms are there; tell in the last row if there is work."""
+    """Decide for every pool; write to the last row how many have work, and rare work."""
     count = pools.shape[0]
     work, rare = 0.0, 0.0
     p = np.int64(cuda.threadIdx.x)
