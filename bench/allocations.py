@@ -36,7 +36,7 @@ def peak() -> int:
 
 
 def main(way: str, nbytes: int) -> None:
-    # A small call compiles; then large arrays take the process to its peak, without temporaries.
+    # The small call compiles. np.full makes no temporaries: the large arrays alone are the peak.
     for size in (1 << 21, nbytes // 4):
         grads = [np.full(size // 8, 1.0, np.float32) for _ in range(8)]
         work = WAYS[way](grads)

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from bench import results
 
-# The first word of a way's name tells the library.
+# By the first word of a way's name, which is its library.
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
     "numclip": "#0072B2",
@@ -33,7 +33,7 @@ EXPLANATION = (
 
 
 def panel(axes: Axes, cases: list[dict[str, Any]], title: str) -> None:
-    """Draw a group of bars for each case; the second of a library is hatched, who is wrong pale."""
+    """Draw a group of bars for each case; a library's second is hatched, a wrong one is pale."""
     for place, case in enumerate(cases):
         ways = [way for way in case["ways"] if way != "limit"]
         width = 0.84 / max(len(ways), 1)

@@ -1,6 +1,6 @@
-"""The table of measured cases: what suite, tables and picture are made of.
+"""The table of measured cases, from which the suite, the tables and the picture are made.
 
-The tests' cases have the same models, cut to few numbers: see tests/oracle/cases.py.
+The tests' cases have the same models, cut small: see tests/oracle/cases.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHAR_RNN: list[Shape] = [(100, 80), (100, 100), (80, 100), (100, 1), (80, 1)]
 
 @dataclass(frozen=True)
 class Case:
-    """Gradients of these shapes, and what is done with them.
+    """Gradients of some shapes, the work done with them, and numclip's goals.
 
-    `faster` and `limit` are numclip's goals: so many times as fast as the fastest peer, and
-    at most so many times the limit; `flat` the latter for flat buffers.
+    The goals are to be `faster` times as fast as the fastest peer, and to take at most `limit`
+    times as long as the limit, on flat buffers `flat` times.
     """
 
     name: str
@@ -66,7 +66,7 @@ CASES = [
 
 @lru_cache(maxsize=1)
 def data(case: str, small: bool) -> tuple[Any, int, float]:
-    """Return a case's data, their bytes and norm; few numbers where they are small."""
+    """Return a case's data, their bytes and the norm that sets bounds; cut shapes if `small`."""
     chosen = next(other for other in CASES if other.name == case)
     rng = np.random.default_rng(0)
     shapes = cut(chosen.shapes) if small else chosen.shapes
@@ -74,7 +74,7 @@ def data(case: str, small: bool) -> tuple[Any, int, float]:
         shapes = [(EXAMPLES, *shape) for shape in shapes]
     indices = rng.zipf(1.3, shapes[0][0]) % ROWS
     arrays = of_shapes(rng, shapes)
-    # Rows of a mean other than 0: a norm that takes repeated rows apart is far off.
+    # Rows with a mean of 1: a norm that does not sum repeated rows is far off.
     made = (arrays[0] + np.float32(1), indices) if chosen.kind is SPARSE else arrays
     if chosen.kind in (SGD_ROWS, ADAM_ROWS):
         made = (arrays, indices % WORDS)

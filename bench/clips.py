@@ -38,7 +38,7 @@ def flat(source: list[np.ndarray], bound: Bound) -> Call:
 
 
 def clip_loop(grads: list[np.ndarray], bound: float) -> float:
-    """Clip as NumPy code commonly does."""
+    """Clip in place as NumPy code commonly does; return the norm."""
     norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads))
     if norm > bound:
         for grad in grads:

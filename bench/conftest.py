@@ -1,4 +1,4 @@
-"""What benches share: gradients that do not fit in caches twice over, and their rates."""
+"""Fixtures of the benches: random arrays of a size in bytes, and timing with rates in GB/s."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import numclip as nc
 
-# Peers measured here run on the processor, and keep their start-up to themselves.
+# Peers measured here run on the CPU, and print no start-up messages.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return an empty folder for what children compile; in the smoke run the one in use."""
+    """Return an empty kernel cache for child processes; in the smoke run the one in use."""
     smoke = request.config.getoption("benchmark_disable")
     in_use = os.environ.get("NUMBA_CACHE_DIR") if smoke else None
     return in_use or str(tmp_path_factory.mktemp("cache"))
@@ -56,7 +56,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def normal(benchmark: BenchmarkFixture) -> Callable[[int, str], np.ndarray]:
-    """Return normal numbers that fill so many bytes, few in the smoke run."""
+    """Return a function that makes so many bytes of normal numbers, few in the smoke run."""
 
     def make(nbytes: int, dtype: str) -> np.ndarray:
         size = SMALL if benchmark.disabled else nbytes // np.dtype(dtype).itemsize
@@ -67,7 +67,7 @@ def normal(benchmark: BenchmarkFixture) -> Callable[[int, str], np.ndarray]:
 
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture) -> Callable[..., None]:
-    """Time a call of no arguments after a warm-up, and note its rate."""
+    """Return a function that times a call after a warm-up, and records its rate in GB/s."""
 
     def run(call: Callable[[], object], nbytes: int, **info: object) -> None:
         call()

@@ -1,4 +1,4 @@
-"""Gradients clipped each by itself, or of several dtypes: numclip and the lines it takes over."""
+"""Gradients clipped one by one, or of two dtypes: numclip and the NumPy lines it replaces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def each(source: list[np.ndarray], bound: Bound, clip: Each) -> Call:
 
 
 def exact(source: list[np.ndarray], bound: float, clip: Each) -> tuple[Any, float]:
-    """Return the results of a line of NumPy in float64; there is no one norm."""
+    """Return the results of `clip`, a line of NumPy, in float64; 0 in place of a norm."""
     wide = [grad.astype(np.float64) for grad in source]
     for grad in wide:
         clip(grad, bound)
@@ -49,7 +49,7 @@ def numpy_columns(grad: np.ndarray, bound: float) -> None:
 
 
 def numpy_ratio(grad: np.ndarray, bound: float) -> None:
-    """The parameters are all 1, as those of `numclip_ratio` are."""
+    """Clip by the norms of parameters that are all 1, as `numclip_ratio` does."""
     norms = np.sqrt((grad * grad).sum(axis=0, keepdims=True))
     param = np.ones_like(grad)
     owners = np.maximum(np.sqrt((param * param).sum(axis=0, keepdims=True)), RATIO_EPS)

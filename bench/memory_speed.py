@@ -1,4 +1,4 @@
-"""The memory's own speed: streams over one flat array, with numclip's threads."""
+"""The memory's own speed: streams over flat arrays, with numclip's threads."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def streams(kernel: Callable[..., None] | None, count: int, size: int) -> Call:
 
 
 def read_and(kernel: Callable[..., None] | None, count: int) -> Callable[..., Call]:
-    """Return a way: a read, then a kernel whether or not something is clipped."""
+    """Return a way that reads, then runs a kernel whether or not something is clipped."""
     return lambda source, _: streams(kernel, count, sum(x.size for x in source))
 
 
 def clip(source: list[np.ndarray], bound: Bound) -> Call:
-    """Read; scale where the bound is one that clips."""
+    """Return a call that reads the memory, and scales it if `bound.clips`."""
     kernel = scale if bound.clips else None
     return streams(kernel, 1, sum(x.size for x in source))

@@ -1,6 +1,6 @@
 """Clipping each example's gradients and summing them: numclip and its peers.
 
-No example can be added before its norm is known: what exceeds the caches is read twice.
+No example can be added before its norm is known: data larger than the caches are read twice.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def optax_jit(source: list[np.ndarray], bound: Bound) -> Call:
 
 
 def torch_opacus(source: list[np.ndarray], bound: Bound) -> Call:
-    """Return the operations of Opacus' DPOptimizer.clip_and_accumulate."""
+    """Return a call with the operations of Opacus' DPOptimizer.clip_and_accumulate."""
     torch = library("torch")
     torch.set_num_threads(nc.get_num_threads())
     grads = [torch.from_numpy(grad) for grad in source]

@@ -48,7 +48,7 @@ def main() -> None:
         rows = rng.integers(0, len(digits.labels), 20)
         images = digits.pixels[rows].copy()
         if step % 130 == 129:
-            images[0, 0] = np.nan  # what a broken record in the data does
+            images[0, 0] = np.nan  # as from a broken record in the data
         targets = np.eye(10, dtype=np.float32)[digits.labels[rows]]
         groups.set_grads(gradients(groups.params, images, targets))
         optimizer.step()

@@ -1,7 +1,7 @@
 """A clip of ranks against a bare Allreduce: ``mpiexec -n 4 python -m mpi4py -m bench.ranks``.
 
-The rank's own clip is timed beside both, in turns: what is left is what the other ranks cost. Then
-follows what the latencies measured here make of more ranks, see `modelled`.
+The rank's own clip is timed in turns with both: the difference is the cost of the other ranks. The
+latencies measured here then give the costs at more ranks, see `modelled`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numclip as nc
 from numclip.clipping.ranks import COLUMNS, WIDTH, add_pools
 
 TENSORS, LENGTH, ROUNDS = 1000, 256, 300
-QUIET = 0.05  # other processes slow most rounds: the quickest ones count
-MESSAGE = 72  # bytes that a rank tells: 16, and 56 for the only group
+QUIET = 0.05  # quantile of the times: other processes slow most rounds
+MESSAGE = 72  # bytes that a rank sends: 16, and 56 for the only group
 SIZES = [10**k for k in range(1, 6)]
 
 
@@ -33,9 +33,9 @@ def groups_of(*, sharded: bool) -> nc.ParamGroups:
 
 
 def timed(comm: Any, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of each way, from the call to its return on the slowest rank.
+    """Return the microseconds of each way, from the call to its return on the slowest rank.
 
-    Each finds its data where a call of its own has left them.
+    An untimed call of the same way precedes each timed one, and leaves the data where it does.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
@@ -49,9 +49,9 @@ def timed(comm: Any, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def measured(comm: Any) -> dict[str, float]:
-    """Time a clip with others, the same without them, and what others cost at least.
+    """Return the microseconds of clips with and without other ranks, and of a lower bound.
 
-    That is an Allreduce after the rank's own clip: it waits for the slowest one as well.
+    The lower bound is an Allreduce after the rank's own clip: it waits for the slowest rank, too.
     """
     shared, own = groups_of(sharded=True), groups_of(sharded=False)
     one, total = np.ones(1), np.ones(1)
@@ -76,7 +76,7 @@ def measured(comm: Any) -> dict[str, float]:
 
 
 def message_costs(comm: Any) -> tuple[float, float]:
-    """Measure, between two ranks, microseconds of a message and of each byte that it has."""
+    """Measure between two ranks the microseconds of a small message, and of each further byte."""
     costs = []
     for length in (MESSAGE, 1 << 20):
         data = np.zeros(length, np.uint8)
@@ -95,7 +95,7 @@ def message_costs(comm: Any) -> tuple[float, float]:
 
 
 def merging(ranks: int) -> float:
-    """Measure the microseconds in which a rank adds up the rows of so many."""
+    """Measure the microseconds that a rank takes to add up the rows of `ranks` ranks."""
     span, every, merged = np.array([[0, ranks]]), np.ones((ranks, WIDTH)), np.zeros((1, COLUMNS))
     times = []
     for _ in range(5):
@@ -106,10 +106,10 @@ def merging(ranks: int) -> float:
 
 
 def modelled(ranks: int, message: float, byte: float) -> dict[str, tuple[float, float, float]]:
-    """Return steps after one another, bytes that a rank receives and microseconds, of some ways.
+    """Return (sequential steps, bytes that a rank receives, microseconds) of some collectives.
 
     A *tree* is recursive doubling: with each step a rank has twice as many rows. In a *ring* each
-    rank hands on a row a step. Both bring all rows to all ranks, which add them up in one order.
+    rank passes on a row a step. Both bring all rows to all ranks, which add them up in one order.
     A *sum* goes up a tree and down again (MPI's Allreduce): less to receive, but the order, and so
     the bits, are the MPI library's choice.
     """

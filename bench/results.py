@@ -1,4 +1,4 @@
-"""The measured figures: made compact from pytest-benchmark's JSON, and kept in results.json."""
+"""The measured figures: extracted from pytest-benchmark's JSON, and kept in results.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 KEPT = Path(__file__).with_name("results.json")
-# A peer whose norm is off by more solves another problem: it is shown, not compared with.
+# A way whose norm or result is off by more solves another problem: shown, but not compared with.
 WRONG = 1e-2
 
 INNERMOST = re.compile(r"[{\[][^{}\[\]]*[}\]]")
@@ -30,7 +30,7 @@ def rounded(number: float) -> float:
 
 
 def compact(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return medians and ratios, and what they were measured on."""
+    """Return the medians and ratios in pytest-benchmark's JSON, with the machine and versions."""
     machine = raw["machine_info"]
     cpu = machine["cpu"]
     made: dict[str, Any] = {
@@ -64,7 +64,7 @@ def add(cases: dict[str, Any], group: str, info: dict[str, Any], seconds: float)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return old figures with new ones in their place, unless they come from another machine."""
+    """Return `old` updated by `new`; `new` alone if the machine or a version differs."""
     if not old or old["measured on"] != new["measured on"]:
         return new
     for part in ("cases", "memory", "start-up"):
@@ -84,7 +84,7 @@ def is_wrong(case: dict[str, Any], way: str) -> bool:
 
 
 def fastest_peer(case: dict[str, Any]) -> str | None:
-    """Return the fastest of the peers that are right, if one was measured."""
+    """Return the fastest peer that is not wrong; None if none was measured."""
     peers = [way for way in case["ways"] if way != "limit" and not way.startswith("numclip")]
     right = [way for way in peers if not is_wrong(case, way)]
     return min(right, key=lambda way: case["ways"][way]["microseconds"], default=None)

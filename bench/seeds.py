@@ -1,4 +1,4 @@
-"""Run the exploding-gradients example on five seeds; exit with 1 unless all go as it says.
+"""Run the exploding-gradients example on five seeds; exit with 1 unless all runs go as documented.
 
 Run ``python -m bench.seeds`` (needs pip install '.[examples]'; a quarter of an hour).
 """
@@ -18,7 +18,7 @@ SATISFYING = 1.7  # nats per character, averaged over the last paragraphs
 
 
 def main() -> int:
-    """Train with each seed, and print what became of both runs."""
+    """Train with each seed, and print a summary of both runs; return the exit code."""
     text = gru.Text(MANUAL, read_paragraphs(None))
     good = True
     for seed in SEEDS:

@@ -1,12 +1,12 @@
 """Clipping a sparse gradient with repeated rows: numclip and its peers.
 
-Who sums the repeated rows first returns the sums, as new arrays; numclip scales the rows in place.
+Peers that sum the repeated rows first return new arrays of sums; numclip scales the rows in place.
 
-What bounds numclip is not the limit, one read in order. Measured by one thread of a Zen 3 at rest:
-2.5 ms for the sums, of which 1.2 are additions in float64 (18 ns for a row of 64) and 0.8 to 1.1
-the reading of rows group by group: a core has few lines under way, 15 GB/s, and where others use
-the memory it takes twice as long. Grouping the indices takes 0.45. Reading frequent groups in the
-order of the rows, into sums of each, was no faster: those sums are loaded and stored more often.
+The limit, one read in order, is not what bounds numclip. One thread of an idle Zen 3 takes 2.5 ms
+for the sums: 1.2 for additions in float64 (18 ns for a row of 64) and 0.8 to 1.1 for reading the
+rows group by group. A core has few cache lines in flight, 15 GB/s, and takes twice as long where
+other processes use the memory. Grouping the indices takes 0.45 ms. Reading frequent groups' rows
+in memory order, into a sum of each group, was no faster: sums are loaded and stored more often.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from bench import memory_speed
 from bench.clips import clip_loop, grouped, optax_clip, torch_parameters
 from bench.workload import Bound, Call, Workload, copied, library, norm_of
 
-# The parameters are the gradients' own values: what matters is that they are other memory.
+# The parameters have the gradients' values; it only matters that they have memory of their own.
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 
 
@@ -31,7 +31,7 @@ def exact(grads: list[np.ndarray], bound: float, adam: bool) -> tuple[Any, float
 
 
 def rule(bound: Bound) -> nc.ByGlobalNorm:
-    """Return a rule of one bound: gradients are not written, what was clipped is so again."""
+    """Return a rule with a fixed bound: a step writes no gradient, so each one clips alike."""
     return nc.ByGlobalNorm(bound.value)
 
 
@@ -43,7 +43,7 @@ def numclip(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any
 
 
 def given(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
-    """Gradients where they lie."""
+    """Return a call that gives `step` the gradients, which it reads where they are."""
     groups = grouped(source, rule(bound))
     made = optimizer(groups, lr=LR)
     views = list(groups.params.values())
@@ -52,7 +52,7 @@ def given(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any])
 
 
 def set_in(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]) -> Call:
-    """Gradients that are copied in first."""
+    """Return a call that copies the gradients in by `set_grads` first."""
     groups = grouped(source, rule(bound))
     made = optimizer(groups, lr=LR)
     views = list(groups.params.values())
@@ -66,7 +66,7 @@ def set_in(source: list[np.ndarray], bound: Bound, optimizer: Callable[..., Any]
 
 
 def own_arrays(source: list[np.ndarray], bound: Bound) -> Call:
-    """Parameters that stay where they are."""
+    """Return a call that clips and updates the user's own arrays, without groups."""
     params, grads = copied(source), copied(source)
     optimizer = nc.Adam(None, lr=LR)
 
@@ -153,14 +153,14 @@ def optax_step(source: list[np.ndarray], bound: Bound, name: str) -> Call:
     return call
 
 
-# ---- a step of an embedding and of small dense gradients: rows, their indices, and these
+# ---- a step of an embedding (rows and their indices) and of small dense gradients
 
 Sparse = tuple[list[np.ndarray], np.ndarray]
 WORDS = 1000
 
 
 def summed(source: Sparse) -> list[np.ndarray]:
-    """Return the dense array that the rows stand for, and the others."""
+    """Return the dense array that the rows stand for, and the dense gradients."""
     (rows, *dense), indices = source
     table = np.zeros((WORDS, rows.shape[1]))
     np.add.at(table, indices, rows)
@@ -168,7 +168,7 @@ def summed(source: Sparse) -> list[np.ndarray]:
 
 
 def exact_rows(source: Sparse, bound: float, adam: bool) -> tuple[Any, float]:
-    """Return as `exact` does; the embedding begins with ones."""
+    """Return what `exact` does, for an embedding that starts as ones."""
     sums, factor = summed(source), min(1.0, bound / norm_of(summed(source)))
     steps = [grad.astype(np.float64) * factor for grad in sums]
     if adam:
@@ -178,7 +178,7 @@ def exact_rows(source: Sparse, bound: float, adam: bool) -> tuple[Any, float]:
 
 
 def of_rows(source: Sparse, bound: Bound, optimizer: Callable[..., Any], sets: bool) -> Call:
-    """Slices that are made anew in each step, and given; or set, clipped and applied."""
+    """Return a call that makes slices, and gives them to `step` or sets and clips them first."""
     (rows, *dense), indices = source
     table = np.ones((WORDS, rows.shape[1]), rows.dtype)
     named = {str(k): array for k, array in enumerate(dense)}
@@ -199,7 +199,7 @@ def of_rows(source: Sparse, bound: Bound, optimizer: Callable[..., Any], sets: b
 
 
 def numpy_rows(source: Sparse, bound: Bound) -> Call:
-    """Gradient descent alone."""
+    """Return a call of the same work in NumPy, for gradient descent only."""
     (rows, *dense), indices = source
     table, params = np.ones((WORDS, rows.shape[1]), rows.dtype), copied(dense)
 

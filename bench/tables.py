@@ -1,8 +1,8 @@
 """Write the README's section on speed and its picture from measured figures.
 
 Run ``python -m pytest bench --benchmark-json=raw.json`` and ``python -m bench.tables raw.json``.
-What raw.json has takes its place in bench/results.json, all of which is written out; more files
-may be given, and none. ``--check`` writes nothing, and fails where README.md is not up to date.
+The figures of raw.json replace those in bench/results.json, from which all output is made; more
+files may be given, or none. ``--check`` writes nothing, and fails if README.md is not up to date.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def row(case: dict[str, Any]) -> str:
     name = results.fastest_peer(case)
     ours, flat = case["ways"]["numclip"], case["ways"].get("numclip, flat")
     peer = case["ways"].get(name)
-    limited = case["nbytes"] >= 1e6  # what is less is not the memory's to limit
+    limited = case["nbytes"] >= 1e6  # less is not limited by the memory
     cells = [
         case["case"],
         digits(case["nbytes"] / 1e6),
@@ -128,7 +128,7 @@ def filled(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Take in new figures, and write what is made of all."""
+    """Merge new figures into results.json, and write the README's section and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("raw", nargs="*", type=Path, help="pytest-benchmark's JSON")
     parser.add_argument("--check", action="store_true", help="write nothing")

@@ -1,4 +1,4 @@
-"""Calls from users' compiled code: their time, and what they add to compile time."""
+"""Calls from users' compiled code: their run time, and the compile time that they add."""
 
 import argparse
 import math
@@ -82,7 +82,7 @@ def test_call(benchmark, shape):
 
 
 def test_compilation(benchmark, cache):
-    """Time what one call adds to a function's compilation, with our kernels in the cache."""
+    """Time the compilation of a function with one call, after a first turn fills the cache."""
     command = [sys.executable, "-c", COMPILED]
     environment = os.environ | {"NUMBA_CACHE_DIR": cache}
     turns = 1 if benchmark.disabled else 6
@@ -96,7 +96,7 @@ def test_compilation(benchmark, cache):
 
 @njit
 def train_by_hand(left, right, ratings, rate, max_norm):
-    """Do what the example does, the clip written by hand."""
+    """Do what the example's `train_epoch` does, with the clip written by hand."""
     by_user = np.empty(left.shape[1], left.dtype)
     by_item = np.empty(left.shape[1], left.dtype)
     clipped = 0

@@ -26,7 +26,7 @@ def torch() -> Any:
 
 @pytest.fixture
 def timed_on_gpu(benchmark: Any, torch: Any) -> Callable[..., None]:
-    """Time a call with all that it starts, and note bytes per second."""
+    """Return a function that times a call with the work it launches, and records GB/s."""
 
     def run(call: Callable[[], object], nbytes: int) -> None:
         def whole() -> None:
@@ -74,7 +74,7 @@ def test_norm(benchmark, torch, timed_on_gpu, model, method):
 @pytest.mark.parametrize("outcome", ["clips", "does not clip"])
 @pytest.mark.parametrize("method", ["numclip groups", "numclip", "torch"])
 def test_clip(benchmark, torch, timed_on_gpu, model, method, outcome):
-    """Clipping what is clipped already would do nothing: the bound shrinks at every call."""
+    """Shrink the bound at every call: at a fixed one, clipped gradients would not clip again."""
     benchmark.group = f"GPU clip in place, {outcome}, {model}"
     grads = gradients(torch, model, benchmark)
     for grad in grads:
@@ -134,7 +134,7 @@ def test_clip_and_adam(benchmark, torch, timed_on_gpu, model, method):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("method", ["numclip", "torch"])
 def test_units(benchmark, torch, timed_on_gpu, shape, axis, method):
-    """Half of the units are clipped, by a bound that shrinks at every call."""
+    """Clip units by a bound that shrinks at every call; half of the units exceed the first one."""
     benchmark.group = f"GPU units, {shape} along axis {axis}"
     grad = torch.randn((8, 8) if benchmark.disabled else shape, device="cuda")
     bound = [float(grad.shape[axis]) ** 0.5]

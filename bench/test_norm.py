@@ -1,4 +1,4 @@
-"""The norm against what NumPy offers for it, one thread, and each streaming kernel's rate."""
+"""The norm against NumPy's ways, and each streaming kernel's rate; all by one thread."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_kernels_in_cache(benchmark, normal, timed, operation, dtype):
     benchmark.group = f"256 KB of {dtype} in cache, one thread"
     x = normal(256 << 10, dtype)
     out = np.empty_like(x)
-    # A factor so near 1 that it changes nothing is applied all the same.
+    # numclip applies even a factor so near 1 that it changes nothing.
     bound = 1e30
     calls = {
         "norm": lambda: nc.global_norm([x]),

@@ -1,7 +1,7 @@
 """numclip against its peers and against the memory.
 
 pytest-benchmark times one function after another, over minutes in which a machine's speed
-changes: so all ways of a case are timed in turns, see timing_in_turns.py, and replayed to it.
+changes. So all ways of a case are timed in turns, see timing_in_turns.py, and the times replayed.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from bench.timing_in_turns import time_in_turns
 
 
 class Clock:
-    """A timer for what was timed before."""
+    """A timer by which pytest-benchmark measures times that were recorded before."""
 
     now = 0.0
 

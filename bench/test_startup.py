@@ -1,4 +1,4 @@
-"""What a process waits for before its first step: importing, then compiling or loading."""
+"""The time before a process's first step: importing, then compiling or loading kernels."""
 
 import os
 import subprocess

@@ -21,7 +21,7 @@ VALUES = {
 
 
 def pytest_generate_tests(metafunc):
-    """Try each value of a constant; in the smoke run the one in use, whose kernels are cached."""
+    """Try each value of a constant; the smoke run only the current one, with cached kernels."""
     name = metafunc.function.__name__.removeprefix("test_").upper()
     if name in VALUES:
         smoke = metafunc.config.getoption("benchmark_disable")
@@ -57,7 +57,7 @@ def test_chunk(benchmark, normal, timed, nbytes, value):
 
 
 def sums_of_columns(monkeypatch, columns_of_share=columns.COLUMNS):
-    """Return the kernel of column sums, compiled for so many columns of a share."""
+    """Return the kernel `column_squares`, compiled with another value of `COLUMNS`."""
     monkeypatch.setattr(columns, "COLUMNS", columns_of_share)
     for name in ("add_squares", "add_eight_squares", "sum_squares"):
         monkeypatch.setattr(columns, name, jit.inline(getattr(columns, name).py_func))
@@ -104,7 +104,7 @@ def test_parallel_bytes(benchmark, monkeypatch, normal, timed, value, count):
 
 
 def sums_of_groups(monkeypatch, name, value):
-    """Return the kernel of summed rows, compiled for another constant."""
+    """Return the kernel `grouped_squares`, compiled with a constant of this name and value."""
     monkeypatch.setattr(grouping, name, value)
     sums = "add_strip", "add_eight", "add_four_exactly", "row_or_zeros", "four_rows", "sum_strips"
     for function in ("fetch", *sums, "strip_squares"):
@@ -132,7 +132,7 @@ def test_ahead(benchmark, monkeypatch, normal, timed, value):
 
 @njit
 def by_radix(indices, digits):
-    """Return the order that sorts indices below ``2 ** (11 * digits)``, stable."""
+    """Return the stable order that sorts indices below ``2 ** (11 * digits)``."""
     order = np.arange(indices.size)
     other = np.empty_like(order)
     for digit in range(digits):

@@ -15,9 +15,9 @@ import numpy as np
 from bench.cases import CASES, data
 from bench.workload import Bound, Call, Workload, error_of
 
-BLOCK = 4e-3  # seconds, as the others
+BLOCK = 4e-3  # seconds, as WARM and BUDGET are
 # PyTorch's OpenMP threads spin for 10 ms after their work, on cores that others are timed on.
-# To sleep so long would not do: threads that are woken then share a core for some milliseconds.
+# Sleeping as long does not help: threads that are woken then share a core for some milliseconds.
 WARM = 12e-3
 TURNS = 31
 BUDGET = 15.0
@@ -25,9 +25,9 @@ BUDGET = 15.0
 
 @dataclass
 class Runner:
-    """A way to do a case's work: its call, its times, and whether they are of real work.
+    """A way to do a case's work: its call, its times, and checks that they are of real work.
 
-    `fallen` are the logarithms by which bound and result fell from the first call to the last.
+    `fallen` has the changes of log(bound) and log(result) from the first call to the last.
     """
 
     call: Call
@@ -38,7 +38,7 @@ class Runner:
     iterations: int = 1
 
     def block(self, warm: float) -> None:
-        """Call until caches and threads are its own, then time so many calls."""
+        """Call for `warm` seconds, to fill caches and wake threads, then time a block of calls."""
         start = time.perf_counter()
         while time.perf_counter() < start + warm:
             self.call()
@@ -50,7 +50,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Times:
-    """What was found for each way, and why the others are missing."""
+    """The runner of each installed way, and the reason why each other one is missing."""
 
     nbytes: int
     runners: dict[str, Runner]
@@ -66,7 +66,7 @@ class Times:
 
 
 def level(kind: Workload, result: Any) -> float:
-    """Return the logarithm of a result's first element."""
+    """Return the logarithm of the magnitude of a result's first element."""
     return math.log(abs(np.asarray(next(iter(kind.arrays(result)))).flat[0]))
 
 
@@ -77,7 +77,7 @@ def errors_of(kind: Workload, made: Any, bound: float, result: Any, norm: Any) -
 
 
 def prepared(kind: Workload, made: Any, norm: float, clips: bool) -> tuple[dict[str, Runner], Any]:
-    """Return the ways that are installed, and why others are missing."""
+    """Return the runners of installed ways, and the reasons why other ways are missing."""
     runners, missing = {}, {}
     for way, prepare in kind.ways.items():
         bound = Bound(norm, clips)
@@ -95,7 +95,7 @@ def take_turns(runners: Iterable[Runner], turns: int, warm: float = WARM) -> Non
 
 
 def fill_time(runners: Iterable[Runner]) -> None:
-    """Choose blocks of milliseconds, and take as many turns as there is time for."""
+    """Set blocks to `BLOCK` seconds, then take 7 to `TURNS` turns, as `BUDGET` allows."""
     for runner in runners:
         runner.block(WARM)
         runner.iterations = math.ceil(BLOCK / runner.times[-1])
@@ -109,7 +109,7 @@ def fill_time(runners: Iterable[Runner]) -> None:
 
 @lru_cache(maxsize=1)
 def time_in_turns(name: str, clips: bool, small: bool) -> Times:
-    """Run a case's ways in turns; once, on little data, where `small`."""
+    """Time a case's ways in turns; in a single turn, on little data, if `small`."""
     kind = next(case.kind for case in CASES if case.name == name)
     made, nbytes, norm = data(name, small)
     runners, missing = prepared(kind, made, norm, clips)

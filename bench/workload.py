@@ -1,4 +1,4 @@
-"""What every kind of measured work has in common: its data, its ways, its exact result."""
+"""The parts of every kind of measured work: its bound, its ways, its exact result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FALL = 1 - 1e-4
 
 
 class Bound:
-    """A bound above the norm, or below it and falling: what was clipped is clipped again."""
+    """Twice the norm; or half of it, falling by each call, so that clipped arrays clip again."""
 
     def __init__(self, norm: float, clips: bool) -> None:
         self.clips = clips
@@ -31,11 +31,11 @@ class Bound:
 class Workload:
     """One kind of work, and the ways to do it.
 
-    `norm` is what bounds are set by. `exact` returns the float64 results and the norm for a
-    bound. `ways` has for each name a function of the data and a bound that makes a call, on a
-    copy of the data. `passes` are the least passes over the bytes: where nothing is clipped, and
-    where something is. `arrays` makes arrays of a call's results; `follows` says that they are
-    proportional to the bound.
+    `norm` returns the number that sets the bounds. `exact` returns the float64 results and the
+    norm for a bound. `ways` maps a name to a function of the data and a bound; it returns a call
+    that does not modify the data. `passes` are the least passes over the bytes: where nothing is
+    clipped, and where something is. `arrays` returns the arrays in a call's results; `follows`
+    says that they are proportional to the bound.
     """
 
     exact: Callable[[Any, float], tuple[Iterable[np.ndarray], float]]
@@ -47,7 +47,7 @@ class Workload:
 
 
 def library(name: str) -> Any:
-    """Import a peer; what it warns of on import is its own affair."""
+    """Import a peer without the warnings of its import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)
@@ -58,7 +58,7 @@ def copied(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
 
 
 def norm_of(arrays: Iterable[np.ndarray]) -> float:
-    """Return the norm in float64."""
+    """Return the L2 norm of all arrays, in float64."""
     wide = (array.reshape(-1).astype(np.float64) for array in arrays)
     return float(np.sqrt(sum(np.dot(x, x) for x in wide)))
 

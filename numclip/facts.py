@@ -1,4 +1,4 @@
-"""What an array tells of itself, whatever device it is on."""
+"""The facts of an array, on any device: its dtype, its shape and its memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numclip.memory import Memory, is_dense, strides_of
 
 
 class Facts(NamedTuple):
-    """Where an array lies and what it holds.
+    """The memory, shape and native dtype of an array.
 
-    `strides`, in bytes, are None in C order. `array` holds the memory: an array of NumPy in the
-    host's memory, the user's own on a GPU. `swapped` is the dtype of an array of the other byte
-    order, of which `array` is a copy; else it is empty. `lease` is to be held while the memory is
-    used, where there is one.
+    `strides`, in bytes, are None in C order. `array` holds the memory: a NumPy array on the host,
+    the user's own array on a GPU. `swapped` is the dtype string of a byte-swapped array, of which
+    `array` is a native copy; else it is empty. A `lease` must be held while the memory is used; it
+    is None for memory that needs none.
     """
 
     native: np.dtype[Any]
@@ -40,18 +40,18 @@ class Facts(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether the elements fill their memory, in any order of the axes."""
+        """Whether the elements fill their memory without gaps, in any order of the axes."""
         return self.strides is None or is_dense(self.shape, self.strides, self.native.itemsize)
 
     @property
     def memory(self) -> Memory:
-        """The address and the steps."""
+        """The address of the first element, and the strides in bytes, in C order too."""
         steps = self.strides or strides_of(self.shape, self.native.itemsize)
         return Memory(self.address, steps)
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The addresses between which the elements lie."""
+        """The first address of the elements, and the one after their last byte."""
         if self.strides is None or not self.nbytes:
             return self.address, self.address + self.nbytes
         ways = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
@@ -59,5 +59,5 @@ class Facts(NamedTuple):
         return self.address + least, self.address + most + self.native.itemsize
 
     def lies_as(self, other: Facts) -> bool:
-        """Tell whether an array of the same shape and dtype has the same memory."""
+        """Tell whether `other`, of the same shape and dtype, has the same address and strides."""
         return self.address == other.address and self.strides == other.strides

@@ -36,18 +36,19 @@ class Grouping(NamedTuple):
 
 
 class Parts:
-    """Takes sparse gradients apart, for what reads arrays by one call.
+    """Takes sparse gradients apart into arrays, which one native call reads.
 
-    `shapes` are the dense shapes of those, by their places among all gradients.
+    `shapes` maps the index of each sparse gradient among all gradients to its dense shape.
     """
 
     def __init__(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
         self._shapes = list(shapes.items())
 
     def of(self, items: Sequence[Any], kept: Any = None) -> tuple[Any, ...] | None:
-        """Return the values of slices in their places, and after all gradients their indices.
+        """Return `items` with slices replaced by their values, followed by all slices' indices.
 
-        None and what stands for it stay. Nothing where others are there, or of another shape.
+        A sparse entry that is None or `kept` stays, and takes the slot of its indices as well.
+        Return None if a sparse entry is of another type or another dense shape.
         """
         found = [*items]
         for k, shape in self._shapes:
@@ -65,7 +66,7 @@ class Parts:
 
 
 def _shape_of(dense_shape: Any) -> tuple[int, ...]:
-    """Return a dense shape, after checking that it is one of integers."""
+    """Return `dense_shape` as a tuple of int; raise TypeError unless it has integers only."""
     if type(dense_shape) is tuple and {*map(type, dense_shape)} == {int}:
         return dense_shape
     try:
@@ -163,7 +164,7 @@ class IndexedSlices:
         self._indices.setflags(write=False)
 
     def _take(self, values: Any) -> tuple[int, ...]:
-        """Keep the values, after checking their type and dtype; return their shape."""
+        """Store `values`, their dtype and device; return their shape. Raise if unsupported."""
         if type(values) is np.ndarray and lookup(values.dtype) is not None:
             self._device, self._values, self._dtype = "cpu", values, values.dtype
             shape: tuple[int, ...] = values.shape
@@ -184,7 +185,7 @@ class IndexedSlices:
         return facts.shape
 
     def _on_host(self, indices: Any) -> Array:
-        """Return indices in the host's memory; those on a GPU are waited for."""
+        """Return `indices` as a NumPy array; wait for those on a GPU."""
         if type(indices) is np.ndarray:
             return indices
         _refuse_masked("indices", indices)
@@ -218,7 +219,7 @@ class IndexedSlices:
         return self._dense_shape
 
     def _check(self, values: tuple[int, ...], indices: Array) -> None:
-        """Refuse indices and a dense shape that do not fit the shape of the values."""
+        """Raise if `indices` or the dense shape do not fit `values`, the shape of the values."""
         shape = self.dense_shape
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices: expected integers, got {indices.dtype}")
@@ -241,7 +242,7 @@ class IndexedSlices:
         return f"IndexedSlices({rows}, dense_shape={self.dense_shape})"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Never:
-        """Refuse to become an array of NumPy, which can be too large to be made by the way."""
+        """Refuse the implicit conversion to a NumPy array, which can be too large to make."""
         raise TypeError(
             f"IndexedSlices stand for an array of shape {self.dense_shape}; make it by .to_dense()"
         )
@@ -382,7 +383,7 @@ class IndexedSlices:
         return self._engine.stream_of([self._facts])
 
     def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
-        """Return a new array of zeros, with the sums of rows at the indices `places`."""
+        """Return a new array: row ``places[g]`` has the sum of group g, the other rows zeros."""
         self._engine.require()
         facts = self._facts
         made = self._engine.new_of_shape(facts, shape)
@@ -391,7 +392,7 @@ class IndexedSlices:
         return made
 
     def _given_back(self, made: Any, stream: Any) -> Any:
-        """Return what was made on a stream, after making its library wait for that stream."""
+        """Return `made`, after its library's stream was told to wait for the work on `stream`."""
         own = made._facts if isinstance(made, IndexedSlices) else self._engine.facts("values", made)
         self._engine.give_back(stream, [self._facts, own])
         return made

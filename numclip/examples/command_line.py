@@ -1,4 +1,4 @@
-"""What the training programs' command lines have in common."""
+"""The parser and the argument types of the training programs' command lines."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 Number = TypeVar("Number", int, float)
 PICTURES = (".png", ".svg", ".pdf")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-"""What pip calls packages, where that is not their name."""
+"""The names by which pip installs packages, where these differ from the import names."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"cannot import {', '.join(missing)}: pip install {wanted}")
 
     def add_picture(self, name: str) -> None:
-        """Let the user choose where the picture goes."""
+        """Add the options --picture, which is `name` by default, and --no-picture."""
         add = self.add_argument
         text = "where the picture goes (default: %(default)s)"
         add("--picture", type=picture_file, default=name, metavar="FILE", help=text)
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def output_file(text: str) -> Path:
-    """Read the path of a file that can be written, without leaving one behind."""
+    """Return the path of a file, after checking that it can be written; create no file."""
     path = Path(text)
     try:
         if path.exists():
@@ -62,7 +62,7 @@ def output_file(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
-    """Read the path of a picture that can be written."""
+    """Return the path of a picture, after checking its ending and that it can be written."""
     if Path(text).suffix not in PICTURES:
         raise argparse.ArgumentTypeError(
             f"expected a name that ends in {', '.join(PICTURES)}, got {text!r}"
@@ -73,7 +73,7 @@ def picture_file(text: str) -> Path:
 def _number(
     kind: Callable[[str], Number], wanted: str, fits: Callable[[Number], bool]
 ) -> Callable[[str], Number]:
-    """Return what reads a number that fits."""
+    """Return an argparse type that reads a number for which `fits` returns True."""
 
     def read(text: str) -> Number:
         with contextlib.suppress(ValueError):

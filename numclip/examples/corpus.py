@@ -52,7 +52,7 @@ class Words:
 
 
 def read_paragraphs(path: Path | None) -> list[str]:
-    """Return a text's paragraphs, which blank lines set apart; without a path, the manual's.
+    """Return a text's paragraphs, which blank lines separate; without a path, the manual's.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The cost of a language model: how surprised it is by what comes next."""
+"""The cost of a language model: the cross entropy of its predictions, with the gradient."""
 
 from typing import Any
 

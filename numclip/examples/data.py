@@ -78,7 +78,7 @@ def load_mnist(folder: Path) -> Digits:
     Raises
     ------
     DataError
-        If the folder or a file is missing, cannot be read, or is not what it should be.
+        If the folder or a file is missing, cannot be read, or has the wrong content.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with MNIST's IDX files, found none")
@@ -137,7 +137,7 @@ def _find(folder: Path, stem: str, kind: str) -> Path:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a file; one that gzip compressed is told by its first bytes, whatever its name."""
+    """Read a file; decompress it if it begins with gzip's two bytes, whatever its name."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content

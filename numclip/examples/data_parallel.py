@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """The processes that train a model together, each with a copy of all that is trained.
+    """The processes that train a model together, each with a copy of all parameters.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class Ranks:
         self.size: int = 1 if comm is None else comm.Get_size()
 
     def joined(self, own: Any, axis: int = 0) -> Any:
-        """Return the equal shares of all ranks side by side, in the order of the ranks."""
+        """Return the ranks' equal shares concatenated along an axis, in the order of the ranks."""
         if self.comm is None:
             return own
         every = np.empty((self.size, *own.shape), own.dtype)
@@ -48,10 +48,10 @@ class Ranks:
         masks: Array | None,
         scale: float,
     ) -> tuple[float, dict[str, Array | IndexedSlices], Array]:
-        """Run over this rank's share of a batch, as `lstm_network.cost_and_gradients` over all.
+        """Run `lstm_network.cost_and_gradients` on this rank's share of a batch.
 
-        The cost, the state and the embedding's gradient are the batch's. The dense gradients are
-        this rank's summands of the batch's.
+        The cost, the state and the embedding's gradient are those of the whole batch. The dense
+        gradients are this rank's summands of the batch's.
         """
         count = words.shape[1] // self.size
         own = slice(self.rank * count, (self.rank + 1) * count)
@@ -70,14 +70,14 @@ class Ranks:
         return mean_cost, gradients, self.joined(end, axis=2)
 
     def add_up(self, flat: Array) -> None:
-        """Let an array be the sum of all ranks' arrays, of the same bits on each."""
+        """Replace an array by the sum over all ranks, which has the same bits on each."""
         if self.comm is not None:
             total = np.empty(flat.shape, np.float32)  # MPI adds no float16
             self.comm.Allreduce(flat.astype(np.float32, copy=False), total)
             flat[...] = total
 
     def of_first(self, compute: Callable[[], Result]) -> Result:
-        """Return on every rank what the first one computes, or raise what it raises."""
+        """Return on every rank what `compute` returns on the first, or raise its exception."""
         if self.comm is None:
             return compute()
         found: tuple[Any, Exception | None] = None, None
@@ -94,7 +94,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def only_first_prints(self) -> Iterator[None]:
-        """Let no other rank print, nor end (which may end all) before the first one is done."""
+        """Silence all other ranks; hold SystemExit, which may end all, until all are done."""
         with contextlib.ExitStack() as stack:
             if self.rank > 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))

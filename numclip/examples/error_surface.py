@@ -52,7 +52,7 @@ def _slope(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Path:
-    """Where gradient descent went, with the loss and the gradient's norm at each point."""
+    """The points of gradient descent, with the loss and the gradient's norm at each."""
 
     points: Array  # (steps + 1, 2)
     losses: Array
@@ -65,7 +65,7 @@ class Path:
 
 
 def descend(start: tuple[float, float], rate: float, max_norm: float, steps: int) -> Path:
-    """Follow the gradient, clipped, from a point (w, b)."""
+    """Descend by clipped gradients from a point (w, b)."""
     point = np.array(start)
     points, losses, norms = [point], [], []
     for _ in range(steps + 1):
@@ -137,7 +137,7 @@ def draw(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
 
 def _mark_end(surface: Any, path: Path, color: str) -> None:
-    """Say where a path ends that leaves the picture."""
+    """Annotate the end of a path, if it lies outside the picture."""
     w, b = path.points[-1]
     if not (WIDTHS[0] <= w <= WIDTHS[1] and BIASES[0] <= b <= BIASES[1]):
         inside = [min(max(w, WIDTHS[0]), WIDTHS[1]), min(max(b, BIASES[0]), BIASES[1])]

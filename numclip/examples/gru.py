@@ -36,16 +36,16 @@ from numclip.examples.cross_entropy import Array
 from numclip.examples.data import DataError
 from numclip.examples.progress import interruptible, progress_bar, say
 
-WINDOW = 100  # paragraphs that a cost is averaged over, to be told from its lowest so far
-BLOWN_UP = 10.0  # times the lowest
+WINDOW = 100  # paragraphs over which the cost is averaged, to compare it with its lowest so far
+BLOWN_UP = 10.0  # times the lowest average cost
 AFTERMATH = 300  # paragraphs that a run goes on after it has blown up
-LONGEST = 20_000  # characters of a paragraph, which all are in memory at once
+LONGEST = 20_000  # characters of a paragraph, whose states are all in memory at once
 ROWS = 20  # of the table
-DRAWN = 25  # paragraphs that make a point of the picture
+DRAWN = 25  # paragraphs per point of the picture
 
 
 class Text:
-    """Paragraphs as numbers of characters."""
+    """Paragraphs as arrays of numbers, one for each character."""
 
     def __init__(self, name: str, paragraphs: Sequence[str]) -> None:
         long_enough = [paragraph for paragraph in paragraphs if len(paragraph) > 1]
@@ -83,7 +83,7 @@ class Run:
         rng = np.random.default_rng(args.seed)
         size = len(text.characters)
         params = gru_network.initial_params(rng, size, args.hidden, size)
-        params["out_weight"][...] = 0.0  # its first guess: how frequent each character is
+        params["out_weight"][...] = 0.0  # at first it predicts the frequencies of characters
         params["out_bias"][...] = text.log_frequencies()
         model = nc.Group("model", params, clip=nc.ByGlobalNorm(max_norm))
         self.groups = nc.ParamGroups([model], history=args.paragraphs)
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing more to see: blown up some time ago, or not a number."""
+        """Whether the run has ended: `AFTERMATH` after blowing up, or at a non-finite cost."""
         ended = self.blown_up is not None and len(self.costs) >= self.blown_up + AFTERMATH
         return ended or not all(map(math.isfinite, self.costs[-1:]))
 
@@ -121,7 +121,7 @@ class Run:
         return norms
 
     def cells(self, since: int) -> str:
-        """Note the mean cost since some paragraph for the table; return it and the largest norm."""
+        """Return table cells: mean cost and largest norm since a paragraph. Note the cost."""
         if len(self.costs) <= since:
             return f"{'-':>10}{'-':>14}"
         self.shown.append(float(np.mean(self.costs[since:])))
@@ -129,7 +129,7 @@ class Run:
 
 
 def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
-    """Train without and with clipping side by side; tell whether it went to the end."""
+    """Train without and with clipping side by side; return (runs, not interrupted)."""
     from threadpoolctl import threadpool_limits
 
     runs = {
@@ -147,7 +147,7 @@ def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
         interruptible() as stopped,
         # Two threads gain 5 % on products this small, and take ten times as long on a busy machine.
         threadpool_limits(1),
-        np.errstate(over="ignore", invalid="ignore"),  # what there is to see
+        np.errstate(over="ignore", invalid="ignore"),  # this is what the example shows
     ):
         going = True
         while going:
@@ -166,7 +166,7 @@ def train(text: Text, args: argparse.Namespace) -> tuple[dict[str, Run], bool]:
 
 
 def summary(name: str, run: Run) -> str:
-    """Return what became of a run, in a line, with costs that the table has."""
+    """Return a one-line summary of a run, with costs that the table has."""
     figures = run.groups.history.summary()["model"]
     costs = f"cost {run.shown[-1]:#.4g} in its last row"
     if run.blown_up is None:
@@ -185,7 +185,7 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for (name, run), color in zip(runs.items(), (RED, BLUE), strict=True):
-        count = int(np.isfinite(run.costs).sum())  # a cost that is not ends the run
+        count = int(np.isfinite(run.costs).sum())  # a non-finite cost ends the run
         width = min(DRAWN, count)
         ends = np.arange(width, count + 1)
         recent = np.lib.stride_tricks.sliding_window_view

@@ -53,13 +53,13 @@ def cost_and_gradients(
     params : dict of str to array
         As from `initial_params`.
     x : array, shape (steps, batch, inputs)
-        What goes in at each step.
+        The inputs of each step.
     targets : array of int, shape (steps, batch)
-        What should come out.
+        The right output class of each step.
     start : array, shape (batch, hidden)
         The state before the first step.
     scale : float, default 1.0
-        What the gradients are multiplied by.
+        The factor by which the gradients are multiplied.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def _forward(params: Params, x: Array, start: Array) -> tuple[Array, Array]:
 def _backward(
     params: Params, x: Array, states: Array, gates: Array, above: Array
 ) -> dict[str, Array]:
-    """Return the gradients of the layer, from those by its states alone."""
+    """Return the layer's gradients; `above` has the output layer's gradients by the states."""
     steps, batch, hidden = len(x), *states.shape[1:]
     by_states = above.reshape(steps, batch, hidden)
     by_inputs = np.empty((steps, batch, 3 * hidden), states.dtype)

@@ -55,7 +55,7 @@ def dropout_masks(
 
 @dataclass
 class _Layer:
-    """What the forward pass through a layer leaves for the backward pass, step by step."""
+    """Values of the forward pass through a layer that the backward pass reads, step by step."""
 
     inputs: Array  # (steps, batch, 2 * hidden): x and h before the step
     gates: Array  # (steps, batch, 4 * hidden): sigmoid(i), tanh(j), sigmoid(f), sigmoid(o)
@@ -90,7 +90,7 @@ def cost_and_gradients(
     masks : array, optional
         From `dropout_masks`.
     scale : float, default 1.0
-        What the gradients are multiplied by.
+        The factor by which the gradients are multiplied.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def _logits(params: Params, above: Array) -> Array:
 def _forward(
     params: Params, words: Numbers, state: Array, masks: Array | None
 ) -> tuple[Array, list[_Layer], Array]:
-    """Return what leaves the last layer, what the backward pass needs, and the last state."""
+    """Return the last layer's outputs after dropout, each layer's `_Layer`, and the last state."""
     x, layers, end = params["embedding"][words], [], np.empty_like(state)
     if masks is not None:
         x *= masks[0]
@@ -147,7 +147,7 @@ def _forward(
 
 
 def _forward_layer(weights: Array, bias: Array, x: Array, start: Array) -> tuple[Array, _Layer]:
-    """Return the layer's outputs, and what the backward pass needs."""
+    """Return the layer's outputs and its `_Layer` for the backward pass."""
     steps, batch, hidden = x.shape
     inputs = np.concatenate((x, np.empty_like(x)), axis=2)
     gates = (x.reshape(-1, hidden) @ weights[:hidden] + bias).reshape(steps, batch, 4 * hidden)

@@ -35,7 +35,7 @@ WILD = 20.0  # times as large as other ratings
 
 
 class Ratings(NamedTuple):
-    """Who rated what, how, and how they would have without noise and slips."""
+    """The user, item and value of each rating, and its value without noise and slips."""
 
     users: Array
     items: Array
@@ -96,7 +96,7 @@ def error_of(left, right, ratings):  # type: ignore[no-untyped-def]
 
 @njit
 def train_epochs(left, right, ratings, rate, max_norm, epochs):  # type: ignore[no-untyped-def]
-    """Go through the ratings so often; return the error before and after each, and the clips."""
+    """Train `epochs` times; return the error before and after each epoch, and the clips."""
     errors = np.empty(epochs + 1)
     errors[0] = error_of(left, right, ratings)
     clipped = 0

@@ -8,10 +8,10 @@ from typing import Any
 
 
 def progress_bar(total: int, unit: str, *, quiet: bool, initial: int = 0) -> Any:
-    """Return tqdm's bar on stderr; none if `quiet`, or where stderr is no terminal but a log."""
+    """Return tqdm's bar on stderr; it is disabled if `quiet` or if stderr is no terminal."""
     from tqdm import tqdm
 
-    disable = True if quiet else None  # None leaves it to tqdm to ask for a terminal
+    disable = True if quiet else None  # None: tqdm shows a bar only in a terminal
     return tqdm(total=total, unit=unit, initial=initial, leave=False, disable=disable)
 
 
@@ -23,7 +23,7 @@ def say(bar: Any, line: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let a loop ask whether Ctrl-C was pressed, and so end between steps; a second one raises."""
+    """Yield a function that returns True once Ctrl-C was pressed; a second Ctrl-C raises."""
     pressed = False
 
     def note(_signal: int, _frame: FrameType | None) -> None:

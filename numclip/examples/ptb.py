@@ -84,7 +84,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows of the three parts of a text: the last is read by one, word by word."""
+    """The windows of the three parts of a text; those of the test part hold one word each."""
 
     training: Windows
     validation: Windows
@@ -92,7 +92,7 @@ class Texts:
 
 
 def cut_texts(words: Words, config: Config) -> Texts:
-    """Return the windows, or refuse a text that is too short for one."""
+    """Return the windows; raise DataError if a part of the text is too short for one."""
     sizes = config.batch_size, config.num_steps
     return Texts(
         cut(f"{words.name}, training part", words.training, *sizes),
@@ -107,7 +107,7 @@ def perplexity_of(cost: float, words: int) -> float:
 
 
 class Training(state.Saved):
-    """A model on its way through the epochs; saved and loaded, it goes on with the same bits."""
+    """The training of a model; saved and loaded, it goes on with the same bits."""
 
     def __init__(self, texts: Texts, args: argparse.Namespace, ranks: Ranks | None = None) -> None:
         config = self.config = CONFIGS[args.config]
@@ -120,8 +120,8 @@ class Training(state.Saved):
         self.rnn_state = lstm_network.initial_state(params, config.batch_size)
         if args.use_fp16:
             params = {name: param.astype(np.float16) for name, param in params.items()}
-        # Both groups are clipped by one norm, and skipped together. A norm that takes repeated
-        # rows as they lie is no rule's: `update` clips by it, and the rule only measures.
+        # Both groups are clipped by one norm, and skipped together. No rule has a norm of unsummed
+        # repeated rows: with --duplicates raw `update` clips by it, and the rule only measures.
         bound = config.max_grad_norm if args.duplicates == "sum" else math.inf
         rule = nc.ByGlobalNorm(bound, shared="model")
         embedding = {"embedding": params.pop("embedding")}
@@ -133,21 +133,21 @@ class Training(state.Saved):
         )
         self.optimizer = nc.SGD(self.groups, lr=self.rate)
         self.loss_scale = FIRST_LOSS_SCALE if args.use_fp16 else 1.0
-        self.epoch, self.batch, self.cost = 1, 0, 0.0  # what comes next; the epoch's cost so far
+        self.epoch, self.batch, self.cost = 1, 0, 0.0  # the next ones; the epoch's cost so far
         self.clipped = self.skipped = 0
         self.perplexities = np.full((config.max_max_epoch, 2), np.nan)  # train, valid
-        self.seconds: list[tuple[float, float]] = []  # of each step in this process, in numclip
+        self.seconds: list[tuple[float, float]] = []  # of steps in this process: all, numclip
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         return self.config.rate(1 + step // len(self.texts.training))
 
     def float32_params(self) -> dict[str, Array]:
-        """Return the parameters to compute with."""
+        """Return the parameters in float32, in which the network computes."""
         return {name: p.astype(np.float32, copy=False) for name, p in self.groups.params.items()}
 
     def train_on_next_batch(self) -> None:
-        """Take one step, and the next batch after it."""
+        """Take one step with the next batch, and advance to the batch after it."""
         start = time.perf_counter()
         config, text = self.config, self.texts.training
         words, targets = text.words[self.batch], text.targets[self.batch]
@@ -191,7 +191,7 @@ class Training(state.Saved):
         return perplexity_of(self.cost, self.batch * self.config.num_steps)
 
     def settings(self) -> dict[str, Any]:
-        """Return what another training must share to go on from here."""
+        """Return the settings that another training must share to load this one's state."""
         text = zlib.crc32(self.texts.training.words.tobytes())
         names = ("config", "seed", "duplicates", "use_fp16")
         options = {name: vars(self.args)[name] for name in names}
@@ -210,8 +210,8 @@ class Training(state.Saved):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> list[str]:
-        """Take up a state, or raise StateError where it is of another training."""
-        del strict  # all of a training goes on, or none
+        """Load a state; raise StateError if it does not match this training."""
+        del strict  # a state is loaded as a whole or not at all
         settings = self.settings()
         found = state_dict.get("settings", {})
         state.matches({"settings": settings}, {"settings": found})
@@ -235,7 +235,7 @@ Stopped = Callable[[], bool]
 
 
 def train_epoch(training: Training, stopped: Stopped) -> bool:
-    """Train to the end of the epoch, and tell whether it was reached."""
+    """Train to the end of the epoch; return False if `stopped` ended it before."""
     config, count = training.config, len(training.texts.training)
     first, start = training.batch, time.perf_counter()
     with progress_bar(count, "batch", quiet=training.args.quiet, initial=first) as bar:

@@ -111,7 +111,7 @@ class Run:
         return clipped
 
     def accuracy(self, images: Images) -> float:
-        """Return the fraction of ``images`` that get their label."""
+        """Return the fraction of ``images`` that are classified right."""
         guesses = np.argmax(images.pixels @ self.weights + self.bias, axis=1)
         return float(np.mean(guesses == images.labels))
 
@@ -189,7 +189,7 @@ def train(digits: Digits, args: argparse.Namespace) -> dict[str, Run]:
 
 
 def clipping_statistics(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield what the gradients' norms were, and what clipping did to them."""
+    """Yield table rows: the gradients' norms, the clipped steps and the least factors."""
     for label, percent in (("Median norm", 50), ("95% norm", 95), ("Largest norm", 100)):
         yield row(label, (f"{np.percentile(run.norms, percent):.6g}" for run in runs))
     clipped = (sum(norm > run.clip_norm for norm in run.norms) for run in runs)
@@ -211,7 +211,7 @@ def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    # The costs of the first two are the same: the second is drawn within the first.
+    # The first two methods have the same costs: the second line is drawn within the first.
     looks = zip((BLUE, ORANGE, PURPLE), (5.0, 1.5, 1.5), strict=True)
     for (method, run), (color, width) in zip(runs.items(), looks, strict=False):
         epochs = range(1, len(run.costs) + 1)

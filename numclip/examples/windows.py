@@ -10,10 +10,10 @@ from numclip.examples.data import DataError
 
 @dataclass(frozen=True)
 class Windows:
-    """What a model reads of a text, window by window, and what comes next.
+    """The words that a model reads in each window over a text, and the words that follow them.
 
-    The text is cut into as many equal parts as there are readers; each reader goes through
-    its part from the beginning, some steps in each window. What fills no window is left out.
+    The text is cut into as many equal parts as there are readers; each reader goes through its
+    part from the beginning, `steps` words in each window. Words that fill no window are left out.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Windows:
 
 
 def cut(name: str, text: Numbers, readers: int, steps: int) -> Windows:
-    """Return the windows of a text, or say that it is too short for one."""
+    """Return the windows of a text, or raise DataError if it is too short for one."""
     length = len(text) // readers
     count = (length - 1) // steps
     if count < 1:

@@ -1,4 +1,4 @@
-"""The table of gradients that tests try; its models are those that benches measure."""
+"""The table of gradients that tests try; its models are those of the benches, cut small."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Gradients by name: the same seed always builds the same ones."""
+    """Named gradients: the same name and seed always build the same ones."""
 
     name: str
     build: Builder = field(repr=False)
-    # What pairs are made of: the name of the shape or of the whole, of the dtype, of the layout.
+    # What tests/rings.py combines: the names of the shape (or case), the dtype and the layout.
     facets: tuple[str, str, str]
     # Whether the gradients can be written: contiguous or strided, aligned, in native byte order.
     writable: bool = True
-    # Too large for kernels that run as plain Python.
+    # Whether they are too large for kernels that run as plain Python.
     large: bool = False
 
     def gradients(self, seed: int = 0) -> Any:
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def fits_a_gpu(self) -> bool:
-        """Whether its gradients can lie on a GPU, and are not refused there."""
+        """Whether the gradients can lie on a GPU and numclip accepts them there."""
         return self.facets[2] not in NOT_ON_A_GPU
 
 
@@ -64,7 +64,7 @@ def slices(
     *,
     repeated: bool,
 ) -> nc.IndexedSlices:
-    """Rows in random order, some of them on the same index if repeated."""
+    """Random rows in random order, some of which share an index if `repeated`."""
     values = normal(rng, (rows, *dense_shape[1:]), dtype)
     if repeated:
         indices = rng.integers(0, min(dense_shape[0], max(rows // 2, 1)), rows)
@@ -73,11 +73,11 @@ def slices(
     return nc.IndexedSlices(values, indices, dense_shape)
 
 
-# ---- layouts: the same values, laid out in memory in another way
+# ---- layouts: the same values in other memory layouts
 
 
 def at_offset(array: np.ndarray, offset: int) -> np.ndarray:
-    """A C-contiguous copy that starts so many bytes after a multiple of 64."""
+    """A C-contiguous copy that starts `offset` bytes after a multiple of 64."""
     room = np.empty(array.nbytes + offset + 64, np.uint8)
     start = -room.ctypes.data % 64 + offset
     copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -122,7 +122,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "byte_swapped": byte_swapped,
 }
 UNWRITABLE = {"read_only", "byte_swapped"}
-NOT_ON_A_GPU = {"misaligned", *UNWRITABLE}  # lie on none, or are refused there
+NOT_ON_A_GPU = {"misaligned", *UNWRITABLE}  # do not exist on a GPU, or are refused there
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -155,7 +155,7 @@ def of_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> list[np.ndar
 
 
 def cut(shapes: Sequence[Shape]) -> list[Shape]:
-    """The first shapes of a model, no side over 8."""
+    """The first 20 shapes of a model, each side cut to 8 at most."""
     return [tuple(min(side, 8) for side in shape) for shape in shapes[:20]]
 
 

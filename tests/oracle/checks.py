@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.oracle import reference
 
-# Elements whose factor is looked at in exact arithmetic; larger arrays are sampled evenly.
+# Elements whose factor is computed in exact arithmetic; larger arrays are sampled evenly.
 SAMPLE = 2000
 
 
@@ -23,9 +23,9 @@ def assert_same_bits(after: Any, before: Any) -> None:
 
 
 def norm_slack(grads: Any, duplicates: str = "sum") -> Fraction:
-    """How far from exact the norm may be: as the least precise dtype allows.
+    """How far the norm may be off: 4 ulp of float64 if all have 53 bits, else an ulp of float32.
 
-    The sums of repeated rows are as precise as their terms are large.
+    If repeated rows are summed, it is the ulp of the norm that they would have uncancelled.
     """
     names = [reference.stored(g).dtype.name for g in reference.leaves(grads)]
     summed = duplicates == "sum" and any(map(reference.is_sparse, reference.leaves(grads)))
@@ -45,7 +45,7 @@ def assert_norm(measured: float, grads: Any, duplicates: str = "sum") -> None:
 
 
 def factor_interval(before: np.ndarray, after: np.ndarray) -> tuple[Fraction, Fraction]:
-    """The factors f for which every element is x * f after one rounding in any direction."""
+    """The least and greatest f for which each result is x * f, rounded once in any direction."""
     x, result = reference.components(before), reference.components(after)
     step = max(1, x.size // SAMPLE)
     x, result = np.abs(x[::step]), np.abs(result[::step])
@@ -63,7 +63,7 @@ def factor_interval(before: np.ndarray, after: np.ndarray) -> tuple[Fraction, Fr
 
 
 def tightest(x: np.ndarray, result: np.ndarray, ulps: np.ndarray) -> set[tuple[float, ...]]:
-    """The elements that limit their common factor most, and all that rounding may confuse with."""
+    """The (x, result, ulp) that limit the common factor most, and all within rounding of these."""
     if not x.size:
         return set()
     wide, spacing = result.astype(np.longdouble), ulps.astype(np.longdouble)
@@ -74,7 +74,7 @@ def tightest(x: np.ndarray, result: np.ndarray, ulps: np.ndarray) -> set[tuple[f
 
 
 def assert_one_factor(before: Sequence[Any], after: Sequence[Any]) -> None:
-    """No sign flips, and one factor in [0, 1] explains every element of every gradient."""
+    """Assert that no sign flips, and that one factor in [0, 1] explains every element."""
     low, high = Fraction(0), Fraction(1)
     for old, new in zip(map(reference.stored, before), map(reference.stored, after), strict=True):
         assert new.dtype == old.dtype
@@ -96,7 +96,7 @@ def underflowed(before: Any, after: Any) -> bool:
 
 
 def assert_within(before: Sequence[Any], after: Sequence[Any], squared_bound: Fraction) -> None:
-    """Exactly at most the bound, and below it by no more than rounding has to cost."""
+    """Assert that the exact norm is at most the bound, and below it by no more than rounding."""
     square = reference.square_sum(after)
     assert square <= squared_bound, (
         f"norm {reference.root(square)!r} exceeds {reference.root(squared_bound)!r} "
@@ -123,10 +123,10 @@ def assert_scaled(before: Sequence[Any], after: Sequence[Any], squared_bound: Fr
 def assert_clipped(
     before: Sequence[Any], after: Sequence[Any], squared_bound: Fraction, norm: float | None = None
 ) -> None:
-    """Untouched at or below the bound, scaled to it above.
+    """Assert that gradients at or below the bound are untouched, and those above scaled to it.
 
-    Above and below is for the reported norm to say. Where none is reported, a norm that may round
-    to either side may go either way.
+    The reported norm decides which. Without it, a norm that may round to either side of the bound
+    may be treated either way.
     """
     before, after = reference.leaves(before), reference.leaves(after)
     square = reference.square_sum(before)
@@ -146,9 +146,9 @@ def assert_clipped(
 
 
 def assert_close(actual: Any, expected: Any, beside: Sequence[Any] = ()) -> None:
-    """Equal to an oracle up to the rounding the contract allows, or one smallest subnormal.
+    """Assert equality with an oracle up to the contract's rounding, or one smallest subnormal.
 
-    The gradients clipped beside it count: the coarsest dtype says how much that is.
+    The least precise dtype sets the tolerance, of `actual` and of those clipped `beside` it.
     """
     actual = np.asarray(actual)
     expected = np.asarray(expected)

@@ -1,4 +1,4 @@
-"""Parameter groups for tests: gradients for them, comparable snapshots, what functions give."""
+"""Gradients for parameter groups, comparable snapshots, and the functions' results on groups."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def grads_of(groups: nc.ParamGroups, seed: int = 1, scale: float = 1.0) -> dict[
 
 
 def frozen(value: Any) -> Any:
-    """A gradient or a tree of state as something to compare, bit by bit."""
+    """A gradient or a state tree as a value that compares bit by bit."""
     if isinstance(value, nc.IndexedSlices):
         return frozen(value.values), frozen(value.indices)
     if isinstance(value, Mapping):
@@ -71,17 +71,17 @@ def snapshot(groups: nc.ParamGroups) -> Any:
 
 
 def over(grad: Any, divisor: float) -> Any:
-    """A gradient divided by a number that its dtype holds: a new one of the same dtype."""
+    """A new gradient of the same dtype: `grad` over a divisor that the dtype can represent."""
     if isinstance(grad, nc.IndexedSlices):
         return nc.IndexedSlices(over(grad.values, divisor), grad.indices, grad.dense_shape)
-    parts = np.array(grad).reshape(-1).view(real_dtype(grad.dtype))  # complex NaNs spread
+    parts = np.array(grad).reshape(-1).view(real_dtype(grad.dtype))  # complex division spreads NaN
     return (parts / parts.dtype.type(divisor)).view(grad.dtype).reshape(grad.shape)
 
 
 def by_functions(group: Any, grads: Mapping[str, Any], report: nc.ClipReport) -> dict[str, Any]:
-    """What the functions make of a group's gradients.
+    """The group's gradients, clipped by numclip's functions instead of the group's rule.
 
-    Rules without a function clip by the threshold they report.
+    For a rule that has no function, the bound is the threshold in `report`.
     """
     own = {name: grads[name] for name in group.params}
     match group.clip:

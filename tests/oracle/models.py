@@ -1,4 +1,4 @@
-"""Shapes of the gradients of models: the benches clip them whole, the tests cut to few numbers."""
+"""Shapes of the gradients of models: the benches use them whole, the tests cut small."""
 
 from __future__ import annotations
 

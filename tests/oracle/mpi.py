@@ -1,4 +1,4 @@
-"""Processes of MPI, which tests start."""
+"""Start MPI processes from tests."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MARKS = [
 
 
 def start(size: int, *argv: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on so many ranks; a run that takes too long is an error."""
-    # Open MPI asks to be told of more ranks than cores.
+    """Run Python on `size` ranks; raise TimeoutExpired after `TIMEOUT` seconds."""
+    # Open MPI starts more ranks than cores only if told to oversubscribe.
     environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ}
     environment |= {"NUMCLIP_NUM_THREADS": "1", "NUMCLIP_QUIET": "1"}
     return subprocess.run(

@@ -1,6 +1,6 @@
 """Programs for the ranks of MPI: ``mpiexec -n 3 python -m mpi4py -m tests.oracle.on_ranks NAME``.
 
-The first rank prints a line for each: what it found.
+The first rank prints a line for each rank: the result of the program there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.oracle.shares import (
 
 
 def whole_chunks(comm: Any) -> str:
-    """Shards of whole chunks have the bits of all at once."""
+    """Shards of whole chunks are clipped to the same bits as the whole array."""
     whole = np.random.default_rng(1).standard_normal(9 * CHUNK + 5).astype(np.float32)
     own = shards(whole, comm.size, aligned=True)[comm.rank]
     clipped, norm = nc.clip_by_global_norm([own], 3.0, out=[own], comm=comm)
@@ -37,7 +37,7 @@ def whole_chunks(comm: Any) -> str:
 
 
 def sharded(comm: Any) -> str:
-    """Ranks with parts take the steps that one process with all takes."""
+    """Ranks with shards take the steps of one process with whole arrays, to rounding."""
     for name, rule in RULES.items():
         found = trained(rule, comm, comm.size, comm.rank)
         results = comm.allgather(found)
@@ -53,7 +53,7 @@ def sharded(comm: Any) -> str:
 
 
 def copies(comm: Any) -> str:
-    """Ranks with copies take the steps that one process takes, bit for bit."""
+    """Ranks with copies take the steps of one process, bit for bit."""
     for rule in REPLICATED.values():
         found = trained(rule, comm, sharded=False)
         assert_told_alike(comm.allgather(found))
@@ -63,7 +63,7 @@ def copies(comm: Any) -> str:
 
 
 def split(comm: Any) -> str:
-    """Ranks of one half know nothing of the other."""
+    """A clip in one half of a split communicator does not depend on the other half."""
     half = comm.Split(comm.rank % 2)
     _, norm = nc.clip_by_global_norm([np.full(1, 3.0 + comm.rank % 2)], 1.0, comm=half)
     assert norm == math.sqrt(half.size) * (3.0 + comm.rank % 2) or half.size not in (1, 4)
@@ -114,7 +114,7 @@ def killed(comm: Any) -> str:
 
 
 def uncaught(comm: Any) -> str:
-    """What one rank raises outside of numclip ends the run."""
+    """An exception that one rank raises outside of numclip ends the run."""
     _, optimizer = groups()
     optimizer.step(comm=comm)
     if comm.rank == 1:
@@ -126,5 +126,5 @@ def uncaught(comm: Any) -> str:
 if __name__ == "__main__":
     world = MPI.COMM_WORLD
     lines = world.gather(globals()[sys.argv[1]](world))
-    if lines is not None:  # the first rank; lines of several ranks could run into one another
+    if lines is not None:  # the first rank alone prints: lines of several could interleave
         print(*lines, sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""Optimizers written down as textbooks do, and the settings that tests compare them in."""
+"""Textbook optimizers, and the settings in which tests compare numclip's with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPES = {"w": (4, 3), "b": (3,), "scalar": ()}
 
 
 class PlainSGD:
-    """Gradient descent on float64 arrays, written down as textbooks do."""
+    """Textbook gradient descent on float64 arrays."""
 
     def __init__(self, momentum=0.0, nesterov=False, weight_decay=0.0):
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay

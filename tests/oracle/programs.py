@@ -1,4 +1,4 @@
-"""What the tests of the training programs share."""
+"""Helpers of the tests of the training programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def error_line(capsys: pytest.CaptureFixture[str], program: ModuleType, *argv: str) -> str:
-    """Run a program, which must refuse before any work; return its one line of complaint."""
+    """Run a program that must refuse its arguments before any work; return its error's line."""
     with pytest.raises(SystemExit) as caught:
         program.main(argv)
     assert caught.value.code == 2
@@ -24,7 +24,7 @@ def error_line(capsys: pytest.CaptureFixture[str], program: ModuleType, *argv: s
 
 
 def help_text(capsys: pytest.CaptureFixture[str], program: ModuleType) -> str:
-    """Return what a program says for --help, the lines joined."""
+    """Return a program's --help text, its lines joined."""
     with pytest.raises(SystemExit) as caught:
         program.main(["--help"])
     assert caught.value.code == 0
@@ -32,7 +32,7 @@ def help_text(capsys: pytest.CaptureFixture[str], program: ModuleType) -> str:
 
 
 def assert_drawn(picture: Path, *texts: str) -> None:
-    """Look for words, and for the powers of a log scale, in an SVG file."""
+    """Assert that an SVG file contains words, or tick labels as ``10^{3}``."""
     drawn = picture.read_text()
     for text in texts:
         assert text in drawn
@@ -41,7 +41,7 @@ def assert_drawn(picture: Path, *texts: str) -> None:
 def finite_differences(
     cost: Callable[[], float], params: Iterable[np.ndarray], step: float = 1e-5
 ) -> list[np.ndarray]:
-    """Return the slopes of a function of float64 arrays, which it reads where they are."""
+    """Return the central differences of `cost`, which reads the float64 `params` in place."""
     slopes = [np.empty_like(param) for param in params]
     for param, slope in zip(params, slopes, strict=True):
         for index in np.ndindex(param.shape):

@@ -1,7 +1,7 @@
 """The LSTM language model, tiny, on ranks that must stay copies of one another, bit for bit.
 
-``mpiexec -n 2 python -m mpi4py -m tests.oracle.ptb_on_ranks STEP --config test ...``: at that step
-the first rank is interrupted as by Ctrl-C; at step 0 none is.
+``mpiexec -n 2 python -m mpi4py -m tests.oracle.ptb_on_ranks STEP --config test ...``: after that
+step the first rank gets SIGINT, as by Ctrl-C; with a STEP of 0 no rank does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TINY = ptb.Config(0.1, 1.0, 0.9, 2, 3, 4, 1, 2, 0.7, 0.5, batch_size=4, vocab_si
 
 
 class Training(ptb.Training):
-    """A training that looks at the other ranks' after every step."""
+    """A training that asserts after every step that all ranks have the same bits."""
 
     interrupted = 0
 

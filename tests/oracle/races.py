@@ -1,4 +1,4 @@
-"""Threads that meet at every other instruction."""
+"""Run threads that switch every microsecond, to provoke races."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 
 def errors_of_race(works: Sequence[Callable[[], object]]) -> list[BaseException]:
-    """Run each work in a thread of its own, all at once; return what they raised."""
+    """Run each of `works` in a thread of its own, all at once; return the exceptions raised."""
     errors: list[BaseException] = []
 
     def run(work: Callable[[], object]) -> None:

@@ -49,7 +49,7 @@ class Comm:
 
 
 def run(size: int, program: Callable[[Comm], Any]) -> list[Any]:
-    """Run a program on so many ranks; return what each returned or raised."""
+    """Run a program on `size` ranks; return what each rank returned or raised."""
     slots: list[Any] = [None] * size
     barrier = threading.Barrier(size)
     results: list[Any] = [None] * size
@@ -70,7 +70,7 @@ def run(size: int, program: Callable[[Comm], Any]) -> list[Any]:
 
 
 class Mirror:
-    """A communicator whose other ranks have what this one has, in one thread."""
+    """A communicator in one thread, whose other ranks send the values that this one sends."""
 
     def __init__(self, size: int) -> None:
         self._size = size

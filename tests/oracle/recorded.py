@@ -1,4 +1,4 @@
-"""The cases that TensorFlow, PyTorch and optax were asked for, recorded in golden/."""
+"""Cases with the results of TensorFlow, PyTorch and optax, recorded in golden/."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def float_info(dtype: Any) -> Any:
 
 
 def nearest(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """Round float64 numbers once, of two to the even one; ml_dtypes rounds to float32 before."""
+    """Round float64 numbers once, ties to even; ml_dtypes rounds to float32 first."""
     dtype = np.dtype(dtype)
     lowest = round(math.log2(float_info(dtype).smallest_subnormal))
     power = np.maximum(np.frexp(values)[1] - PRECISION[dtype.name], lowest)
@@ -93,7 +93,7 @@ def all_finite(grads: Any) -> bool:
 
 
 def summed_rows(slices: Any, *, absolute: bool = False) -> dict[int, list[Fraction]]:
-    """Each touched row of the dense array, its components summed exactly."""
+    """The exact sums of the dense array's touched rows by index; of magnitudes if `absolute`."""
     values = np.asarray(slices.values)
     rows: dict[int, list[Fraction]] = {}
     for row, value in zip(np.asarray(slices.indices).tolist(), values, strict=True):
@@ -146,7 +146,7 @@ def rows_square_sum(rows: dict[int, list[Fraction]]) -> Fraction:
 
 
 def square_sum(grads: Any, duplicates: str = "sum") -> Fraction:
-    """The exact sum of |x|^2 over finite gradients, sparse ones as the dense arrays they mean."""
+    """The exact sum of |x|^2 over finite gradients; repeated rows summed first if "sum"."""
     total = Fraction(0)
     for gradient in leaves(grads):
         if is_sparse(gradient) and duplicates == "sum":
@@ -171,7 +171,7 @@ def uncancelled_square_sum(grads: Any) -> Fraction:
 
 
 def to_float(value: Fraction) -> float:
-    """Round to nearest; beyond the range, inf."""
+    """Round to the nearest float; return inf beyond the range."""
     try:
         return value.numerator / value.denominator
     except OverflowError:
@@ -182,17 +182,17 @@ def root(square: Fraction) -> float:
     """The square root, correctly rounded to float64, whatever the size of the square."""
     if square == 0:
         return 0.0
-    # 2 * shift more bits than needed in front of the point: 120 digits of the root or more.
+    # Shifted by 2 * shift bits, the square has an integer root of 120 bits or more.
     shift = max(0, 120 + (square.denominator.bit_length() - square.numerator.bit_length()) // 2)
     scaled, remainder = divmod(square.numerator << (2 * shift), square.denominator)
     digits = math.isqrt(scaled)
     inexact = remainder != 0 or digits * digits != scaled
-    # A last digit 1 for whatever was cut off keeps the one rounding that follows right.
+    # A last bit of 1 stands for a cut-off remainder, so that the next rounding is correct.
     return to_float(Fraction(2 * digits + inexact, 2 ** (shift + 1)))
 
 
 def moduli(gradient: Any, duplicates: str) -> Iterator[Decimal]:
-    """|x| of every element, to the digits of the present decimal context."""
+    """|x| of every element, to the precision of the current decimal context."""
     array = stored(gradient)
     if is_sparse(gradient) and duplicates == "sum":
         exact = [c for row in summed_rows(gradient).values() for c in row]
@@ -226,13 +226,13 @@ def norm(grads: Any, ord: float = 2, duplicates: str = "sum") -> float:
 
 
 def ulp(size: float, precision: int) -> Fraction:
-    """The spacing of floats of that precision at that size, but for the ends of float64's range."""
+    """The spacing of floats of `precision` bits at `size`; inf counts as 2**1024."""
     exponent = 1025 if math.isinf(size) else max(math.frexp(size)[1], -1021)
     return Fraction(2) ** (exponent - precision)
 
 
 def norm_within(measured: float, square: Fraction, slack: Fraction) -> bool:
-    """Whether a measured norm is that close to the exact one."""
+    """Whether a measured norm is within `slack` of the root of `square`."""
     if math.isinf(measured):
         return root(square) == math.inf
     if math.isnan(measured):
@@ -242,7 +242,7 @@ def norm_within(measured: float, square: Fraction, slack: Fraction) -> bool:
 
 
 def ulp_distance(a: Any, b: Any) -> np.ndarray:
-    """How many floats of their common real dtype lie between a and b, element by element."""
+    """The number of ulp steps from a to b in their common real dtype, element by element."""
 
     def ordered(array: Any) -> np.ndarray:
         array = np.ascontiguousarray(array)
@@ -262,7 +262,7 @@ def wide(array: Any) -> np.ndarray:
 
 
 def clip_to(grads: Sequence[Any], squared_bound: Fraction) -> list[np.ndarray]:
-    """All dense gradients times the one factor that brings their joint norm to the bound."""
+    """Dense gradients times the one factor that clips their norm; all NaN if one is non-finite."""
     if not all_finite(grads):
         nan = complex(math.nan, math.nan)
         return [wide(g) * 0 + (nan if wide(g).dtype.kind == "c" else nan.real) for g in grads]

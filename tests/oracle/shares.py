@@ -1,4 +1,4 @@
-"""Training of which ranks have parts, or copies: what threads and MPI's processes do alike."""
+"""Training with sharded or copied parameters, for ranks that are threads or MPI processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 import numclip as nc
 
-CHUNK = 16_384  # elements that the host adds up together
+CHUNK = 16_384  # elements of a partial sum on the host
 
 
 def shards(array, size, aligned=False):
-    """Cut an array into a part for each rank; some are empty where there are few elements."""
+    """Cut an array into `size` parts, between chunks if `aligned`; some parts may be empty."""
     step = CHUNK if aligned else 1
     pieces = -(-len(array) // step)
     ends = [min(len(array), step * (pieces * k // size)) for k in range(size + 1)]
@@ -49,13 +49,13 @@ NUMBERS = ("norm", "clipped_norm", "scale", "clipped", "skipped", "threshold", "
 
 
 def numbers(report):
-    """What a report tells of the whole and of groups."""
+    """Return the fields `NUMBERS` of a report and of each of its groups."""
     reports = [report, *report.groups.values()]
     return [[getattr(own, name) for name in NUMBERS] for own in reports]
 
 
 def trained(rule, comm=None, size=1, rank=0, sharded=True, steps=5):
-    """Some steps of groups of which ranks have parts, or copies; the parameters and all reports."""
+    """Train sharded or copied groups; return the parameters, all reports and the history."""
     lengths = {"w": 37, "b": 3, "v": 20}
     cut = (lambda x: shards(x, size)[rank]) if sharded else (lambda x: x)
     params = {name: cut(np.linspace(-1, 1, n)) for name, n in lengths.items()}
@@ -80,7 +80,7 @@ def trained(rule, comm=None, size=1, rank=0, sharded=True, steps=5):
 
 
 def assert_told_alike(results):
-    """What is told has the same bits on all ranks."""
+    """Assert that the reports and the history are the same on all ranks."""
     for _, reports, history in results[1:]:
         np.testing.assert_equal(reports, results[0][1])
         np.testing.assert_equal(history, results[0][2])

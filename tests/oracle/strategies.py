@@ -18,10 +18,10 @@ from tests.oracle.reference import DTYPES
 
 
 def drawn(*strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Like hypothesis.given, for a test of a target: as many examples as a target has time for.
+    """Like hypothesis.given, for a test of a target: run `target.examples` examples.
 
-    The strategies give the last arguments of the test; its others are the target and what it is
-    parametrised with.
+    The strategies give the last arguments of the test; the others are `target` and pytest's
+    parameters.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
@@ -34,7 +34,7 @@ def drawn(*strategies: Any) -> Callable[[Callable[..., None]], Callable[..., Non
             def example(values: Any) -> None:
                 test(target=target, **fixed, **dict(zip(names, values, strict=True)))
 
-            example.__name__ = test.__name__  # the random numbers follow from it
+            example.__name__ = test.__name__  # seeds the random numbers
             settings(max_examples=target.examples)(given(st.tuples(*strategies))(example))()
 
         for_every_example.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def from_bits(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarray:
-    """Floats of every magnitude alike, subnormals included."""
+    """Floats of random bits, so of every magnitude alike, subnormals included; 1 if non-finite."""
     real = reference.real_dtype(dtype)
     count = size * dtype.itemsize // real.itemsize
     values = rng.integers(0, 256, (count, real.itemsize), np.uint8).view(real).reshape(count)
@@ -62,7 +62,7 @@ def from_bits(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarra
 def in_band(
     rng: np.random.Generator, size: int, dtype: np.dtype, exponent: int, width: int
 ) -> np.ndarray:
-    """Floats whose binary exponents lie within a band; what leaves the range is cut off."""
+    """Floats whose binary exponents lie within a band; overflow is clamped to the largest."""
     info = reference.float_info(dtype)
     real = reference.real_dtype(dtype)
     count = size * dtype.itemsize // real.itemsize

@@ -1,4 +1,4 @@
-"""What suites call numclip's functions on: here the host; the GPU is in tests.cuda.devices."""
+"""Targets on which test suites call numclip's functions: the host; tests.cuda has the GPU's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numclip as nc
 
 
 class Host:
-    """numclip's functions, for gradients of the host."""
+    """numclip's functions, for gradients in the host's memory."""
 
     device = "cpu"
 

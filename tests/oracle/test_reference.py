@@ -1,4 +1,4 @@
-"""The oracles themselves, against numbers known otherwise."""
+"""The oracles themselves, against numbers from independent sources."""
 
 from __future__ import annotations
 
