@@ -15,7 +15,7 @@ from numclip.clipping.clip import norm_of_sum
 from numclip.clipping.pieces import Piece, piece
 from numclip.errors import expected
 from numclip.isolation import in_ordinary_environment
-from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, joined
+from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, rounded_sum
 
 USUAL = 1e-12, 1e12
 """Clips between a norm and a bound in here, or a greater bound, make nothing subnormal."""
@@ -152,7 +152,7 @@ class NormAccumulator:
     def _found(self, name: str) -> Found:
         with self._lock:
             sums, special = dict(getattr(self, name)), self._special
-        return (special, 0, 0.0) if special else joined(sums)
+        return (special, 0, 0.0) if special else rounded_sum(sums)
 
     def norm_alone(self, ord: Any, bound: Any, nonfinite: Any) -> float:
         """Return the norm if a clip of ordinary arrays needs no more than that; else NaN.
@@ -182,7 +182,7 @@ class NormAccumulator:
 
     @property
     def whole(self) -> Whole:
-        """What a clip is told of all that was added."""
+        """The exact sums, the size and the loss of all that was added."""
         row = np.zeros(tables.SUM_COLUMNS)
         row[[tables.TOTAL, tables.EXPONENT, tables.ERROR]] = self._found("_sums")
         row[[tables.TERMS, tables.TERMS_EXPONENT]] = self._found("_terms")[:2]

@@ -15,10 +15,10 @@ from numclip.tables import (
     AIM,
     BOUND,
     BROKEN,
+    CANCELLATION,
     CLAMPED,
     CLEAN,
     CLIPPED,
-    COARSE,
     DIVISOR,
     EPS,
     FACTOR,
@@ -38,9 +38,9 @@ from numclip.tables import (
     SCALE,
     SKIP,
     SKIPPED,
-    SPREAD,
     TINY,
     TRUNCATE,
+    TRUNCATE_BELOW,
     UNSCALE,
     ZERO,
 )
@@ -63,7 +63,7 @@ def write_root(law, norm, power, bad, out):  # type: ignore[no-untyped-def]
     out[ROOT], out[ROOT_EXPONENT] = norm / law[UNSCALE] / law[DIVISOR], power
     given_badly = not law[GIVEN] < 0.0 and not math.isfinite(law[GIVEN])
     out[BROKEN] = bad + 1.0 if given_badly else bad
-    out[SPREAD] = 0.0
+    out[CANCELLATION] = 0.0
 
 
 def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
@@ -72,7 +72,7 @@ def write_norm(law, total, exponent, bad, out):  # type: ignore[no-untyped-def]
     write_root(law, norm, power, bad, out)
 
 
-def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
+def write_cancellation(law, sums, terms, out):  # type: ignore[no-untyped-def]
     """Write the cancellation: the norm of the rows' summed magnitudes over that of their sums.
 
     `sums` and `terms` are pairs of a total and its exponent.
@@ -80,38 +80,41 @@ def write_spread(law, sums, terms, out):  # type: ignore[no-untyped-def]
     if sums[0] > 0.0:
         norm, power = norm_of(sums[0], sums[1], law[ORD])
         upper, upper_power = norm_of(terms[0], terms[1], law[ORD])
-        out[SPREAD] = scale_by_power(upper / norm, int(upper_power - power))
+        out[CANCELLATION] = scale_by_power(upper / norm, int(upper_power - power))
 
 
-def factor_of(norm, power, bound, aim, coarse, roundoff, digits, tiny):  # type: ignore[no-untyped-def]
+def factor_of(norm, power, bound, aim, truncate_below, roundoff, digits, tiny):  # type: ignore[no-untyped-def]
     """Return (mantissa, exponent, truncates): the factor for a norm ``norm * 2**power``.
 
     A norm above `bound` is brought to `aim`; a bound of 0 also scales norms that underflow.
-    `truncates` says that subnormal results must be rounded toward zero: because of the grain (see
-    `formulas`) if the aim is under `coarse`, or as the factor is inexact if it is under `tiny`.
+    `truncates` says that subnormal results must be rounded toward zero: because their
+    rounding counts (see `formulas`) if the aim is under `truncate_below`, or as the factor is
+    inexact if it is under `tiny`.
     """
     if scale_by_power(norm, power) <= bound and (bound > 0.0 or norm == 0.0):
         return 1.0, 0, False
     mantissa, exponent = clip_factor(aim, norm, power, roundoff, digits)
-    small = 0.0 < mantissa < 1.0 and (aim < coarse or scale_by_power(mantissa, exponent) < tiny)
+    small = 0.0 < mantissa < 1.0 and (
+        aim < truncate_below or scale_by_power(mantissa, exponent) < tiny
+    )
     return mantissa, exponent, small
 
 
-def write_factor(law, limits, judged, told, leaves, digits, out):  # type: ignore[no-untyped-def]
-    """Write the factor that brings the norm `judged` to a bound, and the mode.
+def write_factor(law, limits, compared, reported, leaves, digits, out):  # type: ignore[no-untyped-def]
+    """Write the factor that brings the norm `compared` to a bound, and the mode.
 
-    `limits` are the bound, the aim, the value under which the aim is coarse, and the roundoff.
-    The norm `told` is written for reports, before and after clipping; both norms are pairs of a
+    `limits` are the bound, the aim, the aim under which to truncate, and the roundoff.
+    The norm `reported` is written for reports, before and after clipping; both norms are pairs of a
     root and its exponent.
     """
-    bound, aim, coarse, roundoff = limits
+    bound, aim, truncate_below, roundoff = limits
     mantissa, power, small = 1.0, 0, False
     if not leaves:
         mantissa, power, small = factor_of(
-            judged[0], judged[1], bound, aim, coarse, roundoff, digits, law[TINY]
+            compared[0], compared[1], bound, aim, truncate_below, roundoff, digits, law[TINY]
         )
-    out[NORM] = scale_by_power(told[0], told[1])
-    out[CLIPPED] = scale_by_power(told[0] * mantissa, told[1] + power)
+    out[NORM] = scale_by_power(reported[0], reported[1])
+    out[CLIPPED] = scale_by_power(reported[0] * mantissa, reported[1] + power)
     out[SCALE] = scale_by_power(mantissa, power)
     if law[UNSCALE] != 1.0 and not leaves:
         mantissa, power = factor_over(mantissa, power, law[UNSCALE], digits)
@@ -126,14 +129,18 @@ def write_factor(law, limits, judged, told, leaves, digits, out):  # type: ignor
 
 def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
     """Write the factor of a pool, the mode of its tensors, and the values for reports."""
-    norm, spread = (out[ROOT], int(out[ROOT_EXPONENT])), out[SPREAD]
+    norm, cancellation = (out[ROOT], int(out[ROOT_EXPONENT])), out[CANCELLATION]
     if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        spread = scale_by_power(spread * norm[0], norm[1]) / law[GIVEN] if law[GIVEN] > 0.0 else 0.0
+        cancellation = (
+            scale_by_power(cancellation * norm[0], norm[1]) / law[GIVEN]
+            if law[GIVEN] > 0.0
+            else 0.0
+        )
         norm = law[GIVEN], 0
-    roundoff = law[ROUNDOFF] * (spread if spread > 1.0 else 1.0)
+    roundoff = law[ROUNDOFF] * (cancellation if cancellation > 1.0 else 1.0)
     leaves = bad and (policy in (SKIP, RAISE))
     out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0
-    limits = law[BOUND], law[AIM], law[COARSE], roundoff
+    limits = law[BOUND], law[AIM], law[TRUNCATE_BELOW], roundoff
     write_factor(law, limits, norm, norm, leaves, digits, out)
     out[FINE] = out[FACTOR]
     if law[UNSCALE] != 1.0 and not leaves:
@@ -145,7 +152,7 @@ def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
 
 
 def relative(law, norm, param):  # type: ignore[no-untyped-def]
-    """Return (bound, ratio, coarse) for the ratio of a norm to a parameter's norm.
+    """Return (bound, ratio, truncate_below) for the ratio of a norm to a parameter's norm.
 
     Ratios are compared, as a product of norms could over- or underflow. A bound near or below the
     normal numbers is scaled by a power of two, and all else with it, to keep the digits of ratios.
@@ -159,8 +166,8 @@ def relative(law, norm, param):  # type: ignore[no-untyped-def]
     if 0.0 < bound < SAFE[0]:
         bound, shift = math.frexp(bound)
         power += shift
-    coarse = scale_by_power(law[COARSE] / root, -power)
-    return bound, (norm[0] / root, norm[1] - power), coarse
+    truncate_below = scale_by_power(law[TRUNCATE_BELOW] / root, -power)
+    return bound, (norm[0] / root, norm[1] - power), truncate_below
 
 
 SCALARS: Parts = (
@@ -169,9 +176,9 @@ SCALARS: Parts = (
     formulas.is_settled,
     formulas.is_safe,
     formulas.binned_square,
-    formulas.joined_bins,
+    formulas.sum_of_bins,
     formulas.larger,
-    formulas.told_order,
+    formulas.capped_order,
     formulas.is_product,
     formulas.usable,
     formulas.power_term,
@@ -188,7 +195,7 @@ SCALARS: Parts = (
 DECISIONS: Parts = (
     write_root,
     write_norm,
-    write_spread,
+    write_cancellation,
     factor_of,
     write_factor,
     decide,

@@ -21,8 +21,8 @@ class DType:
     `like` is the storage sample: an empty array that gives kernels the dtype.
     `roundoff` bounds the relative error of one stored product, `digits` is the precision the
     factor may have, `precision` the dtype's own digits and the exponent of its smallest
-    subnormal. `grain` is the smallest subnormal if subnormal products are rounded to nearest,
-    0 if they are truncated (the 16-bit types).
+    subnormal. `smallest_subnormal` is that if subnormal products are rounded to nearest, 0 if
+    they are truncated (the 16-bit types).
     """
 
     name: str
@@ -32,7 +32,7 @@ class DType:
     roundoff: float
     digits: int
     precision: tuple[int, int]
-    grain: float
+    smallest_subnormal: float
 
     @property
     def is_half(self) -> bool:
@@ -65,14 +65,14 @@ class DType:
         return 2.0 ** self.precision[1]
 
     @property
-    def coarse(self) -> float:
-        """The bound under which the grain matters (see `formulas`), over the norm of ones."""
-        return self.grain / (2.0 * formulas.GRAIN_LIMIT)
+    def truncate_below(self) -> float:
+        """The bound over the norm of ones under which subnormal rounding counts, see `formulas`."""
+        return self.smallest_subnormal / (2.0 * formulas.SUBNORMAL_LIMIT)
 
     @cached_property
     def limits(self) -> Array:
-        """The limits that `kernels.joint` reads: `roundoff`, `digits`, `tiny` and `coarse`."""
-        return np.array([self.roundoff, self.digits, self.tiny, self.coarse])
+        """What `kernels.one_norm` reads: `roundoff`, `digits`, `tiny` and `truncate_below`."""
+        return np.array([self.roundoff, self.digits, self.tiny, self.truncate_below])
 
     @cached_property
     def mask(self) -> Array:
@@ -95,7 +95,7 @@ def _row(
         roundoff=roundoff,
         digits=24 if compute is np.float32 else 53,
         precision=precision,
-        grain=0.0 if halves else 2.0 ** precision[1],
+        smallest_subnormal=0.0 if halves else 2.0 ** precision[1],
     )
 
 

@@ -154,19 +154,19 @@ class HalfCopies(Protocol):
 class AtOnce(Protocol):
     """Clips, or takes whole steps, by one call each, or by two: `measure`, then `take`.
 
-    Results are written to row `place` of the outcomes. If a call returns False, nothing else was
+    Results are written to row `slot` of the outcomes. If a call returns False, nothing else was
     written.
     """
 
     def measure(
-        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
+        self, items: Any, slot: int, unscale: float, bounds: Array, outcomes: Sequence[Any]
     ) -> bool:
         """Measure the gradients of the plan, or `items`; return True on success."""
 
     def take(
         self,
         items: Any,
-        place: int,
+        slot: int,
         unscale: float,
         bounds: Array,
         outcomes: Sequence[Any],
@@ -399,9 +399,9 @@ class Engine(Protocol):
         """Return a NumPy array with the same elements, a copy if they are on a GPU."""
 
     def sum_rows(
-        self, source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any
+        self, source: Facts, target: Facts, grouping: Groups, target_rows: Array, stream: Any
     ) -> None:
-        """Write the sum of each group of rows to its row in `places`, 0 to the other rows."""
+        """Write the sum of each group of rows to its row in `target_rows`, 0 to the other rows."""
 
     def clamp_between(self, array: Strided, low: Memory, high: Memory, stream: Any) -> None:
         """Write an array clamped between two others of the same shape and dtype."""

@@ -7,7 +7,7 @@ the gradients, ``C`` the bound, ``s`` the factor, ``y = fl(s x)`` a stored resul
 ``|y| <= s |x| (1 + u)``; where it is, rounding adds at most half the spacing ``h`` of the
 subnormal numbers. Norms are monotone and obey the triangle inequality, hence for any p-norm
 
-    norm(y) <= s N (1 + u) + grain,        grain = (h / 2) norm((1, ..., 1)).
+    norm(y) <= s N (1 + u) + r,        r = (h / 2) norm((1, ..., 1)).
 
 The measured norm ``n`` has a relative error of at most 9 * 2**-53, for elements under 64 bits
 20 * 2**-53 (see ``tuning``; of orders over 4, and of fractions, if the power function is right to
@@ -18,11 +18,11 @@ a unit in the last place).
 
 rounded down to the significand that the multiplication can hold. The slack is 32 * 2**-53, or
 64 * 2**-53 where s has 24 bits; it pays for the error of ``n`` here and when the result is
-measured again (18 or 40), for the four operations of the law itself (4) and for a grain of up
+measured again (18 or 40), for the four operations of the law itself (4) and for ``r`` up
 to ``2**-50 C`` (8). So
-``norm(y) <= C`` in real arithmetic, and clipping the result again changes nothing. Where the
-grain is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
-results are rounded toward zero, so that the grain is 0.
+``norm(y) <= C`` in real arithmetic, and clipping the result again changes nothing. Where
+``r`` is larger, or ``s`` itself is subnormal, `truncated_product` is used, whose subnormal
+results are rounded toward zero, so that ``r`` is 0.
 
 **Why little of the norm is lost.** The result falls short of C by the margin (u), by rounding
 ``s`` down to 24 bits (under 2 u) and by rounding the products (u), in all under 4 u for
@@ -42,7 +42,7 @@ import math
 from typing import Any
 
 SLACK = 2.0**-48
-GRAIN_LIMIT = 2.0**-50
+SUBNORMAL_LIMIT = 2.0**-50
 SAFE = 2.0**-960, 2.0**1000
 BIN_LIMIT = 2.0**480
 BIN_EXPONENT = 600
@@ -102,7 +102,7 @@ def binned_square(value: float) -> tuple[float, float, float]:
     return 0.0, size * size, 0.0
 
 
-def joined_bins(small: float, middle: float, large: float) -> tuple[float, int]:
+def sum_of_bins(small: float, middle: float, large: float) -> tuple[float, int]:
     """Return the sum of three bins of squares as ``total * 4**exponent``."""
     if large != 0.0:
         return large + middle / BIN_SCALE / BIN_SCALE, BIN_EXPONENT
@@ -116,7 +116,7 @@ def larger(a: float, b: float) -> float:
     return a if a > b or a != a else b
 
 
-def told_order(ord: float) -> float:
+def capped_order(ord: float) -> float:
     """Return an order, or infinity for orders from `MOST_ORDER` on."""
     return ord if ord < MOST_ORDER else math.inf
 

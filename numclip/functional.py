@@ -183,7 +183,7 @@ def clip_by_global_norm(
     (5.0, True)
     """
     if comm is not None:
-        found = communicator(comm, ranks.TOLD)
+        found = communicator(comm, ranks.EXCHANGED)
         if found is not None:
             check = partial(_law, clip_norm, use_norm, ord, nonfinite, duplicates, comm)
             others = nonfinite, duplicates, out
@@ -192,14 +192,14 @@ def clip_by_global_norm(
     if norm is not None and isinstance(norm, NormAccumulator):
         norm = norm.norm_alone(ord, clip_norm, nonfinite)
     if arguments.are_usual(ord, clip_norm, nonfinite, duplicates, norm):
-        what, given = LAWS[nonfinite], 0.0
+        options, given = LAWS[nonfinite], 0.0
         if norm is not None:
-            what, given = what | GIVEN, float(norm)
+            options, given = options | GIVEN, float(norm)
         bound, order = float(clip_norm), float(ord)
-        done = lists.clip_by_global_norm(grads, bound, out, order, what, given)
+        done = lists.clip_by_global_norm(grads, bound, out, order, options, given)
         if done is None:
             held = structure(grads)
-            done = mixed.clip_by_global_norm(held, bound, out, order, what, given, duplicates)
+            done = mixed.clip_by_global_norm(held, bound, out, order, options, given, duplicates)
         if done is not None:
             return done
     law, whole = _law(clip_norm, use_norm, ord, nonfinite, duplicates)

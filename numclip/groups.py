@@ -166,9 +166,9 @@ class ParamGroups(state.Saved):
         self._engine = engine = named(arguments.choice("device", device, ("cpu", "cuda")))
         engine.require()
         self._history = History(history)
-        where, tell = engine.stream_from(stream), self._history.take
-        self._manager = Manager(checked(groups), engine, where, tell, copies=bool(copy))
-        self._history.follow(self._manager.tell_all)
+        where, record = engine.stream_from(stream), self._history.take
+        self._manager = Manager(checked(groups), engine, where, record, copies=bool(copy))
+        self._history.follow(self._manager.flush)
         self._held = stream  # some libraries destroy a stream that nobody holds
         self.params, self.grads = _Params(self), _Grads(self)
         if not copy:
@@ -206,10 +206,10 @@ class ParamGroups(state.Saved):
     @history.setter
     def history(self, history: History) -> None:
         manager = self._manager
-        manager.tell_all()  # what was found before is of the record before
+        manager.flush()  # what was found before is of the record before
         self._history.follow(None)
-        self._history, manager.tell = history, history.take
-        history.follow(manager.tell_all)
+        self._history, manager.record = history, history.take
+        history.follow(manager.flush)
 
     def _refuse_tied(self) -> None:
         """Refuse parameters that share memory."""

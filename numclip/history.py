@@ -12,7 +12,7 @@ import numpy as np
 from numclip.border import arguments
 from numclip.dtypes import Array
 from numclip.isolation import isolated
-from numclip.report import WHOLE, ClipReport, Outcome, cell, plain, table
+from numclip.report import WHOLE, ClipReport, Outcome, as_python, cell, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,16 +131,18 @@ class History:
         return {"capacity": self.capacity, "_rings": self._caught_up(), "_source": None}
 
     @isolated
-    def take(self, told: Any) -> None:
+    def take(self, recorded: Any) -> None:
         """Append many steps, see `numclip.clipping.steps.Told`."""
-        outcomes = {WHOLE: told.outcome, **{own.name: own for own in told.outcome.groups}}
+        outcomes = {WHOLE: recorded.outcome, **{own.name: own for own in recorded.outcome.groups}}
         added = []
         for name, own in outcomes.items():
-            rows = np.zeros(told.steps.size, ROW)
-            rows["step"] = told.steps
+            rows = np.zeros(recorded.steps.size, ROW)
+            rows["step"] = recorded.steps
             for column in COLUMNS[1:]:
                 rows[column] = getattr(own, column)
-            added.append((self._ring(name), rows if told.counts.all() else rows[told.counts]))
+            added.append(
+                (self._ring(name), rows if recorded.counts.all() else rows[recorded.counts])
+            )
         for ring, rows in added:  # in no time, for an interrupt before leaves all to be told
             ring.extend(rows)
 
@@ -242,7 +244,7 @@ class History:
             for NaN and Inf, and for no threshold.
         """
         return {
-            name: {column: list(map(plain, rows[column].tolist())) for column in COLUMNS}
+            name: {column: list(map(as_python, rows[column].tolist())) for column in COLUMNS}
             for name, rows in self._ordered().items()
         }
 

@@ -88,11 +88,11 @@ class Family(NamedTuple):
     def facts(self, ord: float) -> tuple[float, float, float]:
         """Return the family's ROUNDOFF, COARSE and TINY, see `numclip.tables`."""
         size = sum(array.size // max(array.units, 1) for array in self.arrays)
-        ones = formulas.root(float(size), ord) if self.rounded else 1.0
+        norms_of_ones = formulas.root(float(size), ord) if self.rounded else 1.0
         roundings = 2.0 if self.measured else 1.0
         roundoff = roundings * max(row.roundoff for row in self.dtypes)
-        coarse = ones * max(row.coarse for row in self.dtypes)
-        return roundoff, coarse, max(row.tiny for row in self.dtypes)
+        truncate_below = norms_of_ones * max(row.truncate_below for row in self.dtypes)
+        return roundoff, truncate_below, max(row.tiny for row in self.dtypes)
 
 
 @silent
@@ -104,7 +104,7 @@ def unit_laws(
     table[:, tables.BOUND], table[:, tables.EPS] = bound, eps
     table[:, tables.UNSCALE], table[:, tables.ORD] = unscale, ord
     facts = np.array([family.facts(ord) for family in families])
-    table[:, [tables.ROUNDOFF, tables.COARSE, tables.TINY]] = facts
+    table[:, [tables.ROUNDOFF, tables.TRUNCATE_BELOW, tables.TINY]] = facts
     return table
 
 
@@ -129,14 +129,14 @@ class Laws:
     def __init__(self, spans: Sequence[Any], pools: Sequence[Pool]) -> None:
         self._members = [spans[pool.first : pool.last] for pool in pools]
         self._dtypes: list[set[DType]] = [{span.dtype for span in own} for own in self._members]
-        self._roundoffs, self._tiny, self._coarse = (
+        self._roundoffs, self._tiny, self._truncate_below = (
             np.array(
                 [max([getattr(row, name) for row in own], default=0.0) for own in self._dtypes]
             )
-            for name in ("roundoff", "tiny", "coarse")
+            for name in ("roundoff", "tiny", "truncate_below")
         )
         self._sizes = [sum(span.size for span in own) for own in self._members]
-        self._ones: dict[float, Array] = {}
+        self._norms_of_ones: dict[float, Array] = {}
         self._rest: tuple[Any, ...] | None = None
 
     def pool_table(self, pools: Sequence[Pool]) -> Array:
@@ -165,17 +165,19 @@ class Laws:
         table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
         table[:, tables.ROUNDOFF], table[:, tables.TINY] = self._roundoffs, self._tiny
-        ones = self._roots(law.ord) if law.size is None else self._roots_of(law.size, law.ord)
-        table[:, tables.COARSE] = ones / law.divisor * self._coarse
+        norms_of_ones = (
+            self._roots(law.ord) if law.size is None else self._roots_of(law.size, law.ord)
+        )
+        table[:, tables.TRUNCATE_BELOW] = norms_of_ones / law.divisor * self._truncate_below
         table[:, tables.UNSCALE] = law.unscale
         table[:, [tables.RATIO, tables.TERMS_RATIO]] = 1.0
         return table
 
     def _roots(self, ord: float) -> Array:
         """Return the norm of each pool's vector of ones, cached for each order."""
-        if ord not in self._ones:
-            self._ones[ord] = self._roots_of(np.array(self._sizes), ord)
-        return self._ones[ord]
+        if ord not in self._norms_of_ones:
+            self._norms_of_ones[ord] = self._roots_of(np.array(self._sizes), ord)
+        return self._norms_of_ones[ord]
 
     def _roots_of(self, sizes: float | Array, ord: float) -> Array:
         every = np.broadcast_to(sizes, len(self._members)).tolist()

@@ -130,9 +130,9 @@ def _tensor_as_numpy(name: str, tensor: Any) -> Array:
     """Return a tensor of PyTorch as an array that shares its memory, with or without a graph."""
     torch: Any = sys.modules["torch"]
     is_bfloat16 = tensor.dtype == torch.bfloat16
-    plain = tensor.detach() if tensor.requires_grad else tensor
+    detached = tensor.detach() if tensor.requires_grad else tensor
     try:
-        found: Array = (plain.view(torch.int16) if is_bfloat16 else plain).numpy()
+        found: Array = (detached.view(torch.int16) if is_bfloat16 else detached).numpy()
     except (RuntimeError, TypeError) as error:
         _refuse_tensor(name, tensor)
         raise _unreadable(name, tensor, error) from error
@@ -191,18 +191,18 @@ def _parts_of_tensor(name: str, tensor: Any) -> SparseParts | None:
     layout = str(attribute(tensor, "layout"))
     if not layout.startswith("torch.sparse"):
         return None
-    plain = tensor.detach()
-    if layout == "torch.sparse_coo" and plain.sparse_dim():
-        return _flattened(plain._values(), plain._indices(), tuple(plain.shape))
-    if layout not in ("torch.sparse_csr", "torch.sparse_csc") or plain.values().ndim != 1:
+    detached = tensor.detach()
+    if layout == "torch.sparse_coo" and detached.sparse_dim():
+        return _flattened(detached._values(), detached._indices(), tuple(detached.shape))
+    if layout not in ("torch.sparse_csr", "torch.sparse_csc") or detached.values().ndim != 1:
         raise _of_layout(name, tensor)
     by_row = layout.endswith("csr")
-    starts = plain.crow_indices() if by_row else plain.ccol_indices()
-    inner = plain.col_indices() if by_row else plain.row_indices()
+    starts = detached.crow_indices() if by_row else detached.ccol_indices()
+    inner = detached.col_indices() if by_row else detached.row_indices()
     lengths = starts[1:] - starts[:-1]
     outer = (lengths.new_ones(len(lengths)).cumsum(0) - 1).repeat_interleave(lengths)
     both = [outer, inner] if by_row else [inner, outer]
-    return _flattened(plain.values(), both, tuple(plain.shape))
+    return _flattened(detached.values(), both, tuple(detached.shape))
 
 
 def _flattened(values: Any, indices: Any, shape: tuple[int, ...]) -> SparseParts:

@@ -177,8 +177,8 @@ class Optimizer(state.Saved):
     def __repr__(self) -> str:
         own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         settings = {"lr": own.pop("lr"), **own}
-        told = [f"{k}={v!r}" for k, v in settings.items() if k not in ("groups", "state_names")]
-        return f"{type(self).__name__}({', '.join(told)})"
+        shown = [f"{k}={v!r}" for k, v in settings.items() if k not in ("groups", "state_names")]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __reduce__(self) -> Never:
         raise TypeError("optimizers cannot be copied; make a new one and load_state_dict")

@@ -22,7 +22,7 @@ def cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """Return a value as JSON has it: None for NaN and Inf."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -196,7 +196,7 @@ class GroupReport(Outcome):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON: None stands for NaN and Inf."""
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: as_python(getattr(self, field.name)) for field in fields(self)}
 
 
 @asked
@@ -280,11 +280,11 @@ class ClipReport(Outcome):
         nested = {
             "groups": {name: group.to_dict() for name, group in self.groups.items()},
             "tensors": {
-                name: {key: plain(value) for key, value in tensor._asdict().items()}
+                name: {key: as_python(value) for key, value in tensor._asdict().items()}
                 for name, tensor in self.tensors.items()
             },
         }
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)} | nested
+        return {field.name: as_python(getattr(self, field.name)) for field in fields(self)} | nested
 
     def describe_tensors(self) -> str:
         """Return a table of the gradients, one a row.

@@ -80,8 +80,8 @@ class Rule(ABC):
     def __repr__(self) -> str:
         # A function is named, its address left out: the text is compared with that in files.
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
-        told = (f"{name}={_name(v) if callable(v) else repr(v)}" for name, v in values)
-        return f"{type(self).__name__}({', '.join(told)})"
+        shown = (f"{name}={_name(v) if callable(v) else repr(v)}" for name, v in values)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def bound(self, step: int) -> float:
         """Return the bound at a step, infinity where the rule has none of its own."""

@@ -340,8 +340,8 @@ class IndexedSlices:
         for own in facts:
             rows = slice(start, start + own.shape[0])
             array = target.array[rows] if engine.takes_any_rows else target.array
-            place = target.address + start * (target.nbytes // max(indices.size, 1))
-            engine.copy(target._replace(address=place, shape=own.shape, array=array), own, stream)
+            address = target.address + start * (target.nbytes // max(indices.size, 1))
+            engine.copy(target._replace(address=address, shape=own.shape, array=array), own, stream)
             start = rows.stop
         engine.give_back(stream, [*facts, target])
         return cls(made, indices, first.dense_shape)
@@ -382,13 +382,13 @@ class IndexedSlices:
     def _stream(self) -> Any:
         return self._engine.stream_of([self._facts])
 
-    def _summed(self, shape: tuple[int, ...], places: Array, stream: Any) -> Any:
-        """Return a new array: row ``places[g]`` has the sum of group g, the other rows zeros."""
+    def _summed(self, shape: tuple[int, ...], target_rows: Array, stream: Any) -> Any:
+        """Return a new array: row ``target_rows[g]`` has the sum of group g, the others zeros."""
         self._engine.require()
         facts = self._facts
         made = self._engine.new_of_shape(facts, shape)
         target = self._engine.facts("values", made)
-        self._engine.sum_rows(facts, target, self.grouping, places, stream)
+        self._engine.sum_rows(facts, target, self.grouping, target_rows, stream)
         return made
 
     def _given_back(self, made: Any, stream: Any) -> Any:
@@ -448,10 +448,10 @@ class IndexedSlices:
         from scipy.sparse import csr_array
 
         coo = m.tocoo()
-        rows, places = np.unique(coo.row, return_inverse=True)
+        rows, numbers = np.unique(coo.row, return_inverse=True)
         shape = rows.size, m.shape[1]
         nbytes = math.prod(shape) * coo.dtype.itemsize
         if nbytes > max(MOST_BYTES, MOST_FILLING * coo.data.nbytes):
             got = f"rows that take {nbytes / 2**30:.1f} GiB; pass m.reshape(-1, 1) for its elements"
             raise ValueError(expected("m", f"{coo.nnz} elements in rows that are not so wide", got))
-        return cls(csr_array((coo.data, (places, coo.col)), shape).toarray(), rows, m.shape)
+        return cls(csr_array((coo.data, (numbers, coo.col)), shape).toarray(), rows, m.shape)

@@ -84,7 +84,7 @@ def add_sums(found: Sums, more: Sums, ord: float) -> None:
         found[key] = max(own, units) if ord == math.inf else own + units
 
 
-def joined(found: Sums) -> Found:
+def rounded_sum(found: Sums) -> Found:
     """Return exact sums added up, as `rounded` does; for infinite order, they have only key 0."""
     key = max((key for key, units in found.items() if units), default=0)
     units = found.get(key, 0)
@@ -100,7 +100,7 @@ def total_of(rows: Array, column: int, ord: float, *others: int) -> Found:
     if special.size:
         with np.errstate(invalid="ignore"):
             return float(special.sum()), 0, 0.0
-    return joined(exact_sums(rows, column, ord, *others))
+    return rounded_sum(exact_sums(rows, column, ord, *others))
 
 
 def row_of(rows: Array, ord: float) -> Array:

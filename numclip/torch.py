@@ -311,7 +311,7 @@ def _named(form: str) -> Iterator[None]:
 
 
 def _clip(tensors: list[Tensor], bound: float | None, order: float, strict: bool) -> Tensor:
-    """Clip by the joint norm, or only measure where there is no bound; return the norm."""
+    """Clip by the global norm, or only measure where there is no bound; return the norm."""
     import torch
 
     norm: Any = functional.global_norm(tensors, order) if bound is None and order >= 1.0 else None

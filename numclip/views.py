@@ -14,6 +14,6 @@ from numclip.memory import Memory
 def view_of(memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return a writeable array of some shape and dtype at an address."""
     kind = dtype.str if dtype.kind in "iufc" else f"|V{dtype.itemsize}"
-    place = {"shape": shape, "typestr": kind, "data": (memory.address, False)}
-    described = {"version": 3, "strides": memory.steps, **place}
+    others = {"shape": shape, "typestr": kind, "data": (memory.address, False)}
+    described = {"version": 3, "strides": memory.steps, **others}
     return np.asarray(SimpleNamespace(__array_interface__=described)).view(dtype)

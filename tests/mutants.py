@@ -113,7 +113,7 @@ def is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def places_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+def indices_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     """Yield what is computed below a node: its parent, the field, and where in a list."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
@@ -123,14 +123,14 @@ def places_of(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST
         for k, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST):
                 yield node, field, k, child
-                yield from places_of(child)
+                yield from indices_of(child)
 
 
 def mutants_of(source: str) -> list[tuple[int, str, str]]:
     """Return all faults of a source: its line, what each changes there, and the source with it."""
     tree, lines = ast.parse(source), source.splitlines()
     made = []
-    for parent, field, k, node in places_of(tree):
+    for parent, field, k, node in indices_of(tree):
         for fault in faults_of(node):
             before = getattr(parent, field)
             after = [*before[:k], fault, *before[k + 1 :]] if k is not None else fault

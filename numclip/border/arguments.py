@@ -14,7 +14,7 @@ import numpy as np
 from numclip import libraries
 from numclip.dtypes import lookup
 from numclip.errors import expected
-from numclip.formulas import MOST_ORDER, told_order
+from numclip.formulas import MOST_ORDER, capped_order
 
 POLICIES = ("propagate", "raise", "skip", "zero")
 DUPLICATES = ("sum", "raw")
@@ -95,7 +95,7 @@ def order(value: Any) -> float:
     number = real("ord", value)
     if not number >= 1.0:
         raise ValueError(expected("ord", "a number >= 1 or inf", value))
-    return told_order(number)
+    return capped_order(number)
 
 
 def given_norm(value: Any) -> float:

@@ -56,9 +56,9 @@ class Communicator:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is not None and self._awaited:
-            self._tell(error)
+            self._announce(error)
 
-    def _tell(self, error: BaseException) -> None:
+    def _announce(self, error: BaseException) -> None:
         """Send an error in place of an agreement or an exchange."""
         self._awaited = False
         text = f"{type(error).__name__}: {error}"
@@ -94,7 +94,7 @@ class Communicator:
             return False
         raise self._difference({**facts, "step": str(step)})
 
-    def ask(self) -> None:
+    def request_agreement(self) -> None:
         """Ask all ranks to agree again, in place of an exchange."""
         self._gather(ASKS, 0)
         self._asked()

@@ -126,11 +126,11 @@ def _overlaps_itself(found: Gradient) -> bool:
         return False
     if found.size > MOST_COUNTED:
         return True
-    places = np.zeros(1, np.int64)
+    offsets = np.zeros(1, np.int64)
     for step, length in zip(steps, shape, strict=True):
-        places = (places[:, None] + abs(step) * np.arange(length)).reshape(-1)
-    places.sort()
-    return bool((np.diff(places) < itemsize).any())
+        offsets = (offsets[:, None] + abs(step) * np.arange(length)).reshape(-1)
+    offsets.sort()
+    return bool((np.diff(offsets) < itemsize).any())
 
 
 def _check_slices(gradient: Gradient, found: Gradient) -> None:
@@ -195,12 +195,12 @@ def _woven(gradients: Sequence[Gradient]) -> list[int]:
         if len(members) > 1:
             first = gradients[members[0]]
             step, itemsize = math.gcd(*first.facts.memory.steps), first.native.itemsize
-            places = sorted((gradients[k].address % step if step else 0, k) for k in members)
-            end, owner = places[0]
+            begins = sorted((gradients[k].address % step if step else 0, k) for k in members)
+            end, owner = begins[0]
             last = end + step - itemsize
-            for place, k in places:
-                if end <= place <= last:
-                    numbers[k], end = owner, place + itemsize
+            for address, k in begins:
+                if end <= address <= last:
+                    numbers[k], end = owner, address + itemsize
     return numbers
 
 

@@ -53,12 +53,12 @@ def structure(grads: Any, name: str = "grads") -> Structure:
     keys, items, rebuild = _level(grads)
     if not any(map(_is_nested, items)):
         return Structure(name, keys, items, rebuild, grads)
-    with _depth_told(name):
+    with _depth_checked(name):
         return _flattened(name, grads, keys, items, rebuild)
 
 
 @contextlib.contextmanager
-def _depth_told(name: str) -> Iterator[None]:
+def _depth_checked(name: str) -> Iterator[None]:
     """Name the argument in the error for a structure that is nested too deeply or holds itself."""
     try:
         yield
@@ -171,7 +171,7 @@ def dotted(tree: Any, name: str) -> dict[str, Any]:
     if not isinstance(tree, (Mapping, list, tuple)):
         raise TypeError(expected(name, "a mapping by name, nested or not", type(tree).__name__))
     found: dict[str, Any] = {}
-    with _depth_told(name):
+    with _depth_checked(name):
         _add_dotted(tree, name, "", found)
     return found
 

@@ -34,8 +34,8 @@ class Kept:
 
     def __init__(self, param: Gradient, states: int, stream: Any) -> None:
         array, owner = param.facts.array, owner_of(param.facts.array)
-        plain = isinstance(owner, np.ndarray)
-        self.held: Callable[[], Any] = weakref.ref(owner) if plain else lambda: array
+        is_numpy = isinstance(owner, np.ndarray)
+        self.held: Callable[[], Any] = weakref.ref(owner) if is_numpy else lambda: array
         self.kind, self.steps, engine = _kind_of(param), 0, param.engine
         self.states = [engine.empty((param.size,), param.dtype.compute) for _ in range(states)]
         for state in self.states:
@@ -163,14 +163,14 @@ class ArrayUpdater:
             for k in range(len(self._method.state_names))
         ]
         arrays = [param.facts for param in params]
-        told = spans, addresses, indices, arrays, stream
-        updates = engine.updates_of_arrays(self._method.kernel, *told)
+        arguments = spans, addresses, indices, arrays, stream
+        updates = engine.updates_of_arrays(self._method.kernel, *arguments)
         made = Planned(stream, kept, updates)
         return made if key is None else self._keep(key, made)
 
     def _kept_of(self, engine: Engine, params: Sequence[Gradient]) -> list[Kept]:
         """Return each array's `Kept`, new if the array is new or its dtype or size has changed."""
-        known = {place: kept for place, kept in self._known.items() if kept.held() is not None}
+        known = {address: kept for address, kept in self._known.items() if kept.held() is not None}
         fresh = [
             param
             for param in params

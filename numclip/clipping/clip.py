@@ -44,8 +44,8 @@ def row_span(gradient: Gradient, target: Gradient) -> RowSpan:
     found = gradient.engine.span(gradient.dtype, own, to, parts=False)
     contiguous = own.c_order and to.c_order and not isinstance(found, Strided)
     strided = None if contiguous else Strided(gradient.dtype, own.shape, own.memory, to.memory)
-    places = own.address, to.address, gradient.size, gradient.row_length
-    return RowSpan(gradient.dtype, *places, strided)
+    extent = own.address, to.address, gradient.size, gradient.row_length
+    return RowSpan(gradient.dtype, *extent, strided)
 
 
 def repeated_loss(entries: Sequence[Gradient], ord: float) -> float:
@@ -151,8 +151,8 @@ def clip(
             wanted = "an accumulator that the gradients were added to"
             raise ValueError(expected("use_norm", wanted, "one that nothing was added to"))
         law = law._replace(loss=whole.loss, size=whole.size)
-    places = entries if targets is None else targets
-    plan, free, rows = plan_of(entries, places, law, policy, duplicates, stream)
+    written = entries if targets is None else targets
+    plan, free, rows = plan_of(entries, written, law, policy, duplicates, stream)
     measures = law.given == ABSENT or policy != "propagate" or summed
     if whole is not None:
         measures = policy != "propagate"
@@ -339,6 +339,6 @@ def with_rows_summed(
         return merged
     order, starts = slices.grouping
     firsts = order[starts[:-1]]
-    places = firsts[np.argsort(slices.indices[firsts])]
-    engine.sum_rows(described.facts, target.facts, merged.grouping, places, stream)
+    first_rows = firsts[np.argsort(slices.indices[firsts])]
+    engine.sum_rows(described.facts, target.facts, merged.grouping, first_rows, stream)
     return target.source

@@ -39,14 +39,14 @@ class Clipper:
         The indices of each group's tensors and pools in the plan.
     bounds, divisors : array
         The present bound on the norm of each pool, and the divisor of that norm.
-    place, found : int, pair of tables
+    slot, found : int, pair of tables
         The row of the present step in the tables, and the sums and decisions in that row.
     tables : list
         The results, a row for each step: sums, decisions, and tables that subclasses add.
-    given, told : array or None
+    given, merged : array or None
         The sums over all ranks: one row for each pool, and the rows that reports use.
     told_rows : dict of str to range
-        The rows of `told` that belong to each group: one, or one for each tensor.
+        The rows of `merged` that belong to each group: one, or one for each tensor.
     scheduled : list
         The rules whose bounds depend on the step, one for each norm, each with its pools.
     strict, follows, decides_again : bool
@@ -64,12 +64,12 @@ class Clipper:
 
     follows = decides_again = writes_within = writes_all = False
     absent: frozenset[str] = frozenset()
-    place: int
+    slot: int
     found: Outcome
     tables: list[Any]
     given: Array | None = None
-    told: Array | None = None
-    told_rows: dict[str, range]
+    merged: Array | None = None
+    merged_rows: dict[str, range]
     _leaves = False
 
     def __init__(self, groups: Sequence[Any], ord: float, engine: Engine, stream: Any) -> None:
@@ -181,10 +181,10 @@ class Clipper:
         pools, tensors = len(self._pool_list), sum(map(len, self.tensors.values()))
         return [(tensors, tables.SUM_COLUMNS), (pools + 1, tables.DECISION_COLUMNS)]
 
-    def _outcome(self, place: int) -> Outcome:
+    def _outcome(self, slot: int) -> Outcome:
         """Return the rows of the tables for the sums and decisions of a step."""
         tables = self.tables
-        return tables[0][place], tables[1][place]
+        return tables[0][slot], tables[1][slot]
 
     def take_step(self, step: int) -> None:
         """Set the bounds of a step; refuse an invalid one."""
@@ -219,12 +219,12 @@ class Clipper:
         groupings = [slices.grouping for slices in rows]
         self.plan.take_rows([row_span(entry, entry) for _, entry in entries], groupings, stream)
         losses = np.zeros(len(self._pool_list))
-        places = {group.name: iter(self.pools[group.name]) for group in self.groups}
+        pools_left = {group.name: iter(self.pools[group.name]) for group in self.groups}
         pool = 0
         tensors = {group.name: iter(self.tensors[group.name]) for group in self.groups}
         self.losses_of_tensors = np.zeros(len(self.plan.spans))
         for group, entry in entries:
-            pool = next(places[group.name], pool)  # the last pool takes all remaining tensors
+            pool = next(pools_left[group.name], pool)  # the last pool takes all remaining tensors
             loss = repeated_loss([entry], self.ord)
             losses[pool] += loss
             self.losses_of_tensors[next(tensors[group.name])] = loss
@@ -251,16 +251,16 @@ class Clipper:
             self.plan.write_laws(law, stream)
             self._written = self.bounds, unscale, self._losses
 
-    def measure(self, place: int, stream: Any, *, decides: bool = True) -> None:
+    def measure(self, slot: int, stream: Any, *, decides: bool = True) -> None:
         """Measure L2 norms and count non-finite tensors; decide, unless `decide_given` follows."""
         self.plan.measure(2.0, stream)
-        self.turn_to(place)
+        self.turn_to(slot)
         (self.plan.decide if decides else self.plan.add)(self.found, stream)
 
-    def turn_to(self, place: int) -> None:
-        """Write results to row `place` of the tables from now on."""
-        self.place, self.found = place, self._outcome(place)
-        self.given = self.told = None
+    def turn_to(self, slot: int) -> None:
+        """Write results to row `slot` of the tables from now on."""
+        self.slot, self.found = slot, self._outcome(slot)
+        self.given = self.merged = None
         self._leaves = False
 
     def at_once(self) -> AtOnce | None:
@@ -275,15 +275,15 @@ class Clipper:
 
         If not, nothing but results was written.
         """
-        return native.take(items, turn.place, turn.stretch.unscale, self.bounds, self.tables)
+        return native.take(items, turn.slot, turn.stretch.unscale, self.bounds, self.tables)
 
-    def ranks_at_once(self, told: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
+    def ranks_at_once(self, tables: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
         """Return a `RanksAtOnce` that clips by the sums of all ranks in two calls, or None."""
-        return self.plan.ranks_at_once(self.divisors, self._sizes, told, exchanged)
+        return self.plan.ranks_at_once(self.divisors, self._sizes, tables, exchanged)
 
-    def decide_given(self, given: Array, told: Array, losses: float | Array, stream: Any) -> None:
-        """Decide by the sums over all ranks, a row for each pool; reports use the rows `told`."""
-        self.given, self.told = given, told
+    def decide_given(self, given: Array, merged: Array, losses: float | Array, stream: Any) -> None:
+        """Decide by the sums over all ranks, a row for each pool; reports use `merged`."""
+        self.given, self.merged = given, merged
         if not self._leaves:
             if self._sparse:
                 self._losses = losses
@@ -307,7 +307,7 @@ class Clipper:
         self._written = None
         self.plan.measure(2.0, stream)
         self.found = self._as_they_are
-        self.given = self.told = None
+        self.given = self.merged = None
         self._leaves = True
         self.plan.decide(self.found, stream)
 

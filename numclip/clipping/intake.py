@@ -107,9 +107,9 @@ class Intake:
         reads = self._engine.name == "cpu" and isinstance(grads, (dict, list, tuple))
         if reads and len(named) == len(self.names) and not (flat and type(grads) is dict):
             outline = Outline(grads)
-            places = {name: k for k, name in enumerate(outline.names)}
-            if places.keys() == self._owners.keys():
-                self._outline = outline, [places[name] for name in self.names]
+            numbers = {name: k for k, name in enumerate(outline.names)}
+            if numbers.keys() == self._owners.keys():
+                self._outline = outline, [numbers[name] for name in self.names]
         return named
 
     def _take(self, items: tuple[Any, ...], *, adds: bool) -> bool:

@@ -13,10 +13,10 @@ from numclip.border.arguments import LARGEST
 from numclip.border.gradients import Gradient, describe
 from numclip.clipping.asking import check
 from numclip.clipping.clipper import Clipper
-from numclip.clipping.outcome import GroupOutcome, joined, norms_of
+from numclip.clipping.outcome import GroupOutcome, norms_of, norms_together
 from numclip.dtypes import Array
 from numclip.engine import AtOnce, Engine, Outcome
-from numclip.host.kernels.pools import tell_norms
+from numclip.host.kernels.pools import write_norms
 from numclip.isolation import isolated
 from numclip.law import Family, Law
 from numclip.memory import Strided
@@ -73,13 +73,13 @@ class FollowingClipper(Clipper):
 
         Isolating the whole method takes 1 us less than isolating its two parts of Python.
         """
-        place, step, unscale = turn.place, turn.step, turn.stretch.unscale
-        if not native.measure(items, place, unscale, self._unbounded, self.tables):
+        slot, step, unscale = turn.slot, turn.step, turn.stretch.unscale
+        if not native.measure(items, slot, unscale, self._unbounded, self.tables):
             return False
-        self.unscale, self.found, self.told = unscale, self._outcome(place), None
+        self.unscale, self.found, self.merged = unscale, self._outcome(slot), None
         self._follow(step, *self.found)
         turn.decide_by([self.bounds])
-        if not native.take(items, place, unscale, self.bounds, self.tables, measures=False):
+        if not native.take(items, slot, unscale, self.bounds, self.tables, measures=False):
             return False
         self._observe(step, self.found[1])
         return True
@@ -107,14 +107,14 @@ class FollowingClipper(Clipper):
             total = _finite(total)
             return np.array([total]), total, decisions.item(own.first, tables.BROKEN) != 0.0
         tensors = self.tensors[own.group.name]
-        if self.told is not None:
-            sums, tensors = self.told, self.told_rows[own.group.name]
+        if self.merged is not None:
+            sums, tensors = self.merged, self.merged_rows[own.group.name]
         sums = np.ascontiguousarray(sums[tensors.start : tensors.stop])
         norms, divisors = np.empty(len(sums)), self.divisors[own.first : own.last]
-        total, bad, plain = tell_norms(sums, self.unscale, divisors, norms)
-        if not plain:
+        total, bad, no_exponents = write_norms(sums, self.unscale, divisors, norms)
+        if not no_exponents:
             norms = np.nan_to_num(norms_of(sums, self.unscale) / divisors, posinf=LARGEST)
-            total = _finite(float(joined(sums, self.unscale)))
+            total = _finite(float(norms_together(sums, self.unscale)))
         return norms, total, bad
 
     @isolated
@@ -139,12 +139,12 @@ class FollowingClipper(Clipper):
                 clipped = np.array([total * decisions.item(own.first, tables.SCALE)])
             else:
                 clipped = norms * decisions[own.first : own.last, tables.SCALE]
-            told = norms, clipped, total, step, group.remembered
+            arguments = norms, clipped, total, step, group.remembered
             if absent and norms.size > 1:
                 missing = np.array([name in absent for name in group.names])
-                group.remembered = _but(missing, group.remembered, own.rule.observe(*told))
+                group.remembered = _but(missing, group.remembered, own.rule.observe(*arguments))
             else:
-                group.remembered = own.rule.renew(*told)
+                group.remembered = own.rule.renew(*arguments)
 
 
 def _but(absent: Array, before: dict[str, Array], after: dict[str, Array]) -> dict[str, Array]:
@@ -227,12 +227,12 @@ class ValueClipper(Clipper):
     @isolated
     def take_at_once(self, native: AtOnce, turn: Any, items: Any) -> bool:
         """Measure, clamp and measure again by one native call; return True on success."""
-        self.turn_to(turn.place)
+        self.turn_to(turn.slot)
         return super().take_at_once(native, turn, items)
 
     def outcome_after(self) -> Outcome:
         """Return the rows of the tables for the sums and decisions after clamping."""
-        return self.tables[2][self.place], self.tables[3][self.place]
+        return self.tables[2][self.slot], self.tables[3][self.slot]
 
     def write(self, stream: Any) -> None:
         """Divide by the loss scale, clamp the elements, and measure again."""
@@ -337,7 +337,7 @@ class UnitClipper(Clipper):
         """Measure units and parameters, and find a factor for each unit."""
         self._units.measure(stream)
         self._units.decide(stream, self.found[1])
-        self._units.summarize(self.tables[2][self.place], stream)
+        self._units.summarize(self.tables[2][self.slot], stream)
 
     def write(self, stream: Any) -> None:
         """Write each unit times its factor, then zero non-finite elements as the policy says."""
@@ -353,7 +353,7 @@ class UnitClipper(Clipper):
         """Tell whether a unit has become NaN, as the norm of its parameters can make it."""
         if all(group.clip.floor is None for group in self.groups):
             return False
-        found = self.engine.read(self.tables[2][self.place], stream)
+        found = self.engine.read(self.tables[2][self.slot], stream)
         return bool(np.isnan(found[:, tables.AFTER]).any())
 
     def clipped_norms(self, own: GroupOutcome) -> Array:

@@ -10,7 +10,7 @@ from numclip.border.communicator import communicator
 from numclip.clipping.buffers import GroupState, SparseGroupState
 from numclip.clipping.intake import Intake
 from numclip.clipping.ranks import Ranks
-from numclip.clipping.steps import NOBODY, Steps, Told, Turn
+from numclip.clipping.steps import NOBODY, Recorded, Steps, Turn
 from numclip.clipping.updating import GroupUpdater, Method
 from numclip.engine import Engine
 from numclip.errors import expected
@@ -30,7 +30,7 @@ class Manager:
         The stream that all work is submitted to.
     step : int
         How many times the gradients were clipped.
-    tell : function of Told
+    record : function of Recorded
         Receives the outcomes of finished steps.
     """
 
@@ -39,12 +39,12 @@ class Manager:
         members: Sequence[Any],
         engine: Engine,
         stream: Any,
-        tell: Callable[[Told], None],
+        record: Callable[[Recorded], None],
         *,
         copies: bool,
     ) -> None:
         """Copy the parameters of checked groups or, without `copies`, use the user's arrays."""
-        self._engine, self.stream, self.tell = engine, stream, tell
+        self._engine, self.stream, self.record = engine, stream, record
         with engine.on_stream(None) as own:
             self.groups = {
                 member.name: (SparseGroupState if member.sparse else GroupState)(
@@ -65,11 +65,11 @@ class Manager:
         self.step = 0
         self.made_steps()
 
-    def tell_all(self) -> None:
-        """Pass all steps to `tell` that it has not had yet, after waiting for them."""
+    def flush(self) -> None:
+        """Pass all steps to `record` that it has not had yet, after waiting for them."""
         with self._lock:
-            for told in self._steps.told() if self._steps is not None else ():
-                self.tell(told)
+            for recorded in self._steps.pending() if self._steps is not None else ():
+                self.record(recorded)
 
     def take_over(self, *, whole: bool = False) -> None:
         """Copy what was written to parameters to masters; if `whole`, all rows of sparse ones."""
@@ -96,7 +96,7 @@ class Manager:
     def _change(self) -> None:
         """Drop the clippers, which the next step makes anew: a group's rule or policy was set."""
         self.intake.clipped = None
-        self.tell_all()
+        self.flush()
         self._steps = None
 
     def made_steps(self) -> Steps:
@@ -182,9 +182,9 @@ class Manager:
 
     @isolated
     def _turn_over(self, steps: Steps) -> None:
-        """Begin an empty block, and pass the steps of the block before the full one to `tell`."""
-        for told in steps.turn_over():
-            self.tell(told)
+        """Begin an empty block, and pass the steps of the block before the full one to `record`."""
+        for recorded in steps.turn_over():
+            self.record(recorded)
 
     def updater(self, method: Method) -> GroupUpdater:
         """Return a `GroupUpdater` of the parameters for an optimizer's method."""

@@ -15,7 +15,7 @@ Rows = Mapping[str, Array | None]
 """The indices of some rows of some parameters, None for all rows of one."""
 
 
-class _Place(NamedTuple):
+class _Addresses(NamedTuple):
     """The addresses of a parameter and its master; `length` is the size of a row."""
 
     dtype: DType
@@ -36,8 +36,10 @@ class Masters:
     ) -> None:
         """Make `arrays`, zero before, the masters of the parameters of the same names."""
         self.arrays, self._engine = arrays, engine
-        self._places = {name: _place(params[name], own, engine) for name, own in arrays.items()}
-        self._all = engine.half_copies(_runs(self._places.values()), stream)
+        self._addresses = {
+            name: _addresses_of(params[name], own, engine) for name, own in arrays.items()
+        }
+        self._all = engine.half_copies(_runs(self._addresses.values()), stream)
         self.take_over(stream)
 
     def take_over(self, stream: Any, rows: Rows | None = None) -> None:
@@ -53,39 +55,39 @@ class Masters:
             return self._all
         found: dict[DType, list[Array]] = {}
         for name, indices in rows.items():
-            place = self._places.get(name)
-            if place is not None:
-                found.setdefault(place.dtype, []).append(_table(place, indices))
+            addresses = self._addresses.get(name)
+            if addresses is not None:
+                found.setdefault(addresses.dtype, []).append(_table(addresses, indices))
         tables = {dtype: np.concatenate(own) for dtype, own in found.items()}
         return self._engine.half_copies(tables, stream)
 
 
-def _place(param: Any, master: Any, engine: Engine) -> _Place:
+def _addresses_of(param: Any, master: Any, engine: Engine) -> _Addresses:
     own, wide = engine.facts("param", param), engine.facts("master", master)
     dtype = lookup(own.native)
     assert dtype is not None
-    return _Place(dtype, own.address, wide.address, param.size, math.prod(own.shape[1:]))
+    return _Addresses(dtype, own.address, wide.address, param.size, math.prod(own.shape[1:]))
 
 
-def _table(place: _Place, indices: Array | None) -> Array:
+def _table(addresses: _Addresses, indices: Array | None) -> Array:
     """Return a table for `Engine.half_copies` of rows of a parameter, or of all of it."""
     if indices is None:
-        return np.array([place[1:4]], np.int64)
+        return np.array([addresses[1:4]], np.int64)
     table = np.empty((indices.size, 3), np.int64)
-    table[:, 0] = place.param + 2 * place.length * indices
-    table[:, 1] = place.master + 4 * place.length * indices
-    table[:, 2] = place.length
+    table[:, 0] = addresses.param + 2 * addresses.length * indices
+    table[:, 1] = addresses.master + 4 * addresses.length * indices
+    table[:, 2] = addresses.length
     return table
 
 
-def _runs(places: Iterable[_Place]) -> dict[DType, Array]:
+def _runs(every: Iterable[_Addresses]) -> dict[DType, Array]:
     """Return such tables of whole parameters by dtype; adjacent parameters make one row."""
     found: dict[DType, list[list[int]]] = {}
-    for place in places:
-        rows = found.setdefault(place.dtype, [[place.param, place.master, 0]])
+    for addresses in every:
+        rows = found.setdefault(addresses.dtype, [[addresses.param, addresses.master, 0]])
         param, master, size = rows[-1]
-        if place[1:3] == (param + 2 * size, master + 4 * size):
-            rows[-1][2] += place.size
+        if addresses[1:3] == (param + 2 * size, master + 4 * size):
+            rows[-1][2] += addresses.size
         else:
-            rows.append(list(place[1:4]))
+            rows.append(list(addresses[1:4]))
     return {dtype: np.array(rows, np.int64) for dtype, rows in found.items()}

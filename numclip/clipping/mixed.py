@@ -37,11 +37,11 @@ def clip_by_global_norm(
     bound: float,
     out: Any,
     ord: float,
-    what: int,
+    options: int,
     given: float,
     duplicates: str,
 ) -> tuple[Any, float] | None:
-    """Clip gradients by their joint norm, in place or into new ones; return (results, norm)."""
+    """Clip gradients by their global norm, in place or into new ones; return (results, norm)."""
     if not outs.takes(found.source, out):
         return None
     in_place = out is not None
@@ -49,8 +49,8 @@ def clip_by_global_norm(
     if values is None:
         return None
     if not values.groupings:
-        clipped = lists.clip_items(values.arrays, in_place, bound, ord, what, given)
-    elif ord == 2.0 and not what & GIVEN:
+        clipped = lists.clip_items(values.arrays, in_place, bound, ord, options, given)
+    elif ord == 2.0 and not options & GIVEN:
         clipped = _clip_rows(*values, bound, in_place=in_place)
     else:
         return None
@@ -65,8 +65,8 @@ def clip_slices(grad: Any, bound: float, out: Any, ord: float) -> Any:
     if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
     grads = [grad]
-    place = None if out is None else grads
-    found = clip_by_global_norm(structure(grads), bound, place, ord, PROPAGATE, 0.0, "sum")
+    target = None if out is None else grads
+    found = clip_by_global_norm(structure(grads), bound, target, ord, PROPAGATE, 0.0, "sum")
     return None if found is None else found[0][0]
 
 

@@ -38,18 +38,18 @@ class kept:  # noqa: N801 - a decorator, as functools.cached_property, which tak
 class Read(NamedTuple):
     """A clipper's results of some steps: its tables, the bounds of pools, the loss scales.
 
-    `told` are the sums over all ranks if these have decided together, else None.
+    `merged` are the sums over all ranks if these have decided together, else None.
     """
 
     tables: Sequence[Array]
     bounds: Array
     unscale: Any
-    told: Array | None = None
+    merged: Array | None = None
 
     @property
     def totals(self) -> Array:
         """The sums over all ranks if these have decided together, else this rank's."""
-        return self.tables[0] if self.told is None else self.told
+        return self.tables[0] if self.merged is None else self.merged
 
 
 class Member:
@@ -106,9 +106,9 @@ class Members:
         self.groups = sorted(found, key=lambda own: own.number)
         first = self.groups[0]
         self.alike = len({own.key for own in self.groups}) == 1
-        joint = self.alike and first.jointly and first.clipper.ord == 2.0
-        self.decider = first if joint else None
-        self._alone = joint and len(clippers) == 1
+        jointly = self.alike and first.jointly and first.clipper.ord == 2.0
+        self.decider = first if jointly else None
+        self._alone = jointly and len(clippers) == 1
 
     @property
     def columns(self) -> dict[str, int]:
@@ -137,17 +137,17 @@ class GroupOutcome:
     @kept
     def sums(self) -> Array:
         """The sums of the group's tensors, over all ranks if each tensor has its own norm."""
-        if self._read.told is not None and not self.member.jointly and self.member.has_rule:
+        if self._read.merged is not None and not self.member.jointly and self.member.has_rule:
             return self.totals  # type: ignore[no-any-return]
         return self.rows(0)
 
     @kept
     def totals(self) -> Array:
         """The rows of sums that add up to the group's own sum, over all ranks."""
-        if self._read.told is None:
+        if self._read.merged is None:
             return self.sums  # type: ignore[no-any-return]
-        own = self.member.clipper.told_rows[self.name]
-        return self._read.told[..., own.start : own.stop, :]
+        own = self.member.clipper.merged_rows[self.name]
+        return self._read.merged[..., own.start : own.stop, :]
 
     @kept
     def decisions(self) -> Array:
@@ -232,7 +232,7 @@ class GroupOutcome:
         """The L2 norm of the group's own gradients."""
         if self.member.decides:
             return self.decided(tables.NORM)
-        return joined(self.totals, self.unscale)
+        return norms_together(self.totals, self.unscale)
 
     @kept
     def norm(self) -> Any:
@@ -256,7 +256,7 @@ class GroupOutcome:
         """The L2 norm of the group's own gradients after clipping."""
         if not self.member.jointly or self.member.decides:
             return self.clipped_norm
-        if self._read.told is not None:
+        if self._read.merged is not None:
             return self.own_norm * self.scale
         return hypotenuses(self.tensor_clipped_norms)
 
@@ -290,7 +290,9 @@ class Outcome:
         if len(self._members.groups) == 1:
             return self.groups[0].own_norm
         sums = [read.totals for read in self._reads]
-        return joined(sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale)
+        return norms_together(
+            sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale
+        )
 
     @kept
     def clipped_norm(self) -> Any:
@@ -339,14 +341,14 @@ def hypotenuses(norms: Array) -> Any:
     return np.array([math.hypot(*row) for row in norms.tolist()])
 
 
-def joined(sums: Array, unscale: Any) -> Any:
+def norms_together(sums: Array, unscale: Any) -> Any:
     """Return the norm of all tensors together, from their sums of squares."""
     if sums.ndim == 2:
         columns = sums.T.tolist()
         if not any(columns[tables.EXPONENT]):
             parts = columns[tables.TOTAL] + columns[tables.ERROR]
             return np.float64(math.sqrt(math.fsum(parts)) / unscale)
-        return joined(sums[None], unscale)[0]
+        return norms_together(sums[None], unscale)[0]
     totals, exponents = sums[:, :, [tables.TOTAL, tables.ERROR]], sums[:, :, tables.EXPONENT]
     peaks = np.zeros(len(sums))
     if exponents.any():
@@ -376,10 +378,10 @@ def scaled_norms(sums: Array, decisions: Array, unscale: Any) -> Array:
     """Return the norm of each tensor times its factor, where the norm alone may exceed float64."""
     scales, divisors = decisions[..., tables.SCALE], _of_each(unscale)
     fractions, powers = np.frexp(scales)
-    coarse = (scales > 0.0) & (scales < SMALLEST_NORMAL)
-    if coarse.any():  # the mantissa has all digits, and is divided by the loss scale
-        fractions = np.where(coarse, decisions[..., tables.MANTISSA] * divisors, fractions)
-        powers = np.where(coarse, decisions[..., tables.POWER], powers)
+    subnormal = (scales > 0.0) & (scales < SMALLEST_NORMAL)
+    if subnormal.any():  # the mantissa has all digits, and is divided by the loss scale
+        fractions = np.where(subnormal, decisions[..., tables.MANTISSA] * divisors, fractions)
+        powers = np.where(subnormal, decisions[..., tables.POWER], powers)
     roots = np.sqrt(sums[..., tables.TOTAL]) / divisors * fractions
     exponents = sums[..., tables.EXPONENT] + powers
     return np.ldexp(roots, exponents.astype(np.intc))  # type: ignore[no-any-return]

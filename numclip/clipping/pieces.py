@@ -45,8 +45,8 @@ def piece_of(
     used = [entry.facts for entry in entries]
     stream = engine.stream_of(used)
     law = Law(math.inf, ord=ord)
-    told = law, policy, duplicates, stream
-    plan, free, rows = plan_of(entries, entries, *told, apart=ord != 2.0)
+    arguments = law, policy, duplicates, stream
+    plan, free, rows = plan_of(entries, entries, *arguments, apart=ord != 2.0)
     with plan.lock:
         if rows:
             take_rows(plan, entries, rows, stream)

@@ -73,15 +73,15 @@ class Part:
         self.count = len(spans)
         self.width = WIDTH if clipper.ord == 2.0 else WIDTH + COLUMNS
         self._pools = np.array(list(self._pool_spans()), np.int64)
-        told: list[int] = []
-        clipper.told_rows = {}
+        numbers: list[int] = []
+        clipper.merged_rows = {}
         for group in clipper.groups:
-            first, own = len(told), self.rows[group.name]
+            first, own = len(numbers), self.rows[group.name]
             of_rows = group.sharded or _scope(clipper, group) == "group"
-            told += own if of_rows else [self.count + t for t in clipper.tensors[group.name]]
-            clipper.told_rows[group.name] = range(first, len(told))
-        self._told = np.array(told)
-        takes_tensors = max(*told, *self._pools[:, 0].tolist()) >= self.count
+            numbers += own if of_rows else [self.count + t for t in clipper.tensors[group.name]]
+            clipper.merged_rows[group.name] = range(first, len(numbers))
+        self._reported = np.array(numbers)
+        takes_tensors = max(*numbers, *self._pools[:, 0].tolist()) >= self.count
         tensors = sum(map(len, clipper.tensors.values())) if takes_tensors else 0
         self._source = np.zeros((self.count + tensors, self.width))
         self._sums = self._source[:, :COLUMNS]
@@ -109,7 +109,7 @@ class Part:
         self.own = own.reshape(self.count, self.width)
         self.every = every.reshape(len(every), self.count, self.width).transpose(1, 0, 2)
 
-    def tell(self, stream: Any) -> None:
+    def publish(self, stream: Any) -> None:
         """Write the rows that this rank sends."""
         clipper = self.clipper
         sums = clipper.engine.read(clipper.found[0], stream)
@@ -127,12 +127,12 @@ class Part:
 
     def at_once(self, heads: Array) -> Any:
         """Return a `RanksAtOnce` of these rows, or None, see `numclip.host.at_once`."""
-        told = self._spans, self.own, self._sharded, self._pools, self._source, self._given
-        return self.clipper.ranks_at_once(told, (heads, self.every))
+        exchange = self._spans, self.own, self._sharded, self._pools, self._source, self._given
+        return self.clipper.ranks_at_once(exchange, (heads, self.every))
 
     def take_decided(self) -> None:
         """Pass the clipper the sums by which a native call has decided, for reports."""
-        self.clipper.given, self.clipper.told = self._given, self._sums.take(self._told, 0)
+        self.clipper.given, self.clipper.merged = self._given, self._sums.take(self._reported, 0)
 
     def take(self, steps: Any, communicator: Communicator, stream: Any) -> None:
         """Decide by the rows of all ranks."""
@@ -147,7 +147,7 @@ class Part:
         if clipper.ord != 2.0:
             self._take_powers()
         sparse = clipper.losses_of_tensors is not None
-        told: Any = self._sums.take(self._told, 0)
+        reported: Any = self._sums.take(self._reported, 0)
         losses: Any = np.zeros(len(given)) if sparse else 0.0
         for group in clipper.groups if bad or sparse else ():
             rows, pools = self.rows[group.name], clipper.pools[group.name]
@@ -156,8 +156,8 @@ class Part:
                 losses[pools.start : pools.stop] += self._losses(group, own)
             if bad:
                 given[pools.start, tables.BAD] += own[:, tables.BAD].sum()
-                self._dispute(group, every[rows.start], own, given, told)
-        clipper.decide_given(given, told, losses, stream)
+                self._dispute(group, every[rows.start], own, given, reported)
+        clipper.decide_given(given, reported, losses, stream)
 
     def _refuse_bad(self, steps: Any, communicator: Communicator, stream: Any) -> None:
         """Raise, on all ranks, the first rank's error where a policy "raise" meets NaN or Inf."""
@@ -167,16 +167,18 @@ class Part:
             if group.nonfinite == "raise" and bad.any():
                 raise_of(communicator, int(bad.argmax()), steps.gradients(group), None, stream)
 
-    def _dispute(self, group: Any, every: Array, merged: Array, given: Array, told: Array) -> None:
+    def _dispute(
+        self, group: Any, every: Array, merged: Array, given: Array, reported: Array
+    ) -> None:
         """Count a gradient that is not finite on some ranks only as not finite on all."""
         if group.sharded or _scope(self.clipper, group) == "group":
             return
-        pools, tellers = self.clipper.pools[group.name], self.clipper.told_rows[group.name]
-        told[tellers.start, tables.BAD] += merged[0, tables.BAD]
+        pools, rows = self.clipper.pools[group.name], self.clipper.merged_rows[group.name]
+        reported[rows.start, tables.BAD] += merged[0, tables.BAD]
         counts, totals = every[:, tables.BAD], every[:, tables.TOTAL]
         if (counts != counts[0]).any() and not np.isfinite(totals).all():
             given[pools.start : pools.stop, tables.TOTAL] = merged[0, tables.TOTAL]
-            told[tellers.start : tellers.stop, tables.TOTAL] = merged[0, tables.TOTAL]
+            reported[rows.start : rows.stop, tables.TOTAL] = merged[0, tables.TOTAL]
 
     def _losses(self, group: Any, merged: Array) -> Any:
         """Return the norms of what rounding subnormal terms can add to a group's sums of rows."""
@@ -254,7 +256,7 @@ class Ranks:
         if self.communicator.count is None:
             self._agree(steps)
         elif self._steps is not steps:
-            self.communicator.ask()
+            self.communicator.request_agreement()
             self._agree(steps)
         if not self._exchanged(measure, facts, stream):  # another rank has asked
             self._agree(steps)
@@ -268,26 +270,26 @@ class Ranks:
         Each rank may use this path or the general one: both exchange the same messages.
         """
         native = self._native if self._steps is steps else None
-        if native is None or not native.tell(turn.place, steps.clippers[0].tables):
+        if native is None or not native.publish(turn.slot, steps.clippers[0].tables):
             return False
         found = facts()
         self.communicator.gather(*found)
         (part,) = self._parts
-        if native.clip(turn.place, turn.stretch.unscale, part.clipper.bounds):
+        if native.clip(turn.slot, turn.stretch.unscale, part.clipper.bounds):
             part.take_decided()
         elif self.communicator.heard(*found):
             self._clip_with_care(steps, part, turn)
         else:
             self._agree(steps)
             return False
-        turn.decide_by(turn.stretch.bounds, [part.clipper.told])
+        turn.decide_by(turn.stretch.bounds, [part.clipper.merged])
         return True
 
     @isolated
     def _clip_with_care(self, steps: Any, part: Part, turn: Any) -> None:
         """Clip by the general path with the rows that have been exchanged."""
         part.clipper.obey(turn.stretch.unscale, steps.stream)
-        part.clipper.turn_to(turn.place)
+        part.clipper.turn_to(turn.slot)
         part.take(steps, self.communicator, steps.stream)
         steps.write()
 
@@ -297,7 +299,7 @@ class Ranks:
         """Measure, and exchange the rows of all parts; see `Communicator.exchange`."""
         measure()
         for part in self._parts:
-            part.tell(stream)
+            part.publish(stream)
         return self.communicator.exchange(*facts())
 
     def _agree(self, steps: Any) -> None:
@@ -317,12 +319,12 @@ class Ranks:
         self._native = None
         sizes = [part.count * part.width for part in self._parts]
         self.communicator.agreed(sum(sizes))
-        told, end = self.communicator, 0
+        gathered, end = self.communicator, 0
         for part, size in zip(self._parts, sizes, strict=True):
             start, end = end, end + size
-            part.take_memory(told.values[start:end], told.every[:, start:end])
+            part.take_memory(gathered.values[start:end], gathered.every[:, start:end])
         if steps.clips_at_once and not steps.follows:
-            self._native = self._parts[0].at_once(told.heads)
+            self._native = self._parts[0].at_once(gathered.heads)
         self._steps = steps
 
 
@@ -369,7 +371,7 @@ def raise_of(
 
 
 SIZE = WIDTH  # a message of a function: a row of sums, its loss, and the number of elements
-TOLD = WIDTH + 1
+EXCHANGED = WIDTH + 1
 
 
 @isolated
@@ -402,7 +404,7 @@ def clip_by_global_norm(
         }
         found.values[:] = *whole.row, whole.loss, whole.size
         found.exchange(facts)
-        merged = _joined(found.every, law.ord)
+        merged = _merged(found.every, law.ord)
         bad = found.every[:, tables.BAD] != 0.0
         if policy == "raise" and bad.any():
             stream = described.engine.stream_of([entry.facts for entry in entries])
@@ -413,7 +415,7 @@ def clip_by_global_norm(
         return described.with_results([target.source for target in targets]), norm
 
 
-def _joined(every: Array, ord: float) -> Whole:
+def _merged(every: Array, ord: float) -> Whole:
     """Return the `Whole` of all ranks, from the row, the loss and the size of each."""
     size, loss = int(every[:, SIZE].sum()), float(every[:, LOSS].sum())
     return Whole(row_of(every[:, :COLUMNS], ord), size, loss)

@@ -41,15 +41,15 @@ MOST_BYTES = 3 << 20
 class Block:
     """The results of clippers in consecutive steps.
 
-    `stretches` cover `size` steps, each up to where the next one begins; the first `told` of them
-    are rows of the history already. The next step may extend the stretch `open`, if not None.
+    `stretches` cover `size` steps, each up to where the next one begins; the first `flushed` of
+    them are rows of the history already. The next step may extend the stretch `open`, if not None.
     """
 
     def __init__(self, members: Members, engine: Engine, stream: Any) -> None:
         self.members, self.clippers = members, members.clippers
         self._engine, self.stream = engine, stream
         self.stretches: list[Stretch] = []
-        self.size = self.told = 0
+        self.size = self.flushed = 0
         self.open: Stretch | None = None
         self._tables = [clipper.tables for clipper in self.clippers]
         self._readers: list[list[Any]] | None = None
@@ -79,32 +79,32 @@ class Block:
     def decided(self, turn: Turn, column: int) -> float:
         """Return a column of the first decision in one step, after waiting for it."""
         if self._readers is not None:
-            return self._handed[0][1].item(turn.place, 0, column)  # type: ignore[no-any-return]
-        row = self._engine.read(self._decisions[turn.place], self.stream)
+            return self._handed[0][1].item(turn.slot, 0, column)  # type: ignore[no-any-return]
+        row = self._engine.read(self._decisions[turn.slot], self.stream)
         return row.item(0, column)  # type: ignore[no-any-return]
 
     def outcome_of(self, turn: Turn) -> Outcome:
         """Return the groups' outcome in one step, after waiting for it."""
         own = turn.stretch
         reads = [
-            Read(self._read(k, turn.place), bounds, own.unscale, own.told and own.told[k])
+            Read(self._read(k, turn.slot), bounds, own.unscale, own.merged and own.merged[k])
             for k, bounds in enumerate(own.bounds)
         ]
         return Outcome(self.members, reads, own.unscale)
 
-    def tell(self) -> Iterator[Told]:
+    def pending(self) -> Iterator[Recorded]:
         """Yield the steps that the history does not have yet, if there are some."""
         self.open = None
-        new = self.stretches[self.told :]
+        new = self.stretches[self.flushed :]
         lengths = np.diff([*[own.first for own in new], self.size])
         pairs = zip(new, lengths.tolist(), strict=True)
-        for _, alike in itertools.groupby(pairs, key=lambda pair: pair[0].told is None):
+        for _, alike in itertools.groupby(pairs, key=lambda pair: pair[0].merged is None):
             found, counts = zip(*alike, strict=True)
             if any(counts) and any(own.counts for own in found):
-                yield self._told(found, counts)
-            self.told += len(found)
+                yield self._recorded(found, counts)
+            self.flushed += len(found)
 
-    def _told(self, stretches: Sequence[Stretch], lengths: Sequence[int]) -> Told:
+    def _recorded(self, stretches: Sequence[Stretch], lengths: Sequence[int]) -> Recorded:
         """Return the groups' outcome in consecutive stretches."""
         first, count = stretches[0].first, sum(lengths)
         at = slice(first, first + count)
@@ -114,8 +114,8 @@ class Block:
                 self._read(k, at),
                 _repeated([own.bounds[k] for own in stretches], lengths),
                 unscale,
-                _repeated([own.told[k] for own in stretches], lengths)
-                if stretches[0].told
+                _repeated([own.merged[k] for own in stretches], lengths)
+                if stretches[0].merged
                 else None,
             )
             for k in range(len(self.clippers))
@@ -123,7 +123,7 @@ class Block:
         steps = np.repeat([own.ahead for own in stretches], lengths)
         counts = np.repeat([own.counts for own in stretches], lengths)
         outcome = Outcome(self.members, reads, unscale)
-        return Told(steps + np.arange(first, first + count), outcome, counts)
+        return Recorded(steps + np.arange(first, first + count), outcome, counts)
 
 
 def _repeated(arrays: Sequence[Array], lengths: Sequence[int]) -> Array:
@@ -147,11 +147,11 @@ class Stretch:
         The loss scale that gradients were divided by.
     counts : bool
         Whether the history, and the rules that follow norms, take them up.
-    told : list of array or None
+    merged : list of array or None
         The sums over all ranks that reports use, if these have decided together.
     """
 
-    __slots__ = ("ahead", "block", "bounds", "counts", "first", "told", "unscale")
+    __slots__ = ("ahead", "block", "bounds", "counts", "first", "merged", "unscale")
 
     def __init__(
         self,
@@ -164,36 +164,36 @@ class Stretch:
     ) -> None:
         self.block, self.first, self.ahead, self.bounds = block, first, ahead, bounds
         self.unscale, self.counts = unscale, counts
-        self.told: Any = None
+        self.merged: Any = None
 
 
 class Turn:
     """One step: its stretch, and the row of its outcome in the block."""
 
-    __slots__ = ("place", "stretch")
+    __slots__ = ("slot", "stretch")
 
-    def __init__(self, stretch: Stretch, place: int) -> None:
-        self.stretch, self.place = stretch, place
+    def __init__(self, stretch: Stretch, slot: int) -> None:
+        self.stretch, self.slot = stretch, slot
 
     @property
     def step(self) -> int:
         """The step's number."""
-        return self.place + self.stretch.ahead
+        return self.slot + self.stretch.ahead
 
-    def decide_by(self, bounds: list[Array], told: list[Any] | None = None) -> None:
+    def decide_by(self, bounds: list[Array], merged: list[Any] | None = None) -> None:
         """Set other bounds, or the sums over all ranks, in a stretch that begins at this step."""
         own = self.stretch
-        if own.first != self.place:
+        if own.first != self.slot:
             kept = own.unscale, own.counts
-            own = self.stretch = Stretch(own.block, self.place, own.ahead, bounds, *kept)
-        own.bounds, own.told = bounds, told
+            own = self.stretch = Stretch(own.block, self.slot, own.ahead, bounds, *kept)
+        own.bounds, own.merged = bounds, merged
 
     def outcome(self) -> Outcome:
         """Return the groups' outcome, after waiting for it."""
         return self.stretch.block.outcome_of(self)
 
 
-class Told(NamedTuple):
+class Recorded(NamedTuple):
     """The numbers of some steps, the groups' outcome in them, and which of them count."""
 
     steps: Array
@@ -236,7 +236,7 @@ class Steps:
             self._native = self._only.at_once()
         self._facts: dict[str, str] = {}  # the same on all ranks; without bounds
         self._facts_of: tuple[str, float] | None = None
-        self._place = 0
+        self._slot = 0
         self._full: Block | None = None
         self._members = Members(self.clippers)
         self._block = Block(self._members, engine, stream)
@@ -245,8 +245,8 @@ class Steps:
         """Set the bounds of a step, refusing invalid ones; return the step."""
         for clipper in self._scheduled:
             clipper.take_step(step)
-        block, place = self._block, self._place
-        own, ahead = block.open, step - place
+        block, slot = self._block, self._slot
+        own, ahead = block.open, step - slot
         if own is None or not (
             own.ahead == ahead and own.unscale == unscale and own.counts is counts
         ):
@@ -254,8 +254,8 @@ class Steps:
                 bounds = [clipper.bounds for clipper in self.clippers]
             else:
                 bounds = [self._only.bounds]
-            own = Stretch(block, place, ahead, bounds, unscale, counts)
-        return Turn(own, place)
+            own = Stretch(block, slot, ahead, bounds, unscale, counts)
+        return Turn(own, slot)
 
     def leave_out(self, absent: frozenset[str]) -> None:
         """Hide some parameters from rules that follow norms in the step that begins."""
@@ -268,21 +268,21 @@ class Steps:
 
         `call` describes the operation in words, which must be the same on all ranks.
         """
-        stream, place = self.stream, self._place
+        stream, slot = self.stream, self._slot
 
         def measure() -> None:
             for clipper in self.clippers:
                 clipper.obey(turn.stretch.unscale, stream)
             for clipper in self.clippers:
-                clipper.measure(place, stream, decides=ranks is None)
+                clipper.measure(slot, stream, decides=ranks is None)
 
         self._together(measure, turn, ranks, call)
         for clipper in self._again:
             clipper.decide(turn.step, stream)
         self._block.stream = stream
         if self.follows or ranks is not None:
-            told = None if ranks is None else [clipper.told for clipper in self.clippers]
-            turn.decide_by([clipper.bounds for clipper in self.clippers], told)
+            merged = None if ranks is None else [clipper.merged for clipper in self.clippers]
+            turn.decide_by([clipper.bounds for clipper in self.clippers], merged)
 
     @property
     def clips_at_once(self) -> bool:
@@ -407,17 +407,17 @@ class Steps:
         if own is not block.open:
             block.open = None  # first: after an interrupt the open stretch is never an earlier one
             block.stretches.append(own)
-        block.size = size = turn.place + 1  # unchanged if the last step was captured
+        block.size = size = turn.slot + 1  # unchanged if the last step was captured
         if size < self._kept:
-            self._place = size
-            block.open = own if own.told is None and not self._varies else None
+            self._slot = size
+            block.open = own if own.merged is None and not self._varies else None
             return False
-        self._place, block.open = self._kept - 1, None
+        self._slot, block.open = self._kept - 1, None
         return not self.engine.is_capturing(self.stream)
 
-    def turn_over(self) -> Iterator[Told]:
+    def turn_over(self) -> Iterator[Recorded]:
         """Yield what is left of the block handed over last, then hand over the full one."""
-        yield from self._told_last()
+        yield from self._pending_last()
         threads.whole(self._go_on)
 
     def _go_on(self) -> None:
@@ -425,20 +425,20 @@ class Steps:
         if self._full is None:
             self._full = self._block
         self._full.hand_over()
-        self._block, self._place = Block(self._members, self.engine, self.stream), 0
+        self._block, self._slot = Block(self._members, self.engine, self.stream), 0
 
-    def told(self) -> Iterator[Told]:
+    def pending(self) -> Iterator[Recorded]:
         """Yield the steps that the history does not have yet, after waiting for them.
 
-        An item counts as told when the next one is requested: an interrupt loses nothing.
+        An item counts as flushed when the next one is requested: an interrupt loses nothing.
         """
-        yield from self._told_last()
-        yield from self._block.tell()
+        yield from self._pending_last()
+        yield from self._block.pending()
 
-    def _told_last(self) -> Iterator[Told]:
+    def _pending_last(self) -> Iterator[Recorded]:
         """Yield what is left of the block that was handed over last, and release it."""
         block = self._full
         if block is not None:
-            yield from block.tell()
+            yield from block.pending()
             self._full = None
             block.stretches.clear()  # they refer to the block

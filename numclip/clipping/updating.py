@@ -105,8 +105,8 @@ class GroupUpdater:
             own = [self.slots[group.name] for group in clipper.groups]
             grads = [grad for group in clipper.groups for grad in group.gradients()]
             params = [param for slots in own for param in slots.params]
-            places = [engine.facts("param", param).address for param in params]
-            spans = [update_span(*pair) for pair in zip(grads, places, strict=True)]
+            addresses = [engine.facts("param", param).address for param in params]
+            spans = [update_span(*pair) for pair in zip(grads, addresses, strict=True)]
             views = [view for slots in own for view in slots.views]
             kept = [
                 [engine.facts("state", view[k]).address for view in views]

@@ -45,7 +45,7 @@ def turned(_typing: Any, array: Any, order: Any) -> Any:
 
 
 @intrinsic
-def spread(_typing: Any, value: Any, array: Any) -> Any:
+def broadcast(_typing: Any, value: Any, array: Any) -> Any:
     """Return (view, fits): a number or an array as a view of the shape of `array`.
 
     `fits` says whether `value` broadcasts to that shape.

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from numclip.compiled import units
-from numclip.compiled.arrays import copied, entered, left, spread
+from numclip.compiled.arrays import broadcast, copied, entered, left
 from numclip.compiled.containers import (
     all_copied,
     all_entered,
@@ -66,12 +66,12 @@ def global_norm(grads: Any, ord: Any, duplicates: Any) -> Any:
     return norm
 
 
-def _clips(grads: Any, out: Any, what: int) -> Any:
+def _clips(grads: Any, out: Any, options: int) -> Any:
     """Return the function that clips arrays, in place or into new ones."""
 
     def into_new_arrays(grads, out, bound, given, ord):
         works = all_copied(grads)
-        norm, status = clip_all(works, works, (bound, given, ord, what))
+        norm, status = clip_all(works, works, (bound, given, ord, options))
         check(status)
         return works, norm
 
@@ -79,7 +79,7 @@ def _clips(grads: Any, out: Any, what: int) -> Any:
         # The kernel returns a fault of `out`: a branch here would count references to `out`.
         wrong = fault_of_target(out, grads) << FOUND
         works = all_entered(grads)
-        norm, status = clip_all(grads, works, (bound, given, ord, what | IN_PLACE | wrong))
+        norm, status = clip_all(grads, works, (bound, given, ord, options | IN_PLACE | wrong))
         check(status)
         if status != UNCHANGED:
             all_left(grads, works)
@@ -97,11 +97,11 @@ def clip_by_global_norm(
     choice("duplicates", duplicates, DUPLICATES)
     check_number("clip_norm", clip_norm)
     check_out("grads", out, grads, gradients)
-    what = POLICIES[choice("nonfinite", nonfinite, tuple(POLICIES))]
+    options = POLICIES[choice("nonfinite", nonfinite, tuple(POLICIES))]
     if not is_nothing(use_norm):
         check_number("use_norm", use_norm)
-        what |= GIVEN
-    clips = _clips(grads, out, what)
+        options |= GIVEN
+    clips = _clips(grads, out, options)
 
     def clip(
         grads, clip_norm, use_norm=None, ord=2, nonfinite="propagate", duplicates="sum", out=None
@@ -111,14 +111,14 @@ def clip_by_global_norm(
     return clip
 
 
-def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, what: int) -> Any:
+def _one_array(name: str, grad: Any, bound: Any, ord: Any, out: Any, options: int) -> Any:
     """Return the function that clips one array."""
     check_gradient("grad", grad)
     check_number(name, bound)
     check_order(ord, [grad])
     check_out("grad", out, grad, [grad])
     as_tuple = types.UniTuple(grad, 1)
-    clips = _clips(as_tuple, out, what)
+    clips = _clips(as_tuple, out, options)
     if is_nothing(out):
 
         def clip(grad, bound, ord, out):
@@ -164,8 +164,8 @@ def clamp_all(work, low, high):
 @inline
 def clamp_between(work, low, high):
     """Clamp between numbers or arrays that broadcast to the shape; return the status."""
-    lows, low_fits = spread(low, work)
-    highs, high_fits = spread(high, work)
+    lows, low_fits = broadcast(low, work)
+    highs, high_fits = broadcast(high, work)
     if not (low_fits and high_fits):
         return UNFIT
     for index in np.ndindex(work.shape):

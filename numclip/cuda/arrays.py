@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda import contiguous, driver, memory
-from numclip.cuda.protocols import facts_of, told
+from numclip.cuda.protocols import exported, facts_of
 from numclip.cuda.streams import current_stream, in_order
 from numclip.dtypes import Array, lookup
 from numclip.errors import expected
@@ -214,7 +214,7 @@ def host_copy(source: Facts, stream: Any = 0) -> Array:
 
 def host_indices(indices: Any) -> Array:
     """Return a copy of a 1-d CUDA array in the host's memory, after waiting for it."""
-    found = told("indices", indices)
+    found = exported("indices", indices)
     native, shape, strides = found.native, found.shape, found.strides
     if native is None or native.hasobject:
         raise TypeError(expected("indices", "integers", indices.dtype))

@@ -33,16 +33,16 @@ def split(spans: Sequence[Span]) -> tuple[Array, Array, Array]:
     return cut(itemsizes, np.array([span[1:] for span in spans], np.int64).reshape(-1, 3))
 
 
-def cut(itemsizes: Array, places: Array) -> tuple[Array, Array, Array]:
+def cut(itemsizes: Array, extents: Array) -> tuple[Array, Array, Array]:
     """Return what `split` does, from itemsizes and rows of (source, target, size)."""
-    sources, targets, sizes = places.T
+    sources, targets, sizes = extents.T
     heads = -sources % WORD // np.maximum(itemsizes, 1)
     heads = np.where((sources - targets) % WORD == 0, np.minimum(heads, sizes), 0)
     longer = -(-sizes * itemsizes // (MOST_CHUNKS * device.CHUNK_BYTES))
     limits = np.maximum(longer, 1) * (device.CHUNK_BYTES // np.maximum(itemsizes, 1))
     counts = (heads > 0) + -(-(sizes - heads) // limits)
     firsts = np.concatenate([[0], np.cumsum(counts)])
-    owners = np.repeat(np.arange(len(places)), counts)
+    owners = np.repeat(np.arange(len(extents)), counts)
     turns = np.arange(owners.size) - firsts[owners] - (heads[owners] > 0)
     starts = np.where(turns < 0, 0, heads[owners] + turns * limits[owners])
     stops = np.where(turns < 0, heads[owners], starts + limits[owners])
@@ -102,9 +102,11 @@ def move_all(spans: Sequence[Span], to: Sequence[DType], stream: Any, *, adds: b
     """
     kinds = [(span.dtype, own) for span, own in zip(spans, to, strict=True)]
     for dtype, own in dict.fromkeys(kinds):
-        places = [span[1:] for span, kind in zip(spans, kinds, strict=True) if kind == (dtype, own)]
+        extents = [
+            span[1:] for span, kind in zip(spans, kinds, strict=True) if kind == (dtype, own)
+        ]
         sizes = dtype.storage.itemsize, own.storage.itemsize
-        found = {dtype: [memory.table(_moved(np.array(places, np.int64), *sizes), stream)]}
+        found = {dtype: [memory.table(_moved(np.array(extents, np.int64), *sizes), stream)]}
         if adds:
             launch(scaling.add_chunks, found, stream, after=[like(own)])
         else:
@@ -113,8 +115,8 @@ def move_all(spans: Sequence[Span], to: Sequence[DType], stream: Any, *, adds: b
 
 def _moved(table: Array, itemsize: int, target_itemsize: int) -> Array:
     """Return the chunks of rows of (source, target, length), aligned where sources can be."""
-    places = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
-    found, _, starts = cut(np.full(len(table), itemsize), places)
+    extents = table[:, [tables.SOURCE, tables.SOURCE, tables.LENGTH]]
+    found, _, starts = cut(np.full(len(table), itemsize), extents)
     targets = table[found[:, tables.OWNER], tables.TARGET]
     found[:, tables.TARGET] = targets + target_itemsize * starts
     return found

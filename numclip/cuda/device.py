@@ -137,11 +137,11 @@ class _Launch:
             else:
                 words.append(int.from_bytes(argument.tobytes(), "little"))
         self._words = np.array(words, np.uint64)
-        self._places = self._words.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
+        self._pointers = self._words.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
         self._kept = arguments[1:]  # the first one keeps this launch
         grid = min(count, driver.gpu().blocks), 1, 1, THREADS, 1, 1, 0
-        places = self._places.ctypes.data
-        self._call = _function(compiled, arguments), *grid, handle_of(stream), places, 0
+        pointers = self._pointers.ctypes.data
+        self._call = _function(compiled, arguments), *grid, handle_of(stream), pointers, 0
 
     def __call__(self) -> None:
         driver.checked(cu.cuLaunchKernel(*self._call))

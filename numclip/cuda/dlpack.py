@@ -75,7 +75,7 @@ def _give_back(deleter: int, pointer: int, streams: list[Any]) -> None:
     driver.after_default(lambda: _deleter(deleter)(pointer))
 
 
-class Told(NamedTuple):
+class Exported(NamedTuple):
     """The facts of an array: strides in bytes, None in C order; `native` None if NumPy lacks it.
 
     `lease` is to be held while the array is used.
@@ -90,7 +90,7 @@ class Told(NamedTuple):
     lease: Lease | None = None
 
 
-def read(name: str, array: Any) -> Told:
+def read(name: str, array: Any) -> Exported:
     """Return an array's facts; the default stream, not the host, waits for the array's library."""
     capsule = _capsule_of(array)
     kind = next((kind for kind in _USED if _is_valid(capsule, kind)), None)
@@ -100,17 +100,17 @@ def read(name: str, array: Any) -> Told:
     _rename(capsule, _USED[kind])
     if kind == VERSIONED:
         major, minor, _, deleter, flags = _unpacked(HEAD, pointer)
-        place = pointer + struct.calcsize(HEAD)
+        address = pointer + struct.calcsize(HEAD)
     else:  # the older struct has no flags: treat the array as read-only
-        (major, minor), flags, place = VERSION, READ_ONLY, pointer
+        (major, minor), flags, address = VERSION, READ_ONLY, pointer
         deleter = _unpacked(TENSOR + "QQ", pointer)[-1]
     lease = Lease(pointer, deleter)
     if major != VERSION[0]:
         got = f"{major}.{minor}"
         raise TypeError(f"{name}: expected DLPack of version {VERSION[0]}, got {got}")
-    tensor = _Tensor(*_unpacked(TENSOR, place))
+    tensor = _Tensor(*_unpacked(TENSOR, address))
     native = _native(name, tensor)
-    return Told(
+    return Exported(
         native,
         _numbers(tensor.shape, tensor.ndim),
         _strides(tensor, native),
@@ -121,12 +121,12 @@ def read(name: str, array: Any) -> Told:
     )
 
 
-def _unpacked(form: str, place: int) -> tuple[Any, ...]:
-    return struct.unpack(form, ctypes.string_at(place, struct.calcsize(form)))
+def _unpacked(form: str, address: int) -> tuple[Any, ...]:
+    return struct.unpack(form, ctypes.string_at(address, struct.calcsize(form)))
 
 
-def _numbers(place: int, count: int) -> tuple[int, ...]:
-    return tuple((ctypes.c_int64 * count).from_address(place)) if count else ()
+def _numbers(address: int, count: int) -> tuple[int, ...]:
+    return tuple((ctypes.c_int64 * count).from_address(address)) if count else ()
 
 
 def _capsule_of(array: Any) -> Any:

@@ -149,11 +149,11 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     Return None if `tensors.facts` does, and for the policy "raise", whose error names an array.
     `written` is in the key, as arrays that were only measured were not checked to be writable.
     """
-    told = None if policy == "raise" else tensors.facts(items)
-    if not told:
+    facts = None if policy == "raise" else tensors.facts(items)
+    if not facts:
         return None
     stream = streams.current_stream(next(item for item in items if item is not None))
-    return driver.handle_of(stream), policy, ord, written, told
+    return driver.handle_of(stream), policy, ord, written, facts
 
 
 def key_of_pairs(
@@ -185,8 +185,10 @@ def sent(array: Array, stream: Any) -> DeviceArray:
     return made
 
 
-def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to its target row in `places`, and 0 to the others."""
+def sum_rows(
+    source: Facts, target: Facts, grouping: Groups, target_rows: Array, stream: Any
+) -> None:
+    """Write the sum of each group of rows to its row in `target_rows`, 0 to the others."""
     row, to = lookup(source.native), lookup(target.native)
     assert row is not None
     assert to is not None
@@ -194,7 +196,7 @@ def sum_rows(source: Facts, target: Facts, grouping: Groups, places: Array, stre
     length = math.prod(source.shape[1:]) * row.components
     size = source.nbytes // row.storage.itemsize
     span = RowSpan(row, source.address, target.address, size, length)
-    rows.sum_rows(span, to, grouping, places, stream)
+    rows.sum_rows(span, to, grouping, target_rows, stream)
 
 
 read = memory.read_table

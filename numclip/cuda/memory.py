@@ -101,8 +101,8 @@ class Memory:
 class _Block:
     """A block of an arena; deleting this object returns the block to the arena."""
 
-    def __init__(self, arena: _Arena, place: int, address: int) -> None:
-        self._arena, self._class, self.address = arena, place, address
+    def __init__(self, arena: _Arena, size_class: int, address: int) -> None:
+        self._arena, self._class, self.address = arena, size_class, address
         self._streams: set[Any] = set()
 
     def used_on(self, stream: Any) -> None:
@@ -178,8 +178,8 @@ class Table:
             shape: tuple[int, ...] = (max(last - first, 0), *rest)
         else:
             first, shape = at, rest
-        place = self.address + first * math.prod(rest) * self.dtype.itemsize
-        return Table(self._block, place, shape, self.dtype)
+        address = self.address + first * math.prod(rest) * self.dtype.itemsize
+        return Table(self._block, address, shape, self.dtype)
 
     def used_on(self, stream: Any) -> None:
         """Note that `stream` uses the table's block."""
@@ -302,8 +302,8 @@ class _Ring:
                 checked(cu.cuEventSynchronize(event))
         start = self._side * self.half + self._used
         self._bytes[start : start + source.size] = source
-        place = self._address + start
-        checked(cu.cuMemcpyHtoDAsync(target, place, source.size, self._stream))
+        address = self._address + start
+        checked(cu.cuMemcpyHtoDAsync(target, address, source.size, self._stream))
         self._used += -(-source.size // ALIGNMENT) * ALIGNMENT
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numclip import tables
 from numclip.cuda import device, memory
 from numclip.cuda.contiguous import Chunks
-from numclip.cuda.kernels import norms, verdict
+from numclip.cuda.kernels import deciding, norms
 from numclip.cuda.rows import Rows
 from numclip.cuda.strided import Tiles
 from numclip.cuda.work import Shared, Work, measure
@@ -119,7 +119,7 @@ class Plan:
         """Return (number, span, address of sums) of each tensor whose rows can share an index."""
         found = [(k, span) for k, span in enumerate(self.spans) if isinstance(span, RowSpan)]
         sums = [] if self._rows is None else self._rows.sums
-        return [(*own, place) for own, place in zip(found, sums, strict=True)]
+        return [(*own, address) for own, address in zip(found, sums, strict=True)]
 
     def sum_scaled(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write the sums of rows times the decided factor, for pools that are not skipped."""
@@ -165,7 +165,7 @@ class Plan:
         """Add up the partial sums, and decide for every pool."""
         laid = self.tensors, self._pools, self._order, self._laws.table
         tables = *laid, self._shared.partial, self._tickets, *outcome
-        device.launch(verdict.judge, len(self.spans), stream, *tables)
+        device.launch(deciding.decide_pools, len(self.spans), stream, *tables)
 
     add = decide  # one launch does both
 
@@ -176,10 +176,10 @@ class Plan:
         tensors[:, [tables.FIRST, tables.LAST]] = pools[:, [tables.FIRST, tables.LAST]]
         tensors[:, tables.POOL], tensors[:, tables.REPEATS] = pools[:, tables.FIRST], 1
         laid = [memory.table(table, stream) for table in (tensors, pools)]
-        told = [memory.table(table, stream) for table in (law, totals)]
+        sent = [memory.table(table, stream) for table in (law, totals)]
         spare = memory.table(np.zeros_like(totals), stream)
-        arguments = *laid, law[0, tables.ORD], *told, self._tickets, spare, outcome[1]
-        device.launch(verdict.judge, len(pools), stream, *arguments)
+        arguments = *laid, law[0, tables.ORD], *sent, self._tickets, spare, outcome[1]
+        device.launch(deciding.decide_pools, len(pools), stream, *arguments)
 
     def scale(self, outcome: tuple[Any, Any], stream: Any) -> None:
         """Write each tensor times the decided factor; one read, one write, or none."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from numclip.cuda import dlpack, driver
-from numclip.cuda.dlpack import Told
+from numclip.cuda.dlpack import Exported
 from numclip.dtypes import NAMES, lookup
 from numclip.errors import expected
 from numclip.facts import Facts
@@ -18,7 +18,7 @@ from numclip.memory import is_c_order
 
 def facts_of(name: str, array: Any) -> Facts:
     """Return the facts of an array on the GPU; raise an error if it cannot be used."""
-    native, shape, strides, address, read_only, _, lease = told(name, array)
+    native, shape, strides, address, read_only, _, lease = exported(name, array)
     if native is None:
         unknown = getattr(array, "dtype", type(array).__name__)
         raise TypeError(expected(name, f"an array of {NAMES}", unknown))
@@ -36,7 +36,7 @@ def facts_of(name: str, array: Any) -> Facts:
     return Facts(native, shape, strides, address, not read_only, array, "", lease)
 
 
-def told(name: str, array: Any) -> Told:
+def exported(name: str, array: Any) -> Exported:
     """Return the facts of an array; raise ValueError if they name a GPU that is not in use."""
     if library_of(array) == "torch":
         found = _tensor(name, array)
@@ -65,7 +65,7 @@ def _prefers_dlpack(array: Any) -> bool:
     return not known and hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
 
-def _tensor(name: str, array: Any) -> Told:
+def _tensor(name: str, array: Any) -> Exported:
     """Return a PyTorch tensor's facts by its methods: its interface fails if it requires grad."""
     refuse_lazy(name, array)
     native = _torch_dtype(array.dtype)
@@ -73,7 +73,7 @@ def _tensor(name: str, array: Any) -> Told:
     if strides is not None and native is not None:
         strides = tuple(step * native.itemsize for step in strides)
     shape, address, gpu = tuple(array.shape), array.data_ptr(), array.get_device()
-    return Told(native, shape, strides, address, gpu=gpu)
+    return Exported(native, shape, strides, address, gpu=gpu)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def _torch_dtype(dtype: Any) -> np.dtype[Any] | None:
         return None
 
 
-def _interface(array: Any) -> Told | None:
+def _interface(array: Any) -> Exported | None:
     """Return the facts in ``__cuda_array_interface__``, None where the array has none."""
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None:
@@ -94,7 +94,7 @@ def _interface(array: Any) -> Told | None:
     address, read_only = interface["data"]
     native, shape = _native(interface, array), tuple(interface["shape"])
     gpu = array.device.id if library_of(array) == "cupy" else None
-    return Told(native, shape, interface.get("strides"), address or 0, bool(read_only), gpu)
+    return Exported(native, shape, interface.get("strides"), address or 0, bool(read_only), gpu)
 
 
 def _native(interface: Any, array: Any) -> np.dtype[Any]:

@@ -75,14 +75,14 @@ def _shares(counts: Array, columns: int, width: int, lanes: int, most: int) -> A
     return shares
 
 
-def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Array) -> _Mapped:
+def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, target_rows: Array) -> _Mapped:
     """Return the tables of one tensor; groups of many rows, which lanes share, come first."""
     order, starts = grouping
     sizes, columns, most = np.diff(starts), _columns(span), count(span)
     wide, narrow = _widths(span)
     lanes, least = device.THREADS // narrow, -(-columns // narrow)
     long = sizes > device.LONG_GROUP if lanes > 1 and 2 * least <= most else sizes < 0
-    groups = np.stack([starts[:-1], sizes, places], axis=1)[np.argsort(~long, kind="stable")]
+    groups = np.stack([starts[:-1], sizes, target_rows], axis=1)[np.argsort(~long, kind="stable")]
     many = int(np.count_nonzero(long))
     own = 0
     if many:
@@ -102,7 +102,7 @@ def _mapped(span: RowSpan, grouping: Groups, owner: int, part: int, places: Arra
     return _Mapped(shares, groups, order)
 
 
-def _joined(parts: Sequence[_Mapped]) -> _Mapped:
+def _concatenated(parts: Sequence[_Mapped]) -> _Mapped:
     """Return the tables of several tensors as one of each kind."""
     groups = list(itertools.accumulate((len(part.groups) for part in parts), initial=0))
     orders = list(itertools.accumulate((part.order.size for part in parts), initial=0))
@@ -141,15 +141,15 @@ class Rows(Work):
         self.sums = self._sums(spans, counts, stream)
         numbers = zip(self._numbers, map(int, self._parts), strict=True)
         mapped = [
-            _mapped(span._replace(target=place), grouping, *own, np.arange(count))
-            for span, grouping, count, place, own in zip(
+            _mapped(span._replace(target=target), grouping, *own, np.arange(count))
+            for span, grouping, count, target, own in zip(
                 spans, groupings, counts, self.sums, numbers, strict=True
             )
         ]
         made: dict[DType, list[Any]] = {}
         for dtype in dict.fromkeys(span.dtype for span in spans):
             own = [m for m, span in zip(mapped, spans, strict=True) if span.dtype is dtype]
-            made[dtype] = [memory.table(array, stream) for array in _joined(own)]
+            made[dtype] = [memory.table(array, stream) for array in _concatenated(own)]
         self._tables = made
         self._works = self._writers(dict(zip(self._numbers, spans, strict=True)))
         for work in self._works:
@@ -189,12 +189,12 @@ class Rows(Work):
             work.clamp(*given)
 
 
-def sum_rows(span: RowSpan, to: DType, grouping: Groups, places: Array, stream: Any) -> None:
-    """Write the sum of each group of rows to the target row whose number `places` has.
+def sum_rows(span: RowSpan, to: DType, grouping: Groups, target_rows: Array, stream: Any) -> None:
+    """Write the sum of each group of rows to the target row whose number `target_rows` has.
 
     `to` is the dtype of the target, real or complex as that of the rows.
     """
     if not span.size:
         return
-    made = [memory.table(array, stream) for array in _mapped(span, grouping, 0, 0, places)]
+    made = [memory.table(array, stream) for array in _mapped(span, grouping, 0, 0, target_rows)]
     launch(rows.sum_rows, {span.dtype: made}, stream, after=[like(to)])

@@ -74,10 +74,10 @@ def current_stream(array: Any) -> Any:
         stream = driver.Stream(theirs.ptr)
         stream.owner = theirs
         return stream
-    return driver.Stream(_told_stream(array))
+    return driver.Stream(_exported_stream(array))
 
 
-def _told_stream(array: Any) -> int:
+def _exported_stream(array: Any) -> int:
     """Return the stream's handle in an array's interface; 1 and None are the default one, 0."""
     interface = getattr(array, "__cuda_array_interface__", None) or {}
     handle = interface.get("stream") or 0

@@ -114,8 +114,8 @@ def _offsets(rest: Sequence[Direction], steps: Sequence[int]) -> Array:
     """Return the sum of index times step for each combination of indices along `rest`."""
     total = np.zeros(1, np.int64)
     for direction, step in zip(rest, steps, strict=True):
-        places = np.arange(direction.length, dtype=np.int64) * step
-        total = (total[:, None] + places).reshape(-1)
+        offsets = np.arange(direction.length, dtype=np.int64) * step
+        total = (total[:, None] + offsets).reshape(-1)
     return total
 
 
@@ -235,8 +235,8 @@ def _by_dtype(arrays: Mapping[int, Strided], found: Mapping[int, Array], stream:
     for k, table in found.items():
         table[:, tables.OWNER] = k
         rows.setdefault(arrays[k].dtype, []).append(table)
-    joined = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
-    return {dtype: [memory.table(own, stream)] for dtype, own in joined.items() if len(own)}
+    concatenated = {dtype: copied_first(np.concatenate(own)) for dtype, own in rows.items()}
+    return {dtype: [memory.table(own, stream)] for dtype, own in concatenated.items() if len(own)}
 
 
 def clamp_between(array: Strided, low: Memory, high: Memory, stream: Any) -> None:

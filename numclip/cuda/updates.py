@@ -28,7 +28,7 @@ KERNELS = {
 """The kernels that take a step, by the name that an optimizer has for it."""
 
 
-class Places:
+class Layout:
     """The addresses of parameters and their states, from which tables of updates are made.
 
     `spans` have the addresses of gradients (source) and parameters (target); each entry of
@@ -65,8 +65,8 @@ class Places:
         starts = np.arange(0, span.length, limit)
         begins = (indices[:, None] * span.length + starts).reshape(-1)
         rows = self.filled(np.full(begins.size, owner), begins)
-        places = np.arange(indices.size)[:, None] * span.length + starts
-        rows[:, updates.GRAD] = sums + places.reshape(-1) * itemsize
+        firsts = np.arange(indices.size)[:, None] * span.length + starts
+        rows[:, updates.GRAD] = sums + firsts.reshape(-1) * itemsize
         rows[:, updates.LENGTH] = np.tile(np.minimum(limit, span.length - starts), indices.size)
         return rows
 
@@ -95,8 +95,8 @@ class GroupUpdates:
         stream: Any,
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
-        self._plan, self._places = plan, Places(spans, states)
-        self._own = self._updates = self._places.by_dtype(self._places.whole(), stream)
+        self._plan, self._layout = plan, Layout(spans, states)
+        self._own = self._updates = self._layout.by_dtype(self._layout.whole(), stream)
         self._row_updates: Tables = {}
         self._left: set[int] = set()  # of tensors that are not updated
         self._counts = memory.table(np.zeros(len(plan.pools), np.int64), stream)
@@ -123,9 +123,9 @@ class GroupUpdates:
         self._updates = self._own
         self._left = set() if sources is None else {k for k, own in enumerate(sources) if not own}
         if sources is not None:
-            rows = self._places.whole()
+            rows = self._layout.whole()
             present = np.array(sources, np.int64) != 0
-            self._updates = self._places.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
+            self._updates = self._layout.by_dtype(rows[present[rows[:, updates.OWNER]]], stream)
 
     def at_once(self, _given: Any, _divisors: Array, _held: Any) -> None:
         """Return None: on the GPU a step takes several launches."""
@@ -133,11 +133,11 @@ class GroupUpdates:
     def take_rows(self, slices: Sequence[Any], stream: Any) -> None:
         """Have the next step update the distinct rows of each sparse gradient in `slices`."""
         made = [
-            self._places.rows(owner, sums, own.distinct_indices)
+            self._layout.rows(owner, sums, own.distinct_indices)
             for (owner, _, sums), own in zip(self._plan.row_sums(), slices, strict=True)
             if owner not in self._left
         ]
-        self._row_updates = self._places.by_dtype(np.concatenate(made), stream) if made else {}
+        self._row_updates = self._layout.by_dtype(np.concatenate(made), stream) if made else {}
 
     def write_settings(self, settings: Array, stream: Any) -> None:
         """Set the settings of the following steps, a row for each pool."""
@@ -161,7 +161,7 @@ class GroupUpdates:
 class ArrayUpdates:
     """What the kernels need to update arrays by gradients that are not clipped.
 
-    `spans` and `states` are as in `Places`; `indices` has, for each `RowSpan`, the distinct
+    `spans` and `states` are as in `Layout`; `indices` has, for each `RowSpan`, the distinct
     indices of its rows. Each array has a row of numbers.
     """
 
@@ -175,12 +175,12 @@ class ArrayUpdates:
         stream: Any,
     ) -> None:
         self._name, self._kernel = kernel, KERNELS[kernel]
-        places = Places(spans, states)
+        layout = Layout(spans, states)
         sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         pairs = zip(sparse, indices, strict=True)
-        rows = [places.rows(k, spans[k].source, own) for k, own in pairs]
-        everything = np.concatenate([places.whole(), *rows])
-        self._updates = places.by_dtype(everything, stream)
+        rows = [layout.rows(k, spans[k].source, own) for k, own in pairs]
+        everything = np.concatenate([layout.whole(), *rows])
+        self._updates = layout.by_dtype(everything, stream)
         tensors = np.zeros((len(spans), POOL + 1), np.int64)
         tensors[:, POOL] = np.arange(len(spans))
         self._tensors = memory.table(tensors, stream)

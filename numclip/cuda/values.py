@@ -13,7 +13,7 @@ import numpy as np
 from numclip.dtypes import Array
 
 
-def _plain(other: Any) -> Any:
+def _on_host(other: Any) -> Any:
     return other.item() if isinstance(other, DeviceNumber) else other
 
 
@@ -24,7 +24,7 @@ def _one(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _two(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Return a method that applies `of` to the number and another one."""
-    return lambda self, other: of(self.item(), _plain(other))
+    return lambda self, other: of(self.item(), _on_host(other))
 
 
 @functools.total_ordering

@@ -31,7 +31,7 @@ class Ranks:
         self.rank: int = 0 if comm is None else comm.Get_rank()
         self.size: int = 1 if comm is None else comm.Get_size()
 
-    def joined(self, own: Any, axis: int = 0) -> Any:
+    def gathered(self, own: Any, axis: int = 0) -> Any:
         """Return the ranks' equal shares concatenated along an axis, in the order of the ranks."""
         if self.comm is None:
             return own
@@ -64,10 +64,10 @@ class Ranks:
             scale / self.size,
         )
         rows: Any = gradients["embedding"]
-        values, indices = self.joined(rows.values), self.joined(rows.indices)
+        values, indices = self.gathered(rows.values), self.gathered(rows.indices)
         gradients["embedding"] = IndexedSlices(values, indices, rows.dense_shape)
-        mean_cost = float(self.joined(np.array([cost])).mean())
-        return mean_cost, gradients, self.joined(end, axis=2)
+        mean_cost = float(self.gathered(np.array([cost])).mean())
+        return mean_cost, gradients, self.gathered(end, axis=2)
 
     def add_up(self, flat: Array) -> None:
         """Replace an array by the sum over all ranks, which has the same bits on each."""

@@ -309,8 +309,8 @@ def table(training: Training, test: float | None) -> Iterator[str]:
     yield f"{steps:,} steps, {training.clipped:,} clipped, {training.skipped:,} skipped"
     if training.seconds[1:]:  # the first step compiles
         total, in_numclip = np.sum(training.seconds[1:], axis=0)
-        place = "numclip" if training.ranks.size == 1 else "numclip and in sums over the ranks"
-        yield f"{in_numclip / total:.1%} of the training time was spent in {place}"
+        where = "numclip" if training.ranks.size == 1 else "numclip and in sums over the ranks"
+        yield f"{in_numclip / total:.1%} of the training time was spent in {where}"
 
 
 def build_parser() -> Parser:

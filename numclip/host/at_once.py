@@ -59,17 +59,17 @@ class ClipsAtOnce:
         point(self._own, given.DECISIONS, outcomes[1][0])
 
     def measure(
-        self, _items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
+        self, _items: Any, slot: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
         """Measure and decide, writing no gradient; return False if these need another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return self._decide(True, place, unscale, self._own, bounds, self._like)
+        return self._decide(True, slot, unscale, self._own, bounds, self._like)
 
     def take(
         self,
         _items: Any,
-        place: int,
+        slot: int,
         unscale: float,
         bounds: Array,
         outcomes: Sequence[Array],
@@ -78,7 +78,7 @@ class ClipsAtOnce:
         """Clip; without `measures`, by the sums of the call before. Return False as `measure`."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return self._clip(measures, place, unscale, self._own, bounds, self._like)
+        return self._clip(measures, slot, unscale, self._own, bounds, self._like)
 
 
 class ValuesAtOnce(ClipsAtOnce):
@@ -109,7 +109,7 @@ class ValuesAtOnce(ClipsAtOnce):
     def take(
         self,
         _items: Any,
-        place: int,
+        slot: int,
         unscale: float,
         bounds: Array,
         outcomes: Sequence[Array],
@@ -119,43 +119,44 @@ class ValuesAtOnce(ClipsAtOnce):
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         tables = self._own, self._after, self._limits
-        done, right = given.hold(place, unscale, *tables, bounds, self._like)
+        done, right = given.hold(slot, unscale, *tables, bounds, self._like)
         if done and not right:  # clamped squares left the safe range
             self._later.measure(2.0)
-            self._later.decide((outcomes[2][place], outcomes[3][place]))
+            self._later.decide((outcomes[2][slot], outcomes[3][slot]))
         return done  # type: ignore[no-any-return]
 
 
 class RanksAtOnce(ClipsAtOnce):
     """Clips by the sums of all ranks: one call before the ranks exchange rows, one after.
 
-    `told` are the tables that `kernels.ranks` names, `exchanged` the heads and rows of all ranks.
+    `exchange` are the tables that `kernels.ranks` names, `exchanged` the heads and rows of all
+    ranks.
     """
 
     def __init__(
         self,
         batch: Batch,
         tables: dict[int, Array],
-        told: Sequence[Array],
+        exchange: Sequence[Array],
         exchanged: tuple[Array, Array],
     ) -> None:
         super().__init__(batch, tables)
-        self._held += told
-        self._told = np.zeros((ranks.TABLES, 3), np.int64)
-        for k, table in enumerate(told):
-            point(self._told, k, table)
+        self._held += exchange
+        self._exchange = np.zeros((ranks.TABLES, 3), np.int64)
+        for k, table in enumerate(exchange):
+            point(self._exchange, k, table)
         self._heads, self._every = exchanged
 
-    def tell(self, place: int, outcomes: Sequence[Array]) -> bool:
+    def publish(self, slot: int, outcomes: Sequence[Array]) -> bool:
         """Measure, and write the rows to send; return False if these need another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return ranks.tell(place, self._own, self._told, self._like)  # type: ignore[no-any-return]
+        return ranks.publish(slot, self._own, self._exchange, self._like)  # type: ignore[no-any-return]
 
-    def clip(self, place: int, unscale: float, bounds: Array) -> bool:
+    def clip(self, slot: int, unscale: float, bounds: Array) -> bool:
         """Clip by the rows of all ranks; return False likewise."""
         return ranks.clip(  # type: ignore[no-any-return]
-            place, unscale, self._own, bounds, self._heads, self._every, self._told, self._like
+            slot, unscale, self._own, bounds, self._heads, self._every, self._exchange, self._like
         )
 
 
@@ -186,8 +187,8 @@ class StepsAtOnce(ClipsAtOnce):
 
     @cached_property
     def _step(self) -> Callable[..., bool]:
-        told = 0, 0, 1.0, self._own, BOUNDS, self._factors, self._like
-        return entry(self._kernel, *told)
+        arguments = 0, 0, 1.0, self._own, BOUNDS, self._factors, self._like
+        return entry(self._kernel, *arguments)
 
     def leave(self, numbers: Sequence[int]) -> None:
         """Let exactly the tensors `numbers` have no gradient in the next step of own gradients."""
@@ -208,18 +209,18 @@ class StepsAtOnce(ClipsAtOnce):
         return id(items) + POINTERS, self._given
 
     def measure(
-        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
+        self, items: Any, slot: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
         """Find the gradients, measure and decide, without writing; return False as `take`."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
         pointers, tables = self._read(items)
-        return self._measure(pointers, place, unscale, tables, bounds, self._like)
+        return self._measure(pointers, slot, unscale, tables, bounds, self._like)
 
     def take(
         self,
         items: Any,
-        place: int,
+        slot: int,
         unscale: float,
         bounds: Array,
         outcomes: Sequence[Array],
@@ -231,7 +232,7 @@ class StepsAtOnce(ClipsAtOnce):
         pointers, tables = self._read(items)
         if not measures:
             pointers = given.AGAIN
-        return self._step(pointers, place, unscale, tables, bounds, self._factors, self._like)
+        return self._step(pointers, slot, unscale, tables, bounds, self._factors, self._like)
 
 
 def point(tables: Array, k: int, table: Array) -> None:

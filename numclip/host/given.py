@@ -140,8 +140,10 @@ class Given:
         for k, facts in enumerate(self.targets):
             item = items[k]
             if item is not None and item is not KEPT and k not in self._held:
-                plain = type(item) is np.ndarray or isinstance(item, np.floating)  # sums are that
-                if not (self.is_little and plain and item.shape == facts.shape):
+                is_numpy = type(item) is np.ndarray or isinstance(
+                    item, np.floating
+                )  # sums are that
+                if not (self.is_little and is_numpy and item.shape == facts.shape):
                     return None
                 found[k] = copy = _copy(np.asarray(item), self._dtypes[k], adds=adds)
                 if copy is None:
@@ -173,7 +175,7 @@ def wanted_table(
     shapes: Sequence[tuple[int, ...]],
     taken: Extents = (),
     held: Container[int] = (),
-    needs: int = given.PLAIN,
+    needs: int = given.C_ARRAY,
 ) -> Array:
     """Return the table `wanted` of `kernels.given` for arrays, those in `held` of any row count.
 

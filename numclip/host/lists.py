@@ -21,7 +21,7 @@ from numclip.dtypes import Array, lookup
 from numclip.host import batches, nests, outs, plain_arrays
 from numclip.host.arrays import share_no_memory
 from numclip.host.batches import Batch
-from numclip.host.kernels import cpu, joint, little, plain
+from numclip.host.kernels import cpu, little, one_norm, plain
 from numclip.host.kernels.spans import (
     AVERAGE,
     GIVEN,
@@ -45,24 +45,24 @@ from numclip.libraries import as_numpy, attribute, is_parameter, note_writing
 from numclip.tables import PROPAGATE
 
 _KNOWN = [np.dtype(name) if name != "bfloat16" else None for name in little.NAMES]
-_TOLD = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
-_TOLD[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), POINTERS
-_TOLD[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
-TOLD: int = _TOLD.__array_interface__["data"][0]
-"""The address of the facts `_TOLD`, which `kernels.little` reads."""
+_CONSTANTS = np.zeros(little.DTYPES + len(_KNOWN), np.int64)
+_CONSTANTS[: little.DTYPES] = object.__basicsize__, id(np.ndarray), id(None), POINTERS
+_CONSTANTS[little.DTYPES :] = [0 if dtype is None else id(dtype) for dtype in _KNOWN]
+CONSTANTS: int = _CONSTANTS.__array_interface__["data"][0]
+"""The address of the facts `_CONSTANTS`, which `kernels.little` reads."""
 
 
 def _are_met(items: Items) -> bool:
     """Register ml_dtypes' bfloat16 with the kernels if an item has it; return True if done."""
-    place = little.NAMES.index("bfloat16")
-    if _KNOWN[place] is not None:
+    number = little.NAMES.index("bfloat16")
+    if _KNOWN[number] is not None:
         return False
     for item in items:  # `dtype.name` takes 2 us
         if type(item) is np.ndarray and item.itemsize == 2 and item.dtype.name == "bfloat16":
             own = np.dtype(item.dtype.type)
             if lookup(own) is not None:
-                _KNOWN[place] = own
-                _TOLD[little.DTYPES + place] = id(own)
+                _KNOWN[number] = own
+                _CONSTANTS[little.DTYPES + number] = id(own)
                 return True
     return False
 
@@ -112,64 +112,69 @@ def norm_of(items: Items, ord: float) -> float | None:
 
 
 def clip_by_global_norm(
-    grads: Any, bound: float, out: Any, ord: float = 2.0, what: int = PROPAGATE, given: float = 0.0
+    grads: Any,
+    bound: float,
+    out: Any,
+    ord: float = 2.0,
+    options: int = PROPAGATE,
+    given: float = 0.0,
 ) -> tuple[Any, float] | None:
     """Clip arrays by their global norm, in place or into new ones; return (arrays, norm).
 
-    `what` is a policy of `tables`, with the bit `spans.GIVEN` if the norm is `given`.
+    `options` is a policy of `tables`, with the bit `spans.GIVEN` if the norm is `given`.
     """
     if out is grads and type(grads) is list:  # as below, but faster
         items = tuple(grads)
         if items and type(items[0]) not in nests.KINDS:
-            found = clip_items(items, True, bound, ord, what, given)
+            found = clip_items(items, True, bound, ord, options, given)
             if found is not None:
                 return [*found[0]], found[1]
-            return _clip_nest(items, grads, out, bound, ord, what, given)
+            return _clip_nest(items, grads, out, bound, ord, options, given)
     if not outs.takes(grads, out):
-        places = outs.of(grads, out)
-        if places is None:
+        targets = outs.of(grads, out)
+        if targets is None:
             return None
-        found = clip_by_global_norm(grads, bound, None, ord, what, given)
-        return None if found is None else (outs.filled(places, found[0]), found[1])
+        found = clip_by_global_norm(grads, bound, None, ord, options, given)
+        return None if found is None else (outs.filled(targets, found[0]), found[1])
     items, held = nests.taken(grads)
-    found = clip_items(items, out is not None, bound, ord, what, given)
+    found = clip_items(items, out is not None, bound, ord, options, given)
     if found is None:
-        return _clip_nest(items, grads, out, bound, ord, what, given)
+        return _clip_nest(items, grads, out, bound, ord, options, given)
     return nests.rebuilt(held, found[0], out), found[1]
 
 
 def _clip_nest(
-    items: Items, grads: Any, out: Any, bound: float, ord: float, what: int, given: float
+    items: Items, grads: Any, out: Any, bound: float, ord: float, options: int, given: float
 ) -> tuple[Any, float] | None:
     """Clip nested gradients as `clip_by_global_norm` does; return None if no item is nested."""
     if not nests.is_nest(items):
         return None
     items, held = nests.taken(grads, is_nested=True)
-    found = clip_items(items, out is not None, bound, ord, what, given)
+    found = clip_items(items, out is not None, bound, ord, options, given)
     return None if found is None else (nests.rebuilt(held, found[0], out), found[1])
 
 
-def clip_each(grads: Any, bound: float, out: Any, ord: float, what: int) -> Any:
+def clip_each(grads: Any, bound: float, out: Any, ord: float, options: int) -> Any:
     """Clip an array, or each of a list, tuple or dict of arrays, by its own norm; return them.
 
-    A bit `AVERAGE` or `ROOT_MEAN` of `what` divides the norm by the size or by its root.
+    A bit `AVERAGE` or `ROOT_MEAN` of `options` divides the norm by the size or by its root.
     """
     if not outs.takes(grads, out):
-        return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, what))
+        return outs.put(grads, out, lambda: clip_each(grads, bound, None, ord, options))
     if type(grads) is np.ndarray:
         if grads.nbytes < PARALLEL_BYTES:  # 1 us faster than the code below
             result = grads if out is not None else copy(grads)
-            _, state = _clip_little((result,), little.WRITES, bound, ord, what, 0.0)
+            _, state = _clip_little((result,), little.WRITES, bound, ord, options, 0.0)
             if state <= WRITTEN:
                 return result
-        found = clip_items((grads,), out is not None, bound, ord, what)
+        found = clip_items((grads,), out is not None, bound, ord, options)
         return None if found is None else found[0][0]
     items, held = nests.taken(grads)
-    found = clip_items(items, out is not None, bound, ord, what, each=little.EACH)
+    found = clip_items(items, out is not None, bound, ord, options, each=little.EACH)
     if found is not None:
         return nests.rebuilt(held, found[0], out)
     return each(
-        grads, out, lambda own, to, *_: clip_each(own, bound, to, ord, what), lambda _: None
+        grads, out, lambda own, to, *_: clip_each(own, bound, to, ord, options), lambda _: None
     )
 
 
@@ -178,7 +183,7 @@ def clip_items(
     in_place: bool,
     bound: float,
     ord: float,
-    what: int,
+    options: int,
     given: float = 0.0,
     each: int = 0,
 ) -> tuple[Items, float] | None:
@@ -188,15 +193,15 @@ def clip_items(
     """
     results = items if in_place else _copied(items, PARALLEL_BYTES)
     if results:
-        norm, state = _clip_little(results, little.WRITES | each, bound, ord, what, given)
+        norm, state = _clip_little(results, little.WRITES | each, bound, ord, options, given)
         if state <= WRITTEN:
             return results, norm
         if state == NONFINITE:
             return None
     views = _views(items)
     if views is None:
-        return None if each or what & GIVEN else _clip_much(items, in_place, bound, ord, what)
-    found = clip_items(views, in_place, bound, ord, what, given, each)
+        return None if each or options & GIVEN else _clip_much(items, in_place, bound, ord, options)
+    found = clip_items(views, in_place, bound, ord, options, given, each)
     if found is not None and in_place:
         note_writing(items)
         return items, found[1]
@@ -204,7 +209,7 @@ def clip_items(
 
 
 def _clip_little(
-    items: Items, how: int, bound: float, ord: float, what: int, given: float
+    items: Items, access: int, bound: float, ord: float, options: int, given: float
 ) -> tuple[float, int]:
     """Clip arrays of few bytes in place by one native call; return (norm, state).
 
@@ -214,23 +219,23 @@ def _clip_little(
     if not plain_arrays.READABLE:
         return 0.0, little.ELSEWHERE
     kind = None
-    if ord == 2.0 and not what & (POLICY | GIVEN) and not how & little.EACH:
+    if ord == 2.0 and not options & (POLICY | GIVEN) and not access & little.EACH:
         kind = kind_of(items)
     if kind is not None:
-        facts, row = kind.writeable if how & little.WRITES else kind.readable, kind.row
+        facts, row = kind.writeable if access & little.WRITES else kind.readable, kind.row
         pointers, count = id(items) + POINTERS, len(items)
-        state, norm = kind.clip(pointers, count, facts, row.limits, bound, what, row.like)
+        state, norm = kind.clip(pointers, count, facts, row.limits, bound, options, row.like)
         if state != plain.ELSEWHERE:
             return norm, WRITTEN if state == plain.DONE else little.MUCH
     usual = ord == 2.0 or ord == math.inf
     if ord != 2.0:  # complex magnitudes are not those of the parts
-        how |= little.REAL
-    told = id(items), TOLD, how, bound, given, ord, what
-    norm, state = little.clip(*told) if usual else little.clip_rare(*told)
+        access |= little.REAL
+    arguments = id(items), CONSTANTS, access, bound, given, ord, options
+    norm, state = little.clip(*arguments) if usual else little.clip_rare(*arguments)
     if state == RARE:
-        norm, state = little.clip_rare(*told)
+        norm, state = little.clip_rare(*arguments)
     elif state == little.ELSEWHERE and _are_met(items):
-        return _clip_little(items, how, bound, ord, what, given)
+        return _clip_little(items, access, bound, ord, options, given)
     return norm, state
 
 
@@ -290,10 +295,10 @@ def _clamp(items: Items, low: float, high: float) -> bool:
         bounds = low, high, kind.row.like
         if kind.clamp(pointers_of(items), len(items), kind.writeable, *bounds) == plain.DONE:
             return True
-    told = id(items), TOLD, little.WRITES | little.REAL, low, high
-    state = little.clamp(*told)
+    arguments = id(items), CONSTANTS, little.WRITES | little.REAL, low, high
+    state = little.clamp(*arguments)
     if state == little.ELSEWHERE and _are_met(items):
-        state = little.clamp(*told)
+        state = little.clamp(*arguments)
     if state <= WRITTEN:
         return True
     batch = plain_batch(items, write=True)
@@ -375,11 +380,11 @@ def _fit(held: Any, items: Items, owners: Any, own: Items, *, in_place: bool) ->
 
 
 def _clip_much(
-    items: Items, in_place: bool, bound: float, ord: float, what: int
+    items: Items, in_place: bool, bound: float, ord: float, options: int
 ) -> tuple[Items, float] | None:
     """Clip arrays of many bytes over a table of chunks by all threads; return (arrays, norm)."""
     batch = plain_batch(items, write=in_place)
-    divisor = _divisor_of(items[0], what) if batch is not None else 1.0
+    divisor = _divisor_of(items[0], options) if batch is not None else 1.0
     found = None if batch is None else _decided(batch, len(items), bound, ord, divisor)
     if batch is None or found is None:
         return None
@@ -405,12 +410,12 @@ def scaled(batch: Batch, items: Items, factor: float, *, in_place: bool) -> Item
     return results
 
 
-def _divisor_of(array: Any, what: int) -> float:
+def _divisor_of(array: Any, options: int) -> float:
     """Return the divisor of an array's norm: 1, its size, or the root of its size."""
-    if not what & (AVERAGE | ROOT_MEAN):
+    if not options & (AVERAGE | ROOT_MEAN):
         return 1.0
     size = float(max(array.size, 1))
-    return size if what & AVERAGE else environment.run(math.sqrt, (size,), {})
+    return size if options & AVERAGE else environment.run(math.sqrt, (size,), {})
 
 
 def _decided(
@@ -421,7 +426,7 @@ def _decided(
     if ord == 2.0:
         partial = np.empty(len(batch.chunks))
         batch.run(cpu.sum_squares, row.like, partial)
-        norm, right = joint.joined(batch.chunks, partial, row.limits, np.zeros(count))
+        norm, right = one_norm.norm_of_chunks(batch.chunks, partial, row.limits, np.zeros(count))
     elif ord == math.inf and row.components == 1:  # complex magnitudes are not those of the parts
         norm = float(batches.largest(batch, count).max(initial=0.0))
         right = math.isfinite(norm)
@@ -430,6 +435,6 @@ def _decided(
     norm /= divisor
     if not right or norm <= bound:
         return (norm, 1.0) if right else None
-    ones = formulas.root(batch.nbytes / row.storage.itemsize, ord)
-    factor, truncate = joint.decide(norm, bound, ones, divisor, row.limits)
+    norm_of_ones = formulas.root(batch.nbytes / row.storage.itemsize, ord)
+    factor, truncate = one_norm.decide(norm, bound, norm_of_ones, divisor, row.limits)
     return None if truncate else (norm, factor)

@@ -23,8 +23,8 @@ def takes(grads: Any, out: Any) -> bool:
         return True
     if type(out) is not type(grads) or type(out) is np.ndarray:
         return False
-    read, places = items_of(grads), items_of(out)
-    same = len(read) == len(places) and all(map(operator.is_, read, places))
+    read, targets = items_of(grads), items_of(out)
+    same = len(read) == len(targets) and all(map(operator.is_, read, targets))
     return same and bool(read) and (type(out) is not dict or [*grads] == [*out])
 
 
@@ -38,44 +38,44 @@ def of(grads: Any, out: Any, owners: Any = None) -> Items | None:
     if type(out) is not kind:
         return None
     if kind is np.ndarray:
-        read, places, others = (grads,), (out,), (owners,)
+        read, targets, others = (grads,), (out,), (owners,)
     else:
-        read, places, others = items_of(grads), items_of(out), items_of(owners)
-    if not read or len(read) != len(places) or (kind is dict and [*grads] != [*out]):
+        read, targets, others = items_of(grads), items_of(out), items_of(owners)
+    if not read or len(read) != len(targets) or (kind is dict and [*grads] != [*out]):
         return None
-    if sum(map(_nbytes, read)) >= PARALLEL_BYTES or not all(map(_can_take, places, read)):
+    if sum(map(_nbytes, read)) >= PARALLEL_BYTES or not all(map(_can_take, targets, read)):
         return None
-    every = [item for item in (*read, *places, *others) if item is not None]
-    return places if share_no_memory(every) else None
+    every = [item for item in (*read, *targets, *others) if item is not None]
+    return targets if share_no_memory(every) else None
 
 
 def put(grads: Any, out: Any, make: Callable[[], Any], owners: Any = None) -> Any:
     """Copy the results of `make()` to the arrays of `out`; return None if `of` or `make` does."""
-    places = of(grads, out, owners)
-    results = None if places is None else make()
-    return None if places is None or results is None else filled(places, results)
+    targets = of(grads, out, owners)
+    results = None if targets is None else make()
+    return None if targets is None or results is None else filled(targets, results)
 
 
-def filled(places: Items, results: Any) -> Any:
+def filled(targets: Items, results: Any) -> Any:
     """Copy results to the target arrays; return these in the structure of the results."""
     if type(results) is np.ndarray:
-        places[0][...] = results
-        return places[0]
-    for place, result in zip(places, items_of(results), strict=True):
+        targets[0][...] = results
+        return targets[0]
+    for target, result in zip(targets, items_of(results), strict=True):
         if result is not None:
-            place[...] = result
-    return rebuilt(results, places, None)
+            target[...] = result
+    return rebuilt(results, targets, None)
 
 
 def _nbytes(item: Any) -> int:
     return item.nbytes if type(item) is np.ndarray else 0
 
 
-def _can_take(place: Any, read: Any) -> bool:
-    """Tell whether `place` is writeable, contiguous, and of the dtype and shape of `read`."""
-    if read is None or place is None:
-        return read is place
-    if type(read) is not np.ndarray or type(place) is not np.ndarray:
+def _can_take(target: Any, read: Any) -> bool:
+    """Tell whether `target` is writeable, contiguous, and of the dtype and shape of `read`."""
+    if read is None or target is None:
+        return read is target
+    if type(read) is not np.ndarray or type(target) is not np.ndarray:
         return False
-    alike = read.dtype == place.dtype and read.shape == place.shape
-    return alike and place.flags.writeable and place.flags.forc
+    alike = read.dtype == target.dtype and read.shape == target.shape
+    return alike and target.flags.writeable and target.flags.forc

@@ -35,11 +35,11 @@ class Reader:
     def __init__(self, arrays: Sequence[Facts], chunks: Array, distances: Array) -> None:
         dtypes = [np.dtype(facts.native.type) for facts in arrays]
         shapes = [facts.shape for facts in arrays]
-        places = np.array([facts.address for facts in arrays], np.int64)
-        of_arrays = wanted_table(dtypes, shapes, needs=given.PLAIN | WRITEABLE)
+        known = np.array([facts.address for facts in arrays], np.int64)
+        of_arrays = wanted_table(dtypes, shapes, needs=given.C_ARRAY | WRITEABLE)
         of_gradients = wanted_table(dtypes, shapes, merged(facts.extent for facts in arrays))
-        self._count, found = len(arrays), np.empty_like(places)
-        self._tables = of_gradients, of_arrays, places, found, chunks, distances
+        self._count, found = len(arrays), np.empty_like(known)
+        self._tables = of_gradients, of_arrays, known, found, chunks, distances
         self._read = entry(given.read_pairs, 0, *self._tables)
 
     def read(self, gradients: list[Any], variables: list[Any]) -> bool:
@@ -78,10 +78,12 @@ def key_of_pairs(
     if batch is None or sum(values.nbytes for values, _, _ in sparse) >= PARALLEL_BYTES:
         return None, None
     half = len(batch.chunks) // 2
-    places = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
+    variables_at = tuple([(variable.ctypes.data, variable.size) for _, variable, _ in sparse])
     others = [variable for _, variable, _ in sparse]
     if not share_no_memory([*gradients, *variables, *others]):
-        extents = [(place, place, size * kind.row.components, 0) for place, size in places]
+        extents = [
+            (address, address, size * kind.row.components, 0) for address, size in variables_at
+        ]
         every = np.concatenate([batch.chunks, np.array(extents, np.int64)])
         if not plain_arrays.are_apart(batch._replace(chunks=every)):
             return None, None
@@ -93,7 +95,7 @@ def key_of_pairs(
         if count < 0:
             return None, None
         sums.append((found[0][:count], found[1][:count]))
-    key = kind.row.name, *rows, places, batch.chunks[half:].tobytes()
+    key = kind.row.name, *rows, variables_at, batch.chunks[half:].tobytes()
     return key, Sources(batch.chunks[:half, cpu.SOURCE], sums)
 
 
@@ -106,8 +108,8 @@ def _batch_of(gradients: list[Any], variables: list[Any], kind: plain_arrays.Kin
     batch, _ = plain_arrays.batch_of(held, kind, readable)
     if batch is None or [own.shape for own in gradients] != [own.shape for own in variables]:
         return None
-    places = plain_arrays.pointers_of(held) + count * arrays.WORD
-    found, _, _ = arrays.table(places, count, writeable, _UNUSED)
+    pointers = plain_arrays.pointers_of(held) + count * arrays.WORD
+    found, _, _ = arrays.table(pointers, count, writeable, _UNUSED)
     return None if found < 0 else batch
 
 

@@ -40,21 +40,28 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
     law: Array = _LAW.copy()
     law[BOUND] = bound
     factors, clipped = np.empty(len(items[0])), np.empty(len(items[0]), np.bool_)
-    told = law, kind.row.like, factors, clipped
+    arguments = law, kind.row.like, factors, clipped
     if sum([item.nbytes for item in items]) < PARALLEL_BYTES:
         pointers = plain_arrays.pointers_of(items), plain_arrays.pointers_of(results)
         facts = kind.in_c_order[0]
-        found = _little(kind)(*pointers, len(items), facts, EXAMPLE_COLUMNS, *told)
+        found = _little(kind)(*pointers, len(items), facts, EXAMPLE_COLUMNS, *arguments)
     else:
-        found = _clip_much(items, results, kind, *told)
+        found = _clip_much(items, results, kind, *arguments)
     return None if found < 0 else (nests.rebuilt(held, results, None), found)
 
 
 @functools.cache
 def _little(kind: Kind) -> Callable[..., int]:
     """Return the entry of `examples.clip_little`."""
-    told = kind.in_c_order[0], EXAMPLE_COLUMNS, _LAW, kind.row.like, np.empty(1), np.empty(1, bool)
-    return entry(examples.clip_little, 0, 0, 1, *told)
+    arguments = (
+        kind.in_c_order[0],
+        EXAMPLE_COLUMNS,
+        _LAW,
+        kind.row.like,
+        np.empty(1),
+        np.empty(1, bool),
+    )
+    return entry(examples.clip_little, 0, 0, 1, *arguments)
 
 
 def _clip_much(
@@ -71,8 +78,8 @@ def _clip_much(
     threads.run(examples.find_factors, factors.size, nbytes, *read, keep=items)
     if (factors == examples.UNKNOWN).any():
         return -1
-    told = table, factors, EXAMPLE_COLUMNS, like
-    threads.run(examples.sum_blocks, blocks, nbytes, *told, keep=results)
+    arguments = table, factors, EXAMPLE_COLUMNS, like
+    threads.run(examples.sum_blocks, blocks, nbytes, *arguments, keep=results)
     return int(np.count_nonzero(clipped))
 
 

@@ -26,7 +26,6 @@ from numclip.tables import (
     AIM,
     BAD,
     BOUND,
-    COARSE,
     DECISION_COLUMNS,
     LAST,
     LEAVE,
@@ -36,6 +35,7 @@ from numclip.tables import (
     SUM_COLUMNS,
     TERMS,
     TOTAL,
+    TRUNCATE_BELOW,
 )
 
 Groupings = Mapping[int, Groups]
@@ -87,7 +87,7 @@ def _decided(items: Items, groupings: Groupings, bound: float, *, write: bool) -
     batch, sums = found
     pool, law = (table.copy() for table in _tables_of_one(batch.dtype))
     pool[0, LAST] = len(items)
-    law[0, COARSE] *= math.sqrt(_numbers_of(batch))
+    law[0, TRUNCATE_BELOW] *= math.sqrt(_numbers_of(batch))
     law[0, BOUND], law[0, AIM] = bound, _aim(batch.dtype, items, groupings, bound)
     decisions = np.empty((2, DECISION_COLUMNS))
     decide_all(pool, law, sums, decisions)

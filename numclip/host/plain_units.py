@@ -81,7 +81,9 @@ def _clip_little(
     every: nests.Items = items + owners
     if {*map(type, every)} != {np.ndarray} or not _can_be_kept(axes):
         return None
-    known = _told(every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce)
+    known = _prepared(
+        every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce
+    )
     if known is None or known[0] >= PARALLEL_BYTES:
         return None
     results: nests.Items = items
@@ -152,8 +154,10 @@ def _clip_one(
         y = as_stored(result).reshape(x.shape)
     law = _law(kind.row, x.shape[1] // kind.row.components, ord).copy()
     law[BOUND], law[EPS] = bound, eps
-    told = x, param if owner is not None else x[:0], law, kind.row.digits
-    factors = _factors(*told) if ord == 2.0 else _factors_by_order(x, ord, law, kind.row.digits)
+    arguments = x, param if owner is not None else x[:0], law, kind.row.digits
+    factors = (
+        _factors(*arguments) if ord == 2.0 else _factors_by_order(x, ord, law, kind.row.digits)
+    )
     return result if _scale(x, factors, y) else None
 
 
@@ -229,7 +233,7 @@ def _lengths(shape: Sequence[int], axes: tuple[int, ...], row: DType) -> Any:
 
 
 @functools.lru_cache(maxsize=64)  # 200 bytes for each array of each list
-def _told(
+def _prepared(
     dtype: np.dtype[Any], shapes: tuple[tuple[int, ...], ...], count: int, axes: Any, reduce: Reduce
 ) -> tuple[int, tuple[Array, Array, Array], Array] | None:
     """Return (bytes, tables of `kernels.plain_units`, storage sample) of arrays, or None.
@@ -240,18 +244,18 @@ def _told(
     own, others = shapes[:count], shapes[count:]
     if row is None or (others and others != own):
         return None
-    places, laws = [], []
+    arrays, laws = [], []
     for k, shape in enumerate(own):
         over = reduce(axes, len(shape))
         lengths = _lengths(shape, over, row) if over else None
         if lengths is None or 0 in shape:
             return None
-        places.append((*lengths, row.digits, count + k if others else 0))
+        arrays.append((*lengths, row.digits, count + k if others else 0))
         laws.append(_law(row, lengths[1] // row.components, 2.0))
     native = np.dtype(row.native.type)  # whose id is compared
     wanted = wanted_table([native] * len(shapes), shapes)
     nbytes = sum(map(math.prod, own)) * native.itemsize
-    return nbytes, (wanted, np.array(places, np.int64), np.array(laws)), row.like
+    return nbytes, (wanted, np.array(arrays, np.int64), np.array(laws)), row.like
 
 
 @functools.lru_cache(maxsize=256)

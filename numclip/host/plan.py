@@ -137,13 +137,13 @@ class Plan:
         for pool, size in zip(self.pools, sizes, strict=True):
             own = self.spans[pool.first : pool.last]
             size[row_steps.DENSE] = sum(span.size for span in own if not isinstance(span, RowSpan))
-            size[row_steps.UNIT] = max([span.dtype.coarse for span in own], default=0.0)
+            size[row_steps.UNIT] = max([span.dtype.truncate_below for span in own], default=0.0)
         rows = rows_table(dict(zip(sparse, held, strict=True)))
         rows[:, given_rows.LENGTH] = [span.length for span in sparse.values()]
         rows[:, given_rows.LOWEST] = [span.dtype.precision[1] for span in sparse.values()]
         return {
             given.ROWS: rows,
-            given.PLACES: np.zeros((len(rows), given_rows.PLACE), np.int64),
+            given.LOCATIONS: np.zeros((len(rows), given_rows.LOCATION_FIELDS), np.int64),
             given.LOSSES: np.zeros(len(self.pools)),
             given.SIZES: sizes,
         }
@@ -172,7 +172,7 @@ class Plan:
         self,
         divisors: Array,
         size: Array | None,
-        told: Sequence[Array],
+        exchange: Sequence[Array],
         exchanged: tuple[Array, Array],
     ) -> RanksAtOnce | None:
         """Return an object that clips by the sums of all ranks; None without a fused batch."""
@@ -182,7 +182,7 @@ class Plan:
             **self.tables_at_once(divisors, size=size),
             given.POOLS: whole_pools(self.pool_table),
         }
-        return RanksAtOnce(self.fused, tables, told, exchanged)
+        return RanksAtOnce(self.fused, tables, exchange, exchanged)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Let tensors be read at `sources`, 0 for one without elements; None resets this.

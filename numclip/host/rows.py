@@ -107,9 +107,9 @@ def summed(rows: Array, grouping: Groups) -> Array:
 
 
 def sum_rows(
-    source: Facts, target: Facts, grouping: Groups, places: Array, _stream: object = None
+    source: Facts, target: Facts, grouping: Groups, target_rows: Array, _stream: object = None
 ) -> None:
-    """Write the sum of each group of rows to its row in `places`, and 0 to the other rows.
+    """Write the sum of each group of rows to its row in `target_rows`, and 0 to the other rows.
 
     The dtype of the target holds the rows; sums are rounded once to it.
     """
@@ -117,4 +117,4 @@ def sum_rows(
     if source.nbytes:
         rows = np.ascontiguousarray(source.array, target.native)
         sums = summed(rows.reshape(rows.shape[0], -1), grouping)
-        target.array[places] = sums.reshape(places.size, *target.shape[1:])
+        target.array[target_rows] = sums.reshape(target_rows.size, *target.shape[1:])

@@ -56,9 +56,7 @@ class SeveralClips:
     def _writing(self) -> list[Call]:
         return [self._deciding, *self._each(several.scale)]
 
-    def _turn_to(
-        self, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
-    ) -> None:
+    def _turn_to(self, slot: int, unscale: float, bounds: Array, outcomes: Sequence[Array]) -> None:
         """Set the arguments of the next calls: bounds, loss scale and the tables they write to."""
         if outcomes is not self._outcomes:
             self._outcomes = ()  # until all is done: an interrupt may come in between
@@ -66,7 +64,7 @@ class SeveralClips:
                 point(own, given.SUMS, outcomes[0][0])
                 point(own, given.DECISIONS, outcomes[1][0])
             self._outcomes = outcomes
-        self._words[:] = place, 1, 0
+        self._words[:] = slot, 1, 0
         self._unscale[0], self._bounds[:] = unscale, bounds
 
     def _found(self, _items: Any) -> bool:
@@ -74,19 +72,19 @@ class SeveralClips:
         return True
 
     def measure(
-        self, items: Any, place: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
+        self, items: Any, slot: int, unscale: float, bounds: Array, outcomes: Sequence[Array]
     ) -> bool:
         """Measure and decide, without writing; return False if this needs another path."""
         if not self._found(items):
             return False
-        self._turn_to(place, unscale, bounds, outcomes)
+        self._turn_to(slot, unscale, bounds, outcomes)
         self._measure()
         return bool(self._words[several.RIGHT])
 
     def take(
         self,
         items: Any,
-        place: int,
+        slot: int,
         unscale: float,
         bounds: Array,
         outcomes: Sequence[Array],
@@ -94,8 +92,8 @@ class SeveralClips:
     ) -> bool:
         """Clip, or step; without `measures`, by the sums of the call before."""
         if not measures:
-            self._turn_to(place, unscale, bounds, outcomes)
-        elif not self.measure(items, place, unscale, bounds, outcomes):
+            self._turn_to(slot, unscale, bounds, outcomes)
+        elif not self.measure(items, slot, unscale, bounds, outcomes):
             return False
         self._write()
         return bool(self._words[several.RIGHT])
@@ -136,7 +134,7 @@ class SeveralSteps(SeveralClips):
             self._held += made.values()
             for k, table in made.items():
                 point(words, k, table)
-            calls.append(Call(several.place, 1, batch.nbytes, (words,)))
+            calls.append(Call(several.locate, 1, batch.nbytes, (words,)))
         return [*calls, *super()._measuring()]
 
     def _writing(self) -> list[Call]:

@@ -122,28 +122,28 @@ class Cut:
 class _Little(NamedTuple):
     """Families of one array of few bytes: their units are measured by one native call.
 
-    `numbers` are the families' numbers, `places` their table for `unit_loops`; `held` keeps alive
+    `numbers` are the families' numbers, `arrays` their table for `unit_loops`; `held` keeps alive
     the arrays and parameters whose addresses the table has.
     """
 
     dtype: DType
     numbers: Sequence[int]
-    places: Array
+    arrays: Array
     right: Array
     held: Any
 
     def measure(self, sums: Array, params: Array) -> list[int]:
         """Write totals and exponents of units; return the families that must be summed again."""
-        told = self.places, self.dtype.digits, self.dtype.like, sums, params, self.right
-        if unit_loops.measure_little(*told):
+        arguments = self.arrays, self.dtype.digits, self.dtype.like, sums, params, self.right
+        if unit_loops.measure_little(*arguments):
             return []
         return [f for f, right in zip(self.numbers, self.right.tolist(), strict=True) if not right]
 
     def scaling(self, units: Array) -> Call:
         """Return the call that multiplies units in place by their decided factors."""
-        told = self.places, units, self.dtype.like
+        arguments = self.arrays, units, self.dtype.like
         nbytes = sum(x.nbytes for x, _ in self.held)
-        return Call(unit_loops.scale_little, len(self.numbers), nbytes, told)
+        return Call(unit_loops.scale_little, len(self.numbers), nbytes, arguments)
 
 
 def _little_of(
@@ -175,13 +175,13 @@ def _littles(
         if held is not None:
             x, param = held
             owner = 0 if param is None else param.ctypes.data
-            place = [x.ctypes.data, *x.shape, owner, firsts[f]]
-            members.setdefault(family.arrays[0].dtype, []).append((f, place, held))
+            row = [x.ctypes.data, *x.shape, owner, firsts[f]]
+            members.setdefault(family.arrays[0].dtype, []).append((f, row, held))
     made = []
     for dtype, every in members.items():
-        numbers, places, kept = zip(*every, strict=True)
+        numbers, arrays, kept = zip(*every, strict=True)
         right = np.zeros(len(numbers), np.bool_)
-        made.append(_Little(dtype, numbers, np.array(places, np.int64), right, kept))
+        made.append(_Little(dtype, numbers, np.array(arrays, np.int64), right, kept))
     return made
 
 

@@ -32,7 +32,7 @@ KERNELS = {
 """(prepare, update): the kernels of a step, by the name that an optimizer gives it."""
 
 
-class Places:
+class Layout:
     """The addresses of parameters and their states, from which tables of updates are made.
 
     Gradients are read at the sources of `spans`, parameters written at the targets. `states` has
@@ -55,10 +55,10 @@ class Places:
     def whole(self, numbers: Sequence[int]) -> tuple[Array, Array]:
         """Return (chunks, tensors): updates of whole tensors of a dtype, the tensor of each."""
         dtype = self.spans[numbers[0]].dtype
-        places = np.array([self.spans[k][1:4] for k in numbers], np.int64)
-        pieces = batches.of_table(dtype, places).chunks
+        extents = np.array([self.spans[k][1:4] for k in numbers], np.int64)
+        pieces = batches.of_table(dtype, extents).chunks
         own = pieces[:, cpu.OWNER]
-        starts = (pieces[:, cpu.SOURCE] - places[own, 0]) // dtype.storage.itemsize
+        starts = (pieces[:, cpu.SOURCE] - extents[own, 0]) // dtype.storage.itemsize
         tensors, chunks = np.array(numbers)[own], np.zeros((len(own), 6), np.int64)
         chunks[:, updates.GRAD] = pieces[:, cpu.SOURCE]
         chunks[:, updates.LENGTH] = pieces[:, cpu.LENGTH]
@@ -73,7 +73,7 @@ class Places:
         chunks = np.zeros((count * -(-length // CHUNK), 6), np.int64)
         addresses = np.array([sums.ctypes.data, *self.each[number]], np.int64)
         itemsizes = sums.itemsize, self.spans[number].dtype.compute.itemsize
-        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        updates.write_row_updates(indices, length, addresses, itemsizes, owner, chunks)
         return chunks
 
 
@@ -97,7 +97,7 @@ class Updates:
         pool_of: Array,
     ) -> None:
         self._advance, self._kernel = KERNELS[kernel]
-        self._places, self._pool_of = Places(spans, states), pool_of
+        self._layout, self._pool_of = Layout(spans, states), pool_of
         pools = int(pool_of.max(initial=-1)) + 1
         self._counts = np.zeros(pools, np.int64)
         self._given = np.zeros((pools, SETTINGS_COLUMNS))
@@ -107,10 +107,10 @@ class Updates:
         self._dense: list[tuple[DType, Array]] = []  # the updates of dense tensors
         self._tensors: list[Array] = []  # the tensor of each chunk of these
         for dtype in self._dtypes:
-            every = enumerate(self._places.spans)
+            every = enumerate(self._layout.spans)
             members = [k for k, own in every if isinstance(own, Span) and own.dtype is dtype]
             if members:
-                chunks, tensors = self._places.whole(members)
+                chunks, tensors = self._layout.whole(members)
                 chunks[:, updates.OWNER] = pool_of[tensors]
                 self._dense.append((dtype, chunks))
                 self._tensors.append(tensors)
@@ -172,7 +172,7 @@ class GroupUpdates(Updates):
         """Let gradients be read at `sources`, none for 0; None means those of the plan."""
         self._calls, self._update = self._own_calls, self._own_update
         if sources is not None:
-            starts = self._places.starts
+            starts = self._layout.starts
             self._calls = [
                 self._call(dtype, batches.moved(chunks, tensors, starts, sources))
                 for (dtype, chunks), tensors in zip(self._dense, self._tensors, strict=True)
@@ -204,8 +204,8 @@ class GroupUpdates(Updates):
         tables[given.PIECES], own = pieces[0], numbers[0]
         tables[given.SETTINGS], tables[given.FACTORS] = own.settings, own.factors
         if held:
-            places = [self._places.each[k] for k in self._sparse]
-            tables[given.ROWS][:, given_rows.PARAM :] = places
+            params = [self._layout.each[k] for k in self._sparse]
+            tables[given.ROWS][:, given_rows.PARAM :] = params
         starts[self._sparse] = 1  # sparse gradients have no address here, but are not ABSENT
         return StepsAtOnce(self._name, found[0], starts, reader, tables)
 
@@ -247,7 +247,7 @@ class GroupUpdates(Updates):
             sums = rows.summed(values, slices.grouping)
         sums = as_stored(sums)
         owner = int(self._pool_of[k])
-        chunks = self._places.of_rows(k, owner, sums, slices.distinct_indices)
+        chunks = self._layout.of_rows(k, owner, sums, slices.distinct_indices)
         call = self._call(span.dtype, chunks, sums)
         if overflows:
             chunks, factors, *rest = call.arguments
@@ -274,7 +274,7 @@ class ArrayUpdates(Updates):
         super().__init__(kernel, spans, states, np.arange(len(spans)))
         self._chunks = self._together()
         owners = self._chunks[:, updates.OWNER]
-        self._distances = self._chunks[:, updates.GRAD] - self._places.starts[owners]
+        self._distances = self._chunks[:, updates.GRAD] - self._layout.starts[owners]
         self._decisions = np.zeros((len(spans), DECISION_COLUMNS))  # to leave gradients as they are
         self._sparse = [k for k, span in enumerate(spans) if isinstance(span, RowSpan)]
         found = [as_stored(rows.rows_of(span)) for span in spans if isinstance(span, RowSpan)]
@@ -295,8 +295,8 @@ class ArrayUpdates(Updates):
         """Make the calls of the next steps, one for each dtype; `sums` update rows."""
         tables = {dtype: [chunks] for dtype, chunks in self._dense}
         for k, (indices, stored) in zip(self._sparse, sums, strict=True):
-            chunks = self._places.of_rows(k, k, stored, indices)
-            tables.setdefault(self._places.spans[k].dtype, []).append(chunks)
+            chunks = self._layout.of_rows(k, k, stored, indices)
+            tables.setdefault(self._layout.spans[k].dtype, []).append(chunks)
         self._calls = [
             self._call(dtype, np.concatenate(own) if len(own) > 1 else own[0], sums)
             for dtype, own in tables.items()

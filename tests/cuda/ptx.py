@@ -14,6 +14,7 @@ from numba.core import config
 from numba.cuda import cuda_paths, dispatcher, types
 
 from numclip.cuda.kernels import (
+    deciding,
     halves,
     norms,
     rows,
@@ -22,7 +23,6 @@ from numclip.cuda.kernels import (
     tiles,
     units,
     updates,
-    verdict,
 )
 
 TABLE = types.Array(types.int64, 2, "C")
@@ -51,7 +51,7 @@ SIGNATURES: dict[Any, dict[str, tuple[Any, ...]]] = {
         "sum_rows": (TABLE, TABLE, COUNTS, LIKE, types.float64),
         "sum_scaled_rows": (TABLE, TABLE, COUNTS, TABLE, NUMBERS, LIKE),
     },
-    verdict: {"judge": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
+    deciding: {"decide_pools": (TABLE, TABLE, NUMBERS, NUMBERS, TICKETS, NUMBERS, NUMBERS)},
     scaling: {
         "scale": (TABLE, TABLE, NUMBERS, types.int64, types.int64, types.int64, LIKE),
         "copy_chunks": (TABLE, LIKE),

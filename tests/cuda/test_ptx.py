@@ -85,7 +85,7 @@ def test_code(capability, tmp_path):
     # The errors of a sum would vanish if its subtractions were simplified.
     assert len(re.findall(r"sub\.f64|neg\.f64", kernels["sum_squares float32"])) >= 4
     # Whoever counts the last block also makes sure that the others' sums are seen.
-    steps = re.findall(r"atom\.global\.inc|membar\.gl|bar\.sync", kernels["judge"])
+    steps = re.findall(r"atom\.global\.inc|membar\.gl|bar\.sync", kernels["decide_pools"])
     after = [step for before, step in itertools.pairwise(steps) if before.startswith("atom")]
     assert after == ["membar.gl", "membar.gl"]
     ptxas = ptxas_beside(nvvm)

@@ -29,7 +29,7 @@ def law_of(**columns):
 def decide(law, norm, exponent=0, *, spread=0.0, policy=t.PROPAGATE, digits=24, bad=0.0):
     """Return the decision on a pool of a norm ``norm * 2**exponent``."""
     out = np.full(t.DECISION_COLUMNS, np.nan)
-    out[t.ROOT], out[t.ROOT_EXPONENT], out[t.SPREAD] = norm, exponent, spread
+    out[t.ROOT], out[t.ROOT_EXPONENT], out[t.CANCELLATION] = norm, exponent, spread
     decisions.decide(law, policy, digits, bad, out)
     return out
 
@@ -99,18 +99,18 @@ def test_a_bound_of_zero_clips_what_underflows_but_no_zeros():
 
 def test_results_are_truncated_where_the_grain_or_the_factor_asks_for_it():
     cases = [
-        ({"bound": 1.0, "coarse": 0.5}, t.MULTIPLY),
-        ({"bound": 1.0, "coarse": 1.5}, t.TRUNCATE),
-        ({"bound": 2.0, "aim": 1.0, "coarse": 1.5}, t.TRUNCATE),
+        ({"bound": 1.0, "truncate_below": 0.5}, t.MULTIPLY),
+        ({"bound": 1.0, "truncate_below": 1.5}, t.TRUNCATE),
+        ({"bound": 2.0, "aim": 1.0, "truncate_below": 1.5}, t.TRUNCATE),
         ({"bound": 8.0 * TINY}, t.MULTIPLY),
         ({"bound": 2.0 * TINY}, t.TRUNCATE),
         ({"bound": 8.0 * TINY, "unscale": 64.0}, t.TRUNCATE),
         ({"bound": 1e30, "unscale": 2.0**127}, t.TRUNCATE),
-        ({"bound": 0.0, "aim": 0.0, "coarse": 1.0, "unscale": 2.0}, t.MULTIPLY),
+        ({"bound": 0.0, "aim": 0.0, "truncate_below": 1.0, "unscale": 2.0}, t.MULTIPLY),
     ]
     for columns, mode in cases:
         assert decide(law_of(**columns), 4.0)[t.MODE] == mode, columns
-    assert decide(law_of(bound=8.0, coarse=9.0), 4.0)[t.MODE] == t.LEAVE
+    assert decide(law_of(bound=8.0, truncate_below=9.0), 4.0)[t.MODE] == t.LEAVE
     out = decide(law_of(bound=2.0, aim=1.0), 4.0)
     assert out[t.CLIPPED] == pytest.approx(1.0, rel=1e-6)
 
@@ -134,7 +134,7 @@ def test_norms_are_roots_of_sums_over_divisors():
     def norm(total, exponent=0, bad=0.0, **columns):
         out = np.full(t.DECISION_COLUMNS, np.nan)
         decisions.write_norm(law_of(**columns), total, exponent, bad, out)
-        assert out[t.SPREAD] == 0.0
+        assert out[t.CANCELLATION] == 0.0
         return math.ldexp(out[t.ROOT], int(out[t.ROOT_EXPONENT])), out[t.BROKEN]
 
     assert norm(16.0, 3) == (32.0, 0.0)
@@ -151,8 +151,8 @@ def test_norms_are_roots_of_sums_over_divisors():
 def test_the_spread_is_by_how_much_magnitudes_exceed_their_sums():
     def spread(sums, terms, **columns):
         out = np.full(t.DECISION_COLUMNS, -1.0)
-        decisions.write_spread(law_of(**columns), sums, terms, out)
-        return out[t.SPREAD]
+        decisions.write_cancellation(law_of(**columns), sums, terms, out)
+        return out[t.CANCELLATION]
 
     assert spread((4.0, 1), (36.0, 2)) == 6.0
     assert spread((4.0, 1), (4.0, -700)) == 2.0**-701
@@ -161,19 +161,19 @@ def test_the_spread_is_by_how_much_magnitudes_exceed_their_sums():
 
 
 def test_relative_bounds_are_of_ratios():
-    def relative(bound, norm, param, eps=0.0, coarse=0.0):
-        law = law_of(bound=bound, eps=eps, coarse=coarse)
-        bound, (root, power), coarse = decisions.relative(law, norm, param)
-        return bound, math.ldexp(root, int(power)), coarse
+    def relative(bound, norm, param, eps=0.0, truncate_below=0.0):
+        law = law_of(bound=bound, eps=eps, truncate_below=truncate_below)
+        bound, (root, power), truncate_below = decisions.relative(law, norm, param)
+        return bound, math.ldexp(root, int(power)), truncate_below
 
-    assert relative(0.5, (6.0, 1), (3.0, 3), coarse=12.0) == (0.5, 0.5, 0.5)
+    assert relative(0.5, (6.0, 1), (3.0, 3), truncate_below=12.0) == (0.5, 0.5, 0.5)
     assert relative(0.5, (6.0, 0), (3.0, -3), eps=0.5) == (0.5, 12.0, 0.0)
     assert relative(0.5, (6.0, 0), (3.0, -3), eps=0.375) == (0.5, 16.0, 0.0)
     # Of a parameter of zeros nothing is left, unless nothing is to be clipped.
-    assert relative(0.5, (6.0, 1), (0.0, 0), coarse=3.0) == (0.0, 12.0, 3.0)
+    assert relative(0.5, (6.0, 1), (0.0, 0), truncate_below=3.0) == (0.0, 12.0, 3.0)
     assert relative(math.inf, (6.0, 1), (0.0, 0)) == (math.inf, 12.0, 0.0)
     # A bound without all its digits is told as one with them, and so is the ratio.
-    assert relative(2.0**-1030, (6.0, -1030), (3.0, 0), coarse=3 * 2.0**-1000) == (
+    assert relative(2.0**-1030, (6.0, -1030), (3.0, 0), truncate_below=3 * 2.0**-1000) == (
         0.5,
         1.0,
         2.0**29,

@@ -144,7 +144,7 @@ def test_binned_squares_lose_nothing():
         value = math.ldexp(1.0 + 2.0**-20 if exponent > -1040 else 1.0, exponent)
         bins = formulas.binned_square(value)
         assert sum(part != 0.0 for part in bins) == 1, exponent
-        total, power = formulas.joined_bins(*bins)
+        total, power = formulas.sum_of_bins(*bins)
         exact = Fraction(value) ** 2
         lost = abs(Fraction(total) * Fraction(4) ** power - exact)
         assert lost <= exact * Fraction(2) ** -53, exponent
@@ -155,12 +155,12 @@ def test_joined_bins_keep_what_counts():
     parts = {power: math.ldexp(1.0, power) for power in (-500, -480, 400, 480, 500)}
     for large, small in [(500, 480), (400, -480), (-480, -500)]:
         bins = [formulas.binned_square(parts[power]) for power in (large, small)]
-        total, power = formulas.joined_bins(*map(sum, zip(*bins, strict=True)))
+        total, power = formulas.sum_of_bins(*map(sum, zip(*bins, strict=True)))
         exact = sum(Fraction(parts[power]) ** 2 for power in (large, small))
         assert abs(Fraction(total) * Fraction(4) ** power / exact - 1) <= unit
-    assert formulas.joined_bins(*formulas.binned_square(0.0))[0] == 0.0
-    assert math.isnan(formulas.joined_bins(*formulas.binned_square(math.nan))[0])
-    assert formulas.joined_bins(*formulas.binned_square(math.inf))[0] == math.inf
+    assert formulas.sum_of_bins(*formulas.binned_square(0.0))[0] == 0.0
+    assert math.isnan(formulas.sum_of_bins(*formulas.binned_square(math.nan))[0])
+    assert formulas.sum_of_bins(*formulas.binned_square(math.inf))[0] == math.inf
     assert limit**2 < 2.0**1000
 
 

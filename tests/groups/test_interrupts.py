@@ -123,9 +123,9 @@ def test_a_step_in_place_of_one_that_was_told_is_told():
     groups.set_grads({"w": np.array([3.0, 4.0])})
     taken = groups._manager.made_steps()
     groups.clip()
-    place = taken._place
+    slot = taken._slot
     groups.clip(apply=False)
-    taken._place = place  # as where that is interrupted once it is kept
+    taken._slot = slot  # as where that is interrupted once it is kept
     assert len(groups.history) == 1
     groups.clip()
     assert groups.history.to_dict()["g"]["step"] == [0, 1]

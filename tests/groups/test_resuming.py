@@ -85,14 +85,14 @@ OTHERS = [
 
 
 def test_other_parameters():
-    for names, size, place, fits in OTHERS:
+    for names, size, slot, fits in OTHERS:
         saved = run(groups_of(nc.AdaGC()))
         saved.params["w"][...] = 7.0
         groups = groups_of(nc.AdaGC(), names, size)
         with pytest.raises(nc.StateError):
             groups.load_state_dict(saved.state_dict())
         left_out = groups.load_state_dict(saved.state_dict(), strict=False)
-        assert any(reason.startswith(place) for reason in left_out)
+        assert any(reason.startswith(slot) for reason in left_out)
         assert any("AdaGC" in reason for reason in left_out) is (len(names) != 2)
         assert groups.params["w"][0] == (7.0 if "w" in fits else 1.0)
         run(groups, range(4, 6))

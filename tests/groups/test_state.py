@@ -177,15 +177,15 @@ def test_what_is_no_regular_file_is_written_and_not_replaced(path):
     os.mkfifo(fifo)
     link.symlink_to("fifo")
     save(path, sample())
-    for place in (fifo, link):
-        writer = threading.Thread(target=save, args=(place, sample()), daemon=True)
+    for slot in (fifo, link):
+        writer = threading.Thread(target=save, args=(slot, sample()), daemon=True)
         writer.start()
-        assert place.read_bytes() == path.read_bytes()
+        assert slot.read_bytes() == path.read_bytes()
         writer.join()
-        assert stat.S_ISFIFO(place.stat().st_mode)
+        assert stat.S_ISFIFO(slot.stat().st_mode)
         writer = threading.Thread(target=fifo.write_bytes, args=(path.read_bytes(),), daemon=True)
         writer.start()
-        assert bits(load(place)) == bits(sample())
+        assert bits(load(slot)) == bits(sample())
         writer.join()
     assert {*path.parent.iterdir()} == {path, fifo, link}
 

@@ -284,8 +284,8 @@ def test_own_links_are_followed_to_a_folder_that_is_looked_at(folder, tmp_path, 
     real = tmp_path / "real"
     real.mkdir()
     up = link.startswith("..")
-    place = f"{tmp_path.parent.name}/{tmp_path.name}" if up else str(tmp_path)
-    folder.parent.symlink_to(link.format(place))
+    slot = f"{tmp_path.parent.name}/{tmp_path.name}" if up else str(tmp_path)
+    folder.parent.symlink_to(link.format(slot))
     cache.write(NAME, WANTED, CODE)
     assert cache.folder().path == str(real / "numclip")
     real.chmod(0o777)

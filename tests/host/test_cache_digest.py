@@ -122,9 +122,9 @@ for kernel in updates.adam, little.clip, cpu.merge:
 """
 
 
-def listed(place, **environment):
+def listed(slot, **environment):
     variables = {**os.environ, **environment}
-    command = [sys.executable, "-c", LISTED, str(place)]
+    command = [sys.executable, "-c", LISTED, str(slot)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -136,8 +136,8 @@ def test_the_digest_is_that_of_the_code_wherever_it_was_imported_from(tmp_path):
     """A zip has no files, and a newer version of it has the same name."""
     sources = {path.relative_to(PACKAGE.parent): path for path in PACKAGE.rglob("*.py")}
     zips = tmp_path / "old.zip", tmp_path / "new.zip"
-    for number, place in enumerate(zips):
-        with zipfile.ZipFile(place, "w") as archive:
+    for number, slot in enumerate(zips):
+        with zipfile.ZipFile(slot, "w") as archive:
             for name, path in sources.items():
                 text = path.read_text()
                 if number and name.name == "formulas.py":

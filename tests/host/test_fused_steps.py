@@ -13,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import numclip as nc
-from numclip.clipping.outcome import joined, norms_of
+from numclip.clipping.outcome import norms_of, norms_together
 from numclip.clipping.steps import Steps
 from numclip.clipping.updating import GroupUpdater
-from numclip.host.kernels.pools import tell_norms
+from numclip.host.kernels.pools import write_norms
 from numclip.host.plan import Plan
 from numclip.host.runtime import environment
 from numclip.tables import BAD, ERROR, EXPONENT, SUM_COLUMNS, TOTAL
@@ -128,15 +128,15 @@ def test_norms_are_told_with_the_bits_of_reports(totals, unscale):
     sums[:, ERROR] = [0.0 if total > 1e300 else total * 1e-17 for total in totals]
     sums[:, BAD] = ~np.isfinite(totals)
     divisors = np.arange(1.0, len(totals) + 1.0)
-    total, bad, plain = tell_norms(sums, unscale, divisors, norms)
+    total, bad, plain = write_norms(sums, unscale, divisors, norms)
     with np.errstate(all="ignore"):
         wanted = np.nan_to_num(norms_of(sums, unscale) / divisors)
     assert norms.tobytes() == wanted.tobytes()
     assert (bad, plain) == (not np.isfinite(totals).all(), True)
     with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
-        assert total == np.nan_to_num(joined(sums, unscale))
+        assert total == np.nan_to_num(norms_together(sums, unscale))
     sums[-1, EXPONENT] = 1.0
-    assert not tell_norms(sums, unscale, divisors, norms)[2]
+    assert not write_norms(sums, unscale, divisors, norms)[2]
 
 
 SEVERAL = [np.full(3, 2.0, "f"), np.arange(4.0).reshape(2, 2), np.ones(5, "f2"), np.ones(2)]

@@ -223,10 +223,10 @@ def test_a_lost_stderr_is_no_fault(forked, tmp_path, stream):
 def test_nowhere_to_keep_code_is_announced_with_the_reason(forked, tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    place = str(tmp_path / "open")
-    told = forked(place, KERNEL, NUMCLIP_QUIET="0", HOME=place, XDG_CACHE_HOME=place).stderr
+    slot = str(tmp_path / "open")
+    told = forked(slot, KERNEL, NUMCLIP_QUIET="0", HOME=slot, XDG_CACHE_HOME=slot).stderr
     assert "kept nowhere" in told
-    assert f"{place} can be written by others" in told
+    assert f"{slot} can be written by others" in told
     assert [*(tmp_path / "open").iterdir()] == []
 
 

@@ -22,7 +22,7 @@ def machine(monkeypatch, tmp_path):
     def make(memberships, mounts, files):
         (tmp_path / "cgroup").write_text("".join(f"{line}\n" for line in memberships))
         places = [line.format(mounted=tmp_path / "fs", **options) for line, options in mounts]
-        (tmp_path / "mountinfo").write_text("".join(f"{place}\n" for place in places))
+        (tmp_path / "mountinfo").write_text("".join(f"{slot}\n" for slot in places))
         for name, text in files.items():
             path = tmp_path / "fs" / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,40 +4,40 @@ import numpy as np
 
 from numclip.cuda.device import THREADS, cuda, inline
 from numclip.cuda.kernels.packets import size_of
-from numclip.cuda.kernels.scalars import binned_square, joined_bins, larger, settled, two_sum
+from numclip.cuda.kernels.scalars import binned_square, larger, settled, sum_of_bins, two_sum
 
 BINS = 7  # three sums, their rounding errors, and a count
 EMPTY = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @inline
-def tree_sum(total, error, place, count, apart, room):
-    """Return the sum of sums and errors over the `count` threads equal to `place` modulo `apart`.
+def tree_sum(total, error, thread, count, apart, scratch):
+    """Return the sum of sums and errors over the `count` threads equal to `thread` modulo `apart`.
 
-    `place` is the thread's number. They are added in a tree; `apart` is 1, or `apart` and `count`
+    `thread` is the thread's number. They are added in a tree; `apart` is 1, or `apart` and `count`
     are powers of two.
     """
-    totals, errors = room[0], room[1]
-    totals[place] = total
-    errors[place] = error
+    totals, errors = scratch[0], scratch[1]
+    totals[thread] = total
+    errors[thread] = error
     cuda.syncthreads()
     while count > apart:
         half = (count + 1) >> 1
-        if place < count - half:
-            totals[place], rest = two_sum(totals[place], totals[place + half])
-            errors[place] += errors[place + half] + rest
+        if thread < count - half:
+            totals[thread], rest = two_sum(totals[thread], totals[thread + half])
+            errors[thread] += errors[thread + half] + rest
         cuda.syncthreads()
         count = half
-    own = place & (apart - 1)
+    own = thread & (apart - 1)
     result = settled(totals[own], errors[own])
     cuda.syncthreads()
     return result
 
 
 @inline
-def lane_sum(total, error, place, apart, room):
-    """Return the sum of sums and errors over THREADS threads equal to `place` modulo `apart`."""
-    return tree_sum(total, error, place, THREADS, apart, room)
+def lane_sum(total, error, thread, apart, scratch):
+    """Return the sum of sums and errors over THREADS threads equal to `thread` modulo `apart`."""
+    return tree_sum(total, error, thread, THREADS, apart, scratch)
 
 
 @inline
@@ -62,71 +62,74 @@ def with_square(bins, value, count, like):
 
 
 @inline
-def lane_bins(bins, place, apart, room):
-    """Return (total, exponent, count) of bins over the threads equal to `place` modulo `apart`.
+def lane_bins(bins, thread, apart, scratch):
+    """Return (total, exponent, count) of bins over the threads equal to `thread` modulo `apart`.
 
     The sum is ``total * 4**exponent``. All bins are added in one tree, as `lane_sum` adds one
-    sum; `room` has a row for each.
+    sum; `scratch` has a row for each.
     """
     for k in range(len(bins)):
-        room[k, place] = bins[k]
+        scratch[k, thread] = bins[k]
     cuda.syncthreads()
     half = THREADS >> 1
     while half >= apart:
-        if place < half:
+        if thread < half:
             for k in range(3):
-                room[k, place], rest = two_sum(room[k, place], room[k, place + half])
-                room[k + 3, place] += room[k + 3, place + half] + rest
-            room[6, place] += room[6, place + half]
+                scratch[k, thread], rest = two_sum(scratch[k, thread], scratch[k, thread + half])
+                scratch[k + 3, thread] += scratch[k + 3, thread + half] + rest
+            scratch[6, thread] += scratch[6, thread + half]
         cuda.syncthreads()
         half >>= 1
-    own = place & (apart - 1)
-    small, middle = settled(room[0, own], room[3, own]), settled(room[1, own], room[4, own])
-    large, count = settled(room[2, own], room[5, own]), room[6, own]
+    own = thread & (apart - 1)
+    small, middle = (
+        settled(scratch[0, own], scratch[3, own]),
+        settled(scratch[1, own], scratch[4, own]),
+    )
+    large, count = settled(scratch[2, own], scratch[5, own]), scratch[6, own]
     cuda.syncthreads()
-    total, exponent = joined_bins(small, middle, large)
+    total, exponent = sum_of_bins(small, middle, large)
     return total, exponent, count
 
 
 @inline
-def lane_max(value, place, apart, room):
-    """Return the largest value over the threads equal to `place` modulo `apart`, NaN if one is."""
-    values = room[0]
-    values[place] = value
+def lane_max(value, thread, apart, scratch):
+    """Return the largest value over the threads equal to `thread` modulo `apart`, NaN if one is."""
+    values = scratch[0]
+    values[thread] = value
     cuda.syncthreads()
     half = THREADS >> 1
     while half >= apart:
-        if place < half:
-            values[place] = larger(values[place], values[place + half])
+        if thread < half:
+            values[thread] = larger(values[thread], values[thread + half])
         cuda.syncthreads()
         half >>= 1
-    result = values[place & (apart - 1)]
+    result = values[thread & (apart - 1)]
     cuda.syncthreads()
     return result
 
 
 @inline
-def block_sum(total, error, room):
+def block_sum(total, error, scratch):
     """Return the sum over all threads of the block of sums and their errors."""
-    return lane_sum(total, error, cuda.threadIdx.x, 1, room)
+    return lane_sum(total, error, cuda.threadIdx.x, 1, scratch)
 
 
 @inline
-def block_max(value, room):
+def block_max(value, scratch):
     """Return the largest value over all threads of the block, NaN if one is."""
-    return lane_max(value, cuda.threadIdx.x, 1, room)
+    return lane_max(value, cuda.threadIdx.x, 1, scratch)
 
 
 @inline
-def arrives_last(tickets, index, count, room):
+def arrives_last(tickets, index, count, scratch):
     """Return, in all threads of a block, whether it is the last of `count` blocks to call this."""
     cuda.threadfence()  # blocks that arrive later see what was written before
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         arrived = cuda.atomic.inc(tickets, index, np.uint32(count - 1))  # wraps to 0
         cuda.threadfence()  # with the barrier: no thread reads a stale copy after it
-        room[0, 0] = 1.0 if arrived == count - 1 else 0.0
+        scratch[0, 0] = 1.0 if arrived == count - 1 else 0.0
     cuda.syncthreads()
-    last = room[0, 0] == 1.0
+    last = scratch[0, 0] == 1.0
     cuda.syncthreads()
     return last

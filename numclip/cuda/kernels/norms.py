@@ -58,11 +58,11 @@ def lane_squares_of(address, length, lane, lanes, like):
 
 
 @inline
-def parts_of(place, masked, components, like):
+def parts_of(address, masked, components, like):
     """Return an element's parts, 0 if masked and not finite, and 1.0 if not finite, else 0.0."""
-    x, y = np.float64(load(place, like)), 0.0
+    x, y = np.float64(load(address, like)), 0.0
     if components == 2:
-        y = np.float64(load(place + size_of(like), like))
+        y = np.float64(load(address + size_of(like), like))
     if math.isfinite(x) and math.isfinite(y):
         return x, y, 0.0
     return (0.0 if masked else x), (0.0 if masked else y), 1.0
@@ -74,10 +74,10 @@ def careful_squares(line, masked, lane, lanes, like):
 
     `line` is (address, step in bytes, number of elements, components).
     """
-    place, step, length, components = line
+    address, step, length, components = line
     bins, i = EMPTY, lane
     while i < length:
-        x, y, odd = parts_of(place + i * step, masked, components, like)
+        x, y, odd = parts_of(address + i * step, masked, components, like)
         bins = with_square(with_square(bins, x, odd, like), y, 0.0, like)
         i += lanes
     return bins
@@ -94,17 +94,17 @@ def is_lossless(total, like):
 @kernel
 def sum_squares(chunks, tensors, like, out):
     """Write each chunk's sum of squares. Reads every element once, rare chunks twice."""
-    room = cuda.shared.array((BINS, THREADS), np.float64)
+    scratch = cuda.shared.array((BINS, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
         address, length = chunks[c, col.SOURCE], chunks[c, col.LENGTH]
         total, error = lane_squares_of(address, length, i, THREADS, like)
-        total, exponent, bad = block_sum(total, error, room), 0, 0.0
+        total, exponent, bad = block_sum(total, error, scratch), 0, 0.0
         if not is_lossless(total, like):
             masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
             line = address, size_of(like), length, 1
             bins = careful_squares(line, masked, i, THREADS, like)
-            total, exponent, bad = lane_bins(bins, i, 1, room)
+            total, exponent, bad = lane_bins(bins, i, 1, scratch)
         if cuda.threadIdx.x == 0:
             out[chunks[c, col.PART], col.TOTAL] = total
             out[chunks[c, col.PART], col.EXPONENT] = exponent
@@ -142,13 +142,13 @@ def lane_max_of(address, length, masked, lane, lanes, like):
 @kernel
 def max_magnitude(chunks, tensors, like, out):
     """Write each chunk's largest magnitude. Reads every element once."""
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
         masked = tensors[chunks[c, col.OWNER], col.ZEROING] != 0
         address, length = chunks[c, col.SOURCE], chunks[c, col.LENGTH]
         largest, bad = lane_max_of(address, length, masked, i, THREADS, like)
-        largest, bad = block_max(largest, room), block_sum(bad, 0.0, room)
+        largest, bad = block_max(largest, scratch), block_sum(bad, 0.0, scratch)
         if cuda.threadIdx.x == 0:
             out[chunks[c, col.PART], col.TOTAL] = largest
             out[chunks[c, col.PART], col.EXPONENT] = 0.0
@@ -162,7 +162,7 @@ def find_peaks(tensors, pools, partial, column, out):
 
     The largest of the terms of sums goes to the matching column, TERMS_PEAK for PEAK.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     p = np.int64(cuda.blockIdx.x)
     while p < pools.shape[0]:
         largest, terms = 0.0, 0.0
@@ -171,7 +171,7 @@ def find_peaks(tensors, pools, partial, column, out):
             largest = larger(largest, partial[part, col.TOTAL])
             terms = larger(terms, partial[part, col.TERMS])
             part += THREADS
-        largest, terms = block_max(largest, room), block_max(terms, room)
+        largest, terms = block_max(largest, scratch), block_max(terms, scratch)
         if cuda.threadIdx.x == 0:
             out[p, column], out[p, column + col.TERMS_PEAK - col.PEAK] = (
                 largest,
@@ -213,7 +213,7 @@ def lane_powers_of(address, length, law, lane, lanes, like):
 @kernel
 def sum_powers(chunks, tensors, laws, like, out):
     """Write each chunk's sum of ``(|x| / scale) ** ord``; for order inf, the largest ratio."""
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     c, i = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x)
     while c < chunks.shape[0]:
         tensor, chunk = tensors[chunks[c, col.OWNER]], chunks[c]
@@ -221,7 +221,7 @@ def sum_powers(chunks, tensors, laws, like, out):
         scale = usable(laws[tensor[col.POOL], col.PEAK], ord)
         law = tensor[col.ZEROING] != 0, scale, ord
         total, error = lane_powers_of(chunk[col.SOURCE], chunk[col.LENGTH], law, i, THREADS, like)
-        total = block_max(total, room) if ord == math.inf else block_sum(total, error, room)
+        total = block_max(total, scratch) if ord == math.inf else block_sum(total, error, scratch)
         if cuda.threadIdx.x == 0:
             out[chunks[c, col.PART], col.TOTAL] = total
         c += cuda.gridDim.x

@@ -180,7 +180,7 @@ def packet_at(_typing, _number, _packets, like):
     return spot(types.int64, types.int64, like), emit
 
 
-def _placed(builder, address, spot, kind, like):
+def _addressed(builder, address, spot, kind, like):
     """Return the addresses of the words of a spot's packet, or of its element."""
 
     def size(number):
@@ -191,22 +191,22 @@ def _placed(builder, address, spot, kind, like):
     number, *packets = _unpacked(builder, spot)
     bytes_on = WORD if packets else PACKET * like.bitwidth // 8
     step = builder.mul(packets[0], size(WORD)) if packets else size(WORD)
-    places = [builder.add(address, builder.mul(number, size(bytes_on)))]
+    addresses = [builder.add(address, builder.mul(number, size(bytes_on)))]
     for _ in range(PACKET // _width(like) - 1):
-        places.append(builder.add(places[-1], step))
-    return places
+        addresses.append(builder.add(addresses[-1], step))
+    return addresses
 
 
 def _pointers(builder, address, spots, kinds, like):
     """Return pointers to the words, or elements, of some spots, and their alignment."""
     single = isinstance(kinds.dtype, types.Integer)
     element, align = (_ELEMENTS[like], like.bitwidth // 8) if single else (_word(like), WORD)
-    places = [
-        place
+    words = [
+        word
         for spot in _unpacked(builder, spots)
-        for place in _placed(builder, address, spot, kinds.dtype, like)
+        for word in _addressed(builder, address, spot, kinds.dtype, like)
     ]
-    return [_pointer(builder, place, element) for place in places], align
+    return [_pointer(builder, word, element) for word in words], align
 
 
 def _lanes(spots, like):
@@ -343,9 +343,9 @@ def over_chunks(turn, arguments, chunks, like):
     """Call `turn` as `over_packets` does for each chunk; its addresses precede `arguments`."""
     c = np.int64(cuda.blockIdx.x)
     while c < chunks.shape[0]:
-        places = chunks[c, col.SOURCE], chunks[c, col.TARGET]
-        addresses, length = places[0] | places[1], chunks[c, col.LENGTH]
-        over_packets(turn, places + arguments, addresses, length, like)
+        pair = chunks[c, col.SOURCE], chunks[c, col.TARGET]
+        addresses, length = pair[0] | pair[1], chunks[c, col.LENGTH]
+        over_packets(turn, pair + arguments, addresses, length, like)
         c += cuda.gridDim.x
 
 

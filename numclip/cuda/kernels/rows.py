@@ -62,12 +62,12 @@ def team_of(share):
 @inline
 def element_of(share, row, number, like):
     """Return a stored number of a row, and whether it, or its complex partner, is not finite."""
-    place = share[col.SOURCE] + (row * share[col.LENGTH] + number) * size_of(like)
-    value = np.float64(load(place, like))
+    address = share[col.SOURCE] + (row * share[col.LENGTH] + number) * size_of(like)
+    value = np.float64(load(address, like))
     odd = not math.isfinite(value)
     if share[col.COMPONENTS] == 2:
         other = size_of(like) if number & 1 == 0 else -size_of(like)
-        odd = odd or not math.isfinite(np.float64(load(place + other, like)))
+        odd = odd or not math.isfinite(np.float64(load(address + other, like)))
     return value, odd
 
 
@@ -94,46 +94,47 @@ def lane_sums(share, group, number, order, masked, scale, like):
 
 
 @inline
-def team_sums(share, total, error, terms, room):
+def team_sums(share, total, error, terms, scratch):
     """Return a sum and that of magnitudes in the first lane of each team, 0 in the others."""
     if share[col.LANES] == 0:
         return settled(total, error), terms
     i, apart = np.int64(cuda.threadIdx.x), np.int64(THREADS) >> share[col.LANES]
-    total = lane_sum(total, error, i, apart, room)
-    terms = lane_sum(terms, 0.0, i, apart, room)
+    total = lane_sum(total, error, i, apart, scratch)
+    terms = lane_sum(terms, 0.0, i, apart, scratch)
     return (total, terms) if i < apart else (0.0, 0.0)
 
 
 @inline
-def sums_of(share, g, groups, order, part, how, room):
+def sums_of(share, g, groups, order, part, reading, scratch):
     """Return (sum, sum of magnitudes, lane's non-finite count) of group `g` in a thread's column.
 
-    All threads of a block must call this together. `how` is (masked, scale, like) of `lane_sums`.
+    All threads of a block must call this together. `reading` is (masked, scale, like) of
+    `lane_sums`.
     """
     total, error, terms, bad = 0.0, 0.0, 0.0, 0.0
     number = number_of(share, part)
     if g < share[col.END] and number < share[col.LENGTH]:
-        masked, scale, like = how
+        masked, scale, like = reading
         total, error, terms, bad = lane_sums(share, groups[g], number, order, masked, scale, like)
-    total, terms = team_sums(share, total, error, terms, room)
+    total, terms = team_sums(share, total, error, terms, scratch)
     return total, terms, bad
 
 
 @inline
-def share_squares(share, groups, order, how, room):
+def share_squares(share, groups, order, reading, scratch):
     """Return (total, exponent, non-finite count) of a share's squared sums, and of magnitudes'."""
     sums, terms = EMPTY, EMPTY
     g = share[col.BEGIN]
     while g < share[col.END]:
         own, part = g + team_of(share), np.int64(0)
         while part < share[col.COMPONENTS]:
-            value, size, odd = sums_of(share, own, groups, order, part, how, room)
-            sums = with_square(sums, value, odd, how[2])
-            terms = with_square(terms, size, 0.0, how[2])
+            value, size, odd = sums_of(share, own, groups, order, part, reading, scratch)
+            sums = with_square(sums, value, odd, reading[2])
+            terms = with_square(terms, size, 0.0, reading[2])
             part += 1
         g += teams_of(share)
     i = np.int64(cuda.threadIdx.x)
-    return lane_bins(sums, i, 1, room), lane_bins(terms, i, 1, room)
+    return lane_bins(sums, i, 1, scratch), lane_bins(terms, i, 1, scratch)
 
 
 @kernel
@@ -142,15 +143,15 @@ def sum_row_squares(shares, groups, order, tensors, like, out):
 
     Where a sum exceeds float64 they are read again, divided by a power of two.
     """
-    room = cuda.shared.array((BINS, THREADS), np.float64)
+    scratch = cuda.shared.array((BINS, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share, shift = shares[s], 0
         masked = tensors[share[col.OWNER], col.ZEROING] != 0
-        sums, terms = share_squares(share, groups, order, (masked, 1.0, like), room)
+        sums, terms = share_squares(share, groups, order, (masked, 1.0, like), scratch)
         if size_of(like) == 8 and not math.isfinite(terms[0]):
-            how, shift = (masked, 1.0 / BIN_SCALE, like), BIN_EXPONENT
-            sums, terms = share_squares(share, groups, order, how, room)
+            reading, shift = (masked, 1.0 / BIN_SCALE, like), BIN_EXPONENT
+            sums, terms = share_squares(share, groups, order, reading, scratch)
         if cuda.threadIdx.x == 0:
             found = out[share[col.PART]]
             found[col.TOTAL], found[col.EXPONENT] = sums[0], sums[1] + shift
@@ -165,23 +166,23 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
 
     A sum that overflows float64 is counted as not finite.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
-        how = tensors[share[col.OWNER], col.ZEROING] != 0, 1.0, like
+        reading = tensors[share[col.OWNER], col.ZEROING] != 0, 1.0, like
         largest, terms, bad = 0.0, 0.0, 0.0
         g = share[col.BEGIN]
         while g < share[col.END]:
             own, part = g + team_of(share), np.int64(0)
             while part < share[col.COMPONENTS]:
-                value, size, odd = sums_of(share, own, groups, order, part, how, room)
+                value, size, odd = sums_of(share, own, groups, order, part, reading, scratch)
                 largest, terms = larger(largest, abs(value)), larger(terms, size)
                 bad += odd + (0.0 if math.isfinite(value) else 1.0)
                 part += 1
             g += teams_of(share)
-        largest, terms = block_max(largest, room), block_max(terms, room)
-        bad = block_sum(bad, 0.0, room)
+        largest, terms = block_max(largest, scratch), block_max(terms, scratch)
+        bad = block_sum(bad, 0.0, scratch)
         if cuda.threadIdx.x == 0:
             found = out[share[col.PART]]
             found[col.TOTAL], found[col.EXPONENT], found[col.BAD] = largest, 0.0, bad
@@ -190,14 +191,14 @@ def max_row_magnitude(shares, groups, order, tensors, like, out):
 
 
 @inline
-def ratios_of(share, g, groups, order, how, law, room):
+def ratios_of(share, g, groups, order, reading, law, scratch):
     """Return a thread's magnitudes of a group's sum and of its terms, each over its scale."""
     value, size = 0.0, 0.0
     scale = usable(law[col.PEAK], law[col.ORD])
     terms_scale = usable(law[col.TERMS_PEAK], law[col.ORD])
     part = np.int64(0)
     while part < share[col.COMPONENTS]:
-        total, terms, _ = sums_of(share, g, groups, order, part, how, room)
+        total, terms, _ = sums_of(share, g, groups, order, part, reading, scratch)
         value = math.hypot(value, total / scale)
         size = math.hypot(size, terms / terms_scale)
         part += 1
@@ -205,12 +206,12 @@ def ratios_of(share, g, groups, order, how, law, room):
 
 
 @inline
-def share_powers(share, groups, order, how, law, room):
+def share_powers(share, groups, order, reading, law, scratch):
     """Return a share's sums of powers, of sums and of terms; for order inf, the largest ratios."""
     total, error, terms, ord = 0.0, 0.0, 0.0, law[col.ORD]
     g = share[col.BEGIN]
     while g < share[col.END]:
-        value, size = ratios_of(share, g + team_of(share), groups, order, how, law, room)
+        value, size = ratios_of(share, g + team_of(share), groups, order, reading, law, scratch)
         if ord == math.inf:
             total, terms = larger(total, value), larger(terms, size)
         else:
@@ -219,8 +220,8 @@ def share_powers(share, groups, order, how, law, room):
             terms += power_term(size, ord)
         g += teams_of(share)
     if ord == math.inf:
-        return block_max(total, room), block_max(terms, room)
-    return block_sum(total, error, room), block_sum(terms, 0.0, room)
+        return block_max(total, scratch), block_max(terms, scratch)
+    return block_sum(total, error, scratch), block_sum(terms, 0.0, scratch)
 
 
 @kernel
@@ -229,20 +230,20 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
 
     For infinite order, write the largest ratios.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         share = shares[s]
         tensor = tensors[share[col.OWNER]]
-        how = tensor[col.ZEROING] != 0, 1.0, like
-        total, terms = share_powers(share, groups, order, how, laws[tensor[col.POOL]], room)
+        reading = tensor[col.ZEROING] != 0, 1.0, like
+        total, terms = share_powers(share, groups, order, reading, laws[tensor[col.POOL]], scratch)
         if cuda.threadIdx.x == 0:
             out[share[col.PART], col.TOTAL], out[share[col.PART], col.TERMS] = total, terms
         s += cuda.gridDim.x
 
 
 @inline
-def write_sums(share, groups, order, how, to, room):
+def write_sums(share, groups, order, reading, to, scratch):
     """Write the sum of each of a share's groups, rounded once, to the group's target row, PLACE.
 
     `to` is a 0 of the type that the sums are stored as.
@@ -251,11 +252,11 @@ def write_sums(share, groups, order, how, to, room):
     while g < share[col.END]:
         own, part = g + team_of(share), np.int64(0)
         while part < share[col.COMPONENTS]:
-            value, _, _ = sums_of(share, own, groups, order, part, how, room)
+            value, _, _ = sums_of(share, own, groups, order, part, reading, scratch)
             number = number_of(share, part)
             if own < share[col.END] and number < share[col.LENGTH] and lane_of(share) == 0:
-                place = groups[own, col.PLACE] * share[col.LENGTH] + number
-                store(share[col.TARGET] + place * size_of(to), rounded(value, to), to)
+                element = groups[own, col.TARGET_ROW] * share[col.LENGTH] + number
+                store(share[col.TARGET] + element * size_of(to), rounded(value, to), to)
             part += 1
         g += teams_of(share)
 
@@ -263,10 +264,10 @@ def write_sums(share, groups, order, how, to, room):
 @kernel
 def sum_rows(shares, groups, order, like, to):
     """Write the sum of each group of rows, in the type of `to`. Reads all rows once."""
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
-        write_sums(shares[s], groups, order, (False, 1.0, like), to, room)
+        write_sums(shares[s], groups, order, (False, 1.0, like), to, scratch)
         s += cuda.gridDim.x
 
 
@@ -276,11 +277,11 @@ def sum_scaled_rows(shares, groups, order, tensors, decisions, like):
 
     A factor of the mode TRUNCATE or CLEAN was applied to the rows before.
     """
-    room = cuda.shared.array((2, THREADS), np.float64)
+    scratch = cuda.shared.array((2, THREADS), np.float64)
     s = np.int64(cuda.blockIdx.x)
     while s < shares.shape[0]:
         decision = decisions[tensors[shares[s, col.OWNER], col.POOL]]
         if decision[col.SKIPPED] == 0.0:
             factor = decision[col.FACTOR] if decision[col.MODE] == col.MULTIPLY else 1.0
-            write_sums(shares[s], groups, order, (False, factor, like), like, room)
+            write_sums(shares[s], groups, order, (False, factor, like), like, scratch)
         s += cuda.gridDim.x

@@ -60,11 +60,11 @@ def multiply_carefully(line, decision, precision, lane, lanes, like):
     cleans, i = decision[col.MODE] == col.CLEAN, lane
     while i < length:
         x, y, _ = parts_of(source + i * step, cleans, components, like)
-        place = target + i * target_step
-        store(place, truncated_product(x, mantissa, power, digits, lowest), like)
+        address = target + i * target_step
+        store(address, truncated_product(x, mantissa, power, digits, lowest), like)
         if components == 2:
             y = truncated_product(y, mantissa, power, digits, lowest)
-            store(place + size_of(like), y, like)
+            store(address + size_of(like), y, like)
         i += lanes
 
 
@@ -171,7 +171,7 @@ def add(source, target, length, skew, limit, like):
     c = np.int64(cuda.blockIdx.x)
     while c * limit < length + skew:
         first, last = max(c * limit - skew, 0), min((c + 1) * limit - skew, length)
-        place = first * size_of(like)
-        arguments = source + place, target + place, like, like
+        address = first * size_of(like)
+        arguments = source + address, target + address, like, like
         over_packets(add_at, arguments, arguments[0] | arguments[1], last - first, like)
         c += cuda.gridDim.x

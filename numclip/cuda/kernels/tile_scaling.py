@@ -40,9 +40,11 @@ def line_of(tile, n):
 @inline
 def are_packed(tile, like):
     """Tell whether lines can be read and written in packets."""
-    places = tile[col.SOURCE] | tile[col.TARGET] | tile[col.UNIT_STEP] | tile[col.TARGET_UNIT_STEP]
+    addresses = (
+        tile[col.SOURCE] | tile[col.TARGET] | tile[col.UNIT_STEP] | tile[col.TARGET_UNIT_STEP]
+    )
     alike = tile[col.STEP] == tile[col.TARGET_STEP]
-    return alike and in_packets(tile, places, tile[col.COMPONENTS], like)
+    return alike and in_packets(tile, addresses, tile[col.COMPONENTS], like)
 
 
 @inline
@@ -77,10 +79,10 @@ def copy_line(tile, n, lane, lanes, like):
         return
     i, first = lane, np.int64(0)
     while i < length:
-        place, other = source + i * step, target + i * target_step
-        copy_at((first,), place, other, like)
+        address, other = source + i * step, target + i * target_step
+        copy_at((first,), address, other, like)
         if components == 2:
-            copy_at((first + 1,), place, other, like)
+            copy_at((first + 1,), address, other, like)
         i += lanes
 
 
@@ -178,33 +180,33 @@ def weighted(x, decision):
 
 
 @inline
-def weighted_sum(tile, place, lane, lanes, row, units, like):
+def weighted_sum(tile, address, lane, lanes, row, units, like):
     """Return a thread's share of a sum over examples times their factors; two loads in flight."""
     step, length = tile[col.STEP], tile[col.LENGTH]
     total, i = 0.0, lane
     while i + lanes < length:
-        x, y = load(place + i * step, like), load(place + (i + lanes) * step, like)
+        x, y = load(address + i * step, like), load(address + (i + lanes) * step, like)
         total += weighted(x, units[row + i])
         total += weighted(y, units[row + i + lanes])
         i += 2 * lanes
     if i < length:
-        total += weighted(load(place + i * step, like), units[row + i])
+        total += weighted(load(address + i * step, like), units[row + i])
     return total
 
 
 @inline
-def sum_lines(tile, first, tensor, units, like, room):
+def sum_lines(tile, first, tensor, units, like, scratch):
     """Write the sums of the lines that a block reads at a time."""
     neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    n, thread, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
     k = 0
     while k < tile[col.COMPONENTS]:
         total = 0.0
         if n < tile[col.COUNT]:
             source = tile[col.SOURCE] + n * tile[col.UNIT_STEP] + k * size_of(like)
             total = weighted_sum(tile, source, lane, lanes, tensor[col.POOL], units, like)
-        total = lane_sum(total, 0.0, place, apart, room)
-        if place < apart and n < tile[col.COUNT]:
+        total = lane_sum(total, 0.0, thread, apart, scratch)
+        if thread < apart and n < tile[col.COUNT]:
             target = tile[col.TARGET] + n * tile[col.TARGET_UNIT_STEP] + k * size_of(like)
             store(target, rounded(total, like), like)
         k += 1
@@ -213,5 +215,5 @@ def sum_lines(tile, first, tensor, units, like, room):
 @kernel
 def sum_examples(tiles, tensors, units, like):
     """Write the sums over examples, each times its factor, added in float64. One read."""
-    room = cuda.shared.array((2, THREADS), np.float64)
-    over_lines(sum_lines, tiles, tensors, (units, like, room))
+    scratch = cuda.shared.array((2, THREADS), np.float64)
+    over_lines(sum_lines, tiles, tensors, (units, like, scratch))

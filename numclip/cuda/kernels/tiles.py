@@ -45,10 +45,10 @@ def seat(tile):
 
 
 @inline
-def in_packets(tile, places, components, like):
+def in_packets(tile, addresses, components, like):
     """Tell whether lines can be read in packets: contiguous ones at multiples of 16 bytes."""
     contiguous = tile[col.STEP] == components * size_of(like) and tile[col.COMPONENTS] == components
-    return contiguous and places % WORD == 0
+    return contiguous and addresses % WORD == 0
 
 
 @inline
@@ -60,27 +60,27 @@ def line_squares(tile, n, lane, lanes, like):
         return lane_squares_of(line, components * length, lane, lanes, like)
     total, error, k = 0.0, 0.0, 0
     while k < components:
-        place, i = line + lane * step + k * size_of(like), lane
+        address, i = line + lane * step + k * size_of(like), lane
         while i + (PACKET - 1) * lanes < length:
-            x = load_apart(place, lanes * step, like)
+            x = load_apart(address, lanes * step, like)
             total, rest = two_sum(total, sum_of_squares(x))
             error += rest
-            place += PACKET * lanes * step
+            address += PACKET * lanes * step
             i += PACKET * lanes
         while i < length:
-            x = np.float64(load(place, like))
+            x = np.float64(load(address, like))
             total, rest = two_sum(total, x * x)
             error += rest
-            place += lanes * step
+            address += lanes * step
             i += lanes
         k += 1
     return total, error
 
 
 @inline
-def write_sums(tile, n, place, total, exponent, bad, out):
+def write_sums(tile, n, thread, total, exponent, bad, out):
     """Write the sums of a line, or of all lines together."""
-    if place < sums_apart(tile) and n < tile[col.COUNT]:
+    if thread < sums_apart(tile) and n < tile[col.COUNT]:
         row = tile[col.PART] + n * tile[col.NUMBER_STEP]
         out[row, col.TOTAL], out[row, col.EXPONENT], out[row, col.BAD] = total, exponent, bad
 
@@ -92,14 +92,14 @@ def sums_apart(tile):
 
 
 @inline
-def squares_of_lines(tile, first, tensor, like, room, out):
+def squares_of_lines(tile, first, tensor, like, scratch, out):
     """Write the sums of squares of the lines that a block reads at a time."""
     neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    n, thread, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
     total, error, bad, exponent = 0.0, 0.0, 0.0, 0
     if n < tile[col.COUNT]:
         total, error = line_squares(tile, n, lane, lanes, like)
-    total = lane_sum(total, error, place, apart, room)
+    total = lane_sum(total, error, thread, apart, scratch)
     lossy = n < tile[col.COUNT] and not is_lossless(total, like)
     if cuda.syncthreads_or(1 if lossy else 0):
         bins = EMPTY
@@ -107,10 +107,10 @@ def squares_of_lines(tile, first, tensor, like, room, out):
             start = tile[col.SOURCE] + n * tile[col.UNIT_STEP]
             line = start, tile[col.STEP], tile[col.LENGTH], tile[col.COMPONENTS]
             bins = careful_squares(line, tensor[col.ZEROING] != 0, lane, lanes, like)
-        careful = lane_bins(bins, place, apart, room)
+        careful = lane_bins(bins, thread, apart, scratch)
         if lossy:  # only such a line has non-finite elements
             total, exponent, bad = careful
-    write_sums(tile, n, place, total, exponent, bad, out)
+    write_sums(tile, n, thread, total, exponent, bad, out)
 
 
 @inline
@@ -128,8 +128,8 @@ def over_lines(turn, tiles, tensors, arguments):
 @kernel
 def sum_tile_squares(tiles, tensors, like, out):
     """Write the sums of squares of each tile. Reads every element once, rare lines twice."""
-    room = cuda.shared.array((BINS, THREADS), np.float64)
-    over_lines(squares_of_lines, tiles, tensors, (like, room, out))
+    scratch = cuda.shared.array((BINS, THREADS), np.float64)
+    over_lines(squares_of_lines, tiles, tensors, (like, scratch, out))
 
 
 @inline
@@ -148,23 +148,23 @@ def line_max(tile, n, masked, lane, lanes, like):
 
 
 @inline
-def max_of_lines(tile, first, tensor, like, room, out):
+def max_of_lines(tile, first, tensor, like, scratch, out):
     """Write the largest parts of the lines that a block reads at a time."""
     neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    n, thread, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
     largest, bad = 0.0, 0.0
     if n < tile[col.COUNT]:
         largest, bad = line_max(tile, n, tensor[col.ZEROING] != 0, lane, lanes, like)
-    largest = lane_max(largest, place, apart, room)
-    bad = lane_sum(bad, 0.0, place, apart, room)
-    write_sums(tile, n, place, largest, 0.0, bad, out)
+    largest = lane_max(largest, thread, apart, scratch)
+    bad = lane_sum(bad, 0.0, thread, apart, scratch)
+    write_sums(tile, n, thread, largest, 0.0, bad, out)
 
 
 @kernel
 def max_tile_magnitude(tiles, tensors, like, out):
     """Write each tile's largest real or imaginary parts. Reads every element once."""
-    room = cuda.shared.array((2, THREADS), np.float64)
-    over_lines(max_of_lines, tiles, tensors, (like, room, out))
+    scratch = cuda.shared.array((2, THREADS), np.float64)
+    over_lines(max_of_lines, tiles, tensors, (like, scratch, out))
 
 
 @inline
@@ -187,25 +187,25 @@ def line_powers(tile, n, law, lane, lanes, like):
 
 
 @inline
-def powers_of_lines(tile, first, tensor, peaks, like, room, out):
+def powers_of_lines(tile, first, tensor, peaks, like, scratch, out):
     """Write the sums of powers of the lines that a block reads at a time."""
     neighbour, lane, lanes = seat(tile)
-    n, place, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
+    n, thread, apart = first + neighbour, (lane << tile[col.BITS]) + neighbour, sums_apart(tile)
     total, error, ord = 0.0, 0.0, peaks[tensor[col.POOL], col.ORD]
     if n < tile[col.COUNT]:
         row = tensor[col.POOL] + tile[col.NUMBER] + n * tile[col.NUMBER_STEP]
         law = tensor[col.ZEROING] != 0, usable(peaks[row, col.PEAK], ord), ord
         total, error = line_powers(tile, n, law, lane, lanes, like)
     if ord == math.inf:
-        total = lane_max(total, place, apart, room)
+        total = lane_max(total, thread, apart, scratch)
     else:
-        total = lane_sum(total, error, place, apart, room)
-    if place < apart and n < tile[col.COUNT]:
+        total = lane_sum(total, error, thread, apart, scratch)
+    if thread < apart and n < tile[col.COUNT]:
         out[tile[col.PART] + n * tile[col.NUMBER_STEP], col.TOTAL] = total
 
 
 @kernel
 def sum_tile_powers(tiles, tensors, peaks, like, out):
     """Write each tile's sums of ``(|x| / scale) ** ord``; for order inf, the largest ratios."""
-    room = cuda.shared.array((2, THREADS), np.float64)
-    over_lines(powers_of_lines, tiles, tensors, (peaks, like, room, out))
+    scratch = cuda.shared.array((2, THREADS), np.float64)
+    over_lines(powers_of_lines, tiles, tensors, (peaks, like, scratch, out))

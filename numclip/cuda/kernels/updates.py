@@ -58,8 +58,8 @@ def advance_adam(decisions, given, counts, settings):
 @inline
 def factor_of(tensor, decision, like):
     """Return the factor still to be applied: 1 for sums of rows, and in modes but MULTIPLY."""
-    plain = decision[col.MODE] == col.MULTIPLY and tensor[col.REPEATS] == 0
-    return as_computed(decision[col.FACTOR] if plain else 1.0, like)
+    multiplies = decision[col.MODE] == col.MULTIPLY and tensor[col.REPEATS] == 0
+    return as_computed(decision[col.FACTOR] if multiplies else 1.0, like)
 
 
 @inline

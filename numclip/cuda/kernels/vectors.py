@@ -12,17 +12,17 @@ from numclip.cuda.kernels.norms import is_lossless
 from numclip.cuda.kernels.packets import as_computed, size_of
 from numclip.cuda.kernels.scalars import (
     factor_of,
-    joined_bins,
     scale_by_power,
     settled,
+    sum_of_bins,
     truncated_product,
     two_sum,
 )
 from numclip.dtypes import lookup
 
 MOST_THREADS = 1024  # of a block
-# Of float32 and float64: roundoff, digits, smallest normal number, coarse, and the exponent of the
-# smallest subnormal.
+# Of float32 and float64: roundoff, digits, smallest normal number, truncate_below, and the
+# exponent of the smallest subnormal.
 NARROW, WIDE = (
     (*row.limits.tolist(), row.precision[1])
     for row in (lookup(np.dtype(np.float32)), lookup(np.dtype(np.float64)))
@@ -50,8 +50,8 @@ def element(_typing, x):
 def share():
     """Return the number of the thread in its block, and the number of threads."""
     wide, high = cuda.blockDim.x, cuda.blockDim.y
-    place = cuda.threadIdx.x + wide * (cuda.threadIdx.y + high * cuda.threadIdx.z)
-    return np.int64(place), np.int64(wide * high * cuda.blockDim.z)
+    thread = cuda.threadIdx.x + wide * (cuda.threadIdx.y + high * cuda.threadIdx.z)
+    return np.int64(thread), np.int64(wide * high * cuda.blockDim.z)
 
 
 @inline
@@ -87,7 +87,7 @@ def norm_of_shares(add_up, x, first, step):
     if not is_lossless(total, like):  # for all threads or for none
         bins = careful_squares(x, first, step)
         small, middle = add_up(bins[0], bins[3]), add_up(bins[1], bins[4])
-        total, exponent = joined_bins(small, middle, add_up(bins[2], bins[5]))
+        total, exponent = sum_of_bins(small, middle, add_up(bins[2], bins[5]))
     return math.sqrt(total), exponent
 
 
@@ -100,27 +100,27 @@ def thread_norm(x):
 @inline
 def over_block(total, error):
     """Return the sum of the sums, and their errors, of all threads of the block."""
-    room = cuda.shared.array((2, MOST_THREADS), np.float64)
-    place, count = share()
-    return tree_sum(total, error, place, count, 1, room)
+    scratch = cuda.shared.array((2, MOST_THREADS), np.float64)
+    thread, count = share()
+    return tree_sum(total, error, thread, count, 1, scratch)
 
 
 @inline
 def norm_over_block(x):
     """Return the norm of a vector that the block holds, as ``root * 2**exponent``."""
-    place, count = share()
+    thread, count = share()
     cuda.syncthreads()
-    return norm_of_shares(over_block, x, place, count)
+    return norm_of_shares(over_block, x, thread, count)
 
 
 @inline
 def scale(x, first, step, norm, exponent, bound):
     """Multiply every `step`-th number by the factor that brings a norm to a bound."""
     like = element(x)
-    roundoff, digits, tiny, coarse, lowest = WIDE if size_of(like) == 8 else NARROW
+    roundoff, digits, tiny, truncate_below, lowest = WIDE if size_of(like) == 8 else NARROW
     aim = bound if bound >= 0.0 else math.nan
     mantissa, power, truncates = factor_of(
-        norm, exponent, aim, aim, math.sqrt(x.size) * coarse, roundoff, int(digits), tiny
+        norm, exponent, aim, aim, math.sqrt(x.size) * truncate_below, roundoff, int(digits), tiny
     )
     if mantissa == 1.0 and power == 0:
         return
@@ -268,7 +268,7 @@ def clip_block(x, bound):
     Guarantees and edge cases: those of `clip_vector`.
     """
     root, exponent = norm_over_block(x)
-    place, count = share()
-    scale(x, place, count, root, exponent, bound)
+    thread, count = share()
+    scale(x, thread, count, root, exponent, bound)
     cuda.syncthreads()
     return scale_by_power(root, exponent)

@@ -13,7 +13,7 @@ from numclip.host.kernels.cpu import squares_of
 from numclip.host.kernels.elements import WORDS, array_at, empty_table, table_at, word_at
 from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, settled, two_sum
 from numclip.host.runtime.jit import inline, kernel, kernel_with_gil
-from numclip.tables import BOUND, COARSE, ROUNDOFF, TINY
+from numclip.tables import BOUND, ROUNDOFF, TINY, TRUNCATE_BELOW
 
 SOURCE, TARGET, LENGTH, FIRST = range(4)  # of arrays: FIRST is their first block of columns
 UNKNOWN = -1.0  # instead of a factor that the general path must find
@@ -65,7 +65,7 @@ def find_factors(begin, end, table, law, like, factors, clipped):
         total, right = squares_of_example(e, table, like)
         norm = math.sqrt(total)
         mantissa, power, _ = factor_of(
-            norm, 0, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], 53, law[TINY]
+            norm, 0, law[BOUND], law[BOUND], law[TRUNCATE_BELOW], law[ROUNDOFF], 53, law[TINY]
         )
         factor = scale_by_power(mantissa, power)
         if like.itemsize == 8 and mantissa > 0.0 and factor < law[TINY]:

@@ -53,11 +53,12 @@ HEADER, NDARRAY, NONE, KEPT, EXTENTS, EXTENT_COUNT, NEEDS, HEAD = range(8)
 DTYPE, AXES, FIRST_AXIS, NBYTES, FREE, ROW = range(6)
 # Instead of an array's address: None, an array that stays as it is, one that does not fit.
 ABSENT, STAYS, ELSEWHERE = 0, -1, -2
-PLAIN = C_ORDER | ALIGNED
+C_ARRAY = C_ORDER | ALIGNED
 # The tables of a step, each given by three words: address, rows, columns.
 WANTED, ADDRESSES, DISTANCES, LENGTHS, CHUNKS, PIECES, POOLS, LAWS = range(8)
 SUMS, DECISIONS, POOL_OF, COUNTS, GIVEN, SETTINGS = range(8, 14)
-ROWS, PLACES, LOSSES, SIZES, TABLES = range(15, 20)  # where gradients are sparse, see `given_rows`
+# Where gradients are sparse, see `given_rows`.
+ROWS, LOCATIONS, LOSSES, SIZES, TABLES = range(15, 20)
 FACTORS = TABLES  # a key of the host alone: kernels take factors as an array
 # Instead of a tuple's pointers: arrays are the plan's, or sums are those of the call before.
 OWN, AGAIN = 0, -1
@@ -117,18 +118,18 @@ def find(items, wanted, addresses):
 
 
 @kernel_with_gil
-def read_pairs(items, wanted, arrays, places, addresses, chunks, distances):
+def read_pairs(items, wanted, arrays, known, addresses, chunks, distances):
     """Write the addresses of the gradients of pairs to the updates; return whether all fit.
 
     `items` points to the gradients, then to the arrays they update. `wanted` describes the
-    gradients, `arrays` the others in the same form; `places` are the addresses these must have.
+    gradients, `arrays` the others in the same form; `known` are the addresses these must have.
     """
-    count = places.size
+    count = known.size
     for t in range(count):
         row = HEAD + t * ROW
         own = address_of(word_at(items + (count + t) * WORD), row, arrays)
         addresses[t] = address_of(word_at(items + t * WORD), row, wanted)
-        if own != places[t] or addresses[t] in (ABSENT, STAYS, ELSEWHERE):
+        if own != known[t] or addresses[t] in (ABSENT, STAYS, ELSEWHERE):
             return False
     for c in range(distances.size):
         chunks[c, GRAD] = addresses[chunks[c, updates.OWNER]] + distances[c]
@@ -218,7 +219,7 @@ def found_turn(tables, k, turn, like):
 
 
 @inline
-def place(items, tables):
+def locate(items, tables):
     """Write addresses (length 0 if absent) to chunks and updates; return whether all fit."""
     addresses, chunks = found_row(tables, ADDRESSES, tables), found(tables, CHUNKS, tables)
     if items != OWN and not find(items, found_row(tables, WANTED, tables), addresses):
@@ -326,13 +327,13 @@ def hold(turn, unscale, tables, after, limits, bounds, like):
 @kernel_with_gil
 def measure(items, turn, unscale, tables, bounds, like):
     """Find the arrays, measure them and decide; return False if the general path is needed."""
-    return place(items, tables) and decide(True, turn, unscale, tables, bounds, like)
+    return locate(items, tables) and decide(True, turn, unscale, tables, bounds, like)
 
 
 @inline
 def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
     """Take an optimizer's step; return False, with no update, if the general path is needed."""
-    if items != AGAIN and not place(items, tables):
+    if items != AGAIN and not locate(items, tables):
         return False
     if not decide(items != AGAIN, turn, unscale, tables, bounds, like):
         return False

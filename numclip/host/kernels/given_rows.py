@@ -12,9 +12,9 @@ from numclip.host.kernels.given import (
     ADDRESSES,
     FREE,
     HEAD,
+    LOCATIONS,
     NBYTES,
     OWN,
-    PLACES,
     ROW,
     ROWS,
     STAYS,
@@ -24,7 +24,7 @@ from numclip.host.kernels.given import (
     found,
     found_row,
     length_at,
-    place,
+    locate,
     take_found,
 )
 from numclip.host.kernels.grouping import are_within
@@ -35,7 +35,9 @@ from numclip.tables import CAPACITY, FILLED, HEIGHT, HELD_COLUMNS, INDICES, PRES
 # Columns of ROWS: the number of the tensor, the address of the words that say where rows are held,
 # the numbers of a row, the exponent of the smallest subnormal; addresses of parameter and states.
 TENSOR, HELD, LENGTH, LOWEST, PARAM, FIRST, SECOND, ROW_COLUMNS = range(8)
-PLACE = FILLED + 1  # how many columns of held rows say where rows are: VALUES, INDICES, FILLED
+LOCATION_FIELDS = (
+    FILLED + 1
+)  # how many columns of held rows say where rows are: VALUES, INDICES, FILLED
 
 
 @inline
@@ -59,14 +61,14 @@ def find_rows(items, s, t, tables, out):
 
 
 @inline
-def place_rows(items, tables, like):
+def locate_rows(items, tables, like):
     """Write where the rows of each sparse gradient are; return whether they fit and are small."""
-    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    rows, locations = found(tables, ROWS, tables), found(tables, LOCATIONS, tables)
     nbytes = 0
     for s in range(rows.shape[0]):
-        held, own = held_at(rows[s]), places[s]
+        held, own = held_at(rows[s]), locations[s]
         if items == OWN:
-            for k in range(PLACE):
+            for k in range(LOCATION_FIELDS):
                 own[k] = held[k]
         elif not find_rows(items, s, rows[s, TENSOR], tables, own):
             return False
@@ -77,9 +79,9 @@ def place_rows(items, tables, like):
 
 
 @inline
-def place_all(items, tables, like):
-    """Call `place` and `place_rows`; return whether all fit."""
-    return place(items, tables) and place_rows(items, tables, like)
+def locate_all(items, tables, like):
+    """Call `locate` and `locate_rows`; return whether all fit."""
+    return locate(items, tables) and locate_rows(items, tables, like)
 
 
 @inline

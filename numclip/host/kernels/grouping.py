@@ -19,7 +19,7 @@ from numclip.host.kernels.elements import (
     widen,
     zeros,
 )
-from numclip.host.kernels.running import place_of
+from numclip.host.kernels.running import insertion_index
 from numclip.host.kernels.scalars import settled, two_sum
 from numclip.host.kernels.tuning import AHEAD, CHUNK, LINE, STRIP
 from numclip.host.runtime.jit import block_sum, inline, kernel
@@ -252,8 +252,8 @@ def grouped_squares(begin, end, rows, order, starts, values, exact, out):
     stride = values.shape[1] * values.itemsize
     for s in range(begin, end):
         total = error = terms = terms_error = 0.0
-        first = place_of(rows * s, starts, starts.size - 1)
-        last = place_of(rows * (s + 1), starts, starts.size - 1)
+        first = insertion_index(rows * s, starts, starts.size - 1)
+        last = insertion_index(rows * (s + 1), starts, starts.size - 1)
         for column in range(0, values.shape[1], STRIP):
             address = np.int64(values.ctypes.data) + column * values.itemsize
             strip = address, stride, min(STRIP, values.shape[1] - column)

@@ -55,7 +55,7 @@ KINDS = np.array([0, WIDE, HALF, BRAIN, COMPLEX, WIDE | COMPLEX])
 SIZES = np.array([4, 8, 2, 2, 8, 16])
 POINTERS = NONE + 1
 DTYPES = POINTERS + 1
-WRITES, EACH, REAL = 1, 2, 4  # bits of `how`: write results, clip each by itself, refuse complex
+WRITES, EACH, REAL = 1, 2, 4  # bits of `access`: write results, clip each by itself, refuse complex
 ELSEWHERE, MUCH = 16, 17  # outcomes beside those of `spans`: an array is refused; too many bytes
 AXES = 64  # the most that NumPy allows
 NARROW_LIKE, WIDE_LIKE, BYTE_LIKE = FLOAT32.like, FLOAT64.like, np.empty(0, np.uint8)
@@ -147,7 +147,7 @@ def write_row(fields, code, row):
 
 
 @inline
-def take(items, facts, how, rows):
+def take(items, facts, access, rows):
     """Write a row for each array; return (state, rows, bytes).
 
     State is UNCHANGED, ELSEWHERE or MUCH; bytes are those that copies of arrays need.
@@ -161,9 +161,9 @@ def take(items, facts, how, rows):
         if word_at(fields - WORD) != fact(facts, NDARRAY):
             return ELSEWHERE, 0, 0
         code = code_of(word_at(fields + DESCR), facts)
-        if code < 0 or (how & REAL and KINDS[code] & COMPLEX):
+        if code < 0 or (access & REAL and KINDS[code] & COMPLEX):
             return ELSEWHERE, 0, 0
-        if how & WRITES and not can_be_written(fields, SIZES[code]):
+        if access & WRITES and not can_be_written(fields, SIZES[code]):
             return ELSEWHERE, 0, 0
         nbytes = write_row(fields, code, rows[used])
         held += nbytes
@@ -212,19 +212,19 @@ def move(fields, row, back):
         unit, parts = 1, itemsize
     last = axes(fields) - 1
     inner, step = axis(fields, last) if last >= 0 else (np.int64(1), np.int64(0))
-    place, index = word_at(fields + DATA), np.zeros(AXES, np.int64)
+    address, index = word_at(fields + DATA), np.zeros(AXES, np.int64)
     end = row[ADDRESS] + row[LENGTH] * size_of(row[KIND])
     for copy in range(row[ADDRESS], end, inner * itemsize):
         for i in range(inner):
-            element, own = place + i * step, copy + i * itemsize
+            element, own = address + i * step, copy + i * itemsize
             copy_element(own if back else element, element if back else own, unit, parts)
         for k in range(last - 1, -1, -1):
             length, stride = axis(fields, k)
             index[k] += 1
-            place += stride
+            address += stride
             if index[k] < length:
                 break
-            place -= length * stride
+            address -= length * stride
             index[k] = 0
 
 
@@ -251,10 +251,10 @@ def move_all(items, facts, rows, copies, back):
 
 
 @inline
-def enter(items, facts, how, rows):
+def enter(items, facts, access, rows):
     """Call `take` and copy non-contiguous arrays; return (state, rows, memory of the copies)."""
-    state, used, copied = take(items, facts, how, rows)
-    if state == UNCHANGED and how & WRITES and not have_own_memory(items, facts, rows, used):
+    state, used, copied = take(items, facts, access, rows)
+    if state == UNCHANGED and access & WRITES and not have_own_memory(items, facts, rows, used):
         state = ELSEWHERE
     copies = np.empty(copied // WORD if state == UNCHANGED else 0, np.int64)
     if copies.size:
@@ -263,11 +263,11 @@ def enter(items, facts, how, rows):
 
 
 @inline
-def note(rows, first, how, became, done):
+def note(rows, first, access, status, done):
     """Return the greater outcome; with EACH, set length 0 so that no unchanged copy goes back."""
-    if how & EACH and became != WRITTEN:
+    if access & EACH and status != WRITTEN:
         rows[first, LENGTH] = 0
-    return max(done, became)
+    return max(done, status)
 
 
 @inline
@@ -277,42 +277,42 @@ def pointers(tuple_, facts):
 
 
 @expanded
-def clip_by(clip_rows, arrays, facts, how, bound, given, ord, what):
+def clip_by(clip_rows, arrays, facts, access, bound, given, ord, options):
     """Clip the arrays of a tuple in place by a function of `spans`; return (norm, outcome).
 
     With EACH, arrays are clipped one by one, and the norm is that of the last.
     """
     items, count = pointers(arrays, facts)
     rows = np.empty((count, FIELDS), np.int64)
-    done, used, copies = enter(items, facts, how, rows)
-    norm, step = 0.0, 1 if how & EACH else max(used, 1)
+    done, used, copies = enter(items, facts, access, rows)
+    norm, step = 0.0, 1 if access & EACH else max(used, 1)
     for first in range(0, max(used, 1) if done == UNCHANGED else 0, step):
         address = np.int64(rows.ctypes.data) + first * FIELDS * WORD
-        norm, became = clip_rows(address, min(step, used), bound, given, ord, what)
-        done = note(rows, first, how, became, done)
-    if copies.size and how & WRITES and (done == WRITTEN or how & EACH):
+        norm, status = clip_rows(address, min(step, used), bound, given, ord, options)
+        done = note(rows, first, access, status, done)
+    if copies.size and access & WRITES and (done == WRITTEN or access & EACH):
         move_all(items, facts, rows, copies, copies.size > 0)
     return norm, done
 
 
 @kernel_with_gil
-def clip(arrays, facts, how, bound, given, ord, what):
+def clip(arrays, facts, access, bound, given, ord, options):
     """Clip the arrays of a tuple as `spans.clip` does, see `clip_by`."""
-    return clip_by(spans.clip, arrays, facts, how, bound, given, ord, what)
+    return clip_by(spans.clip, arrays, facts, access, bound, given, ord, options)
 
 
 @kernel_with_gil
-def clip_rare(arrays, facts, how, bound, given, ord, what):
+def clip_rare(arrays, facts, access, bound, given, ord, options):
     """Clip the arrays of a tuple as `spans.clip_rare` does, see `clip_by`."""
-    return clip_by(spans.clip_rare, arrays, facts, how, bound, given, ord, what)
+    return clip_by(spans.clip_rare, arrays, facts, access, bound, given, ord, options)
 
 
 @kernel_with_gil
-def clamp(arrays, facts, how, low, high):
+def clamp(arrays, facts, access, low, high):
     """Clamp the arrays of a tuple to [low, high] in place; return the outcome."""
     items, count = pointers(arrays, facts)
     rows = np.empty((count, FIELDS), np.int64)
-    done, used, copies = enter(items, facts, how, rows)
+    done, used, copies = enter(items, facts, access, rows)
     for t in range(used if done == UNCHANGED else 0):
         done = max(done, spans.clamp(np.int64(rows.ctypes.data) + t * FIELDS * WORD, low, high))
     if copies.size and done == WRITTEN:

@@ -23,7 +23,7 @@ from numclip.host.kernels.cpu import (
     multiply,
 )
 from numclip.host.kernels.elements import WORDS, array_at, as_computed, empty, empty_table, rounded
-from numclip.host.kernels.joint import decide, joined
+from numclip.host.kernels.one_norm import decide, norm_of_chunks
 from numclip.host.kernels.spans import divisor_for
 from numclip.host.kernels.tuning import PARALLEL_BYTES
 from numclip.host.runtime.jit import inline, kernel_with_gil
@@ -64,26 +64,26 @@ def read_little(items, count, facts, like, chunks):
 
 @inline
 def norm_of(chunks, like, limits, totals):
-    """Return what `joined` does, after reading every element once."""
+    """Return what `norm_of_chunks` does, after reading every element once."""
     partial = empty(chunks.shape[0], totals)
     for c in range(partial.size):
         partial[c] = array_of_squares(array_at(chunks[c, SOURCE], chunks[c, LENGTH], like))
-    return joined(chunks, partial, limits, totals)
+    return norm_of_chunks(chunks, partial, limits, totals)
 
 
 @kernel_with_gil
-def clip(items, count, facts, limits, bound, what, like):
+def clip(items, count, facts, limits, bound, options, like):
     """Clip arrays in place by their norm; return (state, norm).
 
-    `what` selects the norm's divisor, see `spans.divisor_for`. `bound` must be infinite where the
-    facts do not require writeable arrays.
+    `options` selects the norm's divisor, see `spans.divisor_for`. `bound` must be infinite where
+    the facts do not require writeable arrays.
     """
     chunks = empty_table(count + SPARE, 4, WORDS)
     state, used, elements = read_little(items, count, facts, like, chunks)
     if state != DONE:
         return state, 0.0
     norm, safe = norm_of(chunks[:used], like, limits, empty(count, limits))
-    divisor = divisor_for(elements // facts[COMPONENTS], what)
+    divisor = divisor_for(elements // facts[COMPONENTS], options)
     norm /= divisor
     if not safe:
         return ELSEWHERE, 0.0

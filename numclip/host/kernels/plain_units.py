@@ -21,17 +21,17 @@ OUTER, REDUCED, INNER, DIGITS, PARAM = range(5)
 
 
 @inline
-def can_be_written(items, places, wanted, addresses, itemsize):
+def can_be_written(items, arrays, wanted, addresses, itemsize):
     """Tell whether the arrays to clip are writeable, and no array or parameter shares memory."""
     header = wanted[given.HEADER]
-    for k in range(places.shape[0]):
+    for k in range(arrays.shape[0]):
         if word_at(word_at(items + k * given.WORD) + header + FLAGS) & WRITEABLE == 0:
             return False
     if own_their_data(items, addresses.size, header, wanted[given.NONE]):
         return True
     spans = np.empty((addresses.size, 4), np.int64)
     for k in range(addresses.size):
-        own = places[k % places.shape[0]]
+        own = arrays[k % arrays.shape[0]]
         spans[k, SOURCE] = addresses[k]
         spans[k, LENGTH] = own[OUTER] * own[REDUCED] * own[INNER]
     return are_apart(spans, itemsize)
@@ -62,20 +62,20 @@ def clip_units(x, params, law, digits):
 
 
 @kernel_with_gil
-def clip(items, wanted, places, laws, bound, eps, like):
+def clip(items, wanted, arrays, laws, bound, eps, like):
     """Clip the units of a tuple's arrays in place; return whether all arrays are done.
 
     Behind the arrays are their parameters, if these count. If some arrays are not done, clipping
     all again changes nothing in those that are.
     """
-    count = places.shape[0]
-    addresses = np.empty(count * (2 if places[0, PARAM] != 0 else 1), np.int64)
+    count = arrays.shape[0]
+    addresses = np.empty(count * (2 if arrays[0, PARAM] != 0 else 1), np.int64)
     if not given.find(items, wanted, addresses):
         return False
-    if not can_be_written(items, places, wanted, addresses, like.itemsize):
+    if not can_be_written(items, arrays, wanted, addresses, like.itemsize):
         return False
     for k in range(count):
-        own, law = places[k], laws[k].copy()
+        own, law = arrays[k], laws[k].copy()
         law[BOUND], law[EPS] = bound, eps
         x, params = units_at(addresses[k], own, like), like.reshape((0, 0, 0))
         if own[PARAM] != 0:

@@ -28,14 +28,15 @@ from numclip.host.kernels.scalars import (
     scale_by_power,
     settled,
     two_sum,
+    write_cancellation,
     write_norm,
     write_root,
-    write_spread,
 )
 from numclip.host.runtime.jit import inline, kernel
 from numclip.tables import (
     BAD,
     BROKEN,
+    CANCELLATION,
     CLAMPED,
     DIGITS,
     ERROR,
@@ -51,7 +52,6 @@ from numclip.tables import (
     REPEATED,
     SET,
     SKIPPED,
-    SPREAD,
     TERMS,
     TERMS_EXPONENT,
     TOTAL,
@@ -230,7 +230,7 @@ def decide_all(pools, laws, sums, decisions):
         write_norm(laws[p], total, exponent, bad, decisions[p])
         if pools[p, REPEATED] != 0:
             terms, _, power = add_tensors(pools[p], TERMS, largest, sums)
-            write_spread(laws[p], (total, exponent), (terms, power), decisions[p])
+            write_cancellation(laws[p], (total, exponent), (terms, power), decisions[p])
     decide_measured(pools, laws, decisions)
 
 
@@ -238,13 +238,13 @@ def decide_all(pools, laws, sums, decisions):
 def add_squares(pool, column, sums):
     """Return (total, sure): a pool's sum of squares, and whether it is that of `add_tensors`."""
     total = error = doubt = 0.0
-    plain = True
+    no_exponents = True
     for t in range(pool[FIRST], pool[LAST]):
         rest = sums[t, ERROR] if column == TOTAL else 0.0
         total, error, doubt = add_sum((total, error, doubt), sums[t, column], rest)
-        plain &= sums[t, column + 1] == 0.0
+        no_exponents &= sums[t, column + 1] == 0.0
     result = settled(total, error)
-    return result, plain and (not math.isfinite(result) or is_settled(total, error, doubt))
+    return result, no_exponents and (not math.isfinite(result) or is_settled(total, error, doubt))
 
 
 @inline
@@ -261,7 +261,7 @@ def decide_squares(pools, laws, sums, decisions):
         right &= sure
         if pools[p, REPEATED] != 0 and total > 0.0:
             terms, sure = add_squares(pools[p], TERMS, sums)
-            decisions[p, SPREAD] = math.sqrt(terms) / math.sqrt(total)
+            decisions[p, CANCELLATION] = math.sqrt(terms) / math.sqrt(total)
             right &= sure
     decide_measured(pools, laws, decisions)
     return right
@@ -298,25 +298,25 @@ def add_pools(pools, sums, out):
 
 
 @inline
-def told(norm):
+def finite_norm(norm):
     """Return a norm as rules receive it: 0 for NaN, the largest float64 for Inf."""
     return 0.0 if math.isnan(norm) else min(norm, LARGEST)
 
 
 @kernel
-def tell_norms(sums, unscale, divisors, norms):
+def write_norms(sums, unscale, divisors, norms):
     """Write the norms of tensors as rules receive them, with the bits of `clipping.outcome`.
 
     Return (norm, bad, plain): the norm of all, whether a tensor is non-finite, and whether all
     exponents are 0. Otherwise the norms are wrong.
     """
-    bad, plain = False, True
+    bad, no_exponents = False, True
     for t in range(norms.size):
-        norms[t] = told(math.sqrt(sums[t, TOTAL]) / unscale / divisors[t])
+        norms[t] = finite_norm(math.sqrt(sums[t, TOTAL]) / unscale / divisors[t])
         bad |= sums[t, BAD] != 0.0
-        plain &= sums[t, EXPONENT] == 0.0
+        no_exponents &= sums[t, EXPONENT] == 0.0
     total, _, _ = add_tensors((0, norms.size), TOTAL, False, sums)
-    return told(math.sqrt(total) / unscale), bad, plain
+    return finite_norm(math.sqrt(total) / unscale), bad, no_exponents
 
 
 @inline

@@ -75,11 +75,11 @@ def merge_ranks(every, sharded, pools, source, given):
 
 
 @kernel
-def tell(turn, tables, told, like):
+def publish(turn, tables, exchange, like):
     """Measure chunks and write the rows to send; return False if the general path is needed.
 
-    Sums of tensors are written, too, where `SOURCE` has room for them. Nothing is decided. `told`
-    are the words of the tables from `SPANS` to `GIVEN`.
+    Sums of tensors are written, too, where `SOURCE` has room for them. Nothing is decided.
+    `exchange` are the words of the tables from `SPANS` to `GIVEN`.
     """
     floats = np.empty(0)
     chunks = steps.found(tables, steps.CHUNKS, tables)
@@ -87,8 +87,8 @@ def tell(turn, tables, told, like):
     sums = steps.found_turn(tables, steps.SUMS, turn, floats)
     decisions = steps.found_turn(tables, steps.DECISIONS, turn, floats)
     safe = measure_and_decide(chunks, like, pools[:0], laws, sums, decisions)
-    own, source = steps.found(told, OWN, floats), steps.found(told, SOURCE, floats)
-    add_pools(steps.found(told, SPANS, told), sums, own)
+    own, source = steps.found(exchange, OWN, floats), steps.found(exchange, SOURCE, floats)
+    add_pools(steps.found(exchange, SPANS, exchange), sums, own)
     for t in range(source.shape[0] - own.shape[0]):
         for k in range(sums.shape[1]):
             source[own.shape[0] + t, k] = sums[t, k]
@@ -107,12 +107,15 @@ def are_alike(heads):
 
 
 @kernel
-def clip(turn, unscale, tables, bounds, heads, every, told, like):
+def clip(turn, unscale, tables, bounds, heads, every, exchange, like):
     """Clip by the rows of all ranks; return False if the general path is needed."""
     if not are_alike(heads):
         return False
-    rows, given = steps.found(told, POOLS, told), steps.found(told, GIVEN, bounds)
-    sharded, source = steps.found_row(told, SHARDED, told), steps.found(told, SOURCE, bounds)
+    rows, given = steps.found(exchange, POOLS, exchange), steps.found(exchange, GIVEN, bounds)
+    sharded, source = (
+        steps.found_row(exchange, SHARDED, exchange),
+        steps.found(exchange, SOURCE, bounds),
+    )
     bad, _, rank, scaled = merge_ranks(every, sharded, rows, source, given)
     if bad > 0.0 or rank > 0 or scaled:
         return False

@@ -26,10 +26,10 @@ from numclip.host.kernels.given import (
     COUNTS,
     DECISIONS,
     GIVEN,
+    LOCATIONS,
     LOSSES,
     OWN,
     PIECES,
-    PLACES,
     POOL_OF,
     POOLS,
     ROWS,
@@ -50,8 +50,8 @@ from numclip.host.kernels.given_rows import (
     LOWEST,
     PARAM,
     TENSOR,
-    place_all,
-    place_rows,
+    locate_all,
+    locate_rows,
 )
 from numclip.host.kernels.grouping import (
     SLOTS,
@@ -68,7 +68,6 @@ from numclip.host.runtime.jit import expanded, inline, kernel, kernel_with_gil
 from numclip.tables import (
     AIM,
     BAD,
-    COARSE,
     DIVISOR,
     ERROR,
     EXPONENT,
@@ -80,25 +79,26 @@ from numclip.tables import (
     TERMS,
     TERMS_EXPONENT,
     TOTAL,
+    TRUNCATE_BELOW,
     VALUES,
 )
 
-# Columns of SIZES, of pools: how many numbers dense tensors have, and the largest `DType.coarse`.
+# Columns of SIZES, of pools: the numbers in dense tensors, the largest `DType.truncate_below`.
 DENSE, UNIT = range(2)
 
 
 @inline
-def grouped(places):
+def grouped(locations):
     """Return the `groups` of all sparse gradients."""
     count = 0
-    for s in range(places.shape[0]):
-        count += places[s, FILLED]
-    order, starts = empty(count, places), empty(count + places.shape[0], places)
-    distinct = empty(places.shape[0], places)
+    for s in range(locations.shape[0]):
+        count += locations[s, FILLED]
+    order, starts = empty(count, locations), empty(count + locations.shape[0], locations)
+    distinct = empty(locations.shape[0], locations)
     first = 0
-    for s in range(places.shape[0]):
-        count = places[s, FILLED]
-        indices = array_at(places[s, INDICES], count, places)
+    for s in range(locations.shape[0]):
+        count = locations[s, FILLED]
+        indices = array_at(locations[s, INDICES], count, locations)
         own = order[first : first + count], starts[first + s : first + s + count + 1]
         distinct[s] = group_rows(indices, zeros(slots_for(count), SLOTS), *own)
         first += count
@@ -134,16 +134,16 @@ def write_sums(total, terms, out):
 @inline
 def measure_rows(tables, groups, like, sums, losses):
     """Write sums of sparse gradients and the losses of pools; return whether all sums are safe."""
-    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    rows, locations = found(tables, ROWS, tables), found(tables, LOCATIONS, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     safe, first = True, 0
     for p in range(losses.size):
         losses[p] = 0.0
     for s in range(rows.shape[0]):
-        t, length, count = rows[s, TENSOR], rows[s, LENGTH], places[s, FILLED]
+        t, length, count = rows[s, TENSOR], rows[s, LENGTH], locations[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
         first += count
-        values = array_at(places[s, VALUES], count * length, like)
+        values = array_at(locations[s, VALUES], count * length, like)
         if starts.size - 1 == count:
             total, error = parts_of_squares(values)
             write_sum(sums[t], total, error)
@@ -162,14 +162,16 @@ def obey_rows(tables, unscale, bounds):
     """Return the laws as `obey` does, with AIM less by the losses and COARSE for present rows."""
     laws, losses = obey(tables, unscale, bounds), found_row(tables, LOSSES, bounds)
     sizes, rows = found(tables, SIZES, bounds), found(tables, ROWS, tables)
-    places, pool_of = found(tables, PLACES, tables), found_row(tables, POOL_OF, tables)
+    locations, pool_of = found(tables, LOCATIONS, tables), found_row(tables, POOL_OF, tables)
     for p in range(bounds.size):
         laws[p, AIM] = max(bounds[p] - losses[p] / laws[p, DIVISOR], 0.0)
-        laws[p, COARSE] = sizes[p, DENSE]
+        laws[p, TRUNCATE_BELOW] = sizes[p, DENSE]
     for s in range(rows.shape[0]):
-        laws[pool_of[rows[s, TENSOR]], COARSE] += places[s, FILLED] * rows[s, LENGTH]
+        laws[pool_of[rows[s, TENSOR]], TRUNCATE_BELOW] += locations[s, FILLED] * rows[s, LENGTH]
     for p in range(bounds.size):
-        laws[p, COARSE] = math.sqrt(laws[p, COARSE]) / laws[p, DIVISOR] * sizes[p, UNIT]
+        laws[p, TRUNCATE_BELOW] = (
+            math.sqrt(laws[p, TRUNCATE_BELOW]) / laws[p, DIVISOR] * sizes[p, UNIT]
+        )
     return laws
 
 
@@ -192,9 +194,9 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
 @kernel
 def decide(measures, turn, unscale, tables, bounds, like):
     """Do what `given.decide` does, with the held rows, or with those of the call before."""
-    if measures and not place_rows(OWN, tables, like):
+    if measures and not locate_rows(OWN, tables, like):
         return False
-    groups = grouped(found(tables, PLACES, tables))
+    groups = grouped(found(tables, LOCATIONS, tables))
     return decide_placed(measures, turn, unscale, tables, bounds, groups, like)
 
 
@@ -212,21 +214,23 @@ def clip(measures, turn, unscale, tables, bounds, like):
 @inline
 def scale_rows(decisions, tables, like):
     """Multiply rows in place by the factors of their pools."""
-    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    rows, locations = found(tables, ROWS, tables), found(tables, LOCATIONS, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     for s in range(rows.shape[0]):
         decided = decisions[pool_of[rows[s, TENSOR]], column_of(like)]
         factor = as_computed(decided, like)
         if factor != 1.0:
-            multiply(array_at(places[s, VALUES], places[s, FILLED] * rows[s, LENGTH], like), factor)
+            multiply(
+                array_at(locations[s, VALUES], locations[s, FILLED] * rows[s, LENGTH], like), factor
+            )
 
 
 @kernel_with_gil
 def measure(items, turn, unscale, tables, bounds, like):
     """Find the gradients, measure and decide; return False if the general path is needed."""
-    if not place_all(items, tables, like):
+    if not locate_all(items, tables, like):
         return False
-    groups = grouped(found(tables, PLACES, tables))
+    groups = grouped(found(tables, LOCATIONS, tables))
     return decide_placed(True, turn, unscale, tables, bounds, groups, like)
 
 
@@ -242,16 +246,16 @@ def are_finite(x):
 @inline
 def sum_rows(tables, groups, decisions, like, sums):
     """Write the summed rows of all gradients; return whether those to be scaled are finite."""
-    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    rows, locations = found(tables, ROWS, tables), found(tables, LOCATIONS, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     address, first, finite = np.int64(sums.ctypes.data), 0, True
     for s in range(rows.shape[0]):
-        length, count, distinct = rows[s, LENGTH], places[s, FILLED], groups[2][s]
+        length, count, distinct = rows[s, LENGTH], locations[s, FILLED], groups[2][s]
         order, starts = groups_of(s, first, count, groups)
         out = table_at(address, distinct, length, like)
         if length > 0:
             merge_rows(
-                0, distinct, order, starts, table_at(places[s, VALUES], count, length, like), out
+                0, distinct, order, starts, table_at(locations[s, VALUES], count, length, like), out
             )
         decision = decisions[pool_of[rows[s, TENSOR]]]
         scales = decision[SKIPPED] == 0.0 and decision[MODE] == MULTIPLY
@@ -273,22 +277,25 @@ def numbers_in(tables, groups):
 @inline
 def update_rows(update, tables, groups, sums, factors, settings, like):
     """Update parameters at the rows that have sums; the caller keeps the memory of `sums`."""
-    rows, places = found(tables, ROWS, tables), found(tables, PLACES, tables)
+    rows, locations = found(tables, ROWS, tables), found(tables, LOCATIONS, tables)
     pool_of = found_row(tables, POOL_OF, tables)
     itemsizes = like.itemsize, factors.itemsize
-    addresses, first = empty(4, places), 0
+    addresses, first = empty(4, locations), 0
     addresses[updates.GRAD] = sums.ctypes.data
     for s in range(rows.shape[0]):
-        length, count = rows[s, LENGTH], places[s, FILLED]
+        length, count = rows[s, LENGTH], locations[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
-        given, indices = array_at(places[s, INDICES], count, places), empty(starts.size - 1, places)
+        given, indices = (
+            array_at(locations[s, INDICES], count, locations),
+            empty(starts.size - 1, locations),
+        )
         for g in range(indices.size):
             indices[g] = given[order[starts[g]]]
-        chunks = empty_table(indices.size * -(-length // CHUNK), 6, places)
+        chunks = empty_table(indices.size * -(-length // CHUNK), 6, locations)
         for k in range(updates.PARAM, addresses.size):
             addresses[k] = rows[s, PARAM + k - updates.PARAM]
         owner = pool_of[rows[s, TENSOR]]
-        updates.place_rows(indices, length, addresses, itemsizes, owner, chunks)
+        updates.write_row_updates(indices, length, addresses, itemsizes, owner, chunks)
         update(0, chunks.shape[0], chunks, factors, settings, like)
         addresses[updates.GRAD] += indices.size * length * like.itemsize
         first += count
@@ -297,9 +304,9 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
 @expanded
 def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
     """Take a step of an optimizer as `given.step` does."""
-    if items != AGAIN and not place_all(items, tables, like):
+    if items != AGAIN and not locate_all(items, tables, like):
         return False
-    groups = grouped(found(tables, PLACES, tables))
+    groups = grouped(found(tables, LOCATIONS, tables))
     if not decide_placed(items != AGAIN, turn, unscale, tables, bounds, groups, like):
         return False
     decisions = found_turn(tables, DECISIONS, turn, bounds)

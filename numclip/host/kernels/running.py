@@ -10,7 +10,7 @@ from numclip.host.runtime.jit import inline, kernel
 
 
 @inline
-def place_of(norm, ordered, known):
+def insertion_index(norm, ordered, known):
     """Return how many of the first `known` numbers in ascending order are less than a norm."""
     low, high = 0, known
     while low < high:
@@ -23,37 +23,37 @@ def place_of(norm, ordered, known):
 
 
 @inline
-def known_with(k, norm, place, oldest, ordered):
-    """Return norm k of `ordered` without index `oldest` and with `norm` inserted at `place`."""
-    if k == place:
+def known_with(k, norm, index, oldest, ordered):
+    """Return norm k of `ordered` without index `oldest` and with `norm` inserted at `index`."""
+    if k == index:
         return norm
-    k -= k > place
+    k -= k > index
     return ordered[k + (k >= oldest)]
 
 
 @inline
-def places_of(norm, count, ring, ordered):
+def indices_of(norm, count, ring, ordered):
     """Return (place, oldest): the index of a new norm, and that of the oldest if the ring is full.
 
     The oldest is to be removed first; in a ring with room, its index is the number of norms.
     """
     known = min(count, ring.size)
-    place, oldest = place_of(norm, ordered, known), known
+    index, oldest = insertion_index(norm, ordered, known), known
     if count >= ring.size:
-        oldest = place_of(ring[count % ring.size], ordered, known)
-        place -= oldest < place
-    return place, oldest
+        oldest = insertion_index(ring[count % ring.size], ordered, known)
+        index -= oldest < index
+    return index, oldest
 
 
 @kernel
 def percentile(norm, share, count, ring, ordered):
     """Return a percentile of the window after one more norm, to the bits of `numpy.percentile`."""
-    place, oldest = places_of(norm, count, ring, ordered)
+    index, oldest = indices_of(norm, count, ring, ordered)
     last = min(count, ring.size - 1)
     position = last * share
     below = math.floor(position)
-    low = known_with(below, norm, place, oldest, ordered)
-    high = known_with(min(below + 1, last), norm, place, oldest, ordered)
+    low = known_with(below, norm, index, oldest, ordered)
+    high = known_with(min(below + 1, last), norm, index, oldest, ordered)
     part = position - below
     if part < 0.5:
         return low + (high - low) * part
@@ -64,13 +64,13 @@ def percentile(norm, share, count, ring, ordered):
 def take(norm, count, ring, ordered):
     """Put a norm into the window, in place of the oldest if the ring is full."""
     number = count[()]
-    place, oldest = places_of(norm, number, ring, ordered)
-    for k in range(oldest, place):
+    index, oldest = indices_of(norm, number, ring, ordered)
+    for k in range(oldest, index):
         ordered[k] = ordered[k + 1]
     carried = norm
-    for k in range(place, oldest + 1):
+    for k in range(index, oldest + 1):
         ordered[k], carried = carried, ordered[k]
-    ordered[place] = ring[number % ring.size] = norm
+    ordered[index] = ring[number % ring.size] = norm
     count[()] = number + 1
 
 

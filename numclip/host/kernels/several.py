@@ -14,9 +14,9 @@ TURN, RIGHT, COUNTED, WORDS = range(4)
 
 
 @kernel
-def place(begin, end, tables):
+def locate(begin, end, tables):
     """Write the found addresses of gradients to chunks and updates."""
-    given.place(given.OWN, tables)
+    given.locate(given.OWN, tables)
 
 
 @kernel

@@ -10,7 +10,7 @@ import numpy as np
 
 from numclip.host.kernels.columns import add_parts, column_squares, scale_columns
 from numclip.host.kernels.elements import as_computed
-from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
+from numclip.host.kernels.one_norm import DIGITS, ROUNDOFF, TINY, TRUNCATE_BELOW
 from numclip.host.kernels.scalars import factor_of, is_safe, scale_by_power, settled
 from numclip.host.kernels.spans import (
     BAD_BOUND,
@@ -41,13 +41,13 @@ MANTISSA, POWER = range(2)  # of a factor; before `decide_units`, of a sum: tota
 @inline
 def decide_units(units, size, bound, limits):
     """Replace sums by factors; return UNCHANGED, WRITTEN (multiply) or RARE (truncate)."""
-    coarse = math.sqrt(float(size)) * limits[COARSE]
+    truncate_below = math.sqrt(float(size)) * limits[TRUNCATE_BELOW]
     digits = int(limits[DIGITS])
     done = UNCHANGED
     for u in range(units.shape[0]):
         norm, power = math.sqrt(units[u, MANTISSA]), int(units[u, POWER])
         mantissa, shift, small = factor_of(
-            norm, power, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST]
+            norm, power, bound, bound, truncate_below, limits[ROUNDOFF], digits, limits[TINY]
         )
         units[u, MANTISSA], units[u, POWER] = mantissa, shift
         if small:

@@ -21,13 +21,14 @@ from numclip.host.kernels.cpu import (
     parts_of_squares,
 )
 from numclip.host.kernels.elements import array_at, as_computed, rounded, widen, word_at
-from numclip.host.kernels.joint import COARSE, DIGITS, ROUNDOFF, SMALLEST
+from numclip.host.kernels.one_norm import DIGITS, ROUNDOFF, TINY, TRUNCATE_BELOW
 from numclip.host.kernels.pools import (
     add_sum,
     add_tensors,
     write_sum,
 )
 from numclip.host.kernels.scalars import (
+    capped_order,
     factor_of,
     is_product,
     is_safe,
@@ -37,7 +38,6 @@ from numclip.host.kernels.scalars import (
     root,
     scale_by_power,
     settled,
-    told_order,
     two_sum,
     usable,
 )
@@ -49,7 +49,7 @@ from numclip.tables import EXPONENT, PROPAGATE, RAISE, SKIP, SUM_COLUMNS, TOTAL,
 ADDRESS, LENGTH, KIND, LOW, HIGH = range(5)
 FIELDS = 5
 WIDE, COMPLEX, HALF, BRAIN = 1, 2, 4, 8  # of KIND: float64, complex, float16, bfloat16; 0: float32
-# Bits of `what`: a mask for a policy of `tables`, and flags.
+# Bits of `options`: a mask for a policy of `tables`, and flags.
 POLICY, IN_PLACE, GIVEN, AVERAGE, ROOT_MEAN = 3, 4, 8, 16, 32
 FOUND = 6  # from this bit on: the outcome for a fault that the caller has found, or 0
 # Outcomes.
@@ -100,7 +100,7 @@ def bits_of_peak(rows, t, mask):
 
 
 @inline
-def joint_peak(rows, count):
+def global_peak(rows, count):
     """Return the largest magnitude of all tensors, NaN if one number is NaN."""
     peaks = np.zeros(4, np.int64)  # of each kind, as bits
     for t in range(count):
@@ -177,13 +177,13 @@ def tensor_squares(rows, t):
 
 
 @inline
-def plain_norm(rows, count, ord):
+def direct_norm(rows, count, ord):
     """Return (norm, safe) of all tensors, for order 2 or inf.
 
     `safe` says that the norm is finite and rounded for sure, and no sum left the safe range.
     """
     if ord != 2.0:
-        peak = joint_peak(rows, count)
+        peak = global_peak(rows, count)
         return peak, math.isfinite(peak)
     total = error = doubt = 0.0
     safe = True
@@ -215,7 +215,7 @@ def rescued_squares(x):
 
 
 @inline
-def joint_norm(rows, count, ord):
+def global_norm_of(rows, count, ord):
     """Return the norm of all tensors as ``root * 2**exponent``."""
     sums = np.empty((count, SUM_COLUMNS))
     for t in range(count):
@@ -234,7 +234,7 @@ def joint_norm(rows, count, ord):
 
 @inline
 def tensor_limits(kind):
-    """Return the rounding limits of a kind, in the order of the fields in `joint`."""
+    """Return the rounding limits of a kind, in the order of the fields in `one_norm`."""
     if kind & WIDE:
         return WIDE_LIMITS
     if kind & HALF:
@@ -246,14 +246,17 @@ def tensor_limits(kind):
 def factor(rows, count, norm, power, bound, ord, divisor):
     """Return what `decisions.factor_of` does for a norm that is already divided by `divisor`."""
     elements, digits = 0, 53.0
-    roundoff = coarse = tiny = 0.0  # of the coarsest type
+    roundoff = truncate_below = tiny = 0.0  # of the coarsest type
     for t in range(count):
         elements += field(rows, t, LENGTH)
         limits = tensor_limits(field(rows, t, KIND))
-        roundoff, coarse = max(roundoff, limits[ROUNDOFF]), max(coarse, limits[COARSE])
-        digits, tiny = min(digits, limits[DIGITS]), max(tiny, limits[SMALLEST])
-    coarse *= root(float(elements), ord) / divisor
-    return factor_of(norm, power, bound, bound, coarse, roundoff, int(digits), tiny)
+        roundoff, truncate_below = (
+            max(roundoff, limits[ROUNDOFF]),
+            max(truncate_below, limits[TRUNCATE_BELOW]),
+        )
+        digits, tiny = min(digits, limits[DIGITS]), max(tiny, limits[TINY])
+    truncate_below *= root(float(elements), ord) / divisor
+    return factor_of(norm, power, bound, bound, truncate_below, roundoff, int(digits), tiny)
 
 
 @inline
@@ -328,31 +331,31 @@ def are_apart(rows, count):
 
 
 @inline
-def fault(rows, count, bound, given, ord, what):
+def fault(rows, count, bound, given, ord, options):
     """Return the outcome for a faulty argument or overlapping arrays, else `UNCHANGED`."""
-    if what >> FOUND:
-        return what >> FOUND
+    if options >> FOUND:
+        return options >> FOUND
     if not bound >= 0.0:
         return BAD_BOUND
-    if what & GIVEN and given < 0.0:
+    if options & GIVEN and given < 0.0:
         return BAD_NORM
     if not ord >= 1.0:
         return BAD_ORDER
-    return OVERLAP if what & IN_PLACE and not are_apart(rows, count) else UNCHANGED
+    return OVERLAP if options & IN_PLACE and not are_apart(rows, count) else UNCHANGED
 
 
 @inline
-def divisor_for(size, what):
+def divisor_for(size, options):
     """Return the divisor of the norm of `size` elements: `size`, its square root or 1."""
-    if what & AVERAGE:
+    if options & AVERAGE:
         return float(max(size, 1))
-    return math.sqrt(max(size, 1)) if what & ROOT_MEAN else 1.0
+    return math.sqrt(max(size, 1)) if options & ROOT_MEAN else 1.0
 
 
 @inline
-def divisor_of(rows, what):
+def divisor_of(rows, options):
     """Return the divisor of the first tensor's norm."""
-    return divisor_for(field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1), what)
+    return divisor_for(field(rows, 0, LENGTH) >> (field(rows, 0, KIND) // COMPLEX & 1), options)
 
 
 @inline
@@ -371,20 +374,20 @@ def multiply_all(rows, count, scale):
 
 
 @kernel
-def clip(rows, count, bound, given, ord, what):
+def clip(rows, count, bound, given, ord, options):
     """Clip tensors in place by the norm over all of them, or a given one; return (norm, outcome).
 
     After `RARE`, nothing is written and the caller calls `clip_rare`, which takes long to compile.
     """
-    wrong = fault(rows, count, bound, given, ord, what)
+    wrong = fault(rows, count, bound, given, ord, options)
     if wrong != UNCHANGED or count == 0:
-        return given if what & GIVEN else 0.0, wrong
+        return given if options & GIVEN else 0.0, wrong
     norm, safe = 0.0, ord == 2.0 or ord == math.inf
-    if safe and (what & POLICY != PROPAGATE or not what & GIVEN):
-        norm, safe = plain_norm(rows, count, ord)
-    divisor = divisor_of(rows, what)
+    if safe and (options & POLICY != PROPAGATE or not options & GIVEN):
+        norm, safe = direct_norm(rows, count, ord)
+    divisor = divisor_of(rows, options)
     norm /= divisor
-    if what & GIVEN:
+    if options & GIVEN:
         norm, safe = given, safe and math.isfinite(given)
     if not safe:
         return norm, RARE
@@ -398,29 +401,29 @@ def clip(rows, count, bound, given, ord, what):
 
 
 @kernel
-def clip_rare(rows, count, bound, given, ord, what):
+def clip_rare(rows, count, bound, given, ord, options):
     """Clip as `clip` does, for any order, non-finite norms, unsafe sums and truncated results."""
-    policy, ord = what & POLICY, told_order(ord)
+    policy, ord = options & POLICY, capped_order(ord)
     norm, power = 0.0, 0
-    if policy != PROPAGATE or not what & GIVEN:
-        norm, power = joint_norm(rows, count, ord)
-    bad = not math.isfinite(norm) or (what & GIVEN != 0 and not math.isfinite(given))
+    if policy != PROPAGATE or not options & GIVEN:
+        norm, power = global_norm_of(rows, count, ord)
+    bad = not math.isfinite(norm) or (options & GIVEN != 0 and not math.isfinite(given))
     if bad and policy == RAISE:
         return norm, NONFINITE
     cleaned = bad and policy == ZERO
     if cleaned:
         clean(rows, count)
-        norm, power = joint_norm(rows, count, ord)
-    divisor = divisor_of(rows, what)
+        norm, power = global_norm_of(rows, count, ord)
+    divisor = divisor_of(rows, options)
     norm /= divisor
-    if what & GIVEN and (policy != ZERO or math.isfinite(given)):
+    if options & GIVEN and (policy != ZERO or math.isfinite(given)):
         norm, power = given, 0
-    told = scale_by_power(norm, power)
+    reported = scale_by_power(norm, power)
     mantissa, shift, truncate = factor(rows, count, norm, power, bound, ord, divisor)
     if (bad and policy == SKIP) or (mantissa == 1.0 and shift == 0):
-        return told, WRITTEN if cleaned else UNCHANGED
+        return reported, WRITTEN if cleaned else UNCHANGED
     scale(rows, count, mantissa, shift, truncate or cleaned)
-    return told, WRITTEN
+    return reported, WRITTEN
 
 
 @inline

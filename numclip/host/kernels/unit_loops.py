@@ -16,11 +16,11 @@ from numclip.host.kernels.scalars import (
     binned_square,
     factor_of,
     is_safe,
-    joined_bins,
     larger,
     norm_of,
     relative,
     scale_by_power,
+    sum_of_bins,
     write_factor,
 )
 from numclip.host.kernels.spans import sum_of
@@ -31,7 +31,6 @@ from numclip.tables import (
     BOUND,
     CLIPPED,
     CLIPPED_COUNT,
-    COARSE,
     EPS,
     FACTOR,
     LEAST,
@@ -45,6 +44,7 @@ from numclip.tables import (
     SCALE,
     SKIPPED,
     TINY,
+    TRUNCATE_BELOW,
     UNSCALE,
 )
 
@@ -86,11 +86,13 @@ def decide_unit(sums, params, relates, law, digits, leaves, out):
     """Write the decision of a unit, by (total, exponent) of its sum and of its parameter's."""
     root, power = norm_of(sums[0], int(sums[1]), law[ORD])
     norm = root / law[UNSCALE], power
-    bound, judged, coarse = law[BOUND], norm, law[COARSE]
+    bound, compared, truncate_below = law[BOUND], norm, law[TRUNCATE_BELOW]
     if relates:
-        bound, judged, coarse = relative(law, norm, (math.sqrt(params[0]), int(params[1])))
-    limits = bound, bound, coarse, law[ROUNDOFF]
-    write_factor(law, limits, judged, norm, leaves, digits, out)
+        bound, compared, truncate_below = relative(
+            law, norm, (math.sqrt(params[0]), int(params[1]))
+        )
+    limits = bound, bound, truncate_below, law[ROUNDOFF]
+    write_factor(law, limits, compared, norm, leaves, digits, out)
 
 
 @kernel
@@ -152,23 +154,23 @@ def units_at(address, lengths, like):
 
 
 @inline
-def write_squares(address, place, digits, like, sums):
+def write_squares(address, row, digits, like, sums):
     """Write the totals and exponents of an array's units; return what `unit_squares` does."""
-    x = units_at(address, place[OUTER:], like)
-    own = sums[:, place[UNIT] : place[UNIT] + x.shape[0] * x.shape[2]]
+    x = units_at(address, row[OUTER:], like)
+    own = sums[:, row[UNIT] : row[UNIT] + x.shape[0] * x.shape[2]]
     own[1, :] = 0.0
     return unit_squares(x, digits, own[0])
 
 
 @kernel
-def measure_little(places, digits, like, sums, params, right):
+def measure_little(arrays, digits, like, sums, params, right):
     """Call `write_squares` for arrays, and for their parameters if these count.
 
     `right` receives for each array whether its sums lost nothing; return whether all did not.
     """
     done = True
-    for k in range(places.shape[0]):
-        own = places[k]
+    for k in range(arrays.shape[0]):
+        own = arrays[k]
         right[k] = write_squares(own[ADDRESS], own, digits, like, sums)
         if own[PARAM] != 0:
             right[k] &= write_squares(own[PARAM], own, digits, like, params)
@@ -184,11 +186,11 @@ def one_factor(total, owner, law, digits, relates):
     """
     if total < 0.0 or owner < 0.0:
         return UNKNOWN
-    norm, bound, coarse = (math.sqrt(total), 0), law[BOUND], law[COARSE]
+    norm, bound, truncate_below = (math.sqrt(total), 0), law[BOUND], law[TRUNCATE_BELOW]
     if relates:
-        bound, norm, coarse = relative(law, norm, (math.sqrt(owner), 0))
+        bound, norm, truncate_below = relative(law, norm, (math.sqrt(owner), 0))
     mantissa, power, small = factor_of(
-        norm[0], norm[1], bound, bound, coarse, law[ROUNDOFF], digits, law[TINY]
+        norm[0], norm[1], bound, bound, truncate_below, law[ROUNDOFF], digits, law[TINY]
     )
     return UNKNOWN if small else scale_by_power(mantissa, power)
 
@@ -201,9 +203,9 @@ def write_quotients(sums, owners, law, digits, out):
     `decisions.factor_of`: except near limits, a quotient's do not depend on the exponents.
     """
     bound, eps, relates = law[BOUND], law[EPS], owners.size > 0
-    coarse, tiny, margin = law[COARSE], law[TINY], 1.0 + law[ROUNDOFF]
+    truncate_below, tiny, margin = law[TRUNCATE_BELOW], law[TINY], 1.0 + law[ROUNDOFF]
     slack = 1.0 - (SLACK if digits > 24 else 2.0 * SLACK)
-    plain = bound == math.inf or LOW < bound < HIGH
+    in_range = bound == math.inf or LOW < bound < HIGH
     for u in range(sums.size):
         ratio, root = np.sqrt(sums[u]), 1.0
         if relates:
@@ -211,9 +213,9 @@ def write_quotients(sums, owners, law, digits, out):
             root = eps if root < eps else root
             ratio /= root
         factor = bound / ratio / margin * slack
-        right = plain & (ratio < HIGH) & (factor >= tiny) & (bound >= coarse / root)
+        right = in_range & (ratio < HIGH) & (factor >= tiny) & (bound >= truncate_below / root)
         factor = factor if right else math.nan
-        out[u] = 1.0 if plain & (ratio <= bound) else factor
+        out[u] = 1.0 if in_range & (ratio <= bound) else factor
 
 
 @kernel
@@ -242,7 +244,14 @@ def row_factors(begin, end, x, ord, law, digits, out):
         total, exponent = sum_of(row, ord)
         norm, power = norm_of(total, exponent, ord)
         mantissa, shift, small = factor_of(
-            norm, power, law[BOUND], law[BOUND], law[COARSE], law[ROUNDOFF], digits, law[TINY]
+            norm,
+            power,
+            law[BOUND],
+            law[BOUND],
+            law[TRUNCATE_BELOW],
+            law[ROUNDOFF],
+            digits,
+            law[TINY],
         )
         out[r] = UNKNOWN if small else scale_by_power(mantissa, shift)
 
@@ -267,10 +276,10 @@ def scale_units(x, factors):
 
 
 @kernel
-def scale_little(begin, end, places, units, like):
+def scale_little(begin, end, arrays, units, like):
     """Multiply the units of arrays in place by the factors in `units`, the decisions."""
     for k in range(begin, end):
-        own = places[k]
+        own = arrays[k]
         x = units_at(own[ADDRESS], own[OUTER:], like)
         factors, clips = np.full(x.shape[0] * x.shape[2], as_computed(1.0, x)), False
         for unit in range(factors.size):
@@ -291,7 +300,7 @@ def summarize_units(units, bound, out):
         small, middle, large = small + parts[0], middle + parts[1], large + parts[2]
         least = larger(least, -units[u, SCALE])
         count += units[u, NORM] > bound
-    total, exponent = joined_bins(small, middle, large)
+    total, exponent = sum_of_bins(small, middle, large)
     out[AFTER] = scale_by_power(math.sqrt(total), exponent)
     out[LEAST], out[CLIPPED_COUNT] = -least, count
 

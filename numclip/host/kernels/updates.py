@@ -64,7 +64,7 @@ def advance_adam(decisions, column, counts, counted, given, factors, settings):
 
 
 @kernel
-def place_rows(indices, length, addresses, itemsizes, owner, out):
+def write_row_updates(indices, length, addresses, itemsizes, owner, out):
     """Write the updates of the rows `indices` by their contiguous sums, cut into chunks.
 
     `addresses` are those of the sums, of the parameter and its states, `itemsizes` the bytes of

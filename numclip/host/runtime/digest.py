@@ -20,7 +20,7 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 
 NAMED = {*sys.stdlib_module_names, "numpy", "numba", "llvmlite"}
-PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
+ATOMS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), np.generic, np.dtype)
 TYPED = (numba_types.Type, ir.Type, ir.Constant)
 
 
@@ -61,7 +61,7 @@ def of_modules(*modules: types.ModuleType) -> str:
 
 def _defined(value: Any, module: str) -> Iterator[str]:
     """Describe a constant, or a function or class of the module by its code."""
-    if isinstance(value, PLAIN):
+    if isinstance(value, ATOMS):
         yield repr(value)
     elif getattr(value, "__module__", None) == module:
         members = vars(value).values() if isinstance(value, type) else [value]
@@ -73,7 +73,7 @@ def _defined(value: Any, module: str) -> Iterator[str]:
 
 def _value(value: Any, names: set[str], seen: set[int]) -> Iterator[str]:
     """Describe a value; of a module, the members in `names` alone."""
-    if isinstance(value, PLAIN):
+    if isinstance(value, ATOMS):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, TYPED):
         yield f"{type(value).__name__} {value}"

@@ -12,11 +12,11 @@ from numclip.host.kernels.scalars import factor_of, is_safe, is_settled, scale_b
 from numclip.host.runtime.jit import kernel
 
 # Indices of `limits`, see `dtypes.DType.limits`; SMALLEST is the smallest normal number.
-ROUNDOFF, DIGITS, SMALLEST, COARSE = range(4)
+ROUNDOFF, DIGITS, TINY, TRUNCATE_BELOW = range(4)
 
 
 @kernel
-def joined(chunks, partial, limits, totals):
+def norm_of_chunks(chunks, partial, limits, totals):
     """Return (norm, right): the norm of all chunks, and whether it has the bits of `pools`.
 
     `right` is False for a norm that is not finite, too. `totals` receives the sum of each tensor
@@ -41,14 +41,14 @@ def joined(chunks, partial, limits, totals):
 
 
 @kernel
-def decide(norm, bound, ones, divisor, limits):
+def decide(norm, bound, norm_of_ones, divisor, limits):
     """Return (factor, truncate) for a norm that is already divided by `divisor`.
 
-    `truncate` is that of `decisions.factor_of`; `ones` is the norm of as many ones as elements.
+    `truncate` is that of `decisions.factor_of`; `norm_of_ones` that of as many ones as elements.
     """
-    coarse = ones / divisor * limits[COARSE]
+    truncate_below = norm_of_ones / divisor * limits[TRUNCATE_BELOW]
     digits = int(limits[DIGITS])
     mantissa, power, truncate = factor_of(
-        norm, 0, bound, bound, coarse, limits[ROUNDOFF], digits, limits[SMALLEST]
+        norm, 0, bound, bound, truncate_below, limits[ROUNDOFF], digits, limits[TINY]
     )
     return scale_by_power(mantissa, power), truncate
