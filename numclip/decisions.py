@@ -94,10 +94,8 @@ def factor_of(norm, power, bound, aim, truncate_below, roundoff, digits, tiny): 
     if scale_by_power(norm, power) <= bound and (bound > 0.0 or norm == 0.0):
         return 1.0, 0, False
     mantissa, exponent = clip_factor(aim, norm, power, roundoff, digits)
-    small = 0.0 < mantissa < 1.0 and (
-        aim < truncate_below or scale_by_power(mantissa, exponent) < tiny
-    )
-    return mantissa, exponent, small
+    small = aim < truncate_below or scale_by_power(mantissa, exponent) < tiny
+    return mantissa, exponent, small and 0.0 < mantissa < 1.0
 
 
 def write_factor(law, limits, compared, reported, leaves, digits, out):  # type: ignore[no-untyped-def]
@@ -129,14 +127,10 @@ def write_factor(law, limits, compared, reported, leaves, digits, out):  # type:
 
 def decide(law, policy, digits, bad, out):  # type: ignore[no-untyped-def]
     """Write the factor of a pool, the mode of its tensors, and the values for reports."""
-    norm, cancellation = (out[ROOT], int(out[ROOT_EXPONENT])), out[CANCELLATION]
-    if not law[GIVEN] < 0.0 and (policy != ZERO or math.isfinite(law[GIVEN])):
-        cancellation = (
-            scale_by_power(cancellation * norm[0], norm[1]) / law[GIVEN]
-            if law[GIVEN] > 0.0
-            else 0.0
-        )
-        norm = law[GIVEN], 0
+    norm, cancellation, given = (out[ROOT], int(out[ROOT_EXPONENT])), out[CANCELLATION], law[GIVEN]
+    if not given < 0.0 and (policy != ZERO or math.isfinite(given)):
+        upper = scale_by_power(cancellation * norm[0], norm[1])
+        norm, cancellation = (given, 0), upper / given if given > 0.0 else 0.0
     roundoff = law[ROUNDOFF] * (cancellation if cancellation > 1.0 else 1.0)
     leaves = bad and (policy in (SKIP, RAISE))
     out[SKIPPED], out[CLAMPED] = (1.0 if leaves else 0.0), 0.0

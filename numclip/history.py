@@ -140,9 +140,8 @@ class History:
             rows["step"] = recorded.steps
             for column in COLUMNS[1:]:
                 rows[column] = getattr(own, column)
-            added.append(
-                (self._ring(name), rows if recorded.counts.all() else rows[recorded.counts])
-            )
+            counted = rows if recorded.counts.all() else rows[recorded.counts]
+            added.append((self._ring(name), counted))
         for ring, rows in added:  # in no time, for an interrupt before leaves all to be told
             ring.extend(rows)
 

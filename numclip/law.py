@@ -88,10 +88,10 @@ class Family(NamedTuple):
     def facts(self, ord: float) -> tuple[float, float, float]:
         """Return the family's ROUNDOFF, COARSE and TINY, see `numclip.tables`."""
         size = sum(array.size // max(array.units, 1) for array in self.arrays)
-        norms_of_ones = formulas.root(float(size), ord) if self.rounded else 1.0
+        norm_of_ones = formulas.root(float(size), ord) if self.rounded else 1.0
         roundings = 2.0 if self.measured else 1.0
         roundoff = roundings * max(row.roundoff for row in self.dtypes)
-        truncate_below = norms_of_ones * max(row.truncate_below for row in self.dtypes)
+        truncate_below = norm_of_ones * max(row.truncate_below for row in self.dtypes)
         return roundoff, truncate_below, max(row.tiny for row in self.dtypes)
 
 
@@ -165,10 +165,8 @@ class Laws:
         table[:, tables.DIVISOR] = law.divisor
         table[:, tables.GIVEN], table[:, tables.ORD] = law.given, law.ord
         table[:, tables.ROUNDOFF], table[:, tables.TINY] = self._roundoffs, self._tiny
-        norms_of_ones = (
-            self._roots(law.ord) if law.size is None else self._roots_of(law.size, law.ord)
-        )
-        table[:, tables.TRUNCATE_BELOW] = norms_of_ones / law.divisor * self._truncate_below
+        ones = self._roots(law.ord) if law.size is None else self._roots_of(law.size, law.ord)
+        table[:, tables.TRUNCATE_BELOW] = ones / law.divisor * self._truncate_below
         table[:, tables.UNSCALE] = law.unscale
         table[:, [tables.RATIO, tables.TERMS_RATIO]] = 1.0
         return table

@@ -290,9 +290,8 @@ class Outcome:
         if len(self._members.groups) == 1:
             return self.groups[0].own_norm
         sums = [read.totals for read in self._reads]
-        return norms_together(
-            sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2), self._unscale
-        )
+        every = sums[0] if len(sums) == 1 else np.concatenate(sums, axis=-2)
+        return norms_together(every, self._unscale)
 
     @kept
     def clipped_norm(self) -> Any:

@@ -167,18 +167,16 @@ class Part:
             if group.nonfinite == "raise" and bad.any():
                 raise_of(communicator, int(bad.argmax()), steps.gradients(group), None, stream)
 
-    def _dispute(
-        self, group: Any, every: Array, merged: Array, given: Array, reported: Array
-    ) -> None:
+    def _dispute(self, group: Any, every: Array, own: Array, given: Array, reported: Array) -> None:
         """Count a gradient that is not finite on some ranks only as not finite on all."""
         if group.sharded or _scope(self.clipper, group) == "group":
             return
         pools, rows = self.clipper.pools[group.name], self.clipper.merged_rows[group.name]
-        reported[rows.start, tables.BAD] += merged[0, tables.BAD]
+        reported[rows.start, tables.BAD] += own[0, tables.BAD]
         counts, totals = every[:, tables.BAD], every[:, tables.TOTAL]
         if (counts != counts[0]).any() and not np.isfinite(totals).all():
-            given[pools.start : pools.stop, tables.TOTAL] = merged[0, tables.TOTAL]
-            reported[rows.start : rows.stop, tables.TOTAL] = merged[0, tables.TOTAL]
+            given[pools.start : pools.stop, tables.TOTAL] = own[0, tables.TOTAL]
+            reported[rows.start : rows.stop, tables.TOTAL] = own[0, tables.TOTAL]
 
     def _losses(self, group: Any, merged: Array) -> Any:
         """Return the norms of what rounding subnormal terms can add to a group's sums of rows."""

@@ -140,9 +140,8 @@ class Given:
         for k, facts in enumerate(self.targets):
             item = items[k]
             if item is not None and item is not KEPT and k not in self._held:
-                is_numpy = type(item) is np.ndarray or isinstance(
-                    item, np.floating
-                )  # sums are that
+                # Sums over all axes are numbers of NumPy's.
+                is_numpy = type(item) is np.ndarray or isinstance(item, np.floating)
                 if not (self.is_little and is_numpy and item.shape == facts.shape):
                     return None
                 found[k] = copy = _copy(np.asarray(item), self._dtypes[k], adds=adds)

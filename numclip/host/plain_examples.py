@@ -53,15 +53,8 @@ def clip(grads: Any, bound: float) -> tuple[Any, int] | None:
 @functools.cache
 def _little(kind: Kind) -> Callable[..., int]:
     """Return the entry of `examples.clip_little`."""
-    arguments = (
-        kind.in_c_order[0],
-        EXAMPLE_COLUMNS,
-        _LAW,
-        kind.row.like,
-        np.empty(1),
-        np.empty(1, bool),
-    )
-    return entry(examples.clip_little, 0, 0, 1, *arguments)
+    arguments = kind.in_c_order[0], EXAMPLE_COLUMNS, _LAW, kind.row.like
+    return entry(examples.clip_little, 0, 0, 1, *arguments, np.empty(1), np.empty(1, bool))
 
 
 def _clip_much(

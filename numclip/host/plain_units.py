@@ -81,9 +81,8 @@ def _clip_little(
     every: nests.Items = items + owners
     if {*map(type, every)} != {np.ndarray} or not _can_be_kept(axes):
         return None
-    known = _prepared(
-        every[0].dtype, tuple([item.shape for item in every]), len(items), axes, reduce
-    )
+    shapes = tuple([item.shape for item in every])
+    known = _prepared(every[0].dtype, shapes, len(items), axes, reduce)
     if known is None or known[0] >= PARALLEL_BYTES:
         return None
     results: nests.Items = items
@@ -154,10 +153,11 @@ def _clip_one(
         y = as_stored(result).reshape(x.shape)
     law = _law(kind.row, x.shape[1] // kind.row.components, ord).copy()
     law[BOUND], law[EPS] = bound, eps
-    arguments = x, param if owner is not None else x[:0], law, kind.row.digits
-    factors = (
-        _factors(*arguments) if ord == 2.0 else _factors_by_order(x, ord, law, kind.row.digits)
-    )
+    digits = kind.row.digits
+    if ord == 2.0:
+        factors = _factors(x, param if owner is not None else x[:0], law, digits)
+    else:
+        factors = _factors_by_order(x, ord, law, digits)
     return result if _scale(x, factors, y) else None
 
 

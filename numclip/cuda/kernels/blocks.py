@@ -81,10 +81,8 @@ def lane_bins(bins, thread, apart, scratch):
         cuda.syncthreads()
         half >>= 1
     own = thread & (apart - 1)
-    small, middle = (
-        settled(scratch[0, own], scratch[3, own]),
-        settled(scratch[1, own], scratch[4, own]),
-    )
+    small = settled(scratch[0, own], scratch[3, own])
+    middle = settled(scratch[1, own], scratch[4, own])
     large, count = settled(scratch[2, own], scratch[5, own]), scratch[6, own]
     cuda.syncthreads()
     total, exponent = sum_of_bins(small, middle, large)

@@ -40,9 +40,8 @@ def line_of(tile, n):
 @inline
 def are_packed(tile, like):
     """Tell whether lines can be read and written in packets."""
-    addresses = (
-        tile[col.SOURCE] | tile[col.TARGET] | tile[col.UNIT_STEP] | tile[col.TARGET_UNIT_STEP]
-    )
+    steps = tile[col.UNIT_STEP] | tile[col.TARGET_UNIT_STEP]
+    addresses = tile[col.SOURCE] | tile[col.TARGET] | steps
     alike = tile[col.STEP] == tile[col.TARGET_STEP]
     return alike and in_packets(tile, addresses, tile[col.COMPONENTS], like)
 

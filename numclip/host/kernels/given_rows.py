@@ -35,9 +35,7 @@ from numclip.tables import CAPACITY, FILLED, HEIGHT, HELD_COLUMNS, INDICES, PRES
 # Columns of ROWS: the number of the tensor, the address of the words that say where rows are held,
 # the numbers of a row, the exponent of the smallest subnormal; addresses of parameter and states.
 TENSOR, HELD, LENGTH, LOWEST, PARAM, FIRST, SECOND, ROW_COLUMNS = range(8)
-LOCATION_FIELDS = (
-    FILLED + 1
-)  # how many columns of held rows say where rows are: VALUES, INDICES, FILLED
+LOCATION_FIELDS = FILLED + 1  # columns of held rows that say where rows are: up to FILLED
 
 
 @inline

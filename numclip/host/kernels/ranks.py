@@ -112,10 +112,8 @@ def clip(turn, unscale, tables, bounds, heads, every, exchange, like):
     if not are_alike(heads):
         return False
     rows, given = steps.found(exchange, POOLS, exchange), steps.found(exchange, GIVEN, bounds)
-    sharded, source = (
-        steps.found_row(exchange, SHARDED, exchange),
-        steps.found(exchange, SOURCE, bounds),
-    )
+    sharded = steps.found_row(exchange, SHARDED, exchange)
+    source = steps.found(exchange, SOURCE, bounds)
     bad, _, rank, scaled = merge_ranks(every, sharded, rows, source, given)
     if bad > 0.0 or rank > 0 or scaled:
         return False

@@ -169,9 +169,8 @@ def obey_rows(tables, unscale, bounds):
     for s in range(rows.shape[0]):
         laws[pool_of[rows[s, TENSOR]], TRUNCATE_BELOW] += locations[s, FILLED] * rows[s, LENGTH]
     for p in range(bounds.size):
-        laws[p, TRUNCATE_BELOW] = (
-            math.sqrt(laws[p, TRUNCATE_BELOW]) / laws[p, DIVISOR] * sizes[p, UNIT]
-        )
+        norm_of_ones = math.sqrt(laws[p, TRUNCATE_BELOW])
+        laws[p, TRUNCATE_BELOW] = norm_of_ones / laws[p, DIVISOR] * sizes[p, UNIT]
     return laws
 
 
@@ -220,9 +219,8 @@ def scale_rows(decisions, tables, like):
         decided = decisions[pool_of[rows[s, TENSOR]], column_of(like)]
         factor = as_computed(decided, like)
         if factor != 1.0:
-            multiply(
-                array_at(locations[s, VALUES], locations[s, FILLED] * rows[s, LENGTH], like), factor
-            )
+            count = locations[s, FILLED] * rows[s, LENGTH]
+            multiply(array_at(locations[s, VALUES], count, like), factor)
 
 
 @kernel_with_gil
@@ -285,10 +283,8 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
     for s in range(rows.shape[0]):
         length, count = rows[s, LENGTH], locations[s, FILLED]
         order, starts = groups_of(s, first, count, groups)
-        given, indices = (
-            array_at(locations[s, INDICES], count, locations),
-            empty(starts.size - 1, locations),
-        )
+        given = array_at(locations[s, INDICES], count, locations)
+        indices = empty(starts.size - 1, locations)
         for g in range(indices.size):
             indices[g] = given[order[starts[g]]]
         chunks = empty_table(indices.size * -(-length // CHUNK), 6, locations)

@@ -60,10 +60,10 @@ FEW = 16  # the most arrays that are compared in pairs; sorting allocates twice
 HALF_LIKE, BRAIN_LIKE = FLOAT16.like, BFLOAT16.like
 NARROW_LIKE, WIDE_LIKE = FLOAT32.like, FLOAT64.like
 HALF_MASK, NARROW_MASK, WIDE_MASK = FLOAT16.mask, FLOAT32.mask, FLOAT64.mask
-HALF_PRECISION, BRAIN_PRECISION = FLOAT16.precision, BFLOAT16.precision
 NARROW_PRECISION, WIDE_PRECISION = FLOAT32.precision, FLOAT64.precision
-HALF_LIMITS, BRAIN_LIMITS = FLOAT16.limits, BFLOAT16.limits
+PRECISIONS = WIDE_PRECISION, FLOAT16.precision, BFLOAT16.precision, NARROW_PRECISION
 NARROW_LIMITS, WIDE_LIMITS = FLOAT32.limits, FLOAT64.limits
+LIMITS = WIDE_LIMITS, FLOAT16.limits, BFLOAT16.limits, NARROW_LIMITS  # by kind, see `of_kind`
 
 
 @inline
@@ -233,13 +233,13 @@ def global_norm_of(rows, count, ord):
 
 
 @inline
-def tensor_limits(kind):
-    """Return the rounding limits of a kind, in the order of the fields in `one_norm`."""
+def of_kind(kind, wide, half, brain, narrow):
+    """Return the one of four values that belongs to a dtype kind."""
     if kind & WIDE:
-        return WIDE_LIMITS
+        return wide
     if kind & HALF:
-        return HALF_LIMITS
-    return BRAIN_LIMITS if kind & BRAIN else NARROW_LIMITS
+        return half
+    return brain if kind & BRAIN else narrow
 
 
 @inline
@@ -249,24 +249,12 @@ def factor(rows, count, norm, power, bound, ord, divisor):
     roundoff = truncate_below = tiny = 0.0  # of the coarsest type
     for t in range(count):
         elements += field(rows, t, LENGTH)
-        limits = tensor_limits(field(rows, t, KIND))
-        roundoff, truncate_below = (
-            max(roundoff, limits[ROUNDOFF]),
-            max(truncate_below, limits[TRUNCATE_BELOW]),
-        )
-        digits, tiny = min(digits, limits[DIGITS]), max(tiny, limits[TINY])
+        limits = of_kind(field(rows, t, KIND), *LIMITS)
+        roundoff, digits = max(roundoff, limits[ROUNDOFF]), min(digits, limits[DIGITS])
+        truncate_below = max(truncate_below, limits[TRUNCATE_BELOW])
+        tiny = max(tiny, limits[TINY])
     truncate_below *= root(float(elements), ord) / divisor
     return factor_of(norm, power, bound, bound, truncate_below, roundoff, int(digits), tiny)
-
-
-@inline
-def tensor_precision(kind):
-    """Return the digits of a kind, and the exponent of its smallest subnormal."""
-    if kind & WIDE:
-        return WIDE_PRECISION
-    if kind & HALF:
-        return HALF_PRECISION
-    return BRAIN_PRECISION if kind & BRAIN else NARROW_PRECISION
 
 
 @inline
@@ -282,7 +270,7 @@ def scale_array(x, mantissa, power, truncate, precision):
 def scale(rows, count, mantissa, power, truncate):
     """Multiply all tensors in place, see `scale_array`."""
     for t in range(count):
-        precision = tensor_precision(field(rows, t, KIND))
+        precision = of_kind(field(rows, t, KIND), *PRECISIONS)
         by_kind(scale_array, rows, t, (mantissa, power, truncate, precision))
 
 

@@ -88,9 +88,8 @@ def decide_unit(sums, params, relates, law, digits, leaves, out):
     norm = root / law[UNSCALE], power
     bound, compared, truncate_below = law[BOUND], norm, law[TRUNCATE_BELOW]
     if relates:
-        bound, compared, truncate_below = relative(
-            law, norm, (math.sqrt(params[0]), int(params[1]))
-        )
+        param = math.sqrt(params[0]), int(params[1])
+        bound, compared, truncate_below = relative(law, norm, param)
     limits = bound, bound, truncate_below, law[ROUNDOFF]
     write_factor(law, limits, compared, norm, leaves, digits, out)
 
