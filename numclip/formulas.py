@@ -259,16 +259,16 @@ def truncated_product(
     """Return ``value * mantissa * 2**exponent``, subnormal results rounded toward zero.
 
     `digits` is the precision of the dtype the result is stored in, ``2**lowest`` its smallest
-    positive number. A product of `digits` bits above the smallest number is left to the
-    rounding of the store; the rest is cut to the grid that is stored exactly. The product
-    itself is rounded in float64, which the margin of `clip_factor` covers.
+    positive number. A product that is not subnormal is left to the rounding of the store; others
+    are cut to multiples of that number, which are stored exactly. The product itself is rounded
+    in float64, which the margin of `clip_factor` covers.
     """
     if value == 0.0 or not (math.isfinite(value) and math.isfinite(mantissa)):
         return value * mantissa
     fraction, power = math.frexp(value)
     product = fraction * mantissa
     bits = power + exponent - lowest
-    if bits > digits + 1:
+    if bits > (digits if abs(product) < 0.5 else digits - 1):
         return math.ldexp(product, power + exponent)
     if bits < 0:
         return math.copysign(0.0, value)

@@ -194,10 +194,7 @@ class OrderClipper(Clipper):
 
     @staticmethod
     def _powers_of(own: GroupOutcome, column: int, squares: Array) -> Array:
-        if own.member.jointly:
-            return squares
-        norms = own.decisions[..., column] * own.divisors
-        return np.where(own.skipped_tensors, squares, norms)
+        return squares if own.member.jointly else own.decisions[..., column] * own.divisors
 
 
 class ValueClipper(Clipper):

@@ -239,7 +239,16 @@ class GroupOutcome:
         """The norm that the rule bounds, before clipping; without one, the group's own."""
         if not self.member.jointly or self.member.decides:
             return self.own_norm
-        return np.where(self.skipped, self.own_norm, self.decided(tables.NORM))
+        return self._or_own(self.decided(tables.NORM))
+
+    def _or_own(self, decided: Any) -> Any:
+        """Return a norm that was decided; where the group was skipped, its own, if that is known.
+
+        Of orders other than 2 it is not, and the norm of the groups that share it stays.
+        """
+        if self.member.clipper.ord != 2.0:
+            return decided
+        return np.where(self.skipped, self.own_norm, decided)
 
     @kept
     def clipped_norm(self) -> Any:
@@ -249,7 +258,7 @@ class GroupOutcome:
         if not self.member.jointly:
             return hypotenuses(self.tensor_clipped_norms)
         left = self.decided(tables.CLIPPED)
-        return left if self.member.decides else np.where(self.skipped, self.own_norm, left)
+        return left if self.member.decides else self._or_own(left)
 
     @kept
     def own_clipped_norm(self) -> Any:

@@ -37,7 +37,9 @@ def as_array(name: str, values: Any) -> Array:
     if isinstance(values, np.ma.MaskedArray):
         advice = "a masked array; fill it first with .filled(0)"
         raise TypeError(expected(name, "an array", advice))
-    if isinstance(values, (np.ndarray, np.floating, np.complexfloating)):
+    if isinstance(values, (np.ndarray, np.floating, np.complexfloating)) or (
+        isinstance(values, np.generic) and lookup(values.dtype)  # bfloat16
+    ):
         return np.asarray(values)
     found = libraries.as_numpy(name, values)
     if found is None:

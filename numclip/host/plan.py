@@ -334,11 +334,14 @@ class Plan:
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
             return [batches.scaling(batch, own[:, batch.column]) for batch in written]
-        cleaned = own[:, MODE] == CLEAN
-        calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
+        rare, cleaned = own[:, MODE] > MULTIPLY, own[:, MODE] == CLEAN
+        calls = [
+            batches.scaling(batch, np.where(rare, 1.0, own[:, batch.column])) for batch in written
+        ]
+        calls += [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
         powers = own[:, POWER].astype(np.int64)
         return calls + [
-            batches.truncating(batch.in_place(cleaned), own[:, MANTISSA], powers)
+            batches.truncating(batch.of(rare).in_place(rare), own[:, MANTISSA], powers)
             for batch in written
         ]
 

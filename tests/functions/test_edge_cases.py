@@ -117,6 +117,7 @@ def test_scalars_by_value():
     assert isinstance(clipped, np.ndarray)
     assert clipped.dtype == np.float32
     assert clipped == 1
+    assert nc.global_norm([reference.BFLOAT16.type(3)]) == 3.0
 
 
 def test_byte_swapped_floats_are_converted():

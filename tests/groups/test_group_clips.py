@@ -246,6 +246,41 @@ def test_groups_that_share_a_norm_are_skipped_together():
     assert {name: frozen(grad) for name, grad in groups.grads.items()} == before
     assert report.groups["a"].skipped
     assert report.groups["b"].skipped
+    for order, norm in ((1, 3.0), (2, math.sqrt(3.0)), (3, 3.0 ** (1 / 3)), (math.inf, 1.0)):
+        make = {"clip": nc.ByNorm(9.0, ord=order), "nonfinite": "skip"}
+        alone = nc.ParamGroups([nc.Group("g", {"a": np.ones(3), "b": np.ones(3)}, **make)])
+        alone.set_grads({"a": np.array([1.0, math.nan, 2.0]), "b": np.ones(3)})
+        found = alone.clip().tensors["b"]
+        assert (found.norm, found.clipped_norm) == (pytest.approx(norm, rel=1e-15),) * 2
+        make["clip"] = nc.ByGlobalNorm(0.5, ord=order, shared="joint")
+        both = nc.ParamGroups(
+            [nc.Group("a", {"a": np.ones(3)}, **make), nc.Group("b", {"b": np.ones(3)}, **make)]
+        )
+        both.set_grads({"a": np.array([1.0, math.nan, 2.0]), "b": np.ones(3)})
+        known = both.clip().groups["b"]  # of the group alone if the order is 2, else of both
+        assert known.norm == pytest.approx(norm if order == 2 else math.nan, nan_ok=True)
+        assert known.clipped_norm == pytest.approx(known.norm, nan_ok=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_one_group_cleans_changes_no_bit_of_another(dtype):
+    low = -5 if dtype == "float16" else -40
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        grad = (rng.standard_normal(200) * 10.0 ** rng.integers(low, 3)).astype(DTYPES[dtype])
+        bound = 10.0 ** rng.integers(low - 2, 2)
+        groups = nc.ParamGroups(
+            [
+                nc.Group("a", {"a": np.zeros_like(grad)}, nc.ByGlobalNorm(bound)),
+                nc.Group("b", {"b": np.zeros_like(grad)}, nc.ByGlobalNorm(1.0), nonfinite="zero"),
+            ]
+        )
+        bad = grad.copy()
+        bad[7] = math.nan
+        groups.set_grads({"a": grad, "b": bad})
+        groups.clip()
+        assert_same_bits(groups.grads["a"], nc.clip_by_global_norm([grad], bound)[0][0])
 
 
 # ---- reports, schedules, history

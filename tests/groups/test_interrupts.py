@@ -110,7 +110,7 @@ def test_a_record_that_is_interrupted_loses_no_step(count, monkeypatch):
     for step in range(count):
         groups.set_grads({"a": np.array([3.0, 4.0]), "b": np.array([0.0, step])})
         groups.clip()
-    for name in ("joined", "hypotenuses"):
+    for name in ("norms_together", "hypotenuses"):
         interrupted(monkeypatch, outcome, name, lambda: len(groups.history))
     told = groups.history.to_dict()
     assert list(told) == ["a", "b", "all"]
