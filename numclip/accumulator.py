@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from copy import copy
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from numclip.isolation import in_ordinary_environment
 from numclip.sums import GRID, Found, Sums, Whole, add_sums, exact, exact_sums, rounded_sum
 
 USUAL = 1e-12, 1e12
-"""Clips between a norm and a bound in here, or a greater bound, make nothing subnormal."""
+"""Norms and least bounds for which the rounding of subnormal results never counts."""
 
 
 class NormAccumulator:
@@ -158,12 +159,15 @@ class NormAccumulator:
         """Return the norm if a clip of ordinary arrays needs no more than that; else NaN.
 
         More is needed where rows repeat, where something is not finite, and where the number of
-        elements matters: for results that are subnormal.
+        elements matters: where the rounding of subnormal results counts.
         """
-        usual = nonfinite == "propagate" and ord == self.ord and arguments.are_usual(ord, bound)
-        with self._lock:
-            simple = self._sums == self._terms and not (self._special or self._loss)
-        norm = self.norm if usual and simple and bound > USUAL[0] else math.nan
+        if not arguments.are_usual(ord, bound, nonfinite) or bound <= USUAL[0]:
+            return math.nan
+        if ord != self.ord or nonfinite != "propagate":
+            return math.nan
+        own = copy(self)  # of one moment: another thread may add rows that repeat
+        simple = own._sums == own._terms and not (own._special or own._loss)
+        norm = own.norm if simple else math.nan
         return norm if USUAL[0] < norm < USUAL[1] else math.nan
 
     def check_order(self, name: str, ord: float) -> None:
@@ -183,11 +187,11 @@ class NormAccumulator:
     @property
     def whole(self) -> Whole:
         """The exact sums, the size and the loss of all that was added."""
-        row = np.zeros(tables.SUM_COLUMNS)
-        row[[tables.TOTAL, tables.EXPONENT, tables.ERROR]] = self._found("_sums")
-        row[[tables.TERMS, tables.TERMS_EXPONENT]] = self._found("_terms")[:2]
-        row[tables.BAD] = self._bad
-        return Whole(row, self._size, self._loss / (1 << GRID))
+        row, own = np.zeros(tables.SUM_COLUMNS), copy(self)  # of one moment, as above
+        row[[tables.TOTAL, tables.EXPONENT, tables.ERROR]] = own._found("_sums")
+        row[[tables.TERMS, tables.TERMS_EXPONENT]] = own._found("_terms")[:2]
+        row[tables.BAD] = own._bad
+        return Whole(row, own._size, own._loss / (1 << GRID))
 
     @classmethod
     def of(cls, ord: float, found: Piece | None) -> Self:

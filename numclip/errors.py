@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 INSTALL = 'pip install "numba-cuda[cu12]>=0.30" "numpy<2.6" (or cu13, as the driver wants)'
@@ -14,11 +14,12 @@ def expected(name: str, wanted: str, got: Any) -> str:
     return f"{name}: expected {wanted}, got {got}"
 
 
-def entries(name: str, wanted: str, value: Any) -> Iterable[Any]:
-    """Return an argument that can be iterated; a TypeError names one that cannot."""
-    if not isinstance(value, Iterable):
-        raise TypeError(expected(name, wanted, type(value).__name__))
-    return value
+def entries(name: str, wanted: str, value: Any) -> Iterator[Any]:
+    """Return an iterator over an argument; a TypeError names one that cannot be iterated."""
+    try:
+        return iter(value)
+    except TypeError:
+        raise TypeError(expected(name, wanted, type(value).__name__)) from None
 
 
 def entries_by_name(name: str, value: Any) -> dict[str, Any]:

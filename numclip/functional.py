@@ -163,7 +163,7 @@ def clip_by_global_norm(
     Results do not depend on threads or alignment.
 
     **Edge cases.** Zero gradients stay zero. Finite gradients whose norm exceeds float64 are
-    clipped; the norm is told as ``inf``. Strided, misaligned and byte-swapped arrays are
+    clipped; the norm is returned as ``inf``. Strided, misaligned and byte-swapped arrays are
     worked on in a copy; in place they are written back, but byte-swapped ones are refused.
     CUDA arrays are worked on where they lie; misaligned ones are refused.
     Parameters of PyTorch (leaf tensors that require grad) are refused in place of their

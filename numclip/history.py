@@ -132,7 +132,7 @@ class History:
 
     @isolated
     def take(self, recorded: Any) -> None:
-        """Append many steps, see `numclip.clipping.steps.Told`."""
+        """Append many steps, see `numclip.clipping.steps.Recorded`."""
         outcomes = {WHOLE: recorded.outcome, **{own.name: own for own in recorded.outcome.groups}}
         added = []
         for name, own in outcomes.items():
@@ -142,7 +142,7 @@ class History:
                 rows[column] = getattr(own, column)
             counted = rows if recorded.counts.all() else rows[recorded.counts]
             added.append((self._ring(name), counted))
-        for ring, rows in added:  # in no time, for an interrupt before leaves all to be told
+        for ring, rows in added:  # in no time, for an interrupt before leaves all to be recorded
             ring.extend(rows)
 
     def _ring(self, name: str) -> _Ring:

@@ -86,7 +86,7 @@ class Family(NamedTuple):
         return min(dtype.digits for dtype in self.dtypes)
 
     def facts(self, ord: float) -> tuple[float, float, float]:
-        """Return the family's ROUNDOFF, COARSE and TINY, see `numclip.tables`."""
+        """Return the family's ROUNDOFF, TRUNCATE_BELOW and TINY, see `numclip.tables`."""
         size = sum(array.size // max(array.units, 1) for array in self.arrays)
         norm_of_ones = formulas.root(float(size), ord) if self.rounded else 1.0
         roundings = 2.0 if self.measured else 1.0

@@ -166,7 +166,8 @@ class GroupReport(Outcome):
     Attributes
     ----------
     norm : float
-        The norm before clipping.
+        The norm before clipping, that of all groups that share it. Of a skipped group whose rule
+        is of order 2, its own.
     clipped_norm : float
         The norm after clipping.
     scale : float

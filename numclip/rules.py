@@ -1,6 +1,6 @@
 """Clip rules: frozen dataclasses that say what norm they bound, and by how much at each step."""
 
-# ruff: noqa: ARG002 - every rule is told what any rule may ask for
+# ruff: noqa: ARG002 - every rule is passed what any rule may need
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rule(ABC):
 
     @property
     def follows_norms(self) -> bool:
-        """Whether the rule is told norms: its bounds, or what it remembers, depend on them."""
+        """Whether the rule is passed norms: its bounds, or what it remembers, depend on them."""
         own = type(self)
         return own.thresholds is not Rule.thresholds or own.observe is not Rule.observe
 

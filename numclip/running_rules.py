@@ -1,6 +1,6 @@
 """Rules whose bound follows the norms there have been: AutoClip, ZClip, AdaGC."""
 
-# ruff: noqa: ARG002 - every rule is told what any rule may ask for
+# ruff: noqa: ARG002 - every rule is passed what any rule may need
 
 from __future__ import annotations
 

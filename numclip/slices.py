@@ -392,7 +392,7 @@ class IndexedSlices:
         return made
 
     def _given_back(self, made: Any, stream: Any) -> Any:
-        """Return `made`, after its library's stream was told to wait for the work on `stream`."""
+        """Return `made`, after its library's stream was made to wait for the work on `stream`."""
         own = made._facts if isinstance(made, IndexedSlices) else self._engine.facts("values", made)
         self._engine.give_back(stream, [self._facts, own])
         return made

@@ -13,18 +13,20 @@ law
 decision
     The factor of a pool, its mode (one of LEAVE to CLEAN), and values for reports.
 unit
-    The elements of a tensor that have a norm of their own, a row or a column for instance.
+    Elements that have a norm of their own: a row of a tensor, or an example's part of every tensor.
 family
-    The units of some tensors that have as many each; a CUDA block decides for a *slab* of them.
+    The units of one tensor, or of tensors that each have a part of every unit. It has a law, each
+    unit a decision. A CUDA block decides for a *slab* of units.
 tile
     Equally long lines of a strided tensor, side by side, that a CUDA block works on.
 share
     Rows in groups of equal index, in a *strip* of columns, that a CUDA block sums. Its threads are
     *teams*, one for each group at a time, of *lanes*, which add to the same sum.
 slot
-    The number of a step in a block of steps, and so of its rows of sums and decisions.
+    Of a step: its number in a block of steps, and so of its rows of sums and decisions.
 like
-    As in NumPy: an array, mostly empty, whose dtype tells a kernel how numbers are stored.
+    As in NumPy, what tells a kernel how numbers are stored: on the host an array, mostly empty, by
+    its dtype; on CUDA a 0 of the storage type.
 """
 
 SOURCE, TARGET, LENGTH, OWNER, PART = range(5)  # of chunks, and of tiles, see `tiles`

@@ -45,7 +45,7 @@ class Clipper:
         The results, a row for each step: sums, decisions, and tables that subclasses add.
     given, merged : array or None
         The sums over all ranks: one row for each pool, and the rows that reports use.
-    told_rows : dict of str to range
+    merged_rows : dict of str to range
         The rows of `merged` that belong to each group: one, or one for each tensor.
     scheduled : list
         The rules whose bounds depend on the step, one for each norm, each with its pools.
@@ -277,9 +277,9 @@ class Clipper:
         """
         return native.take(items, turn.slot, turn.stretch.unscale, self.bounds, self.tables)
 
-    def ranks_at_once(self, tables: Sequence[Array], exchanged: tuple[Array, Array]) -> Any:
+    def ranks_at_once(self, row_tables: Sequence[Array], received: tuple[Array, Array]) -> Any:
         """Return a `RanksAtOnce` that clips by the sums of all ranks in two calls, or None."""
-        return self.plan.ranks_at_once(self.divisors, self._sizes, tables, exchanged)
+        return self.plan.ranks_at_once(self.divisors, self._sizes, row_tables, received)
 
     def decide_given(self, given: Array, merged: Array, losses: float | Array, stream: Any) -> None:
         """Decide by the sums over all ranks, a row for each pool; reports use `merged`."""

@@ -15,7 +15,7 @@ Rows = Mapping[str, Array | None]
 """The indices of some rows of some parameters, None for all rows of one."""
 
 
-class _Addresses(NamedTuple):
+class _Pair(NamedTuple):
     """The addresses of a parameter and its master; `length` is the size of a row."""
 
     dtype: DType
@@ -36,10 +36,8 @@ class Masters:
     ) -> None:
         """Make `arrays`, zero before, the masters of the parameters of the same names."""
         self.arrays, self._engine = arrays, engine
-        self._addresses = {
-            name: _addresses_of(params[name], own, engine) for name, own in arrays.items()
-        }
-        self._all = engine.half_copies(_runs(self._addresses.values()), stream)
+        self._pairs = {name: _pair_of(params[name], own, engine) for name, own in arrays.items()}
+        self._all = engine.half_copies(_runs(self._pairs.values()), stream)
         self.take_over(stream)
 
     def take_over(self, stream: Any, rows: Rows | None = None) -> None:
@@ -55,39 +53,39 @@ class Masters:
             return self._all
         found: dict[DType, list[Array]] = {}
         for name, indices in rows.items():
-            addresses = self._addresses.get(name)
-            if addresses is not None:
-                found.setdefault(addresses.dtype, []).append(_table(addresses, indices))
+            pair = self._pairs.get(name)
+            if pair is not None:
+                found.setdefault(pair.dtype, []).append(_table(pair, indices))
         tables = {dtype: np.concatenate(own) for dtype, own in found.items()}
         return self._engine.half_copies(tables, stream)
 
 
-def _addresses_of(param: Any, master: Any, engine: Engine) -> _Addresses:
+def _pair_of(param: Any, master: Any, engine: Engine) -> _Pair:
     own, wide = engine.facts("param", param), engine.facts("master", master)
     dtype = lookup(own.native)
     assert dtype is not None
-    return _Addresses(dtype, own.address, wide.address, param.size, math.prod(own.shape[1:]))
+    return _Pair(dtype, own.address, wide.address, param.size, math.prod(own.shape[1:]))
 
 
-def _table(addresses: _Addresses, indices: Array | None) -> Array:
+def _table(pair: _Pair, indices: Array | None) -> Array:
     """Return a table for `Engine.half_copies` of rows of a parameter, or of all of it."""
     if indices is None:
-        return np.array([addresses[1:4]], np.int64)
+        return np.array([pair[1:4]], np.int64)
     table = np.empty((indices.size, 3), np.int64)
-    table[:, 0] = addresses.param + 2 * addresses.length * indices
-    table[:, 1] = addresses.master + 4 * addresses.length * indices
-    table[:, 2] = addresses.length
+    table[:, 0] = pair.param + 2 * pair.length * indices
+    table[:, 1] = pair.master + 4 * pair.length * indices
+    table[:, 2] = pair.length
     return table
 
 
-def _runs(every: Iterable[_Addresses]) -> dict[DType, Array]:
-    """Return such tables of whole parameters by dtype; adjacent parameters make one row."""
+def _runs(pairs: Iterable[_Pair]) -> dict[DType, Array]:
+    """Return tables like that of `_table` by dtype; adjacent parameters make one row."""
     found: dict[DType, list[list[int]]] = {}
-    for addresses in every:
-        rows = found.setdefault(addresses.dtype, [[addresses.param, addresses.master, 0]])
+    for pair in pairs:
+        rows = found.setdefault(pair.dtype, [[pair.param, pair.master, 0]])
         param, master, size = rows[-1]
-        if addresses[1:3] == (param + 2 * size, master + 4 * size):
-            rows[-1][2] += addresses.size
+        if pair[1:3] == (param + 2 * size, master + 4 * size):
+            rows[-1][2] += pair.size
         else:
-            rows.append(list(addresses[1:4]))
+            rows.append(list(pair[1:4]))
     return {dtype: np.array(rows, np.int64) for dtype, rows in found.items()}

@@ -74,8 +74,8 @@ def clamp_slices(grad: Any, low: Any, high: Any, out: Any) -> Any:
     """Clamp slices of distinct rows between two numbers, in place or into new ones; return them."""
     if type(grad) is not IndexedSlices or not (out is None or out is grad):
         return None
-    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
-    values = values_of([grad], "sum") if numbers and low <= 0 <= high else None
+    low, high = lists.number(low), lists.number(high)
+    values = values_of([grad], "sum") if low <= 0.0 <= high else None
     if values is None or values.groupings:
         return None
     own = values.arrays[0]

@@ -127,8 +127,8 @@ class Part:
 
     def at_once(self, heads: Array) -> Any:
         """Return a `RanksAtOnce` of these rows, or None, see `numclip.host.at_once`."""
-        exchange = self._spans, self.own, self._sharded, self._pools, self._source, self._given
-        return self.clipper.ranks_at_once(exchange, (heads, self.every))
+        tables = self._spans, self.own, self._sharded, self._pools, self._source, self._given
+        return self.clipper.ranks_at_once(tables, (heads, self.every))
 
     def take_decided(self) -> None:
         """Pass the clipper the sums by which a native call has decided, for reports."""

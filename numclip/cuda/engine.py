@@ -149,11 +149,11 @@ def key_of(items: Sequence[Any], ord: float, policy: str, *, written: bool) -> A
     Return None if `tensors.facts` does, and for the policy "raise", whose error names an array.
     `written` is in the key, as arrays that were only measured were not checked to be writable.
     """
-    facts = None if policy == "raise" else tensors.facts(items)
-    if not facts:
+    held = None if policy == "raise" else tensors.facts(items)
+    if not held:
         return None
     stream = streams.current_stream(next(item for item in items if item is not None))
-    return driver.handle_of(stream), policy, ord, written, facts
+    return driver.handle_of(stream), policy, ord, written, held
 
 
 def key_of_pairs(

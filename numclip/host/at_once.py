@@ -129,7 +129,7 @@ class ValuesAtOnce(ClipsAtOnce):
 class RanksAtOnce(ClipsAtOnce):
     """Clips by the sums of all ranks: one call before the ranks exchange rows, one after.
 
-    `exchange` are the tables that `kernels.ranks` names, `exchanged` the heads and rows of all
+    `row_tables` are the tables that `kernels.ranks` names, `received` the heads and rows of all
     ranks.
     """
 
@@ -137,26 +137,26 @@ class RanksAtOnce(ClipsAtOnce):
         self,
         batch: Batch,
         tables: dict[int, Array],
-        exchange: Sequence[Array],
-        exchanged: tuple[Array, Array],
+        row_tables: Sequence[Array],
+        received: tuple[Array, Array],
     ) -> None:
         super().__init__(batch, tables)
-        self._held += exchange
-        self._exchange = np.zeros((ranks.TABLES, 3), np.int64)
-        for k, table in enumerate(exchange):
-            point(self._exchange, k, table)
-        self._heads, self._every = exchanged
+        self._held += row_tables
+        self._row_tables = np.zeros((ranks.TABLES, 3), np.int64)
+        for k, table in enumerate(row_tables):
+            point(self._row_tables, k, table)
+        self._heads, self._every = received
 
     def publish(self, slot: int, outcomes: Sequence[Array]) -> bool:
         """Measure, and write the rows to send; return False if these need another path."""
         if outcomes is not self._outcomes:
             self._turn_to(outcomes)
-        return ranks.publish(slot, self._own, self._exchange, self._like)  # type: ignore[no-any-return]
+        return ranks.publish(slot, self._own, self._row_tables, self._like)  # type: ignore[no-any-return]
 
     def clip(self, slot: int, unscale: float, bounds: Array) -> bool:
         """Clip by the rows of all ranks; return False likewise."""
         return ranks.clip(  # type: ignore[no-any-return]
-            slot, unscale, self._own, bounds, self._heads, self._every, self._exchange, self._like
+            slot, unscale, self._own, bounds, self._heads, self._every, self._row_tables, self._like
         )
 
 

@@ -176,11 +176,10 @@ def scaling(batch: Batch, factors: Array) -> Call:
     return batch.call(cpu.scale, factors.astype(batch.dtype.compute), batch.dtype.like)
 
 
-def truncating(batch: Batch, mantissas: Array, exponents: Array) -> Call:
-    """Return the slow call that scales and rounds subnormal results toward zero."""
-    precision = np.array(batch.dtype.precision, np.int64)
-    like = batch.dtype.like
-    return batch.call(cpu.scale_truncating, mantissas.copy(), exponents, precision, like)
+def truncating(batch: Batch, decided: Array, column: int) -> Call:
+    """Return the slow call that scales by decisions, a row for each tensor; some truncate."""
+    precision, like = np.array(batch.dtype.precision, np.int64), batch.dtype.like
+    return batch.call(cpu.scale_truncating, decided.copy(), column, precision, like)
 
 
 def clamping(batch: Batch, beyond: Array, low: float, high: float) -> Call:

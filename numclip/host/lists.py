@@ -262,7 +262,7 @@ def clamp(grads: Any, low: Any, high: Any, out: Any) -> Any:
     `grads` is an array, or a list, tuple or dict of arrays.
     """
     if type(low) is not float or type(high) is not float:
-        low, high = _number(low), _number(high)
+        low, high = number(low), number(high)
     if not low <= high:
         return None
     if not outs.takes(grads, out):
@@ -311,7 +311,7 @@ def _clamp(items: Items, low: float, high: float) -> bool:
     return True
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """Return a bound as a float, NaN if the general path has to check it."""
     exact = type(value) is int and abs(value) <= 1 << 53
     return float(value) if exact or type(value) in (float, np.float64, np.float32) else math.nan

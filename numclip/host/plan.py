@@ -31,10 +31,8 @@ from numclip.tables import (
     DECISION_COLUMNS,
     LAW_COLUMNS,
     LEAVE,
-    MANTISSA,
     MODE,
     MULTIPLY,
-    POWER,
     RARE,
     SKIPPED,
     SUM_COLUMNS,
@@ -172,8 +170,8 @@ class Plan:
         self,
         divisors: Array,
         size: Array | None,
-        exchange: Sequence[Array],
-        exchanged: tuple[Array, Array],
+        row_tables: Sequence[Array],
+        received: tuple[Array, Array],
     ) -> RanksAtOnce | None:
         """Return an object that clips by the sums of all ranks; None without a fused batch."""
         if self.fused is None:
@@ -182,7 +180,7 @@ class Plan:
             **self.tables_at_once(divisors, size=size),
             given.POOLS: whole_pools(self.pool_table),
         }
-        return RanksAtOnce(self.fused, tables, exchange, exchanged)
+        return RanksAtOnce(self.fused, tables, row_tables, received)
 
     def read_at(self, sources: Sequence[int] | None, _stream: Any = None) -> None:
         """Let tensors be read at `sources`, 0 for one without elements; None resets this.
@@ -334,15 +332,10 @@ class Plan:
         own = decisions[self.pool_of]
         if decisions[-1, RARE] == 0.0:
             return [batches.scaling(batch, own[:, batch.column]) for batch in written]
-        rare, cleaned = own[:, MODE] > MULTIPLY, own[:, MODE] == CLEAN
-        calls = [
-            batches.scaling(batch, np.where(rare, 1.0, own[:, batch.column])) for batch in written
-        ]
-        calls += [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
-        powers = own[:, POWER].astype(np.int64)
+        cleaned = own[:, MODE] == CLEAN
+        calls = [self._cleaning(self._own[t]) for t in np.flatnonzero(cleaned).tolist()]
         return calls + [
-            batches.truncating(batch.of(rare).in_place(rare), own[:, MANTISSA], powers)
-            for batch in written
+            batches.truncating(batch.in_place(cleaned), own, batch.column) for batch in written
         ]
 
     def _cleaning(self, span: Span) -> threads.Call:

@@ -29,7 +29,6 @@ from numclip.tables import (
     MODE,
     MULTIPLY,
     PEAK,
-    POWER,
     RARE,
     SUM_COLUMNS,
     TOTAL,
@@ -293,8 +292,7 @@ def _scaling_rows(
     keep = rows, out
     if not truncates:
         return batches.scaling(batch, factors)._replace(keep=keep)
-    powers = decided[:, POWER].astype(np.int64)
-    return batches.truncating(batch, decided[:, MANTISSA], powers)._replace(keep=keep)
+    return batches.truncating(batch, decided, FACTOR)._replace(keep=keep)
 
 
 class UnitPlan:
@@ -427,6 +425,6 @@ def _truncated(values: Array, decisions: Array, chosen: Array) -> Array:
     first, step = made.ctypes.data, made.strides[0]
     starts = {e: first + e * step for e in np.flatnonzero(chosen).tolist()}
     spans = {e: Span(FLOAT64, start, start, length) for e, start in starts.items()}
-    numbers = decisions[:, MANTISSA], decisions[:, POWER].astype(np.int64)
-    threads.run_all([batches.truncating(batch, *numbers) for batch in batches.batches(spans)])
+    every = batches.batches(spans)
+    threads.run_all([batches.truncating(batch, decisions, FACTOR) for batch in every])
     return made

@@ -224,3 +224,18 @@ def test_much_is_held_between_bounds_by_all_threads(monkeypatch):
     monkeypatch.setattr(little, "PARALLEL_BYTES", 8)  # which compiled kernels do not see
     grad = np.linspace(-3, 3, 50)
     np.testing.assert_array_equal(nc.clip_by_value(grad, -1.0, 2.0), np.clip(grad, -1, 2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_unit_has_the_bits_that_it_has_alone(dtype):
+    low = {"float16": -6, "float32": -41, "float64": -315}[dtype]
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        grad = rng.standard_normal((2, 200)) * 10.0 ** rng.integers(low, low + 8, 200)
+        grad[:, 0], param = 1.0, np.ones((2, 200))
+        param[1] = 10.0 ** (-6 if dtype == "float16" else low - 2)
+        grad, param = grad.astype(dtype), param.astype(dtype)
+        both = nc.adaptive_clip(grad, param, 0.01, 0.0, axes=1)  # results of the second truncate
+        alone = nc.adaptive_clip(grad[:1], param[:1], 0.01, 0.0, axes=1)
+        assert both[:1].tobytes() == alone.tobytes()

@@ -244,7 +244,7 @@ def sum_row_powers(shares, groups, order, tensors, laws, like, out):
 
 @inline
 def write_sums(share, groups, order, reading, to, scratch):
-    """Write the sum of each of a share's groups, rounded once, to the group's target row, PLACE.
+    """Write the sum of each of a share's groups, rounded once, to the group's TARGET_ROW.
 
     `to` is a 0 of the type that the sums are stored as.
     """

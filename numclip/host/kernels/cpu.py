@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from numclip.host.kernels.elements import array_at, narrow, rounded, widen
+from numclip.host.kernels.elements import array_at, as_computed, narrow, rounded, widen
 from numclip.host.kernels.scalars import (
     clamped,
     is_product,
@@ -23,6 +23,7 @@ from numclip.host.kernels.scalars import (
 )
 from numclip.host.kernels.tuning import BLOCK, CHUNK, NARROW_BLOCK, WIDE_BLOCK
 from numclip.host.runtime.jit import block_sum, expanded, inline, kernel
+from numclip.tables import MANTISSA, MODE, MULTIPLY, POWER
 
 SOURCE, TARGET, LENGTH, OWNER = 0, 1, 2, 3
 ABREAST = 16  # the most elements that one vectorised step adds: quarters are multiples of it
@@ -294,19 +295,20 @@ def multiply_truncating(x, mantissa, power, digits, lowest):
 
 
 @kernel
-def scale_truncating(begin, end, chunks, mantissas, powers, precision, like):
-    """Write chunks times ``mantissa * 2**power``, rounding subnormal results toward zero.
+def scale_truncating(begin, end, chunks, decided, column, precision, like):
+    """Write chunks times their factors; in modes above MULTIPLY, truncate subnormal results.
 
-    `precision` holds the dtype's digits and the exponent of its smallest subnormal.
+    `decided` has a decision for each owner, whose factor is in `column`. `precision` holds the
+    dtype's digits and the exponent of its smallest subnormal.
     """
     digits, lowest = int(precision[0]), int(precision[1])
     for c in range(begin, end):
-        mantissa = mantissas[chunks[c, OWNER]]
-        power = int(powers[chunks[c, OWNER]])
-        x = written(chunks[c], like)
-        if mantissa == 1.0 and power == 0:
-            continue
-        multiply_truncating(x, mantissa, power, digits, lowest)
+        own, x = decided[chunks[c, OWNER]], written(chunks[c], like)
+        mantissa, power = own[MANTISSA], int(own[POWER])
+        if own[MODE] > MULTIPLY and (mantissa != 1.0 or power != 0):
+            multiply_truncating(x, mantissa, power, digits, lowest)
+        elif own[MODE] == MULTIPLY:
+            multiply(x, as_computed(own[column], x))
 
 
 @inline

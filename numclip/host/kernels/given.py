@@ -212,10 +212,10 @@ def found_row(tables, k, like):
 
 
 @inline
-def found_turn(tables, k, turn, like):
-    """Return item `turn` of table `k`, a stack of tables that follow one another in memory."""
+def found_slot(tables, k, slot, like):
+    """Return item `slot` of table `k`, a stack of tables that follow one another in memory."""
     rows, columns = tables[k, 1], tables[k, 2]
-    return table_at(tables[k, 0] + turn * rows * columns * WORD, rows, columns, like)
+    return table_at(tables[k, 0] + slot * rows * columns * WORD, rows, columns, like)
 
 
 @inline
@@ -270,11 +270,11 @@ def needs_care(pools, decisions, safe):
 
 
 @kernel
-def decide(measures, turn, unscale, tables, bounds, like):
+def decide(measures, slot, unscale, tables, bounds, like):
     """Measure chunks if `measures`, and decide; return False if the general path is needed."""
     laws, pools = obey(tables, unscale, bounds), found(tables, POOLS, tables)
-    sums = found_turn(tables, SUMS, turn, bounds)
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    sums = found_slot(tables, SUMS, slot, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     safe = True
     if measures:
         chunks = found(tables, CHUNKS, tables)
@@ -298,46 +298,46 @@ def scale(decisions, tables, like):
 
 
 @kernel
-def clip(measures, turn, unscale, tables, bounds, like):
+def clip(measures, slot, unscale, tables, bounds, like):
     """Return what `decide` does; if that is True, multiply arrays in place by their factors."""
-    if not decide(measures, turn, unscale, tables, bounds, like):
+    if not decide(measures, slot, unscale, tables, bounds, like):
         return False
-    scale(found_turn(tables, DECISIONS, turn, bounds), tables, like)
+    scale(found_slot(tables, DECISIONS, slot, bounds), tables, like)
     return True
 
 
 @kernel
-def hold(turn, unscale, tables, after, limits, bounds, like):
+def hold(slot, unscale, tables, after, limits, bounds, like):
     """Call `decide`; if it returns True, multiply, clamp tensors to their limits and decide again.
 
     The second decision is about the results, by the tables `after`. Return what both returned.
     """
-    if not decide(True, turn, unscale, tables, bounds, like):
+    if not decide(True, slot, unscale, tables, bounds, like):
         return False, False
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     scale(decisions, tables, like)
     chunks, pool_of = found(tables, CHUNKS, tables), found_row(tables, POOL_OF, tables)
     for c in range(chunks.shape[0]):
         owner = chunks[c, OWNER]
         low, high = limits[owner, 0], limits[owner, 1]
         hold_chunk(chunks[c], pool_of[owner], decisions, low, high, like)
-    return True, decide(True, turn, 1.0, after, bounds, like)
+    return True, decide(True, slot, 1.0, after, bounds, like)
 
 
 @kernel_with_gil
-def measure(items, turn, unscale, tables, bounds, like):
+def measure(items, slot, unscale, tables, bounds, like):
     """Find the arrays, measure them and decide; return False if the general path is needed."""
-    return locate(items, tables) and decide(True, turn, unscale, tables, bounds, like)
+    return locate(items, tables) and decide(True, slot, unscale, tables, bounds, like)
 
 
 @inline
-def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
+def step(advance, update, items, slot, unscale, tables, bounds, factors, like):
     """Take an optimizer's step; return False, with no update, if the general path is needed."""
     if items != AGAIN and not locate(items, tables):
         return False
-    if not decide(items != AGAIN, turn, unscale, tables, bounds, like):
+    if not decide(items != AGAIN, slot, unscale, tables, bounds, like):
         return False
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     counts, given = found_row(tables, COUNTS, tables), found(tables, GIVEN, bounds)
     settings, pieces = found(tables, SETTINGS, factors), found(tables, PIECES, tables)
     advance(decisions, column_of(factors), counts, False, given, factors, settings)
@@ -347,21 +347,21 @@ def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
 
 
 @kernel_with_gil
-def descend(items, turn, unscale, tables, bounds, factors, like):
+def descend(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.descend` as `step` does."""
     advance, update = updates.advance, updates.descend
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
-def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
+def descend_with_momentum(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.descend_with_momentum` as `step` does."""
     advance, update = updates.advance, updates.descend_with_momentum
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
-def adam(items, turn, unscale, tables, bounds, factors, like):
+def adam(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.adam` as `step` does."""
     advance, update = updates.advance_adam, updates.adam
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)

@@ -1,7 +1,7 @@
 """Small NumPy arrays of any gradient types and strides, clipped in one native call.
 
 The arrays of a tuple are read as in `arrays`, described by a table for `spans`, and clipped there.
-A non-contiguous array is clipped in a copy in C order. Every array is read and checked before
+A non-contiguous array is clipped in a copy in C order. Every array is checked before
 anything is written: if one has no gradient type, or is to be written and is read-only, or shares
 memory with another, nothing is written.
 """

@@ -11,7 +11,7 @@ from numclip.host.kernels.pools import add_sum
 from numclip.host.kernels.scalars import factor_of, is_safe, is_settled, scale_by_power, two_sum
 from numclip.host.runtime.jit import kernel
 
-# Indices of `limits`, see `dtypes.DType.limits`; SMALLEST is the smallest normal number.
+# Indices of `limits`, see `dtypes.DType.limits`; TINY is the smallest normal number.
 ROUNDOFF, DIGITS, TINY, TRUNCATE_BELOW = range(4)
 
 

@@ -39,7 +39,7 @@ def can_be_written(items, arrays, wanted, addresses, itemsize):
 
 @inline
 def clip_units(x, params, law, digits):
-    """Clip the units of an array in place; return False if nothing was written.
+    """Clip the units of an array in place, or return False and write nothing.
 
     That is where a sum loses something in float64, or results must be truncated.
     """

@@ -75,7 +75,7 @@ def merge_ranks(every, sharded, pools, source, given):
 
 
 @kernel
-def publish(turn, tables, exchange, like):
+def publish(slot, tables, exchange, like):
     """Measure chunks and write the rows to send; return False if the general path is needed.
 
     Sums of tensors are written, too, where `SOURCE` has room for them. Nothing is decided.
@@ -84,8 +84,8 @@ def publish(turn, tables, exchange, like):
     floats = np.empty(0)
     chunks = steps.found(tables, steps.CHUNKS, tables)
     pools, laws = steps.found(tables, steps.POOLS, tables), steps.found(tables, steps.LAWS, floats)
-    sums = steps.found_turn(tables, steps.SUMS, turn, floats)
-    decisions = steps.found_turn(tables, steps.DECISIONS, turn, floats)
+    sums = steps.found_slot(tables, steps.SUMS, slot, floats)
+    decisions = steps.found_slot(tables, steps.DECISIONS, slot, floats)
     safe = measure_and_decide(chunks, like, pools[:0], laws, sums, decisions)
     own, source = steps.found(exchange, OWN, floats), steps.found(exchange, SOURCE, floats)
     add_pools(steps.found(exchange, SPANS, exchange), sums, own)
@@ -107,7 +107,7 @@ def are_alike(heads):
 
 
 @kernel
-def clip(turn, unscale, tables, bounds, heads, every, exchange, like):
+def clip(slot, unscale, tables, bounds, heads, every, exchange, like):
     """Clip by the rows of all ranks; return False if the general path is needed."""
     if not are_alike(heads):
         return False
@@ -118,7 +118,7 @@ def clip(turn, unscale, tables, bounds, heads, every, exchange, like):
     if bad > 0.0 or rank > 0 or scaled:
         return False
     laws, pools = steps.obey(tables, unscale, bounds), steps.found(tables, steps.POOLS, tables)
-    decisions = steps.found_turn(tables, steps.DECISIONS, turn, bounds)
+    decisions = steps.found_slot(tables, steps.DECISIONS, slot, bounds)
     decide_all(pools, laws, given, decisions)
     if steps.needs_care(pools, decisions, True):
         return False

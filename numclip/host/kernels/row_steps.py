@@ -39,7 +39,7 @@ from numclip.host.kernels.given import (
     column_of,
     found,
     found_row,
-    found_turn,
+    found_slot,
     needs_care,
     obey,
     scale,
@@ -159,7 +159,7 @@ def measure_rows(tables, groups, like, sums, losses):
 
 @inline
 def obey_rows(tables, unscale, bounds):
-    """Return the laws as `obey` does, with AIM less by the losses and COARSE for present rows."""
+    """Return the laws as `obey` does, AIM less the losses, TRUNCATE_BELOW for present rows."""
     laws, losses = obey(tables, unscale, bounds), found_row(tables, LOSSES, bounds)
     sizes, rows = found(tables, SIZES, bounds), found(tables, ROWS, tables)
     locations, pool_of = found(tables, LOCATIONS, tables), found_row(tables, POOL_OF, tables)
@@ -175,11 +175,11 @@ def obey_rows(tables, unscale, bounds):
 
 
 @inline
-def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
-    """Do what `given.decide` does, with the rows and chunks that are placed."""
+def decide_located(measures, slot, unscale, tables, bounds, groups, like):
+    """Do what `given.decide` does, with the rows and chunks that are located."""
     pools = found(tables, POOLS, tables)
-    sums = found_turn(tables, SUMS, turn, bounds)
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    sums = found_slot(tables, SUMS, slot, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     safe = True
     if measures:
         losses = found_row(tables, LOSSES, bounds)
@@ -191,20 +191,20 @@ def decide_placed(measures, turn, unscale, tables, bounds, groups, like):
 
 
 @kernel
-def decide(measures, turn, unscale, tables, bounds, like):
+def decide(measures, slot, unscale, tables, bounds, like):
     """Do what `given.decide` does, with the held rows, or with those of the call before."""
     if measures and not locate_rows(OWN, tables, like):
         return False
     groups = grouped(found(tables, LOCATIONS, tables))
-    return decide_placed(measures, turn, unscale, tables, bounds, groups, like)
+    return decide_located(measures, slot, unscale, tables, bounds, groups, like)
 
 
 @kernel
-def clip(measures, turn, unscale, tables, bounds, like):
+def clip(measures, slot, unscale, tables, bounds, like):
     """Return what `decide` does; if that is True, multiply gradients in place by their factors."""
-    if not decide(measures, turn, unscale, tables, bounds, like):
+    if not decide(measures, slot, unscale, tables, bounds, like):
         return False
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     scale(decisions, tables, like)
     scale_rows(decisions, tables, like)
     return True
@@ -224,12 +224,12 @@ def scale_rows(decisions, tables, like):
 
 
 @kernel_with_gil
-def measure(items, turn, unscale, tables, bounds, like):
+def measure(items, slot, unscale, tables, bounds, like):
     """Find the gradients, measure and decide; return False if the general path is needed."""
     if not locate_all(items, tables, like):
         return False
     groups = grouped(found(tables, LOCATIONS, tables))
-    return decide_placed(True, turn, unscale, tables, bounds, groups, like)
+    return decide_located(True, slot, unscale, tables, bounds, groups, like)
 
 
 @inline
@@ -298,14 +298,14 @@ def update_rows(update, tables, groups, sums, factors, settings, like):
 
 
 @expanded
-def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
+def step(advance, update, items, slot, unscale, tables, bounds, factors, like):
     """Take a step of an optimizer as `given.step` does."""
     if items != AGAIN and not locate_all(items, tables, like):
         return False
     groups = grouped(found(tables, LOCATIONS, tables))
-    if not decide_placed(items != AGAIN, turn, unscale, tables, bounds, groups, like):
+    if not decide_located(items != AGAIN, slot, unscale, tables, bounds, groups, like):
         return False
-    decisions = found_turn(tables, DECISIONS, turn, bounds)
+    decisions = found_slot(tables, DECISIONS, slot, bounds)
     sums = empty(numbers_in(tables, groups), like)
     if not sum_rows(tables, groups, decisions, like, sums):
         return False
@@ -319,21 +319,21 @@ def step(advance, update, items, turn, unscale, tables, bounds, factors, like):
 
 
 @kernel_with_gil
-def descend(items, turn, unscale, tables, bounds, factors, like):
+def descend(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.descend` as `step` does."""
     advance, update = updates.advance, updates.descend
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
-def descend_with_momentum(items, turn, unscale, tables, bounds, factors, like):
+def descend_with_momentum(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.descend_with_momentum` as `step` does."""
     advance, update = updates.advance, updates.descend_with_momentum
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)
 
 
 @kernel_with_gil
-def adam(items, turn, unscale, tables, bounds, factors, like):
+def adam(items, slot, unscale, tables, bounds, factors, like):
     """Take a step of `updates.adam` as `step` does."""
     advance, update = updates.advance_adam, updates.adam
-    return step(advance, update, items, turn, unscale, tables, bounds, factors, like)
+    return step(advance, update, items, slot, unscale, tables, bounds, factors, like)

@@ -33,7 +33,7 @@ def known_with(k, norm, index, oldest, ordered):
 
 @inline
 def indices_of(norm, count, ring, ordered):
-    """Return (place, oldest): the index of a new norm, and that of the oldest if the ring is full.
+    """Return (index, oldest): the index of a new norm, and that of the oldest if the ring is full.
 
     The oldest is to be removed first; in a ring with room, its index is the number of norms.
     """

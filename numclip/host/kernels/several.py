@@ -10,7 +10,7 @@ three words: the turn, whether all sums and decisions are valid, whether the ste
 from numclip.host.kernels import given, pools, updates
 from numclip.host.runtime.jit import inline, kernel
 
-TURN, RIGHT, COUNTED, WORDS = range(4)
+SLOT, RIGHT, COUNTED, WORDS = range(4)
 
 
 @kernel
@@ -23,7 +23,7 @@ def locate(begin, end, tables):
 def measure(begin, end, words, tables, bounds, like):
     """Measure chunks; RIGHT becomes 0 if sums of float64 squares leave the safe range."""
     chunks = given.found(tables, given.CHUNKS, tables)
-    sums = given.found_turn(tables, given.SUMS, words[TURN], bounds)
+    sums = given.found_slot(tables, given.SUMS, words[SLOT], bounds)
     if not pools.measure(chunks, like, sums) and like.itemsize == 8:
         words[RIGHT] = 0
 
@@ -33,14 +33,14 @@ def decide(begin, end, words, unscale, tables, bounds, like):
     """Decide by the sums; RIGHT becomes 0 if the general path is needed."""
     words[COUNTED] = 0
     if words[RIGHT] != 0:
-        right = given.decide(False, words[TURN], unscale[0], tables, bounds, like)
+        right = given.decide(False, words[SLOT], unscale[0], tables, bounds, like)
         words[RIGHT] = 1 if right else 0
 
 
 @inline
 def decided(words, tables, bounds):
     """Return the decisions of the turn."""
-    return given.found_turn(tables, given.DECISIONS, words[TURN], bounds)
+    return given.found_slot(tables, given.DECISIONS, words[SLOT], bounds)
 
 
 @kernel

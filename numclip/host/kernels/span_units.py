@@ -35,7 +35,8 @@ from numclip.host.kernels.spans import (
 from numclip.host.kernels.tuning import COLUMN_ROWS, COLUMNS
 from numclip.host.runtime.jit import inline, kernel
 
-MANTISSA, POWER = range(2)  # of a factor; before `decide_units`, of a sum: total and exponent
+# Of a factor, and whether results must be truncated; before `decide_units`, total and exponent.
+MANTISSA, POWER, TRUNCATES = range(3)
 
 
 @inline
@@ -49,7 +50,7 @@ def decide_units(units, size, bound, limits):
         mantissa, shift, small = factor_of(
             norm, power, bound, bound, truncate_below, limits[ROUNDOFF], digits, limits[TINY]
         )
-        units[u, MANTISSA], units[u, POWER] = mantissa, shift
+        units[u, MANTISSA], units[u, POWER], units[u, TRUNCATES] = mantissa, shift, small
         if small:
             done = RARE
         elif done == UNCHANGED and (mantissa != 1.0 or shift != 0):
@@ -61,7 +62,7 @@ def decide_units(units, size, bound, limits):
 def clip_rows_of(x, count, bound, limits, precision):
     """Clip each of `count` rows of an array; return the outcome."""
     size = x.size // count
-    units = np.empty((count, 2))
+    units = np.empty((count, 3))
     for u in range(count):
         total, lost, exponent = rescued_squares(x[u * size : (u + 1) * size])
         units[u, MANTISSA], units[u, POWER] = settled(total, lost), exponent
@@ -72,7 +73,7 @@ def clip_rows_of(x, count, bound, limits, precision):
         mantissa, power = units[u, MANTISSA], int(units[u, POWER])
         if mantissa != 1.0 or power != 0:
             row = x[u * size : (u + 1) * size]
-            scale_array(row, mantissa, power, done == RARE, precision)
+            scale_array(row, mantissa, power, units[u, TRUNCATES] != 0.0, precision)
     return WRITTEN
 
 
@@ -85,7 +86,7 @@ def clip_columns_of(x, components, bound, limits, like):
     column_squares(0, outer * parts * -(-inner // COLUMNS), x, COLUMN_ROWS, sums)
     if parts > 1:
         add_parts(sums)
-    units = np.zeros((outer * inner // components, 2))
+    units = np.zeros((outer * inner // components, 3))
     for u in range(units.shape[0]):
         a, i = divmod(u * components, inner)
         for k in range(components):
